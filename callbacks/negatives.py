@@ -1,0 +1,56 @@
+"""Rejected answers for a round: the model's own, or drawn items."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from malleable.callbacks.sweep import sweep
+from malleable.datamodules.batch import Catalog
+from malleable.datamodules.loader import PhasedLoader
+from malleable.datamodules.sampling import ItemSampler
+from malleable.lightning_modules.play import Play
+
+
+def negatives(
+    trainer: Trainer, module: LightningModule, rows: Any, loader: PhasedLoader[Any], source: str, play: Play, seed: tuple[int, int], label: str
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Make the rejected answers of a round.
+
+    Args:
+        trainer: Shares the rows among the ranks.
+        module: The recommender.
+        rows: The round's rows.
+        loader: Collates rows and says how many fit a batch.
+        source: ``pre_round`` and ``post_sft`` ask the module; ``random`` and ``popularity`` draw items.
+        play: How the module answers.
+        seed: Seed and round.
+        label: What the progress lines say.
+
+    Returns:
+        For each row the items, -1 where an answer is none, and the answers' tokens.
+    """
+    catalog: Catalog = module.catalog
+    number = (seed[0] << 16) + seed[1]
+    if source in ("random", "popularity"):
+        sampler = ItemSampler(range(len(catalog)), None if source == "random" else catalog.popularity, seed=number)
+        items = [draw(sampler, rows[index], play.num_negatives) for index in range(len(rows))]
+        return items, titles(items, catalog)
+    ask = partial(module.play, play=play, seed=number)
+    table = sweep(trainer, module, rows, loader.collate_fn, 4 * loader.batch_size, ask, f"{label}: own answers")
+    if play.grounding == "none":
+        # (rows, 1 + tokens): the item or -1, then the free text padded with -1.
+        return table[:, :1].tolist(), [[[token for token in row if token >= 0]] for row in table[:, 1:].tolist()]
+    return table.tolist(), titles(table.tolist(), catalog)
+
+
+def draw(sampler: ItemSampler, row: Any, count: int) -> list[int]:
+    """Draw items for a row, never the true one nor its history."""
+    return sampler.draw(int(row["sample_id"]), count, {int(item) for item in (*row["item_ids"], *row.get("history", ()))})
+
+
+def titles(items: list[list[int]], catalog: Catalog) -> list[list[list[int]]]:
+    """Answer tokens of each row's items; an empty answer where there is no item."""
+    return [[list(catalog.token_ids[item]) if item >= 0 else [] for item in row] for row in items]

@@ -1,0 +1,149 @@
+"""A self-play round on disk: which rows, what the model answered, and the frozen reference."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from malleable.datamodules.batch import Catalog
+from malleable.datamodules.loader import RowView
+
+
+@dataclass
+class RoundFile:
+    """The rows of one round.
+
+    Attributes:
+        positions: Rows of the pool.
+        sample_ids: Their ids.
+        items: For each row the rejected items, -1 where an answer is no item.
+        answers: For each row the rejected answers' tokens; empty where the model gave no answer.
+        reference: For each row the reference log-probabilities of the true and the rejected answers, in nats.
+    """
+
+    positions: list[int]
+    sample_ids: list[int]
+    items: list[list[int]] | None = None
+    answers: list[list[list[int]]] | None = None
+    reference: list[list[float]] | None = None
+
+    def table(self) -> pa.Table:
+        """Return the columns known so far."""
+        columns = {name: value for name, value in vars(self).items() if value is not None}
+        types = {"reference": pa.list_(pa.float32())}
+        return pa.table({name: pa.array(value, types.get(name)) for name, value in columns.items()})
+
+    def digest(self) -> str:
+        """Checksum of the content."""
+        return hashlib.sha256(repr(self.table().to_pydict()).encode()).hexdigest()
+
+    def write(self, path: Path) -> None:
+        """Write the Parquet file under a temporary name, then rename it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        pq.write_table(self.table(), temporary)
+        temporary.rename(path)
+
+    @classmethod
+    def read(cls, path: Path, digest: str | None = None) -> RoundFile:
+        """Read a round, and refuse one that is missing or was changed.
+
+        Raises:
+            MisconfigurationException: If the file is missing or does not have the checksum that the checkpoint remembers.
+        """
+        if not path.is_file():
+            raise MisconfigurationException(f"the rows of the interrupted round are gone: {path} does not exist; put the file back or start a new run")
+        file = cls(**pq.read_table(path).to_pydict())
+        if digest is not None and file.digest() != digest:
+            raise MisconfigurationException(f"{path} is not the file the checkpoint was saved with; put the original back or start a new run")
+        return file
+
+    def without_identical(self, rows: Any) -> RoundFile:
+        """Leave out rows whose rejected answer is the true one or is missing."""
+        assert self.answers is not None
+        assert self.items is not None
+        kept = [index for index in range(len(self.positions)) if not self._identical(rows[index], index) and all(self.answers[index])]
+        return RoundFile(*([values[index] for index in kept] for values in (self.positions, self.sample_ids, self.items, self.answers)))
+
+    def pairs(self, pool: Any) -> RowView:
+        """The rows with the rejected answers behind the true one, and the reference where it is known."""
+        assert self.answers is not None
+        assert self.items is not None
+        fields = []
+        for index, position in enumerate(self.positions):
+            row = pool[position]
+            rejected = [list(answer) or list(row["answers"][0]) for answer in self.answers[index]]
+            true_item = list(row.get("item_ids", [-1]))[:1]
+            fields.append({"answers": [list(row["answers"][0]), *rejected], "item_ids": [*true_item, *self.items[index]]})
+            if self.reference is not None:
+                fields[-1]["reference_logps"] = self.reference[index]
+        return RowView(pool, self.positions, fields)
+
+    def _identical(self, row: Any, index: int) -> bool:
+        assert self.answers is not None
+        true = list(row["answers"][0])
+        return any(list(answer) == true for answer in self.answers[index])
+
+    def figures(self, rows: Any, catalog: Catalog | None) -> dict[str, float]:
+        """What the round's answers look like.
+
+        Returns:
+            ``frac_identical`` (rejected equals true), ``frac_invalid`` (no item of the catalogue), ``distinct_negs`` (share of distinct answers),
+            ``top_neg_share`` (of the ten most frequent), ``mean_pop_neg`` (mean training interactions of the rejected items).
+        """
+        assert self.answers is not None
+        assert self.items is not None
+        answers = [tuple(answer) for row in self.answers for answer in row]
+        items = [item for row in self.items for item in row]
+        identical = sum(self._identical(rows[index], index) for index in range(len(self.positions)))
+        top = sum(count for _, count in Counter(answers).most_common(10))
+        figures = {
+            "frac_identical": identical / len(self.positions),
+            "frac_invalid": sum(item < 0 for item in items) / len(items),
+            "distinct_negs": len(set(answers)) / len(answers),
+            "top_neg_share": top / len(answers),
+        }
+        if catalog is not None and catalog.popularity:
+            known = [catalog.popularity[item] for item in items if item >= 0]
+            figures["mean_pop_neg"] = sum(known) / max(1, len(known))
+        return figures
+
+
+def draw_positions(pool: int, count: int | None, number: int, seed: int) -> list[int]:
+    """Draw the rows of a round without replacement across rounds, until the pool is used up.
+
+    Rounds cut consecutive pieces out of one endless row of shuffled copies of the pool, so a round depends on its number alone.
+
+    Args:
+        pool: Rows to draw from.
+        count: Rows of a round; ``None`` takes all.
+        number: The round, from 1; 0 for a draw of its own.
+        seed: Seed of the shuffles.
+
+    Raises:
+        ValueError: If the pool is smaller than a round.
+    """
+    if count is None:
+        return list(range(pool))
+    if count > pool:
+        raise ValueError(f"a round needs {count} rows but there are {pool} training rows; lower rows_per_round")
+    start = max(0, number - 1) * count
+    first, last = start // pool, (start + count - 1) // pool
+    drawn: list[int] = []
+    for copy in range(first, last + 1):
+        generator = torch.Generator().manual_seed((seed << 20) + 2 * copy + (number == 0))
+        shuffled = torch.randperm(pool, generator=generator).tolist()
+        piece = shuffled[max(0, start - copy * pool) : start + count - copy * pool]
+        # A round that spans two copies must not hold a row twice.
+        taken = set(drawn)
+        drawn += [row for row in piece if row not in taken]
+    return drawn
+

@@ -1,0 +1,357 @@
+"""The loop that makes a recommender play against itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from malleable.callbacks.reference import phased_loader, reference_logps
+from malleable.callbacks.round_file import RoundFile
+from malleable.datamodules.loader import PhasedLoader, RowView
+from malleable.lightning_modules.functional.schedule import warmup_decay
+from malleable.lightning_modules.play import Play
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class PhaseSettings:
+    """One kind of phase.
+
+    Attributes:
+        epochs: Passes over the phase's rows; 0 leaves the phase out.
+        lr: Peak learning rate.
+        warmup_steps: Optimizer steps of linear rise.
+        decay: Course after the rise, over the whole phase.
+        view: Rows the phase learns from: prompts with answers, or the data module's packed histories.
+        rows: Rows of the warm-up, drawn once; ``None`` takes all. The later phases take ``rows_per_round``.
+    """
+
+    epochs: int = 1
+    lr: float = 2e-5
+    warmup_steps: int = 20
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    view: Literal["answer", "packed"] = "answer"
+    rows: int | None = None
+
+
+class Phase(NamedTuple):
+    """What one epoch is.
+
+    Attributes:
+        kind: ``warmup``, ``sft`` or ``dpo``.
+        round: 0 in the warm-up, then from 1.
+        epoch: Epoch within the phase, from 0.
+    """
+
+    kind: str
+    round: int
+    epoch: int
+
+
+@dataclass
+class SelfPlayState:
+    """All that a resumed run needs, as plain data.
+
+    Attributes:
+        epoch: The epoch whose rows are shown; -1 before the first.
+        path: File of the running round.
+        digest: Checksum of that file.
+        history: For each finished phase its name and the figures logged by then.
+        before: Test figures and recommendation counts of the model after its warm-up.
+    """
+
+    epoch: int = -1
+    path: str | None = None
+    digest: str | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    before: dict[str, Any] = field(default_factory=dict)
+
+
+class SelfPlayLoop(Callback):
+    """Alternate supervised and preference phases, with the model's own answers as rejected ones.
+
+    A warm-up of supervised epochs is followed by ``rounds`` rounds. A round draws rows without replacement, asks the model what it would recommend,
+    trains on the true titles (``sft``), freezes the reference by caching its log-probabilities, and trains true against own titles (``dpo``). Each
+    phase starts with a fresh optimizer and its own rate. The loop sets the number of epochs itself.
+
+    A round's rows, negatives and reference lie in ``self_play/round_<n>.parquet`` in the run folder; with the state in the checkpoint a run killed
+    anywhere goes on to the same result.
+
+    Args:
+        rounds: Number of rounds, the paper's K; 0 is the warm-up alone.
+        rows_per_round: Rows drawn for a round; ``None`` takes all rows every round.
+        warmup: The initial supervised phase.
+        sft: The supervised phase of a round.
+        dpo: The preference phase of a round.
+        negative_source: ``pre_round`` asks the model that enters the round (the released code), ``post_sft`` the model after the supervised phase;
+            ``random`` and ``popularity`` draw items instead of asking: the controls.
+        play: How the model answers.
+        keep_identical: What to do with rows whose rejected answer is the true one: they have no gradient.
+        compare_on: Split on which the warmed-up model is measured for the report's before and after; ``none`` leaves it out.
+        loader: The training loader, where there is no data module of ours.
+        seed: Seed of everything drawn.
+
+    Source:
+        Gao et al. (2025), SPRec, arXiv:2412.09243, Algorithm 1, and its released code.
+        Differs: rows are drawn without replacement until the pool is used up, and negatives are real items; ``keep_identical='keep'`` and
+        ``Play(grounding='none')`` give the released behaviour.
+    """
+
+    def __init__(
+        self,
+        rounds: int = 5,
+        rows_per_round: int | None = 2048,
+        warmup: PhaseSettings | None = None,
+        sft: PhaseSettings | None = None,
+        dpo: PhaseSettings | None = None,
+        negative_source: Literal["pre_round", "post_sft", "random", "popularity"] = "pre_round",
+        play: Play | None = None,
+        keep_identical: Literal["drop", "keep"] = "drop",
+        compare_on: Literal["test", "val", "none"] = "test",
+        loader: PhasedLoader[Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if rounds < 0:
+            raise ValueError(f"rounds must be >= 0, got {rounds}")
+        if rows_per_round is not None and rows_per_round < 1:
+            raise ValueError(f"rows_per_round must be >= 1 or null, got {rows_per_round}")
+        self.rounds = rounds
+        self.rows_per_round = rows_per_round
+        self.settings = {
+            "warmup": warmup or PhaseSettings(epochs=4, lr=3e-4),
+            "sft": sft or PhaseSettings(),
+            "dpo": dpo or PhaseSettings(),
+        }
+        self.negative_source = negative_source
+        self.play = play or Play()
+        self.keep_identical = keep_identical
+        self.compare_on = compare_on
+        self.seed = seed
+        self.state = SelfPlayState()
+        self.phases = self.plan(rounds, {name: settings.epochs for name, settings in self.settings.items()})
+        self._loader = loader
+        self._counts: Tensor | None = None
+        if not self.phases:
+            raise ValueError("the loop has no epoch: give the warm-up epochs or play at least one round")
+        if self.settings["dpo"].epochs > 1:
+            rank_zero_warn(
+                f"{self.settings['dpo'].epochs} preference epochs a round: with beta <= 1/2 the exact optimum of a round moves away from the data, so long "
+                "phases drift; watch div_ratio, or_ratio and the chosen log-probabilities"
+            )
+
+    @staticmethod
+    def plan(rounds: int, epochs: dict[str, int]) -> list[Phase]:
+        """List what each epoch of the run is: a pure function of the settings."""
+        order = [("warmup", 0)] + [(kind, number) for number in range(1, rounds + 1) for kind in ("sft", "dpo")]
+        return [Phase(kind, number, epoch) for kind, number in order for epoch in range(epochs[kind])]
+
+    # --- wiring ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain data."""
+        return dict(vars(self.state))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of the interrupted run and show the rows of its running phase."""
+        self.state = SelfPlayState(**state_dict)
+        if self._loader is not None and self.state.epoch >= 0:
+            self._show(self._loader, self._restored())
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the combination, and tell the Trainer how many epochs there are."""
+        if stage != "fit":
+            return
+        if not hasattr(pl_module, "play"):
+            raise MisconfigurationException(f"SelfPlayLoop needs a module that recommends, such as SPRec; {type(pl_module).__name__} has no `play`")
+        if not trainer.fast_dev_run:
+            trainer.fit_loop.max_epochs = len(self.phases)
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the rows of the first phase, or of the phase that was interrupted."""
+        if trainer.lr_scheduler_configs:
+            raise MisconfigurationException("SelfPlayLoop sets the learning rates itself; leave lr_scheduler out")
+        self._loader = phased_loader(trainer, self._loader, type(self).__name__)
+        if self.state.epoch >= 0:
+            self._show(self._loader, self._restored())
+        elif trainer.ckpt_path is None:
+            self._prepare(trainer, pl_module, 0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prepare the phase that was about to begin when a run was killed between its last step and its end."""
+        if self.state.epoch != trainer.current_epoch:
+            self._prepare(trainer, pl_module, trainer.current_epoch)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a phase with a fresh optimizer."""
+        phase = self.phases[trainer.current_epoch]
+        if phase.epoch == 0:
+            for optimizer in trainer.optimizers:
+                reset_moments(optimizer)
+            rank_zero_info(f"{self._name(phase)}: {self._steps(phase)} steps on {len(self._rows())} rows")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the learning rate of the step."""
+        phase = self.phases[trainer.current_epoch]
+        settings = self.settings[phase.kind]
+        loader = self._loader
+        assert loader is not None
+        step = phase.epoch * loader.num_steps + batch_idx // loader.accumulation
+        rate = settings.lr * warmup_decay(step, self._steps(phase), settings.warmup_steps, settings.decay)
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        pl_module.log("train_lr", rate, batch_size=1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the phase's figures, then prepare the next one: the Trainer asks for its rows before the epoch starts."""
+        epoch = trainer.current_epoch
+        phase = self.phases[epoch]
+        last = epoch + 1 == len(self.phases)
+        if last or self.phases[epoch + 1].epoch == 0:
+            figures = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            self.state.history.append({"phase": phase.kind, "round": phase.round, **figures})
+        if phase.kind == "warmup" and (last or self.phases[epoch + 1].kind != "warmup"):
+            self._measure_before(trainer, pl_module)
+        if not last and not trainer.fast_dev_run:
+            self._prepare(trainer, pl_module, epoch + 1)
+
+    # --- phases ---
+
+    def _prepare(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
+        """Make the rows of an epoch and show them; all ranks do the same."""
+        agreed = trainer.strategy.broadcast(epoch)
+        if agreed != epoch:
+            raise RuntimeError(f"rank {trainer.global_rank} is about to enter epoch {epoch}, rank 0 epoch {agreed}; the ranks fell out of step")
+        loader, phase = self._loader, self.phases[epoch]
+        assert loader is not None
+        if phase.epoch == 0:
+            if phase.kind == "warmup":
+                self.state.path = None
+            elif self._starts_round(epoch):
+                self._draw(trainer, module, loader, phase)
+            if phase.kind == "dpo":
+                self._freeze(trainer, module, loader, phase)
+        self.state.epoch = epoch
+        self._show(loader, self._current_rows(loader, phase))
+
+    def _starts_round(self, epoch: int) -> bool:
+        return epoch == 0 or self.phases[epoch - 1].round != self.phases[epoch].round
+
+    def _draw(self, trainer: Trainer, module: LightningModule, loader: PhasedLoader[Any], phase: Phase) -> None:
+        """Draw the round's rows and, unless they come later, its negatives."""
+        positions = draw_positions(len(loader.pool), self.rows_per_round, phase.round, self.seed)
+        file = RoundFile(positions, [int(loader.pool[position]["sample_id"]) for position in positions])
+        if self.negative_source != "post_sft" and self.settings["dpo"].epochs:
+            self._play(trainer, module, loader, phase, file)
+        self._write(trainer, phase, file)
+
+    def _play(self, trainer: Trainer, module: LightningModule, loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> None:
+        from malleable.callbacks.negatives import negatives
+
+        rows = RowView(loader.pool, file.positions)
+        file.items, file.answers = negatives(trainer, module, rows, loader, self.negative_source, self.play, (self.seed, phase.round), self._name(phase))
+        figures = file.figures(rows, module.catalog)
+        rank_zero_info(f"round {phase.round}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
+        for logger in trainer.loggers:
+            logger.log_metrics({f"selfplay/{name}": value for name, value in figures.items()}, step=trainer.global_step)
+        self.state.history.append({"phase": "play", "round": phase.round, **figures})
+
+    def _freeze(self, trainer: Trainer, module: LightningModule, loader: PhasedLoader[Any], phase: Phase) -> None:
+        """Complete the round's pairs: late negatives, identical rows, and the reference as the model stands now."""
+        file = self._file()
+        if file.answers is None:
+            self._play(trainer, module, loader, phase, file)
+        if self.keep_identical == "drop":
+            file = file.without_identical(RowView(loader.pool, file.positions))
+        if not file.positions:
+            raise RuntimeError(f"round {phase.round}: the model recommends the true item in every row, so there is nothing to prefer; stop at this round")
+        file.reference = reference_logps(trainer, module, file.pairs(loader.pool), loader, f"{self._name(phase)}, reference").tolist()
+        self._write(trainer, phase, file)
+
+    def _current_rows(self, loader: PhasedLoader[Any], phase: Phase) -> Any:
+        if phase.kind == "dpo":
+            return self._file().pairs(loader.pool)
+        if phase.kind == "sft":
+            return RowView(loader.pool, self._file().positions)
+        settings = self.settings["warmup"]
+        rows = loader.pool if settings.view == "answer" else loader.view(settings.view)
+        return rows if settings.rows is None else RowView(rows, draw_positions(len(rows), settings.rows, 0, self.seed))
+
+    def _restored(self) -> Any:
+        assert self._loader is not None
+        return self._current_rows(self._loader, self.phases[self.state.epoch])
+
+    @staticmethod
+    def _show(loader: PhasedLoader[Any], rows: Any) -> None:
+        first = rows[0]
+        count = (lambda row: len(row["input_ids"])) if "input_ids" in first else (lambda row: len(row["answers"][0]))
+        loader.show(rows, [count(rows[index]) for index in range(len(rows))])
+
+    def _rows(self) -> Any:
+        assert self._loader is not None
+        return self._loader.dataset
+
+    def _steps(self, phase: Phase) -> int:
+        assert self._loader is not None
+        return self.settings[phase.kind].epochs * self._loader.num_steps
+
+    @staticmethod
+    def _name(phase: Phase) -> str:
+        return "warm-up" if phase.kind == "warmup" else f"round {phase.round} {phase.kind}"
+
+    # --- files ---
+
+    def _write(self, trainer: Trainer, phase: Phase, file: RoundFile) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "self_play"
+        path = folder / f"round_{phase.round}.parquet"
+        if trainer.is_global_zero:
+            file.write(path)
+        trainer.strategy.barrier("round file")
+        self.state.path = trainer.strategy.broadcast(str(path))
+        self.state.digest = file.digest()
+        self._cached = file
+
+    def _file(self) -> RoundFile:
+        cached: RoundFile | None = getattr(self, "_cached", None)
+        if cached is not None and cached.digest() == self.state.digest:
+            return cached
+        assert self.state.path is not None
+        self._cached = RoundFile.read(Path(self.state.path), self.state.digest)
+        return self._cached
+
+    # --- before and after ---
+
+    def _measure_before(self, trainer: Trainer, module: LightningModule) -> None:
+        """Measure the warmed-up model, the "supervised only" row of the report."""
+        datamodule = getattr(trainer, "datamodule", None)
+        if self.compare_on == "none" or datamodule is None or trainer.fast_dev_run:
+            return
+        rank_zero_info(f"measuring the supervised model on the {self.compare_on} split")
+        loader = getattr(datamodule, f"{self.compare_on}_dataloader")()
+        self.state.before = measure(trainer, module, loader)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count what the final model recommends."""
+        if isinstance(outputs, Recommendations) and self.state.before:
+            counts = recommendation_counts(outputs.item_ids, batch.sample_id, len(self.state.before["counts"]))
+            self._counts = counts if self._counts is None else self._counts + counts
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add up the counts of all ranks."""
+        if self._counts is not None:
+            self._counts = trainer.strategy.reduce(self._counts, reduce_op="sum").cpu()
+
+    def report_sections(self) -> list[Section]:
+        """Curves over the rounds, and what is recommended before and after."""
+        return self_play_sections(self.state.history, self.state.before, self._counts, self._titles)

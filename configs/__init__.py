@@ -1,0 +1,1 @@
+"""Recipes: YAML files that travel with the package."""

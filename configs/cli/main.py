@@ -1,0 +1,91 @@
+"""The command line ``malleable``: light answers here, everything that trains in :mod:`malleable.cli`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from traceback import walk_tb
+
+from malleable import __version__
+from malleable.recipes import recipe_names, summary
+
+log = logging.getLogger("malleable")
+
+HELP = """usage: malleable <command> [options]
+
+commands:
+  fit        train, then test if the recipe says `test_after_fit: true`
+  validate   measure a checkpoint on the validation split
+  test       measure a checkpoint on the test split
+  predict    predict with a checkpoint
+  recipes    list the recipes that travel with the package
+
+  malleable fit --config sprec/tiny.yaml                  run a recipe: a file here, or one of the package
+  malleable fit --config sprec/tiny.yaml --model.beta 0.2      change a value of it
+  malleable fit --config sprec/tiny.yaml --config base/ddp.yaml    lay a second file over it
+  malleable test --config sprec/tiny.yaml --ckpt_path last     measure its latest run
+  malleable fit --help                                    all options
+  malleable fit --model.help SPRec                        the options of one class
+
+Set MALLEABLE_DEBUG=1 to see the traceback of an error.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        args: Words after the program's name; default: those of this process. Errors of a command line become a message
+            and an exit status; called from Python with ``args``, they are raised as they are.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    try:
+        with _log_to_stderr():
+            _run(words)
+    except Exception as error:
+        if args is not None or os.environ.get("MALLEABLE_DEBUG") or not _speaks_to_the_user(error):
+            raise
+        sys.stderr.write(f"malleable: error: {error}\n")
+        sys.exit(1)
+
+
+def _run(words: list[str]) -> None:
+    command = words[0] if words else "--help"
+    if command in ("-h", "--help"):
+        sys.stdout.write(HELP)
+    elif command == "--version":
+        sys.stdout.write(f"malleable {__version__}\n")
+    elif command == "recipes":
+        names = recipe_names()
+        width = max(map(len, names), default=0)
+        sys.stdout.writelines(f"{name:<{width}}  {summary(name)}\n" for name in names)
+    else:
+        from malleable.cli import run  # torch and Lightning take seconds to import
+
+        run(words)
+
+
+def _speaks_to_the_user(error: Exception) -> bool:
+    """Say whether an error was raised on purpose, by this package or by Lightning, for what the user asked."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    ours = str(frame.f_globals.get("__name__")).partition(".")[0] == "malleable"
+    return type(error).__name__ == "MisconfigurationException" or (ours and isinstance(error, (ValueError, OSError, ImportError)))
+
+
+@contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """Show the package's messages of the first process, and warnings of all."""
+    handler = logging.StreamHandler()
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))) == "0"
+    handler.setLevel(logging.INFO if first else logging.WARNING)
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)

@@ -1,0 +1,51 @@
+"""Recipes by name: ``sprec/movielens.yaml`` is looked up in the working directory, then among those that travel with the package."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+
+FOLDER = Path(str(resources.files("malleable.configs")))
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the packaged recipes; the fragments under ``base/`` are none."""
+    return sorted(name for name in _packaged() if not name.startswith("base/"))
+
+
+def summary(name: str) -> str:
+    """Return a recipe's first comment line."""
+    first = (FOLDER / name).read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.removeprefix("#").strip()
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe or fragment.
+
+    Args:
+        name: A path, or the name of a packaged recipe with or without ``.yaml``.
+
+    Raises:
+        FileNotFoundError: If there is no such file; the message lists similar names.
+    """
+    for path in (Path(name), FOLDER / name, FOLDER / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    similar = get_close_matches(name.removesuffix(".yaml"), [known.removesuffix(".yaml") for known in _packaged()], n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(f'{match}.yaml' for match in similar)}?" if similar else ""
+    raise FileNotFoundError(f"no recipe {name!r} in {Path.cwd()} or in the package{hint} `malleable recipes` lists all")
+
+
+def recipe_name(path: Path) -> str | None:
+    """Return the name a run of this configuration goes by, ``None`` for a fragment such as ``base/ddp.yaml``."""
+    path = path.resolve()
+    for folder in (FOLDER.resolve(), Path.cwd()):
+        if path.is_relative_to(folder):
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            return None if name.startswith("base/") else name
+    return path.stem
+
+
+def _packaged() -> list[str]:
+    return [path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml")]

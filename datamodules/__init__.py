@@ -1,0 +1,5 @@
+"""DataModules."""
+
+from malleable.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

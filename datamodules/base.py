@@ -1,0 +1,130 @@
+"""What every DataModule shares: global batches, loaders by split, and errors that name the cause."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from malleable.datamodules.batch import Batch
+from malleable.datamodules.loader import PhasedLoader
+
+log = logging.getLogger(__name__)
+
+
+class BaseDataModule(LightningDataModule, ABC):
+    """Loaders over ``train_dataset``, ``val_dataset``, ``test_dataset`` and ``predict_dataset``.
+
+    A subclass fills those attributes in :meth:`setup` and gives :meth:`collate`. The number of rows of one optimizer
+    step is ``global_batch_size`` on any number of devices: the accumulation follows from it.
+
+    Args:
+        batch_size: Rows of one training pass on one device.
+        global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times devices.
+        eval_batch_size: Rows of one pass in validation, test and prediction; default: ``batch_size``.
+        num_workers: Loader processes on each device.
+        seed: Seed of the order of rows and of everything drawn.
+    """
+
+    train_dataset: Any = None
+    val_dataset: Any = None
+    test_dataset: Any = None
+    predict_dataset: Any = None
+
+    def __init__(
+        self,
+        batch_size: int = 16,
+        global_batch_size: int | None = None,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("global_batch_size", global_batch_size), ("eval_batch_size", eval_batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        self.batch_size = batch_size
+        self.global_batch_size = global_batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._train_loader: PhasedLoader[Any] | None = None
+
+    def collate(self, rows: Sequence[Any]) -> Batch:
+        """Make a batch of rows."""
+        raise NotImplementedError(f"{type(self).__name__} must say how its rows become a Batch: override `collate`")
+
+    def row_tokens(self) -> Sequence[int] | None:
+        """Loss-bearing tokens of each training row, where losses are normalised over an optimizer step."""
+        return None
+
+    def train_dataloader(self) -> PhasedLoader[Any]:
+        """Return the one training loader; the same object each time, so that its rows can be exchanged."""
+        if self._train_loader is None:
+            dataset = self._dataset("train")
+            self._train_loader = PhasedLoader(
+                dataset,
+                self.batch_size,
+                global_batch_size=self.global_batch_size,
+                collate_fn=self.collate,
+                row_tokens=self.row_tokens(),
+                seed=self.seed,
+                num_workers=self.num_workers,
+            )
+            if self._train_loader.num_steps == 0:
+                raise ValueError(
+                    f"{type(self).__name__}: {len(dataset)} training rows do not fill one optimizer step of "
+                    f"{self.global_batch_size or self.batch_size} rows; lower global_batch_size"
+                )
+        if self.trainer is not None and self.trainer.accumulate_grad_batches != self._train_loader.accumulation:
+            self._set_accumulation(self._train_loader.accumulation)
+        return self._train_loader
+
+    def val_dataloader(self) -> PhasedLoader[Any]:
+        """Return the validation loader, in dataset order."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> PhasedLoader[Any]:
+        """Return the test loader, in dataset order."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> PhasedLoader[Any]:
+        """Return the prediction loader, in dataset order."""
+        return self._eval_loader("predict")
+
+    def _eval_loader(self, split: str) -> PhasedLoader[Any]:
+        return PhasedLoader(
+            self._dataset(split),
+            self.eval_batch_size,
+            collate_fn=self.collate,
+            shuffle=False,
+            drop_last=False,
+            num_workers=self.num_workers,
+        )
+
+    def _dataset(self, split: str) -> Any:
+        dataset = getattr(self, f"{split}_dataset")
+        if dataset is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has no {split} data: `setup` did not set `{split}_dataset`"
+                + (" (give the file to predict for)" if split == "predict" else "")
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"{type(self).__name__}: the {split} split is empty; check the filters and the split settings")
+        return dataset
+
+    def _set_accumulation(self, accumulation: int) -> None:
+        trainer = self.trainer
+        assert trainer is not None
+        if trainer.accumulate_grad_batches not in (1, accumulation):
+            raise MisconfigurationException(
+                f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) contradicts global_batch_size="
+                f"{self.global_batch_size}, which needs {accumulation}; leave accumulate_grad_batches out"
+            )
+        trainer.accumulate_grad_batches = accumulation
+        log.info("global batch %s = %s rows x %s devices x %s accumulated", self.global_batch_size, self.batch_size, trainer.world_size, accumulation)

@@ -1,0 +1,241 @@
+"""Typed batches and the catalogue: the one vocabulary that data and modules share.
+
+Shapes: B rows, P prompt tokens, K answers per row, A answer tokens, T tokens, L history items, S seen items, C candidates.
+Item ids run from 0; -1 pads item lists. A negative ``sample_id`` marks a row repeated only to fill a batch: metrics skip it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+
+@dataclass
+class Batch:
+    """Rows with a stable identity.
+
+    Attributes:
+        sample_id: ``(B,)`` int64; the same row has the same id in every run; negative for padding rows.
+    """
+
+    sample_id: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.sample_id)
+
+    def map(self, function: Any) -> Self:
+        """Return a copy with ``function`` applied to every tensor."""
+        changed = {f.name: function(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **changed)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return a copy on ``device``."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Return a copy in pinned memory."""
+        return self.map(lambda tensor: tensor.pin_memory())
+
+
+@dataclass
+class PackedBatch(Batch):
+    """Whole documents laid end to end in rows of one length; every token but a document's first is a target.
+
+    Attributes:
+        input_ids: ``(B, T)`` int64.
+        document_ids: ``(B, T)`` int64; 0 is padding, equal numbers belong to one document.
+        position_ids: ``(B, T)`` int64, restarting at 0 in each document.
+        num_step_tokens: Scalar; targets of the whole optimizer step divided by its number of batches over all ranks.
+            ``None`` normalises by this batch alone.
+    """
+
+    input_ids: Tensor
+    document_ids: Tensor
+    position_ids: Tensor
+    num_step_tokens: Tensor | None = None
+
+
+@dataclass
+class AnswerBatch(Batch):
+    """One prompt and its answer a row: the shape of supervised tuning, ranking tests and prediction.
+
+    Attributes:
+        prompt_ids: ``(B, P)`` int64, padded on the left.
+        prompt_mask: ``(B, P)`` bool, True on real tokens.
+        answer_ids: ``(B, K, A)`` int64, padded on the right, each answer ending in the end-of-sequence token.
+            K is 1 here, and 0 answer tokens are allowed when nothing is to be learnt (prediction).
+        answer_mask: ``(B, K, A)`` bool, True on real tokens.
+        item_ids: ``(B, K)`` int64, the item that each answer names, -1 where it names none.
+        history: ``(B, L)`` int64, items the prompt shows, oldest first, padded with -1 on the left.
+        seen: ``(B, S)`` int64, items not to be recommended again, padded with -1.
+        candidates: ``(B, C)`` int64, the items to choose from; ``None`` means the whole catalogue.
+        num_step_tokens: As in :class:`PackedBatch`.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    answer_ids: Tensor
+    answer_mask: Tensor
+    item_ids: Tensor
+    history: Tensor
+    seen: Tensor
+    candidates: Tensor | None = None
+    num_step_tokens: Tensor | None = None
+
+    @property
+    def target(self) -> Tensor:
+        """The true next item, ``(B,)``."""
+        return self.item_ids[:, 0]
+
+
+@dataclass
+class PreferenceBatch(AnswerBatch):
+    """A prompt with a chosen answer (index 0) and K - 1 >= 1 rejected ones.
+
+    Attributes:
+        reference_logps: ``(B, K)`` summed log-probabilities under the frozen reference, in nats; ``None`` when the module holds them.
+    """
+
+    reference_logps: Tensor | None = None
+
+
+class Example(TypedDict):
+    """One row before collation: the element type of every recommendation dataset.
+
+    ``answers`` holds token lists, the chosen (true) one first, each ending in the end-of-sequence token.
+    """
+
+    sample_id: int
+    prompt: Sequence[int]
+    answers: Sequence[Sequence[int]]
+    item_ids: NotRequired[Sequence[int]]
+    history: NotRequired[Sequence[int]]
+    seen: NotRequired[Sequence[int]]
+    candidates: NotRequired[Sequence[int]]
+    reference_logps: NotRequired[Sequence[float]]
+
+
+class PackedExample(TypedDict):
+    """A row of whole documents laid end to end, as in :class:`PackedBatch`; ``document_ids`` run from 1."""
+
+    sample_id: int
+    input_ids: Sequence[int]
+    document_ids: Sequence[int]
+
+
+class Recommendations(NamedTuple):
+    """The best items of each row, best first.
+
+    Attributes:
+        item_ids: ``(B, k)`` int64 of distinct items, -1 where fewer than k may be recommended.
+        scores: ``(B, k)`` float32, descending, ``-inf`` beside -1.
+    """
+
+    item_ids: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The items that can be recommended, in id order.
+
+    Attributes:
+        titles: Distinct display titles.
+        token_ids: Answer tokens of each title, the end-of-sequence token included; empty where no language model is used.
+        genres: Genres of each item; empty tuples where unknown.
+        popularity: Training interactions of each item.
+        eos_token_id: End-of-sequence token.
+        pad_token_id: Padding token.
+        vocab_size: Number of tokens of the tokenizer.
+        tokenizer: Folder or id the tokenizer loads from; ``None`` where no language model is used.
+    """
+
+    titles: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...] = ()
+    genres: tuple[tuple[str, ...], ...] = ()
+    popularity: tuple[int, ...] = ()
+    eos_token_id: int = 0
+    pad_token_id: int = 0
+    vocab_size: int = 0
+    tokenizer: str | None = None
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return len(self.titles)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
+    """Stack ragged integer rows into ``(B, longest)`` int64, filling with ``value`` on ``side``."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    width = int(lengths.max(initial=0))
+    column = np.arange(width)
+    real = column >= width - lengths[:, None] if side == "left" else column < lengths[:, None]
+    table = np.full((len(rows), width), value, dtype=np.int64)
+    # One copy for all rows: a tensor for each row costs 5 to 20 times as much.
+    table[real] = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
+    return torch.from_numpy(table)
+
+
+def collate(examples: Sequence[Example] | Sequence[PackedExample], pad_token_id: int = 0) -> AnswerBatch | PackedBatch:
+    """Make the batch that fits the rows: packed documents, one answer a prompt, or a preference among several.
+
+    Raises:
+        ValueError: If rows of one batch have different numbers of answers.
+    """
+    if "input_ids" in examples[0]:
+        return collate_packed(cast("Sequence[PackedExample]", examples), pad_token_id)
+    return collate_answers(cast("Sequence[Example]", examples), pad_token_id)
+
+
+def collate_packed(examples: Sequence[PackedExample], pad_token_id: int = 0) -> PackedBatch:
+    """Make a :class:`PackedBatch`; positions restart with each document."""
+    document_ids = pad([example["document_ids"] for example in examples], 0)
+    column = torch.arange(document_ids.shape[1])
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return PackedBatch(
+        sample_id=torch.tensor([example["sample_id"] for example in examples]),
+        input_ids=pad([example["input_ids"] for example in examples], pad_token_id),
+        document_ids=document_ids,
+        position_ids=column - (starts * column).cummax(1).values,
+    )
+
+
+def collate_answers(examples: Sequence[Example], pad_token_id: int = 0) -> AnswerBatch:
+    """Make an :class:`AnswerBatch`, or a :class:`PreferenceBatch` where rows have more than one answer."""
+    counts = {len(example["answers"]) for example in examples}
+    if len(counts) != 1:
+        raise ValueError(f"all rows of a batch need the same number of answers, got {sorted(counts)}")
+    (count,) = counts
+    prompts = [example["prompt"] for example in examples]
+    answers = [answer for example in examples for answer in example["answers"]]
+    lengths = torch.tensor([len(answer) for answer in answers]).reshape(len(examples), count)
+    answer_ids = pad(answers, pad_token_id).reshape(len(examples), count, -1)
+    prompt_ids = pad(prompts, pad_token_id, "left")
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
+    items = [example.get("item_ids", [-1] * count) for example in examples]
+    candidates = [example.get("candidates", ()) for example in examples]
+    columns: dict[str, Any] = dict(
+        sample_id=torch.tensor([example["sample_id"] for example in examples]),
+        prompt_ids=prompt_ids,
+        prompt_mask=torch.arange(prompt_ids.shape[1]) >= prompt_ids.shape[1] - prompt_lengths[:, None],
+        answer_ids=answer_ids,
+        answer_mask=torch.arange(answer_ids.shape[2]) < lengths[..., None],
+        item_ids=pad(items, -1),
+        history=pad([example.get("history", ()) for example in examples], -1, "left"),
+        seen=pad([example.get("seen", ()) for example in examples], -1),
+        candidates=pad(candidates, -1) if any(len(row) for row in candidates) else None,
+    )
+    if count < 2:
+        return AnswerBatch(**columns)
+    reference = [example.get("reference_logps") for example in examples]
+    known = all(row is not None for row in reference)
+    return PreferenceBatch(**columns, reference_logps=torch.tensor(reference, dtype=torch.float32) if known else None)

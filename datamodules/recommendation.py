@@ -1,0 +1,193 @@
+"""Recommendation by titles: interactions become prompts, answers and packed histories."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from malleable.datamodules.base import BaseDataModule
+from malleable.datamodules.batch import Batch, Catalog, collate
+from malleable.datamodules.fetch import cache_folder
+from malleable.datamodules.histories import ItemLookup, read_histories
+from malleable.datamodules.loader import PhasedLoader
+from malleable.datamodules.packing import PackedRows
+from malleable.datamodules.prompt import PromptTemplate
+from malleable.datamodules.rows import AnswerRows, Negatives
+from malleable.datamodules.sampling import ItemSampler
+from malleable.datamodules.sources.base import Source
+from malleable.datamodules.splits import SPLITS, Split
+from malleable.datamodules.store import Recipe, Store, row_table
+
+log = logging.getLogger(__name__)
+
+
+class RecommendationDataModule(BaseDataModule):
+    """Rows for recommenders that read and write titles.
+
+    Each training position of a user gives a row: a prompt with the items before it, and its title as the answer. ``prepare_data``
+    cleans, splits and tokenises once into a memory-mapped cache, which all ranks share.
+
+    Args:
+        source: Where the interactions come from.
+        tokenizer: Hub id, folder, GGUF file or known name; ``None`` trains a BPE on the catalogue's titles; ``none`` makes rows of
+            items without any text.
+        vocab_size: Tokens of the BPE trained on the catalogue.
+        template: The prompt: ``history``, ``instruction`` or its fields.
+        split: Filters, split and history length.
+        train_view: Training rows: ``answer`` (a prompt and an answer) or ``packed`` (whole histories).
+        pack_length: Tokens of a packed row.
+        negatives: How wrong answers are drawn, seeded by the row; never the target nor an earlier item of the user.
+        num_negatives: Wrong answers of a row.
+        max_prompt_length: Tokens of a prompt, at most; longer histories lose their oldest items. ``None``: no limit.
+        predict_file: Histories to recommend for, see :func:`~malleable.datamodules.histories.read_histories`.
+        cache_dir: Where the tokenised data is kept; default: ``$MALLEABLE_CACHE`` or the user's cache folder.
+        batch_size: Rows of one training pass on one device.
+        global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times devices.
+        eval_batch_size: Rows of one pass in validation, test and prediction; default: ``batch_size``.
+        num_workers: Loader processes on each device.
+        seed: Seed of the order of rows and of everything drawn.
+
+    Attributes:
+        catalog: The items, valid after ``setup`` as are the datasets.
+
+    Raises:
+        ValueError: If a value is out of range or the data cannot be used; the message says which.
+    """
+
+    catalog: Catalog
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: str | None = None,
+        vocab_size: int = 2048,
+        template: str | PromptTemplate = "history",
+        split: Split | None = None,
+        train_view: Literal["answer", "packed"] = "answer",
+        pack_length: int = 512,
+        negatives: Literal["none", "random", "popularity"] = "none",
+        num_negatives: int = 1,
+        max_prompt_length: int | None = None,
+        predict_file: str | None = None,
+        cache_dir: str | None = None,
+        batch_size: int = 16,
+        global_batch_size: int | None = None,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, global_batch_size, eval_batch_size, num_workers, seed)
+        if num_negatives < 1:
+            raise ValueError(f"num_negatives must be >= 1, got {num_negatives}; negatives='none' leaves them out")
+        if train_view == "packed" and tokenizer == "none":
+            raise ValueError("train_view='packed' packs the text of titles, but tokenizer='none' has no text; choose train_view='answer'")
+        self.source = source
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.template = PromptTemplate.named(template) if isinstance(template, str) else template
+        self.split = split or Split()
+        self.train_view = train_view
+        self.pack_length = pack_length
+        self.negatives = negatives
+        self.num_negatives = num_negatives
+        self.max_prompt_length = max_prompt_length
+        self.predict_file = predict_file
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
+        self._store: Store | None = None
+        self._packed: PackedRows | None = None
+
+    def prepare_data(self) -> None:
+        """Fetch, clean, split and tokenise into the cache, unless it is there."""
+        self._open()
+
+    def setup(self, stage: str) -> None:
+        """Open the cache and set the catalogue and the datasets."""
+        store = self._open()
+        self.catalog = store.catalog
+        negatives = self._negatives()
+        for name in SPLITS:
+            dataset = AnswerRows(
+                store.rows[name],
+                store.sequences,
+                store.pieces,
+                hide_seen=self.split.repeats == "drop",
+                negatives=negatives,
+                select=self._selected(name, len(store.rows[name])),
+            )
+            setattr(self, f"{name}_dataset", dataset)
+        self._answers = self.train_dataset
+        if self.train_view == "packed":
+            self.train_dataset = self.packed_dataset
+        if self.predict_file is not None:
+            self.predict_dataset = self._predict_rows(Path(self.predict_file).expanduser())
+
+    @property
+    def num_items(self) -> int:
+        """Items of the catalogue, valid after ``setup``."""
+        return len(self.catalog)
+
+    @property
+    def packed_dataset(self) -> PackedRows:
+        """The training part of all histories in packed rows, laid out at first use; ``train_limit`` does not apply."""
+        if self._packed is None:
+            store = self._open()
+            if store.pieces is None:
+                raise ValueError("packed histories need text, but tokenizer='none' has none; give a tokenizer")
+            sequences = [items[:end] for items, end in zip(store.sequences, store.train_end, strict=True) if end > 1]
+            self._packed = PackedRows(sequences, store.pieces, self.pack_length)
+        return self._packed
+
+    def row_tokens(self) -> Sequence[int]:
+        """Return the loss-bearing tokens of each training row."""
+        tokens: Sequence[int] = self.train_dataset.row_tokens()
+        return tokens
+
+    def collate(self, rows: Sequence[Any]) -> Batch:
+        """Make a batch of rows."""
+        return collate(rows, self.catalog.pad_token_id)
+
+    def train_dataloader(self) -> PhasedLoader[Any]:
+        """Return the training loader, which also knows the other view of the same data."""
+        loader = super().train_dataloader()
+        loader.views = {"answer": self._answers, "packed": lambda: self.packed_dataset}
+        return loader
+
+    def _open(self) -> Store:
+        if self._store is None:
+            recipe = Recipe(
+                source=self.source,
+                split=replace(self.split, train_limit=None, val_limit=None, test_limit=None),
+                template=self.template,
+                tokenizer=self.tokenizer,
+                vocab_size=self.vocab_size,
+                max_prompt_length=self.max_prompt_length,
+                seed=self.seed,
+            )
+            self._store = Store.open_or_build(recipe, (self.cache_dir or cache_folder()) / "recommendation")
+        return self._store
+
+    def _negatives(self) -> Negatives | None:
+        if self.negatives == "none":
+            return None
+        weights = self.catalog.popularity if self.negatives == "popularity" else None
+        return Negatives(ItemSampler(range(len(self.catalog)), weights, self.seed), self.num_negatives)
+
+    def _selected(self, name: str, count: int) -> np.ndarray:
+        limit = getattr(self.split, f"{name}_limit")
+        if limit is None or limit >= count:
+            return np.arange(count)
+        return np.sort(np.random.default_rng(self.seed).permutation(count)[:limit])
+
+    def _predict_rows(self, path: Path) -> AnswerRows:
+        store = self._open()
+        histories = [np.array(items) for items in read_histories(path, ItemLookup(store.catalog.titles, store.keys))]
+        lengths = np.array([len(items) for items in histories])
+        table = row_table(
+            "predict", histories, np.arange(len(histories)), lengths, None, 0, self.split.history_length, store.pieces, self.max_prompt_length
+        )
+        return AnswerRows(table, histories, store.pieces, hide_seen=self.split.repeats == "drop")

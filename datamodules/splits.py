@@ -1,0 +1,276 @@
+"""From interactions to training, validation and test rows: filters, time order, leave-last-out and global-time splits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from malleable.datamodules.sources.base import InteractionTables, ReadyRow, ReadyRows
+from malleable.datamodules.titles import clean_title, merge_titles
+
+log = logging.getLogger(__name__)
+
+Ints = NDArray[np.int64]
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """How interactions become rows.
+
+    Attributes:
+        kind: ``leave_last_out``: a user's last item is for the test, the one before it for validation.
+            ``global_time``: rows are cut by the time of their target, so that nothing later trains.
+        min_rating: Keep interactions rated at least so; ``None`` keeps all.
+        min_user_events: Keep users with at least so many interactions.
+        min_item_events: Keep items with at least so many; with both at k this is the k-core, applied until nothing changes.
+            At 1 (the default) items without any interaction stay in the catalogue.
+        history_length: Items that a row shows, at most.
+        fractions: Shares of training, validation and test rows under ``global_time``.
+        repeats: ``drop`` keeps a user's first interaction with an item, and what was seen is not recommended again;
+            ``keep`` keeps them all, and everything may be recommended again.
+        candidates: Items a row offers to choose from, the target among them, the others drawn from the unseen; ``None``: the catalogue.
+        train_limit: Draw at most so many training rows.
+        val_limit: Draw at most so many validation rows.
+        test_limit: Draw at most so many test rows.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    kind: Literal["leave_last_out", "global_time"] = "leave_last_out"
+    min_rating: float | None = None
+    min_user_events: int = 5
+    min_item_events: int = 1
+    history_length: int = 10
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    repeats: Literal["drop", "keep"] = "drop"
+    candidates: int | None = None
+    train_limit: int | None = None
+    val_limit: int | None = None
+    test_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("min_user_events", "min_item_events", "history_length", "train_limit", "val_limit", "test_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.candidates is not None and self.candidates < 2:
+            raise ValueError(f"candidates must be >= 2 (the target and another), got {self.candidates}")
+        if len(self.fractions) != 3 or min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(f"fractions must be three shares >= 0 that sum to 1, got {tuple(self.fractions)}")
+
+
+@dataclass
+class RowIndex:
+    """Rows of one split: row i shows ``items[start:end]`` of its sequence and asks for ``items[end]``.
+
+    Attributes:
+        sequence: ``(N,)`` index of the sequence.
+        end: ``(N,)`` position of the target.
+        candidates: Per row the items to choose from; ``None`` for the whole catalogue.
+    """
+
+    sequence: Ints
+    end: Ints
+    candidates: list[Sequence[int]] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.sequence)
+
+
+@dataclass
+class Interactions:
+    """Filtered data in its final order; item ids are positions in ``titles``.
+
+    Attributes:
+        titles: Clean, distinct titles.
+        genres: Genres of each item.
+        keys: The source's own ids of each item; several where equal titles were merged.
+        sequences: Items of each user (or ready row), oldest first.
+        train_end: ``(sequences,)`` number of leading items that belong to training.
+        rows: Rows by split.
+    """
+
+    titles: list[str]
+    genres: list[tuple[str, ...]]
+    keys: list[list[str]]
+    sequences: list[Ints]
+    train_end: Ints
+    rows: dict[str, RowIndex] = field(default_factory=dict)
+
+    def popularity(self) -> Ints:
+        """Count the training interactions of each item."""
+        counts = np.zeros(len(self.titles), dtype=np.int64)
+        for items, end in zip(self.sequences, self.train_end, strict=True):
+            np.add.at(counts, items[:end], 1)
+        return counts
+
+
+def prepare(source: InteractionTables | ReadyRows, split: Split) -> Interactions:
+    """Clean titles, filter, order and split.
+
+    Raises:
+        ValueError: If no interaction or no row is left, or ratings are asked for where there are none.
+    """
+    if isinstance(source, ReadyRows):
+        return _from_rows(source, split)
+    return _from_tables(source, split)
+
+
+def k_core(users: Ints, items: Ints, min_user_events: int, min_item_events: int) -> NDArray[np.bool_]:
+    """Return which interactions stay when users and items below their minimum go, until nothing changes."""
+    keep = np.ones(len(users), dtype=bool)
+    while True:
+        enough = np.bincount(users[keep], minlength=users.max(initial=-1) + 1)[users] >= min_user_events
+        enough &= np.bincount(items[keep], minlength=items.max(initial=-1) + 1)[items] >= min_item_events
+        if not (keep & ~enough).any():
+            return keep
+        keep &= enough
+
+
+def _clean_items(items: pd.DataFrame) -> tuple[list[str], list[tuple[str, ...]], list[list[str]], list[int]]:
+    """Clean and merge titles: titles, genres and source ids of the catalogue, and the catalogue id of each row (-1: dropped)."""
+    titles, ids = merge_titles([clean_title(title) for title in items["title"]])
+    if dropped := ids.count(-1):
+        log.warning("dropped %d items without a readable title", dropped)
+    if merged := len(items) - dropped - len(titles):
+        log.info("merged %d items into others of the same title: %d titles", merged, len(titles))
+    genres: list[tuple[str, ...]] = [()] * len(titles)
+    keys: list[list[str]] = [[] for _ in titles]
+    for index, key, own in zip(ids, items["item_id"], items["genres"], strict=True):
+        if index >= 0:
+            genres[index] = tuple(dict.fromkeys([*genres[index], *own]))
+            keys[index].append(key)
+    return titles, genres, keys, ids
+
+
+def _from_tables(tables: InteractionTables, split: Split) -> Interactions:
+    titles, genres, keys, ids = _clean_items(tables.items)
+    events = tables.interactions
+    if split.min_rating is not None:
+        if "rating" not in events:
+            raise ValueError(f"min_rating={split.min_rating} needs ratings, but the interactions have no rating; leave min_rating out")
+        events = events[events["rating"] >= split.min_rating]
+    item = events["item_id"].map(dict(zip(tables.items["item_id"], ids, strict=True))).fillna(-1).to_numpy(np.int64)
+    if unknown := int((item < 0).sum()):
+        log.warning("dropped %d of %d interactions with items that are not in the items table or have no title", unknown, len(item))
+    # Users in order of their own id, so that neither rows nor sequences depend on the order of the file.
+    user = pd.factorize(events["user_id"], sort=True)[0].astype(np.int64)
+    time = events["timestamp"].to_numpy(np.float64)
+    user, item, time = (column[item >= 0] for column in (user, item, time))
+    order = np.lexsort((item, time, user))
+    user, item, time = user[order], item[order], time[order]
+    if split.repeats == "drop":
+        first = ~pd.DataFrame({"user": user, "item": item}).duplicated().to_numpy()
+        log.info("dropped %d repeated interactions of a user with an item", int((~first).sum()))
+        user, item, time = user[first], item[first], time[first]
+    keep = k_core(user, item, split.min_user_events, split.min_item_events)
+    if not keep.any():
+        raise ValueError(
+            f"no interaction is left with min_rating={split.min_rating}, min_user_events={split.min_user_events} "
+            f"and min_item_events={split.min_item_events} out of {len(events)}; lower them"
+        )
+    user, item, time = user[keep], item[keep], time[keep]
+    if split.min_item_events > 1:
+        kept = np.unique(item)
+        titles, genres, keys = ([column[index] for index in kept] for column in (titles, genres, keys))  # type: ignore[assignment]
+        item = np.searchsorted(kept, item)
+    starts = np.flatnonzero(np.diff(user, prepend=-1))
+    sequences, times = np.split(item, starts[1:]), np.split(time, starts[1:])
+    log.info("%d users, %d interactions, %d items", len(sequences), len(item), len(titles))
+    data = Interactions(titles, genres, keys, sequences, np.zeros(len(sequences), dtype=np.int64))
+    (_leave_last_out if split.kind == "leave_last_out" else _global_time)(data, times, split)
+    _check_train(data, split)
+    return data
+
+
+def _leave_last_out(data: Interactions, times: list[NDArray[np.float64]], split: Split) -> None:
+    del times, split
+    lengths = np.array([len(items) for items in data.sequences])
+    users = np.arange(len(lengths))
+    # A user with two items trains nothing but can be tested; one item gives no row at all.
+    data.train_end = np.maximum(lengths - 2, 0)
+    data.rows["train"] = _rows_between(np.ones_like(lengths), data.train_end)
+    for name, back in (("val", 2), ("test", 1)):
+        own = users[lengths > back]
+        data.rows[name] = RowIndex(own, lengths[own] - back)
+
+
+def _global_time(data: Interactions, times: list[NDArray[np.float64]], split: Split) -> None:
+    targets = np.sort(np.concatenate([time[1:] for time in times]))
+    if not len(targets):
+        raise ValueError("no user has two interactions: there is nothing to predict")
+    cuts = []
+    for share in np.cumsum(split.fractions)[:2]:
+        position = round(share * len(targets))
+        # Equal times stay on one side, so that nothing trains that happens together with a test.
+        cuts.append(targets[position] if position < len(targets) else np.inf)
+    lengths = np.array([len(time) for time in times])
+    bounds = [np.ones_like(lengths), *(np.array([np.searchsorted(time, cut, "left") for time in times]) for cut in cuts), lengths]
+    data.train_end = bounds[1]
+    for index, name in enumerate(SPLITS):
+        data.rows[name] = _rows_between(np.maximum(bounds[index], 1), bounds[index + 1])
+
+
+def _rows_between(first: Ints, last: Ints) -> RowIndex:
+    """Rows for the targets ``first <= position < last`` of every sequence."""
+    counts = np.maximum(last - first, 0)
+    sequence = np.repeat(np.arange(len(first)), counts)
+    offset = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return RowIndex(sequence, first[sequence] + offset)
+
+
+def _from_rows(ready: ReadyRows, split: Split) -> Interactions:
+    titles, genres, keys, ids = _clean_items(ready.items)
+    data = Interactions(titles, genres, keys, [], np.zeros(0, dtype=np.int64))
+    train_end: list[int] = []
+    for name in SPLITS:
+        rows = [
+            ReadyRow([ids[i] for i in row.history if i >= 0], ids[row.target] if row.target >= 0 else -1, [ids[i] for i in row.candidates if i >= 0])
+            for row in ready.rows.get(name, [])
+        ]
+        kept = _usable(name, rows, split)
+        first = len(data.sequences)
+        data.sequences += [np.array([*row.history, row.target], dtype=np.int64) for row in kept]
+        train_end += [len(row.history) + 1 if name == "train" else 0 for row in kept]
+        candidates = [row.candidates for row in kept]
+        data.rows[name] = RowIndex(
+            np.arange(first, len(data.sequences)),
+            np.array([len(row.history) for row in kept], dtype=np.int64),
+            candidates if any(len(row) for row in candidates) else None,
+        )
+    data.train_end = np.array(train_end, dtype=np.int64)
+    _check_train(data, split)
+    return data
+
+
+def _usable(name: str, rows: list[ReadyRow], split: Split) -> list[ReadyRow]:
+    """Drop, count and log the rows that cannot be used."""
+    known = [row for row in rows if row.target >= 0]
+    if unknown := len(rows) - len(known):
+        log.warning("dropped %d of %d %s rows: their target is not in the catalogue", unknown, len(rows), name)
+    shown = [row for row in known if len(row.history)]
+    if empty := len(known) - len(shown):
+        log.warning("dropped %d of %d %s rows without any history", empty, len(rows), name)
+    if split.repeats == "keep":
+        return shown
+    fresh = [row for row in shown if row.target not in row.history]
+    if repeated := len(shown) - len(fresh):
+        log.warning("dropped %d of %d %s rows: their target is in their history (repeats: keep retains them)", repeated, len(rows), name)
+    return fresh
+
+
+def _check_train(data: Interactions, split: Split) -> None:
+    counts = {name: len(rows) for name, rows in data.rows.items()}
+    if not any(counts.values()):
+        raise ValueError(f"the {split.kind} split gives no rows at all; check the data and {split}")
+    log.info("rows: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))

@@ -1,0 +1,62 @@
+"""Title hygiene: the text a language model reads and writes for an item."""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Sequence
+
+_ARTICLES = "The A An Le La Les L' Un Une El Los Las Lo Il Gli Der Die Das Ein Eine Den Det De Het O Os Um Uma".split()
+# "Head, The" where the title or a bracket of it ends; "Mystery, Alaska" and "Corrina, Corrina" stay as they are.
+_TRAILING_ARTICLE = re.compile(
+    rf"(?P<start>^|\()(?P<alias>(?:a\.?k\.?a\.? )?)(?P<head>[^()]*[^()\s,]), (?P<article>{'|'.join(_ARTICLES)})(?=\s*(?:$|[()]))"
+)
+_TAG = re.compile(r"</?[a-zA-Z][^<>]*(?:>|$)|<!--.*?(?:-->|$)")
+_INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\ufeff]")
+_QUOTES = str.maketrans({"\u201c": '"', "\u201d": '"', "\u201e": '"', "\u00ab": '"', "\u00bb": '"', "\u2018": "'", "\u2019": "'", "\u201a": "'", "\u00b4": "'"})
+
+
+def clean_title(title: str) -> str:
+    """Return the display form of a title; the empty string where nothing readable is left.
+
+    HTML entities and tags, typographic and enclosing quotes, invisible characters and repeated spaces go;
+    a trailing article moves to the front, also inside brackets.
+
+    >>> clean_title("Umbrellas of Cherbourg, The (Parapluies de Cherbourg, Les) (1964)")
+    'The Umbrellas of Cherbourg (Les Parapluies de Cherbourg) (1964)'
+    """
+    text = unicodedata.normalize("NFC", html.unescape(html.unescape(title)))
+    text = _INVISIBLE.sub("", _TAG.sub(" ", text)).translate(_QUOTES)
+    text = " ".join(text.split())
+    if len(text) >= 2 and text[0] == text[-1] == '"' and '"' not in text[1:-1]:
+        text = text[1:-1].strip()
+    return _TRAILING_ARTICLE.sub(_article_first, text)
+
+
+def with_year(title: str, year: str) -> str:
+    """Append ``(year)`` to a title that does not end with one.
+
+    >>> with_year("Heat", "1995")
+    'Heat (1995)'
+    """
+    if not re.fullmatch(r"\d{4}", year) or re.search(r"\(\d{4}\)$", title):
+        return title
+    return f"{title} ({year})"
+
+
+def merge_titles(titles: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Make equal titles one item.
+
+    Returns:
+        Distinct titles in order of first appearance, and the index among them of each given title, -1 for an empty one.
+    """
+    index: dict[str, int] = {}
+    positions = [index.setdefault(title, len(index)) if title else -1 for title in titles]
+    return list(index), positions
+
+
+def _article_first(match: re.Match[str]) -> str:
+    article = match["article"]
+    space = "" if article.endswith("'") else " "
+    return f"{match['start']}{match['alias']}{article}{space}{match['head']}"

@@ -1,0 +1,118 @@
+"""Tokenizers: pretrained ones by name, and a small one trained on the catalogue for models that start from nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from malleable.datamodules.fetch import cache_folder, resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+PAD, EOS, BOS = "<pad>", "</s>", "<s>"
+# Words as GPT-2 cuts them, but a year in brackets is one word: a quarter fewer tokens on film titles.
+_WORDS = r" \(\d{4}\)|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer without any network traffic; one without a padding token pads with its end-of-sequence token.
+
+    Args:
+        name: Hub id in the local cache, local folder, GGUF file, or a name that :func:`~malleable.datamodules.fetch.resolve_model` knows.
+
+    Raises:
+        OSError: If there is no such tokenizer on this machine.
+    """
+    from transformers import AutoTokenizer
+
+    folder, gguf_file = resolve_model(name)
+    if gguf_file is not None:
+        folder = str(_converted(Path(folder) / gguf_file))
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise OSError(f"no tokenizer found for {name!r}: give a local folder, a GGUF file or a hub id that is in the local hub cache ({error})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def train_tokenizer(titles: Iterable[str], vocab_size: int = 2048) -> Path:
+    """Train a byte-level BPE on titles and keep it in the cache; equal titles and size give the same folder.
+
+    Args:
+        titles: Texts to train on.
+        vocab_size: Number of tokens, the 256 bytes and 3 special tokens included.
+
+    Returns:
+        Folder in the Hugging Face format.
+
+    Raises:
+        ValueError: If ``vocab_size`` has no room for the bytes and the special tokens.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [PAD, EOS, BOS]
+    if vocab_size < 256 + len(special):
+        raise ValueError(f"vocab_size must be >= {256 + len(special)} (every byte and {special}), got {vocab_size}")
+    texts = sorted(titles)
+    folder = cache_folder() / "tokenizers" / f"bpe-{_digest([*texts, str(vocab_size), _WORDS])}"
+    if not (folder / "tokenizer.json").is_file():
+        bpe = Tokenizer(models.BPE())
+        words = pre_tokenizers.Split(Regex(_WORDS), "isolated")
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        bpe.train_from_iterator(texts, trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=EOS, bos_token=BOS)
+        _save(tokenizer, folder)
+    return folder
+
+
+def fingerprint(name: str) -> str:
+    """Return what identifies a tokenizer: the content of its local files, or its hub id."""
+    folder, gguf_file = resolve_model(name)
+    if gguf_file is not None:
+        stat = (Path(folder) / gguf_file).stat()
+        return _digest([gguf_file, str(stat.st_size), str(stat.st_mtime_ns)])
+    files = [path for path in sorted(Path(folder).glob("*")) if path.name in _FILES]
+    return _digest([name] if not files else [hashlib.sha256(path.read_bytes()).hexdigest() for path in files])
+
+
+_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"}
+
+
+def _converted(gguf: Path) -> Path:
+    """Convert the tokenizer inside a GGUF file once: reading it takes seconds."""
+    from transformers import AutoTokenizer
+
+    folder = cache_folder() / "tokenizers" / f"gguf-{fingerprint(str(gguf))}"
+    if not (folder / "tokenizer.json").is_file():
+        _save(AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name), folder)
+    return folder
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save under a temporary name first, so that nobody reads half a tokenizer."""
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    tokenizer.save_pretrained(part)
+    if folder.exists():
+        shutil.rmtree(part)
+        return
+    part.rename(folder)
+    log.info("tokenizer of %d tokens saved to %s", len(tokenizer), folder)
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]

@@ -1,0 +1,171 @@
+"""The base of every module: one shared step, one way to log, one optimizer, one schedule."""
+
+from __future__ import annotations
+
+import logging
+import os
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+from torchmetrics import Metric
+
+from malleable.datamodules.batch import Batch
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "val", "test"]
+
+
+class LossOutput(NamedTuple):
+    """What a module makes of a batch.
+
+    Attributes:
+        loss: Scalar with gradient.
+        extras: Detached scalars to log beside it, under ``{split}_{name}``.
+    """
+
+    loss: Tensor
+    extras: dict[str, Tensor]
+
+
+class BaseModule(LightningModule, ABC):
+    """One shared step for all methods; a subclass writes :meth:`compute_loss` and, to be tested, :meth:`evaluate`.
+
+    Order of hooks: ``__init__`` (typed attributes, no weights), ``setup`` (:attr:`needs` are filled from the data module),
+    ``configure_model`` (weights; a second call does nothing), ``configure_metrics``.
+
+    Args:
+        optimizer: Makes the one optimizer from the trainable parameters; default: AdamW at the module's own rate.
+        lr_scheduler: Makes a scheduler, stepped every optimizer step.
+    """
+
+    trains: ClassVar[bool] = True
+    """False for methods without training: `test` and `predict` then need no checkpoint."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Attributes that, left ``None``, are taken from the data module's attribute of the same name."""
+
+    def __init__(self, optimizer: OptimizerCallable | None = None, lr_scheduler: LRSchedulerCallable | None = None) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.eval_metrics: dict[str, dict[str, Metric]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Take what the method :attr:`needs` from the data module, unless the constructor was given it."""
+        source = getattr(self.trainer, "datamodule", None)
+        for name in self.needs:
+            if getattr(self, name) is None:
+                if not hasattr(source, name):
+                    raise MisconfigurationException(
+                        f"{type(self).__name__} needs `{name}`: pass {type(self).__name__}({name}=...) or use a data module that has it"
+                    )
+                setattr(self, name, getattr(source, name))
+
+    @abstractmethod
+    def compute_loss(self, batch: Any) -> LossOutput:
+        """Compute the loss of a batch; no logging, no side effects."""
+
+    def configure_metrics(self) -> dict[str, Metric]:
+        """Make the metrics of one evaluation split, by name; each is fed by :meth:`evaluate`."""
+        return {}
+
+    def evaluate(self, batch: Any, metrics: dict[str, Metric]) -> Any:
+        """Feed the metrics with a batch; what it returns reaches the callbacks as the step's output."""
+        return None
+
+    def metrics(self, split: Split) -> dict[str, Metric]:
+        """The metrics of a split, made at first use."""
+        if split not in self.eval_metrics:
+            self.eval_metrics[split] = {name: metric.to(self.device) for name, metric in self.configure_metrics().items()}
+        return self.eval_metrics[split]
+
+    def shared_step(self, batch: Any, split: Split) -> Tensor:
+        """Compute the loss, feed the metrics, log both."""
+        output = self.compute_loss(batch)
+        size = len(batch)
+        self.log(f"{split}_loss", output.loss, prog_bar=True, batch_size=size, on_step=split == "train", on_epoch=split != "train", sync_dist=split != "train")
+        values = {f"{split}_{name}": value for name, value in output.extras.items()}
+        self.log_dict(values, batch_size=size, on_step=split == "train", on_epoch=split != "train", sync_dist=split != "train")
+        return output.loss
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed what the step draws (dropout) by its number, so that a resumed run repeats it exactly."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        torch.manual_seed(((seed * 1_000_003 + self.current_epoch) * 1_000_003 + batch_idx) * 1_009 + self.global_rank)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss."""
+        return self.shared_step(batch, "train")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        """Log the loss and feed the metrics."""
+        return self._evaluation_step(batch, batch_idx, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> Any:
+        """Log the loss and feed the metrics."""
+        return self._evaluation_step(batch, batch_idx, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._log_metrics("test")
+
+    def configure_optimizers(self) -> Any:
+        """Make one optimizer over the parameter groups, and the schedule stepped with it."""
+        groups = self.parameter_groups()
+        optimizer = self.optimizer(groups) if self.optimizer is not None else self.default_optimizer(groups)
+        scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler is not None else self.default_lr_scheduler(optimizer)
+        if scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Trainable parameters; matrices decay, vectors do not."""
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise MisconfigurationException(f"{type(self).__name__} has no trainable parameter; use `test` or `predict`, or unfreeze something")
+        matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
+        vectors = [parameter for parameter in trainable if parameter.ndim < 2]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+    def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Make the method's own optimizer."""
+        return torch.optim.AdamW(groups)
+
+    def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Make the method's own schedule, or ``None`` for a constant rate."""
+        return None
+
+    def _evaluation_step(self, batch: Batch, batch_idx: int, split: Split) -> Any:
+        batch.sample_id = self._mark_repeats(batch, batch_idx, split)
+        self.shared_step(batch, split)
+        return self.evaluate(batch, self.metrics(split))
+
+    def _mark_repeats(self, batch: Batch, batch_idx: int, split: Split) -> Tensor:
+        """Negate the ids of rows that a ``DistributedSampler`` repeated to fill the last batch."""
+        loaders = self.trainer.val_dataloaders if split == "val" else self.trainer.test_dataloaders
+        loader = loaders[0] if isinstance(loaders, list) else loaders
+        sampler = loader.sampler if isinstance(loader, DataLoader) else None
+        if not isinstance(sampler, DistributedSampler):
+            return batch.sample_id
+        own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+        first = batch_idx * (loader.batch_size or 1)
+        position = first + torch.arange(len(batch), device=batch.sample_id.device)
+        return torch.where((position < own) | (batch.sample_id < 0), batch.sample_id, -1 - batch.sample_id)
+
+    def _log_metrics(self, split: Split) -> None:
+        for metric in self.metrics(split).values():
+            values = metric.compute()
+            self.log_dict({f"{split}_{name}": value for name, value in values.items()}, rank_zero_only=False)
+            metric.reset()

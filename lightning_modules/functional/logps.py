@@ -1,0 +1,155 @@
+"""Log-probabilities of answers, the prompt computed once.
+
+A prompt and its K answers lie in one row: ``[padding | prompt | answer 1 | ... | answer K | padding]``. Each answer sees
+the prompt and itself, and its positions restart where the prompt ends, so the result equals K separate rows while the
+prompt is run once. The language-model head runs only where an answer token is predicted.
+
+Shapes: B rows, P prompt tokens, K answers, A answer tokens, T = P + all answers' tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from malleable.lightning_modules.functional.attention import document_mask, model_mask
+
+
+class SharedRow(NamedTuple):
+    """The one row of a prompt and its answers.
+
+    Attributes:
+        input_ids: ``(B, T)``.
+        position_ids: ``(B, T)``.
+        allowed: ``(B, T, T)`` bool, who may attend to whom.
+        num_kept: Trailing positions whose logits are needed.
+        predictors: ``(B, K, A)``; where, among those, each answer token is predicted.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    allowed: Tensor
+    num_kept: int
+    predictors: Tensor
+
+
+def shared_row(prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> SharedRow:
+    """Lay a prompt and its answers into one row.
+
+    The last token of an answer predicts nothing and is left out of the row.
+
+    Args:
+        prompt_ids: ``(B, P)``, padded on the left, at least one real token a row.
+        prompt_mask: ``(B, P)`` bool.
+        answer_ids: ``(B, K, A)``, padded on the right.
+        answer_mask: ``(B, K, A)`` bool.
+    """
+    rows, width = prompt_ids.shape
+    lengths = answer_mask.sum(-1)
+    fed = (lengths - 1).clamp_min(0)
+    offsets = fed.cumsum(1) - fed
+    extra = int(fed.sum(1).max()) if fed.numel() else 0
+    column = torch.arange(answer_ids.shape[2], device=answer_ids.device)
+    fed_mask = column < fed[..., None]
+    places = (width + offsets[..., None] + column)[fed_mask]
+    row_index = torch.arange(rows, device=prompt_ids.device)[:, None, None].expand(fed_mask.shape)[fed_mask]
+
+    input_ids = torch.cat([prompt_ids, prompt_ids.new_zeros(rows, extra)], 1)
+    branch = torch.cat([prompt_mask.long() - 1, prompt_ids.new_full((rows, extra), -1)], 1)
+    position_ids = torch.cat([(prompt_mask.cumsum(1) - 1).clamp_min(0), prompt_ids.new_zeros(rows, extra)], 1)
+    numbers = torch.arange(1, answer_ids.shape[1] + 1, device=answer_ids.device)[None, :, None].expand(fed_mask.shape)
+    starts = prompt_mask.sum(1)[:, None, None] + column.expand(fed_mask.shape)
+    input_ids[row_index, places] = answer_ids[fed_mask]
+    branch[row_index, places] = numbers[fed_mask]
+    position_ids[row_index, places] = starts[fed_mask]
+
+    # branch: -1 padding, 0 prompt, j answer j.
+    sees = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    causal = torch.ones(width + extra, width + extra, dtype=torch.bool, device=prompt_ids.device).tril()
+    diagonal = torch.eye(width + extra, dtype=torch.bool, device=prompt_ids.device)
+    allowed = (sees & causal & (branch >= 0)[:, None, :]) | diagonal
+    predictors = torch.where(column == 0, 0, offsets[..., None] + column)
+    return SharedRow(input_ids, position_ids, allowed, extra + 1, torch.where(answer_mask, predictors, 0))
+
+
+def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities of the targets in float32.
+
+    Args:
+        logits: ``(..., V)``.
+        targets: ``(...)``.
+    """
+    logits = logits.float()
+    return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def answer_token_logps(
+    model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, *, shared_prompt: bool = True
+) -> Tensor:
+    """Log-probability of every answer token, in nats.
+
+    Args:
+        model: Hugging Face causal language model.
+        prompt_ids: ``(B, P)``, padded on the left.
+        prompt_mask: ``(B, P)`` bool.
+        answer_ids: ``(B, K, A)``, padded on the right.
+        answer_mask: ``(B, K, A)`` bool.
+        shared_prompt: Run the prompt once for all answers; False lays out one row an answer, for models without attention masks.
+
+    Returns:
+        ``(B, K, A)`` float32, 0 on padding.
+
+    Raises:
+        ValueError: If a row has no prompt token: the first answer token would have no predictor.
+    """
+    if not bool(prompt_mask.any(1).all()):
+        raise ValueError("every row needs at least one prompt token; give the template a prefix or a beginning-of-sequence token")
+    if not shared_prompt:
+        rows, count, width = answer_ids.shape
+        separate = answer_token_logps(
+            model,
+            prompt_ids.repeat_interleave(count, 0),
+            prompt_mask.repeat_interleave(count, 0),
+            answer_ids.reshape(rows * count, 1, width),
+            answer_mask.reshape(rows * count, 1, width),
+        )
+        return separate.reshape(rows, count, width)
+    row = shared_row(prompt_ids, prompt_mask, answer_ids, answer_mask)
+    logits = model(
+        input_ids=row.input_ids,
+        attention_mask=model_mask(model, row.allowed),
+        position_ids=row.position_ids,
+        logits_to_keep=row.num_kept,
+        use_cache=False,
+    ).logits
+    normaliser = logits.float().logsumexp(-1)
+    index = torch.arange(len(logits), device=logits.device)[:, None, None]
+    chosen = logits[index, row.predictors, answer_ids].float() - normaliser[index, row.predictors]
+    return chosen.masked_fill(~answer_mask, 0.0)
+
+
+def answer_logps(model: nn.Module, batch: Any, *, shared_prompt: bool = True) -> Tensor:
+    """Summed log-probability of every answer of an ``AnswerBatch``, ``(B, K)`` float32, in nats."""
+    parts = (batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask)
+    return answer_token_logps(model, *parts, shared_prompt=shared_prompt).sum(-1)
+
+
+def packed_token_logps(model: nn.Module, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of every token of packed documents but each document's first.
+
+    Args:
+        model: Hugging Face causal language model.
+        input_ids: ``(B, T)``.
+        document_ids: ``(B, T)``, 0 on padding.
+        position_ids: ``(B, T)``, restarting in each document.
+
+    Returns:
+        ``(B, T - 1)`` float32 in nats, 0 where nothing is predicted, and the ``(B, T - 1)`` mask of targets.
+    """
+    mask = model_mask(model, document_mask(document_ids))
+    logits = model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+    targets = (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] > 0)
+    logps = token_logps(logits[:, :-1], input_ids[:, 1:])
+    return logps.masked_fill(~targets, 0.0), targets

@@ -1,0 +1,30 @@
+"""Learning-rate courses as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+
+def warmup_decay(step: int, total: int, warmup: int = 0, decay: str = "linear") -> float:
+    """Factor of the peak rate: a linear rise, then decay to zero.
+
+    Args:
+        step: Optimizer steps made so far.
+        total: Steps of the whole course.
+        warmup: Steps of the rise; cut to the whole course.
+        decay: ``linear``, ``cosine`` or ``constant``.
+
+    Raises:
+        ValueError: If ``decay`` is unknown.
+    """
+    warmup = min(warmup, total)
+    if step < warmup:
+        return (step + 1) / warmup
+    rest = min(1.0, (step - warmup) / max(1, total - warmup))
+    if decay == "constant":
+        return 1.0
+    if decay == "linear":
+        return 1.0 - rest
+    if decay == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * rest))
+    raise ValueError(f"decay must be linear, cosine or constant, got '{decay}'")

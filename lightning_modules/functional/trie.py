@@ -1,0 +1,223 @@
+"""The catalogue's titles as a prefix tree on the device.
+
+Shapes: N items, L leaves (distinct titles), M nodes, R rows, W beams, C candidates.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trie:
+    """Prefix tree of token sequences; each leaf is one distinct title.
+
+    Nodes are numbered level by level from the root, 0, so that the children of a node are neighbours, in the order of their
+    tokens. Leaves are numbered in depth-first order, so that the leaves below a node are neighbours too.
+
+    Attributes:
+        token: ``(M,)`` int64, the token that leads to each node; 0 at the root.
+        first_child: ``(M,)`` int64, the first child of each node.
+        num_children: ``(M,)`` int64; 0 at leaves.
+        first_leaf: ``(M,)`` int64, the first leaf at or below each node.
+        last_leaf: ``(M,)`` int64, one past the last leaf at or below each node.
+        item_leaf: ``(N,)`` int64, the leaf of each item; items with equal titles share one.
+        title_start: ``(L,)`` int64, where each leaf's title starts in ``title_token``.
+        title_token: Tokens of all titles, leaf after leaf.
+        max_length: Tokens of the longest title.
+        duplicates: Items that share a title, one tuple for each such title.
+    """
+
+    token: Tensor
+    first_child: Tensor
+    num_children: Tensor
+    first_leaf: Tensor
+    last_leaf: Tensor
+    item_leaf: Tensor
+    title_start: Tensor
+    title_token: Tensor
+    max_length: int
+    duplicates: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def build(cls, token_ids: Sequence[Sequence[int]]) -> Trie:
+        """Build the tree of a catalogue.
+
+        Args:
+            token_ids: Tokens of each item's title, in item order, each title ending with the end-of-sequence token.
+
+        Raises:
+            ValueError: If there is no item, if a title is empty, or if a title is the beginning of another one.
+        """
+        if not token_ids:
+            raise ValueError("a trie needs at least one item, got an empty catalogue")
+        titles = [tuple(int(token) for token in title) for title in token_ids]
+        if () in titles:
+            raise ValueError(f"item {titles.index(())} has no tokens; every title needs at least its end-of-sequence token")
+        order = sorted(range(len(titles)), key=lambda item: titles[item])
+        distinct = sorted(set(titles))
+        for shorter, longer in zip(distinct, distinct[1:], strict=False):
+            if longer[: len(shorter)] == shorter:
+                raise ValueError(
+                    f"the title of item {titles.index(shorter)} is the beginning of the title of item {titles.index(longer)}; "
+                    f"end every title with the end-of-sequence token"
+                )
+        leaf_of = {title: leaf for leaf, title in enumerate(distinct)}
+        lengths = torch.tensor([len(title) for title in distinct])
+        return cls(
+            **_link(distinct, lengths),
+            item_leaf=torch.tensor([leaf_of[title] for title in titles]),
+            title_start=lengths.cumsum(0) - lengths,
+            title_token=torch.tensor([token for title in distinct for token in title]),
+            max_length=int(lengths.max()),
+            duplicates=_duplicates(titles, order),
+        )
+
+    def to(self, device: torch.device | str) -> Trie:
+        """Return the tree with its tables on ``device``."""
+        tables = {field.name: value.to(device) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
+        return replace(self, **tables)
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return len(self.item_leaf)
+
+    def restrict(self, allowed: Tensor | None = None) -> TrieView:
+        """Return the tree without the items that are not allowed.
+
+        Args:
+            allowed: ``(N,)`` or ``(B, N)`` bool; ``None`` allows every item.
+
+        Raises:
+            ValueError: If ``allowed`` is not boolean or has another number of items.
+        """
+        if allowed is None:
+            allowed = torch.ones(len(self), dtype=torch.bool, device=self.token.device)
+        if allowed.dtype != torch.bool or allowed.ndim not in (1, 2) or allowed.shape[-1] != len(self):
+            raise ValueError(
+                f"allowed must be a boolean tensor of shape ({len(self)},) or (B, {len(self)}), "
+                f"got {allowed.dtype} of shape {tuple(allowed.shape)}"
+            )
+        allowed = torch.atleast_2d(allowed.to(self.token.device))
+        items = torch.arange(len(self), device=allowed.device)
+        num_leaves = len(self.title_start)
+        none = torch.full((len(allowed), num_leaves), len(self), device=allowed.device)
+        leaf_item = none.scatter_reduce(1, self.item_leaf.expand_as(allowed), torch.where(allowed, items, len(self)), "amin")
+        return TrieView(self, leaf_item, torch.nn.functional.pad((leaf_item < len(self)).cumsum(1), (1, 0)))
+
+
+class Candidates(NamedTuple):
+    """The children of a row's beams, laid end to end.
+
+    Attributes:
+        beam: ``(R, C)`` int64, the beam each candidate continues.
+        node: ``(R, C)`` int64.
+        valid: ``(R, C)`` bool, False on padding and where no allowed item lies below.
+    """
+
+    beam: Tensor
+    node: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class TrieView:
+    """A tree of which each row sees the allowed items only.
+
+    Attributes:
+        trie: The whole tree.
+        leaf_item: ``(1 or R, L)`` int64, the lowest allowed item of each leaf, N where there is none.
+        leaves_before: ``(1 or R, L + 1)`` int64, allowed leaves before each leaf.
+    """
+
+    trie: Trie
+    leaf_item: Tensor
+    leaves_before: Tensor
+
+    def select(self, rows: Tensor) -> TrieView:
+        """Return the view of some rows."""
+        if len(self.leaf_item) == 1:
+            return self
+        return TrieView(self.trie, self.leaf_item[rows], self.leaves_before[rows])
+
+    def count(self, node: Tensor) -> Tensor:
+        """Count the allowed leaves at or below each node, ``(R, W)`` int64."""
+        before = self.leaves_before.expand(len(node), -1)
+        return before.gather(1, self.trie.last_leaf[node]) - before.gather(1, self.trie.first_leaf[node])
+
+    def leaf(self, node: Tensor) -> Tensor:
+        """Find the first allowed leaf at or below each node, ``(R, W)`` int64; nodes without one give some leaf."""
+        before = self.leaves_before.expand(len(node), -1).contiguous()
+        rank = before.gather(1, self.trie.first_leaf[node])
+        return (torch.searchsorted(before, rank + 1) - 1).clamp(max=self.leaf_item.shape[1] - 1)
+
+    def item(self, leaf: Tensor) -> Tensor:
+        """Return the lowest allowed item of each leaf, ``(R, W)`` int64."""
+        return self.leaf_item.expand(len(leaf), -1).gather(1, leaf)
+
+    def expand(self, node: Tensor, live: Tensor, width: int) -> Candidates:
+        """Lay out the children of the live beams.
+
+        Args:
+            node: ``(R, W)`` int64.
+            live: ``(R, W)`` bool.
+            width: Largest number of children of a row's live beams.
+        """
+        counts = self.trie.num_children[node] * live
+        ends = counts.cumsum(1)
+        column = torch.arange(width, device=node.device).expand(len(node), -1).contiguous()
+        beam = torch.searchsorted(ends, column, right=True).clamp(max=node.shape[1] - 1)
+        valid = column < ends[:, -1:]
+        child = self.trie.first_child[node].gather(1, beam) + column - (ends - counts).gather(1, beam)
+        child = torch.where(valid, child, 0)
+        return Candidates(beam, child, valid & (self.count(child) > 0))
+
+
+def _link(titles: Sequence[tuple[int, ...]], lengths: Tensor) -> dict[str, Tensor]:
+    """Number the nodes of sorted distinct titles level by level and link them."""
+    table = torch.full((len(titles), int(lengths.max()) + 1), -1)
+    for row, title in enumerate(titles):
+        table[row, 1 : len(title) + 1] = torch.tensor(title)
+    table[:, 0] = 0  # the root, as a token that all titles begin with
+    starts = torch.ones_like(table, dtype=torch.bool)
+    starts[1:] = (table[1:] != table[:-1]).cumsum(1) > 0
+    is_node = starts & (table >= 0)
+    levels = is_node.T.contiguous()  # (level, row): flattened order is the order of the node numbers
+    number = torch.where(levels, levels.flatten().cumsum(0).reshape(levels.shape) - 1, 0).cummax(1).values
+    level, row = levels.nonzero(as_tuple=True)
+    token = table.T[level, row]
+    parent = number[level - 1, row][1:]
+    num_children = torch.bincount(parent, minlength=len(token))
+    # a node's leaves end where the next prefix of its length starts
+    ends = torch.where(starts, torch.arange(len(titles))[:, None], len(titles)).flip(0).cummin(0).values.flip(0)
+    ends = torch.nn.functional.pad(ends[1:], (0, 0, 0, 1), value=len(titles))
+    return {
+        "token": token,
+        "first_child": 1 + num_children.cumsum(0) - num_children,
+        "num_children": num_children,
+        "first_leaf": row,
+        "last_leaf": ends[row, level],
+    }
+
+
+def _duplicates(titles: Sequence[tuple[int, ...]], order: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Group the items that share a title; ``order`` sorts the titles."""
+    groups: list[list[int]] = []
+    for before, item in zip(order, order[1:], strict=False):
+        if titles[before] == titles[item]:
+            if not groups or groups[-1][-1] != before:
+                groups.append([before])
+            groups[-1].append(item)
+    if groups:
+        log.warning(
+            "%d titles are shared by several items (e.g. items %s); decoding returns the lowest allowed id of each", len(groups), groups[0]
+        )
+    return tuple(tuple(group) for group in groups)

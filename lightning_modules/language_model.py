@@ -1,0 +1,237 @@
+"""What every recommending language model shares: weights, decoding to real items, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torchmetrics import Metric
+
+from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, Recommendations
+from malleable.lightning_modules.base import BaseModule, LossOutput
+from malleable.lightning_modules.functional.decoding import beam_search
+from malleable.lightning_modules.functional.logps import answer_token_logps, packed_token_logps
+from malleable.lightning_modules.functional.schedule import warmup_decay
+from malleable.lightning_modules.functional.trie import Trie
+from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model, fingerprint, from_plain, plain, save_language_model
+from malleable.lightning_modules.recommend import allowed_items, recommendation_metrics, update_metrics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Decoding:
+    """How a language model is made to name items.
+
+    Attributes:
+        num_beams: Width of the beam in the trie of titles.
+        exclude_seen: Leave out what the user already has.
+        renormalize: Score within the trie, so that forced tokens cost nothing, instead of by the model's full distribution.
+        shared_prompt: Compute a prompt once for all its answers.
+    """
+
+    num_beams: int = 20
+    exclude_seen: bool = True
+    renormalize: bool = False
+    shared_prompt: bool = True
+
+
+@dataclass
+class Tuning:
+    """The optimizer's course, where no optimizer or scheduler is injected.
+
+    Attributes:
+        lr: Peak learning rate of AdamW.
+        weight_decay: Decay of matrices.
+        warmup_steps: Optimizer steps of linear rise.
+        decay: Course after the rise, down to zero at the end of training.
+    """
+
+    lr: float = 3e-4
+    weight_decay: float = 0.0
+    warmup_steps: int = 20
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+
+
+class LanguageModel(BaseModule):
+    """A causal language model that recommends by writing an item's title.
+
+    Args:
+        language_model: Which model and how it is tuned.
+        catalog: The items; taken from the data module when left out.
+        decoding: How titles are decoded.
+        tuning: Rates of the default optimizer and schedule.
+        ks: Cut-offs of the metrics.
+        optimizer: Makes the optimizer instead.
+        lr_scheduler: Makes the schedule instead.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("catalog",)
+    strict_loading = False
+
+    def __init__(
+        self,
+        language_model: LanguageModelConfig | None = None,
+        catalog: Catalog | None = None,
+        decoding: Decoding | None = None,
+        tuning: Tuning | None = None,
+        ks: tuple[int, ...] = (1, 5, 10),
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        self.language_model: LanguageModelConfig = from_plain(LanguageModelConfig, language_model) or LanguageModelConfig()
+        self.catalog = catalog
+        self.decoding: Decoding = from_plain(Decoding, decoding) or Decoding()
+        self.tuning: Tuning = from_plain(Tuning, tuning) or Tuning()
+        self.ks = tuple(ks)
+        self.model: Any = None
+        self._trie: Trie | None = None
+
+    def configure_model(self) -> None:
+        """Build the language model; a second call does nothing."""
+        if self.model is not None:
+            return
+        if self.catalog is None:
+            raise MisconfigurationException(f"{type(self).__name__} needs the catalogue before its weights are built: pass catalog=...")
+        strategy = getattr(self._trainer, "strategy", None)
+        zero3 = strategy.config if getattr(strategy, "zero_stage_3", False) else None
+        self.model = build_language_model(self.language_model, self.catalog, zero3_config=zero3)
+        self._base_fingerprint = fingerprint(self.model)
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        log.info("language model: %s, %.2f M of %.2f M parameters trained", self.language_model.name or "from scratch", trainable / 1e6,
+                 sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters()) / 1e6)
+
+    @property
+    def trie(self) -> Trie:
+        """The trie of titles, on the module's device."""
+        assert self.catalog is not None
+        if self._trie is None:
+            self._trie = Trie.build(self.catalog.token_ids)
+        self._trie = self._trie.to(self.device)
+        return self._trie
+
+    def answer_loss(self, batch: AnswerBatch | PackedBatch) -> LossOutput:
+        """Negative log-likelihood of the true answers, over the answer tokens of the optimizer step.
+
+        A :class:`PackedBatch` is learnt whole: every token but each document's first.
+        """
+        if isinstance(batch, PackedBatch):
+            logps, targets = packed_token_logps(self.model, batch.input_ids, batch.document_ids, batch.position_ids)
+        else:
+            targets = batch.answer_mask[:, :1]
+            parts = (batch.prompt_ids, batch.prompt_mask, batch.answer_ids[:, :1], targets)
+            logps = answer_token_logps(self.model, *parts, shared_prompt=self.decoding.shared_prompt)
+        count = targets.sum() if batch.num_step_tokens is None else batch.num_step_tokens
+        return LossOutput(-logps.sum() / count, {})
+
+    @torch.no_grad()
+    def recommend(self, batch: AnswerBatch, k: int | None = None) -> Recommendations:
+        """Find the k most probable titles of each row.
+
+        Args:
+            batch: Rows with prompts; what they have seen is left out if so decided, and candidates restrict the choice.
+            k: Number of items; default: the largest cut-off of the metrics.
+        """
+        assert self.catalog is not None
+        k = k or max(self.ks)
+        found = beam_search(
+            self.model,
+            self.trie,
+            batch.prompt_ids,
+            batch.prompt_mask,
+            num_beams=max(k, self.decoding.num_beams),
+            k=k,
+            allowed=allowed_items(batch, len(self.catalog), self.decoding.exclude_seen),
+            renormalize=self.decoding.renormalize,
+        )
+        return Recommendations(*found)
+
+    def configure_metrics(self) -> dict[str, Metric]:
+        """Accuracy and exposure of the recommended lists."""
+        assert self.catalog is not None
+        return recommendation_metrics(self.catalog, self.ks)
+
+    def evaluate(self, batch: AnswerBatch, metrics: dict[str, Metric]) -> Recommendations:
+        """Recommend, and compare with the true item."""
+        recommended = self.recommend(batch)
+        update_metrics(metrics, recommended, batch)
+        return recommended
+
+    def predict_step(self, batch: AnswerBatch, batch_idx: int) -> Recommendations:
+        """Recommend."""
+        return self.recommend(batch)
+
+    def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """AdamW at the module's own rate."""
+        return torch.optim.AdamW(groups, lr=self.tuning.lr, weight_decay=self.tuning.weight_decay)
+
+    def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Linear rise, then decay to zero over the run."""
+        total = int(self.trainer.estimated_stepping_batches)
+        tuning = self.tuning
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_decay(step, total, tuning.warmup_steps, tuning.decay))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what trains, the catalogue, and the identity of what does not train."""
+        trainable = {f"model.{name}" for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        frozen = {f"model.{name}" for name, _ in self.model.named_parameters()} - trainable
+        if frozen and checkpoint.get("state_dict"):
+            checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key not in frozen}
+        checkpoint["base_fingerprint"] = self._base_fingerprint
+        if self.catalog is not None:
+            checkpoint["catalog"] = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.catalog).items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the model for a bare checkpoint, and refuse one that was trained on another base or another vocabulary."""
+        if self.catalog is None and "catalog" in checkpoint:
+            stored = checkpoint["catalog"]
+            nested = {name: tuple(tuple(row) for row in stored[name]) for name in ("token_ids", "genres")}
+            self.catalog = Catalog(**{**stored, **nested, "titles": tuple(stored["titles"]), "popularity": tuple(stored["popularity"])})
+        self.configure_model()
+        state = checkpoint.get("state_dict") or {}
+        if not state:
+            return
+        stored_base = checkpoint.get("base_fingerprint")
+        if stored_base is not None and stored_base != self._base_fingerprint:
+            raise MisconfigurationException(
+                f"the checkpoint was trained on another base model than '{self.language_model.name}' (fingerprint {stored_base[:12]}, "
+                f"here {self._base_fingerprint[:12]}); give the base model it was trained on"
+            )
+        own = self.state_dict()
+        missing = [f"model.{name}" for name, p in self.model.named_parameters() if p.requires_grad and f"model.{name}" not in state]
+        unexpected = sorted(set(state) - set(own))
+        if missing or unexpected:
+            raise MisconfigurationException(
+                f"the checkpoint does not fit this module: missing {missing[:3]}, unexpected {unexpected[:3]} "
+                f"({len(missing)} and {len(unexpected)} in all); build the module with the settings it was trained with"
+            )
+
+    def on_train_end(self) -> None:
+        """Write the tuned model into the run folder: ``adapter/`` in PEFT format or ``model/`` in Hugging Face format."""
+        folder = self.trainer.log_dir
+        if folder is None or self.trainer.fast_dev_run:
+            return
+        self.export(Path(folder))
+
+    def export(self, folder: Path) -> Path:
+        """Save the adapter or the whole model under ``folder``; under DeepSpeed every rank must call it."""
+        path = folder / ("adapter" if hasattr(self.model, "peft_config") else "model")
+        save_language_model(self.model, path, tokenizer=self.catalog.tokenizer if self.catalog else None, write=self.global_rank == 0)
+        return path
+
+    def remember(self, ignore: tuple[str, ...] = ()) -> None:
+        """Store the constructor's arguments as plain data; call it last in ``__init__``."""
+        frame = inspect.currentframe()
+        assert frame is not None
+        self.save_hyperparameters(ignore=["catalog", "optimizer", "lr_scheduler", *ignore], frame=frame.f_back)
+        for name, value in list(self.hparams.items()):
+            self.hparams[name] = plain(value)
+

@@ -1,0 +1,1 @@
+"""Losses: small modules on tensors, without model, tokenizer or Trainer."""

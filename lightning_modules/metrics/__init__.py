@@ -1,0 +1,1 @@
+"""Metrics whose states are sums over distinct rows."""

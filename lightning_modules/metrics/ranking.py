@@ -1,0 +1,268 @@
+"""How well a ranking finds what was wanted.
+
+Two entries: :class:`RankingMetrics` for recommended lists with one true item, :class:`ScoredRankingMetrics` for scored
+candidates with graded labels. Both keep sums only and give the same figure on any number of devices and in any order.
+
+Shapes: B rows, K recommended items, C candidates. Ranks count from 1. Rows with a negative ``sample_id`` are repeats that
+fill a batch and are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+Ties = Literal["optimistic", "realistic", "pessimistic"]
+Gain = Literal["linear", "exp"]
+TIE_WEIGHTS: dict[str, float] = {"optimistic": 0.0, "realistic": 0.5, "pessimistic": 1.0}
+RESOLUTION = 2.0**32  # sums of integers in this unit do not depend on their order, as sums of floats do
+
+
+def rank_of_target(scores: Tensor, target: Tensor, ties: Ties = "realistic") -> Tensor:
+    """Rank one item among all: ``1 + #greater + weight * #ties``, weight 0, 1/2 or 1.
+
+    Args:
+        scores: ``(B, C)``; an item that may not be recommended has ``-inf``; ``nan`` counts as ``-inf``.
+        target: ``(B,)`` column of the true item.
+        ties: Where the target lies among items of equal score.
+
+    Returns:
+        ``(B,)`` float64; fractional under ``realistic``.
+    """
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    own = scores.gather(1, target[:, None])
+    greater = (scores > own).sum(1)
+    equal = (scores == own).sum(1) - 1
+    return 1 + greater + tie_weight(ties) * equal.double()
+
+
+def rank_in_list(recommended: Tensor, target: Tensor) -> Tensor:
+    """Rank of the true item in a recommended list, ``inf`` where it is missing.
+
+    Args:
+        recommended: ``(B, K)`` item ids, best first, padded with -1.
+        target: ``(B,)``; -1 where the true item is outside the catalogue, which nothing matches.
+
+    Returns:
+        ``(B,)`` float64.
+    """
+    hits = (recommended == target[:, None]) & (target >= 0)[:, None]
+    first = hits.int().argmax(1).double() + 1 if recommended.shape[1] else torch.ones_like(target, dtype=torch.double)
+    return torch.where(hits.any(1), first, torch.inf)
+
+
+def item_ranks(scores: Tensor, labels: Tensor, mask: Tensor | None = None, ties: Ties = "realistic") -> Tensor:
+    """Rank every candidate of every row.
+
+    Among equal scores higher labels come first (optimistic), last (pessimistic), or half-way between the two.
+
+    Args:
+        scores: ``(B, C)``; ``nan`` counts as ``-inf``.
+        labels: ``(B, C)`` relevance, 0 is irrelevant.
+        mask: ``(B, C)`` bool, True on real candidates.
+        ties: Policy for equal scores.
+
+    Returns:
+        ``(B, C)`` float64, ``inf`` where masked.
+    """
+    weight = tie_weight(ties)
+    real = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    # `sort` puts nan last, so masked candidates stay behind real ones of any score.
+    keys = torch.where(scores.isnan(), torch.inf, -scores).masked_fill(~real, torch.nan)
+    ranks = _ranks(keys, labels, descending=weight < 1)
+    if weight == 0.5 and _has_ties(keys):
+        ranks = (ranks + _ranks(keys, labels, descending=False)) / 2
+    return ranks.masked_fill(~real, torch.inf)
+
+
+def hit_rate(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Whether any relevant candidate is among the first ``k``; ``(B, C)`` ranks and labels to ``(B,)``."""
+    return _hits(ranks, labels, k).any(1).double()
+
+
+def precision(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Relevant candidates among the first ``k``, over ``k``."""
+    return _hits(ranks, labels, k).sum(1).double() / k
+
+
+def recall(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Relevant candidates among the first ``k``, over all relevant ones."""
+    return _hits(ranks, labels, k).sum(1).double() / (labels > 0).sum(1).clamp_min(1)
+
+
+def capped_recall(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Relevant candidates among the first ``k``, over the most that could be there, ``min(k, relevant)``."""
+    return _hits(ranks, labels, k).sum(1).double() / (labels > 0).sum(1).clamp(1, k)
+
+
+def reciprocal_rank(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
+    """One over the first relevant candidate's rank, 0 beyond ``k``."""
+    return ranks.masked_fill(~_hits(ranks, labels, k), torch.inf).amin(1).reciprocal()
+
+
+def ndcg(ranks: Tensor, labels: Tensor, k: int, gain: Gain = "linear") -> Tensor:
+    """Discounted gain of the first ``k`` over that of the ideal order.
+
+    Args:
+        ranks: ``(B, C)``.
+        labels: ``(B, C)`` graded relevance >= 0.
+        k: Cut-off.
+        gain: ``linear`` takes the label, ``exp`` takes ``2 ** label - 1``.
+    """
+    gains = labels.double() if gain == "linear" else torch.exp2(labels.double()) - 1
+    gains = gains.masked_fill(ranks.isinf(), 0.0)
+    reached = gains.masked_fill(ranks > k, 0.0) / torch.log2(ranks + 1)
+    best = gains.topk(min(k, gains.shape[1]), dim=1).values
+    ideal = (best / torch.log2(torch.arange(2, best.shape[1] + 2, device=best.device))).sum(1)
+    return reached.sum(1) / ideal.clamp_min(torch.finfo(torch.double).tiny)
+
+
+def average_precision(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Precision at each relevant candidate among the first ``k``, summed, over ``min(k, relevant)``."""
+    found = ranks.masked_fill(~_hits(ranks, labels, k), torch.inf).sort(1).values
+    number = torch.arange(1, found.shape[1] + 1, device=found.device)
+    return (number / found).sum(1) / (labels > 0).sum(1).clamp(1, k)
+
+
+class RankingMetrics(Metric):
+    """HR, nDCG and MRR of recommended lists with one true item a row.
+
+    The state is a histogram of the true item's rank: integers, whatever the number of rows.
+
+    Args:
+        ks: Cut-offs; keys are ``hr_10``, ``ndcg_10``, ``mrr_10``.
+
+    Source:
+        Gao et al. (2025), arXiv:2412.09243, and its authors' evaluation: one relevant item, whose ideal gain is 1; rows whose
+        true item is outside the catalogue count as misses.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    rank_counts: Tensor
+    rows: Tensor
+
+    def __init__(self, ks: Sequence[int] = (1, 5, 10)) -> None:
+        super().__init__()
+        self.ks = check_ks(ks)
+        self.add_state("rank_counts", torch.zeros(self.ks[-1], dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, recommended: Tensor, target: Tensor, sample_id: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            recommended: ``(B, K)`` item ids, best first, padded with -1, K at least the largest cut-off.
+            target: ``(B,)`` true item, -1 where it is outside the catalogue.
+            sample_id: ``(B,)``; negative rows are skipped.
+        """
+        check_width(recommended, self.ks[-1])
+        real = sample_id >= 0
+        ranks = rank_in_list(recommended, target)[real]
+        # Not in place: states reset in inference mode could not be changed outside it.
+        self.rank_counts = self.rank_counts + torch.bincount(ranks[ranks <= self.ks[-1]].long() - 1, minlength=self.ks[-1])
+        self.rows = self.rows + real.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the metrics over all rows of all processes; ``nan`` without rows."""
+        counts = self.rank_counts.cpu().double()
+        ranks = torch.arange(1, len(counts) + 1).double()
+        weights = {"hr": torch.ones_like(ranks), "ndcg": 1 / torch.log2(ranks + 1), "mrr": 1 / ranks}
+        rows = self.rows.cpu().double()
+        return {f"{name}_{k}": ((weight * counts)[:k].sum() / rows).float().to(self.device) for k in self.ks for name, weight in weights.items()}
+
+
+class ScoredRankingMetrics(Metric):
+    """HR, recall, precision, MRR, nDCG and MAP of scored candidates with graded labels.
+
+    Args:
+        ks: Cut-offs; keys are ``hr_10``, ``recall_10``, ``recall_cap_10``, ``precision_10``, ``mrr_10``, ``map_10``, ``ndcg_10``.
+        gain: Gain of a label in nDCG.
+        ties: Policy for equal scores; a constant scorer never reaches 1 under ``realistic``.
+        skip_empty: Leave out rows without a relevant candidate; otherwise they count as 0.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    sums: Tensor
+    rows: Tensor
+
+    def __init__(self, ks: Sequence[int] = (1, 5, 10), gain: Gain = "linear", ties: Ties = "realistic", skip_empty: bool = True) -> None:
+        super().__init__()
+        if gain not in ("linear", "exp"):
+            raise ValueError(f"gain must be 'linear' or 'exp', got {gain!r}")
+        tie_weight(ties)
+        self.ks = check_ks(ks)
+        self.gain: Gain = gain
+        self.ties: Ties = ties
+        self.skip_empty = skip_empty
+        self.names = ("hr", "recall", "recall_cap", "precision", "mrr", "map", "ndcg")
+        self.add_state("sums", torch.zeros(len(self.ks), len(self.names), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, scores: Tensor, labels: Tensor, mask: Tensor, sample_id: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            scores: ``(B, C)``, higher is better.
+            labels: ``(B, C)`` relevance >= 0.
+            mask: ``(B, C)`` bool, True on real candidates.
+            sample_id: ``(B,)``; negative rows are skipped.
+        """
+        labels = labels * mask
+        keep = (sample_id >= 0) & ((labels > 0).any(1) if self.skip_empty else True)
+        scores, labels, mask = scores[keep], labels[keep], mask[keep]
+        ranks = item_ranks(scores, labels, mask, self.ties)
+        values = torch.stack([torch.stack(self._values(ranks, labels, k)) for k in self.ks])
+        self.sums = self.sums + (values * RESOLUTION).round().long().sum(-1)
+        self.rows = self.rows + keep.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the metrics over all rows of all processes; ``nan`` without rows."""
+        means = (self.sums.cpu().double() / RESOLUTION / self.rows.cpu()).float().to(self.device)
+        return {f"{name}_{k}": means[row, column] for row, k in enumerate(self.ks) for column, name in enumerate(self.names)}
+
+    def _values(self, ranks: Tensor, labels: Tensor, k: int) -> list[Tensor]:
+        functions = (hit_rate, recall, capped_recall, precision, reciprocal_rank, average_precision)
+        return [*(function(ranks, labels, k) for function in functions), ndcg(ranks, labels, k, self.gain)]
+
+
+def tie_weight(ties: Ties) -> float:
+    """Share of the tied items that count as better than the one ranked."""
+    if ties not in TIE_WEIGHTS:
+        raise ValueError(f"ties must be one of {sorted(TIE_WEIGHTS)}, got {ties!r}")
+    return TIE_WEIGHTS[ties]
+
+
+def check_ks(ks: Sequence[int]) -> tuple[int, ...]:
+    """Return the cut-offs in ascending order."""
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks must be cut-offs >= 1, got {tuple(ks)}")
+    return tuple(sorted(set(ks)))
+
+
+def check_width(recommended: Tensor, k: int) -> None:
+    """Refuse lists that are shorter than the largest cut-off, which would count as misses."""
+    if recommended.ndim != 2 or recommended.shape[1] < k:
+        raise ValueError(f"recommended must be (B, K) with K >= {k}, got {tuple(recommended.shape)}; recommend at least {k} items, padded with -1")
+
+
+def _hits(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
+    return (labels > 0) & (ranks <= k)
+
+
+def _ranks(keys: Tensor, labels: Tensor, descending: bool) -> Tensor:
+    """Rank by ascending key, then by label."""
+    by_label = labels.argsort(dim=1, descending=descending, stable=True)
+    order = by_label.gather(1, keys.gather(1, by_label).argsort(dim=1, stable=True))
+    numbers = torch.arange(1, keys.shape[1] + 1, device=keys.device, dtype=torch.double)
+    return torch.empty_like(keys, dtype=torch.double).scatter_(1, order, numbers.expand_as(keys))
+
+
+def _has_ties(keys: Tensor) -> bool:
+    ordered = keys.sort(dim=1).values
+    return bool((ordered[:, 1:] == ordered[:, :-1]).any())

@@ -1,0 +1,56 @@
+"""The preference objective that every pairwise method shares: one pass over a shared row, a loss object, the figures to log."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from malleable.datamodules.batch import PreferenceBatch
+from malleable.lightning_modules.base import LossOutput
+from malleable.lightning_modules.functional.logps import answer_token_logps
+from malleable.lightning_modules.losses.preference import PreferenceLoss
+from malleable.lightning_modules.pretrained import dropout_off
+
+
+def preference_step(model: nn.Module, batch: PreferenceBatch, loss: PreferenceLoss, *, sft_weight: float = 0.0, shared_prompt: bool = True) -> LossOutput:
+    """Compute the loss of a preference batch whose reference is known.
+
+    Dropout is off, as it was when the reference was taken: policy and reference then start equal.
+
+    Args:
+        model: The policy.
+        batch: Pairs with ``reference_logps``.
+        loss: The preference loss.
+        sft_weight: Weight of the chosen answers' negative log-likelihood per token, added to the loss.
+        shared_prompt: Compute a prompt once for all its answers.
+
+    Raises:
+        MisconfigurationException: If the batch carries no reference.
+    """
+    if batch.reference_logps is None:
+        raise MisconfigurationException(
+            "the batch has no reference log-probabilities: add the callback ReferenceCache (SelfPlayLoop brings its own), "
+            "or let your loader yield PreferenceBatch(reference_logps=...)"
+        )
+    with dropout_off(model):
+        tokens = answer_token_logps(model, batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask, shared_prompt=shared_prompt)
+    policy, lengths = tokens.sum(-1), batch.answer_mask.sum(-1)
+    output = loss(policy, batch.reference_logps, lengths)
+    total = output.losses.mean()
+    if sft_weight:
+        total = total - sft_weight * tokens[:, 0].sum() / lengths[:, 0].sum()
+    return LossOutput(total, preference_figures(policy.detach(), output.rewards))
+
+
+def preference_figures(policy: Tensor, rewards: Tensor) -> dict[str, Tensor]:
+    """Means over the batch of rewards and log-probabilities, under the names the field uses."""
+    chosen, rejected = rewards[:, 0], rewards[:, 1:]
+    return {
+        "rewards_chosen": chosen.mean(),
+        "rewards_rejected": rejected.mean(),
+        "rewards_margins": (chosen[:, None] - rejected).mean(),
+        "rewards_accuracies": (chosen[:, None] > rejected).float().mean(),
+        "logps_chosen": policy[:, 0].mean(),
+        "logps_rejected": policy[:, 1:].mean(),
+    }
+

@@ -1,0 +1,317 @@
+"""Causal language models: one way to build them for every method, one way to save them.
+
+Any Hugging Face id, local folder or GGUF file, or a small Llama from scratch; full tuning or LoRA through PEFT; saved as
+PEFT adapters or Hugging Face folders, so that transformers, PEFT and vLLM load the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from malleable.datamodules.batch import Catalog
+from malleable.datamodules.fetch import resolve_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Scratch:
+    """Sizes of a Llama built from scratch; its vocabulary is the data's tokenizer.
+
+    Attributes:
+        hidden_size: Width.
+        num_layers: Decoder blocks.
+        num_heads: Attention heads; must divide ``hidden_size``.
+        intermediate_size: Width of the gated feed-forward layer; default: three times ``hidden_size``.
+        max_length: Longest sequence.
+        dropout: Dropout of attention weights.
+    """
+
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    intermediate_size: int | None = None
+    max_length: int = 1024
+    dropout: float = 0.0
+
+
+@dataclass
+class LoRA:
+    """Low-rank adapters.
+
+    Attributes:
+        r: Rank.
+        alpha: Scale; updates are multiplied by ``alpha / r``.
+        dropout: Dropout before the adapter.
+        target_modules: Names of the layers that get one; default: every linear layer but the head.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: list[str] | None = None
+
+
+@dataclass
+class LanguageModelConfig:
+    """Which causal language model, and how it is tuned.
+
+    Attributes:
+        name: Hugging Face id, local folder, ``*.gguf`` file, or an alias of :mod:`malleable.datamodules.fetch`;
+            ``None`` builds a small Llama from scratch.
+        dtype: Number format of the weights; never taken from the checkpoint, so that results do not depend on it.
+        lora: Train adapters only; ``None`` tunes every weight.
+        adapter: Folder of a PEFT adapter to go on from.
+        quantization: ``4bit`` loads NF4 weights through bitsandbytes (needs a GPU and LoRA).
+        gradient_checkpointing: Recompute activations in the backward pass, without re-entrance.
+        local_files_only: Never ask a hub.
+        attention: Attention implementation.
+        scratch: Sizes of the from-scratch model.
+    """
+
+    name: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    lora: LoRA | None = None
+    adapter: str | None = None
+    quantization: Literal["4bit"] | None = None
+    gradient_checkpointing: bool = False
+    local_files_only: bool = False
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    scratch: Scratch = field(default_factory=Scratch)
+
+
+def from_plain(kind: Any, value: Any) -> Any:
+    """Rebuild a dataclass from the plain dictionary a checkpoint holds; instances and other values pass through."""
+    if not isinstance(value, Mapping):
+        return value
+    hints = get_type_hints(kind)
+    inner = {f.name: next((t for t in (hints[f.name], *get_args(hints[f.name])) if is_dataclass(t)), None) for f in fields(kind)}
+    return kind(**{name: from_plain(inner[name], item) if inner.get(name) else item for name, item in value.items()})
+
+
+def build_language_model(config: LanguageModelConfig, catalog: Catalog, *, zero3_config: dict[str, Any] | None = None) -> nn.Module:
+    """Build the model, its adapters and its training settings.
+
+    Args:
+        config: What to build.
+        catalog: Gives the vocabulary and the special tokens.
+        zero3_config: DeepSpeed's configuration when parameters are partitioned (stage 3); weights then load shard by shard.
+
+    Raises:
+        ValueError: If the settings contradict each other or the model does not fit the tokenizer or the adapter.
+    """
+    if config.quantization and config.lora is None and config.adapter is None:
+        raise ValueError("quantization needs adapters: 4-bit weights cannot be trained; set lora")
+    model = _scratch_model(config, catalog) if config.name is None else _pretrained_model(config, zero3_config)
+    rows = model.config.vocab_size
+    if rows < catalog.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {catalog.vocab_size} tokens but the model '{config.name}' embeds {rows}; use the model's own tokenizer for the data"
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    if config.lora is not None or config.adapter is not None:
+        model = _with_adapter(model, config)
+    return model.train()
+
+
+def _scratch_model(config: LanguageModelConfig, catalog: Catalog) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = config.scratch
+    if sizes.hidden_size % sizes.num_heads:
+        raise ValueError(f"num_heads must divide hidden_size, got {sizes.num_heads} and {sizes.hidden_size}")
+    if catalog.vocab_size < 1:
+        raise ValueError("a model from scratch takes its vocabulary from the catalogue's tokenizer, but the catalogue has none")
+    settings = LlamaConfig(
+        vocab_size=catalog.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size or 3 * sizes.hidden_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_heads,
+        max_position_embeddings=sizes.max_length,
+        attention_dropout=sizes.dropout,
+        tie_word_embeddings=True,
+        pad_token_id=catalog.pad_token_id,
+        eos_token_id=catalog.eos_token_id,
+        bos_token_id=None,
+        attn_implementation=config.attention,
+    )
+    return LlamaForCausalLM(settings).to(DTYPES[config.dtype])
+
+
+def _pretrained_model(config: LanguageModelConfig, zero3_config: dict[str, Any] | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    assert config.name is not None
+    folder, gguf_file = resolve_model(config.name)
+    options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attention, "local_files_only": config.local_files_only}
+    if gguf_file is not None:
+        options["gguf_file"] = gguf_file
+    if config.quantization == "4bit":
+        options["quantization_config"] = _four_bits(DTYPES[config.dtype])
+    with _partitioned_loading(zero3_config):
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def _four_bits(dtype: torch.dtype) -> Any:
+    try:
+        import bitsandbytes  # type: ignore[import-not-found, import-untyped, unused-ignore] # noqa: F401
+    except ImportError as error:
+        raise ValueError("quantization='4bit' needs bitsandbytes: pip install bitsandbytes (GPU machines), or leave quantization out") from error
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+
+
+@contextmanager
+def _partitioned_loading(zero3_config: dict[str, Any] | None) -> Iterator[None]:
+    """Let transformers know of ZeRO stage 3 while it loads; it must be told before ``from_pretrained``."""
+    if zero3_config is None:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    keeper = HfDeepSpeedConfig(zero3_config)
+    yield
+    del keeper
+
+
+def _with_adapter(model: Any, config: LanguageModelConfig) -> Any:
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    if config.quantization:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
+    if config.adapter is not None:
+        _check_adapter(Path(config.adapter), model)
+        return PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
+    lora = config.lora
+    assert lora is not None
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules or "all-linear",
+        base_model_name_or_path=config.name,
+    )
+    return get_peft_model(model, settings)
+
+
+def _check_adapter(folder: Path, model: Any) -> None:
+    """Refuse an adapter whose tensors do not fit the base model, before PEFT loads what matches and is silent on the rest."""
+    from safetensors import safe_open
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"adapter '{folder}' has no adapter_model.safetensors; give the folder that save_language_model or PEFT wrote")
+    layers = dict(model.named_modules())
+    with safe_open(path, "pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118
+            layer_name = key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
+            layer = layers.get(layer_name)
+            width = tensors.get_slice(key).get_shape()[1 if ".lora_A." in key else 0]
+            expected = None if layer is None else getattr(layer, "in_features" if ".lora_A." in key else "out_features", width)
+            if expected != width:
+                raise ValueError(
+                    f"adapter '{folder}' was made for another base model: {key} has width {width}, the model's layer '{layer_name}' has {expected}"
+                )
+
+
+def backbone(model: nn.Module) -> Any:
+    """The Hugging Face model without its adapter wrapper."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def without_adapter(model: nn.Module) -> AbstractContextManager[Any]:
+    """Context in which the base model speaks, not the adapter."""
+    return model.disable_adapter() if hasattr(model, "peft_config") else nullcontext()
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off; blocks that recompute their activations stay in training mode, or they would stop to."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Identity of the frozen weights: shapes, and the sum of each tensor's first values.
+
+    Trainable weights do not count, so an adapter's checkpoint recognises its base before and after training.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            continue
+        digest.update(f"{name.replace('.base_layer', '')}{tuple(getattr(parameter, 'ds_shape', parameter.shape))}".encode())
+        if parameter.numel() and not hasattr(parameter, "ds_shape"):
+            digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().round(4).tobytes())
+    return digest.hexdigest()
+
+
+def gathered_state(model: nn.Module, trainable_only: bool = False) -> dict[str, Tensor]:
+    """Whole weights on the CPU, also when DeepSpeed has partitioned them; every rank must call it."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        if trainable_only and not parameter.requires_grad:
+            continue
+        with _gathered(parameter):
+            state[name] = parameter.detach().cpu().clone()
+    return state
+
+
+def _gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    gathering: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
+    return gathering
+
+
+def save_language_model(model: Any, folder: Path, *, tokenizer: str | None = None, write: bool = True) -> None:
+    """Save the adapter (PEFT format) or the whole model (Hugging Face format); nothing is half-written.
+
+    Args:
+        model: What :func:`build_language_model` returned.
+        folder: Where to; replaced when it exists.
+        tokenizer: Folder or id of the tokenizer to put beside it.
+        write: False on the ranks that only take part in the gathering.
+    """
+    adapted = hasattr(model, "peft_config")
+    state = gathered_state(model, trainable_only=adapted)
+    if not write:
+        return
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+    if tokenizer is not None and Path(tokenizer).is_dir():
+        for file in Path(tokenizer).glob("*.json"):
+            shutil.copy(file, temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def plain(value: Any) -> Any:
+    """Turn a dataclass into the plain dictionary a checkpoint may hold."""
+    return json.loads(json.dumps(asdict(value))) if is_dataclass(value) and not isinstance(value, type) else value

@@ -1,0 +1,91 @@
+"""Our ranking metrics beside torchmetrics' retrieval metrics: 4,000 queries of 100 scored candidates.
+
+    python tests/benchmarks/ranking_metrics.py [--json RESULT.json]
+
+The last line is torchmetrics' time over ours, six metrics each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torchmetrics.retrieval import RetrievalHitRate, RetrievalMAP, RetrievalMRR, RetrievalNormalizedDCG, RetrievalPrecision, RetrievalRecall
+
+from malleable.lightning_modules.metrics.ranking import ScoredRankingMetrics
+
+QUERIES, CANDIDATES, K, REPEATS, BATCH = 4_000, 100, 10, 3, 500
+PEERS = {
+    "hr": RetrievalHitRate,
+    "recall": RetrievalRecall,
+    "precision": RetrievalPrecision,
+    "mrr": RetrievalMRR,
+    "ndcg": RetrievalNormalizedDCG,
+    "map": RetrievalMAP,
+}
+
+
+def ours(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """All metrics of :data:`PEERS` at once."""
+    metric = ScoredRankingMetrics(ks=(K,))
+    ids = torch.arange(QUERIES)
+    for rows in ids.split(BATCH):
+        metric.update(scores[rows], labels[rows], torch.ones_like(labels[rows], dtype=torch.bool), rows)
+    result = metric.compute()
+    return {name: result[f"{name}_{K}"].item() for name in PEERS}
+
+
+def theirs(names: list[str], scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """The metrics of these names."""
+    result = {}
+    ids = torch.arange(QUERIES)
+    for name in names:
+        metric = PEERS[name](top_k=K)
+        for rows in ids.split(BATCH):
+            metric.update(scores[rows].flatten(), labels[rows].flatten(), indexes=rows.repeat_interleave(CANDIDATES))
+        result[name] = metric.compute().item()
+    return result
+
+
+def best_time(function: Callable[[], dict[str, float]]) -> tuple[float, dict[str, float]]:
+    """Shortest of several runs in seconds, and what the last returned."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        values = function()
+        times.append(time.perf_counter() - start)
+    return min(times), values
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(QUERIES, CANDIDATES, generator=generator)
+    labels = (torch.rand(QUERIES, CANDIDATES, generator=generator) < 0.05).long()
+    labels[:, 0] = 1  # a relevant candidate in every query, so that both average the same rows
+    own_time, own = best_time(lambda: ours(scores, labels))
+    ndcg_time, _ = best_time(lambda: theirs(["ndcg"], scores, labels))
+    peer_time, peer = best_time(lambda: theirs(list(PEERS), scores, labels))
+    for name in PEERS:
+        # torchmetrics' MAP divides by the relevant candidates found, ours by those that could be.
+        if name != "map" and abs(own[name] - peer[name]) > 1e-6:
+            raise SystemExit(f"{name}: {own[name]} here, {peer[name]} there")
+    result = {"ours_s": own_time, "torchmetrics_s": peer_time, "torchmetrics_ndcg_only_s": ndcg_time, "ratio": peer_time / own_time}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    sys.stdout.write(
+        f"ours, six metrics: {own_time:.3f} s\ntorchmetrics, six metrics: {peer_time:.3f} s\ntorchmetrics, nDCG alone: {ndcg_time:.3f} s\n"
+    )
+    sys.stdout.write(f"ratio: {result['ratio']:.1f}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""DeepSpeed without a GPU: Lightning's strategy refuses a CPU, the engine itself runs there over gloo."""
+
+import os
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # read once, when deepspeed is imported
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+
+
+class CPUDeepSpeedStrategy(DeepSpeedStrategy):
+    """The real strategy on CPU processes; takes the same arguments."""
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """CPU devices numbered by rank, which satisfies the strategy's check of device indices."""
+        return [torch.device("cpu", index) for index in range(len(super().parallel_devices or []))]
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        DeepSpeedStrategy.parallel_devices.fset(self, devices)
+
+    def setup_environment(self) -> None:
+        """Skip the check for CUDA."""
+        super(DeepSpeedStrategy, self).setup_environment()
