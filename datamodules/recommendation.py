@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +17,11 @@ from malleable.datamodules.histories import ItemLookup, read_histories
 from malleable.datamodules.loader import PhasedLoader
 from malleable.datamodules.packing import PackedRows
 from malleable.datamodules.prompt import PromptTemplate
-from malleable.datamodules.rows import AnswerRows, Negatives
+from malleable.datamodules.rows import AnswerRows, Negatives, Reach
 from malleable.datamodules.sampling import ItemSampler
 from malleable.datamodules.sources.base import Source
-from malleable.datamodules.splits import SPLITS, Split
-from malleable.datamodules.store import Recipe, Store, row_table
+from malleable.datamodules.splits import SPLITS, Ints, RowIndex, Split
+from malleable.datamodules.store import Recipe, Store
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +107,9 @@ class RecommendationDataModule(BaseDataModule):
 
     def setup(self, stage: str) -> None:
         """Open the cache and set the catalogue and the datasets."""
+        super().setup(stage)
+        if self.train_dataset is not None:
+            return
         store = self._open()
         self.catalog = store.catalog
         negatives = self._negatives()
@@ -177,7 +180,7 @@ class RecommendationDataModule(BaseDataModule):
         weights = self.catalog.popularity if self.negatives == "popularity" else None
         return Negatives(ItemSampler(range(len(self.catalog)), weights, self.seed), self.num_negatives)
 
-    def _selected(self, name: str, count: int) -> np.ndarray:
+    def _selected(self, name: str, count: int) -> Ints:
         limit = getattr(self.split, f"{name}_limit")
         if limit is None or limit >= count:
             return np.arange(count)
@@ -186,8 +189,6 @@ class RecommendationDataModule(BaseDataModule):
     def _predict_rows(self, path: Path) -> AnswerRows:
         store = self._open()
         histories = [np.array(items) for items in read_histories(path, ItemLookup(store.catalog.titles, store.keys))]
-        lengths = np.array([len(items) for items in histories])
-        table = row_table(
-            "predict", histories, np.arange(len(histories)), lengths, None, 0, self.split.history_length, store.pieces, self.max_prompt_length
-        )
+        index = RowIndex(np.arange(len(histories)), np.array([len(items) for items in histories]))
+        table = Reach(self.split.history_length, store.pieces, self.max_prompt_length).place("predict", histories, index)
         return AnswerRows(table, histories, store.pieces, hide_seen=self.split.repeats == "drop")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from malleable.datamodules.batch import Example
 from malleable.datamodules.prompt import PromptPieces
 from malleable.datamodules.sampling import ItemSampler
+from malleable.datamodules.splits import Ints, RowIndex
 
-Ints = NDArray[np.integer]
+log = logging.getLogger(__name__)
 
 
 class Ragged(Sequence[Ints]):
@@ -54,6 +55,62 @@ class RowTable:
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.sample_id)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far back prompts reach.
+
+    Attributes:
+        history_length: Items a prompt shows, at most.
+        pieces: The tokenised template and catalogue, or ``None``.
+        max_prompt_length: Tokens of a prompt, at most, or ``None``.
+    """
+
+    history_length: int
+    pieces: PromptPieces | None = None
+    max_prompt_length: int | None = None
+
+    def place(self, name: str, sequences: Sequence[Ints], index: RowIndex, first_id: int = 0) -> RowTable:
+        """Place the rows of a split.
+
+        Args:
+            name: The split, for messages.
+            sequences: Items of each history, oldest first.
+            index: The rows; where ``end`` is the length of the sequence, there is no target.
+            first_id: ``sample_id`` of the first row.
+
+        Raises:
+            ValueError: If a prompt has no room for a single item.
+        """
+        flat = np.concatenate([*sequences, np.zeros(1, dtype=np.int64)])
+        bases = np.cumsum([0, *(len(items) for items in sequences)])
+        base, stop = bases[index.sequence], bases[index.sequence] + index.end
+        target = np.where(stop < bases[index.sequence + 1], flat[stop], -1)
+        start = np.maximum(base, stop - self.history_length)
+        if self.pieces is not None and self.max_prompt_length is not None:
+            start = self._shorten(name, self.pieces, self.max_prompt_length, flat, start, stop, index.candidates)
+        return RowTable(first_id + np.arange(len(stop)), index.sequence, start - base, index.end, target, index.candidates)
+
+    @staticmethod
+    def _shorten(
+        name: str, pieces: PromptPieces, limit: int, flat: Ints, start: Ints, stop: Ints, candidates: Sequence[Ints] | None
+    ) -> Ints:
+        """Leave out the oldest items until a prompt fits; prefix, suffix and candidates always stay."""
+        room = np.full(len(stop), limit - len(pieces.prefix) - len(pieces.suffix) + len(pieces.separator))
+        if candidates is not None and pieces.candidates_prefix is not None:
+            sizes = np.array([len(ids) for ids in pieces.candidates])
+            room -= len(pieces.candidates_prefix) + np.array([sizes[items].sum() for items in candidates], dtype=np.int64)
+        # total[i]: tokens of all items before the i-th; the first that still fits lies at most `room` before the end.
+        sizes = np.array([len(ids) + len(pieces.separator) for ids in pieces.items])
+        total = np.concatenate([[0], np.cumsum(sizes[flat])])
+        fitting = np.searchsorted(total, total[stop] - room)
+        if (lost := fitting >= stop).any():
+            needed = limit + int((total[stop] - total[stop - 1] - room)[lost].max())
+            raise ValueError(f"max_prompt_length {limit} leaves {int(lost.sum())} {name} prompts without any item; at least {needed} would hold one in each")
+        if shortened := int((fitting > start).sum()):
+            log.warning("%d of %d %s prompts are longer than max_prompt_length %d: their oldest items are left out", shortened, len(stop), name, limit)
+        return np.maximum(start, fitting)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from malleable.datamodules.titles import clean_title, merge_titles
 
 log = logging.getLogger(__name__)
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.integer[Any]]
 SPLITS = ("train", "val", "test")
 
 
@@ -80,7 +80,7 @@ class RowIndex:
 
     sequence: Ints
     end: Ints
-    candidates: list[Sequence[int]] | None = None
+    candidates: Sequence[Ints] | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -109,10 +109,8 @@ class Interactions:
 
     def popularity(self) -> Ints:
         """Count the training interactions of each item."""
-        counts = np.zeros(len(self.titles), dtype=np.int64)
-        for items, end in zip(self.sequences, self.train_end, strict=True):
-            np.add.at(counts, items[:end], 1)
-        return counts
+        events = [items[:end] for items, end in zip(self.sequences, self.train_end, strict=True)]
+        return np.bincount(np.concatenate(events), minlength=len(self.titles))
 
 
 def prepare(source: InteractionTables | ReadyRows, split: Split) -> Interactions:
@@ -234,15 +232,12 @@ def _from_rows(ready: ReadyRows, split: Split) -> Interactions:
     data = Interactions(titles, genres, keys, [], np.zeros(0, dtype=np.int64))
     train_end: list[int] = []
     for name in SPLITS:
-        rows = [
-            ReadyRow([ids[i] for i in row.history if i >= 0], ids[row.target] if row.target >= 0 else -1, [ids[i] for i in row.candidates if i >= 0])
-            for row in ready.rows.get(name, [])
-        ]
+        rows = _map_items(name, ready.rows.get(name, []), ids)
         kept = _usable(name, rows, split)
         first = len(data.sequences)
         data.sequences += [np.array([*row.history, row.target], dtype=np.int64) for row in kept]
         train_end += [len(row.history) + 1 if name == "train" else 0 for row in kept]
-        candidates = [row.candidates for row in kept]
+        candidates = [np.array(row.candidates, dtype=np.int64) for row in kept]
         data.rows[name] = RowIndex(
             np.arange(first, len(data.sequences)),
             np.array([len(row.history) for row in kept], dtype=np.int64),
@@ -251,6 +246,19 @@ def _from_rows(ready: ReadyRows, split: Split) -> Interactions:
     data.train_end = np.array(train_end, dtype=np.int64)
     _check_train(data, split)
     return data
+
+
+def _map_items(name: str, rows: list[ReadyRow], ids: list[int]) -> list[ReadyRow]:
+    """Put catalogue ids for the source's positions; what has none is left out of histories and candidates, counted and logged."""
+    catalogue = [*ids, -1]  # position -1, an unknown item, stays -1
+    mapped = [
+        ReadyRow(*([item for i in group if (item := catalogue[i]) >= 0] for group in (row.history, [row.target], row.candidates)))  # type: ignore[arg-type]
+        for row in rows
+    ]
+    for part in ("history", "candidates"):
+        if lost := sum(len(getattr(row, part)) for row in rows) - sum(len(getattr(row, part)) for row in mapped):
+            log.warning("left out %d items of %s rows' %s that are not in the catalogue", lost, name, part)
+    return [row._replace(target=row.target[0] if row.target else -1) for row in mapped]  # type: ignore[index, attr-defined]
 
 
 def _usable(name: str, rows: list[ReadyRow], split: Split) -> list[ReadyRow]:

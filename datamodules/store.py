@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ from malleable.datamodules.batch import Catalog
 from malleable.datamodules.cache import digest, open_tables, write_tables
 from malleable.datamodules.fetch import sha256_of
 from malleable.datamodules.prompt import PromptPieces, PromptTemplate, tokenize
-from malleable.datamodules.rows import Ints, Ragged, RowTable
+from malleable.datamodules.rows import Ragged, Reach, RowTable
 from malleable.datamodules.sampling import ItemSampler
 from malleable.datamodules.sources.base import Source
-from malleable.datamodules.splits import SPLITS, Interactions, Split, prepare
+from malleable.datamodules.splits import SPLITS, Interactions, Ints, RowIndex, Split, prepare
 
 log = logging.getLogger(__name__)
 
 # Raise it when what is stored changes its meaning.
 FORMAT = 1
+_NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Recipe:
                 "source": [type(self.source).__qualname__, self.source.settings(), [sha256_of(path) for path in self.source.files()]],
                 "split": asdict(self.split),
                 "template": asdict(self.template),
-                "tokenizer": f"bpe {self.vocab_size}" if kind is None else kind if kind == "none" else tokenizers.fingerprint(kind),
+                "tokenizer": [self.vocab_size, tokenizers.METHOD] if kind is None else kind if kind == "none" else tokenizers.fingerprint(kind),
                 "max_prompt_length": self.max_prompt_length,
                 # Only candidates are drawn while building; other seeds share the cache.
                 "seed": self.seed if self.split.candidates else None,
@@ -117,7 +118,7 @@ def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any
     data = prepare(recipe.source.load(), recipe.split)
     pieces, info = None, {}
     if recipe.tokenizer != "none":
-        name = recipe.tokenizer or str(tokenizers.train_tokenizer(data.titles, recipe.vocab_size))
+        name = recipe.tokenizer or str(tokenizers.train_tokenizer(data.titles, recipe.vocab_size, data.popularity().tolist()))
         loaded = tokenizers.load_tokenizer(name)
         pieces = tokenize(recipe.template, data.titles, loaded)
         info = {"eos_token_id": loaded.eos_token_id, "pad_token_id": loaded.pad_token_id, "vocab_size": len(loaded), "tokenizer": name}
@@ -130,72 +131,33 @@ def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any
     return tables, {"tokenizer": info, "template": {name: getattr(pieces, name) for name in fields} if pieces is not None else None}
 
 
-def row_table(
-    name: str,
-    sequences: Sequence[Ints],
-    sequence: Ints,
-    end: Ints,
-    candidates: Sequence[Ints] | None,
-    first_id: int,
-    history_length: int,
-    pieces: PromptPieces | None,
-    max_prompt_length: int | None,
-) -> RowTable:
-    """Place rows: how far back each prompt reaches within the history length and the prompt's own."""
-    flat = np.concatenate([*sequences, np.zeros(0, dtype=np.int64)]).astype(np.int64)
-    bases = np.cumsum([0, *(len(items) for items in sequences)])
-    base, stop = bases[sequence], bases[sequence] + end
-    target = np.where(stop < bases[np.asarray(sequence) + 1], flat[np.minimum(stop, len(flat) - 1)], -1)
-    start = np.maximum(base, stop - history_length)
-    if pieces is not None and max_prompt_length is not None:
-        fixed = len(pieces.prefix) + len(pieces.suffix) - len(pieces.separator)
-        budget = np.full(len(stop), max_prompt_length - fixed)
-        if candidates is not None and pieces.candidates_prefix is not None:
-            sizes = np.array([len(ids) for ids in pieces.candidates])
-            budget -= len(pieces.candidates_prefix) + np.array([sizes[items].sum() for items in candidates])
-        total = np.cumsum([0, *(np.array([len(ids) + len(pieces.separator) for ids in pieces.items])[flat])])
-        fitting = np.searchsorted(total, total[stop] - budget)
-        if (none := fitting >= stop).any():
-            needed = int((total[stop] - total[stop - 1] - budget)[none].max()) + max_prompt_length
-            raise ValueError(f"max_prompt_length {max_prompt_length} leaves {int(none.sum())} {name} prompts without any item; {needed} would hold one")
-        if shortened := int((fitting > start).sum()):
-            log.warning("%d of %d %s histories are longer than max_prompt_length %d: their oldest items are left out", shortened, len(stop), name, max_prompt_length)
-        start = np.maximum(start, fitting)
-    return RowTable(first_id + np.arange(len(stop)), np.asarray(sequence), start - base, np.asarray(end), target, candidates)
-
-
 def _rows(data: Interactions, recipe: Recipe, pieces: PromptPieces | None) -> dict[str, dict[str, pa.Array]]:
+    reach = Reach(recipe.split.history_length, pieces, recipe.max_prompt_length)
     tables = {}
     first_id = 0
     for name in SPLITS:
         index = data.rows[name]
-        candidates = index.candidates
-        if candidates is None and recipe.split.candidates is not None:
-            candidates = _draw_candidates(data, index, first_id, recipe)
-        arrays = None if candidates is None else [np.asarray(items, dtype=np.int64) for items in candidates]
-        table = row_table(
-            name, data.sequences, index.sequence, index.end, arrays, first_id, recipe.split.history_length, pieces, recipe.max_prompt_length
-        )
+        if index.candidates is None and recipe.split.candidates is not None:
+            index = replace(index, candidates=_draw_candidates(data, index, first_id, recipe.split.candidates, recipe.seed))
+        table = reach.place(name, data.sequences, index, first_id)
         first_id += len(table)
         tables[name] = {
             "sample_id": pa.array(table.sample_id, pa.int64()),
             **{field: pa.array(getattr(table, field), pa.int32()) for field in ("sequence", "start", "end", "target")},
-            "candidates": _ragged(arrays if arrays is not None else [np.zeros(0, dtype=np.int64)] * len(table)),
+            "candidates": _ragged(table.candidates if table.candidates is not None else [_NONE] * len(table)),
         }
     return tables
 
 
-def _draw_candidates(data: Interactions, index: Any, first_id: int, recipe: Recipe) -> list[list[int]]:
-    number = recipe.split.candidates
-    assert number is not None
+def _draw_candidates(data: Interactions, index: RowIndex, first_id: int, number: int, seed: int) -> list[Ints]:
+    """Put each target at a random place among items that the user has not met."""
     # Another stream than the negatives', which are drawn with the plain seed.
-    sampler = ItemSampler(range(len(data.titles)), seed=recipe.seed + 1)
+    sampler = ItemSampler(range(len(data.titles)), seed=seed + 1)
     rows = []
-    for offset, (sequence, end) in enumerate(zip(index.sequence, index.end, strict=True)):
-        items = data.sequences[sequence][: end + 1].tolist()
-        drawn = sampler.draw(first_id + offset, number - 1, items)
-        place = sampler.place(first_id + offset, number)
-        rows.append([*drawn[:place], items[-1], *drawn[place:]])
+    for sample_id, (sequence, end) in enumerate(zip(index.sequence, index.end, strict=True), start=first_id):
+        items = data.sequences[sequence][: end + 1]
+        drawn = sampler.draw(sample_id, number - 1, items.tolist())
+        rows.append(np.insert(np.array(drawn), sampler.place(sample_id, number), items[-1]))
     return rows
 
 
@@ -216,7 +178,7 @@ def _items(data: Interactions, pieces: PromptPieces | None) -> dict[str, pa.Arra
 
 def _ragged(rows: Sequence[Ints]) -> pa.Array:
     offsets = np.cumsum([0, *(len(row) for row in rows)])
-    values = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
+    values = np.concatenate([*rows, _NONE])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, pa.int32()))
 
 

@@ -74,7 +74,7 @@ class Baseline(BaseModule):
         for name in (*self.tables, "counts", "num_rows"):
             getattr(self, name).zero_()
         if self.catalog is not None and self.catalog.popularity:
-            self.counts += torch.tensor(self.catalog.popularity, device=self.counts.device)
+            self.counts += torch.tensor(self.catalog.popularity, dtype=self.counts.dtype, device=self.counts.device)
 
     def learn(self, rows: Any) -> None:
         """Count all rows of a map-style dataset of examples, such as a data module's training rows; the same on every process."""
@@ -177,9 +177,10 @@ class Baseline(BaseModule):
                 f"{type(self).__name__} keeps a table of items by items and takes at most {MAX_TABLE_ITEMS} items, got {num_items}; "
                 "use Popularity, or drop rare items (min_item_events)"
             )
-        self.register_buffer("counts", torch.zeros(num_items, device=self.device))
+        # Integers: a Trainer of lower precision would round floats.
+        self.register_buffer("counts", torch.zeros(num_items, dtype=torch.int32, device=self.device))
         for name in self.tables:
-            self.register_buffer(name, torch.zeros(num_items, num_items, device=self.device))
+            self.register_buffer(name, torch.zeros(num_items, num_items, dtype=torch.int32, device=self.device))
 
     def _counted(self, batch: AnswerBatch) -> tuple[Tensor, Tensor, Tensor]:
         """What :meth:`count` takes; where nothing is listed as seen, the history stands for it."""

@@ -33,8 +33,8 @@ def find_recipe(name: str) -> Path:
         if path.is_file():
             return path
     similar = get_close_matches(name.removesuffix(".yaml"), [known.removesuffix(".yaml") for known in _packaged()], n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(f'{match}.yaml' for match in similar)}?" if similar else ""
-    raise FileNotFoundError(f"no recipe {name!r} in {Path.cwd()} or in the package{hint} `malleable recipes` lists all")
+    hint = f"did you mean {' or '.join(f'{match}.yaml' for match in similar)}? " if similar else ""
+    raise FileNotFoundError(f"no recipe {name!r} in {Path.cwd()} or in the package; {hint}`malleable recipes` lists all")
 
 
 def recipe_name(path: Path) -> str | None:

@@ -11,12 +11,13 @@ import functools
 import io
 import logging
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 
-from malleable.datamodules.fetch import FetchError, PackageFile, fetch, fetch_package_file
+from malleable.datamodules.fetch import FetchError, fetch, fetch_package_files
 from malleable.datamodules.sources.base import InteractionTables, Source, items_table
 from malleable.datamodules.titles import with_year
 
@@ -26,11 +27,11 @@ ARCHIVES = {
     "100k": ("https://files.grouplens.org/datasets/movielens/ml-100k.zip", "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229"),
     "1m": ("https://files.grouplens.org/datasets/movielens/ml-1m.zip", "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"),
 }
-_ATOMIC = "recbole/dataset_example/ml-100k/ml-100k"
-PACKAGED = (
-    PackageFile("recbole==1.2.1", f"{_ATOMIC}.inter", "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff"),
-    PackageFile("recbole==1.2.1", f"{_ATOMIC}.item", "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"),
-)
+PACKAGE = "recbole==1.2.1"
+PACKAGE_FILES = {
+    "recbole/dataset_example/ml-100k/ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+    "recbole/dataset_example/ml-100k/ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+}
 # Order of the flag columns of u.item, as its u.genre says.
 GENRES_100K = (
     "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"
@@ -64,9 +65,9 @@ class MovieLens(Source):
         except FetchError as error:
             if self.variant != "100k":
                 raise
-            log.info("%s; taking the copy in %s", error, PACKAGED[0].requirement)
+            log.info("%s; taking the copy in %s", error, PACKAGE)
             try:
-                return [fetch_package_file(*file) for file in PACKAGED]
+                return fetch_package_files(PACKAGE, PACKAGE_FILES)
             except FetchError as second:
                 raise FetchError(f"{error}\n{second}\nor give MovieLens(path=...) a folder with u.data and u.item") from second
 
@@ -113,6 +114,10 @@ def _ratings(content: bytes, separator: str) -> pd.DataFrame:
     return table[["user_id", "item_id", "timestamp", "rating"]]
 
 
+def _known(genres: Iterable[str]) -> tuple[str, ...]:
+    return tuple(genre for genre in genres if genre != "unknown")
+
+
 def _lines(content: bytes, encoding: str, separator: str) -> list[list[str]]:
     # Not `splitlines`, which also breaks at characters that occur within old titles.
     return [line.rstrip("\r").split(separator) for line in content.decode(encoding).split("\n") if line]
@@ -120,8 +125,8 @@ def _lines(content: bytes, encoding: str, separator: str) -> list[list[str]]:
 
 def _items_100k(content: bytes) -> pd.DataFrame:
     lines = _lines(content, "latin-1", "|")
-    genres = [tuple(genre for genre, flag in zip(GENRES_100K, line[5:], strict=True) if flag == "1") for line in lines]
-    return items_table([line[0] for line in lines], [line[1] for line in lines], genres)
+    genres = [[genre for genre, flag in zip(GENRES_100K, line[5:], strict=True) if flag == "1"] for line in lines]
+    return items_table([line[0] for line in lines], [line[1] for line in lines], [_known(own) for own in genres])
 
 
 def _items_1m(content: bytes) -> pd.DataFrame:
@@ -132,4 +137,4 @@ def _items_1m(content: bytes) -> pd.DataFrame:
 def _items_atomic(content: bytes) -> pd.DataFrame:
     lines = _lines(content, "utf-8", "\t")[1:]
     titles = [with_year(title, year) for _, title, year, *_ in lines]
-    return items_table([line[0] for line in lines], titles, [tuple(line[3].split()) for line in lines])
+    return items_table([line[0] for line in lines], titles, [_known(line[3].split()) for line in lines])

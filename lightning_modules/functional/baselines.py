@@ -1,13 +1,15 @@
 """Recommenders that only count: popularity, item neighbours, next items.
 
-Shapes: B rows, L history items, S seen items, N items.
+Counts are integers: they stay exact whatever the precision of a run.
+
+Shapes: B rows, L history items, N items.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
 
 def count_items(counts: Tensor, items: Tensor) -> None:
@@ -38,13 +40,13 @@ def cosine_similarity(pairs: Tensor, counts: Tensor) -> Tensor:
         counts: ``(N,)`` users who have the item.
 
     Returns:
-        ``(N, N)`` symmetric.
+        ``(N, N)`` float32, symmetric.
 
     Source:
         Sarwar et al. (2001), Item-based collaborative filtering recommendation algorithms, section 3.1.1.
     """
-    scale = counts.clamp_min(1).rsqrt()
-    return ((pairs + pairs.T) * scale[:, None] * scale).fill_diagonal_(0)
+    scale = counts.clamp_min(1).float().rsqrt()
+    return ((pairs + pairs.T).float() * scale[:, None] * scale).fill_diagonal_(0)
 
 
 def neighbour_scores(similarity: Tensor, history: Tensor, last: int = 10) -> Tensor:
@@ -72,9 +74,12 @@ def transition_scores(transitions: Tensor, history: Tensor) -> Tensor:
         history: ``(B, L)``, padded with -1 on the left.
 
     Returns:
-        ``(B, N)``.
+        ``(B, N)`` float32.
     """
-    return neighbour_scores(transitions, history, last=1)
+    if not history.shape[1]:
+        return torch.zeros(len(history), len(transitions), device=transitions.device)
+    last = history[:, -1]
+    return transitions[last.clamp_min(0)].float() * (last >= 0)[:, None]
 
 
 def top_items(scores: Tensor, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -88,11 +93,12 @@ def top_items(scores: Tensor, k: int, allowed: Tensor | None = None) -> tuple[Te
     Returns:
         Items ``(B, k)``, -1 where fewer than k may be taken, and their scores, ``-inf`` beside -1.
     """
+    scores = scores.float()
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
-    best = scores.float().sort(dim=1, descending=True, stable=True)
+    best = scores.sort(dim=1, descending=True, stable=True)
     items, values = best.indices[:, :k], best.values[:, :k]
     missing = k - items.shape[1]
     if missing > 0:
-        items, values = torch.nn.functional.pad(items, (0, missing), value=-1), torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
+        items, values = pad(items, (0, missing)), pad(values, (0, missing), value=-torch.inf)
     return items.masked_fill(values == -torch.inf, -1), values

@@ -68,45 +68,93 @@ class BeamSearch:
         self.renormalize = renormalize
         self.decoder = TreeDecoder(model, prompt_ids, prompt_mask, trie.max_length)
         self.node = prompt_ids.new_zeros(len(prompt_ids), 1)
+        self.parent = self.node
         self.score = torch.where(self.view.count(self.node) > 0, 0.0, -torch.inf)
+        self.rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
+        self.depth = 0
         self.best_score = torch.full((len(prompt_ids), k), -torch.inf, device=prompt_ids.device)
         self.best_item = torch.full_like(self.best_score, -1, dtype=torch.long)
 
     def run(self, any_rank: Callable[[bool], bool] | None = None) -> Decoded:
-        logits = self.decoder.logits
-        depth = 0
+        self.advance(self.decoder.logits, int(self.trie.num_children[0]))
         while True:
-            live = self.score > -torch.inf
-            width = int((self.trie.num_children[self.node] * live).sum(1).max())
-            if width == 0:
+            num_rows, num_beams, width, branches = self.survey()
+            if not (any_rank or bool)(num_rows > 0):
                 break
-            candidates = self.view.expand(self.node, live, width)
-            logps = self.log_probs(logits, candidates)
-            parent = self.advance(candidates, self.score.gather(1, candidates.beam) + logps)
-            num_live = int((self.score > -torch.inf).sum(1).max())
-            if num_live == 0:
-                break
-            self.node, self.score, parent = self.node[:, :num_live], self.score[:, :num_live], parent[:, :num_live]
-            logits = self.decoder.extend(self.trie.token[self.node], parent, depth)
-            depth += 1
+            if num_rows == 0:
+                self.decoder.idle()
+                continue
+            self.compact(num_rows, num_beams)
+            if not branches:
+                self.follow(max(1, BUDGET // (len(self.rows) * num_beams)))
+                continue
+            logits = self.decoder.extend(self.trie.token[self.node], self.parent, self.depth)
+            self.depth += 1
+            self.advance(logits, width)
         return Decoded(self.best_item, self.best_score)
 
-    def advance(self, candidates: Candidates, score: Tensor) -> Tensor:
+    def survey(self):
+        live = self.score > -torch.inf
+        counts = live.sum(1)
+        width = (self.trie.num_children[self.node] * live).sum(1)
+        branches = ((self.view.count(self.node) > 1) & live).sum()
+        return torch.stack([(counts > 0).sum(), counts.max(), width.max(), branches]).tolist()
+
+    def compact(self, num_rows, num_beams):
+        self.node, self.score, self.parent = self.node[:, :num_beams], self.score[:, :num_beams], self.parent[:, :num_beams]
+        if num_rows > DROP * len(self.rows):
+            return
+        rows = (self.score[:, 0] > -torch.inf).nonzero()[:, 0]
+        self.decoder.select(rows)
+        self.view = self.view.select(rows)
+        self.rows, self.node, self.score, self.parent = self.rows[rows], self.node[rows], self.score[rows], self.parent[rows]
+
+    def follow(self, span):
+        trie = self.trie
+        live = self.score > -torch.inf
+        leaf = self.view.leaf(self.node)
+        remaining = trie.title_length[leaf] - self.depth - 1
+        counts = remaining.clamp(max=span) * live
+        ends = counts.cumsum(1)
+        width = int(ends[:, -1].max())
+        column = torch.arange(width, device=ends.device).expand(len(ends), -1).contiguous()
+        beam = torch.searchsorted(ends, column, right=True).clamp(max=ends.shape[1] - 1)
+        valid = column < ends[:, -1:]
+        offset = torch.where(valid, column - (ends - counts).gather(1, beam), 0)
+        position = trie.title_start[leaf].gather(1, beam) + self.depth + offset
+        within = (beam[:, None] == beam[:, :, None]) & (column[:, None] <= column[:, :, None])
+        logits = self.decoder.extend(trie.title_token[position], self.parent.gather(1, beam), self.depth + offset, within)
+        logps = logits.gather(2, trie.title_token[position + 1][..., None])[..., 0].float() - logsumexp(logits)
+        score = self.score.scatter_add(1, beam, torch.where(valid, logps, 0))
+        done = remaining <= span
+        self.keep(score.masked_fill(~done, -torch.inf), leaf)
+        score = score.masked_fill(done | (score <= self.best_score[self.rows, -1:]), -torch.inf).sort(descending=True)
+        self.score = score.values
+        self.node = self.node.gather(1, score.indices)
+        self.parent = (ends - 1).clamp(min=0).gather(1, score.indices)
+        self.depth += span
+
+    def keep(self, score, leaf):
+        items = torch.where(score > -torch.inf, self.view.item(leaf), -1)
+        merged = torch.cat([self.best_score[self.rows], score], 1).topk(self.k)
+        self.best_score[self.rows] = merged.values
+        self.best_item[self.rows] = torch.cat([self.best_item[self.rows], items], 1).gather(1, merged.indices)
+
+    def advance(self, logits: Tensor, width: int) -> None:
+        candidates = self.view.expand(self.node, self.score > -torch.inf, width)
+        score = self.score.gather(1, candidates.beam) + self.log_probs(logits, candidates)
         top = score.topk(min(2 * self.num_beams, score.shape[1]))
         node = candidates.node.gather(1, top.indices)
         beam = candidates.beam.gather(1, top.indices)
         done = self.view.count(node) == 1 if self.renormalize else self.trie.num_children[node] == 0
         within = torch.arange(node.shape[1], device=node.device) < self.num_beams
         finished = torch.where(done & within, top.values, -torch.inf)
-        items = torch.where(finished > -torch.inf, self.view.item(self.view.leaf(node)), -1)
-        merged = torch.cat([self.best_score, finished], 1).topk(self.k)
-        self.best_score = merged.values
-        self.best_item = torch.cat([self.best_item, items], 1).gather(1, merged.indices)
-        hopeless = done | (top.values <= self.best_score[:, -1:])
+        self.keep(finished, self.view.leaf(node))
+        hopeless = done | (top.values <= self.best_score[self.rows, -1:])
         live = top.values.masked_fill(hopeless, -torch.inf).topk(min(self.num_beams, node.shape[1]))
         self.score = live.values
         self.node = node.gather(1, live.indices)
-        return beam.gather(1, live.indices)
+        self.parent = beam.gather(1, live.indices)
 
     def log_probs(self, logits: Tensor, candidates: Candidates) -> Tensor:
         vocab = logits.shape[2]
@@ -118,6 +166,8 @@ class BeamSearch:
             norm = logsumexp(logits)
         return (chosen - norm.gather(1, candidates.beam)).masked_fill(~candidates.valid, -torch.inf)
 
+DROP=.75
+BUDGET=512
 
 def logsumexp(logits: Tensor) -> Tensor:
     rows = logits.flatten(0, -2)

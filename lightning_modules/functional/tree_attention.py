@@ -1,6 +1,6 @@
-"""Decoding many continuations of a prompt in one row: the prompt's cache is shared, nothing is copied or reordered.
+"""Decoding many continuations of a prompt in one row: they share the prompt's cache, and no beam is ever copied or reordered.
 
-Shapes: R rows, P prompt tokens, n tokens of a step, X tokens fed after the prompt so far, V vocabulary.
+Shapes: R rows, P prompt tokens, n tokens of a step, X tokens fed after the prompt so far, V vocabulary, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -26,6 +26,75 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+class SharedCache:
+    """Keys and values of prompt and tree, in buffers with room to grow.
+
+    It offers what Hugging Face's attention layers ask of a cache when masks and positions are given. Its buffers grow by
+    doubling, where a ``DynamicCache`` copies all keys and values at every step.
+
+    Args:
+        cache: The cache that the prompt's forward pass returned.
+        length: Prompt and longest continuation together, to check them against a sliding window.
+
+    Raises:
+        ValueError: If a layer does not keep keys and values, or if its sliding window is shorter than ``length``.
+    """
+
+    is_compileable = False
+
+    def __init__(self, cache: Any, length: int) -> None:
+        for layer in cache.layers:
+            if not isinstance(getattr(layer, "keys", None), Tensor):
+                raise ValueError(f"tree attention needs a model whose layers all keep keys and values, got a {type(layer).__name__}")
+            if layer.is_sliding and layer.sliding_window < length:
+                raise ValueError(
+                    f"prompt and title may take {length} tokens, more than the model's sliding window of {layer.sliding_window}; shorten the prompt"
+                )
+        self.keys: list[Tensor] = [layer.keys for layer in cache.layers]
+        self.values: list[Tensor] = [layer.values for layer in cache.layers]
+        self.lengths = [layer.keys.shape[-2] for layer in cache.layers]
+        self.prompt_length = self.lengths[0]
+        self.is_sliding = [False] * len(self.keys)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the keys, hence of the queries."""
+        return self.keys[0].dtype
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append ``(R, H, n, D)`` keys and values to a layer and return all of them."""
+        start = self.lengths[layer_idx]
+        end = start + key_states.shape[-2]
+        if end > self.keys[layer_idx].shape[-2]:
+            room = self.prompt_length + 2 * (end - self.prompt_length)
+            self.keys[layer_idx] = _with_room(self.keys[layer_idx][..., :start, :], room)
+            self.values[layer_idx] = _with_room(self.values[layer_idx][..., :start, :], room)
+        self.keys[layer_idx][..., start:end, :] = key_states
+        self.values[layer_idx][..., start:end, :] = value_states
+        self.lengths[layer_idx] = end
+        return self.keys[layer_idx][..., :end, :], self.values[layer_idx][..., :end, :]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens a layer holds."""
+        return self.lengths[layer_idx]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Return the length and the offset of the keys that ``query_length`` further tokens will see."""
+        return self.lengths[layer_idx] + query_length, 0
+
+    def select(self, rows: Tensor) -> None:
+        """Keep some rows only."""
+        self.keys = [keys[..., :length, :][rows] for keys, length in zip(self.keys, self.lengths, strict=True)]
+        self.values = [values[..., :length, :][rows] for values, length in zip(self.values, self.lengths, strict=True)]
+
+
+def _with_room(states: Tensor, length: int) -> Tensor:
+    """Copy ``(R, H, X, D)`` into a buffer of ``length`` columns."""
+    buffer = states.new_empty(*states.shape[:-2], length, states.shape[-1])
+    buffer[..., : states.shape[-2], :] = states
+    return buffer
+
+
 class TreeDecoder:
     """Feeds the tokens of a tree of continuations, a level at a time.
 
@@ -33,33 +102,33 @@ class TreeDecoder:
     positions restart after the prompt, so that every token computes what it would at the end of its own sequence.
 
     Args:
-        model: Hugging Face causal language model with a key-value cache, under a full-attention implementation that takes
-            4-D masks (``eager`` or ``sdpa``).
+        model: Hugging Face causal language model with a key-value cache, under an attention implementation that takes
+            4-D masks (``eager`` or ``sdpa``), which uses the ``position_ids`` it is given.
         prompt_ids: ``(R, P)`` int64, padded on the left.
         prompt_mask: ``(R, P)`` bool, True on real tokens.
-        max_new_tokens: Longest continuation, to check it against a sliding window.
+        max_new_tokens: Tokens of the longest continuation.
 
     Attributes:
         logits: ``(R, 1, V)``, at the prompt's last token.
-
-    Raises:
-        ValueError: If the prompt and the continuation exceed the model's sliding window.
 
     Source:
         Miao et al. (2024), SpecInfer, arXiv:2305.09781, section 4.2 (tree attention).
         Differs: the tree is searched, not verified.
     """
 
-    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int = 0) -> None:
+    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> None:
         self.model = model
         self.prompt_mask = prompt_mask.bool()
         self.lengths = self.prompt_mask.sum(1, keepdim=True)
-        positions = (self.prompt_mask.cumsum(1) - 1).clamp(min=0)
         output = model(
-            input_ids=prompt_ids, attention_mask=self.prompt_mask.long(), position_ids=positions, use_cache=True, logits_to_keep=1
+            input_ids=prompt_ids,
+            attention_mask=self.prompt_mask.long(),
+            position_ids=(self.prompt_mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
         )
         self.logits: Tensor = output.logits[:, -1:]
-        self.cache = _without_window(output.past_key_values, prompt_ids.shape[1] + max_new_tokens)
+        self.cache = SharedCache(output.past_key_values, prompt_ids.shape[1] + max_new_tokens)
         self.visible = self.prompt_mask.new_zeros(len(prompt_ids), 1, 0)
 
     def extend(self, tokens: Tensor, parent: Tensor, depth: Tensor | int, within: Tensor | None = None) -> Tensor:
@@ -67,7 +136,7 @@ class TreeDecoder:
 
         Args:
             tokens: ``(R, n)`` int64.
-            parent: ``(R, n)`` int64, which token of the previous call (of the prompt: 0) each one follows.
+            parent: ``(R, n)`` int64, which token of the previous call (of the prompt: 0) each one descends from.
             depth: Number of tokens between the prompt's end and each token; an int or ``(R, n)`` int64.
             within: ``(R, n, n)`` bool, which tokens of this call each token sees; default: itself.
 
@@ -79,10 +148,12 @@ class TreeDecoder:
             within = torch.eye(count, dtype=torch.bool, device=tokens.device).expand(rows, -1, -1)
         inherited = self.visible.gather(1, parent[..., None].expand(-1, -1, self.visible.shape[2]))
         self.visible = torch.cat([inherited, within], -1)
-        mask = torch.cat([self.prompt_mask[:, None].expand(-1, count, -1), self.visible], -1)
+        visible = torch.cat([self.prompt_mask[:, None].expand(-1, count, -1), self.visible], -1)
+        # an additive mask suits both implementations; its finite minimum keeps rows that see nothing free of NaN
+        mask = torch.zeros(visible.shape, dtype=self.cache.dtype, device=tokens.device).masked_fill_(~visible, torch.finfo(self.cache.dtype).min)
         output = self.model(
             input_ids=tokens,
-            attention_mask=self._additive(mask[:, None]),
+            attention_mask=mask[:, None],
             position_ids=(self.lengths + depth).expand(-1, count),
             past_key_values=self.cache,
             use_cache=True,
@@ -92,29 +163,9 @@ class TreeDecoder:
 
     def select(self, rows: Tensor) -> None:
         """Keep some rows only."""
-        self.cache.batch_select_indices(rows)
+        self.cache.select(rows)
         self.prompt_mask, self.lengths, self.visible = self.prompt_mask[rows], self.lengths[rows], self.visible[rows]
 
     def idle(self) -> None:
         """Run the model without effect, to keep step with ranks that still have work."""
         self.model(input_ids=self.lengths.new_zeros(1, 1), use_cache=False)
-
-    def _additive(self, mask: Tensor) -> Tensor:
-        # eager attention adds its mask; a finite minimum keeps rows without any visible token free of NaN
-        dtype = self.cache.layers[0].keys.dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-
-
-def _without_window(cache: Any, length: int) -> Any:
-    """Make the layers of a sliding-window cache plain ones: sibling tokens would push the prompt out of the window."""
-    windows = [layer.sliding_window for layer in cache.layers if layer.is_sliding]
-    if not windows:
-        return cache
-    if length >= min(windows):
-        raise ValueError(
-            f"prompt and continuation of {length} tokens exceed the model's sliding window of {min(windows)}; shorten the prompt"
-        )
-    plain = type(cache)()
-    for index, layer in enumerate(cache.layers):
-        plain.update(layer.keys, layer.values, index)
-    return plain

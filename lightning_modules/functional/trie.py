@@ -31,6 +31,7 @@ class Trie:
         last_leaf: ``(M,)`` int64, one past the last leaf at or below each node.
         item_leaf: ``(N,)`` int64, the leaf of each item; items with equal titles share one.
         title_start: ``(L,)`` int64, where each leaf's title starts in ``title_token``.
+        title_length: ``(L,)`` int64, tokens of each leaf's title.
         title_token: Tokens of all titles, leaf after leaf.
         max_length: Tokens of the longest title.
         duplicates: Items that share a title, one tuple for each such title.
@@ -43,6 +44,7 @@ class Trie:
     last_leaf: Tensor
     item_leaf: Tensor
     title_start: Tensor
+    title_length: Tensor
     title_token: Tensor
     max_length: int
     duplicates: tuple[tuple[int, ...], ...] = ()
@@ -76,6 +78,7 @@ class Trie:
             **_link(distinct, lengths),
             item_leaf=torch.tensor([leaf_of[title] for title in titles]),
             title_start=lengths.cumsum(0) - lengths,
+            title_length=lengths,
             title_token=torch.tensor([token for title in distinct for token in title]),
             max_length=int(lengths.max()),
             duplicates=_duplicates(titles, order),

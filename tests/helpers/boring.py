@@ -74,6 +74,7 @@ class BoringDataModule(BaseDataModule):
         self.num_rows = num_rows
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         features = torch.randn(self.num_rows, 4, generator=torch.Generator().manual_seed(self.seed))
         rows = list(enumerate(features))
         self.train_dataset = self.val_dataset = self.test_dataset = self.predict_dataset = rows

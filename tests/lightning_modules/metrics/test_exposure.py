@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from malleable.lightning_modules.metrics.exposure import ExposureMetrics, genre_weights, gini, popularity_groups, tail_items
 
 GENRES = [("a",), ("a", "b"), ("b",), ("c",), ("a", "c"), ("b", "c")]

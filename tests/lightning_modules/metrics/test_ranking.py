@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from malleable.lightning_modules.metrics.ranking import (
     RankingMetrics,
     ScoredRankingMetrics,
@@ -219,7 +220,7 @@ def test_refusals():
         RankingMetrics(ks=(0, 5))
     with pytest.raises(ValueError, match=r"K >= 10, got \(4, 5\); recommend at least 10 items"):
         RankingMetrics().update(torch.zeros(4, 5, dtype=torch.long), torch.zeros(4, dtype=torch.long), torch.arange(4))
-    with pytest.raises(ValueError, match="ties must be one of .*'optimistic'.*, got 'lucky'"):
+    with pytest.raises(ValueError, match=r"ties must be one of .*'optimistic'.*, got 'lucky'"):
         rank_of_target(torch.zeros(1, 2), torch.tensor([0]), "lucky")
     with pytest.raises(ValueError, match="gain must be 'linear' or 'exp', got 'square'"):
         ScoredRankingMetrics(gain="square")

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from malleable.lightning_modules.metrics.significance import bootstrap_interval, paired_bootstrap, randomization_test
 
 

@@ -1,0 +1,138 @@
+"""``malleable fit|validate|test|predict``: Lightning's command line, with recipes by name and no silent surprises."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import malleable
+from malleable.checkpoints import differences, find_checkpoint, stored_model
+from malleable.layers import RecipeFile, Replace, mark_replacements
+from malleable.recipes import FOLDER, recipe_name
+
+log = logging.getLogger(__name__)
+
+
+class MalleableCLI(LightningCLI):
+    """Lightning's command line in subclass mode; ``base/fit.yaml`` lies under every configuration.
+
+    Our classes go by their short names, any other LightningModule or LightningDataModule by its import path.
+    """
+
+    config: Namespace
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser whose ``--config`` knows the packaged recipes."""
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=RecipeFile, help="A YAML file, or the name of a recipe; later ones are laid over earlier ones.")
+        parser.add_argument("--replace", action=Replace)
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our own options; every command accepts all, so that one recipe serves all commands."""
+        parser.add_argument("--test_after_fit", type=bool, default=False, help="After `fit`, test the checkpoint that the run registered as its best.")
+        parser.add_argument(
+            "--allow_untrained", type=bool, nargs="?", const=True, default=False, help="Let validate, test and predict run without --ckpt_path."
+        )
+        parser.add_class_arguments(ModelCheckpoint, "checkpoint")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; a checkpoint's own values are the model's defaults, whatever is given here wins over them."""
+        words = [str(word) for word in args or []]
+        self.config = parser.parse_args(mark_replacements(words))
+        command = str(self.config.subcommand)
+        if not self.config[command].ckpt_path:
+            return
+        ckpt_path = find_checkpoint(self.config[command].ckpt_path, self.runs)
+        stored = stored_model(ckpt_path)
+        if stored and stored["class_path"] == self.config[command].model.class_path:
+            start = words.index(command) + 1
+            words[start:start] = ["--config", json.dumps({"model": stored})]
+            self.config = parser.parse_args(mark_replacements(words))
+            if changed := differences(self.config[command].model.init_args.as_dict(), stored["init_args"]):
+                log.info("given values win over those of %s: %s", ckpt_path, changed)
+        self.config[command].ckpt_path = ckpt_path
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep Lightning (2.5.5 to 2.7) from laying the checkpoint's hyper-parameters over the values given."""
+
+    @property
+    def runs(self) -> Path:
+        """Folder of the runs of this configuration, one ``version_*`` each."""
+        config = self.config[str(self.config.subcommand)]
+        names = [recipe_name(Path(str(path))) for path in config.config or [] if path]
+        name = next((name for name in names if name), config.model.class_path.rpartition(".")[2])
+        return Path(config.trainer.default_root_dir or "runs") / name
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what cannot be meant, and give the run its folder."""
+        command = str(self.subcommand)
+        config = self.config[command]
+        if command != "fit" and not config.ckpt_path and not config.allow_untrained:
+            self._refuse_untrained(config.model.class_path)
+        if config.trainer.logger is None or config.trainer.logger is True:
+            arguments = Namespace(save_dir=str(self.runs.parent), name=self.runs.name, version=None, prefix="", flush_logs_every_n_steps=10)
+            config.trainer.logger = Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=arguments)
+        self.save_config_kwargs = {"config_filename": f"config_{command}.yaml", "overwrite": True}
+
+    def _refuse_untrained(self, class_path: str) -> None:
+        if getattr(resolve_name(class_path), "trains", True):
+            raise MisconfigurationException(
+                f"`{self.subcommand}` would measure {class_path.rpartition('.')[2]} with the weights it is built with; "
+                f"give --ckpt_path (a file, or `last` for the latest run under {self.runs}), or --allow_untrained if that is meant"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer with a plain progress bar and the checkpoints of the ``checkpoint`` section, unless switched off or replaced."""
+        config = self.config_init[str(self.subcommand)]
+        given = config.trainer.callbacks or []
+        callbacks = list(given) if isinstance(given, list) else [given]
+        if config.trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks.append(TQDMProgressBar())  # the default of Lightning 2.6, rich, breaks when anything else draws
+        if config.trainer.enable_checkpointing is not False and not any(isinstance(callback, Checkpoint) for callback in callbacks):
+            callbacks.append(config.checkpoint)
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def after_fit(self) -> None:
+        """Test what the run registered as its result, so that edits made after training are measured too."""
+        if not self.config.fit.test_after_fit or self.trainer.interrupted:
+            return
+        checkpoint = self.trainer.checkpoint_callback
+        path = getattr(checkpoint, "best_model_path", "") or getattr(checkpoint, "last_model_path", "")
+        if path and getattr(self.trainer.strategy, "zero_stage_3", False):
+            # DeepSpeed cannot load a stage-3 checkpoint without its optimizer.
+            log.warning("ZeRO stage 3: testing the weights in memory, not %s", path)
+            path = ""
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path or None)
+
+
+def run(words: Sequence[str]) -> MalleableCLI:
+    """Run one command.
+
+    Args:
+        words: The command and its options.
+    """
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # classes of the user's own files, named by path
+    for name in malleable.__all__:
+        getattr(malleable, name)  # short names resolve among the classes that are imported
+    parser_kwargs: dict[str, Any] = {"prog": "malleable", "description": "Train, measure and use models."}
+    for command in MalleableCLI.subcommands():
+        # Without a usage of its own, every error would begin with a page of options.
+        usage = f"malleable {command} --config RECIPE [options]"
+        parser_kwargs[command] = {"usage": usage, "default_config_files": [str(FOLDER / "base" / "fit.yaml")]}
+    cli = MalleableCLI(auto_configure_optimizers=False, parser_kwargs=parser_kwargs, args=list(words))
+    if cli.trainer.log_dir and Path(cli.trainer.log_dir).is_dir():
+        log.info("run folder: %s", cli.trainer.log_dir)
+    return cli

@@ -1,0 +1,99 @@
+"""Configurations laid one over the other: recipes by name, and classes that are replaced together with their arguments."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from malleable.recipes import find_recipe
+
+_FLAG = re.compile(r"--([\w.]+)(?:=(.*))?", re.DOTALL)
+
+
+class RecipeFile(ActionConfigFile):
+    """``--config``: a file, the name of a packaged recipe, or YAML between braces."""
+
+    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+        """Lay the file over what was given before."""
+        text = values if values.lstrip().startswith("{") else find_recipe(values).read_text(encoding="utf-8")
+        drop_replaced(cfg, yaml.safe_load(text) or {})
+        super().__call__(parser, cfg, values if text is values else str(find_recipe(values)), option_string)
+
+
+class Replace(argparse.Action):
+    """``--replace KEY=VALUE``, put by :func:`mark_replacements` before the option that it announces."""
+
+    def __init__(self, option_strings: Sequence[str], **_: Any) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Drop what the announced option makes stale."""
+        key, _, text = values.partition("=")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            return  # the option itself will say what is wrong with it
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        drop_replaced(namespace, value)
+
+
+def mark_replacements(words: Sequence[str]) -> list[str]:
+    """Announce every option of a command line, so that a class named there does not inherit another's arguments."""
+    marked: list[str] = []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        if match := _FLAG.fullmatch(word):
+            key, value = match.groups(default=following)
+            if not value.startswith("--"):
+                marked.append(f"--replace={key}={value}")
+        marked.append(word)
+    return marked
+
+
+def drop_replaced(config: Namespace, layer: Mapping[str, Any]) -> None:
+    """Remove the arguments of each class in ``config`` that ``layer`` replaces by another class.
+
+    Without this, ``SGD`` laid over ``AdamW {lr: 1e-3, weight_decay: 0.1}`` would silently keep both numbers.
+
+    Args:
+        config: What was given so far; changed in place.
+        layer: What comes next; ``init_args`` may be left out between keys, as on the command line.
+    """
+    for key, value in layer.items():
+        old = config.get(key)
+        if old is None and isinstance(config.get("init_args"), Namespace):
+            old = config.init_args.get(key)
+        if not isinstance(old, Namespace):
+            continue
+        new = _content(value)
+        name = new.get("class_path")
+        if name and "class_path" in old and not _same_class(old.class_path, name):
+            for stale in ("init_args", "dict_kwargs"):
+                old.pop(stale, None)
+        else:
+            drop_replaced(old, new)
+
+
+def _content(value: Any) -> Mapping[str, Any]:
+    """Read a value the way the parser does: a mapping, a class's name, or a file with either."""
+    if isinstance(value, str) and Path(value).is_file():
+        value = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+    if isinstance(value, str):
+        return {"class_path": value}
+    return value if isinstance(value, Mapping) else {}
+
+
+def _same_class(old: str, new: str) -> bool:
+    if "." not in new:
+        return old.rpartition(".")[2] == new
+    try:
+        return resolve_name(old) is resolve_name(new)
+    except (ImportError, AttributeError, ValueError):
+        return False

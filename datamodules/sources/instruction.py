@@ -1,0 +1,105 @@
+"""Rows of ``{instruction, input, output}`` with titles in quotes, and the side files of their catalogue.
+
+Origin of the format: SPRec (https://github.com/RegionCh/SPRec, no licence stated) after BIGRec (https://github.com/SAI990323/Grounding4Rec).
+The Goodreads rows published there stem from the UCSD Book Graph (Wan and McAuley, 2018 and 2019): academic use, to be cited, not to be
+redistributed. Nothing is fetched: give the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from malleable.datamodules.sources.base import ReadyRow, ReadyRows, Source, items_table
+from malleable.datamodules.sources.ready import read_rows, split_files, value_of
+from malleable.datamodules.titles import clean_title
+
+SIDE_FILES = ("id2name.json", "name2id.json", "name2genre.json", "genre_dict.json")
+# A closing quote stands before a comma, a line's end or the end.
+_CLOSING = re.compile(r'"(?=\s*(?:,|\n|$|\.\s|\.$))')
+
+
+class InstructionRows(Source):
+    """Instruction rows whose ``input`` lists quoted titles, oldest first, and whose ``output`` is the quoted next title.
+
+    Only the titles are taken; the prompt is made anew from the template, so that training and evaluation read the same text.
+
+    Args:
+        path: Folder with ``train``, ``valid`` and ``test`` as ``.json`` or ``.jsonl``, with ``id2name.json`` or ``name2id.json``, and, where
+            genres are known, ``name2genre.json`` and ``genre_dict.json`` (the genres that count).
+
+    Raises:
+        FileNotFoundError: If the folder has no rows or no catalogue.
+        ValueError: If a file is no JSON or a row misses a field.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path).expanduser()
+
+    def files(self) -> list[Path]:
+        """Return rows and side files."""
+        return [*split_files(self.path).values(), *(self.path / name for name in SIDE_FILES if (self.path / name).is_file())]
+
+    def load(self) -> ReadyRows:
+        """Read the rows and find the titles in them."""
+        names = self._names()
+        genres = self._genres()
+        finder = TitleFinder(list(names.values()))
+        rows = {}
+        for split, path in split_files(self.path).items():
+            rows[split] = [
+                ReadyRow(finder.find_all(value_of(row, "input", path, number)), finder.find(value_of(row, "output", path, number)))
+                for number, row in enumerate(read_rows(path), start=1)
+            ]
+        return ReadyRows(items_table(list(names), list(names.values()), [genres.get(name, ()) for name in names.values()]), rows)
+
+    def _names(self) -> dict[str, str]:
+        if (path := self.path / "id2name.json").is_file():
+            return {str(key): name for key, name in json.loads(path.read_text(encoding="utf-8")).items()}
+        if (path := self.path / "name2id.json").is_file():
+            return {str(key): name for name, key in json.loads(path.read_text(encoding="utf-8")).items()}
+        raise FileNotFoundError(f"{self.path} holds no catalogue; expected id2name.json or name2id.json")
+
+    def _genres(self) -> dict[str, tuple[str, ...]]:
+        path, counted = self.path / "name2genre.json", self.path / "genre_dict.json"
+        if not path.is_file():
+            return {}
+        allowed = set(json.loads(counted.read_text(encoding="utf-8"))) if counted.is_file() else None
+        genres = json.loads(path.read_text(encoding="utf-8"))
+        return {name: tuple(genre for genre in own if allowed is None or genre in allowed) for name, own in genres.items()}
+
+
+class TitleFinder:
+    """Finds the titles of a catalogue in text; a title may itself contain quotes.
+
+    Args:
+        names: Titles; what is found is their position.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.positions = {clean_title(name): position for position, name in reversed(list(enumerate(names)))}
+        self.positions.update({name: position for position, name in enumerate(names)})
+
+    def find(self, text: str) -> int:
+        """Return the title that a text consists of, with or without quotes around it; -1 if it is none."""
+        text = text.strip()
+        bare = text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+        return self._position(bare)
+
+    def find_all(self, text: str) -> list[int]:
+        """Return the quoted titles of a text in order, -1 for one that is not in the catalogue."""
+        found = []
+        start = text.find('"')
+        while start >= 0:
+            # The first closing quote after which the text in between is a title; else the first closing quote.
+            ends = [match.start() for match in _CLOSING.finditer(text, start + 1)]
+            known = ((end, position) for end in ends if (position := self._position(text[start + 1 : end])) >= 0)
+            end, position = next(known, (ends[0] if ends else len(text), -1))
+            found.append(position)
+            start = text.find('"', end + 1)
+        return found
+
+    def _position(self, name: str) -> int:
+        position = self.positions.get(name)
+        return position if position is not None else self.positions.get(clean_title(name), -1)

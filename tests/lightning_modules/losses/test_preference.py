@@ -1,0 +1,174 @@
+"""Golden values and limits of the preference losses; the arithmetic is in the docstrings."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from malleable.lightning_modules.losses.preference import DMPO, IPO, SDPO, Hinge, Robust, Sigmoid
+
+CHOSEN = torch.tensor([-6.2, -11.4, -3.3, -20.1], dtype=torch.float64)
+REJECTED = torch.tensor([-7.9, -10.2, -8.8, -19.5], dtype=torch.float64)
+REFERENCE = torch.stack([torch.tensor([-6.8, -11.0, -4.1, -21.0]), torch.tensor([-7.5, -10.9, -8.0, -19.0])], 1).double()
+PAIRWISE = [Sigmoid(), Sigmoid(smoothing=0.2), Robust(), IPO(), Hinge()]
+
+
+def policy(requires_grad: bool = False) -> torch.Tensor:
+    return torch.stack([CHOSEN, REJECTED], 1).requires_grad_(requires_grad)
+
+
+def test_golden_dpo():
+    """delta = (S_w - R_w) - (S_l - R_l) = [1.0, -1.1, 1.6, 1.4]; dL/dS_w = -beta sigmoid(-beta delta)."""
+    scores = policy(requires_grad=True)
+    losses, rewards = Sigmoid(beta=0.1)(scores, REFERENCE)
+    expected = torch.tensor([0.6443966601, 0.7496589186, 0.6163437730, 0.6255951823], dtype=torch.float64)
+    torch.testing.assert_close(losses, expected, atol=1e-7, rtol=0)
+    assert losses.mean().item() == pytest.approx(0.6589986335, abs=1e-7)
+    losses.sum().backward()
+    gradient = torch.tensor([-0.0475020813, -0.0527472304, -0.0460085115, -0.0465057055], dtype=torch.float64)
+    torch.testing.assert_close(scores.grad[:, 0], gradient, atol=1e-8, rtol=0)
+    torch.testing.assert_close(scores.grad[:, 1], -gradient, atol=1e-8, rtol=0)
+    torch.testing.assert_close(rewards[:, 0] - rewards[:, 1], torch.tensor([0.1, -0.11, 0.16, 0.14], dtype=torch.float64), atol=1e-6, rtol=0)
+    assert not rewards.requires_grad
+
+
+def test_golden_robust():
+    losses = Robust(beta=0.1, smoothing=0.1)(policy(), REFERENCE).losses
+    expected = torch.tensor([0.6318966601, 0.7634089186, 0.5963437730, 0.6080951823], dtype=torch.float64)
+    torch.testing.assert_close(losses, expected, atol=1e-7, rtol=0)
+
+
+def test_golden_conservative():
+    """Row 1 of the smoothed golden values, eps 0.1: 0.9 softplus(0.11) + 0.1 softplus(-0.11) = 0.7386589186."""
+    assert Sigmoid(beta=0.1, smoothing=0.1)(policy(), REFERENCE).losses[1].item() == pytest.approx(0.7386589186, abs=1e-7)
+
+
+@pytest.mark.parametrize("loss", [Sigmoid(), Sigmoid(smoothing=0.3), Robust(), DMPO(), SDPO()])
+def test_equal_policy_and_reference_give_log_two(loss):
+    losses, rewards = loss(REFERENCE, REFERENCE)
+    torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)))
+    assert rewards.abs().max() == 0
+
+
+@pytest.mark.parametrize("loss", PAIRWISE)
+def test_identical_answers_have_no_gradient(loss):
+    """With the same answer twice, delta is 0 whatever the weights: the two gradients cancel."""
+    score = CHOSEN.clone().requires_grad_()
+    loss(torch.stack([score, score], 1), torch.stack([REFERENCE[:, 0], REFERENCE[:, 0]], 1)).losses.sum().backward()
+    assert score.grad.abs().max() < 1e-15
+
+
+def test_small_beta_limit():
+    """beta -> 0: loss -> log 2 and dL/dS_w -> -beta / 2."""
+    scores = policy(requires_grad=True)
+    losses = Sigmoid(beta=1e-6)(scores, REFERENCE).losses
+    losses.sum().backward()
+    torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores.grad[:, 0], torch.full_like(losses, -0.5e-6), atol=1e-11, rtol=0)
+
+
+def test_ipo_and_hinge_by_hand():
+    """IPO: (delta - 5)^2 at beta 0.1; hinge: 1 - 0.1 delta."""
+    delta = torch.tensor([1.0, -1.1, 1.6, 1.4], dtype=torch.float64)
+    torch.testing.assert_close(IPO(beta=0.1)(policy(), REFERENCE).losses, (delta - 5) ** 2, atol=1e-5, rtol=0)
+    torch.testing.assert_close(Hinge(beta=0.1)(policy(), REFERENCE).losses, 1 - 0.1 * delta, atol=1e-6, rtol=0)
+
+
+def test_multi_negative_losses_reduce_to_dpo_with_one():
+    expected = Sigmoid(beta=0.5)(policy(), REFERENCE).losses
+    torch.testing.assert_close(SDPO(beta=0.5)(policy(), REFERENCE).losses, expected)
+    torch.testing.assert_close(DMPO(beta=0.5)(policy(), REFERENCE).losses, expected)
+
+
+def test_multi_negative_losses_by_definition():
+    ratios = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    zero = torch.zeros_like(ratios)
+    margins = ratios[:, 1:] - ratios[:, :1]
+    softmax = -F.logsigmoid(-torch.log((0.7 * margins).exp().sum(1)))
+    torch.testing.assert_close(SDPO(beta=0.7)(ratios, zero).losses, softmax)
+    mean = -F.logsigmoid(0.7 * (ratios[:, 0] - ratios[:, 1:].mean(1)))
+    torch.testing.assert_close(DMPO(beta=0.7)(ratios, zero).losses, mean)
+    pairs = F.softplus(0.7 * margins).mean(1)
+    torch.testing.assert_close(Sigmoid(beta=0.7)(ratios, zero).losses, pairs)
+
+
+def test_softmax_loss_does_not_overflow():
+    assert SDPO(beta=1.0)(torch.tensor([[-900.0, 0.0, 0.0]]), torch.zeros(1, 3)).losses.isfinite().all()
+
+
+def test_length_norm_divides_before_beta():
+    lengths = torch.tensor([[2, 4]] * 4)
+    expected = Sigmoid(beta=0.1)(policy() / lengths, REFERENCE / lengths).losses
+    torch.testing.assert_close(Sigmoid(beta=0.1, length_norm=True)(policy(), REFERENCE, lengths).losses, expected)
+    with pytest.raises(ValueError, match="length_norm needs the answers' lengths"):
+        Sigmoid(length_norm=True)(policy(), REFERENCE)
+
+
+def test_no_gradient_reaches_the_reference():
+    reference = REFERENCE.clone().requires_grad_()
+    Sigmoid()(policy(requires_grad=True), reference).losses.sum().backward()
+    assert reference.grad is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Sigmoid(beta=0), "beta must be > 0, got 0"),
+        (lambda: Sigmoid(smoothing=1.2), r"smoothing must lie in \[0, 1\], got 1.2"),
+        (lambda: Robust(smoothing=0.5), r"smoothing must lie in \[0, 0.5\), got 0.5"),
+    ],
+)
+def test_bad_values(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# --- the theory of self-play on three items, solved with the real loss ---
+
+TARGET = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+START = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+
+
+def minimise(beta: float, reference: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Exact minimiser of the expected loss over pairs (a ~ TARGET, b ~ rejected), by L-BFGS on the logits."""
+    logits = reference.log().clone().requires_grad_()
+    loss = Sigmoid(beta=beta)
+    first, second = torch.meshgrid(torch.arange(3), torch.arange(3), indexing="ij")
+    weights = (TARGET[:, None] * rejected[None, :]).flatten()
+    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-13, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        logps = logits.log_softmax(0)
+        pairs = torch.stack([logps[first], logps[second]], -1).reshape(-1, 2)
+        refs = torch.stack([reference.log()[first], reference.log()[second]], -1).reshape(-1, 2)
+        value = (weights * loss(pairs, refs).losses).sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return logits.detach().softmax(0)
+
+
+@pytest.mark.parametrize(
+    ("beta", "rounds"),
+    [
+        (1.0, [(0.6, 0.3, 0.1)]),
+        (0.75, [(0.7285832499, 0.2130390346, 0.0583777155), (0.5522849278, 0.3302147964, 0.1175002759)]),
+        (0.5, [(0.8940397351, 0.0894039735, 0.0165562914), (0.2, 0.5, 0.3)]),
+        (2.0, [(0.3819660113, 0.4270509831, 0.1909830056)]),
+    ],
+)
+def test_tabular_self_play(beta, rounds):
+    """Rejected answers and reference are the previous round's policy: pi' ~ pi^(1 - 1/beta) p^(1/beta)."""
+    current = START
+    for expected in rounds:
+        current = minimise(beta, current, current)
+        torch.testing.assert_close(current, torch.tensor(expected, dtype=torch.float64), atol=2e-6, rtol=0)
+
+
+def test_tabular_uniform_negatives_sharpen_popularity():
+    """pi' ~ reference p^(1/beta): with beta 0.5 and the reference START, (.2 .36, .5 .09, .3 .01) normalised."""
+    uniform = torch.full((3,), 1 / 3, dtype=torch.float64)
+    torch.testing.assert_close(minimise(0.5, START, uniform), torch.tensor([0.6, 0.375, 0.025], dtype=torch.float64), atol=2e-6, rtol=0)
