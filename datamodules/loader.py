@@ -148,6 +148,7 @@ class PhasedLoader(Generic[BatchT]):
             row_tokens: Loss-bearing tokens of each row.
         """
         self.dataset: Any = rows
+        self._position = 0
         self.row_tokens = None if row_tokens is None else torch.as_tensor(row_tokens)
 
     @property

@@ -54,7 +54,7 @@ class PromptTemplate:
             if getattr(self, name).count("{title}") != 1:
                 raise ValueError(f"template.{name} must contain {{title}} once, got {getattr(self, name)!r}")
         if self.suffix.endswith(" "):
-            raise ValueError(f"template.suffix ends in a space, which changes the first token of the answer: put it into template.answer, got {self.suffix!r}")
+            raise ValueError(f"template.suffix must not end in a space, got {self.suffix!r}: the space belongs to the start of template.answer")
 
     @classmethod
     def named(cls, name: str) -> PromptTemplate:

@@ -54,12 +54,14 @@ class RecommendationDataModule(BaseDataModule):
 
     Attributes:
         catalog: The items, valid after ``setup`` as are the datasets.
+        answer_dataset: Training rows of a prompt and an answer, also where training shows packed histories.
 
     Raises:
         ValueError: If a value is out of range or the data cannot be used; the message says which.
     """
 
     catalog: Catalog
+    answer_dataset: AnswerRows
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class RecommendationDataModule(BaseDataModule):
                 select=self._selected(name, len(store.rows[name])),
             )
             setattr(self, f"{name}_dataset", dataset)
-        self._answers = self.train_dataset
+        self.answer_dataset = self.train_dataset
         if self.train_view == "packed":
             self.train_dataset = self.packed_dataset
         if self.predict_file is not None:
@@ -157,7 +159,7 @@ class RecommendationDataModule(BaseDataModule):
     def train_dataloader(self) -> PhasedLoader[Any]:
         """Return the training loader, which also knows the other view of the same data."""
         loader = super().train_dataloader()
-        loader.views = {"answer": self._answers, "packed": lambda: self.packed_dataset}
+        loader.views = {"answer": self.answer_dataset, "packed": lambda: self.packed_dataset}
         return loader
 
     def _open(self) -> Store:

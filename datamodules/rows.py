@@ -29,7 +29,8 @@ class Ragged(Sequence[Ints]):
 
     def __getitem__(self, index: int) -> Ints:  # type: ignore[override]
         """Return one list."""
-        return self.column[index].values.to_numpy()
+        items: Ints = self.column[index].values.to_numpy()
+        return items
 
 
 @dataclass
@@ -93,9 +94,7 @@ class Reach:
         return RowTable(first_id + np.arange(len(stop)), index.sequence, start - base, index.end, target, index.candidates)
 
     @staticmethod
-    def _shorten(
-        name: str, pieces: PromptPieces, limit: int, flat: Ints, start: Ints, stop: Ints, candidates: Sequence[Ints] | None
-    ) -> Ints:
+    def _shorten(name: str, pieces: PromptPieces, limit: int, flat: Ints, start: Ints, stop: Ints, candidates: Sequence[Ints] | None) -> Ints:
         """Leave out the oldest items until a prompt fits; prefix, suffix and candidates always stay."""
         room = np.full(len(stop), limit - len(pieces.prefix) - len(pieces.suffix) + len(pieces.separator))
         if candidates is not None and pieces.candidates_prefix is not None:
@@ -107,10 +106,11 @@ class Reach:
         fitting = np.searchsorted(total, total[stop] - room)
         if (lost := fitting >= stop).any():
             needed = limit + int((total[stop] - total[stop - 1] - room)[lost].max())
-            raise ValueError(f"max_prompt_length {limit} leaves {int(lost.sum())} {name} prompts without any item; at least {needed} would hold one in each")
+            raise ValueError(f"max_prompt_length {limit} leaves {int(lost.sum())} {name} prompts without any item; raise it to at least {needed}")
         if shortened := int((fitting > start).sum()):
-            log.warning("%d of %d %s prompts are longer than max_prompt_length %d: their oldest items are left out", shortened, len(stop), name, limit)
-        return np.maximum(start, fitting)
+            log.warning("%d of %d %s prompts exceed max_prompt_length %d: their oldest items are left out", shortened, len(stop), name, limit)
+        shown: Ints = np.maximum(start, fitting)
+        return shown
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,7 @@ class ItemSampler:
         rest = [item for item, weight in zip(self.items, weights, strict=True) if weight > 0 and item not in taken]
         if len(rest) < count - len(drawn):
             raise ValueError(
-                f"row {sample_id} needs {count} items that are not among its {len(set(exclude))} own, but only {len(drawn) + len(rest)} can be drawn; "
-                f"ask for fewer"
+                f"row {sample_id} needs {count} items besides its own {len(set(exclude))}, but only {len(drawn) + len(rest)} exist; ask for fewer"
             )
         return drawn + rng.sample(rest, count - len(drawn))
 

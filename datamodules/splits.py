@@ -119,9 +119,12 @@ def prepare(source: InteractionTables | ReadyRows, split: Split) -> Interactions
     Raises:
         ValueError: If no interaction or no row is left, or ratings are asked for where there are none.
     """
-    if isinstance(source, ReadyRows):
-        return _from_rows(source, split)
-    return _from_tables(source, split)
+    data = _from_rows(source, split) if isinstance(source, ReadyRows) else _from_tables(source, split)
+    counts = {name: len(rows) for name, rows in data.rows.items()}
+    if not any(counts.values()):
+        raise ValueError(f"no row is left: every history has fewer than two usable items; check the data and {split}")
+    log.info("rows: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
+    return data
 
 
 def k_core(users: Ints, items: Ints, min_user_events: int, min_item_events: int) -> NDArray[np.bool_]:
@@ -153,62 +156,66 @@ def _clean_items(items: pd.DataFrame) -> tuple[list[str], list[tuple[str, ...]],
 
 def _from_tables(tables: InteractionTables, split: Split) -> Interactions:
     titles, genres, keys, ids = _clean_items(tables.items)
+    user, item, time = _ordered_events(tables, ids, split)
+    keep = k_core(user, item, split.min_user_events, split.min_item_events)
+    if not keep.any():
+        raise ValueError(
+            f"no interaction is left with min_rating={split.min_rating}, min_user_events={split.min_user_events} "
+            f"and min_item_events={split.min_item_events} out of {len(tables.interactions)}; lower them"
+        )
+    user, item, time = user[keep], item[keep], time[keep]
+    if split.min_item_events > 1:
+        kept = np.unique(item)
+        titles, genres, keys = [titles[i] for i in kept], [genres[i] for i in kept], [keys[i] for i in kept]
+        item = np.searchsorted(kept, item)
+    starts = np.flatnonzero(np.diff(user, prepend=-1))
+    sequences, times = np.split(item, starts[1:]), np.split(time, starts[1:])
+    log.info("%d users, %d interactions, %d items", len(sequences), len(item), len(titles))
+    data = Interactions(titles, genres, keys, sequences, np.zeros(len(sequences), dtype=np.int64))
+    if split.kind == "leave_last_out":
+        _leave_last_out(data)
+    else:
+        _global_time(data, times, split.fractions)
+    return data
+
+
+def _ordered_events(tables: InteractionTables, ids: list[int], split: Split) -> tuple[Ints, Ints, NDArray[np.float64]]:
+    """Return user, item and time of the rated, known interactions, by user, then time, then item."""
     events = tables.interactions
     if split.min_rating is not None:
         if "rating" not in events:
             raise ValueError(f"min_rating={split.min_rating} needs ratings, but the interactions have no rating; leave min_rating out")
         events = events[events["rating"] >= split.min_rating]
     item = events["item_id"].map(dict(zip(tables.items["item_id"], ids, strict=True))).fillna(-1).to_numpy(np.int64)
-    if unknown := int((item < 0).sum()):
+    known = item >= 0
+    if unknown := int((~known).sum()):
         log.warning("dropped %d of %d interactions with items that are not in the items table or have no title", unknown, len(item))
     # Users in order of their own id, so that neither rows nor sequences depend on the order of the file.
-    user = pd.factorize(events["user_id"], sort=True)[0].astype(np.int64)
-    time = events["timestamp"].to_numpy(np.float64)
-    user, item, time = (column[item >= 0] for column in (user, item, time))
+    user = pd.factorize(events["user_id"][known], sort=True)[0].astype(np.int64)
+    item, time = item[known], events["timestamp"].to_numpy(np.float64)[known]
     order = np.lexsort((item, time, user))
     user, item, time = user[order], item[order], time[order]
     if split.repeats == "drop":
         first = ~pd.DataFrame({"user": user, "item": item}).duplicated().to_numpy()
         log.info("dropped %d repeated interactions of a user with an item", int((~first).sum()))
         user, item, time = user[first], item[first], time[first]
-    keep = k_core(user, item, split.min_user_events, split.min_item_events)
-    if not keep.any():
-        raise ValueError(
-            f"no interaction is left with min_rating={split.min_rating}, min_user_events={split.min_user_events} "
-            f"and min_item_events={split.min_item_events} out of {len(events)}; lower them"
-        )
-    user, item, time = user[keep], item[keep], time[keep]
-    if split.min_item_events > 1:
-        kept = np.unique(item)
-        titles, genres, keys = ([column[index] for index in kept] for column in (titles, genres, keys))  # type: ignore[assignment]
-        item = np.searchsorted(kept, item)
-    starts = np.flatnonzero(np.diff(user, prepend=-1))
-    sequences, times = np.split(item, starts[1:]), np.split(time, starts[1:])
-    log.info("%d users, %d interactions, %d items", len(sequences), len(item), len(titles))
-    data = Interactions(titles, genres, keys, sequences, np.zeros(len(sequences), dtype=np.int64))
-    (_leave_last_out if split.kind == "leave_last_out" else _global_time)(data, times, split)
-    _check_train(data, split)
-    return data
+    return user, item, time
 
 
-def _leave_last_out(data: Interactions, times: list[NDArray[np.float64]], split: Split) -> None:
-    del times, split
+def _leave_last_out(data: Interactions) -> None:
     lengths = np.array([len(items) for items in data.sequences])
-    users = np.arange(len(lengths))
     # A user with two items trains nothing but can be tested; one item gives no row at all.
     data.train_end = np.maximum(lengths - 2, 0)
     data.rows["train"] = _rows_between(np.ones_like(lengths), data.train_end)
     for name, back in (("val", 2), ("test", 1)):
-        own = users[lengths > back]
+        own = np.flatnonzero(lengths > back)
         data.rows[name] = RowIndex(own, lengths[own] - back)
 
 
-def _global_time(data: Interactions, times: list[NDArray[np.float64]], split: Split) -> None:
+def _global_time(data: Interactions, times: list[NDArray[np.float64]], fractions: Sequence[float]) -> None:
     targets = np.sort(np.concatenate([time[1:] for time in times]))
-    if not len(targets):
-        raise ValueError("no user has two interactions: there is nothing to predict")
     cuts = []
-    for share in np.cumsum(split.fractions)[:2]:
+    for share in np.cumsum(fractions)[:2]:
         position = round(share * len(targets))
         # Equal times stay on one side, so that nothing trains that happens together with a test.
         cuts.append(targets[position] if position < len(targets) else np.inf)
@@ -244,21 +251,21 @@ def _from_rows(ready: ReadyRows, split: Split) -> Interactions:
             candidates if any(len(row) for row in candidates) else None,
         )
     data.train_end = np.array(train_end, dtype=np.int64)
-    _check_train(data, split)
     return data
 
 
 def _map_items(name: str, rows: list[ReadyRow], ids: list[int]) -> list[ReadyRow]:
     """Put catalogue ids for the source's positions; what has none is left out of histories and candidates, counted and logged."""
     catalogue = [*ids, -1]  # position -1, an unknown item, stays -1
-    mapped = [
-        ReadyRow(*([item for i in group if (item := catalogue[i]) >= 0] for group in (row.history, [row.target], row.candidates)))  # type: ignore[arg-type]
-        for row in rows
-    ]
+
+    def known(positions: Sequence[int]) -> list[int]:
+        return [item for position in positions if (item := catalogue[position]) >= 0]
+
+    mapped = [ReadyRow(known(row.history), catalogue[row.target], known(row.candidates)) for row in rows]
     for part in ("history", "candidates"):
         if lost := sum(len(getattr(row, part)) for row in rows) - sum(len(getattr(row, part)) for row in mapped):
             log.warning("left out %d items of %s rows' %s that are not in the catalogue", lost, name, part)
-    return [row._replace(target=row.target[0] if row.target else -1) for row in mapped]  # type: ignore[index, attr-defined]
+    return mapped
 
 
 def _usable(name: str, rows: list[ReadyRow], split: Split) -> list[ReadyRow]:
@@ -275,10 +282,3 @@ def _usable(name: str, rows: list[ReadyRow], split: Split) -> list[ReadyRow]:
     if repeated := len(shown) - len(fresh):
         log.warning("dropped %d of %d %s rows: their target is in their history (repeats: keep retains them)", repeated, len(rows), name)
     return fresh
-
-
-def _check_train(data: Interactions, split: Split) -> None:
-    counts = {name: len(rows) for name, rows in data.rows.items()}
-    if not any(counts.values()):
-        raise ValueError(f"the {split.kind} split gives no rows at all; check the data and {split}")
-    log.info("rows: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))

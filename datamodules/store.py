@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pyarrow import compute
 
 from malleable.datamodules import tokenizer as tokenizers
 from malleable.datamodules.batch import Catalog
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 # Raise it when what is stored changes its meaning.
 FORMAT = 1
 _NONE = np.zeros(0, dtype=np.int64)
+_NO_ROWS = RowTable(_NONE, _NONE, _NONE, _NONE, _NONE)
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,9 @@ class Store:
         )
         pieces = None
         if meta["template"]:
-            fields = {name: None if ids is None else tuple(ids) for name, ids in meta["template"].items()}
+            fields: dict[str, Any] = {name: None if ids is None else tuple(ids) for name, ids in meta["template"].items()}
             pieces = PromptPieces(items=items["item"], answers=answers, candidates=items["candidate"], eos_token_id=catalog.eos_token_id, **fields)
-        rows = {name: _read_rows(tables[name]) for name in SPLITS}
+        rows = {name: _read_rows(tables[name]) if name in tables else _NO_ROWS for name in SPLITS}
         sequences = tables["sequences"]
         return cls(catalog, items["keys"], pieces, Ragged(sequences["items"]), sequences["train_end"].to_numpy(), rows)
 
@@ -184,5 +186,5 @@ def _ragged(rows: Sequence[Ints]) -> pa.Array:
 
 def _read_rows(table: pa.Table) -> RowTable:
     columns = {name: table[name].to_numpy() for name in ("sample_id", "sequence", "start", "end", "target")}
-    candidates = Ragged(table["candidates"])
-    return RowTable(**columns, candidates=candidates if len(candidates) and len(candidates[0]) else None)
+    offered = compute.max(compute.list_value_length(table["candidates"])).as_py() > 0
+    return RowTable(**columns, candidates=Ragged(table["candidates"]) if offered else None)

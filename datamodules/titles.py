@@ -7,14 +7,12 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-_ARTICLES = "The A An Le La Les L' Un Une El Los Las Lo Il Gli Der Die Das Ein Eine Den Det De Het O Os Um Uma".split()
+_ARTICLES = r"The|An?|L[aeo]s?|L'|Une?|El|Il|Gli|Der|Die|Das|Eine?|De[nt]?|Het|Os?|Uma?"
 # "Head, The" where the title or a bracket of it ends; "Mystery, Alaska" and "Corrina, Corrina" stay as they are.
-_TRAILING_ARTICLE = re.compile(
-    rf"(?P<start>^|\()(?P<alias>(?:a\.?k\.?a\.? )?)(?P<head>[^()]*[^()\s,]), (?P<article>{'|'.join(_ARTICLES)})(?=\s*(?:$|[()]))"
-)
+_TRAILING_ARTICLE = re.compile(rf"(?P<start>^|\()(?P<alias>(?:a\.?k\.?a\.? )?)(?P<head>[^()]*[^()\s,]), (?P<article>{_ARTICLES})(?=\s*(?:$|[()]))")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*(?:>|$)|<!--.*?(?:-->|$)")
 _INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\ufeff]")
-_QUOTES = str.maketrans({"\u201c": '"', "\u201d": '"', "\u201e": '"', "\u00ab": '"', "\u00bb": '"', "\u2018": "'", "\u2019": "'", "\u201a": "'", "\u00b4": "'"})
+_QUOTES = str.maketrans(dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"') | dict.fromkeys("\u2018\u2019\u201a\u00b4", "'"))
 
 
 def clean_title(title: str) -> str:

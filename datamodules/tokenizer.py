@@ -68,17 +68,16 @@ def train_tokenizer(titles: Sequence[str], vocab_size: int = 2048, counts: Seque
     special = [PAD, EOS, BOS]
     if vocab_size < 256 + len(special):
         raise ValueError(f"vocab_size must be >= {256 + len(special)} (every byte and {special}), got {vocab_size}")
-    weights = counts if counts is not None else [0] * len(titles)
-    texts = sorted(title for title, count in zip(titles, weights, strict=True) for _ in range(1 + count))
-    folder = cache_folder() / "tokenizers" / f"bpe-{_digest([*texts, str(vocab_size), METHOD])}"
+    weighted = sorted(zip(titles, counts if counts is not None else [0] * len(titles), strict=True))
+    folder = cache_folder() / "tokenizers" / f"bpe-{_digest([vocab_size, METHOD, *weighted])}"
     if not (folder / "tokenizer.json").is_file():
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bpe.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-        bpe.train_from_iterator(texts, trainer)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=EOS, bos_token=BOS)
+        bpe.train_from_iterator((title for title, count in weighted for _ in range(1 + count)), trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=EOS, bos_token=BOS)  # type: ignore[no-untyped-call]
         _save(tokenizer, folder)
     return folder
 
@@ -117,5 +116,5 @@ def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     log.info("tokenizer of %d tokens saved to %s", len(tokenizer), folder)
 
 
-def _digest(parts: Sequence[str]) -> str:
+def _digest(parts: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]

@@ -29,10 +29,12 @@ class LossOutput(NamedTuple):
     Attributes:
         loss: Scalar with gradient.
         extras: Detached scalars to log beside it, under ``{split}_{name}``.
+        weight: What the loss is a mean over (rows, tokens), so that means over batches and ranks come out right; default: the rows.
     """
 
     loss: Tensor
     extras: dict[str, Tensor]
+    weight: int | None = None
 
 
 class BaseModule(LightningModule, ABC):
@@ -89,7 +91,7 @@ class BaseModule(LightningModule, ABC):
     def shared_step(self, batch: Any, split: Split) -> Tensor:
         """Compute the loss, feed the metrics, log both."""
         output = self.compute_loss(batch)
-        size = len(batch)
+        size = len(batch) if output.weight is None else output.weight
         self.log(f"{split}_loss", output.loss, prog_bar=True, batch_size=size, on_step=split == "train", on_epoch=split != "train", sync_dist=split != "train")
         values = {f"{split}_{name}": value for name, value in output.extras.items()}
         self.log_dict(values, batch_size=size, on_step=split == "train", on_epoch=split != "train", sync_dist=split != "train")
@@ -102,7 +104,11 @@ class BaseModule(LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss."""
-        return self.shared_step(batch, "train")
+        loss = self.shared_step(batch, "train")
+        if self.trainer.strategy.handles_gradient_accumulation:
+            # Lightning divides by the accumulated batches, and then DeepSpeed does so again.
+            loss = loss * self.trainer.accumulate_grad_batches
+        return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         """Log the loss and feed the metrics."""
@@ -134,8 +140,10 @@ class BaseModule(LightningModule, ABC):
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not trainable:
             raise MisconfigurationException(f"{type(self).__name__} has no trainable parameter; use `test` or `predict`, or unfreeze something")
-        matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
-        vectors = [parameter for parameter in trainable if parameter.ndim < 2]
+        # A parameter that DeepSpeed has partitioned is empty; its shape is beside it.
+        dims = [len(getattr(parameter, "ds_shape", parameter.shape)) for parameter in trainable]
+        matrices = [parameter for parameter, dim in zip(trainable, dims, strict=True) if dim >= 2]
+        vectors = [parameter for parameter, dim in zip(trainable, dims, strict=True) if dim < 2]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 

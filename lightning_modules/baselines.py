@@ -6,10 +6,11 @@ Shapes: B rows, L history items, S seen items, N items.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -76,14 +77,6 @@ class Baseline(BaseModule):
         if self.catalog is not None and self.catalog.popularity:
             self.counts += torch.tensor(self.catalog.popularity, dtype=self.counts.dtype, device=self.counts.device)
 
-    def learn(self, rows: Any) -> None:
-        """Count all rows of a map-style dataset of examples, such as a data module's training rows; the same on every process."""
-        self.configure_model()
-        self.reset()
-        for start in range(0, len(rows), CHUNK):
-            examples = [_items_only(rows[index]) for index in range(start, min(start + CHUNK, len(rows)))]
-            self.count(*self._counted(collate_answers(examples).to(self.device)))
-
     def count(self, target: Tensor, seen: Tensor, last: Tensor) -> None:
         """Add rows to the tables.
 
@@ -110,7 +103,7 @@ class Baseline(BaseModule):
                 raise MisconfigurationException(
                     f"{type(self).__name__} counts rows of a history and a target, got {type(batch).__name__}: train_view must be 'answer'"
                 )
-            for rows in zip(*(self._of_all_processes(part) for part in self._counted(batch)), strict=True):
+            for rows in zip(*(self._of_all_processes(part) for part in counted(batch)), strict=True):
                 self.count(*rows)
         return self.compute_loss(batch).loss
 
@@ -182,13 +175,6 @@ class Baseline(BaseModule):
         for name in self.tables:
             self.register_buffer(name, torch.zeros(num_items, num_items, dtype=torch.int32, device=self.device))
 
-    def _counted(self, batch: AnswerBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """What :meth:`count` takes; where nothing is listed as seen, the history stands for it."""
-        target = batch.target.masked_fill(batch.sample_id < 0, -1)
-        seen = batch.seen if batch.seen.shape[1] else batch.history
-        last = batch.history[:, -1] if batch.history.shape[1] else torch.full_like(target, -1)
-        return target, seen, last
-
     def _of_all_processes(self, rows: Tensor) -> list[Tensor]:
         return [rows] if self.trainer.world_size == 1 else gather_all_tensors(rows)
 
@@ -200,7 +186,7 @@ class Baseline(BaseModule):
             raise MisconfigurationException(
                 f"{type(self).__name__} has counted nothing: call `fit` first, give a checkpoint, or pass a data module to count"
             )
-        self.learn(training_rows(source))
+        learn([self], training_rows(source))
 
 
 class Popularity(Baseline):
@@ -299,18 +285,40 @@ class Markov(ItemKNN):
         return transition_scores(self.transitions, batch.history) + self.smoothing * super().scores(batch)
 
 
+def learn(modules: Sequence[Baseline], rows: Any) -> None:
+    """Count all rows, read once for all modules; every process counts them all.
+
+    Args:
+        modules: What is to count; their catalogue must be known.
+        rows: Map-style dataset of examples, such as :func:`training_rows`.
+    """
+    for module in modules:
+        module.configure_model()
+        module.reset()
+    for start in range(0, len(rows), CHUNK):
+        batch = collate_answers([_items_only(rows[index]) for index in range(start, min(start + CHUNK, len(rows)))])
+        for module in modules:
+            module.count(*counted(batch.to(module.device)))
+
+
+def counted(batch: AnswerBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """What :meth:`Baseline.count` takes of a batch; where nothing is listed as seen, the history stands for it."""
+    target = batch.target.masked_fill(batch.sample_id < 0, -1)
+    seen = batch.seen if batch.seen.shape[1] else batch.history
+    last = batch.history[:, -1] if batch.history.shape[1] else torch.full_like(target, -1)
+    return target, seen, last
+
+
 def training_rows(source: Any) -> Any:
-    """The training rows of a data module that have a history and a target, whatever it shows to the model.
+    """The training rows of a data module that have a history and a target: its ``answer_dataset``, or its ``train_dataset``.
 
     Raises:
         MisconfigurationException: If it has none.
     """
-    loader = source.train_dataloader()
-    views = getattr(loader, "views", {})
-    rows = loader.view("answer") if "answer" in views else getattr(loader, "pool", getattr(loader, "dataset", None))
-    if rows is None or not len(rows) or "answers" not in rows[0]:
+    rows = getattr(source, "answer_dataset", None) or getattr(source, "train_dataset", None)
+    if not rows or "answers" not in rows[0]:
         raise MisconfigurationException(
-            f"{type(source).__name__} has no training rows of a history and a target; use a data module whose training loader has"
+            f"{type(source).__name__} has no training rows of a history and a target; use a data module whose `train_dataset` or `answer_dataset` has"
         )
     return rows
 

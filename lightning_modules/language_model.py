@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
@@ -20,6 +23,7 @@ from malleable.lightning_modules.functional.decoding import beam_search
 from malleable.lightning_modules.functional.logps import answer_token_logps, packed_token_logps
 from malleable.lightning_modules.functional.schedule import warmup_decay
 from malleable.lightning_modules.functional.trie import Trie
+from malleable.lightning_modules.play import Play, Player, row_seeds
 from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model, fingerprint, from_plain, plain, save_language_model
 from malleable.lightning_modules.recommend import allowed_items, recommendation_metrics, update_metrics
 
@@ -118,6 +122,13 @@ class LanguageModel(BaseModule):
         self._trie = self._trie.to(self.device)
         return self._trie
 
+    @property
+    def any_rank(self) -> Callable[[bool], bool] | None:
+        """Tells whether a flag is up on any rank, where ranks must make equally many forward passes because weights are sharded."""
+        strategy: Any = getattr(self._trainer, "strategy", None)
+        sharded = getattr(strategy, "zero_stage_3", False) or isinstance(strategy, FSDPStrategy)
+        return partial(strategy.reduce_boolean_decision, all=False) if sharded else None
+
     def answer_loss(self, batch: AnswerBatch | PackedBatch) -> LossOutput:
         """Negative log-likelihood of the true answers, over the answer tokens of the optimizer step.
 
@@ -126,11 +137,13 @@ class LanguageModel(BaseModule):
         if isinstance(batch, PackedBatch):
             logps, targets = packed_token_logps(self.model, batch.input_ids, batch.document_ids, batch.position_ids)
         else:
-            targets = batch.answer_mask[:, :1]
+            # Rows repeated only to fill a batch count for nothing.
+            targets = batch.answer_mask[:, :1] & (batch.sample_id >= 0)[:, None, None]
             parts = (batch.prompt_ids, batch.prompt_mask, batch.answer_ids[:, :1], targets)
             logps = answer_token_logps(self.model, *parts, shared_prompt=self.decoding.shared_prompt)
-        count = targets.sum() if batch.num_step_tokens is None else batch.num_step_tokens
-        return LossOutput(-logps.sum() / count, {})
+        weight = int(targets.sum())
+        count = max(1, weight) if batch.num_step_tokens is None else batch.num_step_tokens
+        return LossOutput(-logps.sum() / count, {}, weight)
 
     @torch.no_grad()
     def recommend(self, batch: AnswerBatch, k: int | None = None) -> Recommendations:
@@ -151,8 +164,26 @@ class LanguageModel(BaseModule):
             k=k,
             allowed=allowed_items(batch, len(self.catalog), self.decoding.exclude_seen),
             renormalize=self.decoding.renormalize,
+            any_rank=self.any_rank,
         )
         return Recommendations(*found)
+
+    @torch.no_grad()
+    def play(self, batch: AnswerBatch, play: Play, seed: int = 0) -> Tensor:
+        """Answer each row as self-play asks.
+
+        Args:
+            batch: Rows with prompts.
+            play: How to answer.
+            seed: Together with a row's id the only source of randomness, so that ranks and batches do not matter.
+
+        Returns:
+            ``(B, num_negatives)`` items, -1 where there is none; with ``grounding='none'`` ``(B, 2 + max_new_tokens)``: the item or -1,
+            then the free text's tokens with its end-of-sequence token, padded with -1.
+        """
+        assert self.catalog is not None
+        allowed = allowed_items(batch, len(self.catalog), play.exclude_seen)
+        return Player(self.model, self.trie, self.catalog, play, row_seeds(batch.sample_id, seed), self.any_rank).answer(batch, allowed)
 
     def configure_metrics(self) -> dict[str, Metric]:
         """Accuracy and exposure of the recommended lists."""

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from malleable.datamodules.batch import AnswerBatch, Catalog
+from malleable.lightning_modules.functional.decoding import beam_search
+from malleable.lightning_modules.functional.grounding import embed_texts, nearest_titles
+from malleable.lightning_modules.functional.keyed_random import keyed_uniform
+from malleable.lightning_modules.functional.sampling import sample
+from malleable.lightning_modules.functional.trie import Trie
 
 
 @dataclass
@@ -48,3 +59,90 @@ class Play:
             raise ValueError(f"num_beams {self.num_beams} must be at least num_negatives {self.num_negatives}")
         if self.grounding != "trie" and (self.num_negatives > 1 or self.decode == "beam_k_random"):
             raise ValueError(f"grounding '{self.grounding}' writes one free answer a row; several negatives or beams need grounding 'trie'")
+
+
+class Player:
+    """Answers a batch as :class:`Play` says.
+
+    Args:
+        model: The language model.
+        trie: The titles.
+        catalog: The items.
+        play: How to answer.
+        seeds: ``(B,)`` int64, the source of randomness of each row.
+        any_rank: Tells whether a flag is up on any rank, where ranks must make equally many forward passes.
+    """
+
+    def __init__(
+        self, model: nn.Module, trie: Trie, catalog: Catalog, play: Play, seeds: Tensor, any_rank: Callable[[bool], bool] | None = None
+    ) -> None:
+        self.model = model
+        self.trie = trie
+        self.catalog = catalog
+        self.play = play
+        self.seeds = seeds
+        self.any_rank = any_rank
+
+    def answer(self, batch: AnswerBatch, allowed: Tensor | None) -> Tensor:
+        """Return items, or with ``grounding='none'`` an item and the free text; see :meth:`LanguageModel.play`."""
+        if self.play.grounding == "trie":
+            return self._titles(batch, allowed)
+        tokens = self._free_text(batch)
+        if self.play.grounding == "none":
+            return torch.cat([self._named(tokens), tokens], 1)
+        return self._nearest(tokens, allowed)
+
+    def _titles(self, batch: AnswerBatch, allowed: Tensor | None) -> Tensor:
+        count, play = self.play.num_negatives, self.play
+        prompts = (self.model, self.trie, batch.prompt_ids, batch.prompt_mask)
+        shared: Any = {"allowed": allowed, "any_rank": self.any_rank}
+        if play.decode == "sample":
+            drawn = sample(*prompts, seeds=self.seeds, num_samples=count, temperature=play.temperature, top_p=play.top_p, distinct=count > 1, **shared)
+            return drawn.item_ids
+        if play.decode == "greedy":
+            beams = 1 if count == 1 else max(count, play.num_beams)
+            return beam_search(*prompts, num_beams=beams, k=count, **shared).item_ids
+        items = beam_search(*prompts, num_beams=play.num_beams, k=play.num_beams, **shared).item_ids
+        # Missing items come last whatever was drawn.
+        uniform = keyed_uniform(self.seeds[:, None], torch.arange(items.shape[1], device=items.device))
+        return items.gather(1, (uniform + (items < 0)).argsort(1)[:, :count])
+
+    def _free_text(self, batch: AnswerBatch) -> Tensor:
+        """Write freely; ``(B, 1 + max_new_tokens)`` tokens ending in the end-of-sequence token, padded with -1."""
+        from malleable.lightning_modules.functional.free_text import generate_text
+
+        play, eos = self.play, self.catalog.eos_token_id
+        written = generate_text(
+            self.model,
+            batch.prompt_ids,
+            batch.prompt_mask,
+            eos_token_id=eos,
+            max_new_tokens=play.max_new_tokens,
+            temperature=play.temperature if play.decode == "sample" else 0.0,
+            top_p=play.top_p,
+            seeds=self.seeds,
+        )
+        ended = (written == eos).cumsum(1)
+        tokens = torch.full((len(written), play.max_new_tokens + 1), -1, device=written.device)
+        tokens[:, : written.shape[1]] = written.masked_fill(ended - (written == eos).long() > 0, -1)
+        length = (tokens >= 0).sum(1)
+        open_ended = ended[:, -1] == 0
+        tokens[open_ended, length[open_ended]] = eos
+        return tokens
+
+    def _named(self, tokens: Tensor) -> Tensor:
+        """The item whose title is exactly the free text, -1 where none is, ``(B, 1)``."""
+        known = {tuple(title): item for item, title in reversed(list(enumerate(self.catalog.token_ids)))}
+        rows = [tuple(token for token in row if token >= 0) for row in tokens.tolist()]
+        return torch.tensor([[known.get(row, -1)] for row in rows], device=tokens.device)
+
+    def _nearest(self, tokens: Tensor, allowed: Tensor | None) -> Tensor:
+        """The title nearest to the free text, both embedded by the model's own last hidden state, ``(B, 1)``."""
+        titles = embed_texts(self.model, self.catalog.token_ids)
+        texts = embed_texts(self.model, [[token for token in row if token >= 0] for row in tokens.tolist()])
+        return nearest_titles(texts, titles, k=1, allowed=allowed).item_ids
+
+
+def row_seeds(sample_id: Tensor, seed: int) -> Tensor:
+    """One seed for each row, from its id and the round's seed alone, ``(B,)`` int64."""
+    return sample_id * 2_654_435_761 + seed

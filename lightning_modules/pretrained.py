@@ -112,14 +112,18 @@ def build_language_model(config: LanguageModelConfig, catalog: Catalog, *, zero3
     """
     if config.quantization and config.lora is None and config.adapter is None:
         raise ValueError("quantization needs adapters: 4-bit weights cannot be trained; set lora")
-    model = _scratch_model(config, catalog) if config.name is None else _pretrained_model(config, zero3_config)
+    if config.name is None:
+        with _whole_weights(zero3_config):
+            model = _scratch_model(config, catalog)
+    else:
+        model = _pretrained_model(config, zero3_config)
     rows = model.config.vocab_size
     if rows < catalog.vocab_size:
         raise ValueError(
             f"the tokenizer has {catalog.vocab_size} tokens but the model '{config.name}' embeds {rows}; use the model's own tokenizer for the data"
         )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     if config.lora is not None or config.adapter is not None:
         model = _with_adapter(model, config)
@@ -187,6 +191,21 @@ def _partitioned_loading(zero3_config: dict[str, Any] | None) -> Iterator[None]:
     keeper = HfDeepSpeedConfig(zero3_config)
     yield
     del keeper
+
+
+@contextmanager
+def _whole_weights(zero3_config: dict[str, Any] | None) -> Iterator[None]:
+    """Initialise weights before ZeRO stage 3 cuts them up: transformers cannot draw random numbers into empty shards."""
+    if zero3_config is None:
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
+
+    shutdown_init_context()
+    try:
+        yield
+    finally:
+        restore_init_context()
 
 
 def _with_adapter(model: Any, config: LanguageModelConfig) -> Any:
@@ -304,12 +323,27 @@ def save_language_model(model: Any, folder: Path, *, tokenizer: str | None = Non
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    model.save_pretrained(temporary, state_dict=state, safe_serialization=True)
+    with _quietly():
+        model.save_pretrained(temporary, state_dict=state)
     if tokenizer is not None and Path(tokenizer).is_dir():
         for file in Path(tokenizer).glob("*.json"):
             shutil.copy(file, temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers' own progress bars out of the Trainer's."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def plain(value: Any) -> Any:

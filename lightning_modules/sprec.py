@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, PreferenceBatch
@@ -59,3 +60,6 @@ class SPRec(LanguageModel):
         if isinstance(batch, PreferenceBatch):
             return preference_step(self.model, batch, self.loss, sft_weight=self.sft_weight, shared_prompt=self.decoding.shared_prompt)
         return self.answer_loss(batch)
+
+    def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> None:
+        """No schedule: the loop sets the rate of every step."""

@@ -13,11 +13,10 @@ if TYPE_CHECKING:
     from malleable.datamodules import *  # noqa: F403
     from malleable.lightning_modules import *  # noqa: F403
 
-_HOMES = {
-    name: folder for folder in ("malleable.callbacks", "malleable.datamodules", "malleable.lightning_modules") for name in import_module(folder).__all__
-}
+_FOLDERS = ("malleable.callbacks", "malleable.datamodules", "malleable.lightning_modules")
+_HOMES = {name: folder for folder in _FOLDERS for name in import_module(folder).__all__}
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 __version__ = metadata.version("malleable")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+_PLAIN_STATES = ("state_dict", "epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "callbacks")
 
 
 def find_checkpoint(ckpt_path: str, runs: Path) -> str:
@@ -33,6 +36,23 @@ def find_checkpoint(ckpt_path: str, runs: Path) -> str:
     if "://" not in ckpt_path and not Path(ckpt_path).exists():
         raise FileNotFoundError(f"no checkpoint {ckpt_path}; give an existing file, or `last` for the latest under {runs}")
     return ckpt_path
+
+
+def consolidate(folder: str) -> str:
+    """Write the one-file form of a DeepSpeed checkpoint beside it, unless it is there, and return its path.
+
+    The file holds plain data; the folder itself does not, and opening it trusts whoever wrote it.
+    """
+    source = Path(folder)
+    file = source.with_name(f"consolidated-{source.name}")
+    if not file.exists() or file.stat().st_mtime < (source / "latest").stat().st_mtime:
+        from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp32_state_dict
+
+        partial = file.with_name(f"{file.name}.{os.getpid()}")  # ranks may all come here at once
+        states = convert_zero_checkpoint_to_fp32_state_dict(source, partial)
+        torch.save({key: states[key] for key in _PLAIN_STATES if key in states}, partial)
+        partial.replace(file)
+    return str(file)
 
 
 def stored_model(ckpt_path: str) -> dict[str, Any] | None:

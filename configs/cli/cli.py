@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -17,7 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import malleable
-from malleable.checkpoints import differences, find_checkpoint, stored_model
+from malleable.checkpoints import consolidate, differences, find_checkpoint, stored_model
 from malleable.layers import RecipeFile, Replace, mark_replacements
 from malleable.recipes import FOLDER, recipe_name
 
@@ -41,10 +42,9 @@ class MalleableCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add our own options; every command accepts all, so that one recipe serves all commands."""
-        parser.add_argument("--test_after_fit", type=bool, default=False, help="After `fit`, test the checkpoint that the run registered as its best.")
-        parser.add_argument(
-            "--allow_untrained", type=bool, nargs="?", const=True, default=False, help="Let validate, test and predict run without --ckpt_path."
-        )
+        switch: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "default": False}
+        parser.add_argument("--test_after_fit", **switch, help="After `fit`, test the checkpoint that the run registered as its best.")
+        parser.add_argument("--allow_untrained", **switch, help="Let `validate`, `test` and `predict` run without a checkpoint.")
         parser.add_class_arguments(ModelCheckpoint, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -62,7 +62,8 @@ class MalleableCLI(LightningCLI):
             self.config = parser.parse_args(mark_replacements(words))
             if changed := differences(self.config[command].model.init_args.as_dict(), stored["init_args"]):
                 log.info("given values win over those of %s: %s", ckpt_path, changed)
-        self.config[command].ckpt_path = ckpt_path
+        strategy = self.config[command].trainer.strategy
+        self.config[command].ckpt_path = ckpt_path if command == "fit" else _readable(ckpt_path, strategy)
 
     def _parse_ckpt_path(self) -> None:
         """Keep Lightning (2.5.5 to 2.7) from laying the checkpoint's hyper-parameters over the values given."""
@@ -112,9 +113,17 @@ class MalleableCLI(LightningCLI):
         path = getattr(checkpoint, "best_model_path", "") or getattr(checkpoint, "last_model_path", "")
         if path and getattr(self.trainer.strategy, "zero_stage_3", False):
             # DeepSpeed cannot load a stage-3 checkpoint without its optimizer.
-            log.warning("ZeRO stage 3: testing the weights in memory, not %s", path)
+            log.info("ZeRO stage 3: testing the weights in memory, not %s", path)
             path = ""
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path or None)
+
+
+def _readable(ckpt_path: str, strategy: Namespace | str) -> str:
+    """Return what ``strategy`` can measure of a checkpoint: of a DeepSpeed folder, stages 1 and 2 that, all else one file."""
+    stage = strategy.init_args.get("stage") if isinstance(strategy, Namespace) else None
+    if stage == 3 and isinstance(strategy, Namespace):
+        strategy.init_args.load_full_weights = True
+    return consolidate(ckpt_path) if Path(ckpt_path).is_dir() and stage not in (1, 2) else ckpt_path
 
 
 def run(words: Sequence[str]) -> MalleableCLI:
@@ -132,7 +141,10 @@ def run(words: Sequence[str]) -> MalleableCLI:
         # Without a usage of its own, every error would begin with a page of options.
         usage = f"malleable {command} --config RECIPE [options]"
         parser_kwargs[command] = {"usage": usage, "default_config_files": [str(FOLDER / "base" / "fit.yaml")]}
-    cli = MalleableCLI(auto_configure_optimizers=False, parser_kwargs=parser_kwargs, args=list(words))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`")  # Lightning 2.6 with torch 2.13
+        warnings.filterwarnings("ignore", "The dirpath has changed")  # every command has a run folder of its own
+        cli = MalleableCLI(auto_configure_optimizers=False, parser_kwargs=parser_kwargs, args=list(words))
     if cli.trainer.log_dir and Path(cli.trainer.log_dir).is_dir():
         log.info("run folder: %s", cli.trainer.log_dir)
     return cli

@@ -46,9 +46,10 @@ def main(args: Sequence[str] | None = None) -> None:
         with _log_to_stderr():
             _run(words)
     except Exception as error:
-        if args is not None or os.environ.get("MALLEABLE_DEBUG") or not _speaks_to_the_user(error):
+        message = _message(error)
+        if args is not None or os.environ.get("MALLEABLE_DEBUG") or message is None:
             raise
-        sys.stderr.write(f"malleable: error: {error}\n")
+        sys.stderr.write(f"malleable: error: {message}\n")
         sys.exit(1)
 
 
@@ -68,11 +69,15 @@ def _run(words: list[str]) -> None:
         run(words)
 
 
-def _speaks_to_the_user(error: Exception) -> bool:
-    """Say whether an error was raised on purpose, by this package or by Lightning, for what the user asked."""
-    *_, (frame, _) = walk_tb(error.__traceback__)
-    ours = str(frame.f_globals.get("__name__")).partition(".")[0] == "malleable"
-    return type(error).__name__ == "MisconfigurationException" or (ours and isinstance(error, (ValueError, OSError, ImportError)))
+def _message(error: BaseException | None) -> str | None:
+    """Return what an error says to the user, ``None`` for one that nobody raised on purpose: a bug keeps its traceback."""
+    while error is not None:
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        ours = str(frame.f_globals.get("__name__")).partition(".")[0] == "malleable"
+        if type(error).__name__ == "MisconfigurationException" or (ours and isinstance(error, (ValueError, OSError, ImportError))):
+            return str(error)
+        error = error.__cause__  # the parser wraps what a constructor raises
+    return None
 
 
 @contextmanager

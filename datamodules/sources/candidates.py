@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from malleable.datamodules.sources.base import ReadyRow, ReadyRows, Source, items_table
-from malleable.datamodules.sources.ready import read_rows, split_files, value_of
-from malleable.datamodules.titles import clean_title
+from malleable.datamodules.sources.ready import TitleIndex, read_rows, split_files, value_of
 
 CATALOGUE = "id2name.txt"
 
@@ -43,14 +42,14 @@ class CandidateRows(Source):
         pairs = [line.rstrip("\r").split("::", 1) for line in lines if "::" in line]
         keys, names = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         by_key = {key: position for position, key in enumerate(keys)}
-        by_name = {clean_title(name): position for position, name in reversed(list(enumerate(names)))}
+        by_name = TitleIndex(names)
         rows = {}
         for split, path in split_files(self.path).items():
             rows[split] = [_row(row, by_key, by_name, path, number) for number, row in enumerate(read_rows(path), start=1)]
         return ReadyRows(items_table(keys, names, [()] * len(names)), rows)
 
 
-def _row(row: dict[str, Any], by_key: dict[str, int], by_name: dict[str, int], path: Path, number: int) -> ReadyRow:
+def _row(row: dict[str, Any], by_key: dict[str, int], by_name: TitleIndex, path: Path, number: int) -> ReadyRow:
     if "next" in row:
         history = [by_key.get(str(key), -1) for key in value_of(row, "history", path, number)]
         return ReadyRow(history, by_key.get(str(row["next"]), -1))
@@ -59,5 +58,5 @@ def _row(row: dict[str, Any], by_key: dict[str, int], by_name: dict[str, int], p
     if truth not in offered:
         raise ValueError(f"{path}, row {number}: trueSelection {truth!r} is not in itemList; every row must offer the truth")
     names = listed.split("::") if isinstance(listed, str) else listed
-    positions = [[by_name.get(clean_title(name), -1) for name in group] for group in (names, offered, [truth])]
+    positions = [[by_name.position(name) for name in group] for group in (names, offered, [truth])]
     return ReadyRow(positions[0], positions[2][0], positions[1])

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from malleable.datamodules.sources.base import ReadyRow, ReadyRows, Source, items_table
-from malleable.datamodules.sources.ready import read_rows, split_files, value_of
-from malleable.datamodules.titles import clean_title
+from malleable.datamodules.sources.ready import TitleIndex, read_rows, split_files, value_of
 
 SIDE_FILES = ("id2name.json", "name2id.json", "name2genre.json", "genre_dict.json")
 # A closing quote stands before a comma, a line's end or the end.
@@ -77,15 +77,14 @@ class TitleFinder:
         names: Titles; what is found is their position.
     """
 
-    def __init__(self, names: list[str]) -> None:
-        self.positions = {clean_title(name): position for position, name in reversed(list(enumerate(names)))}
-        self.positions.update({name: position for position, name in enumerate(names)})
+    def __init__(self, names: Sequence[str]) -> None:
+        self.index = TitleIndex(names)
 
     def find(self, text: str) -> int:
         """Return the title that a text consists of, with or without quotes around it; -1 if it is none."""
         text = text.strip()
         bare = text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
-        return self._position(bare)
+        return self.index.position(bare)
 
     def find_all(self, text: str) -> list[int]:
         """Return the quoted titles of a text in order, -1 for one that is not in the catalogue."""
@@ -94,12 +93,8 @@ class TitleFinder:
         while start >= 0:
             # The first closing quote after which the text in between is a title; else the first closing quote.
             ends = [match.start() for match in _CLOSING.finditer(text, start + 1)]
-            known = ((end, position) for end in ends if (position := self._position(text[start + 1 : end])) >= 0)
+            known = ((end, position) for end in ends if (position := self.index.position(text[start + 1 : end])) >= 0)
             end, position = next(known, (ends[0] if ends else len(text), -1))
             found.append(position)
             start = text.find('"', end + 1)
         return found
-
-    def _position(self, name: str) -> int:
-        position = self.positions.get(name)
-        return position if position is not None else self.positions.get(clean_title(name), -1)

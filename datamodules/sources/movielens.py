@@ -34,8 +34,9 @@ PACKAGE_FILES = {
 }
 # Order of the flag columns of u.item, as its u.genre says.
 GENRES_100K = (
-    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"
-).split()
+    *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy"),
+    *("Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
+)
 
 
 class MovieLens(Source):
@@ -131,7 +132,7 @@ def _items_100k(content: bytes) -> pd.DataFrame:
 
 def _items_1m(content: bytes) -> pd.DataFrame:
     lines = _lines(content, "latin-1", "::")
-    return items_table([line[0] for line in lines], [line[1] for line in lines], [tuple(line[2].split("|")) for line in lines])
+    return items_table([line[0] for line in lines], [line[1] for line in lines], [_known(line[2].split("|")) for line in lines])
 
 
 def _items_atomic(content: bytes) -> pd.DataFrame:

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from malleable.datamodules.titles import clean_title
 
 SPLIT_FILES = {
     "train": ("train.json", "train.jsonl", "train_seq.jsonl"),
     "val": ("val.json", "val.jsonl", "valid.json", "valid.jsonl"),
     "test": ("test.json", "test.jsonl"),
 }
+
+
+class TitleIndex:
+    """Finds titles as given, or as they are once cleaned.
+
+    Args:
+        names: Titles; what is found is their position.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        numbered = list(enumerate(names))[::-1]
+        self.positions = {clean_title(name): position for position, name in numbered} | {name: position for position, name in numbered}
+
+    def position(self, name: str) -> int:
+        """Return the position of a title, -1 where there is none."""
+        position = self.positions.get(name)
+        return position if position is not None else self.positions.get(clean_title(name), -1)
 
 
 def split_files(folder: Path) -> dict[str, Path]:

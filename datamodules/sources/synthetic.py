@@ -11,8 +11,8 @@ import pandas as pd
 from malleable.datamodules.sources.base import InteractionTables, Source, items_table
 
 GENRES = ("Drama", "Comedy", "Mystery", "Western", "Fantasy", "Romance")
-_FIRST = "Silver Quiet Broken Golden Distant Hidden Crimson Frozen Gentle Hollow Iron Lonely Midnight Northern Open Paper".split()
-_SECOND = "River Garden Mirror Harbor Winter Letter Mountain Station Island Lantern Orchard Bridge Compass Meadow Shadow Window".split()
+_FIRST = ("Silver", "Quiet", "Broken", "Golden", "Distant", "Hidden", "Crimson", "Frozen", "Gentle", "Hollow", "Iron", "Lonely", "Midnight", "Open")
+_SECOND = ("River", "Garden", "Mirror", "Harbor", "Winter", "Letter", "Mountain", "Station", "Island", "Lantern", "Orchard", "Bridge", "Compass")
 
 
 class Synthetic(Source):
@@ -20,7 +20,7 @@ class Synthetic(Source):
 
     Args:
         num_users: Users.
-        num_items: Items, at most 256.
+        num_items: Items, at most 182.
         num_events: Interactions of each user, fewer than the items of a genre and its neighbour.
         num_genres: Genres, at most 6; each item has one, and each genre is one long series.
         persistence: Probability that a user goes on with the series of the last item.
@@ -30,7 +30,15 @@ class Synthetic(Source):
         ValueError: If a value is out of range.
     """
 
-    def __init__(self, num_users: int = 200, num_items: int = 60, num_events: int = 12, num_genres: int = 4, persistence: float = 0.7, seed: int = 0) -> None:
+    def __init__(
+        self,
+        num_users: int = 200,
+        num_items: int = 60,
+        num_events: int = 12,
+        num_genres: int = 4,
+        persistence: float = 0.7,
+        seed: int = 0,
+    ) -> None:
         if not 1 <= num_genres <= len(GENRES):
             raise ValueError(f"num_genres must be between 1 and {len(GENRES)}, got {num_genres}")
         if not num_genres <= num_items <= len(_FIRST) * len(_SECOND):
@@ -56,7 +64,8 @@ class Synthetic(Source):
         rng = np.random.default_rng(self.seed)
         genre = np.arange(self.num_items) % self.num_genres
         weights = 1.0 / (1.0 + rng.permutation(self.num_items))
-        events = [(str(user), str(item), float(step)) for user in range(self.num_users) for step, item in enumerate(self._history(rng, genre, weights))]
+        histories = [self._history(rng, genre, weights) for _ in range(self.num_users)]
+        events = [(str(user), str(item), float(step)) for user, items in enumerate(histories) for step, item in enumerate(items)]
         words = list(product(_FIRST, _SECOND))
         order = rng.permutation(len(words))
         titles = [f"The {' '.join(words[order[item]])} ({1950 + int(rng.integers(70))})" for item in range(self.num_items)]

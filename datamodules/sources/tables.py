@@ -128,7 +128,9 @@ def _select(path: Path, fields: tuple[str, ...], columns: Mapping[str, str], arg
         if name in table:
             selected[field] = table[name]
         elif field not in OPTIONAL or field in columns:
-            raise ValueError(f"{path}: no column {name!r} for {field}; its columns are {list(table.columns)}; map one with {argument}: {{{field}: ...}}")
+            raise ValueError(
+                f"{path}: no column {name!r} for {field}, only {list(table.columns)}; name the right one with {argument}: {{{field}: ...}}"
+            )
     return pd.DataFrame(selected)
 
 
@@ -172,7 +174,9 @@ def _seconds(path: Path, column: pd.Series) -> pd.Series:
         numbers[rest] = (times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
     if (wrong := numbers.isna().to_numpy()).any():
         first = int(wrong.argmax())
-        raise ValueError(f"{path}, {_where(path, first)}, field timestamp: cannot read {column.iloc[first]!r}; give unix seconds or ISO 8601 such as 2024-05-01T12:00:00")
+        raise ValueError(
+            f"{path}, {_where(path, first)}, field timestamp: cannot read {column.iloc[first]!r}; give unix seconds or ISO 8601 (2024-05-01T12:00:00)"
+        )
     return numbers
 
 

@@ -26,9 +26,8 @@ def count_pairs(table: Tensor, first: Tensor, second: Tensor) -> None:
         first: Items of any shape; negative ones are padding.
         second: Items that ``first`` broadcasts with.
     """
-    first, second = torch.broadcast_tensors(first, second)
     kept = (first >= 0) & (second >= 0)
-    cells = first[kept] * len(table) + second[kept]
+    cells = (first * len(table) + second)[kept]
     table.view(-1).index_add_(0, cells, torch.ones_like(cells, dtype=table.dtype))
 
 

@@ -6,27 +6,13 @@ Shapes: B rows, R rows still searched, P prompt tokens, W beams, C candidates, N
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from malleable.lightning_modules.functional.tree_attention import TreeDecoder, evaluating
+from malleable.lightning_modules.functional.tree_attention import evaluating
 from malleable.lightning_modules.functional.trie import Candidates, Trie
-
-_CHUNK = 1 << 24  # logits turned to float32 at a time: 64 MiB
-
-
-class Decoded(NamedTuple):
-    """Items of each row and their scores.
-
-    Attributes:
-        item_ids: ``(B, k)`` int64, -1 where there are fewer than k.
-        scores: ``(B, k)`` float32, in nats, ``-inf`` beside -1.
-    """
-
-    item_ids: Tensor
-    scores: Tensor
+from malleable.lightning_modules.functional.trie_search import NEVER, Decoded, TrieSearch, logsumexp, segment_log_softmax
 
 
 def beam_search(
@@ -41,142 +27,148 @@ def beam_search(
     renormalize: bool = False,
     any_rank: Callable[[bool], bool] | None = None,
 ) -> Decoded:
-    """Find the k most probable titles after each prompt."""
-    if num_beams < k:
-        raise ValueError(f"num_beams must be at least k = {k}, got {num_beams}")
+    """Find the k most probable titles after each prompt.
+
+    A title's score is the sum of its tokens' log-probabilities, the end-of-sequence token included; there is no length
+    penalty. The beams advance a token at a time; with as many beams as titles the search is exact.
+
+    Args:
+        model: Hugging Face causal language model (attention ``eager`` or ``sdpa``).
+        trie: The catalogue's titles.
+        prompt_ids: ``(B, P)`` int64, padded on the left.
+        prompt_mask: ``(B, P)`` bool, True on real tokens.
+        num_beams: Titles in the making a row, at least k.
+        k: Items to return a row.
+        allowed: ``(N,)`` or ``(B, N)`` bool, the items that may be returned; ``None`` allows all.
+        renormalize: Normalise each step over the tokens that lead to an allowed item, not over the vocabulary. The scores of
+            all allowed titles then sum to 1, forced tokens cost nothing, and a beam that leads to a single title is finished.
+        any_rank: Tells whether any rank's argument is true. Given, all ranks run the model equally often, as sharded
+            weights (ZeRO-3, FSDP) require; each rank must then call with at least one row.
+
+    Returns:
+        The items of each row, best first. Of items with equal titles only the lowest allowed id is returned.
+
+    Raises:
+        ValueError: If ``num_beams`` is smaller than k, or if k is not positive.
+
+    Source:
+        Constrained beam search as in De Cao et al. (2021), Autoregressive Entity Retrieval, arXiv:2010.00904, section 3.2;
+        ``renormalize`` as in Bao et al. (2024), D3, arXiv:2406.14900, which points out what forced tokens do to scores.
+        Differs: no length penalty; a beam is dropped once the k best finished titles are all better.
+    """
+    if not 1 <= k <= num_beams:
+        raise ValueError(f"k must be at least 1 and at most num_beams = {num_beams}, got {k}")
     with evaluating(model):
-        search = BeamSearch(model, trie.to(prompt_ids.device), prompt_ids, prompt_mask, num_beams, k, allowed, renormalize)
-        return search.run(any_rank)
+        return BeamSearch(model, trie, prompt_ids, prompt_mask, allowed, num_beams, k, renormalize).run(any_rank)
 
 
-class BeamSearch:
+class BeamSearch(TrieSearch):
+    """The best titles by score; the arguments are those of :func:`beam_search`.
+
+    Attributes:
+        score: ``(R, W)`` float32, log-probability of each node; ``-inf`` where it is not live.
+        priority: ``(R, W)`` float32, what beams are chosen by: the score.
+    """
+
     def __init__(
         self,
         model: nn.Module,
         trie: Trie,
         prompt_ids: Tensor,
         prompt_mask: Tensor,
+        allowed: Tensor | None,
         num_beams: int,
         k: int,
-        allowed: Tensor | None,
         renormalize: bool,
     ) -> None:
-        self.trie = trie
-        self.view = trie.restrict(allowed)
+        super().__init__(model, trie, prompt_ids, prompt_mask, allowed)
         self.num_beams = num_beams
         self.k = k
         self.renormalize = renormalize
-        self.decoder = TreeDecoder(model, prompt_ids, prompt_mask, trie.max_length)
-        self.node = prompt_ids.new_zeros(len(prompt_ids), 1)
-        self.parent = self.node
-        self.score = torch.where(self.view.count(self.node) > 0, 0.0, -torch.inf)
-        self.rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
-        self.depth = 0
-        self.best_score = torch.full((len(prompt_ids), k), -torch.inf, device=prompt_ids.device)
-        self.best_item = torch.full_like(self.best_score, -1, dtype=torch.long)
+        self.score = torch.where(self.live, 0.0, NEVER)
+        self.priority = self.score
+        empty = self.score.new_full((len(prompt_ids), k), NEVER)
+        self.best_priority, self.best_score, self.best_item = empty, empty.clone(), torch.full_like(empty, -1, dtype=torch.long)
 
-    def run(self, any_rank: Callable[[bool], bool] | None = None) -> Decoded:
-        self.advance(self.decoder.logits, int(self.trie.num_children[0]))
-        while True:
-            num_rows, num_beams, width, branches = self.survey()
-            if not (any_rank or bool)(num_rows > 0):
-                break
-            if num_rows == 0:
-                self.decoder.idle()
-                continue
-            self.compact(num_rows, num_beams)
-            if not branches:
-                self.follow(max(1, BUDGET // (len(self.rows) * num_beams)))
-                continue
-            logits = self.decoder.extend(self.trie.token[self.node], self.parent, self.depth)
-            self.depth += 1
-            self.advance(logits, width)
+    def result(self) -> Decoded:
+        """Return the k best."""
         return Decoded(self.best_item, self.best_score)
 
-    def survey(self):
-        live = self.score > -torch.inf
-        counts = live.sum(1)
-        width = (self.trie.num_children[self.node] * live).sum(1)
-        branches = ((self.view.count(self.node) > 1) & live).sum()
-        return torch.stack([(counts > 0).sum(), counts.max(), width.max(), branches]).tolist()
+    def narrow(self, num_nodes: int) -> None:
+        """Keep the best beams of each row only."""
+        super().narrow(num_nodes)
+        self.score, self.priority = self.score[:, :num_nodes], self.priority[:, :num_nodes]
 
-    def compact(self, num_rows, num_beams):
-        self.node, self.score, self.parent = self.node[:, :num_beams], self.score[:, :num_beams], self.parent[:, :num_beams]
-        if num_rows > DROP * len(self.rows):
-            return
-        rows = (self.score[:, 0] > -torch.inf).nonzero()[:, 0]
-        self.decoder.select(rows)
-        self.view = self.view.select(rows)
-        self.rows, self.node, self.score, self.parent = self.rows[rows], self.node[rows], self.score[rows], self.parent[rows]
-
-    def follow(self, span):
-        trie = self.trie
-        live = self.score > -torch.inf
-        leaf = self.view.leaf(self.node)
-        remaining = trie.title_length[leaf] - self.depth - 1
-        counts = remaining.clamp(max=span) * live
-        ends = counts.cumsum(1)
-        width = int(ends[:, -1].max())
-        column = torch.arange(width, device=ends.device).expand(len(ends), -1).contiguous()
-        beam = torch.searchsorted(ends, column, right=True).clamp(max=ends.shape[1] - 1)
-        valid = column < ends[:, -1:]
-        offset = torch.where(valid, column - (ends - counts).gather(1, beam), 0)
-        position = trie.title_start[leaf].gather(1, beam) + self.depth + offset
-        within = (beam[:, None] == beam[:, :, None]) & (column[:, None] <= column[:, :, None])
-        logits = self.decoder.extend(trie.title_token[position], self.parent.gather(1, beam), self.depth + offset, within)
-        logps = logits.gather(2, trie.title_token[position + 1][..., None])[..., 0].float() - logsumexp(logits)
-        score = self.score.scatter_add(1, beam, torch.where(valid, logps, 0))
-        done = remaining <= span
-        self.keep(score.masked_fill(~done, -torch.inf), leaf)
-        score = score.masked_fill(done | (score <= self.best_score[self.rows, -1:]), -torch.inf).sort(descending=True)
-        self.score = score.values
-        self.node = self.node.gather(1, score.indices)
-        self.parent = (ends - 1).clamp(min=0).gather(1, score.indices)
-        self.depth += span
-
-    def keep(self, score, leaf):
-        items = torch.where(score > -torch.inf, self.view.item(leaf), -1)
-        merged = torch.cat([self.best_score[self.rows], score], 1).topk(self.k)
-        self.best_score[self.rows] = merged.values
-        self.best_item[self.rows] = torch.cat([self.best_item[self.rows], items], 1).gather(1, merged.indices)
+    def select(self, keep: Tensor) -> None:
+        """Keep some rows only."""
+        super().select(keep)
+        self.score, self.priority = self.score[keep], self.priority[keep]
 
     def advance(self, logits: Tensor, width: int) -> None:
-        candidates = self.view.expand(self.node, self.score > -torch.inf, width)
+        """Continue each row with its best unfinished children, and collect the finished ones."""
+        candidates = self.view.expand(self.node, self.live, width)
         score = self.score.gather(1, candidates.beam) + self.log_probs(logits, candidates)
-        top = score.topk(min(2 * self.num_beams, score.shape[1]))
-        node = candidates.node.gather(1, top.indices)
-        beam = candidates.beam.gather(1, top.indices)
+        # every beam has at most one finished child, so that these hold enough unfinished ones
+        top = self.priorities(candidates, score).topk(min(2 * self.num_beams, width))
+        node, score, parent = (values.gather(1, top.indices) for values in (candidates.node, score, candidates.beam))
         done = self.view.count(node) == 1 if self.renormalize else self.trie.num_children[node] == 0
-        within = torch.arange(node.shape[1], device=node.device) < self.num_beams
-        finished = torch.where(done & within, top.values, -torch.inf)
-        self.keep(finished, self.view.leaf(node))
-        hopeless = done | (top.values <= self.best_score[self.rows, -1:])
-        live = top.values.masked_fill(hopeless, -torch.inf).topk(min(self.num_beams, node.shape[1]))
-        self.score = live.values
-        self.node = node.gather(1, live.indices)
-        self.parent = beam.gather(1, live.indices)
+        # as in the library's own search, a title that is not among the best num_beams candidates is lost
+        entered = done & (torch.arange(node.shape[1], device=node.device) < self.num_beams)
+        self.collect(torch.where(entered, top.values, NEVER), score, node)
+        self.keep(top.values.masked_fill(done, NEVER), score, node, parent)
 
     def log_probs(self, logits: Tensor, candidates: Candidates) -> Tensor:
-        vocab = logits.shape[2]
-        chosen = logits.flatten(1).gather(1, candidates.beam * vocab + self.trie.token[candidates.node]).float()
-        chosen = chosen.masked_fill(~candidates.valid, -torch.inf)
+        """Return the log-probability of each candidate after its parent, ``(R, C)``."""
+        chosen = self.child_logits(logits, candidates)
         if self.renormalize:
-            norm = segment_logsumexp(chosen, candidates.beam, logits.shape[1])
+            return segment_log_softmax(chosen, candidates.beam, logits.shape[1])
+        return chosen - logsumexp(logits).gather(1, candidates.beam)
+
+    def priorities(self, candidates: Candidates, score: Tensor) -> Tensor:
+        """Return what candidates are chosen by, ``(R, C)``; it never grows from a node to its child."""
+        return score
+
+    def collect(self, priority: Tensor, score: Tensor, node: Tensor) -> None:
+        """Merge finished titles, those of finite priority, with the best so far."""
+        found = priority > NEVER
+        top = torch.cat([self.best_priority[self.rows], priority], 1).topk(self.k)
+        item = torch.where(found, self.view.item(self.view.leaf(node)), -1)
+        self.best_priority[self.rows] = top.values
+        self.best_item[self.rows] = torch.cat([self.best_item[self.rows], item], 1).gather(1, top.indices)
+        self.best_score[self.rows] = torch.cat([self.best_score[self.rows], score.masked_fill(~found, NEVER)], 1).gather(1, top.indices)
+
+    def keep(self, priority: Tensor, score: Tensor, node: Tensor, parent: Tensor) -> None:
+        """Go on with the best beams that can still come before the k best titles."""
+        hopeless = priority <= self.best_priority[self.rows, -1:]
+        top = priority.masked_fill(hopeless, NEVER).topk(min(self.num_beams, priority.shape[1]))
+        self.priority, self.live = top.values, top.values > NEVER
+        self.node, self.parent = node.gather(1, top.indices), parent.gather(1, top.indices)
+        self.score = score.gather(1, top.indices).masked_fill(~self.live, NEVER)
+
+    def step(self, width: int, num_branching: int) -> None:
+        """Run the model once, over several tokens a beam if none of them branches any more."""
+        if num_branching:
+            super().step(width, num_branching)
         else:
-            norm = logsumexp(logits)
-        return (chosen - norm.gather(1, candidates.beam)).masked_fill(~candidates.valid, -torch.inf)
+            self._follow()
 
-DROP=.75
-BUDGET=512
-
-def logsumexp(logits: Tensor) -> Tensor:
-    rows = logits.flatten(0, -2)
-    size = max(1, _CHUNK // rows.shape[1])
-    return torch.cat([chunk.float().logsumexp(-1) for chunk in rows.split(size)]).reshape(logits.shape[:-1])
-
-
-def segment_logsumexp(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    shape = (len(values), num_segments)
-    peak = values.new_full(shape, torch.finfo(values.dtype).min).scatter_reduce(1, segment, values, "amax")
-    total = values.new_zeros(shape).scatter_add(1, segment, (values - peak.gather(1, segment)).exp())
-    return peak + total.log()
+    def _follow(self) -> None:
+        """Feed further tokens of titles that no longer branch, as many at a time as make a forward pass worth its overhead."""
+        trie, leaf = self.trie, self.view.leaf(self.node)
+        span = max(1, (4096 if leaf.is_cuda else 512) // leaf.numel())
+        remaining = trie.title_length[leaf] - self.depth - 1
+        counts = remaining.clamp(max=span) * self.live
+        ends = counts.cumsum(1)
+        column = torch.arange(int(ends[:, -1].max()), device=leaf.device).expand(len(leaf), -1).contiguous()
+        beam = torch.searchsorted(ends, column, right=True).clamp(max=leaf.shape[1] - 1)
+        valid = column < ends[:, -1:]
+        offset = torch.where(valid, column - (ends - counts).gather(1, beam), 0)
+        place = trie.title_start[leaf].gather(1, beam) + self.depth + offset
+        within = (beam[:, :, None] == beam[:, None]) & (column[:, :, None] >= column[:, None])
+        logits = self.decoder.extend(trie.title_token[place], self.parent.gather(1, beam), self.depth + offset, within)
+        logps = logits.gather(2, trie.title_token[place + 1, None])[..., 0].float() - logsumexp(logits)
+        score = self.score.scatter_add(1, beam, logps.masked_fill(~valid, 0.0))
+        done = remaining <= span
+        self.depth += span
+        self.collect(score.masked_fill(~done, NEVER), score, self.node)
+        self.keep(score.masked_fill(done, NEVER), score, self.node, (ends - 1).clamp(min=0))

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from malleable.lightning_modules.functional.attention import model_mask
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -52,14 +54,9 @@ class SharedCache:
                 )
         self.keys: list[Tensor] = [layer.keys for layer in cache.layers]
         self.values: list[Tensor] = [layer.values for layer in cache.layers]
-        self.lengths = [layer.keys.shape[-2] for layer in cache.layers]
+        self.lengths: list[int] = [layer.keys.shape[-2] for layer in cache.layers]
         self.prompt_length = self.lengths[0]
         self.is_sliding = [False] * len(self.keys)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the keys, hence of the queries."""
-        return self.keys[0].dtype
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append ``(R, H, n, D)`` keys and values to a layer and return all of them."""
@@ -149,11 +146,9 @@ class TreeDecoder:
         inherited = self.visible.gather(1, parent[..., None].expand(-1, -1, self.visible.shape[2]))
         self.visible = torch.cat([inherited, within], -1)
         visible = torch.cat([self.prompt_mask[:, None].expand(-1, count, -1), self.visible], -1)
-        # an additive mask suits both implementations; its finite minimum keeps rows that see nothing free of NaN
-        mask = torch.zeros(visible.shape, dtype=self.cache.dtype, device=tokens.device).masked_fill_(~visible, torch.finfo(self.cache.dtype).min)
         output = self.model(
             input_ids=tokens,
-            attention_mask=mask[:, None],
+            attention_mask=model_mask(self.model, visible),
             position_ids=(self.lengths + depth).expand(-1, count),
             past_key_values=self.cache,
             use_cache=True,

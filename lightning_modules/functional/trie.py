@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Trie:
         title_length: ``(L,)`` int64, tokens of each leaf's title.
         title_token: Tokens of all titles, leaf after leaf.
         max_length: Tokens of the longest title.
+        max_token: Largest token id.
         duplicates: Items that share a title, one tuple for each such title.
     """
 
@@ -47,6 +49,7 @@ class Trie:
     title_length: Tensor
     title_token: Tensor
     max_length: int
+    max_token: int
     duplicates: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
@@ -64,29 +67,30 @@ class Trie:
         titles = [tuple(int(token) for token in title) for title in token_ids]
         if () in titles:
             raise ValueError(f"item {titles.index(())} has no tokens; every title needs at least its end-of-sequence token")
-        order = sorted(range(len(titles)), key=lambda item: titles[item])
         distinct = sorted(set(titles))
-        for shorter, longer in zip(distinct, distinct[1:], strict=False):
+        for shorter, longer in pairwise(distinct):
             if longer[: len(shorter)] == shorter:
                 raise ValueError(
                     f"the title of item {titles.index(shorter)} is the beginning of the title of item {titles.index(longer)}; "
                     f"end every title with the end-of-sequence token"
                 )
         leaf_of = {title: leaf for leaf, title in enumerate(distinct)}
+        item_leaf = [leaf_of[title] for title in titles]
         lengths = torch.tensor([len(title) for title in distinct])
         return cls(
             **_link(distinct, lengths),
-            item_leaf=torch.tensor([leaf_of[title] for title in titles]),
+            item_leaf=torch.tensor(item_leaf),
             title_start=lengths.cumsum(0) - lengths,
             title_length=lengths,
             title_token=torch.tensor([token for title in distinct for token in title]),
             max_length=int(lengths.max()),
-            duplicates=_duplicates(titles, order),
+            max_token=max(map(max, distinct)),
+            duplicates=_duplicates(item_leaf),
         )
 
     def to(self, device: torch.device | str) -> Trie:
         """Return the tree with its tables on ``device``."""
-        tables = {field.name: value.to(device) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
+        tables: dict[str, Any] = {field.name: value.to(device) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
         return replace(self, **tables)
 
     def __len__(self) -> int:
@@ -106,10 +110,9 @@ class Trie:
             allowed = torch.ones(len(self), dtype=torch.bool, device=self.token.device)
         if allowed.dtype != torch.bool or allowed.ndim not in (1, 2) or allowed.shape[-1] != len(self):
             raise ValueError(
-                f"allowed must be a boolean tensor of shape ({len(self)},) or (B, {len(self)}), "
-                f"got {allowed.dtype} of shape {tuple(allowed.shape)}"
+                f"allowed must be a boolean tensor of shape ({len(self)},) or (B, {len(self)}), got {allowed.dtype} of shape {tuple(allowed.shape)}"
             )
-        allowed = torch.atleast_2d(allowed.to(self.token.device))
+        allowed = allowed.to(self.token.device).reshape(-1, len(self))
         items = torch.arange(len(self), device=allowed.device)
         num_leaves = len(self.title_start)
         none = torch.full((len(allowed), num_leaves), len(self), device=allowed.device)
@@ -187,8 +190,8 @@ class TrieView:
 def _link(titles: Sequence[tuple[int, ...]], lengths: Tensor) -> dict[str, Tensor]:
     """Number the nodes of sorted distinct titles level by level and link them."""
     table = torch.full((len(titles), int(lengths.max()) + 1), -1)
-    for row, title in enumerate(titles):
-        table[row, 1 : len(title) + 1] = torch.tensor(title)
+    for index, title in enumerate(titles):
+        table[index, 1 : len(title) + 1] = torch.tensor(title)
     table[:, 0] = 0  # the root, as a token that all titles begin with
     starts = torch.ones_like(table, dtype=torch.bool)
     starts[1:] = (table[1:] != table[:-1]).cumsum(1) > 0
@@ -211,16 +214,14 @@ def _link(titles: Sequence[tuple[int, ...]], lengths: Tensor) -> dict[str, Tenso
     }
 
 
-def _duplicates(titles: Sequence[tuple[int, ...]], order: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Group the items that share a title; ``order`` sorts the titles."""
-    groups: list[list[int]] = []
-    for before, item in zip(order, order[1:], strict=False):
-        if titles[before] == titles[item]:
-            if not groups or groups[-1][-1] != before:
-                groups.append([before])
-            groups[-1].append(item)
-    if groups:
+def _duplicates(leaves: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Group the items that share a leaf."""
+    groups: dict[int, list[int]] = {}
+    for item, leaf in enumerate(leaves):
+        groups.setdefault(leaf, []).append(item)
+    shared = tuple(tuple(group) for group in groups.values() if len(group) > 1)
+    if shared:
         log.warning(
-            "%d titles are shared by several items (e.g. items %s); decoding returns the lowest allowed id of each", len(groups), groups[0]
+            "%d titles are shared by several items (e.g. items %s); decoding returns the lowest allowed id of each", len(shared), list(shared[0])
         )
-    return tuple(tuple(group) for group in groups)
+    return shared

@@ -54,7 +54,9 @@ def made_up_titles(count: int, rng: random.Random) -> list[str]:
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))).capitalize() for _ in range(700)]
     titles: dict[str, None] = {}
     while len(titles) < count:
-        base = rng.choice(list(titles)[-40:]).rsplit(" (", 1)[0] if titles and rng.random() < 0.2 else " ".join(rng.choices(words, k=rng.randint(1, 4)))
+        base = (
+            rng.choice(list(titles)[-40:]).rsplit(" (", 1)[0] if titles and rng.random() < 0.2 else " ".join(rng.choices(words, k=rng.randint(1, 4)))
+        )
         titles[f"{base} ({rng.randint(1930, 1998)})"] = None
     return list(titles)
 
@@ -211,7 +213,8 @@ def main() -> None:
             results.append(measure(setting, arguments.items, arguments.repeats))
             log.info(
                 "%-16s ours %8.1f items/s, generate %8.1f items/s, ratio %5.2f, identical lists %.3f",
-                setting.name, *(results[-1][key] for key in ("ours_items_per_s", "generate_items_per_s", "ratio", "identical")),
+                setting.name,
+                *(results[-1][key] for key in ("ours_items_per_s", "generate_items_per_s", "ratio", "identical")),
             )
     arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
     log.info("figures in %s", arguments.json)

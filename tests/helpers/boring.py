@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
@@ -99,3 +100,15 @@ class _Named(Metric):
 
     def reset(self) -> None:
         self.metric.reset()
+
+
+class EditAfterFit(Callback):
+    """Change the weights after the last step, and register the checkpoint that has the change."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with torch.no_grad():
+            pl_module.layer.weight.zero_()
+            pl_module.layer.bias.fill_(7.0)
+        path = f"{trainer.log_dir}/checkpoints/edited.ckpt"
+        trainer.save_checkpoint(path)
+        trainer.checkpoint_callback.best_model_path = path

@@ -4,8 +4,12 @@ import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # read once, when deepspeed is imported
 
+import deepspeed
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
+
+# Plain gloo: the shared-memory collectives would first be compiled, by every rank at once, for minutes.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class CPUDeepSpeedStrategy(DeepSpeedStrategy):

@@ -46,7 +46,14 @@ def launch(
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(ranks):
-            meeting = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            meeting = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "TORCHELASTIC_RUN_ID": "test",
+            }
             with (Path(folder) / f"{rank}.out").open("w") as out, (Path(folder) / f"{rank}.err").open("w") as err:
                 variables = base | (meeting if ranks > 1 else {})
                 processes.append(subprocess.Popen([sys.executable, *arguments], env=variables, cwd=cwd, stdout=out, stderr=err))
@@ -78,4 +85,14 @@ def _path() -> str:
     return os.pathsep.join(part for part in (str(HELPERS), os.environ.get("PYTHONPATH", "")) if part)
 
 
-_LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_LAUNCHER_VARIABLES = {
+    "RANK",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+}

@@ -1,18 +1,14 @@
-import json
-import runpy
-
 import pytest
 import torch
 from boring import BoringDataModule
-from launch import launch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from shared import shared_data
 from toy_shop import ToyShop, toy_users
 
 from malleable.datamodules.batch import Catalog, PackedBatch, collate_answers
-from malleable.lightning_modules.baselines import ItemKNN, Markov, Popularity, training_rows
+from malleable.lightning_modules.baselines import ItemKNN, Markov, Popularity, learn, training_rows
 
 KINDS = (Popularity, ItemKNN, Markov)
 
@@ -41,7 +37,7 @@ def learnt(kind, **settings):
     data = ToyShop()
     data.setup("fit")
     module = kind(catalog=data.catalog, **settings)
-    module.learn(data.train_dataset)
+    learn([module], data.train_dataset)
     return module, collate_answers(data.test_dataset), data
 
 
@@ -61,7 +57,7 @@ def test_unknown_popularity_is_counted_from_the_rows():
     data = ToyShop(popularity=False)
     data.setup("fit")
     module = Popularity(catalog=data.catalog)
-    module.learn(data.train_dataset)
+    learn([module], data.train_dataset)
     assert module.counts.tolist() == naive_counts(data.users)[0].tolist()
 
 
@@ -80,21 +76,21 @@ def test_recommendations_leave_out_what_was_seen():
 def test_learning_twice_counts_once():
     module, _, data = learnt(Markov)
     before = module.transitions.clone()
-    module.learn(data.train_dataset)
+    learn([module], data.train_dataset)
     assert torch.equal(module.transitions, before)
 
 
 def test_without_seen_items_the_history_is_counted():
     rows = [{"sample_id": 0, "prompt": (), "answers": [()], "item_ids": [2], "history": [0, 1]}]
     module = ItemKNN(catalog=Catalog(("a", "b", "c")))
-    module.learn(rows)
+    learn([module], rows)
     assert module.pairs.nonzero().tolist() == [[0, 2], [1, 2]]
 
 
 def test_padding_rows_are_not_counted():
     rows = [{"sample_id": sample_id, "prompt": (), "answers": [()], "item_ids": [1], "history": [0], "seen": [0]} for sample_id in (0, -1)]
     module = Markov(catalog=Catalog(("a", "b")))
-    module.learn(rows)
+    learn([module], rows)
     assert module.transitions.sum() == module.pairs.sum() == module.num_rows == 1
 
 
@@ -135,31 +131,6 @@ def test_low_precision_does_not_touch_the_counts(tmp_path):
     module = Markov()
     trainer(tmp_path, precision="bf16-true").test(module, ToyShop(), verbose=False)
     assert module.transitions.tolist() == naive_counts(toy_users())[2].tolist()
-
-
-TWO_RANKS = """
-import json, os
-from lightning.pytorch import Trainer
-from malleable.lightning_modules.baselines import Markov
-from toy_shop import ToyShop
-ranks = int(os.environ.get("WORLD_SIZE", 1))
-module = Markov(ks=(1, 3))
-trainer = Trainer(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_epochs=2, logger=False,
-                  enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
-trainer.fit(module, ToyShop(num_users=11, batch_size=4 // ranks, global_batch_size=4))
-figures = trainer.test(module, ToyShop(num_users=11, batch_size=3), verbose=False)[0]
-result = [figures, module.transitions.tolist(), module.pairs.tolist(), module.counts.tolist(), int(module.num_rows)]
-print(json.dumps(result))
-"""
-
-
-@pytest.mark.ddp
-def test_two_processes_equal_one(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(TWO_RANKS)
-    one = runpy.run_path(str(script))["result"]
-    two = [json.loads(out.splitlines()[-1]) for out in launch([script], ranks=2, cwd=tmp_path)]
-    assert two == [one, one]
 
 
 @pytest.mark.slow

@@ -1,0 +1,91 @@
+"""Before and after: what a recommender recommended when self-play began, and what it recommends now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from malleable.callbacks.figures import draw_curves, draw_exposure, draw_exposure_curve
+from malleable.callbacks.page import Section
+from malleable.callbacks.sweep import inference
+
+CURVES = ("hr_10", "ndcg_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10")
+
+
+def recommendation_counts(items: Tensor, sample_id: Tensor, num_items: int) -> Tensor:
+    """Count how often each item was recommended, ``(N,)``, on rows that are no padding."""
+    kept = items[sample_id >= 0]
+    return torch.bincount(kept[kept >= 0], minlength=num_items)
+
+
+def measure(trainer: Trainer, module: LightningModule, loader: Any) -> dict[str, Any]:
+    """Evaluate a recommender outside the test loop.
+
+    Args:
+        trainer: Moves batches and adds up over ranks.
+        module: Has ``configure_metrics`` and ``evaluate``.
+        loader: Batches to evaluate on, this rank's share.
+
+    Returns:
+        ``figures`` by metric, and ``counts`` of recommendations, ``(N,)`` on the CPU.
+    """
+    metrics = {name: metric.to(module.device) for name, metric in module.configure_metrics().items()}
+    counts = torch.zeros(len(module.catalog), dtype=torch.long, device=module.device)
+    with inference(trainer, module):
+        for batch in loader:
+            moved = trainer.strategy.batch_to_device(batch)
+            found = module.evaluate(moved, metrics)
+            counts += recommendation_counts(found.item_ids, moved.sample_id, len(counts))
+    figures = {key: float(value) for metric in metrics.values() for key, value in metric.compute().items()}
+    return {"figures": figures, "counts": trainer.strategy.reduce(counts, reduce_op="sum").cpu()}
+
+
+def self_play_sections(history: Sequence[dict[str, Any]], before: dict[str, Any], after: Tensor | None, titles: Sequence[str]) -> list[Section]:
+    """Make the parts of a report that self-play contributes.
+
+    Args:
+        history: For each finished phase and each round's answers, what was logged.
+        before: What :func:`measure` found when self-play began; may be empty.
+        after: Counts of recommendations of the tested model.
+        titles: Titles of the items.
+    """
+    sections = []
+    played = [entry for entry in history if entry["phase"] == "play"]
+    if played:
+        names = [name for name in played[0] if name not in ("phase", "round")]
+        rows = [[entry["round"], *(entry[name] for name in names)] for entry in played]
+        text = "What the model answered in each round: `frac_identical` of its answers were the true title, `distinct_negs` of all were different ones."
+        sections.append(Section("Rejected answers", text, table=(["round", *names], rows)))
+    curves = round_curves(history)
+    if curves:
+        size = (11.0, 3.0 * -(-len(curves) // 3))
+        sections.append(Section("Rounds", "Validation after the warm-up (0) and after each round.", figure=lambda figure: _draw_rounds(figure, curves), figure_size=size))
+    if before and after is not None:
+        versions = {"before self-play": before["counts"], "after": after}
+        sections.append(Section("Exposure", figure=lambda figure: draw_exposure_curve(figure.subplots(), versions)))
+        sections.append(Section("Most recommended titles", figure=lambda figure: draw_exposure(figure.subplots(), versions, titles), figure_size=(8.0, 5.5)))
+    return sections
+
+
+def round_curves(history: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Validation metrics at the end of the warm-up and of each round, by metric."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for name in CURVES:
+        points = {entry["round"]: entry[f"val_{name}"] for entry in history if f"val_{name}" in entry}
+        if len(points) > 1:
+            curves[name] = (list(points), list(points.values()))
+    return curves
+
+
+def _draw_rounds(figure: Any, curves: dict[str, tuple[list[int], list[float]]]) -> None:
+    columns = min(3, len(curves))
+    places = figure.subplots(-(-len(curves) // columns), columns, squeeze=False).flatten()
+    for place, (name, points) in zip(places, curves.items(), strict=False):
+        draw_curves(place, {name: points}, title=name, x_label="round")
+        place.xaxis.get_major_locator().set_params(integer=True)
+    for place in places[len(curves) :]:
+        place.set_visible(False)

@@ -1,0 +1,91 @@
+"""Free text from a language model, token by token.
+
+Shapes: B rows, P prompt tokens, T new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from malleable.lightning_modules.functional.keyed_random import keyed_uniform
+from malleable.lightning_modules.functional.tree_attention import evaluating
+
+
+def generate_text(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int],
+    pad_token_id: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seeds: Tensor | None = None,
+    any_rank: Callable[[bool], bool] | None = None,
+) -> Tensor:
+    """Let the model write on after each prompt.
+
+    Args:
+        model: Hugging Face causal language model.
+        prompt_ids: ``(B, P)`` int64, padded on the left.
+        prompt_mask: ``(B, P)`` bool, True on real tokens.
+        max_new_tokens: Most tokens to write.
+        eos_token_id: The token that ends a row, or several: a newline, too, where answers are one line.
+        pad_token_id: Fills rows that have ended; default: the (first) token that ends them.
+        temperature: Divides the logits, >= 0; 0 takes the most probable token.
+        top_p: Draw among the most probable tokens that make up this probability, in (0, 1].
+        seeds: ``(B,)`` int64, needed if ``temperature`` > 0. What a row draws depends on its own prompt and seed only.
+        any_rank: Tells whether any rank's argument is true. Given, all ranks run the model equally often, as sharded
+            weights (ZeRO-3, FSDP) require.
+
+    Returns:
+        ``(B, T)`` int64 with T <= ``max_new_tokens``, each row's end token included.
+
+    Raises:
+        ValueError: If an argument is out of range, or if ``seeds`` are missing.
+    """
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"generation needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, "
+            f"got temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}"
+        )
+    if seeds is None:
+        if temperature > 0:
+            raise ValueError(f"sampling at temperature {temperature} needs seeds, one for each row")
+        seeds = torch.zeros_like(prompt_ids[:, 0])
+    stops = torch.as_tensor(eos_token_id, device=prompt_ids.device).reshape(-1)
+    pad = int(stops[0]) if pad_token_id is None else pad_token_id
+    written: list[Tensor] = []
+    running = torch.ones(len(prompt_ids), 1, dtype=torch.bool, device=prompt_ids.device)
+    lengths = torch.zeros_like(running, dtype=torch.long)
+    tokens, mask, cache = prompt_ids, prompt_mask.bool(), None
+    with evaluating(model):
+        while len(written) < max_new_tokens and (any_rank or bool)(bool(running.any())):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            output = model(
+                input_ids=tokens, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache = output.past_key_values
+            logits = output.logits[:, -1].float()
+            tokens = logits.argmax(-1, keepdim=True) if temperature == 0 else _draw(logits / temperature, top_p, seeds, len(written))
+            tokens = tokens.where(running, pad)
+            written.append(tokens)
+            lengths += running
+            mask = torch.cat([mask, running], 1)
+            running = running & ~torch.isin(tokens, stops)
+    # ranks that kept step with others have columns of padding only
+    return torch.cat(written, 1)[:, : int(lengths.max())]
+
+
+def _draw(logits: Tensor, top_p: float, seeds: Tensor, step: int) -> Tensor:
+    """Choose a token of ``(B, V)`` logits by the inverse of the cumulative probabilities, ``(B, 1)``."""
+    probs, order = logits.softmax(-1).double().sort(dim=-1, descending=True, stable=True)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
+    ends = probs.cumsum(-1)
+    uniform = keyed_uniform(seeds, torch.full_like(seeds, step))[:, None].double()
+    chosen = torch.searchsorted(ends, uniform * ends[:, -1:], right=True)
+    return order.gather(1, chosen)

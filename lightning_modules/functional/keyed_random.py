@@ -1,0 +1,40 @@
+"""Random numbers that depend on a key alone: a row draws the same in any batch, on any rank, on any device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def keyed_uniform(seeds: Tensor, counter: Tensor) -> Tensor:
+    """Draw from the open unit interval.
+
+    Args:
+        seeds: int64.
+        counter: int64, broadcast against ``seeds``; each pair of seed and counter has its own number.
+
+    Returns:
+        float32.
+
+    Source:
+        Steele, Lea, Flood (2014), Fast Splittable Pseudorandom Number Generators, Fig. 15 (SplitMix64's mixing function).
+        Differs: used as a hash of (seed, counter).
+    """
+    bits = _shift(_mix(_mix(seeds) + counter), 41)  # 23 bits and a half are exact in float32
+    return (bits.float() + 0.5) * 2.0**-23
+
+
+def _mix(value: Tensor) -> Tensor:
+    """Scramble int64, modulo 2**64."""
+    value = value + _signed(0x9E3779B97F4A7C15)
+    value = (value ^ _shift(value, 30)) * _signed(0xBF58476D1CE4E5B9)
+    value = (value ^ _shift(value, 27)) * _signed(0x94D049BB133111EB)
+    return value ^ _shift(value, 31)
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    """Shift right, filling with zeros."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64)

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from malleable.callbacks.figures import draw_curves, draw_exposure, draw_exposure_curve, save_figure, short_title
+
+TITLES = [f"Title {item}" for item in range(6)]
+
+
+def axes():
+    return Figure().subplots()
+
+
+def test_bars_hold_the_shares_of_the_largest_items():
+    place = axes()
+    versions = {"before": torch.tensor([5, 1, 0, 4, 0, 0]), "after": [0, 0, 6, 2, 2, 0]}
+    draw_exposure(place, versions, TITLES, top=3)
+    # Largest share in any version: 2 (60 %), 0 (50 %), 3 (40 %); the first version orders them.
+    assert [label.get_text() for label in place.get_yticklabels()] == ["Title 0", "Title 3", "Title 2"]
+    before, after = ([bar.get_width() for bar in bars] for bars in place.containers)
+    assert before == pytest.approx([50, 40, 0])
+    assert after == pytest.approx([0, 20, 60])
+    assert [text.get_text() for text in place.get_legend().get_texts()] == ["before", "after"]
+    assert place.yaxis_inverted()
+
+
+def test_concentration_is_a_cumulative_share():
+    place = axes()
+    draw_exposure_curve(place, {"recommended": [1, 0, 6, 3]})
+    assert list(place.lines[0].get_ydata()) == pytest.approx([60, 90, 100, 100])
+    assert list(place.lines[0].get_xdata()) == [1, 2, 3, 4]
+
+
+def test_curves_have_labels_and_a_legend_when_there_are_several():
+    place = axes()
+    draw_curves(place, {"val": ([1, 2], [0.5, 0.25])}, title="loss", y_label="nats")
+    assert place.get_legend() is None
+    assert (place.get_title(loc="left") or place.get_title(), place.get_xlabel(), place.get_ylabel()) == ("loss", "optimizer step", "nats")
+    draw_curves(place, {"a": ([1], [1.0]), "b": ([1], [2.0])})
+    assert place.get_legend() is not None
+
+
+def test_titles_are_shortened_and_never_mathematics():
+    assert short_title("Sugar $5 and $6") == r"Sugar \$5 and \$6"
+    assert short_title("a" * 40 + " (1995)") == "a" * 30 + "… (1995)"
+
+
+def test_figures_are_whole_or_not_there(tmp_path):
+    path = tmp_path / "deep" / "figure.png"
+    save_figure(path, lambda figure: draw_exposure(figure.subplots(), {"recommended": [1] * 6}, ["$x$", "日本", *TITLES[2:]]))
+    first = path.read_bytes()
+    assert first.startswith(b"\x89PNG")
+
+    def broken(figure):
+        raise RuntimeError("no drawing")
+
+    with pytest.raises(RuntimeError, match="no drawing"):
+        save_figure(path, broken)
+    assert path.read_bytes() == first
+    assert [file.name for file in path.parent.iterdir()] == ["figure.png"]
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"all versions must count the same items, got \{'a': 1, 'b': 2\}"):
+        draw_exposure(axes(), {"a": [1], "b": [1, 2]}, TITLES)
+    with pytest.raises(ValueError, match="there is no version to draw"):
+        draw_exposure_curve(axes(), {})

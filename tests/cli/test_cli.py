@@ -1,0 +1,188 @@
+import logging
+
+import pytest
+import torch
+import yaml
+from boring import BoringModule
+from launch import launch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+CHECKPOINTS = "runs/boring/version_0/checkpoints"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# Run folders
+
+
+def test_a_run_writes_into_its_own_folder_only(run, boring, caplog):
+    caplog.set_level(logging.INFO, "malleable")
+    run("fit")
+    assert names(boring) == ["boring.yaml", "runs"]
+    assert names(boring / "runs" / "boring" / "version_0") == ["checkpoints", "config_fit.yaml", "hparams.yaml", "metrics.csv"]
+    assert caplog.messages[-1] == "run folder: runs/boring/version_0"
+
+
+def test_each_run_has_a_new_folder(run, boring):
+    run("fit")
+    run("fit")
+    assert names(boring / "runs" / "boring") == ["version_0", "version_1"]
+
+
+def test_the_root_of_the_runs_can_be_moved(run, boring):
+    run("fit", "--trainer.default_root_dir", "elsewhere")
+    assert (boring / "elsewhere" / "boring" / "version_0" / "metrics.csv").exists()
+
+
+def test_a_run_without_a_file_is_named_after_its_model(boring):
+    from malleable.cli import run
+
+    words = ["--model", "boring.BoringModule", "--data", "boring.BoringDataModule", "--trainer.max_steps", "1", "--trainer.accelerator", "cpu"]
+    assert run(["fit", *words]).trainer.log_dir == "runs/BoringModule/version_0"
+
+
+def test_fit_and_test_may_share_a_folder(run, boring):
+    # Both write a configuration; Lightning's own file name would make the second command fail.
+    run("fit", "--trainer.logger", "false")
+    run("test", "--trainer.logger", "false", "--ckpt_path", next((boring / "checkpoints").glob("epoch*.ckpt")))
+    run("fit", "--trainer.logger", "false")
+    assert {"config_fit.yaml", "config_test.yaml"} <= set(names(boring))
+
+
+def test_the_saved_configuration_is_the_run(run, boring, resolved):
+    run("fit", "--model.goal", 3)
+    path = boring / "runs" / "boring" / "version_0" / "config_fit.yaml"
+    saved = yaml.safe_load(path.read_text())
+    assert saved["model"]["init_args"]["goal"] == 3.0
+    assert resolved("fit", "--config", path) == saved
+
+
+# Checkpoints
+
+
+def test_every_epoch_is_saved_and_the_last_is_named(run, boring):
+    run("fit", "--trainer.max_epochs", 2, "--checkpoint.save_top_k", -1)
+    assert names(boring / CHECKPOINTS) == ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt", "last.ckpt"]
+
+
+def test_the_best_can_be_asked_for(run):
+    callback = run("fit", "--checkpoint.monitor", "val_loss", "--checkpoint.filename", "{val_loss:.2f}").trainer.checkpoint_callback
+    assert "val_loss=" in callback.best_model_path
+
+
+def test_checkpoints_can_be_switched_off(run, boring):
+    run("fit", "--trainer.enable_checkpointing", "false")
+    assert not (boring / CHECKPOINTS).exists()
+
+
+def test_a_checkpoint_callback_of_the_configuration_replaces_ours(run):
+    trainer = run("fit", "--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.save_top_k", 0).trainer
+    assert [callback.save_top_k for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)] == [0]
+
+
+def test_resuming_the_last_run_gives_the_uninterrupted_weights(run):
+    run("fit", "--trainer.max_epochs", 2)
+    run("fit", "--trainer.max_epochs", 1)
+    run("fit", "--trainer.max_epochs", 2, "--ckpt_path", "last")
+    whole, resumed = (weights(f"runs/boring/version_{number}/checkpoints/last.ckpt") for number in (0, 2))
+    assert equal(whole, resumed)
+
+
+def test_progress_is_plain_unless_replaced(boring):
+    from malleable.cli import run
+
+    words = ["fit", "--config", "boring.yaml", "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
+    assert isinstance(run(words).trainer.progress_bar_callback, TQDMProgressBar)
+    own = run([*words, "--trainer.callbacks", "TQDMProgressBar", "--trainer.callbacks.refresh_rate", "7"]).trainer
+    assert own.progress_bar_callback.refresh_rate == 7
+
+
+# Testing after training
+
+
+def test_after_training_the_registered_checkpoint_is_tested(run):
+    # The edit is neither in the last checkpoint nor in what Lightning would reload.
+    metrics = run("fit", "--test_after_fit", "--trainer.callbacks", "boring.EditAfterFit").trainer.callback_metrics
+    assert metrics["test_mean_output"] == 7.0
+
+
+def test_without_checkpoints_the_weights_in_memory_are_tested(run):
+    cli = run("fit", "--test_after_fit", "true", "--trainer.enable_checkpointing", "false")
+    assert cli.trainer.callback_metrics["test_loss"] < cli.trainer.callback_metrics["val_loss"] + 1e-6
+
+
+def test_training_alone_does_not_test(run):
+    assert "test_loss" not in run("fit", "--test_after_fit", "false").trainer.callback_metrics
+
+
+# Untrained models
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_an_untrained_model_is_refused_before_it_is_made(run, command, monkeypatch):
+    monkeypatch.setattr(BoringModule, "__init__", lambda self: pytest.fail("the model was made"))
+    with pytest.raises(MisconfigurationException, match=rf"`{command}` would measure BoringModule .* --ckpt_path .* --allow_untrained"):
+        run(command)
+
+
+@pytest.mark.parametrize("word", [("--allow_untrained",), ("--allow_untrained", "true"), ("--model", "boring.TrainingFree")])
+def test_an_untrained_model_is_measured_where_that_is_meant(run, word):
+    assert "test_loss" in run("test", *word).trainer.callback_metrics
+
+
+def test_a_trained_model_is_measured(run):
+    trained = run("fit").trainer.callback_metrics["val_loss"]
+    assert run("test", "--ckpt_path", "last").trainer.callback_metrics["test_loss"] == trained
+
+
+# Checkpoint against command line
+
+
+def test_given_values_win_over_the_checkpoints(run, caplog):
+    caplog.set_level(logging.INFO, "malleable")
+    run("fit", "--model.width", 3)
+    cli = run("test", "--ckpt_path", "last", "--model.goal", 5)
+    assert cli.model.goal == 5.0  # given here
+    assert cli.model.width == 3  # given nowhere here: the checkpoint's
+    (line,) = [message for message in caplog.messages if "given values win" in message]
+    assert line.endswith(f"{CHECKPOINTS}/last.ckpt: goal 5.0 (checkpoint: 2.0)")
+
+
+def test_a_checkpoint_of_another_class_lends_no_values(run):
+    run("fit", "--model.width", 2, "--model.goal", 9)
+    cli = run("test", "--ckpt_path", f"{CHECKPOINTS}/last.ckpt", "--model", "boring.TrainingFree")
+    assert cli.model.goal == 1.0
+
+
+def test_plain_lightning_classes_run_by_their_path(boring):
+    from malleable.cli import run
+
+    here = "lightning.pytorch.demos.boring_classes"
+    words = ["--model", f"{here}.BoringModel", "--data", f"{here}.BoringDataModule", "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
+    assert run(["fit", *words]).trainer.state.finished
+
+
+# Several processes
+
+
+@pytest.mark.ddp
+def test_two_processes_train_like_one(run, boring):
+    words = ("--data.batch_size", 2, "--data.global_batch_size", 8, "--test_after_fit")
+    alone = run("fit", *words)
+    two = ["--config", "base/ddp.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.enable_progress_bar", "false"]
+    launch(["-m", "malleable", "fit", "--config", "boring.yaml", *two, *map(str, words)], cwd=boring)
+    first, second = (weights(f"runs/boring/version_{number}/checkpoints/last.ckpt") for number in (0, 1))
+    assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
+    assert alone.trainer.global_step == 2
+    assert names(boring / "runs" / "boring") == ["version_0", "version_1"]

@@ -1,0 +1,98 @@
+import json
+
+import pytest
+from shared import shared_data
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from malleable.datamodules import tokenizer as module
+from malleable.datamodules.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+
+TITLES = ["Toy Story (1995)", "Heat (1995)", "Á köldum klaka (Cold Fever) (1994)", "Star Wars (1977)", "Star Trek (1979)"] * 3
+
+
+def test_a_trained_tokenizer_round_trips_any_text():
+    tokenizer = load_tokenizer(str(train_tokenizer(TITLES, 300)))
+    for text in [*TITLES, " unseen Ω 漢字\n"]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_special_tokens_come_first_and_are_recognised_in_text():
+    tokenizer = load_tokenizer(str(train_tokenizer(TITLES, 300)))
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, 2)
+    assert tokenizer("Heat</s>Heat")["input_ids"].count(1) == 1
+    assert len(tokenizer) <= 300
+
+
+def test_training_is_repeatable_and_cached(cache, monkeypatch):
+    folder = train_tokenizer(TITLES, 300)
+    first = (folder / "tokenizer.json").read_bytes()
+    stamp = (folder / "tokenizer.json").stat().st_mtime_ns
+    assert train_tokenizer(TITLES[::-1], 300) == folder
+    assert (folder / "tokenizer.json").stat().st_mtime_ns == stamp
+    assert train_tokenizer(TITLES, 310) != folder
+    monkeypatch.setenv("MALLEABLE_CACHE", str(cache / "other"))
+    assert (train_tokenizer(TITLES, 300) / "tokenizer.json").read_bytes() == first
+    assert [path.name for path in cache.rglob("*.part")] == []
+
+
+def test_no_room_for_the_bytes_is_an_error():
+    with pytest.raises(ValueError, match=r"vocab_size must be >= 259 .*, got 258"):
+        train_tokenizer(TITLES, 258)
+
+
+def test_a_second_writer_leaves_the_first_ones_tokenizer(tmp_path):
+    folder = tmp_path / "tokenizer"
+    tokenizer = load_tokenizer(str(train_tokenizer(TITLES, 300)))
+    module._save(tokenizer, folder)
+    stamp = (folder / "tokenizer.json").stat().st_mtime_ns
+    module._save(tokenizer, folder)
+    assert (folder / "tokenizer.json").stat().st_mtime_ns == stamp
+    assert list(tmp_path.glob("*.part")) == []
+
+
+def test_a_missing_padding_token_is_the_end_of_sequence_token(tmp_path):
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token_id == 1
+
+
+def test_an_unknown_name_is_an_error():
+    with pytest.raises(OSError, match="no tokenizer found for 'nobody/nothing': give a local folder, a GGUF file or a hub id"):
+        load_tokenizer("nobody/nothing")
+
+
+def test_the_fingerprint_follows_the_content(tmp_path):
+    folder = train_tokenizer(TITLES, 300)
+    before = fingerprint(str(folder))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"extra": 1}))
+    assert fingerprint(str(folder)) != before
+    assert fingerprint("org/one") != fingerprint("org/two")
+
+
+def test_a_gguf_tokenizer_is_converted_once(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    original = load_tokenizer(str(train_tokenizer(TITLES, 300)))
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    load = AutoTokenizer.from_pretrained
+    reads = []
+
+    def from_pretrained(folder: str, **options: object) -> object:
+        if options.get("gguf_file"):
+            reads.append((folder, options["gguf_file"]))
+            return original
+        return load(folder, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    for _ in range(2):
+        assert load_tokenizer(str(gguf))("Heat")["input_ids"] == original("Heat")["input_ids"]
+    assert reads == [(str(tmp_path), "model.gguf")]
+
+
+def test_a_real_llama_tokenizer_loads():
+    tokenizer = load_tokenizer(str(shared_data("models/stories260k")))
+    assert len(tokenizer) == 512
+    assert tokenizer.pad_token_id is not None

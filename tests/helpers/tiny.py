@@ -1,0 +1,30 @@
+"""Small things that many tests share: a catalogue, rows, a language model of a few thousand weights."""
+
+from malleable.datamodules.batch import Catalog, Example
+from malleable.lightning_modules.pretrained import LanguageModelConfig, Scratch
+
+EOS = 1
+TITLES = ("Alien", "Aliens", "Brazil", "Casablanca", "Dune", "Fargo", "Heat", "Jaws")
+TOKENS = ((4, 5, EOS), (4, 5, 6, EOS), (7, EOS), (8, 9, 10, EOS), (8, 11, EOS), (12, EOS), (13, 14, EOS), (13, 15, EOS))
+GENRES = (("horror",), ("horror", "action"), ("comedy",), ("drama",), ("action",), ("drama", "comedy"), ("action",), ("horror",))
+
+
+def tiny_catalog() -> Catalog:
+    """Eight films, among them one whose title begins another's."""
+    return Catalog(TITLES, TOKENS, GENRES, popularity=(8, 7, 6, 5, 4, 3, 2, 1), eos_token_id=EOS, pad_token_id=0, vocab_size=16)
+
+
+def tiny_rows(count: int = 24) -> list[Example]:
+    """Rows in which the next film follows from the last one: i -> i + 1."""
+    rows: list[Example] = []
+    for index in range(count):
+        history = [(index + step) % 8 for step in range(index % 3 + 1)]
+        target = (history[-1] + 1) % 8
+        prompt = [2] + [token for item in history for token in TOKENS[item]]
+        rows.append({"sample_id": index, "prompt": prompt, "answers": [TOKENS[target]], "item_ids": [target], "history": history, "seen": history})
+    return rows
+
+
+def tiny_config(**changes: object) -> LanguageModelConfig:
+    """A Llama of one layer, 16 wide."""
+    return LanguageModelConfig(scratch=Scratch(hidden_size=16, num_layers=1, num_heads=2, max_length=64), **changes)  # type: ignore[arg-type]

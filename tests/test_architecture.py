@@ -1,0 +1,99 @@
+"""Who may import whom. A wrong import is reported with file, line and the rule that it breaks."""
+
+import ast
+import sys
+
+import pytest
+from shared import ROOT
+
+FOLDERS = ("lightning_modules", "datamodules", "callbacks", "configs")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+# The vocabulary of data that others may speak: batches, the loader they come from, and pure helpers.
+DATA = tuple(f"malleable.datamodules.{name}" for name in ("batch", "fetch", "loader", "sampling"))
+# Longest folder first: what each may import of ours besides what lies in its own folder.
+ALLOWED = {
+    "lightning_modules/functional": (),
+    "lightning_modules/losses": ("malleable.lightning_modules.functional",),
+    "lightning_modules/metrics": ("malleable.lightning_modules.functional",),
+    "lightning_modules": DATA[:2],
+    "datamodules": (),
+    "callbacks": ("malleable.lightning_modules", *DATA),
+    "configs": ("malleable",),
+}
+# Cores stay usable without a Trainer: of others' packages they import these only.
+CORES = {"lightning_modules/functional", "lightning_modules/losses", "lightning_modules/metrics"}
+CORE_PACKAGES = {"torch", "torchmetrics", "numpy", "typing_extensions"}
+
+
+def room(path):
+    relative = path.relative_to(ROOT).as_posix()
+    return next(folder for folder in ALLOWED if relative.startswith(f"{folder}/"))
+
+
+def imports(path):
+    """Yield ``(line, module)`` of every import of a file; for ``from a import b``, also ``a.b``."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, "." * node.level + (node.module or "")
+
+
+def broken_rule(path, module):
+    """Say which rule an import breaks, or nothing."""
+    folder = room(path)
+    top = module.partition(".")[0]
+    if module.startswith("."):
+        return "absolute imports only: malleable...."
+    if module.startswith("malleable.configs.cli"):
+        return "the front package is spelt `malleable`; this spelling makes a second copy of it"
+    if top in FOLDERS:
+        return f"spelt malleable.{module}; the bare folder makes second copies of classes"
+    if top == "malleable":
+        own = "malleable." + folder.replace("/", ".")
+        lazy = path.name == "__init__.py" and module == "malleable.lazy"
+        reachable = [own, *ALLOWED[folder]]
+        if not lazy and not any(module == name or module.startswith(f"{name}.") for name in reachable):
+            return f"{folder} may import of ours: {', '.join(reachable)}"
+    return None
+
+
+def foreign(path, module):
+    """Say whether a core reaches for a package that it must do without."""
+    top = module.partition(".")[0]
+    return room(path) in CORES and top not in CORE_PACKAGES | {"malleable"} | sys.stdlib_module_names
+
+
+def test_there_is_something_to_check():
+    assert {room(path) for path in SOURCES} >= set(ALLOWED) - {"lightning_modules/losses"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_inwards(path):
+    problems = [f"{path}:{line}: {module}: {rule}" for line, module in imports(path) if (rule := broken_rule(path, module))]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if room(path) in CORES], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_cores_need_torch_only(path):
+    problems = [f"{path}:{line}: {module}" for line, module in imports(path) if foreign(path, module)]
+    assert not problems, f"allowed: {sorted(CORE_PACKAGES)}\n" + "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("file", "module"),
+    [
+        ("datamodules/base.py", "malleable.lightning_modules.base"),
+        ("lightning_modules/sft.py", "malleable.datamodules.base"),
+        ("lightning_modules/sft.py", "malleable.callbacks"),
+        ("lightning_modules/functional/trie.py", "malleable.lightning_modules.base"),
+        ("callbacks/report.py", "malleable.datamodules.recommendation"),
+        ("callbacks/report.py", "lightning_modules.base"),
+        ("callbacks/report.py", ".base"),
+        ("configs/cli/main.py", "malleable.configs.cli.main"),
+        ("lightning_modules/sft.py", "malleable.lazy"),
+    ],
+)
+def test_the_rules_bite(file, module):
+    assert broken_rule(ROOT / file, module)
