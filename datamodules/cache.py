@@ -29,7 +29,7 @@ def write_tables(folder: Path, tables: Mapping[str, Mapping[str, pa.Array]], met
     """Write tables, and a manifest with their checksums, under a temporary name, then rename.
 
     Args:
-        folder: Where the tables shall lie; replaced if it exists.
+        folder: Where the tables shall lie; replaced unless it is whole.
         tables: Columns by table; a table without rows is not kept.
         meta: Plain data to keep beside them.
     """
@@ -42,13 +42,10 @@ def write_tables(folder: Path, tables: Mapping[str, Mapping[str, pa.Array]], met
         _save_datasets(part, tables)
         files = {str(path.relative_to(part)): sha256_of(path) for path in sorted(part.rglob("*")) if path.is_file()}
         (part / MANIFEST).write_text(json.dumps({"files": files, "tables": list(tables), "meta": meta}))
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
+        # What another process of this machine has written meanwhile is the same: it stays, for others read it.
+        if _problem(folder) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
-        except OSError:
-            # Another process of this machine was quicker; what it wrote is the same.
-            if not (folder / MANIFEST).is_file():
-                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -64,17 +61,22 @@ def open_tables(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]] | No
 
     if not folder.exists():
         return None
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        broken = [name for name, sha256 in manifest["files"].items() if not (folder / name).is_file() or sha256_of(folder / name) != sha256]
-    except (OSError, ValueError, KeyError) as error:
-        log.warning("the cache %s is not whole (%s): building it again", folder, error)
+    if problem := _problem(folder):
+        log.warning("the cache %s %s: building it again", folder, problem)
         return None
-    if broken:
-        log.warning("the cache %s is corrupt (%s): building it again", folder, ", ".join(broken[:3]))
-        return None
+    manifest = json.loads((folder / MANIFEST).read_text())
     # `Dataset.data` keeps the memory map; its columns are read directly, which is 100 times faster than decoding rows.
     return {name: load_from_disk(str(folder / name)).data.table for name in manifest["tables"]}, manifest["meta"]
+
+
+def _problem(folder: Path) -> str | None:
+    """Say what is wrong with a cache; ``None`` where it is whole."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"is not whole ({error})"
+    broken = [name for name, sha256 in files.items() if not (folder / name).is_file() or sha256_of(folder / name) != sha256]
+    return f"is corrupt ({', '.join(broken[:3])})" if broken else None
 
 
 def _save_datasets(folder: Path, tables: Mapping[str, Mapping[str, pa.Array]]) -> None:

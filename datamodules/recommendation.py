@@ -115,8 +115,8 @@ class RecommendationDataModule(BaseDataModule):
         store = self._open()
         self.catalog = store.catalog
         negatives = self._negatives()
-        for name in SPLITS:
-            dataset = AnswerRows(
+        rows = {
+            name: AnswerRows(
                 store.rows[name],
                 store.sequences,
                 store.pieces,
@@ -124,10 +124,11 @@ class RecommendationDataModule(BaseDataModule):
                 negatives=negatives,
                 select=self._selected(name, len(store.rows[name])),
             )
-            setattr(self, f"{name}_dataset", dataset)
-        self.answer_dataset = self.train_dataset
-        if self.train_view == "packed":
-            self.train_dataset = self.packed_dataset
+            for name in SPLITS
+        }
+        self.answer_dataset = rows["train"]
+        self.train_dataset = self.packed_dataset if self.train_view == "packed" else rows["train"]
+        self.val_dataset, self.test_dataset = rows["val"], rows["test"]
         if self.predict_file is not None:
             self.predict_dataset = self._predict_rows(Path(self.predict_file).expanduser())
 

@@ -39,7 +39,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise OSError(f"no tokenizer found for {name!r}: give a local folder, a GGUF file or a hub id that is in the local hub cache ({error})") from error
+        raise OSError(
+            f"no tokenizer found for {name!r}: give a local folder, a GGUF file or a hub id that is in the local hub cache ({error})"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -109,11 +111,14 @@ def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save under a temporary name first, so that nobody reads half a tokenizer."""
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     tokenizer.save_pretrained(part)
-    if folder.exists():
+    try:
+        part.rename(folder)
+        log.info("tokenizer of %d tokens saved to %s", len(tokenizer), folder)
+    except OSError:
+        # Another process was quicker; what it wrote is the same.
         shutil.rmtree(part)
-        return
-    part.rename(folder)
-    log.info("tokenizer of %d tokens saved to %s", len(tokenizer), folder)
+        if not folder.is_dir():
+            raise
 
 
 def _digest(parts: Sequence[object]) -> str:

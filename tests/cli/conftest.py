@@ -3,16 +3,7 @@ import yaml
 
 from malleable.main import main
 
-QUIET = (
-    "--trainer.accelerator",
-    "cpu",
-    "--trainer.devices",
-    "1",
-    "--trainer.enable_progress_bar",
-    "false",
-    "--trainer.enable_model_summary",
-    "false",
-)
+QUIET = "--trainer.accelerator cpu --trainer.devices 1 --trainer.enable_progress_bar false --trainer.enable_model_summary false".split()
 
 BORING = """\
 # The smallest run.

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from shared import shared_data
@@ -49,6 +50,21 @@ def test_a_second_writer_leaves_the_first_ones_tokenizer(tmp_path):
     module._save(tokenizer, folder)
     assert (folder / "tokenizer.json").stat().st_mtime_ns == stamp
     assert list(tmp_path.glob("*.part")) == []
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="read-only"):
+        train_tokenizer(TITLES, 300)
+
+
+def test_popular_titles_get_tokens_of_their_own():
+    counts = [50, *[0] * (len(TITLES) - 1)]
+    plain, weighted = (load_tokenizer(str(train_tokenizer(TITLES, 275, counts))) for counts in (None, counts))
+    assert len(weighted(TITLES[0])["input_ids"]) < len(plain(TITLES[0])["input_ids"])
 
 
 def test_a_missing_padding_token_is_the_end_of_sequence_token(tmp_path):

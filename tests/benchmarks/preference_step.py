@@ -1,0 +1,316 @@
+"""Training steps of direct preference optimisation beside TRL's: samples per second of whole `fit` and `train` runs.
+
+    python tests/benchmarks/preference_step.py [--json RESULT.json] [--repeats N]
+
+Both sides train the same random Llama on the same pairs (prompt 160 tokens, answers 12) in float32 with AdamW, gradients
+clipped to 1, dropout and gradient checkpointing off, and reference log-probabilities computed before the first step. The
+sides alternate; a step is the time from the end of one to the end of the next, data and logging included. That loss and
+gradients are equal is checked first. The last line is the ratio of the first setting, ours over TRL's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from malleable import DPO, Catalog, PhasedLoader, ReferenceCache, collate
+from malleable.datamodules.batch import Example
+from malleable.lightning_modules.language_model import Tuning
+from malleable.lightning_modules.pretrained import LanguageModelConfig
+
+log = logging.getLogger("preference_step")
+
+EOS, PAD, BETA, LR, LOG_EVERY = 0, 1, 0.1, 1e-5, 10
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table."""
+
+    name: str
+    hidden_size: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    intermediate_size: int
+    vocab_size: int
+    batch_size: int
+    steps: int
+    warmup: int = 2
+    prompt_tokens: int = 160
+    answer_tokens: int = 12
+
+    @property
+    def num_rows(self) -> int:
+        """Pairs of one run."""
+        return self.batch_size * (self.warmup + self.steps)
+
+
+SETTINGS = (
+    Setting("SmolLM2's shape, 8 layers", 576, 8, 9, 3, 1536, 49_152, batch_size=8, steps=4),
+    Setting("from scratch", 128, 4, 4, 4, 384, 3_072, batch_size=32, steps=12, warmup=4),
+)
+
+
+def make_rows(setting: Setting) -> list[Example]:
+    """Random pairs whose answers end in the end-of-sequence token."""
+    rng = random.Random(0)
+
+    def words(count: int) -> list[int]:
+        return [rng.randrange(PAD + 1, setting.vocab_size) for _ in range(count)]
+
+    answer = setting.answer_tokens - 1
+    return [
+        {"sample_id": row, "prompt": words(setting.prompt_tokens), "answers": [[*words(answer), EOS], [*words(answer), EOS]]}
+        for row in range(setting.num_rows)
+    ]
+
+
+def make_model(setting: Setting, folder: Path) -> None:
+    """Save a random model and a tokenizer that knows one word a token, "7 8 9"."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=setting.vocab_size,
+        hidden_size=setting.hidden_size,
+        intermediate_size=setting.intermediate_size,
+        num_hidden_layers=setting.layers,
+        num_attention_heads=setting.heads,
+        num_key_value_heads=setting.key_value_heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    vocabulary = {"</s>": EOS, "<pad>": PAD} | {str(token): token for token in range(PAD + 1, setting.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
+
+
+class Ours:
+    """`Trainer.fit` of our module, as a user would write it."""
+
+    def __init__(self, setting: Setting, folder: Path) -> None:
+        self.setting = setting
+        self.folder = folder
+
+    def module(self) -> DPO:
+        """Make the module with the default loss, whose beta is 0.1."""
+        catalog = Catalog(("nothing",), token_ids=((PAD + 1, EOS),), eos_token_id=EOS, pad_token_id=PAD, vocab_size=self.setting.vocab_size)
+        return DPO(LanguageModelConfig(name=str(self.folder)), catalog, tuning=Tuning(lr=LR, warmup_steps=0))
+
+    def step_times(self) -> list[float]:
+        """Train, and return the seconds of each step after the warm-up."""
+        loader: PhasedLoader[Any] = PhasedLoader(make_rows(self.setting), self.setting.batch_size, collate_fn=collate)
+        timer = OurTimer()
+        with tempfile.TemporaryDirectory() as run:
+            trainer = Trainer(
+                max_epochs=1,
+                accelerator="cpu",
+                gradient_clip_val=1.0,
+                callbacks=[ReferenceCache(loader=loader), timer],
+                logger=CSVLogger(run),
+                log_every_n_steps=LOG_EVERY,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(self.module(), loader)
+        return timer.seconds(self.setting.warmup)
+
+    def loss_and_gradients(self, state: dict[str, Tensor], rows: list[Example]) -> tuple[float, dict[str, Tensor]]:
+        """Loss and gradients of one batch under these weights."""
+        module = self.module()
+        module.configure_model()
+        module.model.load_state_dict(state)
+        loss = module.compute_loss(collate(rows)).loss
+        loss.backward()
+        return loss.item(), gradients(module.model)
+
+
+class Theirs:
+    """`DPOTrainer.train` with what TRL offers for the same job."""
+
+    def __init__(self, setting: Setting, folder: Path) -> None:
+        self.setting = setting
+        self.folder = folder
+
+    def trainer(self, run: str, rows: list[Example]) -> DPOTrainer:
+        """Make the trainer, which computes the reference on the way."""
+        options = DPOConfig(
+            run,
+            per_device_train_batch_size=self.setting.batch_size,
+            num_train_epochs=1,
+            learning_rate=LR,
+            beta=BETA,
+            max_grad_norm=1.0,
+            precompute_ref_log_probs=True,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            logging_steps=LOG_EVERY,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        texts = [{"prompt": text(row["prompt"]), "chosen": " " + text(row["answers"][0]), "rejected": " " + text(row["answers"][1])} for row in rows]
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder)
+        return DPOTrainer(model, args=options, train_dataset=Dataset.from_list(texts), processing_class=tokenizer)
+
+    def step_times(self) -> list[float]:
+        """Train, and return the seconds of each step after the warm-up."""
+        timer = TheirTimer()
+        with tempfile.TemporaryDirectory() as run:
+            trainer = self.trainer(run, make_rows(self.setting))
+            trainer.add_callback(timer)
+            trainer.train()
+        return timer.seconds(self.setting.warmup)
+
+    def loss_and_gradients(self, state: dict[str, Tensor], rows: list[Example]) -> tuple[float, dict[str, Tensor], list[list[float]]]:
+        """Loss and gradients of one batch under these weights, and the reference log-probabilities ``(rows, 2)``."""
+        with tempfile.TemporaryDirectory() as run:
+            trainer = self.trainer(run, rows)
+            trainer.model.load_state_dict(state)
+            batch = trainer.data_collator([trainer.train_dataset[row] for row in range(len(rows))])
+            width = self.setting.prompt_tokens + self.setting.answer_tokens
+            assert batch["input_ids"].shape == (2 * len(rows), width), "TRL's tokens are not ours"
+            loss = trainer.compute_loss(trainer.model.train(), batch)
+            loss.backward()
+        reference = torch.stack([batch["ref_chosen_logps"], batch["ref_rejected_logps"]], 1)
+        return loss.item(), gradients(trainer.model), reference.tolist()
+
+
+class StepTimer:
+    """Seconds between the ends of successive steps."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def seconds(self, warmup: int) -> list[float]:
+        """Return the steps after the warm-up."""
+        return [end - start for start, end in zip(self.ends[warmup - 1 :], self.ends[warmup:], strict=False)]
+
+
+class OurTimer(StepTimer, Callback):
+    """Times a Lightning run."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+
+
+class TheirTimer(StepTimer, TrainerCallback):
+    """Times a transformers run."""
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+
+
+def text(tokens: Any) -> str:
+    """Write tokens in the tokenizer's words."""
+    return " ".join("</s>" if token == EOS else str(token) for token in tokens)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Gradients by parameter name."""
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def check_equal(ours: Ours, theirs: Theirs, folder: Path) -> dict[str, float]:
+    """Compare loss and gradients away from the reference, where the loss is not log 2.
+
+    Raises:
+        SystemExit: If they differ by more than 1e-4, the gradients relative to their norm.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(1)
+    state = {name: value + 0.2 * value.std() * torch.randn_like(value) if value.dim() > 1 else value for name, value in model.state_dict().items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    rows = make_rows(ours.setting)[:4]
+    their_loss, their_gradients, reference = theirs.loss_and_gradients(state, rows)
+    our_loss, our_gradients = ours.loss_and_gradients(state, [{**row, "reference_logps": values} for row, values in zip(rows, reference, strict=True)])
+    assert our_gradients.keys() == their_gradients.keys()
+    errors = {name: ((our_gradients[name] - theirs).norm() / theirs.norm()).item() for name, theirs in their_gradients.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    log.info("equal work: loss %.7f, TRL %.7f; gradients differ by at most %.1e of their norm (%s)", our_loss, their_loss, errors[worst], worst)
+    if abs(our_loss - their_loss) > 1e-4 or errors[worst] > 1e-4:
+        raise SystemExit("the two sides do not compute the same")
+    return {"loss": our_loss, "trl_loss": their_loss, "gradient_error": errors[worst]}
+
+
+def alternate(ours: Ours, theirs: Theirs, repeats: int) -> Iterator[tuple[list[float], list[float]]]:
+    """Run both sides in turn, so that other load on the machine falls on both."""
+    for repeat in range(1, repeats + 1):
+        yield (times := (ours.step_times(), theirs.step_times()))
+        log.info("  run %d: %.3f s a step, TRL %.3f s", repeat, *map(statistics.median, times))
+
+
+def measure(setting: Setting, repeats: int) -> dict[str, Any]:
+    """Measure one setting."""
+    log.info("%s:", setting.name)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(setting, folder)
+        ours, theirs = Ours(setting, folder), Theirs(setting, folder)
+        equality = check_equal(ours, theirs, folder)
+        runs = list(alternate(ours, theirs, repeats))
+    our_s, their_s = (statistics.median([second for run in runs for second in run[side]]) for side in (0, 1))
+    return {
+        **asdict(setting),
+        **equality,
+        "step_s": our_s,
+        "trl_step_s": their_s,
+        "samples_per_s": setting.batch_size / our_s,
+        "trl_samples_per_s": setting.batch_size / their_s,
+        "ratio": their_s / our_s,
+        "runs": [{"step_s": run[0], "trl_step_s": run[1]} for run in runs],
+    }
+
+
+def main() -> None:
+    """Measure all settings; the last line is the ratio of the first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path(tempfile.gettempdir()) / "preference_step.json", help="where to write the figures")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
+    parser.add_argument("--only", type=int, help="number of one setting, from 0")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    log.setLevel(logging.INFO)
+    transformers.logging.set_verbosity_error()
+    results = []
+    for number, setting in enumerate(SETTINGS):
+        if arguments.only in (None, number):
+            results.append(result := measure(setting, arguments.repeats))
+            log.info("%s: ours %.2f samples/s, TRL %.2f, ratio %.2f", setting.name, result["samples_per_s"], result["trl_samples_per_s"], result["ratio"])
+    figures = {"threads": torch.get_num_threads(), "torch": torch.__version__, "settings": results}
+    arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    log.info("figures in %s\nratio: %.2f", arguments.json, results[0]["ratio"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+import torch
+
+from malleable.lightning_modules.functional.keyed_random import keyed_uniform
+
+
+def test_numbers_are_uniform_and_uncorrelated():
+    draws = keyed_uniform(torch.arange(200)[:, None], torch.arange(500))
+    assert draws.dtype == torch.float32
+    assert ((draws > 0) & (draws < 1)).all()
+    counts = torch.histc(draws, 20, 0, 1)
+    assert ((counts - 5000) ** 2 / 5000).sum() < 44  # chi-square, 19 degrees of freedom, p = 0.001
+    assert torch.corrcoef(draws).fill_diagonal_(0).abs().max() < 0.25
+    assert torch.corrcoef(draws.T).fill_diagonal_(0).abs().max() < 0.4
+
+
+def test_numbers_are_those_of_the_published_mixing_function():
+    # files of negatives must not change with a release, nor with a device
+    def mix(value):
+        value = (value + 0x9E3779B97F4A7C15) % 2**64
+        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+        return value ^ value >> 31
+
+    assert mix(0) == 0xE220A8397B1DCDAF  # first number of SplitMix64 from seed 0
+    seeds, counters = torch.tensor([[3], [2**31 - 2], [-7], [2**62]]), torch.tensor([0, 1, 2**40, -1])
+    expected = [
+        [((mix((mix(seed % 2**64) + counter) % 2**64) >> 41) + 0.5) / 2**23 for counter in counters.tolist()] for seed in seeds[:, 0].tolist()
+    ]
+    assert keyed_uniform(seeds, counters).tolist() == expected
