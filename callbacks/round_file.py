@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.batch import Catalog
 from malleable.datamodules.loader import RowView
@@ -118,9 +118,9 @@ class RoundFile:
 
 
 def draw_positions(pool: int, count: int | None, number: int, seed: int) -> list[int]:
-    """Draw the rows of a round without replacement across rounds, until the pool is used up.
+    """Draw the rows of a round without replacement across rounds, until the pool cannot fill another.
 
-    Rounds cut consecutive pieces out of one endless row of shuffled copies of the pool, so a round depends on its number alone.
+    Rounds are consecutive pieces of a shuffled pool, then of the next shuffle, so a round depends on its number alone.
 
     Args:
         pool: Rows to draw from.
@@ -135,15 +135,6 @@ def draw_positions(pool: int, count: int | None, number: int, seed: int) -> list
         return list(range(pool))
     if count > pool:
         raise ValueError(f"a round needs {count} rows but there are {pool} training rows; lower rows_per_round")
-    start = max(0, number - 1) * count
-    first, last = start // pool, (start + count - 1) // pool
-    drawn: list[int] = []
-    for copy in range(first, last + 1):
-        generator = torch.Generator().manual_seed((seed << 20) + 2 * copy + (number == 0))
-        shuffled = torch.randperm(pool, generator=generator).tolist()
-        piece = shuffled[max(0, start - copy * pool) : start + count - copy * pool]
-        # A round that spans two copies must not hold a row twice.
-        taken = set(drawn)
-        drawn += [row for row in piece if row not in taken]
-    return drawn
-
+    shuffle, piece = divmod(max(0, number - 1), pool // count)
+    generator = torch.Generator().manual_seed((seed << 20) + 2 * shuffle + (number == 0))
+    return torch.randperm(pool, generator=generator)[piece * count : (piece + 1) * count].tolist()

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from malleable.callbacks.comparison import measure, recommendation_counts, self_play_sections
@@ -298,9 +298,8 @@ class SelfPlayLoop(Callback):
 
     @staticmethod
     def _show(loader: PhasedLoader[Any], rows: Any) -> None:
-        first = rows[0]
-        count = (lambda row: len(row["input_ids"])) if "input_ids" in first else (lambda row: len(row["answers"][0]))
-        loader.show(rows, [count(rows[index]) for index in range(len(rows))])
+        known = hasattr(rows, "row_tokens")
+        loader.show(rows, rows.row_tokens() if known else [len(rows[index]["answers"][0]) for index in range(len(rows))])
 
     def _rows(self) -> Any:
         assert self._loader is not None

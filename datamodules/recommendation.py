@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,6 @@ from malleable.datamodules.sampling import ItemSampler
 from malleable.datamodules.sources.base import Source
 from malleable.datamodules.splits import SPLITS, Ints, RowIndex, Split
 from malleable.datamodules.store import Recipe, Store
-
-log = logging.getLogger(__name__)
 
 
 class RecommendationDataModule(BaseDataModule):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -100,7 +100,8 @@ class BaseModule(LightningModule, ABC):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed what the step draws (dropout) by its number, so that a resumed run repeats it exactly."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        torch.manual_seed(((seed * 1_000_003 + self.current_epoch) * 1_000_003 + batch_idx) * 1_009 + self.global_rank)
+        # Seeds run up to 2**32, so the product passes what a generator takes.
+        torch.manual_seed((((seed * 1_000_003 + self.current_epoch) * 1_000_003 + batch_idx) * 1_009 + self.global_rank) % (1 << 63))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss."""

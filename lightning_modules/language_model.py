@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -100,11 +100,9 @@ class LanguageModel(BaseModule):
         self._trie: Trie | None = None
 
     def configure_model(self) -> None:
-        """Build the language model; a second call does nothing."""
-        if self.model is not None:
+        """Build the language model; a second call does nothing, and neither does a call before a bare checkpoint has brought the catalogue."""
+        if self.model is not None or self.catalog is None:
             return
-        if self.catalog is None:
-            raise MisconfigurationException(f"{type(self).__name__} needs the catalogue before its weights are built: pass catalog=...")
         strategy = getattr(self._trainer, "strategy", None)
         zero3 = strategy.config if getattr(strategy, "zero_stage_3", False) else None
         self.model = build_language_model(self.language_model, self.catalog, zero3_config=zero3)
@@ -213,7 +211,8 @@ class LanguageModel(BaseModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trains, the catalogue, and the identity of what does not train."""
         trainable = {f"model.{name}" for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        frozen = {f"model.{name}" for name, _ in self.model.named_parameters()} - trainable
+        # A head that is tied to the embeddings has two names.
+        frozen = {f"model.{name}" for name, parameter in self.model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
         if frozen and checkpoint.get("state_dict"):
             checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key not in frozen}
         checkpoint["base_fingerprint"] = self._base_fingerprint
@@ -226,6 +225,8 @@ class LanguageModel(BaseModule):
             stored = checkpoint["catalog"]
             nested = {name: tuple(tuple(row) for row in stored[name]) for name in ("token_ids", "genres")}
             self.catalog = Catalog(**{**stored, **nested, "titles": tuple(stored["titles"]), "popularity": tuple(stored["popularity"])})
+        if self.catalog is None:
+            raise MisconfigurationException(f"{type(self).__name__} needs the catalogue, and the checkpoint has none: pass catalog=...")
         self.configure_model()
         state = checkpoint.get("state_dict") or {}
         if not state:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+import torch
 from torch import Tensor, nn
 
 from malleable.datamodules.batch import PreferenceBatch
@@ -35,7 +36,10 @@ def preference_step(model: nn.Module, batch: PreferenceBatch, loss: PreferenceLo
     with dropout_off(model):
         tokens = answer_token_logps(model, batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask, shared_prompt=shared_prompt)
     policy, lengths = tokens.sum(-1), batch.answer_mask.sum(-1)
-    output = loss(policy, batch.reference_logps, lengths)
+    # An answer that is both chosen and rejected gets one value, or rounding would leave it a gradient that Adam blows up.
+    same = ((batch.answer_ids == batch.answer_ids[:, :1]) | ~batch.answer_mask).all(-1) & (lengths == lengths[:, :1])
+    policy = torch.where(same, policy[:, :1], policy)
+    output = loss(policy, torch.where(same, batch.reference_logps[:, :1], batch.reference_logps), lengths)
     total = output.losses.mean()
     if sft_weight:
         total = total - sft_weight * tokens[:, 0].sum() / lengths[:, 0].sum()

@@ -126,7 +126,8 @@ def build_language_model(config: LanguageModelConfig, catalog: Catalog, *, zero3
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     if config.lora is not None or config.adapter is not None:
-        model = _with_adapter(model, config)
+        with _whole_weights(zero3_config):
+            model = _with_adapter(model, config)
     return model.train()
 
 
@@ -195,7 +196,7 @@ def _partitioned_loading(zero3_config: dict[str, Any] | None) -> Iterator[None]:
 
 @contextmanager
 def _whole_weights(zero3_config: dict[str, Any] | None) -> Iterator[None]:
-    """Initialise weights before ZeRO stage 3 cuts them up: transformers cannot draw random numbers into empty shards."""
+    """Initialise weights before ZeRO stage 3 cuts them up: into empty shards nothing can be drawn, or not the same on any devices."""
     if zero3_config is None:
         yield
         return

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 _PLAIN_STATES = ("state_dict", "epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "callbacks")
 

@@ -3,7 +3,8 @@ import yaml
 
 from malleable.main import main
 
-QUIET = "--trainer.accelerator cpu --trainer.devices 1 --trainer.enable_progress_bar false --trainer.enable_model_summary false".split()
+CPU = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+QUIET = [*CPU, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 
 BORING = """\
 # The smallest run.

@@ -14,31 +14,17 @@ import warnings
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import save_file
-from tiny import tiny_catalog, tiny_config, tiny_rows
+from tiny import tiny_config
+from tiny_data import TinyData, quiet_trainer
 
 from malleable.callbacks.self_play import PhaseSettings, SelfPlayLoop
-from malleable.datamodules.base import BaseDataModule
-from malleable.datamodules.batch import collate
 from malleable.lightning_modules.language_model import Decoding
 from malleable.lightning_modules.play import Play
 from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA, gathered_state
 from malleable.lightning_modules.sprec import SPRec
-
-
-class TinyData(BaseDataModule):
-    """The toy rows, split three ways."""
-
-    catalog = tiny_catalog()
-
-    def setup(self, stage: str) -> None:
-        self.train_dataset, self.val_dataset, self.test_dataset = tiny_rows(48), tiny_rows(6), tiny_rows(13)
-
-    def collate(self, rows):
-        return collate(rows)
 
 
 class Kill(Callback):
@@ -121,17 +107,8 @@ def main(arguments: list[str]) -> None:
     callbacks = [loop, ModelCheckpoint(options.folder / "checkpoints", save_last=True, **every)]
     if options.kill:
         callbacks.append(Kill(options.kill, loop))
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=options.devices,
-        strategy=strategy_of(options.strategy),
-        max_epochs=-1,
-        logger=CSVLogger(options.folder, name="", version="run"),
-        callbacks=callbacks,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
+    trainer = quiet_trainer(
+        options.folder, devices=options.devices, strategy=strategy_of(options.strategy), max_epochs=-1, callbacks=callbacks
     )
     module, data = make_module(options.lora, options.dropout), TinyData(batch_size=4 // options.devices, global_batch_size=4)
     trainer.fit(module, data, ckpt_path=str(options.folder / "checkpoints" / "last.ckpt") if options.resume else None)

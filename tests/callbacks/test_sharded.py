@@ -1,0 +1,69 @@
+"""Self-play on two ranks is self-play on one: the same rounds, negatives and figures, under DDP and DeepSpeed."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from launch import HELPERS, launch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import tiny_catalog, tiny_config
+from transformers import AutoModelForCausalLM
+
+from malleable.lightning_modules.pretrained import build_language_model, save_language_model
+
+SCRIPT = HELPERS / "self_play_run.py"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """One process; without dropout, whose noise differs by rank."""
+    folder = tmp_path_factory.mktemp("alone")
+    launch([SCRIPT, folder, "--dropout", "0"], ranks=1)
+    return folder
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    for name in ("round_1", "round_1_pairs", "round_2", "round_2_pairs"):
+        ours, theirs = (pq.read_table(folder / f"run/self_play/{name}.parquet").to_pydict() for folder in (found, expected))
+        reference = ours.pop("reference", None), theirs.pop("reference", None)
+        assert ours == theirs, name
+        if reference[0] is not None:
+            torch.testing.assert_close(torch.tensor(reference[0]), torch.tensor(reference[1]), atol=1e-4, rtol=0)
+    ours, theirs = (json.loads((folder / "test.json").read_text()) for folder in (found, expected))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    ours, theirs = (load_file(folder / "final.safetensors") for folder in (found, expected))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-4, rtol=0)
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_two_ranks_equal_one(tmp_path, alone, strategy):
+    launch([SCRIPT, tmp_path, "--devices", "2", "--strategy", strategy, "--dropout", "0"])
+    assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_adapter_saved_under_zero3_is_complete(tmp_path):
+    """Partitioned while it trains, whole on disk: PEFT loads it and computes what one process computes."""
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    save_language_model(build_language_model(tiny_config(), tiny_catalog()), base)
+    for name, more in (("alone", []), ("zero3", ["--devices", "2", "--strategy", "zero3"])):
+        launch([SCRIPT, tmp_path / name, "--lora", base, "--dropout", "0", *more], ranks=2 if more else 1)
+    assert_same_run(tmp_path / "zero3", tmp_path / "alone")
+    tokens = torch.tensor([[2, 4, 5, 1]])
+    logits = []
+    for name in ("alone", "zero3"):
+        adapter = load_file(tmp_path / name / "run/adapter/adapter_model.safetensors")
+        assert len(adapter) == 14
+        assert all(value.numel() and value.abs().sum() > 0 for value in adapter.values())
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / name / "run/adapter").eval()
+        with torch.no_grad():
+            logits.append(loaded(tokens).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)

@@ -1,0 +1,79 @@
+import pytest
+from boring import BoringDataModule, BoringModule
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from malleable.datamodules.base import BaseDataModule
+
+
+def trainer(tmp_path, **arguments):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+    return Trainer(accelerator="cpu", devices=1, max_epochs=1, default_root_dir=tmp_path, **quiet, **arguments)
+
+
+class LateSetup(BoringDataModule):
+    """Forgets the setup of its base."""
+
+    def setup(self, stage):
+        self.train_dataset = self.val_dataset = list(enumerate(range(8)))
+
+
+@pytest.mark.parametrize("name", ["batch_size", "global_batch_size", "eval_batch_size"])
+def test_sizes_are_positive(name):
+    with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
+        BaseDataModule(**{name: 0})
+
+
+def test_the_global_batch_sets_the_accumulation(tmp_path):
+    fitted = trainer(tmp_path)
+    fitted.fit(BoringModule(), BoringDataModule(num_rows=16, batch_size=2, global_batch_size=8))
+    assert (fitted.accumulate_grad_batches, fitted.global_step) == (4, 2)
+
+
+def test_an_accumulation_that_contradicts_the_global_batch(tmp_path):
+    fitted = trainer(tmp_path, accumulate_grad_batches=3)
+    with pytest.raises(MisconfigurationException, match=r"accumulate_grad_batches=3\) contradicts global_batch_size=8, which needs 4"):
+        fitted.fit(BoringModule(), BoringDataModule(batch_size=2, global_batch_size=8))
+
+
+def test_a_global_batch_that_cannot_be_dealt(tmp_path):
+    with pytest.raises(ValueError, match="global_batch_size 6 must be a multiple of batch_size x devices = 4 x 1"):
+        trainer(tmp_path).fit(BoringModule(), BoringDataModule(batch_size=4, global_batch_size=6))
+
+
+def test_too_few_rows_for_a_step(tmp_path):
+    with pytest.raises(ValueError, match="3 training rows do not fill one optimizer step of 4 rows"):
+        trainer(tmp_path).fit(BoringModule(), BoringDataModule(num_rows=3, batch_size=4))
+
+
+def test_an_engine_that_accumulates_must_know_early(tmp_path, monkeypatch):
+    # DeepSpeed reads the accumulation before the first loader is made; a number that comes later would be ignored in silence.
+    data = LateSetup(batch_size=2, global_batch_size=4)
+    data.trainer = trainer(tmp_path)
+    data.setup("fit")
+    monkeypatch.setattr(type(data.trainer.strategy), "handles_gradient_accumulation", True)
+    with pytest.raises(MisconfigurationException, match=r"LateSetup.setup must call super\(\).setup"):
+        data.train_dataloader()
+
+
+def test_the_training_loader_stays_the_same(tmp_path):
+    data = BoringDataModule()
+    data.setup("fit")
+    assert data.train_dataloader() is data.train_dataloader()
+
+
+def test_a_split_that_was_not_set():
+    with pytest.raises(MisconfigurationException, match=r"has no predict data: `setup` did not set `predict_dataset` .give the file"):
+        BaseDataModule().predict_dataloader()
+
+
+def test_an_empty_split():
+    data = BaseDataModule()
+    data.test_dataset = []
+    with pytest.raises(ValueError, match="the test split is empty"):
+        data.test_dataloader()
+
+
+def test_a_data_module_without_collation():
+    with pytest.raises(NotImplementedError, match="override `collate`"):
+        BaseDataModule().collate([])

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from malleable.datamodules.batch import AnswerBatch, Batch, Catalog, PackedBatch, PreferenceBatch, collate, pad
+
+ROWS = [
+    {"sample_id": 7, "prompt": [3, 4, 5], "answers": [[6, 2]], "item_ids": [1], "history": [8, 9], "seen": [1, 8, 9]},
+    {"sample_id": 8, "prompt": [3], "answers": [[6, 7, 2]], "item_ids": [0], "history": [9], "seen": [0]},
+]
+
+
+@pytest.mark.parametrize(("side", "expected"), [("right", [[1, 2], [3, 0], [0, 0]]), ("left", [[1, 2], [0, 3], [0, 0]])])
+def test_ragged_rows_are_padded_on_a_side(side, expected):
+    assert pad([[1, 2], [3], []], 0, side).tolist() == expected
+
+
+def test_no_rows_make_an_empty_table():
+    assert pad([], 0).shape == (0, 0)
+
+
+def test_one_answer_a_prompt():
+    batch = collate(ROWS, pad_token_id=0)
+    assert type(batch) is AnswerBatch
+    assert batch.sample_id.tolist() == [7, 8]
+    assert batch.prompt_ids.tolist() == [[3, 4, 5], [0, 0, 3]]  # on the left: answers follow the last prompt token
+    assert batch.prompt_mask.tolist() == [[True, True, True], [False, False, True]]
+    assert batch.answer_ids.tolist() == [[[6, 2, 0]], [[6, 7, 2]]]
+    assert batch.answer_mask.tolist() == [[[True, True, False]], [[True, True, True]]]
+    assert batch.history.tolist() == [[8, 9], [-1, 9]]
+    assert batch.seen.tolist() == [[1, 8, 9], [0, -1, -1]]
+    assert batch.target.tolist() == [1, 0]
+    assert batch.candidates is None
+
+
+def test_several_answers_make_a_preference():
+    rows = [{"sample_id": 0, "prompt": [3], "answers": [[4, 2], [5, 6, 2]], "item_ids": [1, 0], "candidates": [0, 1]}]
+    batch = collate(rows)
+    assert type(batch) is PreferenceBatch
+    assert batch.answer_ids.tolist() == [[[4, 2, 0], [5, 6, 2]]]
+    assert batch.item_ids.tolist() == [[1, 0]]
+    assert batch.candidates.tolist() == [[0, 1]]
+    assert batch.reference_logps is None
+
+
+def test_rows_that_disagree_on_answers():
+    rows = [{"sample_id": 0, "prompt": [3], "answers": [[4]]}, {"sample_id": 1, "prompt": [3], "answers": [[4], [5]]}]
+    with pytest.raises(ValueError, match=r"same number of answers, got \[1, 2\]"):
+        collate(rows)
+
+
+def test_what_a_row_leaves_out_is_unknown():
+    batch = collate([{"sample_id": 0, "prompt": [3], "answers": [[4]]}])
+    assert batch.item_ids.tolist() == [[-1]]
+    assert batch.history.shape == (1, 0)
+
+
+def test_packed_rows_restart_positions_with_each_document():
+    rows = [
+        {"sample_id": 0, "input_ids": [5, 6, 7, 8], "document_ids": [1, 1, 2, 2]},
+        {"sample_id": 1, "input_ids": [5, 6, 7], "document_ids": [1, 1, 1]},
+    ]
+    batch = collate(rows, pad_token_id=9)
+    assert type(batch) is PackedBatch
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 7, 9]]
+    assert batch.document_ids.tolist() == [[1, 1, 2, 2], [1, 1, 1, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1], [0, 1, 2, 0]]
+
+
+def test_a_batch_moves_as_a_whole():
+    batch = collate(ROWS)
+    moved = batch.to("meta")
+    assert {moved.sample_id.device.type, moved.prompt_ids.device.type, moved.answer_mask.device.type} == {"meta"}
+    assert moved.candidates is None
+    assert batch.sample_id.device.type == "cpu"
+    assert len(moved) == 2
+
+
+def test_a_function_reaches_every_tensor():
+    assert Batch(torch.tensor([1, 2])).map(lambda tensor: tensor + 1).sample_id.tolist() == [2, 3]
+
+
+def test_a_catalogue_counts_its_titles():
+    assert len(Catalog(titles=("A", "B"))) == 2

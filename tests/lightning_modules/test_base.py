@@ -1,0 +1,162 @@
+import pytest
+import torch
+from boring import BoringBatch, BoringDataModule, BoringModule
+from launch import launch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
+
+from malleable.lightning_modules.base import BaseModule
+
+
+def trainer(tmp_path, **arguments):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+    return Trainer(**{"accelerator": "cpu", "devices": 1, "max_epochs": 1, "default_root_dir": tmp_path, **quiet, **arguments})
+
+
+def ready(module):
+    module.configure_model()
+    return module
+
+
+class Needy(BoringModule):
+    """Takes the number of rows from the data module."""
+
+    needs = ("num_rows",)
+
+    def __init__(self, num_rows=None):
+        super().__init__()
+        self.num_rows = num_rows
+
+
+def test_what_a_module_needs_comes_from_the_data_module(tmp_path):
+    module = Needy()
+    trainer(tmp_path).fit(module, BoringDataModule(num_rows=12))
+    assert module.num_rows == 12
+
+
+def test_what_the_constructor_was_given_stays(tmp_path):
+    module = Needy(num_rows=5)
+    trainer(tmp_path).fit(module, BoringDataModule(num_rows=12))
+    assert module.num_rows == 5
+
+
+def test_a_need_that_nobody_meets(tmp_path):
+    loader = DataLoader([0.0])
+    with pytest.raises(MisconfigurationException, match=r"Needy needs `num_rows`: pass Needy\(num_rows=...\)"):
+        trainer(tmp_path).fit(Needy(), loader)
+
+
+def test_matrices_decay_and_vectors_do_not():
+    groups = ready(BoringModule()).parameter_groups()
+    assert [[tuple(parameter.shape) for parameter in group["params"]] for group in groups] == [[(2, 4)], [(2,)]]
+    assert groups[1]["weight_decay"] == 0.0
+    assert "weight_decay" not in groups[0]  # the optimizer's own
+
+
+def test_a_partitioned_matrix_is_still_a_matrix():
+    # DeepSpeed stage 3 empties a parameter and notes its shape.
+    module = ready(BoringModule())
+    module.layer.weight = torch.nn.Parameter(torch.empty(0))
+    module.layer.weight.ds_shape = torch.Size((2, 4))
+    assert module.parameter_groups()[0]["params"] == [module.layer.weight]
+
+
+def test_nothing_to_train():
+    module = ready(BoringModule()).requires_grad_(False)
+    with pytest.raises(MisconfigurationException, match="BoringModule has no trainable parameter"):
+        module.parameter_groups()
+
+
+def test_the_optimizer_and_the_schedule_may_be_given():
+    module = BoringModule(
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.5), lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer)
+    )
+    made = ready(module).configure_optimizers()
+    assert isinstance(made["optimizer"], torch.optim.SGD)
+    assert made["lr_scheduler"]["interval"] == "step"
+
+
+def test_by_default_adamw_at_a_constant_rate():
+    assert isinstance(ready(BoringModule()).configure_optimizers(), torch.optim.AdamW)
+
+
+def test_losses_and_metrics_are_logged_by_split(tmp_path):
+    module = BoringModule()
+    fitted = trainer(tmp_path)
+    fitted.fit(module, BoringDataModule())
+    assert {"train_loss", "val_loss", "val_distance", "val_mean_output"} <= fitted.callback_metrics.keys()
+    fitted.test(module, BoringDataModule())
+    assert {"test_loss", "test_distance", "test_mean_output"} <= fitted.callback_metrics.keys()
+
+
+def test_a_metric_starts_afresh_each_time(tmp_path):
+    module, data = BoringModule(), BoringDataModule()
+    measured = trainer(tmp_path)
+    first, second = (measured.test(module, data, verbose=False)[0]["test_mean_output"] for _ in range(2))
+    assert first == second
+
+
+def test_accumulated_steps_equal_one_large_step(tmp_path):
+    weights = []
+    for size in (2, 8):
+        torch.manual_seed(0)
+        module = BoringModule(optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
+        trainer(tmp_path).fit(module, BoringDataModule(batch_size=size, global_batch_size=8))
+        weights.append(module.layer.weight)
+    torch.testing.assert_close(*weights)
+
+
+REPEATS = """
+import torch
+from torch.utils.data import DataLoader
+from lightning.pytorch import Trainer
+from boring import BoringBatch, BoringModule
+
+torch.manual_seed(0)
+rows = [(index, torch.full((4,), float(index))) for index in range(5)]
+collate = lambda rows: BoringBatch(torch.tensor([index for index, _ in rows]), torch.stack([features for _, features in rows]))
+module = BoringModule(width=1)
+module.configure_model()
+torch.nn.init.constant_(module.layer.weight, 0.25)
+torch.nn.init.zeros_(module.layer.bias)
+quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False)
+trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", **quiet)
+(result,) = trainer.test(module, DataLoader(rows, batch_size=2, collate_fn=collate), verbose=False)
+print(trainer.world_size, result["test_mean_output"])
+"""
+
+
+@pytest.mark.ddp
+def test_rows_repeated_by_a_sampler_count_once(tmp_path):
+    # 5 rows on 2 devices: the sampler repeats row 0. The outputs are 0, 1, 2, 3, 4, their mean is 2; with the repeat it would be 10 / 6.
+    outputs = launch(REPEATS, ranks=2, cwd=tmp_path)
+    assert [output.split() for output in outputs] == [["2", "2.0"]] * 2
+
+
+def test_a_batch_of_padding_adds_nothing(tmp_path):
+    module = ready(BoringModule())
+    metrics = module.configure_metrics()
+    module.evaluate(BoringBatch(torch.tensor([0, 1]), torch.zeros(2, 4)), metrics)
+    expected = metrics["output"].compute()
+    module.evaluate(BoringBatch(torch.tensor([-1, -2]), torch.ones(2, 4)), metrics)
+    assert metrics["output"].compute() == expected
+
+
+def test_the_base_alone_is_no_method():
+    with pytest.raises(TypeError, match="abstract"):
+        BaseModule()
+
+
+@pytest.mark.parametrize("resumed_at", [1, 3])
+def test_what_a_step_draws_depends_on_its_number_alone(tmp_path, resumed_at, monkeypatch):
+    module = ready(BoringModule())
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    module.trainer = trainer(tmp_path)
+    module.on_train_batch_start(None, resumed_at)
+    first = torch.rand(3)
+    torch.rand(7)
+    module.on_train_batch_start(None, resumed_at)
+    assert torch.equal(torch.rand(3), first)
+    module.on_train_batch_start(None, resumed_at + 1)
+    assert not torch.equal(torch.rand(3), first)

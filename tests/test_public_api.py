@@ -1,0 +1,64 @@
+"""The public names: found where they are said to be, documented, tested, and usable from the command line."""
+
+import inspect
+import re
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from shared import ROOT
+
+import malleable
+
+FOLDERS = ("malleable.callbacks", "malleable.datamodules", "malleable.lightning_modules")
+NAMES = sorted(set(malleable.__all__) - {"__version__"})
+CLASSES = [name for name in NAMES if inspect.isclass(getattr(malleable, name))]
+PLUGS = [name for name in CLASSES if issubclass(getattr(malleable, name), (LightningModule, LightningDataModule, Callback))]
+
+
+def test_there_are_public_names():
+    assert {"BaseModule", "SFT", "DPO", "SPRec", "RecommendationDataModule", "SelfPlayLoop", "RunReport"} <= set(PLUGS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_importable_from_the_package_and_from_its_folder(name):
+    homes = [folder for folder in FOLDERS if name in import_module(folder).__all__]
+    assert len(homes) == 1
+    assert getattr(import_module(homes[0]), name) is getattr(malleable, name)
+    assert getattr(malleable, name).__module__.startswith(f"{homes[0]}.")
+    assert name in dir(malleable)
+    assert name in dir(import_module(homes[0]))
+
+
+@pytest.mark.parametrize("module", ["malleable", *FOLDERS])
+def test_an_unknown_name_is_an_attribute_error(module):
+    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'Nothing'"):
+        import_module(module).Nothing  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, malleable; sys.exit(' '.join({'torch', 'lightning', 'transformers', 'pandas'} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_documented(name):
+    assert inspect.getdoc(getattr(malleable, name)), f"{name} needs a docstring"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_is_tested(name):
+    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if path.name != "test_public_api.py"]
+    assert any(re.search(rf"\b{name}\b", path.read_text(encoding="utf-8")) for path in tests), f"write a test of {name}"
+
+
+@pytest.mark.parametrize("name", PLUGS)
+def test_a_class_can_be_configured(name):
+    plug = getattr(malleable, name)
+    kinds = {parameter.kind for parameter in inspect.signature(plug).parameters.values()}
+    assert not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}, "name every argument of the constructor"
+    ArgumentParser(exit_on_error=False).add_class_arguments(plug, "plug", fail_untyped=True)

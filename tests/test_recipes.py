@@ -1,0 +1,79 @@
+"""Every recipe is read against the real signatures; every tiny one runs."""
+
+import contextlib
+import io
+
+import pytest
+import yaml
+
+from malleable.main import main
+from malleable.recipes import FOLDER, recipe_names
+
+FRAGMENTS = sorted(path.relative_to(FOLDER).as_posix() for path in (FOLDER / "base").glob("*.yaml"))
+RECIPES = recipe_names()
+TINY = [name for name in RECIPES if name.endswith("/tiny.yaml")]
+
+
+def printed(command, *words):
+    """Return the configuration that a command line comes to."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        main([command, *words, "--print_config"])
+    assert ended.value.code == 0, err.getvalue()
+    return out.getvalue()
+
+
+def test_there_are_recipes():
+    found = {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml")}
+    assert found == {*RECIPES, *FRAGMENTS}
+    assert {"sprec/movielens.yaml", "sprec/tiny.yaml"} <= set(RECIPES)
+    assert {"base/fit.yaml", "base/ddp.yaml", "base/deepspeed_zero2.yaml", "base/deepspeed_zero3.yaml"} <= set(FRAGMENTS)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *FRAGMENTS])
+def test_the_first_line_says_what_it_is(name):
+    first = (FOLDER / name).read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    assert first.endswith((".", ":"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_whole_and_appends_its_callbacks(name):
+    recipe = yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+    assert {"model", "data", "trainer"} <= recipe.keys()
+    assert "callbacks" not in recipe["trainer"], "a recipe appends: `callbacks+:`"
+
+
+@pytest.mark.parametrize("name", FRAGMENTS)
+def test_a_fragment_lies_over_any_recipe(name):
+    fragment = yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+    assert fragment.keys() <= ({"seed_everything", "checkpoint", "trainer"} if name == "base/fit.yaml" else {"trainer"})
+    layered = yaml.safe_load(printed("fit", "--config", TINY[0], "--config", name))
+    for key, value in fragment["trainer"].items():
+        if not isinstance(value, dict):
+            assert layered["trainer"][key] == value
+        elif "class_path" in value:
+            assert layered["trainer"][key]["init_args"].items() >= value["init_args"].items()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_the_signatures_and_survives_being_saved(name, tmp_path):
+    first = printed("fit", "--config", name)
+    (tmp_path / "saved.yaml").write_text(first)
+    assert yaml.safe_load(printed("fit", "--config", "saved.yaml")) == yaml.safe_load(first)
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_serves_every_command(name, command):
+    printed(command, "--config", name)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_recipe_trains_and_is_measured(name, tmp_path):
+    quiet = ["--config", name, "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"]
+    main(["fit", *quiet])
+    main(["test", *quiet, "--ckpt_path", "last"])
+    runs = tmp_path / "runs" / name.removesuffix(".yaml")
+    assert sorted(path.name for path in runs.iterdir()) == ["version_0", "version_1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "a run writes into its own folder only"
