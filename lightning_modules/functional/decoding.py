@@ -57,8 +57,8 @@ def beam_search(
         ValueError: If ``num_beams`` is smaller than k, or if k is not positive.
 
     Source:
-        Constrained beam search as in De Cao et al. (2021), Autoregressive Entity Retrieval, arXiv:2010.00904, section 3.2;
-        ``renormalize`` as in Bao et al. (2024), D3, arXiv:2406.14900, which points out what forced tokens do to scores.
+        De Cao et al. (2021), Autoregressive Entity Retrieval, arXiv:2010.00904: beam search constrained by a prefix tree.
+        Bao et al. (2024), D3, arXiv:2406.14900: what forced ("ghost") tokens do to scores; ``renormalize`` makes them harmless.
         Differs: no length penalty; a beam is dropped once the k best finished titles are all better.
     """
     if not 1 <= k <= num_beams:

@@ -46,17 +46,18 @@ def generate_text(
         ``(B, T)`` int64 with T <= ``max_new_tokens``, each row's end token included.
 
     Raises:
-        ValueError: If an argument is out of range, or if ``seeds`` are missing.
+        ValueError: If an argument is out of range, or if there is not one seed for each row.
     """
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise ValueError(
             f"generation needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, "
             f"got temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}"
         )
-    if seeds is None:
-        if temperature > 0:
-            raise ValueError(f"sampling at temperature {temperature} needs seeds, one for each row")
+    if seeds is None and temperature == 0:
         seeds = torch.zeros_like(prompt_ids[:, 0])
+    if seeds is None or seeds.shape != prompt_ids.shape[:1]:
+        given = None if seeds is None else tuple(seeds.shape)
+        raise ValueError(f"seeds must hold one number for each of the {len(prompt_ids)} rows, got shape {given}")
     stops = torch.as_tensor(eos_token_id, device=prompt_ids.device).reshape(-1)
     pad = int(stops[0]) if pad_token_id is None else pad_token_id
     written: list[Tensor] = []

@@ -42,7 +42,7 @@ def nearest_titles(
         ValueError: If ``gamma`` is negative, or positive without ``popularity``.
 
     Source:
-        Bao et al. (2023), BIGRec, arXiv:2308.08434, Eqs. 1-3.
+        Bao et al. (2023), BIGRec, arXiv:2308.08434: grounding generated text to real items.
     """
     if gamma < 0 or (gamma > 0 and popularity is None):
         raise ValueError(f"gamma must be 0, or > 0 with a popularity for each item; got gamma={gamma} and popularity={popularity}")

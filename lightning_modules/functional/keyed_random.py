@@ -16,7 +16,7 @@ def keyed_uniform(seeds: Tensor, counter: Tensor) -> Tensor:
         float32.
 
     Source:
-        Steele, Lea, Flood (2014), Fast Splittable Pseudorandom Number Generators, Fig. 15 (SplitMix64's mixing function).
+        Steele, Lea, Flood (2014), Fast Splittable Pseudorandom Number Generators: the mixing function of SplitMix64.
         Differs: used as a hash of (seed, counter).
     """
     bits = _shift(_mix(_mix(seeds) + counter), 41)  # 23 bits and a half are exact in float32

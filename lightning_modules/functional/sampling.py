@@ -51,7 +51,7 @@ def sample(
         Items ``(B, S)`` in the order drawn, -1 where there is none, and the log-probability with which a single draw gives each.
 
     Raises:
-        ValueError: If ``temperature``, ``top_p`` or ``num_samples`` is out of range.
+        ValueError: If ``temperature``, ``top_p`` or ``num_samples`` is out of range, or if there is not one seed for each row.
 
     Source:
         Without replacement: Kool et al. (2019), Stochastic Beams and Where to Find Them, arXiv:1903.06059, Algorithm 1.
@@ -61,6 +61,8 @@ def sample(
             f"sampling needs temperature >= 0, 0 < top_p <= 1 and num_samples >= 1, "
             f"got temperature={temperature}, top_p={top_p}, num_samples={num_samples}"
         )
+    if seeds.shape != prompt_ids.shape[:1]:
+        raise ValueError(f"seeds must hold one number for each of the {len(prompt_ids)} rows, got shape {tuple(seeds.shape)}")
     method = WithoutReplacement if distinct else WithReplacement
     with evaluating(model):
         return method(model, trie, prompt_ids, prompt_mask, allowed, Draw(seeds, num_samples, temperature, top_p)).run(any_rank)

@@ -17,14 +17,12 @@ def warmup_decay(step: int, total: int, warmup: int = 0, decay: str = "linear") 
     Raises:
         ValueError: If ``decay`` is unknown.
     """
+    if decay not in ("linear", "cosine", "constant"):
+        raise ValueError(f"decay must be linear, cosine or constant, got '{decay}'")
     warmup = min(warmup, total)
     if step < warmup:
         return (step + 1) / warmup
     rest = min(1.0, (step - warmup) / max(1, total - warmup))
     if decay == "constant":
         return 1.0
-    if decay == "linear":
-        return 1.0 - rest
-    if decay == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * rest))
-    raise ValueError(f"decay must be linear, cosine or constant, got '{decay}'")
+    return 1.0 - rest if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * rest))

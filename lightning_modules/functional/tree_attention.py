@@ -109,8 +109,8 @@ class TreeDecoder:
         logits: ``(R, 1, V)``, at the prompt's last token.
 
     Source:
-        Miao et al. (2024), SpecInfer, arXiv:2305.09781, section 4.2 (tree attention).
-        Differs: the tree is searched, not verified.
+        Miao et al. (2024), SpecInfer, arXiv:2305.09781, tree attention.
+        Differs: the tree is searched, not verified; finished rows leave.
     """
 
     def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> None:

@@ -18,7 +18,7 @@ from malleable.lightning_modules.functional.trie import Candidates, Trie
 NEVER = -torch.inf
 CHUNK = 1 << 19  # logits normalised at a time: 2 MiB in float32 stay in a processor's cache
 ACCELERATOR_CHUNK = 1 << 26  # 256 MiB, so that launches do not count
-KEEP = 0.75  # once fewer of the rows than this are still searched, the others leave the batch
+MIN_LIVE_SHARE = 0.75  # once fewer of the rows than this are still searched, the others leave the batch
 
 
 class Decoded(NamedTuple):
@@ -51,12 +51,16 @@ class TrieSearch(ABC):
         depth: Tokens between the prompt and the nodes.
 
     Raises:
-        ValueError: If the trie has tokens that the model has not.
+        ValueError: If the trie has tokens that the model has not, or if ``allowed`` has another number of rows.
     """
 
     def __init__(self, model: nn.Module, trie: Trie, prompt_ids: Tensor, prompt_mask: Tensor, allowed: Tensor | None) -> None:
         self.trie = trie.to(prompt_ids.device)
         self.view = self.trie.restrict(allowed)
+        if len(self.view.leaf_item) not in (1, len(prompt_ids)):
+            raise ValueError(
+                f"allowed has {len(self.view.leaf_item)} rows, but there are {len(prompt_ids)} prompts; give one row for each or for all"
+            )
         self.decoder = TreeDecoder(model, prompt_ids, prompt_mask, trie.max_length)
         vocab_size = self.decoder.logits.shape[2]
         if trie.max_token >= vocab_size:
@@ -78,7 +82,7 @@ class TrieSearch(ABC):
                 self.decoder.idle()
                 continue
             self.narrow(num_nodes)
-            if num_rows < KEEP * len(self.rows):
+            if num_rows < MIN_LIVE_SHARE * len(self.rows):
                 self.select(self.live[:, 0].nonzero()[:, 0])
             self.step(width, num_branching)
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -151,23 +152,31 @@ class Generate:
         return Decoded(torch.tensor(found).reshape(-1, setting.k), output.sequences_scores.reshape(-1, setting.k))
 
 
-def seconds(decode: Callable[[], Decoded]) -> tuple[float, Decoded]:
+class Timed(NamedTuple):
+    """Outputs with the time that making them took, in seconds."""
+
+    decoded: Decoded
+    wall_s: float
+    cpu_s: float
+
+
+def timed(decode: Callable[[], Decoded]) -> Timed:
     """Time one call."""
-    start = time.perf_counter()
-    result = decode()
-    return time.perf_counter() - start, result
+    wall, cpu = time.perf_counter(), time.process_time()
+    decoded = decode()
+    return Timed(decoded, time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def side_by_side(ours: Search, theirs: Search, data: list[tuple[Tensor, Tensor]]) -> tuple[tuple[float, Decoded], tuple[float, Decoded]]:
+def side_by_side(searches: tuple[Search, Search], data: list[tuple[Tensor, Tensor]]) -> list[Timed]:
     """Time both on each batch in turn, so that what else the machine does falls on both; the first call of each is not counted."""
-    ours(*data[0])
-    theirs(data[0][0][:1], data[0][1][:1])
-    runs = [(seconds(partial(ours, *batch)), seconds(partial(theirs, *batch))) for batch in data]
+    for search in searches:
+        search(*data[0])
+    runs = [[timed(partial(search, *batch)) for search in searches] for batch in data]
     totals = []
     for parts in zip(*runs, strict=True):
-        outputs = [output for _, output in parts]
-        totals.append((sum(duration for duration, _ in parts), Decoded(*(torch.cat(column) for column in zip(*outputs, strict=True)))))
-    return totals[0], totals[1]
+        decoded, wall, cpu = zip(*parts, strict=True)
+        totals.append(Timed(Decoded(*(torch.cat(column) for column in zip(*decoded, strict=True))), sum(wall), sum(cpu)))
+    return totals
 
 
 def agreement(ours: Decoded, theirs: Decoded) -> float:
@@ -203,20 +212,19 @@ def measure(setting: Setting, items: Path | None) -> dict[str, float | str]:
     ).eval()
     trie = Trie.build(titles)
     data = batches(make_prompts(titles, setting.num_prompts, rng), setting.batch_size)
+    search = partial(beam_search, model, trie, num_beams=setting.num_beams, k=setting.k)
     with torch.no_grad():
-        (ours_s, ours), (theirs_s, theirs) = side_by_side(
-            lambda ids, mask: beam_search(model, trie, ids, mask, num_beams=setting.num_beams, k=setting.k),
-            Generate(model, titles, setting),
-            data,
-        )
+        ours, theirs = side_by_side((search, Generate(model, titles, setting)), data)
     count = setting.num_prompts * setting.k
     return {
         **asdict(setting),
+        "threads": torch.get_num_threads(),
         "tokens_per_title": sum(map(len, titles)) / len(titles),
-        "ours_items_per_s": count / ours_s,
-        "generate_items_per_s": count / theirs_s,
-        "ratio": theirs_s / ours_s,
-        "identical": agreement(ours, theirs),
+        "ours_items_per_s": count / ours.wall_s,
+        "generate_items_per_s": count / theirs.wall_s,
+        "ratio": theirs.wall_s / ours.wall_s,
+        "cpu_ratio": theirs.cpu_s / ours.cpu_s,
+        "identical": agreement(ours.decoded, theirs.decoded),
     }
 
 
@@ -238,9 +246,9 @@ def main() -> None:
         if arguments.only in (None, setting.name):
             results.append(measure(setting, arguments.items))
             log.info(
-                "%-16s ours %8.1f items/s, generate %8.1f items/s, ratio %5.2f, identical lists %.3f",
+                "%-16s ours %8.1f items/s, generate %8.1f items/s, ratio %5.2f (of processor time %5.2f), identical lists %.3f",
                 setting.name,
-                *(results[-1][key] for key in ("ours_items_per_s", "generate_items_per_s", "ratio", "identical")),
+                *(results[-1][key] for key in ("ours_items_per_s", "generate_items_per_s", "ratio", "cpu_ratio", "identical")),
             )
     arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
     log.info("figures in %s", arguments.json)

@@ -20,11 +20,15 @@ class TinyData(BaseDataModule):
         self._train = train
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         self.train_dataset = self._train or tiny_rows(48)
         self.val_dataset, self.test_dataset, self.predict_dataset = tiny_rows(6), tiny_rows(13), tiny_rows(5)
 
     def collate(self, rows):
         return collate(rows)
+
+    def row_tokens(self):
+        return [len(row["answers"][0]) for row in self.train_dataset]
 
 
 def quiet_trainer(folder: Path, **changes: Any) -> Trainer:

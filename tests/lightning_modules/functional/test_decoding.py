@@ -163,7 +163,7 @@ def test_how_titles_are_fed_to_their_ends_changes_nothing(monkeypatch, tokens, k
     # series with long tails that do not branch
     titles = [[2, 3, 4, 5, 6, 7, EOS], [2, 4, EOS], [3, EOS], [4, 5, 6, 7, 2, 3, 4, 5, EOS], [4, 6, 7, EOS], [5, 2, 2, 2, 2, EOS]]
     monkeypatch.setattr(decoding, "PASS_TOKENS", tokens)
-    monkeypatch.setattr(trie_search, "KEEP", kept)
+    monkeypatch.setattr(trie_search, "MIN_LIVE_SHARE", kept)
     for k in (2, 6):
         found = beam_search(small_lm(), Trie.build(titles), PROMPTS, MASK, num_beams=6, k=k)
         for row, prompt in enumerate(real(PROMPTS, MASK)):
@@ -221,6 +221,11 @@ def test_the_model_is_left_as_it_was():
 def test_numbers_that_do_not_fit_are_refused(num_beams, k):
     with pytest.raises(ValueError, match=f"k must be at least 1 and at most num_beams = {num_beams}, got {k}"):
         beam_search(small_lm(), Trie.build(TITLES), PROMPTS, MASK, num_beams=num_beams, k=k)
+
+
+def test_filters_for_other_rows_are_refused():
+    with pytest.raises(ValueError, match="allowed has 3 rows, but there are 4 prompts; give one row for each or for all"):
+        beam_search(small_lm(), Trie.build(TITLES), PROMPTS, MASK, num_beams=1, k=1, allowed=torch.ones(3, len(TITLES), dtype=torch.bool))
 
 
 def test_titles_of_another_tokenizer_are_refused():

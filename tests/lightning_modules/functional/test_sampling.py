@@ -138,3 +138,8 @@ def test_ranks_that_finish_early_keep_step():
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(ValueError, match="sampling needs temperature >= 0, 0 < top_p <= 1 and num_samples >= 1, got"):
         sample(small_lm(), Trie.build(FEW), PROMPTS, MASK, seeds=SEEDS, **setting)
+
+
+def test_one_seed_for_each_row_is_needed():
+    with pytest.raises(ValueError, match=r"seeds must hold one number for each of the 4 rows, got shape \(1,\)"):
+        sample(small_lm(), Trie.build(FEW), PROMPTS, MASK, seeds=SEEDS[:1])
