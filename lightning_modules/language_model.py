@@ -19,7 +19,9 @@ from torchmetrics import Metric
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, Recommendations
 from malleable.lightning_modules.base import BaseModule, LossOutput
+from malleable.lightning_modules.free_answers import nearest_items, write_answers
 from malleable.lightning_modules.functional.decoding import beam_search
+from malleable.lightning_modules.functional.grounding import embed_texts
 from malleable.lightning_modules.functional.logps import answer_token_logps, packed_token_logps
 from malleable.lightning_modules.functional.schedule import warmup_decay
 from malleable.lightning_modules.functional.trie import Trie
@@ -35,16 +37,21 @@ class Decoding:
     """How a language model is made to name items.
 
     Attributes:
+        grounding: ``trie`` searches among the catalogue's titles; ``embedding`` writes one answer freely and takes the titles nearest to it.
+            Never compare figures of one with figures of the other.
         num_beams: Width of the beam in the trie of titles.
         exclude_seen: Leave out what the user already has.
         renormalize: Score within the trie, so that forced tokens cost nothing, instead of by the model's full distribution.
         shared_prompt: Compute a prompt once for all its answers.
+        max_new_tokens: Most tokens of a free answer.
     """
 
+    grounding: Literal["trie", "embedding"] = "trie"
     num_beams: int = 20
     exclude_seen: bool = True
     renormalize: bool = False
     shared_prompt: bool = True
+    max_new_tokens: int = 32
 
 
 @dataclass
@@ -98,6 +105,7 @@ class LanguageModel(BaseModule):
         self.ks = tuple(ks)
         self.model: Any = None
         self._trie: Trie | None = None
+        self._titles: tuple[int, Tensor] | None = None
 
     def configure_model(self) -> None:
         """Build the language model; a second call does nothing, and neither does a call before a bare checkpoint has brought the catalogue."""
@@ -119,6 +127,15 @@ class LanguageModel(BaseModule):
             self._trie = Trie.build(self.catalog.token_ids)
         self._trie = self._trie.to(self.device)
         return self._trie
+
+    @property
+    def title_embeddings(self) -> Tensor:
+        """Embeddings of all titles by the model as it stands, ``(N, d)``; made anew once it has been trained further."""
+        assert self.catalog is not None
+        step = -1 if self._trainer is None else self._trainer.global_step
+        if self._titles is None or self._titles[0] != step:
+            self._titles = step, embed_texts(self.model, self.catalog.token_ids, pad_token_id=self.catalog.pad_token_id)
+        return self._titles[1]
 
     @property
     def any_rank(self) -> Callable[[bool], bool] | None:
@@ -153,6 +170,11 @@ class LanguageModel(BaseModule):
         """
         assert self.catalog is not None
         k = k or max(self.ks)
+        allowed = allowed_items(batch, len(self.catalog), self.decoding.exclude_seen)
+        if self.decoding.grounding == "embedding":
+            length = self.decoding.max_new_tokens
+            tokens = write_answers(self.model, batch, self.catalog, max_new_tokens=length, any_rank=self.any_rank)
+            return Recommendations(*nearest_items(self.model, tokens, self.title_embeddings, k, allowed))
         found = beam_search(
             self.model,
             self.trie,
@@ -160,7 +182,7 @@ class LanguageModel(BaseModule):
             batch.prompt_mask,
             num_beams=max(k, self.decoding.num_beams),
             k=k,
-            allowed=allowed_items(batch, len(self.catalog), self.decoding.exclude_seen),
+            allowed=allowed,
             renormalize=self.decoding.renormalize,
             any_rank=self.any_rank,
         )
@@ -181,7 +203,8 @@ class LanguageModel(BaseModule):
         """
         assert self.catalog is not None
         allowed = allowed_items(batch, len(self.catalog), play.exclude_seen)
-        return Player(self.model, self.trie, self.catalog, play, row_seeds(batch.sample_id, seed), self.any_rank).answer(batch, allowed)
+        titles = self.title_embeddings if play.grounding == "embedding" else None
+        return Player(self.model, self.trie, self.catalog, play, row_seeds(batch.sample_id, seed), self.any_rank).answer(batch, allowed, titles)
 
     def configure_metrics(self) -> dict[str, Metric]:
         """Accuracy and exposure of the recommended lists."""

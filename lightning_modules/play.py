@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from malleable.datamodules.batch import AnswerBatch, Catalog
+from malleable.lightning_modules.free_answers import named_items, nearest_items, write_answers
 from malleable.lightning_modules.functional.decoding import beam_search
-from malleable.lightning_modules.functional.grounding import embed_texts, nearest_titles
 from malleable.lightning_modules.functional.keyed_random import keyed_uniform
 from malleable.lightning_modules.functional.sampling import sample
 from malleable.lightning_modules.functional.trie import Trie
@@ -83,14 +83,23 @@ class Player:
         self.seeds = seeds
         self.any_rank = any_rank
 
-    def answer(self, batch: AnswerBatch, allowed: Tensor | None) -> Tensor:
-        """Return items, or with ``grounding='none'`` an item and the free text; see :meth:`LanguageModel.play`."""
+    def answer(self, batch: AnswerBatch, allowed: Tensor | None, titles: Tensor | None = None) -> Tensor:
+        """Return items, or with ``grounding='none'`` an item and the free text; see :meth:`LanguageModel.play`.
+
+        Args:
+            batch: Prompts.
+            allowed: ``(B, N)`` bool, items that may be named; ``None`` for all.
+            titles: ``(N, d)`` embeddings of all titles, for ``grounding='embedding'``.
+        """
         if self.play.grounding == "trie":
             return self._titles(batch, allowed)
-        tokens = self._free_text(batch)
-        if self.play.grounding == "none":
-            return torch.cat([self._named(tokens), tokens], 1)
-        return self._nearest(tokens, allowed)
+        play = self.play
+        temperature = play.temperature if play.decode == "sample" else 0.0
+        options: Any = {"max_new_tokens": play.max_new_tokens, "temperature": temperature, "top_p": play.top_p, "seeds": self.seeds}
+        tokens = write_answers(self.model, batch, self.catalog, **options, any_rank=self.any_rank)
+        if titles is not None:
+            return nearest_items(self.model, tokens, titles, 1, allowed).item_ids
+        return torch.cat([named_items(tokens, self.catalog), tokens], 1)
 
     def _titles(self, batch: AnswerBatch, allowed: Tensor | None) -> Tensor:
         count, play = self.play.num_negatives, self.play
@@ -106,42 +115,6 @@ class Player:
         # Missing items come last whatever was drawn.
         uniform = keyed_uniform(self.seeds[:, None], torch.arange(items.shape[1], device=items.device))
         return items.gather(1, (uniform + (items < 0)).argsort(1)[:, :count])
-
-    def _free_text(self, batch: AnswerBatch) -> Tensor:
-        """Write freely; ``(B, 1 + max_new_tokens)`` tokens ending in the end-of-sequence token, padded with -1."""
-        from malleable.lightning_modules.functional.free_text import generate_text
-
-        play, eos = self.play, self.catalog.eos_token_id
-        written = generate_text(
-            self.model,
-            batch.prompt_ids,
-            batch.prompt_mask,
-            eos_token_id=eos,
-            max_new_tokens=play.max_new_tokens,
-            temperature=play.temperature if play.decode == "sample" else 0.0,
-            top_p=play.top_p,
-            seeds=self.seeds,
-            any_rank=self.any_rank,
-        )
-        ended = (written == eos).cumsum(1)
-        tokens = torch.full((len(written), play.max_new_tokens + 1), -1, device=written.device)
-        tokens[:, : written.shape[1]] = written.masked_fill(ended - (written == eos).long() > 0, -1)
-        length = (tokens >= 0).sum(1)
-        open_ended = ended[:, -1] == 0
-        tokens[open_ended, length[open_ended]] = eos
-        return tokens
-
-    def _named(self, tokens: Tensor) -> Tensor:
-        """The item whose title is exactly the free text, -1 where none is, ``(B, 1)``."""
-        known = {tuple(title): item for item, title in reversed(list(enumerate(self.catalog.token_ids)))}
-        rows = [tuple(token for token in row if token >= 0) for row in tokens.tolist()]
-        return torch.tensor([[known.get(row, -1)] for row in rows], device=tokens.device)
-
-    def _nearest(self, tokens: Tensor, allowed: Tensor | None) -> Tensor:
-        """The title nearest to the free text, both embedded by the model's own last hidden state, ``(B, 1)``."""
-        titles = embed_texts(self.model, self.catalog.token_ids)
-        texts = embed_texts(self.model, [[token for token in row if token >= 0] for row in tokens.tolist()])
-        return nearest_titles(texts, titles, k=1, allowed=allowed).item_ids
 
 
 def row_seeds(sample_id: Tensor, seed: int) -> Tensor:

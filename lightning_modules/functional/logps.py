@@ -81,8 +81,7 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
         logits: ``(..., V)``.
         targets: ``(...)``.
     """
-    logits = logits.float()
-    return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    return logits.log_softmax(-1, dtype=torch.float32).gather(-1, targets[..., None]).squeeze(-1)
 
 
 def answer_token_logps(
@@ -124,10 +123,9 @@ def answer_token_logps(
         logits_to_keep=row.num_kept,
         use_cache=False,
     ).logits
-    normaliser = logits.float().logsumexp(-1)
     index = torch.arange(len(logits), device=logits.device)[:, None, None]
-    chosen = logits[index, row.predictors, answer_ids].float() - normaliser[index, row.predictors]
-    return chosen.masked_fill(~answer_mask, 0.0)
+    logps = logits.log_softmax(-1, dtype=torch.float32)[index, row.predictors, answer_ids]
+    return logps.masked_fill(~answer_mask, 0.0)
 
 
 def answer_logps(model: nn.Module, batch: Any, *, shared_prompt: bool = True) -> Tensor:
@@ -151,5 +149,6 @@ def packed_token_logps(model: nn.Module, input_ids: Tensor, document_ids: Tensor
     mask = model_mask(model, document_mask(document_ids))
     logits = model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
     targets = (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] > 0)
-    logps = token_logps(logits[:, :-1], input_ids[:, 1:])
+    # The targets are moved, not the logits: a slice of the logits would be copied, forward and backward.
+    logps = token_logps(logits, input_ids.roll(-1, 1))[:, :-1]
     return logps.masked_fill(~targets, 0.0), targets

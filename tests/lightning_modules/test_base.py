@@ -1,12 +1,14 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from boring import BoringBatch, BoringDataModule, BoringModule
 from launch import launch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
-from malleable.lightning_modules.base import BaseModule
+from malleable.lightning_modules.base import BaseModule, LossOutput
 
 
 def trainer(tmp_path, **arguments):
@@ -160,3 +162,98 @@ def test_what_a_step_draws_depends_on_its_number_alone(tmp_path, resumed_at, mon
     assert torch.equal(torch.rand(3), first)
     module.on_train_batch_start(None, resumed_at + 1)
     assert not torch.equal(torch.rand(3), first)
+
+
+def test_every_seed_that_lightning_takes_will_do(tmp_path, monkeypatch):
+    module = ready(BoringModule())
+    monkeypatch.setenv("PL_GLOBAL_SEED", str(2**32 - 1))
+    module.trainer = trainer(tmp_path)
+    module.on_train_batch_start(None, 7)
+    assert torch.rand(1) != torch.rand(1)
+
+
+class Noisy(BoringModule):
+    """Drops features, and notes the losses of its steps."""
+
+    def __init__(self):
+        super().__init__(optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0))
+        self.losses: list[float] = []
+
+    def compute_loss(self, batch):
+        loss = torch.nn.functional.dropout(self(batch.features), 0.5).square().mean()
+        self.losses.append(loss.item())
+        return LossOutput(loss, {})
+
+
+def test_dropout_repeats_from_run_to_run_and_changes_from_step_to_step(tmp_path):
+    """Whatever was drawn before a step, it drops the same; the same rows are dropped otherwise in the next epoch."""
+    runs = []
+    for drawn in (0, 11):
+        module = Noisy()
+        torch.manual_seed(0)
+        module.configure_model()
+        torch.rand(drawn)
+        trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(module, BoringDataModule(num_rows=4))
+        runs.append(module.losses)
+    assert runs[0] == runs[1]
+    assert runs[0][0] != runs[0][1]
+
+
+def test_the_order_of_hooks(tmp_path, monkeypatch):
+    """Needs are known before weights, weights before optimizers; metrics are made at the first evaluation, once a split."""
+    module, calls = BoringModule(), []
+
+    def recorded(name):
+        hook = getattr(module, name)
+
+        def record(*arguments, **settings):
+            calls.append(name)
+            return hook(*arguments, **settings)
+
+        return record
+
+    for name in ("setup", "configure_model", "configure_optimizers", "configure_metrics"):
+        monkeypatch.setattr(module, name, recorded(name))
+    fitted = trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0)
+    fitted.fit(module, BoringDataModule())
+    assert calls == ["setup", "configure_model", "configure_optimizers", "configure_metrics"]
+    calls.clear()
+    fitted.test(module, BoringDataModule(), verbose=False)
+    assert calls == ["setup", "configure_model", "configure_metrics"]
+
+
+class Ragged(BoringModule):
+    """A loss over parts of rows: row i has i parts, each of loss i."""
+
+    def __init__(self, weighed: bool):
+        super().__init__()
+        self.weighed = weighed
+
+    def compute_loss(self, batch):
+        parts = batch.sample_id.float()
+        if not self.weighed:
+            return LossOutput(parts.mean() + 0 * self.layer.bias.sum(), {})
+        loss = (parts * parts).sum() / parts.sum().clamp_min(1)
+        return LossOutput(loss, {"parts": parts.sum()}, int(parts.sum()))
+
+
+@pytest.mark.parametrize(("weighed", "expected"), [(False, 2.0), (True, 3.0)])
+def test_a_mean_over_batches_is_weighed(tmp_path, weighed, expected):
+    """Batches (0 1) (2 3) (4): the mean over rows is 10/5 = 2, over parts (0 + 1 + 4 + 9 + 16) / 10 = 3; equal batches would give 2.33 and 2.53."""
+    (result,) = trainer(tmp_path).test(Ragged(weighed), BoringDataModule(num_rows=5, batch_size=2), verbose=False)
+    assert result["test_loss"] == pytest.approx(expected)
+
+
+def test_rows_marked_already_stay_marked(tmp_path):
+    """Ids below zero are repeats on any loader; a loader that no sampler shards marks none."""
+    module = ready(BoringModule())
+    batch = BoringBatch(torch.tensor([0, -1, 2]), torch.ones(3, 4))
+    for split in ("val", "test"):
+        module.trainer = SimpleNamespace(val_dataloaders=DataLoader([0.0]), test_dataloaders=[DataLoader([0.0])])
+        assert module._mark_repeats(batch, 0, split).tolist() == [0, -1, 2]
+        sampler = DistributedSampler(range(5), num_replicas=2, rank=1, shuffle=False)
+        loader = DataLoader(range(5), batch_size=3, sampler=sampler)
+        module.trainer = SimpleNamespace(val_dataloaders=loader, test_dataloaders=[loader])
+        # Rank 1 has rows 1 and 3 of five, then the repeated row 0.
+        assert module._mark_repeats(BoringBatch(torch.tensor([1, 3, 0]), torch.ones(3, 4)), 0, split).tolist() == [1, 3, -1]
+        assert module._mark_repeats(batch, 0, split).tolist() == [0, -1, -3]

@@ -1,57 +1,26 @@
 """Recommending language models: which items they name, what their checkpoints hold and refuse, how they are tuned."""
 
 import json
-import runpy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import global_batch_run
 import pytest
 import torch
 from launch import launch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import EOS, TOKENS, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
-from transformers import AutoModelForCausalLM
+from tiny_module import lora, ready, save_base
 
 from malleable.datamodules.batch import collate
 from malleable.lightning_modules import language_model
 from malleable.lightning_modules.language_model import Decoding, Tuning
-from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA, build_language_model, save_language_model
+from malleable.lightning_modules.pretrained import build_language_model
 from malleable.lightning_modules.sft import SFT
-
-
-def ready(seed: int = 0, **settings) -> SFT:
-    """A module with weights, decided enough to have preferences."""
-    torch.manual_seed(seed)
-    module = SFT(**{"language_model": tiny_config(), "catalog": tiny_catalog(), "ks": (1, 3), **settings})
-    module.configure_model()
-    with torch.no_grad():
-        for parameter in module.model.parameters():
-            parameter.mul_(3)
-    return module.eval()
-
-
-def save_base(folder: Path, seed: int = 0) -> str:
-    torch.manual_seed(seed)
-    save_language_model(build_language_model(tiny_config(), tiny_catalog()), folder)
-    return str(folder)
-
-
-def lora(base: str, **changes) -> LanguageModelConfig:
-    return LanguageModelConfig(name=base, lora=LoRA(r=2, alpha=4, dropout=0.5), **changes)
-
-
-def fit(folder: Path, config: LanguageModelConfig, **settings):
-    """Fit for an epoch; return the module, the Trainer and the checkpoint's path."""
-    module = SFT(language_model=config, ks=(1, 3), tuning=Tuning(lr=1e-2, warmup_steps=0), **settings)
-    trainer = quiet_trainer(folder, max_epochs=1, callbacks=[ModelCheckpoint(folder / "checkpoints", filename="saved")])
-    trainer.fit(module, TinyData())
-    return module, trainer, folder / "checkpoints/saved.ckpt"
 
 
 def naive_scores(module: SFT, prompt: list[int]) -> list[float]:
@@ -150,85 +119,7 @@ def test_packed_loss_is_the_mean_over_all_tokens_but_the_first_of_each_document(
     assert output.loss.item() == pytest.approx(-total / 9, abs=1e-5)
 
 
-# --- checkpoints ---
-
-
-def test_checkpoint_brings_weights_catalogue_and_settings(tmp_path):
-    """Nothing but the file is needed: no catalogue, no settings, no pickle."""
-    module, _, path = fit(tmp_path, tiny_config(), decoding=Decoding(num_beams=5, exclude_seen=False))
-    batch = collate(tiny_rows(6))
-    loaded = SFT.load_from_checkpoint(path, weights_only=True).eval()
-    assert loaded.catalog == tiny_catalog()
-    assert (loaded.language_model, loaded.decoding, loaded.tuning, loaded.ks) == (module.language_model, module.decoding, module.tuning, module.ks)
-    expected, found = module.eval().recommend(batch, 8), loaded.recommend(batch, 8)
-    assert torch.equal(found.item_ids, expected.item_ids)
-    assert torch.equal(found.scores, expected.scores)
-
-
-def test_testing_from_a_checkpoint_equals_testing_the_fitted_model(tmp_path):
-    module, trainer, path = fit(tmp_path, tiny_config())
-    straight = trainer.test(module, TinyData(), verbose=False)
-    fresh = SFT(language_model=tiny_config(), ks=(1, 3))
-    assert quiet_trainer(tmp_path).test(fresh, TinyData(), ckpt_path=path, weights_only=True, verbose=False) == straight
-    assert {"test_loss", "test_hr_1", "test_ndcg_3", "test_div_ratio_3", "test_or_ratio_3"} <= straight[0].keys()
-
-
-def test_adapter_checkpoint_holds_the_adapter_only(tmp_path):
-    """The base is neither in it under one name nor, as a head tied to the embeddings, under another."""
-    module, _, path = fit(tmp_path, lora(save_base(tmp_path / "base")))
-    checkpoint = torch.load(path, weights_only=True)
-    trainable = {f"model.{name}" for name, parameter in module.model.named_parameters() if parameter.requires_grad}
-    assert set(checkpoint["state_dict"]) == trainable
-    assert all("lora_" in name for name in trainable)
-    loaded = SFT.load_from_checkpoint(path, weights_only=True).eval()
-    batch = collate(tiny_rows(6))
-    assert torch.equal(loaded.recommend(batch).scores, module.eval().recommend(batch).scores)
-
-
-def test_adapter_resumes_where_it_stopped(tmp_path):
-    config = lora(save_base(tmp_path / "base"))
-    _, _, path = fit(tmp_path, config)
-    module = SFT(language_model=config, ks=(1, 3))
-    trainer = quiet_trainer(tmp_path, max_epochs=2)
-    trainer.fit(module, TinyData(), ckpt_path=path, weights_only=True)
-    assert trainer.global_step == 24
-
-
-def test_another_base_is_refused(tmp_path):
-    config = lora(save_base(tmp_path / "base"))
-    _, _, path = fit(tmp_path, config)
-    other = lora(save_base(tmp_path / "other", seed=1))
-    message = "trained on another base model than '.*other' .fingerprint .*give the base model it was trained on"
-    with pytest.raises(MisconfigurationException, match=message):
-        SFT.load_from_checkpoint(path, weights_only=True, language_model=other)
-    with pytest.raises(MisconfigurationException, match=message):
-        quiet_trainer(tmp_path).test(SFT(language_model=other), TinyData(), ckpt_path=path)
-
-
-def test_missing_and_unexpected_weights_are_refused(tmp_path):
-    """Loading is not strict because frozen weights are left out; so the module looks itself."""
-    config = lora(save_base(tmp_path / "base"))
-    _, _, path = fit(tmp_path, config)
-    checkpoint = torch.load(path, weights_only=True)
-    first, *rest = checkpoint["state_dict"].items()
-    module = SFT(language_model=config)
-    with pytest.raises(
-        MisconfigurationException, match=r"does not fit this module: missing \['model.*lora_A.*'\], unexpected \[\] \(1 and 0 in all\)"
-    ):
-        module.on_load_checkpoint(checkpoint | {"state_dict": dict(rest)})
-    with pytest.raises(MisconfigurationException, match=r"missing \[\], unexpected \['model.other'\] \(0 and 1 in all\)"):
-        module.on_load_checkpoint(checkpoint | {"state_dict": {**dict([first, *rest]), "model.other": first[1]}})
-
-
-def test_another_vocabulary_is_refused(tmp_path):
-    _, _, path = fit(tmp_path, tiny_config())
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        SFT.load_from_checkpoint(path, weights_only=True, catalog=replace(tiny_catalog(), vocab_size=20))
-
-
-def test_a_checkpoint_without_catalogue_needs_one():
-    with pytest.raises(MisconfigurationException, match="SFT needs the catalogue, and the checkpoint has none: pass catalog="):
-        SFT().on_load_checkpoint({"state_dict": {}})
+# --- settings ---
 
 
 def test_without_catalogue_no_weights():
@@ -253,37 +144,6 @@ def test_configuring_twice_builds_once():
     model = module.model
     module.configure_model()
     assert module.model is model
-
-
-# --- export ---
-
-
-@torch.no_grad()
-def test_the_run_leaves_a_model_that_transformers_loads(tmp_path):
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    (tokenizer / "tokenizer.json").write_text("{}")
-    module, _, _ = fit(tmp_path, tiny_config(), catalog=replace(tiny_catalog(), tokenizer=str(tokenizer)))
-    folder = tmp_path / "run/model"
-    assert (folder / "tokenizer.json").read_text() == "{}"
-    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokens = torch.tensor([[2, 4, 5, EOS]])
-    torch.testing.assert_close(loaded(tokens).logits, module.model.eval()(tokens).logits)
-
-
-@torch.no_grad()
-def test_the_run_leaves_an_adapter_that_peft_loads(tmp_path):
-    base = save_base(tmp_path / "base")
-    module, _, _ = fit(tmp_path, lora(base))
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "run/adapter").eval()
-    tokens = torch.tensor([[2, 4, 5, EOS]])
-    torch.testing.assert_close(loaded(tokens).logits, module.model.eval()(tokens).logits)
-    assert not (tmp_path / "run/model").exists()
-
-
-def test_a_trial_run_leaves_nothing(tmp_path):
-    quiet_trainer(tmp_path, fast_dev_run=True).fit(SFT(language_model=tiny_config()), TinyData())
-    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 # --- tuning ---
@@ -330,62 +190,35 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path):
 
 # --- the same on any devices ---
 
-SCRIPT = """
-import json, os, sys
-import torch
-from safetensors.torch import save_file
-from tiny import tiny_catalog, tiny_config, tiny_rows
-from tiny_data import TinyData, quiet_trainer
-from torch.utils.data import DataLoader
-from malleable.datamodules.batch import collate
-from malleable.lightning_modules.language_model import Tuning
-from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA
-from malleable.lightning_modules.sft import SFT
 
-ranks = int(os.environ.get("WORLD_SIZE", 1))
-folder = f"ranks{ranks}"
-steady = Tuning(warmup_steps=0, decay="constant")
-configs = {
-    "full": tiny_config(),
-    "lora": LanguageModelConfig(name="base", lora=LoRA(r=2, alpha=4, dropout=0.0), gradient_checkpointing=True),
-}
-# Steps of 8 rows: on one device at once and in 4 parts, on two devices in 2 parts each.
-for name, size in [("full", 8), ("full", 2), ("lora", 4)] if ranks == 1 else [("full", 2), ("lora", 2)]:
-    torch.manual_seed(0)
-    module = SFT(language_model=configs[name], tuning=steady, ks=(1, 3), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.5))
-    trainer = quiet_trainer(folder, devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_epochs=1, enable_checkpointing=False)
-    trainer.fit(module, TinyData(batch_size=size, global_batch_size=8))
-    assert trainer.global_step == 6
-    if trainer.is_global_zero:
-        weights = {key: value.clone() for key, value in module.model.named_parameters() if value.requires_grad}
-        save_file(weights, f"{folder}/{name}_{8 // size // ranks}.safetensors")
-# A loader of the user's own, which Lightning shards by repeating rows: the second rank's last batch is one repeat.
-(figures,) = trainer.test(module, DataLoader(tiny_rows(5), batch_size=2, collate_fn=collate), verbose=False)
-if trainer.is_global_zero:
-    with open(f"{folder}/test.json", "w") as file:
-        json.dump(figures, file)
-"""
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """Folder of what one device computes."""
+    root = tmp_path_factory.mktemp("global_batch")
+    save_base(root / "base")
+    global_batch_run.main(root)
+    return root
+
+
+def assert_equal_weights(found: Path, expected: Path) -> None:
+    ours, theirs = load_file(found), load_file(expected)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=0)
+
+
+def test_four_accumulated_batches_are_one_step(alone):
+    """Answers differ in length, so means of means would differ: the loss is over the tokens of the whole step."""
+    assert_equal_weights(alone / "ranks1/full_4.safetensors", alone / "ranks1/full_1.safetensors")
 
 
 @pytest.mark.ddp
-def test_a_step_is_the_same_on_one_device_accumulated_and_on_two(tmp_path):
-    """Also with adapters whose blocks recompute their activations under DDP; and a test on two devices counts each row once."""
-    save_base(tmp_path / "base")
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    runpy.run_path(str(script))
-    launch([script], ranks=2, cwd=tmp_path)
-    one, two = tmp_path / "ranks1", tmp_path / "ranks2"
-    for expected, found in [
-        (one / "full_1", one / "full_4"),
-        (one / "full_1", two / "full_2"),
-        (one / "lora_2", two / "lora_2"),
-    ]:
-        ours, theirs = (load_file(path.with_suffix(".safetensors")) for path in (found, expected))
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
-    ours, theirs = (json.loads((folder / "test.json").read_text()) for folder in (two, one))
+def test_two_ranks_equal_one(alone):
+    """Also with adapters whose blocks recompute their activations; and a test on two devices counts each row once."""
+    launch([global_batch_run.__file__, alone])
+    assert_equal_weights(alone / "ranks2/full_2.safetensors", alone / "ranks1/full_1.safetensors")
+    assert_equal_weights(alone / "ranks2/lora_2.safetensors", alone / "ranks1/lora_2.safetensors")
+    ours, theirs = (json.loads((alone / f"ranks{ranks}/test.json").read_text()) for ranks in (2, 1))
     assert ours == pytest.approx(theirs, abs=1e-5)
 
 
