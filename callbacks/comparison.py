@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from malleable.callbacks.figures import draw_curves, draw_exposure, draw_exposure_curve
 from malleable.callbacks.page import Section
 from malleable.callbacks.sweep import inference
+from malleable.lightning_modules.language_model import LanguageModel
 
 CURVES = ("hr_10", "ndcg_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10")
 
@@ -22,7 +23,7 @@ def recommendation_counts(items: Tensor, sample_id: Tensor, num_items: int) -> T
     return torch.bincount(kept[kept >= 0], minlength=num_items)
 
 
-def measure(trainer: Trainer, module: LightningModule, loader: Any) -> dict[str, Any]:
+def measure(trainer: Trainer, module: LanguageModel, loader: Any) -> dict[str, Any]:
     """Evaluate a recommender outside the test loop.
 
     Args:
@@ -34,6 +35,7 @@ def measure(trainer: Trainer, module: LightningModule, loader: Any) -> dict[str,
         ``figures`` by metric, and ``counts`` of recommendations, ``(N,)`` on the CPU.
     """
     metrics = {name: metric.to(module.device) for name, metric in module.configure_metrics().items()}
+    assert module.catalog is not None
     counts = torch.zeros(len(module.catalog), dtype=torch.long, device=module.device)
     with inference(trainer, module):
         for batch in loader:
@@ -58,16 +60,18 @@ def self_play_sections(history: Sequence[dict[str, Any]], before: dict[str, Any]
     if played:
         names = [name for name in played[0] if name not in ("phase", "round")]
         rows = [[entry["round"], *(entry[name] for name in names)] for entry in played]
-        text = "What the model answered in each round: `frac_identical` of its answers were the true title, `distinct_negs` of all were different ones."
+        text = "What was rejected: `frac_identical` of the answers were the true title, `distinct_negs` of all were different ones."
         sections.append(Section("Rejected answers", text, table=(["round", *names], rows)))
     curves = round_curves(history)
     if curves:
         size = (11.0, 3.0 * -(-len(curves) // 3))
-        sections.append(Section("Rounds", "Validation after the warm-up (0) and after each round.", figure=lambda figure: _draw_rounds(figure, curves), figure_size=size))
+        text = "Validation after the warm-up (0) and after each round."
+        sections.append(Section("Rounds", text, figure=lambda figure: _draw_rounds(figure, curves), figure_size=size))
     if before and after is not None:
         versions = {"before self-play": before["counts"], "after": after}
         sections.append(Section("Exposure", figure=lambda figure: draw_exposure_curve(figure.subplots(), versions)))
-        sections.append(Section("Most recommended titles", figure=lambda figure: draw_exposure(figure.subplots(), versions, titles), figure_size=(8.0, 5.5)))
+        bars = Section("Most recommended titles", figure=lambda figure: draw_exposure(figure.subplots(), versions, titles), figure_size=(8.0, 5.5))
+        sections.append(bars)
     return sections
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from malleable.callbacks.sweep import sweep
 from malleable.datamodules.batch import Catalog
 from malleable.datamodules.loader import PhasedLoader
 from malleable.datamodules.sampling import ItemSampler
+from malleable.lightning_modules.language_model import LanguageModel
 from malleable.lightning_modules.play import Play
 
 
 def negatives(
-    trainer: Trainer, module: LightningModule, rows: Any, loader: PhasedLoader[Any], source: str, play: Play, seed: tuple[int, int], label: str
+    trainer: Trainer, module: LanguageModel, rows: Any, loader: PhasedLoader[Any], source: str, play: Play, seed: tuple[int, int], label: str
 ) -> tuple[list[list[int]], list[list[list[int]]]]:
     """Make the rejected answers of a round.
 
@@ -32,7 +33,8 @@ def negatives(
     Returns:
         For each row the items, -1 where an answer is none, and the answers' tokens.
     """
-    catalog: Catalog = module.catalog
+    catalog = module.catalog
+    assert catalog is not None
     number = (seed[0] << 16) + seed[1]
     if source in ("random", "popularity"):
         sampler = ItemSampler(range(len(catalog)), None if source == "random" else catalog.popularity, seed=number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,17 @@ class RoundFile:
 
     @classmethod
     def read(cls, path: Path, digest: str | None = None) -> RoundFile:
-        """Read a round, and refuse one that is missing or was changed.
+        """Read a round, and refuse one that is missing, unreadable or changed.
 
         Raises:
-            MisconfigurationException: If the file is missing or does not have the checksum that the checkpoint remembers.
+            MisconfigurationException: If the file is missing, cannot be read, or does not have the checksum that the checkpoint remembers.
         """
         if not path.is_file():
-            raise MisconfigurationException(f"the rows of the interrupted round are gone: {path} does not exist; put the file back or start a new run")
-        file = cls(**pq.read_table(path).to_pydict())
-        if digest is not None and file.digest() != digest:
+            raise MisconfigurationException(f"the interrupted round is gone: {path} does not exist; put the file back or start a new run")
+        file: RoundFile | None = None
+        with suppress(pa.ArrowInvalid, TypeError):  # cut off, or another table
+            file = cls(**pq.read_table(path).to_pydict())
+        if file is None or (digest is not None and file.digest() != digest):
             raise MisconfigurationException(f"{path} is not the file the checkpoint was saved with; put the original back or start a new run")
         return file
 
@@ -71,7 +74,12 @@ class RoundFile:
         assert self.answers is not None
         assert self.items is not None
         kept = [index for index in range(len(self.positions)) if not self._identical(rows[index], index) and all(self.answers[index])]
-        return RoundFile(*([values[index] for index in kept] for values in (self.positions, self.sample_ids, self.items, self.answers)))
+        return RoundFile(
+            [self.positions[index] for index in kept],
+            [self.sample_ids[index] for index in kept],
+            [self.items[index] for index in kept],
+            [self.answers[index] for index in kept],
+        )
 
     def pairs(self, pool: Any) -> RowView:
         """The rows with the rejected answers behind the true one, and the reference where it is known."""

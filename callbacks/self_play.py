@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
-import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from malleable.callbacks.comparison import measure, recommendation_counts, self_play_sections
@@ -18,9 +17,10 @@ from malleable.callbacks.negatives import negatives
 from malleable.callbacks.page import Column, Section
 from malleable.callbacks.reference import phased_loader, reference_logps
 from malleable.callbacks.round_file import RoundFile, draw_positions
-from malleable.datamodules.batch import Recommendations
+from malleable.datamodules.batch import Catalog, Recommendations
 from malleable.datamodules.loader import PhasedLoader, RowView
 from malleable.lightning_modules.functional.schedule import warmup_decay
+from malleable.lightning_modules.language_model import LanguageModel
 from malleable.lightning_modules.play import Play
 
 log = logging.getLogger(__name__)
@@ -87,8 +87,8 @@ class SelfPlayLoop(Callback):
     trains on the true titles (``sft``), freezes the reference by caching its log-probabilities, and trains true against own titles (``dpo``). Each
     phase starts with a fresh optimizer and its own rate. The loop sets the number of epochs itself.
 
-    A round's rows, negatives and reference lie in ``self_play/round_<n>.parquet`` and ``round_<n>_pairs.parquet`` in the run folder; with the state in the checkpoint a run killed
-    anywhere goes on to the same result.
+    A round's rows, negatives and reference lie in ``self_play/round_<n>.parquet`` and ``round_<n>_pairs.parquet`` in the run folder; with the
+    state in the checkpoint a run killed anywhere goes on to the same result.
 
     Args:
         rounds: Number of rounds, the paper's K; 0 is the warm-up alone.
@@ -150,8 +150,8 @@ class SelfPlayLoop(Callback):
             raise ValueError("the loop has no epoch: give the warm-up epochs or play at least one round")
         if self.settings["dpo"].epochs > 1:
             rank_zero_warn(
-                f"{self.settings['dpo'].epochs} preference epochs a round: with beta <= 1/2 the exact optimum of a round moves away from the data, so long "
-                "phases drift; watch div_ratio, or_ratio and the chosen log-probabilities"
+                f"{self.settings['dpo'].epochs} preference epochs a round: with beta <= 1/2 the exact optimum of a round moves away from the data, "
+                "so long phases drift; watch div_ratio, or_ratio and the chosen log-probabilities"
             )
 
     @staticmethod
@@ -179,7 +179,7 @@ class SelfPlayLoop(Callback):
             return
         if not hasattr(pl_module, "play"):
             raise MisconfigurationException(f"SelfPlayLoop needs a module that recommends, such as SPRec; {type(pl_module).__name__} has no `play`")
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.fit_loop.max_epochs = len(self.phases)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
@@ -191,12 +191,12 @@ class SelfPlayLoop(Callback):
         if self.state.epoch >= 0:
             self._show(self._loader, self._restored())
         elif trainer.ckpt_path is None:
-            self._prepare(trainer, pl_module, 0)
+            self._prepare(trainer, cast("LanguageModel", pl_module), 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare the phase that was about to begin when a run was killed between its last step and its end."""
         if self.state.epoch != trainer.current_epoch:
-            self._prepare(trainer, pl_module, trainer.current_epoch)
+            self._prepare(trainer, cast("LanguageModel", pl_module), trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a phase with a fresh optimizer."""
@@ -228,13 +228,13 @@ class SelfPlayLoop(Callback):
             figures = {key: float(value) for key, value in trainer.callback_metrics.items()}
             self.state.history.append({"phase": phase.kind, "round": phase.round, **figures})
         if phase.kind == "warmup" and (last or self.phases[epoch + 1].kind != "warmup"):
-            self._measure_before(trainer, pl_module)
-        if not last and not trainer.fast_dev_run:
-            self._prepare(trainer, pl_module, epoch + 1)
+            self._measure_before(trainer, cast("LanguageModel", pl_module))
+        if not last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._prepare(trainer, cast("LanguageModel", pl_module), epoch + 1)
 
     # --- phases ---
 
-    def _prepare(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
+    def _prepare(self, trainer: Trainer, module: LanguageModel, epoch: int) -> None:
         """Make the rows of an epoch and show them; all ranks do the same."""
         agreed = trainer.strategy.broadcast(epoch)
         if agreed != epoch:
@@ -254,7 +254,7 @@ class SelfPlayLoop(Callback):
     def _starts_round(self, epoch: int) -> bool:
         return epoch == 0 or self.phases[epoch - 1].round != self.phases[epoch].round
 
-    def _draw(self, trainer: Trainer, module: LightningModule, loader: PhasedLoader[Any], phase: Phase) -> None:
+    def _draw(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase) -> None:
         """Draw the round's rows and, unless they come later, its negatives."""
         positions = draw_positions(len(loader.pool), self.rows_per_round, phase.round, self.seed)
         file = RoundFile(positions, [int(loader.pool[position]["sample_id"]) for position in positions])
@@ -262,26 +262,37 @@ class SelfPlayLoop(Callback):
             self._play(trainer, module, loader, phase, file)
         self._write(trainer, phase, file)
 
-    def _play(self, trainer: Trainer, module: LightningModule, loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> None:
+    def _play(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> None:
         rows = RowView(loader.pool, file.positions)
-        file.items, file.answers = negatives(trainer, module, rows, loader, self.negative_source, self.play, (self.seed, phase.round), self._name(phase))
+        seed = (self.seed, phase.round)
+        file.items, file.answers = negatives(trainer, module, rows, loader, self.negative_source, self.play, seed, self._name(phase))
         figures = file.figures(rows, module.catalog)
         rank_zero_info(f"round {phase.round}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
         for logger in trainer.loggers:
             logger.log_metrics({f"selfplay/{name}": value for name, value in figures.items()}, step=trainer.global_step)
         self.state.history.append({"phase": "play", "round": phase.round, **figures})
 
-    def _freeze(self, trainer: Trainer, module: LightningModule, loader: PhasedLoader[Any], phase: Phase) -> None:
+    def _freeze(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase) -> None:
         """Complete the round's pairs: late negatives, identical rows, and the reference as the model stands now."""
         file = self._file()
         if file.answers is None:
             self._play(trainer, module, loader, phase, file)
         if self.keep_identical == "drop":
-            file = file.without_identical(RowView(loader.pool, file.positions))
-        if not file.positions:
-            raise RuntimeError(f"round {phase.round}: the model recommends the true item in every row, so there is nothing to prefer; stop at this round")
+            file = self._distinct(loader, phase, file)
         file.reference = reference_logps(trainer, module, file.pairs(loader.pool), loader, f"{self._name(phase)}, reference").tolist()
         self._write(trainer, phase, file)
+
+    @staticmethod
+    def _distinct(loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> RoundFile:
+        """Leave out rows whose rejected answer is the true one, unless too few others are left for a single step."""
+        kept = file.without_identical(RowView(loader.pool, file.positions))
+        if len(kept.positions) >= loader.rows_per_step:
+            return kept
+        rank_zero_warn(
+            f"round {phase.round}: the model recommends the true item in all but {len(kept.positions)} of {len(file.positions)} rows, "
+            "too few for a step; identical rows stay, without effect. More rounds on these rows teach nothing"
+        )
+        return file
 
     def _current_rows(self, loader: PhasedLoader[Any], phase: Phase) -> Any:
         if phase.kind == "dpo":
@@ -334,16 +345,18 @@ class SelfPlayLoop(Callback):
 
     # --- before and after ---
 
-    def _measure_before(self, trainer: Trainer, module: LightningModule) -> None:
+    def _measure_before(self, trainer: Trainer, module: LanguageModel) -> None:
         """Measure the warmed-up model, the "supervised only" row of the report."""
         datamodule = getattr(trainer, "datamodule", None)
-        if self.compare_on == "none" or datamodule is None or trainer.fast_dev_run:
+        if self.compare_on == "none" or datamodule is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         rank_zero_info(f"measuring the supervised model on the {self.compare_on} split")
         loader = getattr(datamodule, f"{self.compare_on}_dataloader")()
         self.state.before = measure(trainer, module, loader)
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Count what the final model recommends."""
         if isinstance(outputs, Recommendations) and self.state.before:
             counts = recommendation_counts(outputs.item_ids, batch.sample_id, len(self.state.before["counts"]))
@@ -351,8 +364,8 @@ class SelfPlayLoop(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up the counts of all ranks."""
-        self._titles = pl_module.catalog.titles
         if self._counts is not None:
+            self._titles = cast("Catalog", pl_module.catalog).titles
             self._counts = trainer.strategy.reduce(self._counts, reduce_op="sum").cpu()
 
     def report_columns(self) -> list[Column]:

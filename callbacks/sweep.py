@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -35,7 +35,13 @@ def inference(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
 
 def sweep(
-    trainer: Trainer, module: LightningModule, rows: Any, collate_fn: Callable[[Sequence[Any]], Any], batch_size: int, function: Callable[[Any], Tensor], label: str
+    trainer: Trainer,
+    module: LightningModule,
+    rows: Any,
+    collate_fn: Callable[[Sequence[Any]], Any],
+    batch_size: int,
+    function: Callable[[Any], Tensor],
+    label: str,
 ) -> Tensor:
     """Apply ``function`` to all rows, each rank to its share, and gather the results in the order of the rows.
 
@@ -63,7 +69,7 @@ def sweep(
                 last = time.monotonic()
                 rank_zero_info(f"{label}: {min(number * batch_size * trainer.world_size, len(rows))} of {len(rows)} rows, {last - start:.1f} s")
     own = torch.cat(results)
-    gathered = module.all_gather(own)
+    gathered = cast("Tensor", module.all_gather(own))
     if trainer.world_size == 1:
         return gathered.cpu()[: len(rows)]
     # Rows are dealt batch by batch, so the order is (batch, rank, row of the batch).

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningDataModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
 
 from malleable.datamodules.batch import Batch
 from malleable.datamodules.loader import PhasedLoader, accumulation

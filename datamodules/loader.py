@@ -140,7 +140,7 @@ class PhasedLoader(Generic[BatchT]):
         rows = self.views[name]
         return rows() if callable(rows) else rows
 
-    def show(self, rows: Dataset[Any] | Sequence[Any], row_tokens: Sequence[int] | None = None) -> None:
+    def show(self, rows: Dataset[Any] | Sequence[Any], row_tokens: Sequence[int] | Tensor | None = None) -> None:
         """Take these rows from the next epoch on.
 
         Args:
@@ -159,9 +159,13 @@ class PhasedLoader(Generic[BatchT]):
     @property
     def num_steps(self) -> int:
         """Optimizer steps of an epoch."""
-        rows_per_step = self.accumulation * self.batch_size * world()[1]
         count = len(self.dataset)
-        return count // rows_per_step if self.drop_last else -(-count // rows_per_step)
+        return count // self.rows_per_step if self.drop_last else -(-count // self.rows_per_step)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step over all devices."""
+        return self.accumulation * self.batch_size * world()[1]
 
     def __len__(self) -> int:
         """Return the number of batches of this rank in an epoch."""

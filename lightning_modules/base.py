@@ -8,9 +8,9 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -92,9 +92,10 @@ class BaseModule(LightningModule, ABC):
         """Compute the loss, feed the metrics, log both."""
         output = self.compute_loss(batch)
         size = len(batch) if output.weight is None else output.weight
-        self.log(f"{split}_loss", output.loss, prog_bar=True, batch_size=size, on_step=split == "train", on_epoch=split != "train", sync_dist=split != "train")
-        values = {f"{split}_{name}": value for name, value in output.extras.items()}
-        self.log_dict(values, batch_size=size, on_step=split == "train", on_epoch=split != "train", sync_dist=split != "train")
+        each_step = split == "train"
+        options: Any = {"batch_size": size, "on_step": each_step, "on_epoch": not each_step, "sync_dist": not each_step}
+        self.log(f"{split}_loss", output.loss, prog_bar=True, **options)
+        self.log_dict({f"{split}_{name}": value for name, value in output.extras.items()}, **options)
         return output.loss
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

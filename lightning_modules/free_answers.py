@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from malleable.datamodules.batch import AnswerBatch, Catalog
-from malleable.lightning_modules.functional.decoding import Decoded
 from malleable.lightning_modules.functional.free_text import generate_text
 from malleable.lightning_modules.functional.grounding import embed_texts, nearest_titles
+from malleable.lightning_modules.functional.trie_search import Decoded
 
 
 def write_answers(

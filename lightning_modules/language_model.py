@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -105,19 +105,23 @@ class LanguageModel(BaseModule):
         self.ks = tuple(ks)
         self.model: Any = None
         self._trie: Trie | None = None
-        self._titles: tuple[int, Tensor] | None = None
+        self._titles: tuple[tuple[int, torch.device] | None, Tensor] | None = None
 
     def configure_model(self) -> None:
         """Build the language model; a second call does nothing, and neither does a call before a bare checkpoint has brought the catalogue."""
         if self.model is not None or self.catalog is None:
             return
-        strategy = getattr(self._trainer, "strategy", None)
+        strategy: Any = getattr(self._trainer, "strategy", None)
         zero3 = strategy.config if getattr(strategy, "zero_stage_3", False) else None
         self.model = build_language_model(self.language_model, self.catalog, zero3_config=zero3)
         self._base_fingerprint = fingerprint(self.model)
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        log.info("language model: %s, %.2f M of %.2f M parameters trained", self.language_model.name or "from scratch", trainable / 1e6,
-                 sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters()) / 1e6)
+        log.info(
+            "language model: %s, %.2f M of %.2f M parameters trained",
+            self.language_model.name or "from scratch",
+            trainable / 1e6,
+            sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters()) / 1e6,
+        )
 
     @property
     def trie(self) -> Trie:
@@ -130,11 +134,11 @@ class LanguageModel(BaseModule):
 
     @property
     def title_embeddings(self) -> Tensor:
-        """Embeddings of all titles by the model as it stands, ``(N, d)``; made anew once it has been trained further."""
+        """Embeddings of all titles by the model as it stands, ``(N, d)``; a Trainer's are kept until it trains further or loads a checkpoint."""
         assert self.catalog is not None
-        step = -1 if self._trainer is None else self._trainer.global_step
-        if self._titles is None or self._titles[0] != step:
-            self._titles = step, embed_texts(self.model, self.catalog.token_ids, pad_token_id=self.catalog.pad_token_id)
+        state = None if self._trainer is None else (self._trainer.global_step, self.device)
+        if state is None or self._titles is None or self._titles[0] != state:
+            self._titles = state, embed_texts(self.model, self.catalog.token_ids, pad_token_id=self.catalog.pad_token_id)
         return self._titles[1]
 
     @property
@@ -251,6 +255,7 @@ class LanguageModel(BaseModule):
         if self.catalog is None:
             raise MisconfigurationException(f"{type(self).__name__} needs the catalogue, and the checkpoint has none: pass catalog=...")
         self.configure_model()
+        self._titles = None
         state = checkpoint.get("state_dict") or {}
         if not state:
             return
@@ -272,7 +277,7 @@ class LanguageModel(BaseModule):
     def on_train_end(self) -> None:
         """Write the tuned model into the run folder: ``adapter/`` in PEFT format or ``model/`` in Hugging Face format."""
         folder = self.trainer.log_dir
-        if folder is None or self.trainer.fast_dev_run:
+        if folder is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.export(Path(folder))
 
@@ -289,4 +294,3 @@ class LanguageModel(BaseModule):
         self.save_hyperparameters(ignore=["catalog", "optimizer", "lr_scheduler", *ignore], frame=frame.f_back)
         for name, value in list(self.hparams.items()):
             self.hparams[name] = plain(value)
-

@@ -106,8 +106,8 @@ class Player:
         prompts = (self.model, self.trie, batch.prompt_ids, batch.prompt_mask)
         shared: Any = {"allowed": allowed, "any_rank": self.any_rank}
         if play.decode == "sample":
-            drawn = sample(*prompts, seeds=self.seeds, num_samples=count, temperature=play.temperature, top_p=play.top_p, distinct=count > 1, **shared)
-            return drawn.item_ids
+            shared |= {"temperature": play.temperature, "top_p": play.top_p, "distinct": count > 1}
+            return sample(*prompts, seeds=self.seeds, num_samples=count, **shared).item_ids
         if play.decode == "greedy":
             beams = 1 if count == 1 else max(count, play.num_beams)
             return beam_search(*prompts, num_beams=beams, k=count, **shared).item_ids

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from malleable.datamodules.batch import PreferenceBatch
@@ -13,7 +13,9 @@ from malleable.lightning_modules.losses.preference import PreferenceLoss
 from malleable.lightning_modules.pretrained import dropout_off
 
 
-def preference_step(model: nn.Module, batch: PreferenceBatch, loss: PreferenceLoss, *, sft_weight: float = 0.0, shared_prompt: bool = True) -> LossOutput:
+def preference_step(
+    model: nn.Module, batch: PreferenceBatch, loss: PreferenceLoss, *, sft_weight: float = 0.0, shared_prompt: bool = True
+) -> LossOutput:
     """Compute the loss of a preference batch whose reference is known.
 
     Dropout is off, as it was when the reference was taken: policy and reference then start equal.
@@ -57,4 +59,3 @@ def preference_figures(policy: Tensor, rewards: Tensor) -> dict[str, Tensor]:
         "logps_chosen": policy[:, 0].mean(),
         "logps_rejected": policy[:, 1:].mean(),
     }
-

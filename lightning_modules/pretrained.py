@@ -128,11 +128,12 @@ def build_language_model(config: LanguageModelConfig, catalog: Catalog, *, zero3
     if config.lora is not None or config.adapter is not None:
         with _whole_weights(zero3_config):
             model = _with_adapter(model, config)
-    return model.train()
+    built: nn.Module = model.train()
+    return built
 
 
 def _scratch_model(config: LanguageModelConfig, catalog: Catalog) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     sizes = config.scratch
     if sizes.hidden_size % sizes.num_heads:
@@ -152,9 +153,8 @@ def _scratch_model(config: LanguageModelConfig, catalog: Catalog) -> Any:
         pad_token_id=catalog.pad_token_id,
         eos_token_id=catalog.eos_token_id,
         bos_token_id=None,
-        attn_implementation=config.attention,
     )
-    return LlamaForCausalLM(settings).to(DTYPES[config.dtype])
+    return AutoModelForCausalLM.from_config(settings, attn_implementation=config.attention, dtype=DTYPES[config.dtype])
 
 
 def _pretrained_model(config: LanguageModelConfig, zero3_config: dict[str, Any] | None) -> Any:
@@ -168,7 +168,8 @@ def _pretrained_model(config: LanguageModelConfig, zero3_config: dict[str, Any] 
     if config.quantization == "4bit":
         options["quantization_config"] = _four_bits(DTYPES[config.dtype])
     with _partitioned_loading(zero3_config):
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return model
 
 
 def _four_bits(dtype: torch.dtype) -> Any:
@@ -250,12 +251,7 @@ def _check_adapter(folder: Path, model: Any) -> None:
                 )
 
 
-def backbone(model: nn.Module) -> Any:
-    """The Hugging Face model without its adapter wrapper."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
-def without_adapter(model: nn.Module) -> AbstractContextManager[Any]:
+def without_adapter(model: Any) -> AbstractContextManager[Any]:
     """Context in which the base model speaks, not the adapter."""
     return model.disable_adapter() if hasattr(model, "peft_config") else nullcontext()
 

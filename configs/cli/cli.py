@@ -12,10 +12,10 @@ from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import malleable
 from malleable.checkpoints import consolidate, differences, find_checkpoint, stored_model
@@ -58,9 +58,9 @@ class MalleableCLI(LightningCLI):
         stored = stored_model(ckpt_path)
         if stored and stored["class_path"] == self.config[command].model.class_path:
             start = words.index(command) + 1
-            words[start:start] = ["--config", json.dumps({"model": stored})]
+            words[start:start] = ["--config", json.dumps({"model": stored}, default=str)]
             self.config = parser.parse_args(mark_replacements(words))
-            if changed := differences(self.config[command].model.init_args.as_dict(), stored["init_args"]):
+            if changed := differences(self.config[command].model.as_dict(), stored):
                 log.info("given values win over those of %s: %s", ckpt_path, changed)
         strategy = self.config[command].trainer.strategy
         self.config[command].ckpt_path = ckpt_path if command == "fit" else _readable(ckpt_path, strategy)
@@ -120,7 +120,7 @@ class MalleableCLI(LightningCLI):
 
 def _readable(ckpt_path: str, strategy: Namespace | str) -> str:
     """Return what ``strategy`` can measure of a checkpoint: of a DeepSpeed folder, stages 1 and 2 that, all else one file."""
-    stage = strategy.init_args.get("stage") if isinstance(strategy, Namespace) else None
+    stage = strategy.get("init_args.stage") if isinstance(strategy, Namespace) else None
     if stage == 3 and isinstance(strategy, Namespace):
         strategy.init_args.load_full_weights = True
     return consolidate(ckpt_path) if Path(ckpt_path).is_dir() and stage not in (1, 2) else ckpt_path

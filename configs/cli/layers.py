@@ -70,9 +70,9 @@ def drop_replaced(config: Namespace, layer: Mapping[str, Any]) -> None:
         layer: What comes next; ``init_args`` may be left out between keys, as on the command line.
     """
     for key, value in layer.items():
-        old = config.get(key)
+        old = config.get(str(key))
         if old is None and isinstance(config.get("init_args"), Namespace):
-            old = config.init_args.get(key)
+            old = config.init_args.get(str(key))
         if not isinstance(old, Namespace):
             continue
         new = _content(value)

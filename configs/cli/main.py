@@ -23,12 +23,13 @@ commands:
   predict    predict with a checkpoint
   recipes    list the recipes that travel with the package
 
-  malleable fit --config sprec/tiny.yaml                  run a recipe: a file here, or one of the package
-  malleable fit --config sprec/tiny.yaml --model.beta 0.2      change a value of it
-  malleable fit --config sprec/tiny.yaml --config base/ddp.yaml    lay a second file over it
-  malleable test --config sprec/tiny.yaml --ckpt_path last     measure its latest run
-  malleable fit --help                                    all options
-  malleable fit --model.help SPRec                        the options of one class
+examples:
+  malleable fit --config sprec/tiny.yaml                          run a recipe: a file here, or one of the package
+  malleable fit --config sprec/tiny.yaml --data.batch_size 8      change a value of it
+  malleable fit --config sprec/tiny.yaml --config base/ddp.yaml   lay a second file over it
+  malleable test --config sprec/tiny.yaml --ckpt_path last        measure its latest run
+  malleable fit --help                                            see all options
+  malleable fit --model.help SPRec                                see the options of one class
 
 Set MALLEABLE_DEBUG=1 to see the traceback of an error.
 """

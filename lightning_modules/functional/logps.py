@@ -124,7 +124,7 @@ def answer_token_logps(
         use_cache=False,
     ).logits
     index = torch.arange(len(logits), device=logits.device)[:, None, None]
-    logps = logits.log_softmax(-1, dtype=torch.float32)[index, row.predictors, answer_ids]
+    logps: Tensor = logits.log_softmax(-1, dtype=torch.float32)[index, row.predictors, answer_ids]
     return logps.masked_fill(~answer_mask, 0.0)
 
 

@@ -5,7 +5,10 @@
 Both sides train the same random Llama on the same pairs (prompt 160 tokens, answers 12) in float32 with AdamW, gradients
 clipped to 1, dropout and gradient checkpointing off, and reference log-probabilities computed before the first step. The
 sides alternate; a step is the time from the end of one to the end of the next, data and logging included. That loss and
-gradients are equal is checked first. The last line is the ratio of the first setting, ours over TRL's.
+gradients are equal is checked first.
+
+Without a GPU TRL runs its language-model head at every position. What it would take with the head at the answers only, as it
+does on a GPU, is measured as well. The last line is the ratio of the first setting, ours over TRL's, with TRL as it comes.
 """
 
 from __future__ import annotations
@@ -19,18 +22,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
+from unittest import mock
 
 import torch
 import transformers
-from datasets import Dataset
+import trl
+from datasets import Dataset, disable_progress_bars
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from malleable import DPO, Catalog, PhasedLoader, ReferenceCache, collate
@@ -41,6 +47,13 @@ from malleable.lightning_modules.pretrained import LanguageModelConfig
 log = logging.getLogger("preference_step")
 
 EOS, PAD, BETA, LR, LOG_EVERY = 0, 1, 0.1, 1e-5, 10
+
+
+class StepTime(NamedTuple):
+    """Seconds that a step took, on the clock and on the processor (all threads)."""
+
+    wall_s: float
+    cpu_s: float
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,13 @@ def make_model(setting: Setting, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
 
 
+class Side(Protocol):
+    """One of the compared programs."""
+
+    def steps(self) -> list[StepTime]:
+        """Train, and return the time of each step after the warm-up."""
+
+
 class Ours:
     """`Trainer.fit` of our module, as a user would write it."""
 
@@ -121,8 +141,8 @@ class Ours:
         catalog = Catalog(("nothing",), token_ids=((PAD + 1, EOS),), eos_token_id=EOS, pad_token_id=PAD, vocab_size=self.setting.vocab_size)
         return DPO(LanguageModelConfig(name=str(self.folder)), catalog, tuning=Tuning(lr=LR, warmup_steps=0))
 
-    def step_times(self) -> list[float]:
-        """Train, and return the seconds of each step after the warm-up."""
+    def steps(self) -> list[StepTime]:
+        """Train, and return the time of each step after the warm-up."""
         loader: PhasedLoader[Any] = PhasedLoader(make_rows(self.setting), self.setting.batch_size, collate_fn=collate)
         timer = OurTimer()
         with tempfile.TemporaryDirectory() as run:
@@ -138,7 +158,7 @@ class Ours:
                 enable_model_summary=False,
             )
             trainer.fit(self.module(), loader)
-        return timer.seconds(self.setting.warmup)
+        return timer.steps(self.setting.warmup)
 
     def loss_and_gradients(self, state: dict[str, Tensor], rows: list[Example]) -> tuple[float, dict[str, Tensor]]:
         """Loss and gradients of one batch under these weights."""
@@ -151,11 +171,18 @@ class Ours:
 
 
 class Theirs:
-    """`DPOTrainer.train` with what TRL offers for the same job."""
+    """`DPOTrainer.train` with what TRL offers for the same job.
 
-    def __init__(self, setting: Setting, folder: Path) -> None:
+    Args:
+        setting: What to train.
+        folder: The model.
+        compact: Run the language-model head at the answers only, as TRL does where it has Triton.
+    """
+
+    def __init__(self, setting: Setting, folder: Path, compact: bool = False) -> None:
         self.setting = setting
         self.folder = folder
+        self.compact = compact
 
     def trainer(self, run: str, rows: list[Example]) -> DPOTrainer:
         """Make the trainer, which computes the reference on the way."""
@@ -181,14 +208,19 @@ class Theirs:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder)
         return DPOTrainer(model, args=options, train_dataset=Dataset.from_list(texts), processing_class=tokenizer)
 
-    def step_times(self) -> list[float]:
-        """Train, and return the seconds of each step after the warm-up."""
+    def steps(self) -> list[StepTime]:
+        """Train, and return the time of each step after the warm-up."""
         timer = TheirTimer()
-        with tempfile.TemporaryDirectory() as run:
+        with tempfile.TemporaryDirectory() as run, self.head():
             trainer = self.trainer(run, make_rows(self.setting))
+            trainer.remove_callback(PrinterCallback)
             trainer.add_callback(timer)
             trainer.train()
-        return timer.seconds(self.setting.warmup)
+        return timer.steps(self.setting.warmup)
+
+    def head(self) -> AbstractContextManager[Any]:
+        """Context in which TRL chooses the positions of its head."""
+        return mock.patch("trl.trainer.utils._use_triton", return_value=True) if self.compact else nullcontext()
 
     def loss_and_gradients(self, state: dict[str, Tensor], rows: list[Example]) -> tuple[float, dict[str, Tensor], list[list[float]]]:
         """Loss and gradients of one batch under these weights, and the reference log-probabilities ``(rows, 2)``."""
@@ -205,14 +237,19 @@ class Theirs:
 
 
 class StepTimer:
-    """Seconds between the ends of successive steps."""
+    """Time between the ends of successive steps."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[StepTime] = []
 
-    def seconds(self, warmup: int) -> list[float]:
+    def note(self) -> None:
+        """Note that a step has ended."""
+        self.ends.append(StepTime(time.perf_counter(), time.process_time()))
+
+    def steps(self, warmup: int) -> list[StepTime]:
         """Return the steps after the warm-up."""
-        return [end - start for start, end in zip(self.ends[warmup - 1 :], self.ends[warmup:], strict=False)]
+        pairs = zip(self.ends[warmup - 1 :], self.ends[warmup:], strict=False)
+        return [StepTime(end.wall_s - start.wall_s, end.cpu_s - start.cpu_s) for start, end in pairs]
 
 
 class OurTimer(StepTimer, Callback):
@@ -220,7 +257,7 @@ class OurTimer(StepTimer, Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note the time."""
-        self.ends.append(time.perf_counter())
+        self.note()
 
 
 class TheirTimer(StepTimer, TrainerCallback):
@@ -228,7 +265,7 @@ class TheirTimer(StepTimer, TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Note the time."""
-        self.ends.append(time.perf_counter())
+        self.note()
 
 
 def text(tokens: Any) -> str:
@@ -253,7 +290,9 @@ def check_equal(ours: Ours, theirs: Theirs, folder: Path) -> dict[str, float]:
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     rows = make_rows(ours.setting)[:4]
     their_loss, their_gradients, reference = theirs.loss_and_gradients(state, rows)
-    our_loss, our_gradients = ours.loss_and_gradients(state, [{**row, "reference_logps": values} for row, values in zip(rows, reference, strict=True)])
+    our_loss, our_gradients = ours.loss_and_gradients(
+        state, [{**row, "reference_logps": values} for row, values in zip(rows, reference, strict=True)]
+    )
     assert our_gradients.keys() == their_gradients.keys()
     errors = {name: ((our_gradients[name] - theirs).norm() / theirs.norm()).item() for name, theirs in their_gradients.items()}
     worst = max(errors, key=lambda name: errors[name])
@@ -263,11 +302,17 @@ def check_equal(ours: Ours, theirs: Theirs, folder: Path) -> dict[str, float]:
     return {"loss": our_loss, "trl_loss": their_loss, "gradient_error": errors[worst]}
 
 
-def alternate(ours: Ours, theirs: Theirs, repeats: int) -> Iterator[tuple[list[float], list[float]]]:
-    """Run both sides in turn, so that other load on the machine falls on both."""
+def alternate(sides: dict[str, Side], repeats: int) -> Iterator[dict[str, list[StepTime]]]:
+    """Run the sides in turn, so that other load on the machine falls on all."""
     for repeat in range(1, repeats + 1):
-        yield (times := (ours.step_times(), theirs.step_times()))
-        log.info("  run %d: %.3f s a step, TRL %.3f s", repeat, *map(statistics.median, times))
+        steps = {name: side.steps() for name, side in sides.items()}
+        log.info("  run %d: %s", repeat, ", ".join(f"{name} {median(steps[name]).wall_s:.3f} s a step" for name in sides))
+        yield steps
+
+
+def median(steps: list[StepTime]) -> StepTime:
+    """Medians over steps."""
+    return StepTime(*map(statistics.median, zip(*steps, strict=True)))
 
 
 def measure(setting: Setting, repeats: int) -> dict[str, Any]:
@@ -276,20 +321,25 @@ def measure(setting: Setting, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(setting, folder)
-        ours, theirs = Ours(setting, folder), Theirs(setting, folder)
+        ours, theirs, compact = Ours(setting, folder), Theirs(setting, folder), Theirs(setting, folder, compact=True)
         equality = check_equal(ours, theirs, folder)
-        runs = list(alternate(ours, theirs, repeats))
-    our_s, their_s = (statistics.median([second for run in runs for second in run[side]]) for side in (0, 1))
-    return {
-        **asdict(setting),
-        **equality,
-        "step_s": our_s,
-        "trl_step_s": their_s,
-        "samples_per_s": setting.batch_size / our_s,
-        "trl_samples_per_s": setting.batch_size / their_s,
-        "ratio": their_s / our_s,
-        "runs": [{"step_s": run[0], "trl_step_s": run[1]} for run in runs],
-    }
+        runs = list(alternate({"ours": ours, "trl": theirs, "trl_compact": compact}, repeats))
+    figures: dict[str, Any] = {**asdict(setting), **equality}
+    medians = {side: median([step for run in runs for step in run[side]]) for side in runs[0]}
+    for side, step in medians.items():
+        figures[side] = {**step._asdict(), "samples_per_s": setting.batch_size / step.wall_s, "runs": [run[side] for run in runs]}
+    for side in ("trl", "trl_compact"):
+        figures[f"{side}_ratio"] = medians[side].wall_s / medians["ours"].wall_s
+        figures[f"{side}_cpu_ratio"] = medians[side].cpu_s / medians["ours"].cpu_s
+    return figures
+
+
+def report(figures: dict[str, Any]) -> None:
+    """Say what was measured."""
+    speed = {side: figures[side]["samples_per_s"] for side in ("ours", "trl", "trl_compact")}
+    log.info("  samples/s: ours %.2f, TRL %.2f, TRL with the head at the answers only %.2f", *speed.values())
+    for side, name in (("trl", "TRL"), ("trl_compact", "TRL with the head at the answers only")):
+        log.info("  ratio to %s: %.2f (processor time: %.2f)", name, figures[f"{side}_ratio"], figures[f"{side}_cpu_ratio"])
 
 
 def main() -> None:
@@ -302,14 +352,16 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    disable_progress_bars()
     results = []
     for number, setting in enumerate(SETTINGS):
         if arguments.only in (None, number):
-            results.append(result := measure(setting, arguments.repeats))
-            log.info("%s: ours %.2f samples/s, TRL %.2f, ratio %.2f", setting.name, result["samples_per_s"], result["trl_samples_per_s"], result["ratio"])
-    figures = {"threads": torch.get_num_threads(), "torch": torch.__version__, "settings": results}
+            results.append(measure(setting, arguments.repeats))
+            report(results[-1])
+    figures = {"threads": torch.get_num_threads(), "torch": torch.__version__, "trl": trl.__version__, "settings": results}
     arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    log.info("figures in %s\nratio: %.2f", arguments.json, results[0]["ratio"])
+    log.info("figures in %s\nratio: %.2f", arguments.json, results[0]["trl_ratio"])
 
 
 if __name__ == "__main__":

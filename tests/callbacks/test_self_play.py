@@ -71,7 +71,7 @@ def test_plan_is_a_pure_function():
 
 
 def test_a_whole_run(tmp_path):
-    module, trainer, steps = run(tmp_path)
+    _, trainer, steps = run(tmp_path)
     assert [kind for kind, *_ in steps if kind == "warmup"] == ["warmup"] * 24
     assert all(preference == (kind == "dpo") for kind, _, _, preference, _ in steps)
     for number in (1, 2):
@@ -155,12 +155,15 @@ def test_kept_identical_pairs_bear_no_gradient(tmp_path):
         assert torch.equal(value, before[name]), name
 
 
-def test_all_identical_is_an_error(tmp_path):
+def test_all_identical_is_a_warning(tmp_path):
+    """A model that is always right has nothing to prefer: the phase passes without effect instead of ending the run."""
     module = make_module(dropout=0.0)
     rows = [row | {"sample_id": index} for index, row in enumerate([tiny_rows(1)[0]] * 8)]
     module.play = lambda batch, play, seed: batch.item_ids[:, :1]
-    with pytest.raises(RuntimeError, match="recommends the true item in every row"):
-        run(tmp_path, make_loop(rounds=1, rows_per_round=8), module, TinyData(train=rows))
+    with pytest.warns(UserWarning, match="recommends the true item in all but 0 of 8 rows"):
+        _, trainer, steps = run(tmp_path, make_loop(rounds=1, rows_per_round=8), module, TinyData(train=rows))
+    assert [loss for kind, *_, loss in steps if kind == "dpo"] == pytest.approx([math.log(2)] * 2, abs=1e-7)
+    assert trainer.current_epoch == 4
 
 
 @pytest.mark.parametrize(

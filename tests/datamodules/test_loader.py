@@ -1,5 +1,7 @@
 """The training loader: equal global batches on any number of devices, exact resumption, marked padding."""
 
+from itertools import chain
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -27,7 +29,7 @@ def ids(loader) -> list[list[int]]:
 
 def steps(loader, accumulation: int) -> list[list[int]]:
     batches = ids(loader)
-    return [sum(batches[start : start + accumulation], []) for start in range(0, len(batches), accumulation)]
+    return [list(chain(*batches[start : start + accumulation])) for start in range(0, len(batches), accumulation)]
 
 
 @pytest.mark.parametrize(("size", "batch_size", "accumulation"), [(1, 8, 1), (1, 2, 4), (2, 2, 2), (4, 2, 1), (4, 1, 2)])

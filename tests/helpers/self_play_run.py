@@ -107,9 +107,7 @@ def main(arguments: list[str]) -> None:
     callbacks = [loop, ModelCheckpoint(options.folder / "checkpoints", save_last=True, **every)]
     if options.kill:
         callbacks.append(Kill(options.kill, loop))
-    trainer = quiet_trainer(
-        options.folder, devices=options.devices, strategy=strategy_of(options.strategy), max_epochs=-1, callbacks=callbacks
-    )
+    trainer = quiet_trainer(options.folder, devices=options.devices, strategy=strategy_of(options.strategy), max_epochs=-1, callbacks=callbacks)
     module, data = make_module(options.lora, options.dropout), TinyData(batch_size=4 // options.devices, global_batch_size=4)
     trainer.fit(module, data, ckpt_path=str(options.folder / "checkpoints" / "last.ckpt") if options.resume else None)
     state = gathered_state(module.model, trainable_only=True)

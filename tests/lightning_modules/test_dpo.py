@@ -40,11 +40,12 @@ def fit(folder: Path, rows: list[dict], **settings):
 
 
 def test_it_learns_to_prefer(tmp_path):
-    module, trainer, steps = fit(tmp_path, pairs(48))
+    module, trainer, steps = fit(tmp_path, pairs(48), loss=Sigmoid(beta=0.5))
     assert steps[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert steps[0]["train_rewards_margins"] == pytest.approx(0, abs=1e-6)
-    assert steps[-1]["train_loss"] < 0.3
-    assert steps[-1]["train_rewards_accuracies"] == 1
+    last = steps[-12:]
+    assert sum(step["train_loss"] for step in last) / 12 < 0.5
+    assert sum(step["train_rewards_accuracies"] for step in last) / 12 > 0.9
     assert steps[-1]["train_rewards_chosen"] > steps[-1]["train_rewards_rejected"]
     (result,) = trainer.test(module, TinyData(), verbose=False)
     assert {"test_loss", "test_hr_1", "test_ndcg_3", "test_or_ratio_3"} <= result.keys()
@@ -82,9 +83,7 @@ def test_evaluation_measures_likelihood_where_nothing_is_rejected():
 
 def test_training_needs_pairs_with_a_reference(tmp_path):
     module = ready(DPO).train()
-    with pytest.raises(
-        MisconfigurationException, match="DPO learns from chosen and rejected answers, got AnswerBatch: give each row several `answers`"
-    ):
+    with pytest.raises(MisconfigurationException, match="DPO learns from chosen and rejected answers, got AnswerBatch: give each row"):
         module.compute_loss(collate(tiny_rows(4)))
     trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     with pytest.raises(MisconfigurationException, match="the batch has no reference log-probabilities: add the callback ReferenceCache"):

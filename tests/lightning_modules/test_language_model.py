@@ -18,6 +18,8 @@ from tiny_module import lora, ready, save_base
 
 from malleable.datamodules.batch import collate
 from malleable.lightning_modules import language_model
+from malleable.lightning_modules.free_answers import texts, write_answers
+from malleable.lightning_modules.functional.grounding import embed_texts
 from malleable.lightning_modules.language_model import Decoding, Tuning
 from malleable.lightning_modules.pretrained import build_language_model
 from malleable.lightning_modules.sft import SFT
@@ -73,6 +75,40 @@ def test_predictions_are_recommendations(tmp_path):
     module = ready()
     parts = quiet_trainer(tmp_path).predict(module, TinyData())
     assert torch.equal(torch.cat([part.item_ids for part in parts]), module.recommend(collate(tiny_rows(5))).item_ids)
+
+
+def test_grounding_by_embedding_ranks_titles_by_their_distance_to_one_free_answer():
+    """The same for items as for scores, and what was seen is left out here, too."""
+    module = ready(decoding=Decoding(grounding="embedding", max_new_tokens=4))
+    batch = collate(tiny_rows(6))
+    found = module.recommend(batch, k=8)
+    tokens = write_answers(module.model, batch, module.catalog, max_new_tokens=4)
+    distances = torch.cdist(embed_texts(module.model, texts(tokens)), embed_texts(module.model, TOKENS))
+    for row, items in enumerate(found.item_ids.tolist()):
+        seen = {item for item in batch.seen[row].tolist() if item >= 0}
+        expected = [item for item in distances[row].argsort().tolist() if item not in seen]
+        assert items == expected + [-1] * len(seen)
+
+
+def test_title_embeddings_are_those_of_the_model_as_it_stands(tmp_path):
+    """Made once an evaluation; made anew after training, after a checkpoint was loaded, and without a Trainer each time."""
+    module = ready(decoding=Decoding(grounding="embedding", max_new_tokens=4))
+    alone = module.title_embeddings
+    with torch.no_grad():
+        module.model.model.norm.weight.mul_(2)
+    torch.testing.assert_close(module.title_embeddings, 2 * alone)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=2, enable_checkpointing=False)
+    trainer.fit(module, TinyData())
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    kept = module.title_embeddings
+    assert module.title_embeddings is kept
+    torch.testing.assert_close(kept, embed_texts(module.model, TOKENS))
+    other = ready(seed=1)
+    other.trainer = module.trainer
+    first = other.title_embeddings
+    trainer.test(other, TinyData(), ckpt_path=tmp_path / "saved.ckpt", verbose=False)
+    assert not torch.allclose(first, kept)
+    torch.testing.assert_close(other.title_embeddings, kept)
 
 
 # --- losses ---

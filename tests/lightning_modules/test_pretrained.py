@@ -96,7 +96,7 @@ def test_saved_model_loads_in_transformers(tmp_path):
 def test_adapter_of_another_base_is_refused(base, tmp_path):
     save_language_model(build_language_model(lora(base), tiny_catalog()), tmp_path / "adapter")
     wider = LanguageModelConfig(scratch=Scratch(hidden_size=32, num_layers=1, num_heads=2), adapter=str(tmp_path / "adapter"))
-    with pytest.raises(ValueError, match="was made for another base model: .* has width 48, the model's layer .* has 96"):
+    with pytest.raises(ValueError, match=r"was made for another base model: .* has width 48, the model's layer .* has 96"):
         build_language_model(wider, tiny_catalog())
     with pytest.raises(ValueError, match=r"has no adapter_model.safetensors"):
         build_language_model(LanguageModelConfig(name=base, adapter=str(tmp_path)), tiny_catalog())
@@ -165,7 +165,7 @@ def test_contradictions(config, message):
 
 
 def test_tokenizer_larger_than_the_model(base):
-    with pytest.raises(ValueError, match="the tokenizer has 99 tokens but the model .* embeds 16"):
+    with pytest.raises(ValueError, match=r"the tokenizer has 99 tokens but the model .* embeds 16"):
         build_language_model(LanguageModelConfig(name=base), replace(tiny_catalog(), vocab_size=99))
     with pytest.raises(ValueError, match="takes its vocabulary from the catalogue's tokenizer"):
         build_language_model(LanguageModelConfig(), replace(tiny_catalog(), vocab_size=0))

@@ -84,5 +84,5 @@ def test_the_loop_sets_the_rates():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="sft_weight must be >= 0, got -0.5"):
+    with pytest.raises(ValueError, match=r"sft_weight must be >= 0, got -0\.5"):
         SPRec(sft_weight=-0.5)

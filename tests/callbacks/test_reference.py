@@ -1,0 +1,185 @@
+"""The frozen reference: computed once, kept in a file, read again by a run that goes on, and never mistaken for another."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference_run
+import torch
+from launch import launch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from reference_run import pairs, stored
+from tiny import tiny_catalog, tiny_config
+from tiny_data import TinyData, quiet_trainer
+from torch.utils.data import DataLoader
+
+from malleable.callbacks import reference
+from malleable.callbacks.reference import ReferenceCache, row_keys
+from malleable.datamodules.batch import collate
+from malleable.datamodules.loader import PhasedLoader
+from malleable.lightning_modules.dpo import DPO
+from malleable.lightning_modules.functional.logps import answer_logps
+from malleable.lightning_modules.language_model import Tuning
+
+
+class Watch(Callback):
+    """Note the losses, and the reference that came with each row."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.reference: dict[int, torch.Tensor] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+        self.reference |= dict(zip(batch.sample_id.tolist(), batch.reference_logps, strict=True))
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Count how often the reference is computed."""
+    calls = []
+    compute = reference.reference_logps
+    monkeypatch.setattr(reference, "reference_logps", lambda *args: calls.append(1) or compute(*args))
+    return calls
+
+
+def make_module(seed: int = 0, dropout: float = 0.5) -> DPO:
+    config = tiny_config()
+    config.scratch.dropout = dropout
+    torch.manual_seed(seed)
+    module = DPO(language_model=config, catalog=tiny_catalog(), tuning=Tuning(lr=1e-2, warmup_steps=0))
+    module.configure_model()
+    return module
+
+
+def fit(folder: Path, cache: ReferenceCache, module: DPO | None = None, rows: list[dict] | None = None, ckpt_path: Path | None = None, **changes):
+    module, watch = module or make_module(), Watch()
+    callbacks = [cache, watch, ModelCheckpoint(folder / "checkpoints", filename="saved", enable_version_counter=False)]
+    trainer = quiet_trainer(folder, callbacks=callbacks, **{"max_epochs": 1, "limit_val_batches": 0, **changes})
+    trainer.fit(module, TinyData(train=rows or pairs(24)), ckpt_path=ckpt_path)
+    return watch
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("reference-*"))
+
+
+@torch.no_grad()
+def test_values_are_those_of_the_model_before_the_first_step(tmp_path):
+    """Each pair comes with the untrained model's log-probabilities, without dropout; the first loss is log 2."""
+    module = make_module()
+    expected = answer_logps(module.model.eval(), collate(pairs(24)))
+    module.train()
+    with torch.enable_grad():
+        watch = fit(tmp_path, ReferenceCache(), module)
+    found = torch.stack([watch.reference[index] for index in range(24)])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert watch.losses[-1] != pytest.approx(math.log(2), abs=1e-3)
+    (path,) = files(tmp_path / "run")
+    file = stored(path)
+    torch.testing.assert_close(file["reference_logps"], expected, atol=1e-5, rtol=0)
+    assert torch.equal(file["row"], row_keys(pairs(24)))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_equal_runs_share_the_file(tmp_path, passes):
+    for _ in range(2):
+        fit(tmp_path, ReferenceCache(dirpath=str(tmp_path / "cache")))
+    assert len(files(tmp_path / "cache")) == len(passes) == 1
+
+
+@pytest.mark.parametrize("change", ["weights", "rejected answers", "rows"])
+def test_another_model_or_other_pairs_have_a_file_of_their_own(tmp_path, passes, change):
+    """The ids of rows do not tell their answers: negatives may be drawn anew for the same rows."""
+    fit(tmp_path, ReferenceCache(dirpath=str(tmp_path / "cache")))
+    other = {
+        "weights": {"module": make_module(seed=1)},
+        "rejected answers": {"rows": pairs(24, step=3)},
+        "rows": {"rows": pairs(20)},
+    }[change]
+    watch = fit(tmp_path, ReferenceCache(dirpath=str(tmp_path / "cache")), **other)
+    assert len(files(tmp_path / "cache")) == len(passes) == 2
+    assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_next_fit_has_a_reference_of_its_own(tmp_path, passes):
+    """The same callback, a model that has moved on: the reference is the model as it stands now."""
+    cache, module = ReferenceCache(), make_module()
+    for number in (1, 2):
+        watch = fit(tmp_path / str(number), cache, module)
+        assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(passes) == 2
+
+
+def test_a_resumed_run_reads_the_old_values(tmp_path, passes):
+    first = fit(tmp_path, ReferenceCache())
+    resumed = fit(tmp_path, ReferenceCache(), make_module(), ckpt_path=tmp_path / "checkpoints/saved.ckpt", max_epochs=2)
+    assert len(passes) == 1
+    assert all(torch.equal(resumed.reference[index], value) for index, value in first.reference.items())
+    assert resumed.losses[0] != pytest.approx(math.log(2), abs=1e-3)
+
+
+@pytest.mark.parametrize("rows", [pairs(24, step=3), pairs(28)], ids=["other answers", "more rows"])
+def test_other_rows_are_refused(tmp_path, rows):
+    fit(tmp_path, ReferenceCache())
+    with pytest.raises(MisconfigurationException, match=r"reference-.*\.safetensors belongs to other training rows; remove it or use"):
+        fit(tmp_path, ReferenceCache(), rows=rows, ckpt_path=tmp_path / "checkpoints/saved.ckpt", max_epochs=2)
+
+
+def test_lost_values_cannot_be_computed_again(tmp_path):
+    fit(tmp_path, ReferenceCache())
+    (path,) = files(tmp_path / "run")
+    path.rename(tmp_path / "elsewhere")
+    with pytest.raises(MisconfigurationException, match=r"are gone: .*reference-.* does not exist\. The model has been trained since"):
+        fit(tmp_path, ReferenceCache(), ckpt_path=tmp_path / "checkpoints/saved.ckpt", max_epochs=2)
+
+
+def test_rows_are_told_apart_by_id_prompt_and_answers():
+    row = {"sample_id": 3, "prompt": [1, 2], "answers": [[3], [4, 5]]}
+    changes = (
+        {"sample_id": 4},
+        {"prompt": [1]},
+        {"answers": [[3], [4, 6]]},
+        {"answers": [[3, 4], [5]]},
+        {"prompt": [1, 2, 3], "answers": [[], [4, 5]]},
+    )
+    others = [row | change for change in changes]
+    assert len(set(row_keys([row, *others]).tolist())) == 6
+    arrays = {"sample_id": np.int64(3), "prompt": np.array([1, 2]), "answers": (np.array([3]), (4, 5)), "history": [7]}
+    assert torch.equal(row_keys([row]), row_keys([arrays]))
+
+
+def test_a_loader_of_ones_own(tmp_path):
+    loader = PhasedLoader(DataLoader(pairs(24), batch_size=4, collate_fn=collate))
+    watch = Watch()
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[ReferenceCache(loader=loader), watch], enable_checkpointing=False)
+    trainer.fit(make_module(), loader)
+    assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    plain = DataLoader(pairs(8), batch_size=4, collate_fn=collate)
+    with pytest.raises(MisconfigurationException, match="ReferenceCache exchanges the training rows and needs a PhasedLoader, got DataLoader"):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[ReferenceCache()], enable_checkpointing=False).fit(make_module(), plain)
+
+
+def assert_same_file(found: Path, expected: Path) -> None:
+    ours, theirs = (stored(path) for folder in (found, expected) for path in files(folder))
+    assert torch.equal(ours["row"], theirs["row"])
+    torch.testing.assert_close(ours["reference_logps"], theirs["reference_logps"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.ddp
+def test_two_ranks_equal_one(tmp_path, two_ranks):
+    reference_run.main(tmp_path)
+    assert_same_file(two_ranks, tmp_path)
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_ranks_that_hold_half_of_each_weight_equal_one(tmp_path):
+    """Under ZeRO-3 no rank knows the weights that the file is named after; they agree on one name all the same."""
+    reference_run.main(tmp_path / "one")
+    launch([reference_run.__file__, tmp_path / "two", "zero3"])
+    assert_same_file(tmp_path / "two", tmp_path / "one")

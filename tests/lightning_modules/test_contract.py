@@ -1,0 +1,157 @@
+"""What every exported module promises, whatever its method.
+
+A new module needs one line in ``CASES``: how it is made, and which rows it learns from.
+"""
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
+from tiny_data import TinyData, quiet_trainer
+from tiny_module import lora, save_base
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import malleable.lightning_modules as exported
+from malleable.datamodules.batch import collate
+from malleable.lightning_modules.base import BaseModule, LossOutput
+from malleable.lightning_modules.language_model import LanguageModel, Tuning
+
+
+def answer_rows() -> list[Any]:
+    """A prompt and its true answer."""
+    return tiny_rows(16)
+
+
+def preference_rows() -> list[Any]:
+    """A true and a rejected answer with their reference."""
+    rows = tiny_rows(16)
+    return [row | {"answers": [row["answers"][0], TOKENS[(row["item_ids"][0] + 2) % 8]], "reference_logps": [-6.0, -6.0]} for row in rows]
+
+
+def recommended(module: Any) -> Tensor:
+    """What the module makes of test rows: the tensor that a checkpoint must bring back."""
+    return torch.cat([part.float() for part in module.eval().recommend(collate(tiny_rows(6)))])
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a module is made and used.
+
+    Attributes:
+        settings: Arguments of the constructor besides the catalogue.
+        rows: Training rows.
+        output: What a trained module gives.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: Callable[[], list[Any]] = answer_rows
+    output: Callable[[Any], Tensor] = recommended
+
+
+LANGUAGE_MODEL = {"language_model": tiny_config(), "tuning": Tuning(lr=1e-2, warmup_steps=0), "ks": (1, 3)}
+CASES = {
+    "DPO": Case(LANGUAGE_MODEL, preference_rows),
+    "ItemKNN": Case({"ks": (1, 3)}),
+    "Markov": Case({"ks": (1, 3)}),
+    "Popularity": Case({"ks": (1, 3)}),
+    "SFT": Case(LANGUAGE_MODEL),
+    "SPRec": Case(LANGUAGE_MODEL, preference_rows),
+}
+LANGUAGE_MODELS = [name for name in CASES if issubclass(getattr(exported, name), LanguageModel)]
+
+
+def make(name: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    return getattr(exported, name)(**{"catalog": tiny_catalog(), **CASES[name].settings, **settings})
+
+
+def loss_of(module: Any, name: str) -> LossOutput:
+    module.configure_model()
+    return module.train().compute_loss(collate(CASES[name].rows()[:4]))
+
+
+def test_every_exported_module_has_a_case():
+    kinds = {name: getattr(exported, name) for name in exported.__all__}
+    modules = {name for name, kind in kinds.items() if inspect.isclass(kind) and issubclass(kind, LightningModule) and kind is not BaseModule}
+    assert modules == set(CASES), f"give each exported module a line in CASES of {__file__}; missing or superfluous: {sorted(modules ^ set(CASES))}"
+
+
+@pytest.mark.parametrize("name", CASES)
+class TestContract:
+    def test_is_one_of_ours(self, name):
+        """Two levels of inheritance at most above what is exported, and no weights before `configure_model`."""
+        assert issubclass(getattr(exported, name), BaseModule)
+        assert sum(parameter.numel() for parameter in make(name).parameters()) <= 1
+
+    def test_a_trial_run(self, name, tmp_path, capsys):
+        """`fit` and `test` under `fast_dev_run`, which writes nothing; what there is to say goes through loggers."""
+        module = make(name, catalog=None)
+        trainer = quiet_trainer(tmp_path / "run", fast_dev_run=True)
+        trainer.fit(module, TinyData(train=CASES[name].rows()))
+        (figures,) = trainer.test(module, TinyData(), verbose=False)
+        assert figures
+        assert all(torch.tensor(value).isfinite() for value in figures.values())
+        assert not list(tmp_path.rglob("*.*"))
+        assert capsys.readouterr().out == ""
+
+    def test_the_loss_is_a_finite_scalar(self, name):
+        output = loss_of(make(name), name)
+        assert isinstance(output, LossOutput)
+        assert output.loss.shape == ()
+        assert output.loss.isfinite()
+        assert all(value.shape == () and value.isfinite() and not value.requires_grad for value in output.extras.values())
+        assert output.weight is None or output.weight > 0
+
+    def test_gradient_reaches_what_is_trainable(self, name):
+        module = make(name)
+        loss_of(module, name).loss.backward()
+        reached = {key for key, value in module.named_parameters() if value.grad is not None}
+        assert reached == {key for key, value in module.named_parameters() if value.requires_grad}
+        assert reached
+
+    def test_the_same_seed_gives_the_same_loss(self, name):
+        losses = [loss_of(make(name), name).loss.item() for _ in range(2)]
+        assert losses[0] == losses[1]
+
+    def test_a_checkpoint_brings_back_the_output(self, name, tmp_path):
+        """Without pickle, without arguments: the file is enough. Hyper-parameters are plain data."""
+        module, case = make(name), CASES[name]
+        trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+        trainer.fit(module, TinyData(train=case.rows()))
+        trainer.save_checkpoint(tmp_path / "saved.ckpt")
+        stored = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+        json.dumps(stored["hyper_parameters"])
+        expected = case.output(module)
+        loaded = getattr(exported, name).load_from_checkpoint(tmp_path / "saved.ckpt", weights_only=True)
+        assert torch.equal(case.output(loaded), expected)
+        fresh = make(name, catalog=None)
+        quiet_trainer(tmp_path).test(fresh, TinyData(), ckpt_path=tmp_path / "saved.ckpt", weights_only=True, verbose=False)
+        assert torch.equal(case.output(fresh), expected)
+
+    def test_a_bare_trainer_and_loaders_of_ones_own(self, name, tmp_path):
+        """No data module, no command line, no callback of ours: the catalogue is passed."""
+        case, module = CASES[name], make(name)
+        train, test = (DataLoader(rows, batch_size=4, collate_fn=collate) for rows in (case.rows(), tiny_rows(6)))
+        trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False, logger=False)
+        trainer.fit(module, train, test)
+        assert trainer.global_step == 4
+        (figures,) = trainer.test(module, test, verbose=False)
+        assert all(torch.tensor(value).isfinite() for value in figures.values())
+        assert len(trainer.predict(module, test)) == 2
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_gradient_reaches_adapters_and_nothing_else(name, tmp_path):
+    module = make(name, language_model=lora(save_base(tmp_path / "base")))
+    loss_of(module, name).loss.backward()
+    reached = {key for key, value in module.named_parameters() if value.grad is not None}
+    assert reached == {key for key, value in module.named_parameters() if value.requires_grad}
+    assert all("lora_" in key for key in reached)
+    assert any(value.grad.abs().sum() > 0 for key, value in module.named_parameters() if key in reached)
