@@ -137,10 +137,12 @@ def draw_positions(pool: int, count: int | None, number: int, seed: int) -> list
         seed: Seed of the shuffles.
 
     Raises:
-        ValueError: If the pool is smaller than a round.
+        ValueError: If a round is empty, or larger than the pool.
     """
     if count is None:
         return list(range(pool))
+    if count < 1:
+        raise ValueError(f"a round needs at least 1 row, got {count}; null takes all")
     if count > pool:
         raise ValueError(f"a round needs {count} rows but there are {pool} training rows; lower rows_per_round")
     shuffle, piece = divmod(max(0, number - 1), pool // count)

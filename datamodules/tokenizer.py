@@ -79,7 +79,7 @@ def train_tokenizer(titles: Sequence[str], vocab_size: int = 2048, counts: Seque
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
         bpe.train_from_iterator((title for title, count in weighted for _ in range(1 + count)), trainer)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=EOS, bos_token=BOS)  # type: ignore[no-untyped-call]
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=EOS, bos_token=BOS)
         _save(tokenizer, folder)
     return folder
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -69,6 +69,14 @@ class BaseModule(LightningModule, ABC):
                         f"{type(self).__name__} needs `{name}`: pass {type(self).__name__}({name}=...) or use a data module that has it"
                     )
                 setattr(self, name, getattr(source, name))
+
+    @property
+    def attached(self) -> Trainer | None:
+        """The Trainer that runs the module, ``None`` outside of one."""
+        try:
+            return self.trainer
+        except RuntimeError:
+            return None
 
     @abstractmethod
     def compute_loss(self, batch: Any) -> LossOutput:

@@ -111,7 +111,7 @@ class LanguageModel(BaseModule):
         """Build the language model; a second call does nothing, and neither does a call before a bare checkpoint has brought the catalogue."""
         if self.model is not None or self.catalog is None:
             return
-        strategy: Any = getattr(self._trainer, "strategy", None)
+        strategy: Any = getattr(self.attached, "strategy", None)
         zero3 = strategy.config if getattr(strategy, "zero_stage_3", False) else None
         self.model = build_language_model(self.language_model, self.catalog, zero3_config=zero3)
         self._base_fingerprint = fingerprint(self.model)
@@ -136,7 +136,8 @@ class LanguageModel(BaseModule):
     def title_embeddings(self) -> Tensor:
         """Embeddings of all titles by the model as it stands, ``(N, d)``; a Trainer's are kept until it trains further or loads a checkpoint."""
         assert self.catalog is not None
-        state = None if self._trainer is None else (self._trainer.global_step, self.device)
+        trainer = self.attached
+        state = None if trainer is None else (trainer.global_step, self.device)
         if state is None or self._titles is None or self._titles[0] != state:
             self._titles = state, embed_texts(self.model, self.catalog.token_ids, pad_token_id=self.catalog.pad_token_id)
         return self._titles[1]
@@ -144,7 +145,7 @@ class LanguageModel(BaseModule):
     @property
     def any_rank(self) -> Callable[[bool], bool] | None:
         """Tells whether a flag is up on any rank, where ranks must make equally many forward passes because weights are sharded."""
-        strategy: Any = getattr(self._trainer, "strategy", None)
+        strategy: Any = getattr(self.attached, "strategy", None)
         sharded = getattr(strategy, "zero_stage_3", False) or isinstance(strategy, FSDPStrategy)
         return partial(strategy.reduce_boolean_decision, all=False) if sharded else None
 

@@ -21,11 +21,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -46,7 +45,9 @@ from malleable.lightning_modules.pretrained import LanguageModelConfig
 
 log = logging.getLogger("preference_step")
 
-EOS, PAD, BETA, LR, LOG_EVERY = 0, 1, 0.1, 1e-5, 10
+PROMPT_TOKENS, ANSWER_TOKENS = 160, 12
+EOS, PAD = 0, 1
+BETA, LR, MAX_GRAD_NORM, LOG_EVERY = 0.1, 1e-5, 1.0, 10
 
 
 class StepTime(NamedTuple):
@@ -62,21 +63,14 @@ class Setting:
 
     name: str
     hidden_size: int
-    layers: int
-    heads: int
-    key_value_heads: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
     intermediate_size: int
     vocab_size: int
     batch_size: int
     steps: int
     warmup: int = 2
-    prompt_tokens: int = 160
-    answer_tokens: int = 12
-
-    @property
-    def num_rows(self) -> int:
-        """Pairs of one run."""
-        return self.batch_size * (self.warmup + self.steps)
 
 
 SETTINGS = (
@@ -92,41 +86,25 @@ def make_rows(setting: Setting) -> list[Example]:
     def words(count: int) -> list[int]:
         return [rng.randrange(PAD + 1, setting.vocab_size) for _ in range(count)]
 
-    answer = setting.answer_tokens - 1
-    return [
-        {"sample_id": row, "prompt": words(setting.prompt_tokens), "answers": [[*words(answer), EOS], [*words(answer), EOS]]}
-        for row in range(setting.num_rows)
-    ]
+    def answer() -> list[int]:
+        return [*words(ANSWER_TOKENS - 1), EOS]
+
+    count = setting.batch_size * (setting.warmup + setting.steps)
+    return [{"sample_id": row, "prompt": words(PROMPT_TOKENS), "answers": [answer(), answer()]} for row in range(count)]
 
 
 def make_model(setting: Setting, folder: Path) -> None:
     """Save a random model and a tokenizer that knows one word a token, "7 8 9"."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=setting.vocab_size,
-        hidden_size=setting.hidden_size,
-        intermediate_size=setting.intermediate_size,
-        num_hidden_layers=setting.layers,
-        num_attention_heads=setting.heads,
-        num_key_value_heads=setting.key_value_heads,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
+    sizes = asdict(setting)
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    tokens = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
+    config = LlamaConfig(**{name: sizes[name] for name in names}, tie_word_embeddings=True, **tokens)
     LlamaForCausalLM(config).save_pretrained(folder)
     vocabulary = {"</s>": EOS, "<pad>": PAD} | {str(token): token for token in range(PAD + 1, setting.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
-
-
-class Side(Protocol):
-    """One of the compared programs."""
-
-    def steps(self) -> list[StepTime]:
-        """Train, and return the time of each step after the warm-up."""
 
 
 class Ours:
@@ -149,7 +127,7 @@ class Ours:
             trainer = Trainer(
                 max_epochs=1,
                 accelerator="cpu",
-                gradient_clip_val=1.0,
+                gradient_clip_val=MAX_GRAD_NORM,
                 callbacks=[ReferenceCache(loader=loader), timer],
                 logger=CSVLogger(run),
                 log_every_n_steps=LOG_EVERY,
@@ -192,7 +170,7 @@ class Theirs:
             num_train_epochs=1,
             learning_rate=LR,
             beta=BETA,
-            max_grad_norm=1.0,
+            max_grad_norm=MAX_GRAD_NORM,
             precompute_ref_log_probs=True,
             gradient_checkpointing=False,
             bf16=False,
@@ -228,8 +206,7 @@ class Theirs:
             trainer = self.trainer(run, rows)
             trainer.model.load_state_dict(state)
             batch = trainer.data_collator([trainer.train_dataset[row] for row in range(len(rows))])
-            width = self.setting.prompt_tokens + self.setting.answer_tokens
-            assert batch["input_ids"].shape == (2 * len(rows), width), "TRL's tokens are not ours"
+            assert batch["input_ids"].shape == (2 * len(rows), PROMPT_TOKENS + ANSWER_TOKENS), "TRL's tokens are not ours"
             loss = trainer.compute_loss(trainer.model.train(), batch)
             loss.backward()
         reference = torch.stack([batch["ref_chosen_logps"], batch["ref_rejected_logps"]], 1)
@@ -302,14 +279,6 @@ def check_equal(ours: Ours, theirs: Theirs, folder: Path) -> dict[str, float]:
     return {"loss": our_loss, "trl_loss": their_loss, "gradient_error": errors[worst]}
 
 
-def alternate(sides: dict[str, Side], repeats: int) -> Iterator[dict[str, list[StepTime]]]:
-    """Run the sides in turn, so that other load on the machine falls on all."""
-    for repeat in range(1, repeats + 1):
-        steps = {name: side.steps() for name, side in sides.items()}
-        log.info("  run %d: %s", repeat, ", ".join(f"{name} {median(steps[name]).wall_s:.3f} s a step" for name in sides))
-        yield steps
-
-
 def median(steps: list[StepTime]) -> StepTime:
     """Medians over steps."""
     return StepTime(*map(statistics.median, zip(*steps, strict=True)))
@@ -323,9 +292,11 @@ def measure(setting: Setting, repeats: int) -> dict[str, Any]:
         make_model(setting, folder)
         ours, theirs, compact = Ours(setting, folder), Theirs(setting, folder), Theirs(setting, folder, compact=True)
         equality = check_equal(ours, theirs, folder)
-        runs = list(alternate({"ours": ours, "trl": theirs, "trl_compact": compact}, repeats))
+        sides = {"ours": ours, "trl": theirs, "trl_compact": compact}
+        # In turn, so that other load on the machine falls on all.
+        runs = [{side: program.steps() for side, program in sides.items()} for _ in range(repeats)]
     figures: dict[str, Any] = {**asdict(setting), **equality}
-    medians = {side: median([step for run in runs for step in run[side]]) for side in runs[0]}
+    medians = {side: median([step for run in runs for step in run[side]]) for side in sides}
     for side, step in medians.items():
         figures[side] = {**step._asdict(), "samples_per_s": setting.batch_size / step.wall_s, "runs": [run[side] for run in runs]}
     for side in ("trl", "trl_compact"):

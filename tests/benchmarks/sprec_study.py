@@ -21,7 +21,8 @@ METRICS = ("ndcg_10", "hr_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10"
 ARMS = {
     "sft": {"negative_source": "random", "sft": {"epochs": 2}, "dpo": {"epochs": 0}},
     "dpo": {"negative_source": "random"},
-    "sprec": {"negative_source": "pre_round"},
+    "sprec": {"negative_source": "pre_round", "play": {"decode": "sample"}},
+    "sprec, greedy": {"negative_source": "pre_round"},
 }
 
 
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--dpo_lr", type=float, default=1e-4)
-    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--beta", type=float, default=1.0)
     options = parser.parse_args()
     results: dict[str, list[dict[str, float]]] = {"warm-up": [], **{name: [] for name in ARMS}}
     for seed in range(options.seeds):

@@ -62,9 +62,11 @@ def test_all_rows_in_every_round():
     assert draw_positions(9, 9, 1, seed=0) != draw_positions(9, 9, 2, seed=0)
 
 
-def test_a_round_larger_than_the_pool():
+def test_rounds_that_cannot_be_drawn():
     with pytest.raises(ValueError, match="a round needs 5 rows but there are 4 training rows; lower rows_per_round"):
         draw_positions(4, 5, 1, seed=0)
+    with pytest.raises(ValueError, match="a round needs at least 1 row, got 0; null takes all"):
+        draw_positions(4, 0, 1, seed=0)
 
 
 # --- the file ---
@@ -123,7 +125,7 @@ def test_an_unreadable_file_is_refused(tmp_path, damage):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"rows of the interrupted round are gone: .*round_3\.parquet does not exist; put"):
+    with pytest.raises(MisconfigurationException, match=r"the interrupted round is gone: .*round_3\.parquet does not exist; put"):
         RoundFile.read(tmp_path / "round_3.parquet", "any")
 
 
