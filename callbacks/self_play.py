@@ -16,6 +16,7 @@ from malleable.callbacks.comparison import measure, recommendation_counts, self_
 from malleable.callbacks.negatives import negatives
 from malleable.callbacks.page import Column, Section
 from malleable.callbacks.reference import phased_loader, reference_logps
+from malleable.callbacks.restart import begin_epoch
 from malleable.callbacks.round_file import RoundFile, draw_positions
 from malleable.datamodules.batch import Catalog, Recommendations
 from malleable.datamodules.loader import PhasedLoader, RowView
@@ -197,6 +198,8 @@ class SelfPlayLoop(Callback):
         """Prepare the phase that was about to begin when a run was killed between its last step and its end."""
         if self.state.epoch != trainer.current_epoch:
             self._prepare(trainer, cast("LanguageModel", pl_module), trainer.current_epoch)
+            if begin_epoch(trainer):
+                self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a phase with a fresh optimizer."""

@@ -124,7 +124,7 @@ class PhasedLoader(Generic[BatchT]):
         self.seed = seed
         self.num_workers = num_workers
         self._epoch = 0
-        self._skip = 0
+        self._restored = {"epoch": -1, "position": 0}
         self._position = 0
         self.views: dict[str, Any] = {}
         self.show(dataset, row_tokens)
@@ -189,11 +189,11 @@ class PhasedLoader(Generic[BatchT]):
 
     def state_dict(self) -> dict[str, int]:
         """Return how many batches of the running epoch were handed out."""
-        return {"position": self._position}
+        return {"epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next epoch after the batches already handed out."""
-        self._skip = state["position"]
+        """Start that epoch, and no other, after the batches already handed out."""
+        self._restored = dict(state)
 
     def _order(self) -> Tensor:
         count = len(self.dataset)
@@ -229,9 +229,9 @@ class PhasedLoader(Generic[BatchT]):
     def __iter__(self) -> Iterator[BatchT]:
         """Yield this rank's batches, from where a restored state left off."""
         batches = self._batches()
-        start, self._skip = self._skip, 0
-        if start >= len(batches):
-            start = 0
+        # A run that was killed after an epoch's last batch goes on with the next epoch.
+        start = self._restored["position"] if self._restored["epoch"] == self._epoch else 0
+        self._restored["epoch"] = -1
         self._position = start
         loader: DataLoader[BatchT] = DataLoader(
             self.dataset,

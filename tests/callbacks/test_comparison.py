@@ -41,13 +41,16 @@ def test_measuring_equals_testing(tmp_path):
     assert found["counts"].tolist() == torch.bincount(lists.flatten(), minlength=8).tolist()
 
 
-def test_measuring_disturbs_nothing(tmp_path):
-    """Neither the metrics of the Trainer's own loops nor the module's mode."""
+def test_measuring_disturbs_nothing(tmp_path, monkeypatch):
+    """It is done in evaluation mode, without gradients; neither the module's mode nor the metrics of the Trainer's own loops are touched."""
     module = ready()
     trainer = quiet_trainer(tmp_path)
-    module.trainer = trainer
     module.train()
-    measure(trainer, module, DataLoader(tiny_rows(4), batch_size=4, collate_fn=collate))
+    modes = []
+    evaluate = module.evaluate
+    monkeypatch.setattr(module, "evaluate", lambda *args: modes.append((module.training, torch.is_grad_enabled())) or evaluate(*args))
+    measure(trainer, module, DataLoader(tiny_rows(8), batch_size=4, collate_fn=collate))
+    assert modes == [(False, False)] * 2
     assert module.training
     assert not module.eval_metrics
 

@@ -86,7 +86,7 @@ def test_every_exported_module_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 class TestContract:
     def test_is_one_of_ours(self, name):
-        """Two levels of inheritance at most above what is exported, and no weights before `configure_model`."""
+        """It derives from `BaseModule`, and has no weights before `configure_model`."""
         assert issubclass(getattr(exported, name), BaseModule)
         assert sum(parameter.numel() for parameter in make(name).parameters()) <= 1
 

@@ -73,9 +73,10 @@ def test_a_right_answer_earns_no_gradient_when_both_are_the_same():
     assert all((gradient == 0).all() for gradient in gradients(model, output.loss))
 
 
-def test_an_answer_that_continues_another_is_not_the_same():
-    """`Alien` begins `Aliens` but for the last token: a pair like any other."""
-    row = tiny_rows(1)[0] | {"answers": [(4, 5), (4, 5, 6)]}
+@pytest.mark.parametrize("answers", [[(4, 5), (4, 5, 6)], [(4, 5, 6), (4, 5)]])
+def test_an_answer_that_continues_another_is_not_the_same(answers):
+    """One begins the other, whichever is chosen: a pair like any other."""
+    row = tiny_rows(1)[0] | {"answers": answers}
     batch = replace(collate([row]), reference_logps=torch.zeros(1, 2))
     model = tiny_model()
     assert any(gradient.abs().sum() > 0 for gradient in gradients(model, preference_step(model, batch, Sigmoid()).loss))

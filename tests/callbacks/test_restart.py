@@ -1,0 +1,72 @@
+import pytest
+import torch
+from boring import BoringDataModule, BoringModule
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from malleable.callbacks.restart import begin_epoch
+
+ROWS = (12, 20, 8)  # of each epoch: 3, 5 and 2 batches
+
+
+class Lengths(Callback):
+    """Show another number of rows in each epoch, and note what happens."""
+
+    def __init__(self):
+        self.epoch = 0
+        self.began = []
+        self.batches = []
+
+    def state_dict(self):
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state_dict):
+        self.epoch = state_dict["epoch"]
+
+    def show(self, trainer, epoch):
+        self.epoch = epoch
+        data = trainer.datamodule
+        data.train_dataloader().show(data.train_dataset[: ROWS[epoch]])
+
+    def setup(self, trainer, pl_module, stage):
+        trainer.reload_dataloaders_every_n_epochs = 1
+
+    def on_fit_start(self, trainer, pl_module):
+        self.show(trainer, self.epoch)
+
+    def on_train_start(self, trainer, pl_module):
+        if self.epoch != trainer.current_epoch:
+            self.show(trainer, trainer.current_epoch)
+        if begin_epoch(trainer):
+            self.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.began.append(trainer.current_epoch)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append((trainer.current_epoch, batch_idx))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch + 1 < len(ROWS):
+            self.show(trainer, trainer.current_epoch + 1)
+
+
+def fit(folder, epochs, ckpt_path=None, every=None):
+    torch.manual_seed(0)
+    lengths, module = Lengths(), BoringModule()
+    saving = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=every) if every else ModelCheckpoint(folder / "unused")
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "num_sanity_val_steps": 0}
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=epochs, callbacks=[lengths, saving], default_root_dir=folder, **quiet)
+    trainer.fit(module, BoringDataModule(num_rows=20, batch_size=4), ckpt_path=ckpt_path)
+    return lengths, module.layer.weight, trainer.global_step
+
+
+@pytest.mark.parametrize("step", [2, 3, 6, 8])
+def test_resuming_at_any_step_equals_going_on(tmp_path, step):
+    # Steps 3 and 8 are the last of their epochs; the epoch after 3 is longer, the one after 8 shorter.
+    whole, expected, total = fit(tmp_path, 3, every=1)
+    resumed, found, steps = fit(tmp_path, 3, ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert (total, steps) == (10, 10)
+    assert resumed.batches == whole.batches[step:]
+    assert resumed.began == [epoch for epoch in whole.began if epoch > whole.batches[step - 1][0]]
+    assert torch.equal(found, expected)
