@@ -16,7 +16,7 @@ def begin_epoch(trainer: Trainer) -> bool:
     """
     loop = trainer.fit_loop
     batches = loop.epoch_loop.batch_progress
-    if not (loop.restarted_mid_epoch and batches.is_last_batch and loop.epoch_progress.current.processed == loop.epoch_progress.current.ready):
+    if not (loop.restarted_mid_epoch and batches.is_last_batch and trainer.current_epoch == loop.epoch_progress.current.ready):
         return False
     loop.epoch_progress.increment_ready()
     loop.epoch_progress.increment_started()
