@@ -47,6 +47,16 @@ class PhaseSettings:
     view: Literal["answer", "packed"] = "answer"
     rows: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        for name in ("epochs", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} of a phase must be >= 0, got {getattr(self, name)}")
+        if self.lr <= 0:
+            raise ValueError(f"lr of a phase must be > 0, got {self.lr}; epochs: 0 leaves the phase out")
+        if self.rows is not None and self.rows < 1:
+            raise ValueError(f"rows of a phase must be >= 1 or null, got {self.rows}")
+
 
 class Phase(NamedTuple):
     """What one epoch is.

@@ -264,6 +264,20 @@ def test_progress_is_told(tmp_path, caplog):
     assert "round 2 dpo, reference" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": -1}, "epochs of a phase must be >= 0, got -1"),
+        ({"warmup_steps": -2}, "warmup_steps of a phase must be >= 0, got -2"),
+        ({"lr": 0.0}, "lr of a phase must be > 0, got 0.0"),
+        ({"rows": 0}, "rows of a phase must be >= 1 or null, got 0"),
+    ],
+)
+def test_phases_that_mean_nothing(values, message):
+    with pytest.raises(ValueError, match=message):
+        PhaseSettings(**values)
+
+
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="rounds must be >= 0, got -1"):
         SelfPlayLoop(rounds=-1)
