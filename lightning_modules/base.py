@@ -1,4 +1,4 @@
-"""The base of every module: one shared step, one way to log, one optimizer, one schedule."""
+"""The base of every module: one step, one way to log, one optimizer, one schedule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from malleable.datamodules.batch import Batch
 
 log = logging.getLogger(__name__)
 
-Split = Literal["train", "val", "test"]
+Split = Literal["val", "test"]
 
 
 class LossOutput(NamedTuple):
@@ -29,7 +29,7 @@ class LossOutput(NamedTuple):
     Attributes:
         loss: Scalar with gradient.
         extras: Detached scalars to log beside it, under ``{split}_{name}``.
-        weight: What the loss is a mean over (rows, tokens), so that means over batches and ranks come out right; default: the rows.
+        weight: What the loss is a mean over (rows, tokens), so that means over evaluation batches and ranks come out right; default: the rows.
     """
 
     loss: Tensor
@@ -38,7 +38,7 @@ class LossOutput(NamedTuple):
 
 
 class BaseModule(LightningModule, ABC):
-    """One shared step for all methods; a subclass writes :meth:`compute_loss` and, to be tested, :meth:`evaluate`.
+    """The steps of all methods; a subclass writes :meth:`compute_loss` and, to be tested, :meth:`evaluate`.
 
     Order of hooks: ``__init__`` (typed attributes, no weights), ``setup`` (:attr:`needs` are filled from the data module),
     ``configure_model`` (weights; a second call does nothing), ``configure_metrics``.
@@ -58,6 +58,7 @@ class BaseModule(LightningModule, ABC):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.eval_metrics: dict[str, dict[str, Metric]] = {}
+        self._step_figures: list[dict[str, Tensor]] = []
 
     def setup(self, stage: str) -> None:
         """Take what the method :attr:`needs` from the data module, unless the constructor was given it."""
@@ -96,16 +97,6 @@ class BaseModule(LightningModule, ABC):
             self.eval_metrics[split] = {name: metric.to(self.device) for name, metric in self.configure_metrics().items()}
         return self.eval_metrics[split]
 
-    def shared_step(self, batch: Any, split: Split) -> Tensor:
-        """Compute the loss, feed the metrics, log both."""
-        output = self.compute_loss(batch)
-        size = len(batch) if output.weight is None else output.weight
-        each_step = split == "train"
-        options: Any = {"batch_size": size, "on_step": each_step, "on_epoch": not each_step, "sync_dist": not each_step}
-        self.log(f"{split}_loss", output.loss, prog_bar=True, **options)
-        self.log_dict({f"{split}_{name}": value for name, value in output.extras.items()}, **options)
-        return output.loss
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed what the step draws (dropout) by its number, so that a resumed run repeats it exactly."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -114,11 +105,32 @@ class BaseModule(LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss."""
-        loss = self.shared_step(batch, "train")
+        output = self.compute_loss(batch)
+        figures = {"loss": output.loss.detach(), **output.extras}
+        self._step_figures.append({name: value.float() for name, value in figures.items()})
         if self.trainer.strategy.handles_gradient_accumulation:
             # Lightning divides by the accumulated batches, and then DeepSpeed does so again.
-            loss = loss * self.trainer.accumulate_grad_batches
-        return loss
+            return output.loss * self.trainer.accumulate_grad_batches
+        return output.loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the figures of the optimizer step once its last batch is done: means over its batches and over the ranks."""
+        accumulating = (batch_idx + 1) % self.trainer.accumulate_grad_batches and not self.trainer.is_last_batch  # type: ignore[attr-defined]
+        if accumulating or not self._step_figures:
+            return
+        batches, self._step_figures = self._step_figures, []
+        means = torch.stack([torch.stack(list(figures.values())) for figures in batches]).mean(0)
+        means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        for name, value in zip(batches[0], means, strict=True):
+            self.log(f"train_{name}", value, prog_bar=name == "loss", batch_size=1)
+
+    def log_loss(self, batch: Any, split: Split) -> None:
+        """Log the loss of an evaluation batch; its mean over batches and ranks counts each row once."""
+        output = self.compute_loss(batch)
+        size = len(batch) if output.weight is None else output.weight
+        options: Any = {"batch_size": size, "on_step": False, "on_epoch": True, "sync_dist": True}
+        self.log(f"{split}_loss", output.loss, prog_bar=True, **options)
+        self.log_dict({f"{split}_{name}": value for name, value in output.extras.items()}, **options)
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         """Log the loss and feed the metrics."""
@@ -167,7 +179,7 @@ class BaseModule(LightningModule, ABC):
 
     def _evaluation_step(self, batch: Batch, batch_idx: int, split: Split) -> Any:
         batch.sample_id = self._mark_repeats(batch, batch_idx, split)
-        self.shared_step(batch, split)
+        self.log_loss(batch, split)
         return self.evaluate(batch, self.metrics(split))
 
     def _mark_repeats(self, batch: Batch, batch_idx: int, split: Split) -> Tensor:

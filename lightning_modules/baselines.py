@@ -96,9 +96,9 @@ class Baseline(BaseModule):
         """Nothing is learnt by gradient: a zero that depends on a parameter."""
         return LossOutput(self.anchor * 0.0, {})
 
-    def shared_step(self, batch: AnswerBatch, split: Split) -> Tensor:
+    def training_step(self, batch: AnswerBatch, batch_idx: int) -> Tensor:
         """Count the rows of the first epoch, over all processes."""
-        if split == "train" and self.current_epoch == 0:
+        if self.current_epoch == 0:
             if not isinstance(batch, AnswerBatch):
                 raise MisconfigurationException(
                     f"{type(self).__name__} counts rows of a history and a target, got {type(batch).__name__}: train_view must be 'answer'"
@@ -106,6 +106,9 @@ class Baseline(BaseModule):
             for rows in zip(*(self._of_all_processes(part) for part in counted(batch)), strict=True):
                 self.count(*rows)
         return self.compute_loss(batch).loss
+
+    def log_loss(self, batch: AnswerBatch, split: Split) -> None:
+        """There is no loss to log."""
 
     def on_train_start(self) -> None:
         """Start from nothing, unless a run goes on."""

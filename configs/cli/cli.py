@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -147,4 +149,11 @@ def run(words: Sequence[str]) -> MalleableCLI:
         cli = MalleableCLI(auto_configure_optimizers=False, parser_kwargs=parser_kwargs, args=list(words))
     if cli.trainer.log_dir and Path(cli.trainer.log_dir).is_dir():
         log.info("run folder: %s", cli.trainer.log_dir)
+    atexit.register(_leave_process_group)
     return cli
+
+
+def _leave_process_group() -> None:
+    """End the threads of gloo: one that outlives the interpreter aborts the process, and a launcher then calls the run failed."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -15,36 +15,46 @@ from transformers import AutoModelForCausalLM
 from malleable.lightning_modules.pretrained import build_language_model, save_language_model
 
 SCRIPT = HELPERS / "self_play_run.py"
+RECIPE = ["-m", "malleable", "fit", "--config", "sprec/tiny.yaml"]
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """One process; without dropout, whose noise differs by rank."""
+    """The run folder of ``sprec/tiny.yaml`` in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    launch([SCRIPT, folder, "--dropout", "0"], ranks=1)
-    return folder
+    launch([*RECIPE, *QUIET, "--trainer.devices", "1"], ranks=1, cwd=folder)
+    return folder / "runs/sprec/tiny/version_0"
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
+def assert_same_rounds(found: Path, expected: Path) -> None:
     for name in ("round_1", "round_1_pairs", "round_2", "round_2_pairs"):
-        ours, theirs = (pq.read_table(folder / f"run/self_play/{name}.parquet").to_pydict() for folder in (found, expected))
+        ours, theirs = (pq.read_table(folder / f"self_play/{name}.parquet").to_pydict() for folder in (found, expected))
         reference = ours.pop("reference", None), theirs.pop("reference", None)
         assert ours == theirs, name
         if reference[0] is not None:
-            torch.testing.assert_close(torch.tensor(reference[0]), torch.tensor(reference[1]), atol=1e-4, rtol=0)
-    ours, theirs = (json.loads((folder / "test.json").read_text()) for folder in (found, expected))
-    assert ours == pytest.approx(theirs, abs=1e-4)
-    ours, theirs = (load_file(folder / "final.safetensors") for folder in (found, expected))
+            torch.testing.assert_close(torch.tensor(reference[0]), torch.tensor(reference[1]), atol=1e-3, rtol=0)
+
+
+def assert_same_weights(found: Path, expected: Path) -> None:
+    ours, theirs = load_file(found), load_file(expected)
+    assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, atol=1e-4, rtol=0)
 
 
 @pytest.mark.ddp
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-def test_two_ranks_equal_one(tmp_path, alone, strategy):
-    launch([SCRIPT, tmp_path, "--devices", "2", "--strategy", strategy, "--dropout", "0"])
-    assert_same_run(tmp_path, alone)
+@pytest.mark.parametrize("fragment", ["ddp", "deepspeed_zero2", "deepspeed_zero3"])
+def test_the_recipe_on_two_ranks_equals_one(tmp_path, alone, fragment):
+    strategy = [] if fragment == "ddp" else ["--trainer.strategy.class_path", "cpu_deepspeed.CPUDeepSpeedStrategy"]
+    launch([*RECIPE, "--config", f"base/{fragment}.yaml", *QUIET, "--trainer.devices", "2", *strategy], cwd=tmp_path, timeout_s=300)
+    found = tmp_path / "runs/sprec/tiny/version_0"
+    assert_same_rounds(found, alone)
+    ours, theirs = (json.loads((folder / "report/metrics.json").read_text()) for folder in (found, alone))
+    assert {"train_loss", "val_loss", "test_loss", "test_hr_10", "test_or_ratio_10"} <= theirs.keys()
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert_same_weights(found / "model/model.safetensors", alone / "model/model.safetensors")
 
 
 @pytest.mark.ddp
@@ -56,7 +66,8 @@ def test_adapter_saved_under_zero3_is_complete(tmp_path):
     save_language_model(build_language_model(tiny_config(), tiny_catalog()), base)
     for name, more in (("alone", []), ("zero3", ["--devices", "2", "--strategy", "zero3"])):
         launch([SCRIPT, tmp_path / name, "--lora", base, "--dropout", "0", *more], ranks=2 if more else 1)
-    assert_same_run(tmp_path / "zero3", tmp_path / "alone")
+    assert_same_rounds(tmp_path / "zero3/run", tmp_path / "alone/run")
+    assert_same_weights(tmp_path / "zero3/final.safetensors", tmp_path / "alone/final.safetensors")
     tokens = torch.tensor([[2, 4, 5, 1]])
     logits = []
     for name in ("alone", "zero3"):

@@ -1,3 +1,4 @@
+import csv
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +108,37 @@ def test_accumulated_steps_equal_one_large_step(tmp_path):
         trainer(tmp_path).fit(module, BoringDataModule(batch_size=size, global_batch_size=8))
         weights.append(module.layer.weight)
     torch.testing.assert_close(*weights)
+
+
+STEP_LOSSES = """
+import sys
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from boring import BoringDataModule, BoringModule
+
+torch.manual_seed(0)
+module = BoringModule(optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
+devices = int(sys.argv[1])
+quiet = dict(enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+strategy = "ddp" if devices > 1 else "auto"
+trainer = Trainer(accelerator="cpu", devices=devices, strategy=strategy, max_epochs=1, log_every_n_steps=1, logger=CSVLogger(sys.argv[2]), **quiet)
+trainer.fit(module, BoringDataModule(batch_size=2, global_batch_size=8))
+"""
+
+
+@pytest.mark.ddp
+def test_the_logged_training_loss_is_that_of_the_whole_step(tmp_path):
+    # Four batches of two rows on one device, two batches on each of two: the same steps of eight rows.
+    curves = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        launch(["-c", STEP_LOSSES, str(devices), folder], ranks=devices, cwd=tmp_path)
+        rows = list(csv.DictReader(next(folder.rglob("metrics.csv")).open()))
+        curves.append([(row["step"], float(row["train_loss"])) for row in rows if row["train_loss"]])
+    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]]
+    assert len(curves[0]) == 2
+    assert [loss for _, loss in curves[0]] == pytest.approx([loss for _, loss in curves[1]], rel=1e-6)
 
 
 REPEATS = """

@@ -165,7 +165,7 @@ def test_refusals(tmp_path):
         trainer(tmp_path).test(Popularity(catalog=data.catalog), loader, verbose=False)
     packed = PackedBatch(batch.sample_id, batch.prompt_ids, batch.prompt_ids, batch.prompt_ids)
     with pytest.raises(MisconfigurationException, match="got PackedBatch: train_view must be 'answer'"):
-        module.shared_step(packed, "train")
+        module.training_step(packed, 0)
     boring = BoringDataModule()
     boring.setup("fit")
     with pytest.raises(MisconfigurationException, match="BoringDataModule has no training rows of a history and a target"):
