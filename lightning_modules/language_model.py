@@ -288,10 +288,10 @@ class LanguageModel(BaseModule):
         save_language_model(self.model, path, tokenizer=self.catalog.tokenizer if self.catalog else None, write=self.global_rank == 0)
         return path
 
-    def remember(self, ignore: tuple[str, ...] = ()) -> None:
+    def remember(self) -> None:
         """Store the constructor's arguments as plain data; call it last in ``__init__``."""
         frame = inspect.currentframe()
         assert frame is not None
-        self.save_hyperparameters(ignore=["catalog", "optimizer", "lr_scheduler", *ignore], frame=frame.f_back)
+        self.save_hyperparameters(ignore=["catalog", "optimizer", "lr_scheduler"], frame=frame.f_back)
         for name, value in list(self.hparams.items()):
             self.hparams[name] = plain(value)

@@ -123,7 +123,9 @@ def build_language_model(config: LanguageModelConfig, catalog: Catalog, *, zero3
             f"the tokenizer has {catalog.vocab_size} tokens but the model '{config.name}' embeds {rows}; use the model's own tokenizer for the data"
         )
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        # The name since transformers 5.23, and the one before it.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         model.enable_input_require_grads()
     if config.lora is not None or config.adapter is not None:
         with _whole_weights(zero3_config):
@@ -344,5 +346,7 @@ def _quietly() -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """Turn a dataclass into the plain dictionary a checkpoint may hold."""
+    """Turn a dataclass, or an object with ``as_plain``, into the plain dictionary a checkpoint may hold."""
+    if hasattr(value, "as_plain"):
+        return value.as_plain()
     return json.loads(json.dumps(asdict(value))) if is_dataclass(value) and not isinstance(value, type) else value

@@ -1,6 +1,7 @@
 """Preference optimisation: it starts at log 2, learns, needs a reference, and is measured like any recommender."""
 
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -97,3 +98,11 @@ def test_defaults_and_refusals():
     assert module.loss.beta == 0.1
     with pytest.raises(ValueError, match="sft_weight must be >= 0, got -1"):
         DPO(sft_weight=-1)
+
+
+def test_a_checkpoint_remembers_its_loss():
+    """What loads it goes on training with the same loss."""
+    stored = json.loads(json.dumps(dict(DPO(language_model=tiny_config(), loss=SDPO(beta=0.7)).hparams)))
+    loss = DPO(**stored).loss
+    assert isinstance(loss, SDPO)
+    assert loss.beta == 0.7

@@ -1,12 +1,15 @@
 """Golden values and limits of the preference losses; the arithmetic is in the docstrings."""
 
+import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from malleable.lightning_modules.losses.preference import DMPO, IPO, SDPO, Hinge, Robust, Sigmoid
+from malleable.lightning_modules.losses.preference import DMPO, IPO, SDPO, Hinge, Robust, Sigmoid, loss_from_plain
 
 CHOSEN = torch.tensor([-6.2, -11.4, -3.3, -20.1], dtype=torch.float64)
 REJECTED = torch.tensor([-7.9, -10.2, -8.8, -19.5], dtype=torch.float64)
@@ -172,3 +175,26 @@ def test_tabular_uniform_negatives_sharpen_popularity():
     """pi' ~ reference p^(1/beta): with beta 0.5 and the reference START, (.2 .36, .5 .09, .3 .01) normalised."""
     uniform = torch.full((3,), 1 / 3, dtype=torch.float64)
     torch.testing.assert_close(minimise(0.5, START, uniform), torch.tensor([0.6, 0.375, 0.025], dtype=torch.float64), atol=2e-6, rtol=0)
+
+
+class Scaled(Sigmoid):
+    """A user's own loss, with an argument more."""
+
+    def __init__(self, beta: float = 0.1, scale: float = 1.0) -> None:
+        super().__init__(beta)
+        self.scale = scale
+
+
+@pytest.mark.parametrize("loss", [Sigmoid(0.7, 0.1, True), Robust(0.3, 0.2), IPO(0.4), Hinge(2.0), SDPO(0.9), DMPO(0.2, True), Scaled(0.5, 3.0)])
+def test_a_loss_survives_as_plain_data(loss, monkeypatch):
+    monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(Scaled=Scaled))
+    stored = json.loads(json.dumps(loss.as_plain()))
+    again = loss_from_plain(stored)
+    assert type(again) is type(loss)
+    assert again.as_plain() == stored
+    assert again.beta == loss.beta
+
+
+def test_only_a_preference_loss_is_made_from_a_checkpoint():
+    with pytest.raises(TypeError, match="torch.nn.MSELoss as its loss, which is no PreferenceLoss"):
+        loss_from_plain({"class_path": "torch.nn.MSELoss"})
