@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 
 from malleable.datamodules.batch import Batch
-from malleable.datamodules.loader import PhasedLoader, accumulation
+from malleable.datamodules.loader import PhasedLoader, deal
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class BaseDataModule(LightningDataModule, ABC):
     step is ``global_batch_size`` on any number of devices: the accumulation follows from it.
 
     Args:
-        batch_size: Rows of one training pass on one device.
+        batch_size: Rows of one training pass on one device, at most.
         global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times devices.
         eval_batch_size: Rows of one pass in validation, test and prediction; default: ``batch_size``.
         num_workers: Loader processes on each device.
@@ -57,7 +57,7 @@ class BaseDataModule(LightningDataModule, ABC):
     def setup(self, stage: str) -> None:
         """Fit the Trainer's accumulation to the global batch; a subclass calls this before it sets its datasets."""
         if stage == "fit" and self.trainer is not None:
-            self._set_accumulation(accumulation(self.batch_size, self.global_batch_size))
+            self._set_accumulation()
 
     def collate(self, rows: Sequence[Any]) -> Batch:
         """Make a batch of rows."""
@@ -89,7 +89,7 @@ class BaseDataModule(LightningDataModule, ABC):
             if self.trainer.strategy.handles_gradient_accumulation:
                 # Such an engine (DeepSpeed) has read the accumulation already, before the first loader was made.
                 raise MisconfigurationException(f"{type(self).__name__}.setup must call super().setup(stage) for this strategy")
-            self._set_accumulation(self._train_loader.accumulation)
+            self._set_accumulation()
         return self._train_loader
 
     def val_dataloader(self) -> PhasedLoader[Any]:
@@ -125,14 +125,15 @@ class BaseDataModule(LightningDataModule, ABC):
             raise ValueError(f"{type(self).__name__}: the {split} split is empty; check the filters and the split settings")
         return dataset
 
-    def _set_accumulation(self, batches: int) -> None:
+    def _set_accumulation(self) -> None:
         trainer = self.trainer
         assert trainer is not None
+        rows, batches = deal(self.batch_size, self.global_batch_size)
         if trainer.accumulate_grad_batches not in (1, batches):
             raise MisconfigurationException(
                 f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) contradicts global_batch_size="
                 f"{self.global_batch_size}, which needs {batches}; leave accumulate_grad_batches out"
             )
         trainer.accumulate_grad_batches = batches
-        total = batches * self.batch_size * trainer.world_size
-        log.info("global batch of %s rows = %s rows x %s devices x %s accumulated", total, self.batch_size, trainer.world_size, batches)
+        size = trainer.world_size
+        log.info("global batch of %s rows = %s rows x %s devices x %s accumulated", rows * size * batches, rows, size, batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -51,24 +51,38 @@ class RowView(Dataset[Any]):
         return row
 
 
-def accumulation(batch_size: int, global_batch_size: int | None) -> int:
-    """Return how many batches of one rank make an optimizer step.
+class Deal(NamedTuple):
+    """How the rows of an optimizer step are dealt.
+
+    Attributes:
+        rows: Rows of one forward pass on one device.
+        batches: Passes of one device that make an optimizer step.
+    """
+
+    rows: int
+    batches: int
+
+
+def deal(batch_size: int, global_batch_size: int | None) -> Deal:
+    """Deal the rows of an optimizer step to the devices at hand.
 
     Args:
-        batch_size: Rows of one forward pass on one device.
-        global_batch_size: Rows of one optimizer step over all devices; default: one batch of each.
+        batch_size: Rows that one device can pass at once.
+        global_batch_size: Rows of one optimizer step over all devices; default: one full batch of each.
 
     Raises:
         ValueError: If the rows of a step cannot be dealt evenly.
     """
     _, size = world()
     total = global_batch_size or batch_size * size
-    if total % (batch_size * size):
+    share = total // size
+    rows = min(batch_size, share)
+    if total % size or share % rows:
         raise ValueError(
-            f"global_batch_size {total} must be a multiple of batch_size x devices = {batch_size} x {size}; "
-            f"choose another batch_size or number of devices"
+            f"global_batch_size {total} must be a multiple of batch_size x devices = {batch_size} x {size}, or less than that and a multiple of "
+            f"the devices; choose another batch_size or number of devices"
         )
-    return total // (batch_size * size)
+    return Deal(rows, share // rows)
 
 
 class PhasedLoader(Generic[BatchT]):
@@ -81,7 +95,7 @@ class PhasedLoader(Generic[BatchT]):
 
     Args:
         dataset: Rows with a length; a :class:`torch.utils.data.DataLoader` is taken apart (dataset, batch size, collation, workers).
-        batch_size: Rows of one forward pass on one device.
+        batch_size: Rows of one forward pass on one device, at most: more devices than ``global_batch_size`` needs pass fewer each.
         global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times the number of devices.
         collate_fn: Makes a batch of rows.
         shuffle: Draw a new order each epoch, from ``seed`` and the epoch's number alone.
@@ -92,7 +106,7 @@ class PhasedLoader(Generic[BatchT]):
         num_workers: Worker processes.
 
     Raises:
-        ValueError: If ``global_batch_size`` is no multiple of ``batch_size`` times the number of devices.
+        ValueError: If the rows of a step cannot be dealt evenly.
     """
 
     def __init__(
@@ -116,7 +130,7 @@ class PhasedLoader(Generic[BatchT]):
         if collate_fn is None:
             raise ValueError("PhasedLoader needs a collate_fn that makes a Batch, e.g. malleable.datamodules.batch.collate")
         self.pool: Any = dataset
-        self.batch_size = batch_size
+        self.max_batch_size = batch_size
         self.global_batch_size = global_batch_size
         self.collate_fn = collate_fn
         self.shuffle = shuffle
@@ -152,9 +166,14 @@ class PhasedLoader(Generic[BatchT]):
         self.row_tokens = None if row_tokens is None else torch.as_tensor(row_tokens)
 
     @property
+    def batch_size(self) -> int:
+        """Rows of one forward pass on this device; DeepSpeed reads it too."""
+        return deal(self.max_batch_size, self.global_batch_size).rows
+
+    @property
     def accumulation(self) -> int:
         """Batches of one rank that make an optimizer step."""
-        return accumulation(self.batch_size, self.global_batch_size)
+        return deal(self.max_batch_size, self.global_batch_size).batches
 
     @property
     def num_steps(self) -> int:

@@ -43,7 +43,7 @@ class RecommendationDataModule(BaseDataModule):
         max_prompt_length: Tokens of a prompt, at most; longer histories lose their oldest items. ``None``: no limit.
         predict_file: Histories to recommend for, see :func:`~malleable.datamodules.histories.read_histories`.
         cache_dir: Where the tokenised data is kept; default: ``$MALLEABLE_CACHE`` or the user's cache folder.
-        batch_size: Rows of one training pass on one device.
+        batch_size: Rows of one training pass on one device, at most.
         global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times devices.
         eval_batch_size: Rows of one pass in validation, test and prediction; default: ``batch_size``.
         num_workers: Loader processes on each device.

@@ -32,7 +32,7 @@ def steps(loader, accumulation: int) -> list[list[int]]:
     return [list(chain(*batches[start : start + accumulation])) for start in range(0, len(batches), accumulation)]
 
 
-@pytest.mark.parametrize(("size", "batch_size", "accumulation"), [(1, 8, 1), (1, 2, 4), (2, 2, 2), (4, 2, 1), (4, 1, 2)])
+@pytest.mark.parametrize(("size", "batch_size", "accumulation"), [(1, 8, 1), (1, 2, 4), (2, 2, 2), (4, 2, 1), (4, 1, 2), (2, 8, 1), (4, 3, 1)])
 def test_step_holds_the_same_rows_on_any_devices(ranks, size, batch_size, accumulation):
     reference = [sorted(step) for step in ids(PhasedLoader(ROWS, 8, collate_fn=collate, seed=3))]
     assert len(reference) == 2
@@ -132,8 +132,8 @@ def test_bad_values(ranks):
         len(PhasedLoader(ROWS, 3, global_batch_size=8, collate_fn=collate))
     with pytest.raises(ValueError, match="needs a collate_fn"):
         PhasedLoader(ROWS, 3)
-    ranks(0, 2)
-    with pytest.raises(ValueError, match="batch_size x devices = 8 x 2"):
+    ranks(0, 3)
+    with pytest.raises(ValueError, match="batch_size x devices = 8 x 3, or less than that and a multiple of the devices"):
         len(PhasedLoader(ROWS, 8, global_batch_size=8, collate_fn=collate))
     with pytest.raises(KeyError, match="no view 'packed'"):
         PhasedLoader(ROWS, 3, collate_fn=collate).view("packed")
