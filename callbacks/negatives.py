@@ -41,7 +41,7 @@ def negatives(
         items = [draw(sampler, rows[index], play.num_negatives) for index in range(len(rows))]
         return items, titles(items, catalog)
     ask = partial(module.play, play=play, seed=number)
-    table = sweep(trainer, module, rows, loader.collate_fn, 4 * loader.batch_size, ask, f"{label}: own answers")
+    table = sweep(trainer, module, rows, loader.collate_fn, 4 * loader.max_batch_size, ask, f"{label}: own answers")
     if play.grounding == "none":
         # (rows, 1 + tokens): the item or -1, then the free text padded with -1.
         return table[:, :1].tolist(), [[[token for token in row if token >= 0]] for row in table[:, 1:].tolist()]

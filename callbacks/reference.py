@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 def reference_logps(trainer: Trainer, module: LanguageModel, rows: Any, loader: PhasedLoader[Any], label: str) -> Tensor:
     """Summed log-probabilities of every answer of every row under the model as it stands, ``(rows, K)`` in nats."""
-    return sweep(trainer, module, rows, loader.collate_fn, 4 * loader.batch_size, lambda batch: answer_logps(module.model, batch), label)
+    return sweep(trainer, module, rows, loader.collate_fn, 4 * loader.max_batch_size, lambda batch: answer_logps(module.model, batch), label)
 
 
 class ReferenceCache(Callback):

@@ -38,6 +38,8 @@ class PhaseSettings:
         decay: Course after the rise, over the whole phase.
         view: Rows the phase learns from: prompts with answers, or the data module's packed histories.
         rows: Rows of the warm-up, drawn once; ``None`` takes all. The later phases take ``rows_per_round``.
+        batch_factor: Rows of a pass and of an optimizer step, as a multiple of the loader's: a prompt with its answer is short beside a
+            packed row, and small steps are noisy ones.
     """
 
     epochs: int = 1
@@ -46,6 +48,7 @@ class PhaseSettings:
     decay: Literal["linear", "cosine", "constant"] = "linear"
     view: Literal["answer", "packed"] = "answer"
     rows: int | None = None
+    batch_factor: int = 1
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -56,6 +59,8 @@ class PhaseSettings:
             raise ValueError(f"lr of a phase must be > 0, got {self.lr}; epochs: 0 leaves the phase out")
         if self.rows is not None and self.rows < 1:
             raise ValueError(f"rows of a phase must be >= 1 or null, got {self.rows}")
+        if self.batch_factor < 1:
+            raise ValueError(f"batch_factor of a phase must be >= 1, got {self.batch_factor}")
 
 
 class Phase(NamedTuple):
@@ -182,7 +187,7 @@ class SelfPlayLoop(Callback):
         self.state = SelfPlayState(**state_dict)
         self._cached = None
         if self._loader is not None and self.state.epoch >= 0:
-            self._show(self._loader, self._restored())
+            self._show_phase()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the combination, and tell the Trainer how many epochs there are."""
@@ -199,8 +204,9 @@ class SelfPlayLoop(Callback):
         if trainer.lr_scheduler_configs:
             raise MisconfigurationException("SelfPlayLoop sets the learning rates itself; leave lr_scheduler out")
         self._loader = phased_loader(trainer, self._loader, type(self).__name__)
+        self._check_rows(self._loader)
         if self.state.epoch >= 0:
-            self._show(self._loader, self._restored())
+            self._show_phase()
         elif trainer.ckpt_path is None:
             self._prepare(trainer, cast("LanguageModel", pl_module), 0)
 
@@ -262,7 +268,20 @@ class SelfPlayLoop(Callback):
             if phase.kind == "dpo":
                 self._freeze(trainer, module, loader, phase)
         self.state.epoch = epoch
-        self._show(loader, self._current_rows(loader, phase))
+        self._show_phase()
+
+    def _check_rows(self, loader: PhasedLoader[Any]) -> None:
+        """Refuse rounds longer than the data or shorter than an optimizer step, before the warm-up is spent."""
+        rows = len(draw_positions(len(loader.pool), self.rows_per_round, 1, self.seed))
+        for kind in {phase.kind for phase in self.phases if phase.round}:
+            if rows < self._rows_per_step(loader, kind):
+                raise MisconfigurationException(
+                    f"a round of {rows} rows does not fill one optimizer step of {self._rows_per_step(loader, kind)} in the {kind} phase; "
+                    "raise rows_per_round, or lower the global batch size or the phase's batch_factor"
+                )
+
+    def _rows_per_step(self, loader: PhasedLoader[Any], kind: str) -> int:
+        return loader.rows_per_step // loader.batch_factor * self.settings[kind].batch_factor
 
     def _starts_round(self, epoch: int) -> bool:
         return epoch == 0 or self.phases[epoch - 1].round != self.phases[epoch].round
@@ -295,11 +314,10 @@ class SelfPlayLoop(Callback):
         file.reference = reference_logps(trainer, module, file.pairs(loader.pool), loader, f"{self._name(phase)}, reference").tolist()
         self._write(trainer, phase, file)
 
-    @staticmethod
-    def _distinct(loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> RoundFile:
+    def _distinct(self, loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> RoundFile:
         """Leave out rows whose rejected answer is the true one, unless too few others are left for a single step."""
         kept = file.without_identical(RowView(loader.pool, file.positions))
-        if len(kept.positions) >= loader.rows_per_step:
+        if len(kept.positions) >= self._rows_per_step(loader, "dpo"):
             return kept
         rank_zero_warn(
             f"round {phase.round}: the model recommends the true item in all but {len(kept.positions)} of {len(file.positions)} rows, "
@@ -316,14 +334,13 @@ class SelfPlayLoop(Callback):
         rows = loader.pool if settings.view == "answer" else loader.view(settings.view)
         return rows if settings.rows is None else RowView(rows, draw_positions(len(rows), settings.rows, 0, self.seed))
 
-    def _restored(self) -> Any:
+    def _show_phase(self) -> None:
+        """Let the loader show the rows of the running phase."""
         assert self._loader is not None
-        return self._current_rows(self._loader, self.phases[self.state.epoch])
-
-    @staticmethod
-    def _show(loader: PhasedLoader[Any], rows: Any) -> None:
-        known = hasattr(rows, "row_tokens")
-        loader.show(rows, rows.row_tokens() if known else [len(rows[index]["answers"][0]) for index in range(len(rows))])
+        phase = self.phases[self.state.epoch]
+        rows = self._current_rows(self._loader, phase)
+        tokens = rows.row_tokens() if hasattr(rows, "row_tokens") else [len(rows[index]["answers"][0]) for index in range(len(rows))]
+        self._loader.show(rows, tokens, self.settings[phase.kind].batch_factor)
 
     def _rows(self) -> Any:
         assert self._loader is not None

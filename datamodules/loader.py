@@ -154,21 +154,23 @@ class PhasedLoader(Generic[BatchT]):
         rows = self.views[name]
         return rows() if callable(rows) else rows
 
-    def show(self, rows: Dataset[Any] | Sequence[Any], row_tokens: Sequence[int] | Tensor | None = None) -> None:
+    def show(self, rows: Dataset[Any] | Sequence[Any], row_tokens: Sequence[int] | Tensor | None = None, batch_factor: int = 1) -> None:
         """Take these rows from the next epoch on.
 
         Args:
             rows: Map-style dataset or sequence of what ``collate_fn`` takes.
             row_tokens: Loss-bearing tokens of each row.
+            batch_factor: How many times the rows of a pass and of an optimizer step; the accumulation stays the same.
         """
         self.dataset: Any = rows
+        self.batch_factor = batch_factor
         self._position = 0
         self.row_tokens = None if row_tokens is None else torch.as_tensor(row_tokens)
 
     @property
     def batch_size(self) -> int:
         """Rows of one forward pass on this device; DeepSpeed reads it too."""
-        return deal(self.max_batch_size, self.global_batch_size).rows
+        return deal(self.max_batch_size, self.global_batch_size).rows * self.batch_factor
 
     @property
     def accumulation(self) -> int:

@@ -236,6 +236,15 @@ def test_optimizer_starts_afresh(tmp_path):
     assert state["exp_avg"].abs().sum() == state["exp_avg_sq"].abs().sum() == 0
 
 
+def test_a_phase_may_take_larger_steps(tmp_path):
+    """32 rows a round: 8 steps of 4, or 2 of 16; the loader's own step comes back with the next phase."""
+    loop = make_loop(sft=PhaseSettings(lr=1e-3, batch_factor=4), dpo=PhaseSettings(lr=1e-3, batch_factor=2), keep_identical="keep")
+    _, _, steps = run(tmp_path, loop, data=TinyData(batch_size=2, global_batch_size=4))
+    counts = [sum((kind, round_) == step[:2] for step in steps) for kind, round_ in (("sft", 1), ("dpo", 1), ("sft", 2))]
+    assert counts == [2 * 2, 4 * 2, 2 * 2], "two batches make a step in every phase"
+    assert len([kind for kind, *_ in steps if kind == "warmup"]) == 24 * 2
+
+
 def test_bare_trainer_and_loader(tmp_path):
     """No data module: the reader's own DataLoader, wrapped."""
     seed_everything(7)
@@ -271,6 +280,7 @@ def test_progress_is_told(tmp_path, caplog):
         ({"warmup_steps": -2}, "warmup_steps of a phase must be >= 0, got -2"),
         ({"lr": 0.0}, "lr of a phase must be > 0, got 0.0"),
         ({"rows": 0}, "rows of a phase must be >= 1 or null, got 0"),
+        ({"batch_factor": 0}, "batch_factor of a phase must be >= 1, got 0"),
     ],
 )
 def test_phases_that_mean_nothing(values, message):
@@ -289,6 +299,8 @@ def test_refusals(tmp_path):
         SelfPlayLoop(dpo=PhaseSettings(epochs=3))
     with pytest.raises(ValueError, match="a round needs 64 rows but there are 48"):
         run(tmp_path, make_loop(rows_per_round=64))
+    with pytest.raises(MisconfigurationException, match="a round of 32 rows does not fill one optimizer step of 40 in the sft phase"):
+        run(tmp_path, make_loop(sft=PhaseSettings(batch_factor=10)))
     scheduled = make_module()
     scheduled.lr_scheduler = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer)
     with pytest.raises(MisconfigurationException, match="sets the learning rates itself"):
