@@ -1,10 +1,10 @@
 """SPRec against supervised tuning and against DPO with random negatives: equal data, equal steps, several seeds.
 
-    python tests/benchmarks/sprec_study.py --seeds 3 --folder runs/study
+    OMP_NUM_THREADS=1 python tests/benchmarks/sprec_study.py --seeds 3 --jobs 2 --folder runs/study
 
 For each seed one model is warmed up (sft/movielens.yaml); then the arms go on from its weights with the same rounds of the same rows:
 ``sft`` spends both phases of a round on supervised epochs, ``dpo`` rejects random titles, ``sprec`` rejects the model's own. The last lines are
-the table of the README: mean and standard deviation over the seeds.
+the table of the README: mean and standard deviation over the seeds. A run that is already in the folder is not repeated.
 """
 
 import argparse
@@ -13,16 +13,22 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import yaml
 
 METRICS = ("ndcg_10", "hr_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10")
+SAMPLE = {"play": {"decode": "sample"}}
 ARMS = {
     "sft": {"negative_source": "random", "sft": {"epochs": 2}, "dpo": {"epochs": 0}},
     "dpo": {"negative_source": "random"},
-    "sprec": {"negative_source": "pre_round", "play": {"decode": "sample"}},
-    "sprec, greedy": {"negative_source": "pre_round"},
+    "sprec": SAMPLE,
+    "dpo, beta 0.1": {"negative_source": "random", "beta": 0.1},
+    "sprec, beta 0.1": SAMPLE | {"beta": 0.1},
+    "sprec, greedy, beta 0.1": {"beta": 0.1},
 }
 
 
@@ -41,18 +47,19 @@ def run(folder: Path, recipe: str, seed: int, settings: dict) -> dict[str, float
 
 def arm_settings(model: Path, arm: dict, options: argparse.Namespace, seed: int) -> dict:
     """What an arm changes in sprec/movielens.yaml."""
-    phase = {"lr": options.lr, "epochs": 1}
+    phase = {"epochs": 1, "warmup_steps": options.warmup_steps, "batch_factor": options.batch_factor}
+    beta = arm.get("beta", options.beta)
     loop = {
         "rounds": options.rounds,
         "rows_per_round": options.rows,
         "compare_on": "none",
         "seed": seed,
         "warmup": {"epochs": 0},
-        **arm,
-        "sft": phase | arm.get("sft", {}),
-        "dpo": {"lr": options.dpo_lr, "epochs": 1} | arm.get("dpo", {}),
+        **{key: value for key, value in arm.items() if key != "beta"},
+        "sft": phase | {"lr": options.lr} | arm.get("sft", {}),
+        "dpo": phase | {"lr": options.dpo_lr} | arm.get("dpo", {}),
     }
-    loss = {"class_path": "malleable.lightning_modules.losses.preference.Sigmoid", "init_args": {"beta": options.beta}}
+    loss = {"class_path": "malleable.lightning_modules.losses.preference.Sigmoid", "init_args": {"beta": beta}}
     return {
         "model": {"init_args": {"language_model": {"name": str(model)}, "loss": loss}},
         "data": {"init_args": {"tokenizer": str(model)}},
@@ -82,25 +89,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("runs/study"))
-    parser.add_argument("--epochs", type=int, default=8, help="of the warm-up")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--epochs", type=int, default=12, help="of the warm-up")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=2048, help="of a round")
+    parser.add_argument("--batch_factor", type=int, default=8, help="eightfold steps of 64 rows")
+    parser.add_argument("--warmup_steps", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--dpo_lr", type=float, default=1e-4)
-    parser.add_argument("--beta", type=float, default=1.0)
+    parser.add_argument("--beta", type=float, default=4.0)
     options = parser.parse_args()
-    results: dict[str, list[dict[str, float]]] = {"warm-up": [], **{name: [] for name in ARMS}}
-    for seed in range(options.seeds):
-        folder = options.folder.resolve() / f"seed_{seed}"
-        warm = {"trainer": {"max_epochs": options.epochs, "limit_val_batches": 0, "enable_progress_bar": False}}
-        results["warm-up"].append(run(folder / "warm-up", "sft/movielens.yaml", seed, warm))
-        model = next((folder / "warm-up").glob("runs/**/model")).resolve()
-        for name, arm in ARMS.items():
-            results[name].append(run(folder / name, "sprec/movielens.yaml", seed, arm_settings(model, arm, options, seed)))
-        sys.stdout.write(f"after {seed + 1} seeds\n{table(results)}\n")
-        sys.stdout.flush()
+    folders = [options.folder.resolve() / f"seed_{seed}" for seed in range(options.seeds)]
+    warm = {"trainer": {"max_epochs": options.epochs, "limit_val_batches": 0, "enable_progress_bar": False}}
+    jobs = [partial(run, folder / "warm-up", "sft/movielens.yaml", seed, warm) for seed, folder in enumerate(folders)]
+    results = {"warm-up": at_once(jobs, options.jobs)}
+    jobs = []
+    for name in options.arms:
+        for seed, folder in enumerate(folders):
+            model = next((folder / "warm-up").glob("runs/**/model")).resolve()
+            jobs.append(partial(run, folder / name, "sprec/movielens.yaml", seed, arm_settings(model, ARMS[name], options, seed)))
+    figures = at_once(jobs, options.jobs)
+    for number, name in enumerate(options.arms):
+        results[name] = figures[number * options.seeds : (number + 1) * options.seeds]
     settings = {key: str(value) for key, value in vars(options).items()}
     (options.folder / "study.json").write_text(json.dumps({"options": settings, "results": results}, indent=2))
+    sys.stdout.write(table(results) + "\n")
+
+
+def at_once(jobs: list[Callable[[], dict[str, float]]], count: int) -> list[dict[str, float]]:
+    """Do the jobs, so many at once; results in order."""
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda job: job(), jobs))
 
 
 if __name__ == "__main__":
