@@ -115,7 +115,7 @@ class BaseModule(LightningModule, ABC):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the figures of the optimizer step once its last batch is done: means over its batches and over the ranks."""
-        accumulating = (batch_idx + 1) % self.trainer.accumulate_grad_batches and not self.trainer.is_last_batch  # type: ignore[attr-defined]
+        accumulating = (batch_idx + 1) % self.trainer.accumulate_grad_batches and not self.trainer.is_last_batch
         if accumulating or not self._step_figures:
             return
         batches, self._step_figures = self._step_figures, []
