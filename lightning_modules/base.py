@@ -104,25 +104,16 @@ class BaseModule(LightningModule, ABC):
         torch.manual_seed((((seed * 1_000_003 + self.current_epoch) * 1_000_003 + batch_idx) * 1_009 + self.global_rank) % (1 << 63))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss."""
+        """Return the loss; the last batch of an optimizer step logs the step's figures."""
         output = self.compute_loss(batch)
         figures = {"loss": output.loss.detach(), **output.extras}
         self._step_figures.append({name: value.float() for name, value in figures.items()})
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
+            self._log_step()
         if self.trainer.strategy.handles_gradient_accumulation:
             # Lightning divides by the accumulated batches, and then DeepSpeed does so again.
             return output.loss * self.trainer.accumulate_grad_batches
         return output.loss
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the figures of the optimizer step once its last batch is done: means over its batches and over the ranks."""
-        accumulating = (batch_idx + 1) % self.trainer.accumulate_grad_batches and not self.trainer.is_last_batch
-        if accumulating or not self._step_figures:
-            return
-        batches, self._step_figures = self._step_figures, []
-        means = torch.stack([torch.stack(list(figures.values())) for figures in batches]).mean(0)
-        means = self.trainer.strategy.reduce(means, reduce_op="mean")
-        for name, value in zip(batches[0], means, strict=True):
-            self.log(f"train_{name}", value, prog_bar=name == "loss", batch_size=1)
 
     def log_loss(self, batch: Any, split: Split) -> None:
         """Log the loss of an evaluation batch; its mean over batches and ranks counts each row once."""
@@ -193,6 +184,14 @@ class BaseModule(LightningModule, ABC):
         first = batch_idx * (loader.batch_size or 1)
         position = first + torch.arange(len(batch), device=batch.sample_id.device)
         return torch.where((position < own) | (batch.sample_id < 0), batch.sample_id, -1 - batch.sample_id)
+
+    def _log_step(self) -> None:
+        """Log means over the step's batches and over the ranks: what one large batch on one device would have logged."""
+        batches, self._step_figures = self._step_figures, []
+        means = torch.stack([torch.stack(list(figures.values())) for figures in batches]).mean(0)
+        means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        for name, value in zip(batches[0], means, strict=True):
+            self.log(f"train_{name}", value, prog_bar=name == "loss", batch_size=1)
 
     def _log_metrics(self, split: Split) -> None:
         for metric in self.metrics(split).values():
