@@ -90,7 +90,8 @@ def test_arrays_come_back_memory_mapped(tmp_path):
     write_arrays(tmp_path / "arrays", arrays, {"labels": ["ä", "b"]})
     opened, meta = open_arrays(tmp_path / "arrays")
     assert {name: (array.tolist(), array.dtype) for name, array in opened.items()} == {name: (a.tolist(), a.dtype) for name, a in arrays.items()}
-    assert isinstance(opened["heads"], np.memmap) and not opened["heads"].flags.writeable
+    assert isinstance(opened["heads"], np.memmap)
+    assert not opened["heads"].flags.writeable
     assert meta == {"labels": ["ä", "b"]}
 
 
