@@ -10,6 +10,7 @@ from malleable.datamodules.batch import PreferenceBatch as PreferenceBatch
 from malleable.datamodules.batch import QueryBatch as QueryBatch
 from malleable.datamodules.batch import Recommendations as Recommendations
 from malleable.datamodules.batch import collate as collate
+from malleable.datamodules.knowledge_graph import KnowledgeGraphDataModule as KnowledgeGraphDataModule
 from malleable.datamodules.loader import PhasedLoader as PhasedLoader
 from malleable.datamodules.prompt import PromptTemplate as PromptTemplate
 from malleable.datamodules.recommendation import RecommendationDataModule as RecommendationDataModule

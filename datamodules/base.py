@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class BaseDataModule(LightningDataModule, ABC):
     """Loaders over ``train_dataset``, ``val_dataset``, ``test_dataset`` and ``predict_dataset``.
 
-    A subclass fills those attributes in :meth:`setup` and gives :meth:`collate`, unless its datasets make whole batches. The number of rows of one optimizer
-    step is ``global_batch_size`` on any number of devices: the accumulation follows from it.
+    A subclass fills those attributes in :meth:`setup` and gives :meth:`collate`, unless its datasets make whole batches. The number
+    of rows of one optimizer step is ``global_batch_size`` on any number of devices: the accumulation follows from it.
 
     Args:
         batch_size: Rows of one training pass on one device, at most.

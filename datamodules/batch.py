@@ -1,7 +1,8 @@
 """Typed batches and the catalogue: the one vocabulary that data and modules share.
 
 Shapes: B rows, P prompt tokens, K answers per row, A answer tokens, T tokens, L history items, S seen items, C candidates.
-Of queries to a graph: P true tails, F known answers, R original relations. Item ids run from 0; -1 pads item lists. A negative ``sample_id`` marks a row repeated only to fill a batch: metrics skip it.
+Of queries to a graph: P true tails, F known answers, R original relations. Item ids run from 0; -1 pads item lists.
+A negative ``sample_id`` marks a row repeated only to fill a batch: metrics skip it.
 """
 
 from __future__ import annotations

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from malleable.datamodules.sources.graph import GraphTables, Ints
+
+Mask = NDArray[np.bool_]
 
 TWIN_SHARE = 0.8  # as Akrami et al.
 LEAK_SHARE = 0.01  # of a split, from which on there is a warning
@@ -164,7 +167,7 @@ def _twins(triples: Ints, num_entities: int, num_relations: int) -> tuple[list[i
     return symmetric, twins
 
 
-def _leaks(rows: Ints, train: Ints, twins: list[tuple[int, int, int, float]]) -> Ints:
+def _leaks(rows: Ints, train: Ints, twins: list[tuple[int, int, int, float]]) -> Mask:
     """Which rows a training triple gives away, ``(N,)`` bool."""
     leaked = np.zeros(len(rows), dtype=bool)
     for one, other, swap, _ in twins:
@@ -176,7 +179,7 @@ def _leaks(rows: Ints, train: Ints, twins: list[tuple[int, int, int, float]]) ->
     return leaked
 
 
-def _among(rows: Ints, others: Ints) -> Ints:
+def _among(rows: Ints, others: Ints) -> Mask:
     """Which rows stand among the others, ``(N,)`` bool."""
     _, codes = np.unique(np.concatenate([rows, others]), axis=0, return_inverse=True)
     return np.isin(codes[: len(rows)], codes[len(rows) :])

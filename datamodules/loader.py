@@ -163,7 +163,7 @@ class PhasedLoader(Generic[BatchT]):
         self.pool: Any = dataset
         self.max_batch_size = batch_size
         self.global_batch_size = global_batch_size
-        self.collate_fn = collate_fn
+        self.collate_fn: Any = collate_fn
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.seed = seed

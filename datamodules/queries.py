@@ -117,7 +117,8 @@ class QueryRows:
         """Make the batch of these rows."""
         index = rows.numpy()
         head, relation, target = torch.from_numpy(self.queries[index].T.astype(np.int64, order="C"))
-        known, known_row = _NONE, _NONE
+        known: Ints = _NONE
+        known_row: Ints = _NONE
         if self.answers is not None and self._known is not None:
             known, known_row = self.answers.tails.take(self._known[index])
         return QueryBatch(

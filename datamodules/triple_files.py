@@ -152,7 +152,9 @@ def _text_rows(path: Path, fields: Sequence[str], header: bool, counted: bool, s
             if spaces and len(row) == 1:
                 row = line.rsplit(maxsplit=width - 1)
             if len(row) != width:
-                raise ValueError(f"{path}, line {number}: {_columns(row, line)}, expected {width}: {'<TAB>'.join(fields)}{_hint(row, number, spaces)}")
+                raise ValueError(
+                    f"{path}, line {number}: {_columns(row, line)}, expected {width}: {'<TAB>'.join(fields)}{_hint(row, number, spaces)}"
+                )
             if number == 1 and {cell.casefold() for cell in row} in HEADERS:
                 raise ValueError(f"{path}, line 1 looks like a header ({', '.join(row)}); say header: true, or take the line out")
             count += 1
@@ -197,9 +199,10 @@ def open_text(path: Path) -> Iterator[TextIO]:
     Raises:
         ValueError: If it is not text in UTF-8, or no gzip.
     """
-    opened: Any = gzip.open(path, "rt", encoding="utf-8-sig", newline="\n") if path.suffix == ".gz" else path.open(encoding="utf-8-sig", newline="\n")
+    packed = path.suffix == ".gz"
+    options: Any = {"mode": "rt", "encoding": "utf-8-sig", "newline": "\n"}
     try:
-        with opened as file:
+        with gzip.open(path, **options) if packed else path.open(**options) as file:
             yield file
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}); convert it") from error

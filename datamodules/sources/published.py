@@ -106,8 +106,6 @@ def _warn(text: str) -> None:
     log.warning(text)
 
 
-@functools.cache
 def _plain_sha256(path: Path) -> str:
-    opened = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-    with opened as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

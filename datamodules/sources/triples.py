@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from malleable.datamodules.sources.graph import GraphSource, GraphTables, number
+from malleable.datamodules.sources.graph import GraphSource, GraphTables, Ints, number
 from malleable.datamodules.triple_files import FIELDS, SUFFIXES, check_columns, read_ids, read_labels, read_names
 
 STEMS = {"train": ("train",), "val": ("valid", "val", "dev"), "test": ("test",)}
@@ -42,7 +42,7 @@ class Triples(GraphSource):
     def __init__(
         self,
         path: str,
-        format: Literal["labels", "ids_hrt", "openke"] = "labels",  # noqa: A002  (the word of the field)
+        format: Literal["labels", "ids_hrt", "openke"] = "labels",
         columns: str | None = None,
         header: bool = False,
         column_names: dict[str, str] | None = None,
@@ -81,7 +81,7 @@ class Triples(GraphSource):
 
     def load(self) -> GraphTables:
         """Read all files."""
-        options = {"header": self.header, "names": self.column_names}
+        options: Any = {"header": self.header, "names": self.column_names}
         if self.path.is_file():
             self.files()
             return hold_out(number({"train": read_labels(self.path, self.columns, **options)}), self.holdout, self.seed)
@@ -90,7 +90,9 @@ class Triples(GraphSource):
             return number({split: read_labels(path, self.columns, **options) for split, path in files.items()})
         counted = self.format == "openke"
         entities, relations = (read_names(path, counted=counted) for path in self._id_files())
-        triples = {split: read_ids(path, len(entities), len(relations), self.columns, counted=counted) for split, path in files.items()}
+        triples: dict[str, Ints] = {
+            split: read_ids(path, len(entities), len(relations), self.columns, counted=counted) for split, path in files.items()
+        }
         return GraphTables(entities, relations, triples)
 
     @property

@@ -28,7 +28,9 @@ def test_lists():
 
 def test_grouping_keeps_the_order_and_the_repeats_of_targets():
     keys, tails = group(QUERIES, 4)
-    assert dict(zip(map(tuple, np.stack(np.divmod(keys, 4), 1).tolist()), np.split(tails.values, tails.offsets[1:-1]), strict=True))[0, 0].tolist() == [1, 2, 1]
+    assert dict(zip(map(tuple, np.stack(np.divmod(keys, 4), 1).tolist()), np.split(tails.values, tails.offsets[1:-1]), strict=True))[
+        0, 0
+    ].tolist() == [1, 2, 1]
 
 
 def test_every_query_finds_all_its_answers_and_no_others():
@@ -77,7 +79,10 @@ def test_grouped_queries_hold_the_same_triples():
     assert len({*zip(batch.head.tolist(), batch.relation.tolist(), strict=True)}) == len(grouped) == 5
     assert grouped.row_tokens().sum() == 8
     assert batch.target_row.tolist() == sorted(batch.target_row.tolist())
-    first = [next(i for i, (h, r, _) in enumerate(QUERIES.tolist()) if (h, r) == pair) for pair in zip(batch.head.tolist(), batch.relation.tolist(), strict=True)]
+    first = [
+        next(i for i, (h, r, _) in enumerate(QUERIES.tolist()) if (h, r) == pair)
+        for pair in zip(batch.head.tolist(), batch.relation.tolist(), strict=True)
+    ]
     assert batch.sample_id.tolist() == first
 
 

@@ -64,7 +64,9 @@ def test_a_package_is_opened(folder, monkeypatch):
 
 @pytest.mark.parametrize("kind", [CoDExS, WN18RR, FB15k237, YAGO310])
 def test_without_a_network_the_ways_out_are_named(kind):
-    with pytest.raises(FetchError, match=rf"cannot fetch https://raw.*train.txt.*put it at .*train.txt\nor give {kind.__name__}\(path=...\) a folder"):
+    with pytest.raises(
+        FetchError, match=rf"cannot fetch https://raw.*train.txt.*put it at .*train.txt\nor give {kind.__name__}\(path=...\) a folder"
+    ):
         kind().files()
 
 
