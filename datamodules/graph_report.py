@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from malleable.datamodules.sources.graph import GraphTables, Ints
+from malleable.datamodules.sources.graph import GraphTables, Ints, pack
 
 Mask = NDArray[np.bool_]
 
@@ -109,22 +109,27 @@ def report(tables: GraphTables) -> GraphReport:
     splits = {split: tables.triples.get(split, np.zeros((0, 3), dtype=np.int64)) for split in ("train", "val", "test")}
     train = splits["train"]
     held = {split: rows for split, rows in splits.items() if split != "train"}
+    sizes = len(tables.entities), len(tables.relations)
+    codes = {split: pack(rows, *sizes) for split, rows in splits.items()}
+    distinct = {split: np.unique(own, return_index=True)[1] for split, own in codes.items()}
+    every = np.concatenate(list(splits.values()))[np.unique(np.concatenate(list(codes.values())), return_index=True)[1]]
     seen = [np.isin(np.arange(len(labels)), train[:, columns]) for labels, columns in ((tables.entities, [0, 2]), (tables.relations, [1]))]
-    _, answers = np.unique(np.unique(both_directions(train, len(tables.relations)), axis=0)[:, :2], axis=0, return_counts=True)
-    symmetric, pairs = _twins(np.unique(np.concatenate(list(splits.values())), axis=0), len(tables.entities), len(tables.relations))
+    asked = both_directions(train[distinct["train"]], sizes[1])
+    _, answers = np.unique(asked[:, 0] * 2 * sizes[1] + asked[:, 1], return_counts=True)
+    symmetric, pairs = _twins(every, *sizes)
     return GraphReport(
-        entities=len(tables.entities),
-        relations=len(tables.relations),
+        entities=sizes[0],
+        relations=sizes[1],
         triples={split: len(rows) for split, rows in splits.items()},
-        repeated={split: len(rows) - len(np.unique(rows, axis=0)) for split, rows in splits.items()},
-        known={split: int(_among(rows, train).sum()) for split, rows in held.items()},
+        repeated={split: len(rows) - len(distinct[split]) for split, rows in splits.items()},
+        known={split: int(np.isin(codes[split], codes["train"]).sum()) for split in held},
         unseen={split: int((~seen[0][rows[:, [0, 2]]].all(1) | ~seen[1][rows[:, 1]]).sum()) for split, rows in held.items()},
         unseen_entities=int((~seen[0]).sum()),
         queries=len(answers),
         largest_answer=int(answers.max(initial=0)),
         symmetric=[tables.relations[relation] for relation in symmetric],
         twins=[Twin(tables.relations[one], tables.relations[other], bool(swap), share) for one, other, swap, share in pairs],
-        leaked={split: int(_leaks(rows, train, pairs).sum()) for split, rows in held.items()},
+        leaked={split: int(_leaks(rows, train, pairs, sizes).sum()) for split, rows in held.items()},
     )
 
 
@@ -167,7 +172,7 @@ def _twins(triples: Ints, num_entities: int, num_relations: int) -> tuple[list[i
     return symmetric, twins
 
 
-def _leaks(rows: Ints, train: Ints, twins: list[tuple[int, int, int, float]]) -> Mask:
+def _leaks(rows: Ints, train: Ints, twins: list[tuple[int, int, int, float]], sizes: tuple[int, int]) -> Mask:
     """Which rows a training triple gives away, ``(N,)`` bool."""
     leaked = np.zeros(len(rows), dtype=bool)
     for one, other, swap, _ in twins:
@@ -175,14 +180,8 @@ def _leaks(rows: Ints, train: Ints, twins: list[tuple[int, int, int, float]]) ->
             given = np.flatnonzero(rows[:, 1] == source)
             wanted = rows[given][:, [2, 1, 0]] if swap else rows[given]
             wanted[:, 1] = target
-            leaked[given] |= _among(wanted, train[train[:, 1] == target])
+            leaked[given] |= np.isin(pack(wanted, *sizes), pack(train[train[:, 1] == target], *sizes))
     return leaked
-
-
-def _among(rows: Ints, others: Ints) -> Mask:
-    """Which rows stand among the others, ``(N,)`` bool."""
-    _, codes = np.unique(np.concatenate([rows, others]), axis=0, return_inverse=True)
-    return np.isin(codes[: len(rows)], codes[len(rows) :])
 
 
 def _counts(numbers: Mapping[str, int]) -> str:

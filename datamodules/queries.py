@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from malleable.datamodules.batch import QueryBatch
-from malleable.datamodules.sources.graph import Ints
+from malleable.datamodules.sources.graph import Ints, pack
 
 _NONE = np.zeros(0, dtype=np.int64)
 
@@ -63,7 +63,8 @@ class Answers:
     @classmethod
     def of(cls, queries: Ints, num_relations: int) -> Answers:
         """Collect the answers of ``(Q, 3)`` queries with their targets; repeats are left out."""
-        keys, tails = group(np.unique(queries.astype(np.int64), axis=0), num_relations)
+        _, distinct = np.unique(pack(queries, int(queries[:, [0, 2]].max(initial=0)) + 1, num_relations), return_index=True)
+        keys, tails = group(queries[distinct], num_relations)
         return cls(keys, tails, num_relations)
 
     def find(self, head: Ints, relation: Ints) -> Ints:

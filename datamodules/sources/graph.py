@@ -45,6 +45,27 @@ class GraphSource(ABC):
         return {}
 
 
+def pack(triples: Ints, num_entities: int, num_relations: int) -> Ints:
+    """Write each triple as one integer that orders as the triple does: sorting these is ten times as fast as sorting rows.
+
+    Args:
+        triples: ``(N, 3)`` of head, relation, tail.
+        num_entities: E.
+        num_relations: Number of relations that occur, with reciprocals where there are any.
+
+    Returns:
+        ``(N,)`` int64.
+
+    Raises:
+        OverflowError: If the graph has more possible triples than int64 holds.
+    """
+    if num_entities**2 * num_relations > np.iinfo(np.int64).max:
+        raise OverflowError(f"{num_entities} entities and {num_relations} relations make more possible triples than 64 bits hold")
+    heads, relations, tails = triples.astype(np.int64).T
+    codes: Ints = (heads * num_relations + relations) * num_entities + tails
+    return codes
+
+
 def number(splits: Mapping[str, Iterable[tuple[str, str, str]]]) -> GraphTables:
     """Number labelled triples; the vocabulary is that of all splits, in alphabetical order, so that the order of lines does not matter.
 
