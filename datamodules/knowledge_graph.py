@@ -140,7 +140,7 @@ class KnowledgeGraphDataModule(BaseDataModule):
 
     def _open(self) -> GraphStore:
         if self._store is None:
-            self._store = GraphStore.open_or_build(self.source, (self.cache_dir or cache_folder()) / "graphs")
+            self._store = GraphStore.open_or_build(self.source, (self.cache_dir or cache_folder()) / "knowledge_graph")
         return self._store
 
     def _selected(self, split: str, queries: dict[str, Ints], ids: Ints) -> tuple[Ints, Ints]:

@@ -93,6 +93,9 @@ def group(queries: Ints, num_relations: int) -> tuple[Ints, Lists]:
 class QueryRows:
     """One query with at most one true tail a row.
 
+    A :class:`~malleable.datamodules.loader.PhasedLoader` asks it for whole batches; for a plain loader, load its positions:
+    ``DataLoader(range(len(rows)), batch_size=128, collate_fn=lambda positions: rows.make_batch(torch.tensor(positions)))``.
+
     Args:
         queries: ``(Q, 3)`` of head, relation, target; a target of -1 is unknown, which it must be in all rows or in none.
         sample_id: ``(Q,)``.

@@ -9,6 +9,7 @@ from malleable.datamodules.sources.instruction import InstructionRows
 from malleable.datamodules.sources.movielens import MovieLens
 from malleable.datamodules.sources.small_graphs import UMLS, Kinship, Nations
 from malleable.datamodules.sources.synthetic import Synthetic
+from malleable.datamodules.sources.synthetic_graph import SyntheticGraph
 from malleable.datamodules.sources.tables import Tables
 from malleable.datamodules.sources.triples import Triples
 from malleable.datamodules.sources.wn18rr import WN18RR
@@ -32,6 +33,7 @@ __all__ = [
     "ReadyRows",
     "Source",
     "Synthetic",
+    "SyntheticGraph",
     "Tables",
     "Triples",
 ]

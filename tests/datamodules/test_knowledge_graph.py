@@ -148,12 +148,12 @@ def test_a_leaking_graph_warns(tmp_path, caplog):
 def test_the_cache_is_built_once_and_shared(tmp_path, cache, monkeypatch):
     data = toy_graph(tmp_path / "graph")
     data.prepare_data()
-    (folder,) = (cache / "graphs").iterdir()
+    (folder,) = (cache / "knowledge_graph").iterdir()
     monkeypatch.setattr(graph_store, "build", lambda *_: pytest.fail("built again"))
     data.setup("fit")
     other = toy_graph(tmp_path / "graph", group_queries=True, unseen_entities="drop", seed=9)
     other.setup("fit")
-    assert [path.name for path in (cache / "graphs").iterdir()] == [folder.name]
+    assert [path.name for path in (cache / "knowledge_graph").iterdir()] == [folder.name]
     base = other.answers.tails.values
     while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
         base = base.base
@@ -170,7 +170,7 @@ def test_other_files_make_another_cache(tmp_path, cache):
     data = KnowledgeGraphDataModule(source)
     data.setup("fit")
     assert len(data.train_dataset) == 2 * SIZES["train"] + 2
-    assert len(list((cache / "graphs").iterdir())) == 2
+    assert len(list((cache / "knowledge_graph").iterdir())) == 2
 
 
 def test_a_malformed_file_leaves_no_cache(tmp_path, cache):
@@ -178,7 +178,7 @@ def test_a_malformed_file_leaves_no_cache(tmp_path, cache):
     (tmp_path / "graph" / "test.txt").write_text("person 0\tknows\n")
     with pytest.raises(ValueError, match=r"test.txt, line 1: 2 columns"):
         data.prepare_data()
-    assert not (cache / "graphs").exists() or not list((cache / "graphs").iterdir())
+    assert not (cache / "knowledge_graph").exists() or not list((cache / "knowledge_graph").iterdir())
 
 
 def test_prediction_from_a_file(tmp_path):

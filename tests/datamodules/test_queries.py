@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from malleable.datamodules.graph_report import both_directions
 from malleable.datamodules.loader import MakesBatches, PhasedLoader
@@ -63,6 +64,12 @@ def test_a_test_batch_brings_the_filter():
         assert batch.known[batch.known_row == row].tolist() == answers_by_loop(int(batch.head[row]), int(batch.relation[row]))
         assert batch.target[row] in batch.known[batch.known_row == row], "the target is known, too"
     assert batch.known_row.tolist() == sorted(batch.known_row.tolist())
+
+
+def test_a_plain_loader_loads_positions():
+    rows = QueryRows(QUERIES, np.arange(8))
+    loader = DataLoader(range(len(rows)), batch_size=3, collate_fn=lambda positions: rows.make_batch(torch.tensor(positions)))
+    assert [batch.sample_id.tolist() for batch in loader] == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
 def test_open_queries_have_no_target_but_a_filter():
