@@ -91,10 +91,14 @@ def _write(folder: Path, save: Callable[[Path], None], manifest: Mapping[str, An
         save(part)
         files = {str(path.relative_to(part)): sha256_of(path) for path in sorted(part.rglob("*")) if path.is_file()}
         (part / MANIFEST).write_text(json.dumps({"files": files, **manifest}))
-        # What another process of this machine has written meanwhile is the same: it stays, for others read it.
-        if _problem(folder) is not None:
+        # What another process has written meanwhile is the same: it stays, for others read it.
+        if folder.exists() and _problem(folder) is not None:
             shutil.rmtree(folder, ignore_errors=True)
+        try:
             part.rename(folder)
+        except OSError:
+            if _problem(folder) is not None:
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

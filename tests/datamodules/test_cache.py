@@ -80,6 +80,18 @@ def test_of_two_writers_the_first_wins(folder):
     assert [path.name for path in folder.parent.iterdir() if "part" in path.name] == []
 
 
+def test_a_writer_that_was_overtaken_leaves_the_others_work(tmp_path, monkeypatch):
+    def overtaken(part: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(module.os, "getpid", lambda: 1)
+            write_arrays(tmp_path / "arrays", {"heads": np.arange(3)}, {"by": "another"})
+        np.save(part / "heads.npy", np.arange(3))
+
+    module._write(tmp_path / "arrays", overtaken, {"arrays": ["heads"], "meta": {"by": "this"}})
+    assert open_arrays(tmp_path / "arrays")[1] == {"by": "another"}
+    assert [path.name for path in tmp_path.iterdir()] == ["arrays"]
+
+
 def test_digest_depends_on_values_not_on_order():
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})

@@ -10,7 +10,7 @@ from launch import launch
 from query_run import Additive
 from shared import shared_data
 from tiny_data import quiet_trainer
-from toy_graph import NAMES, RELATIONS, toy_graph, toy_triples
+from toy_graph import NAMES, RELATIONS, toy_graph, toy_triples, write_toy_graph
 
 from malleable.datamodules import graph_store
 from malleable.datamodules.batch import KnowledgeGraph
@@ -251,6 +251,7 @@ def test_accumulated_steps_learn_the_same_with_the_last_short_one(tmp_path, grou
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_two_ranks_learn_and_test_the_same(tmp_path):
+    write_toy_graph(tmp_path / "graph")
     script = [str(HELPERS / "query_run.py"), str(tmp_path)]
     launch(script, ranks=1)
     launch(script, ranks=2)

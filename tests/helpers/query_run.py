@@ -2,7 +2,8 @@
 
     python query_run.py FOLDER
 
-Leaves ``FOLDER/ranks<N>/<queries a pass>_<grouped>.json``: the weights after the epoch and the ids that were evaluated.
+Reads the files in ``FOLDER/graph``. Leaves the weights after the epoch and the ids that were evaluated in
+``FOLDER/ranks<N>/<rank>/<queries a pass>_<grouped>.json``.
 """
 
 import json
@@ -15,9 +16,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from tiny_data import quiet_trainer
 from torch import Tensor, nn
-from toy_graph import toy_graph
 
 from malleable.datamodules.batch import QueryBatch
+from malleable.datamodules.knowledge_graph import KnowledgeGraphDataModule
+from malleable.datamodules.sources.triples import Triples
 from malleable.lightning_modules.base import BaseModule, LossOutput
 
 
@@ -52,7 +54,8 @@ class Additive(BaseModule):
 
 def run(folder: Path, ranks: int, batch_size: int, grouped: bool) -> None:
     """Fit one epoch in steps of 8 queries, then test."""
-    data = toy_graph(folder / "graph", batch_size=batch_size, global_batch_size=8, group_queries=grouped, cache_dir=str(folder / "cache"))
+    source, cache = Triples(str(folder / "graph")), str(folder / "cache")
+    data = KnowledgeGraphDataModule(source, group_queries=grouped, cache_dir=cache, batch_size=batch_size, global_batch_size=8)
     data.prepare_data()
     data.setup("test")
     module = Additive(data.num_entities, data.num_relations)
@@ -72,3 +75,6 @@ if __name__ == "__main__":
     for size in (4, 2):
         for together in (False, True):
             run(Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", "1")), size, together)
+    if torch.distributed.is_initialized():
+        # A thread of gloo that outlives the interpreter aborts the process.
+        torch.distributed.destroy_process_group()
