@@ -1,6 +1,7 @@
-"""Typed batches and the catalogue: the one vocabulary that data and modules share.
+"""Typed batches, the catalogue and the graph: the one vocabulary that data and modules share.
 
-Shapes: B rows, P prompt tokens, K answers per row, A answer tokens, T tokens, L history items, S seen items, C candidates.
+Shapes: B rows, P prompt tokens, K answers per row, A answer tokens, T tokens, L history items, S seen items, C candidates;
+of knowledge graphs: B queries, P true tails, F known tails, R relations.
 Item ids run from 0; -1 pads item lists. A negative ``sample_id`` marks a row repeated only to fill a batch: metrics skip it.
 """
 
@@ -106,6 +107,29 @@ class PreferenceBatch(AnswerBatch):
     reference_logps: Tensor | None = None
 
 
+@dataclass
+class QueryBatch(Batch):
+    """Link-prediction queries ``(h, r, ?)``; a head query ``(?, r, t)`` is asked as ``(t, r + R, ?)``.
+
+    Attributes:
+        head: ``(B,)`` int64 entity ids.
+        relation: ``(B,)`` int64, original relations ``0..R-1``, their reciprocals ``R..2R-1``.
+        target: ``(P,)`` int64 true tails. P = B in training without grouping; grouped queries and K-vs-all have several each.
+        target_row: ``(P,)`` int64, the row of the batch each true tail belongs to, ascending.
+        known: ``(F,)`` int64, all known answers of the queries (the filter), distinct within a query; empty in training.
+        known_row: ``(F,)`` int64, the row of each known answer.
+        num_step_tokens: As in :class:`PackedBatch`, with true tails for targets; needed where batches differ in P.
+    """
+
+    head: Tensor
+    relation: Tensor
+    target: Tensor
+    target_row: Tensor
+    known: Tensor
+    known_row: Tensor
+    num_step_tokens: Tensor | None = None
+
+
 class Example(TypedDict):
     """One row before collation: the element type of every recommendation dataset.
 
@@ -169,6 +193,31 @@ class Catalog:
     def __len__(self) -> int:
         """Return the number of items."""
         return len(self.titles)
+
+
+@dataclass(frozen=True)
+class KnowledgeGraph:
+    """What a module needs to know of a graph, in id order.
+
+    Attributes:
+        entities: Labels of the entities.
+        relations: Labels of the original relations, R of them.
+        degree: Training triples that each entity occurs in; empty where unknown.
+    """
+
+    entities: tuple[str, ...]
+    relations: tuple[str, ...]
+    degree: tuple[int, ...] = ()
+
+    @property
+    def num_entities(self) -> int:
+        """Number of entities, E."""
+        return len(self.entities)
+
+    @property
+    def num_relations(self) -> int:
+        """Number of relations with their reciprocals, 2R."""
+        return 2 * len(self.relations)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:

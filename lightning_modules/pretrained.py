@@ -90,15 +90,6 @@ class LanguageModelConfig:
     scratch: Scratch = field(default_factory=Scratch)
 
 
-def from_plain(kind: Any, value: Any) -> Any:
-    """Rebuild a dataclass from the plain dictionary a checkpoint holds; instances and other values pass through."""
-    if not isinstance(value, Mapping):
-        return value
-    hints = get_type_hints(kind)
-    inner = {f.name: next((t for t in (hints[f.name], *get_args(hints[f.name])) if is_dataclass(t)), None) for f in fields(kind)}
-    return kind(**{name: from_plain(inner[name], item) if inner.get(name) else item for name, item in value.items()})
-
-
 def build_language_model(config: LanguageModelConfig, catalog: Catalog, *, zero3_config: dict[str, Any] | None = None) -> nn.Module:
     """Build the model, its adapters and its training settings.
 
@@ -343,10 +334,3 @@ def _quietly() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def plain(value: Any) -> Any:
-    """Turn a dataclass, or an object with ``as_plain``, into the plain dictionary a checkpoint may hold."""
-    if hasattr(value, "as_plain"):
-        return value.as_plain()
-    return json.loads(json.dumps(asdict(value))) if is_dataclass(value) and not isinstance(value, type) else value

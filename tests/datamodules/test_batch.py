@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from malleable.datamodules.batch import AnswerBatch, Batch, Catalog, PackedBatch, PreferenceBatch, collate, pad
+from malleable.datamodules.batch import AnswerBatch, Batch, Catalog, KnowledgeGraph, PackedBatch, PreferenceBatch, QueryBatch, collate, pad
 
 ROWS = [
     {"sample_id": 7, "prompt": [3, 4, 5], "answers": [[6, 2]], "item_ids": [1], "history": [8, 9], "seen": [1, 8, 9]},
@@ -81,3 +81,18 @@ def test_a_function_reaches_every_tensor():
 
 def test_a_catalogue_counts_its_titles():
     assert len(Catalog(titles=("A", "B"))) == 2
+
+
+def test_queries_move_and_count_as_one():
+    empty = torch.zeros(0, dtype=torch.long)
+    one = torch.tensor([3])
+    batch = QueryBatch(one, one, one, torch.tensor([1, 2]), torch.tensor([0, 0]), empty, empty)
+    assert len(batch) == 1
+    moved = batch.map(lambda tensor: tensor + 1)
+    assert moved.target.tolist() == [2, 3]
+    assert moved.num_step_tokens is None
+
+
+def test_a_graph_counts_relations_with_their_reciprocals():
+    graph = KnowledgeGraph(("a", "b", "c"), ("likes", "knows"), degree=(2, 1, 1))
+    assert (graph.num_entities, graph.num_relations) == (3, 4)
