@@ -196,5 +196,5 @@ def test_a_loss_survives_as_plain_data(loss, monkeypatch):
 
 
 def test_only_a_preference_loss_is_made_from_a_checkpoint():
-    with pytest.raises(TypeError, match="torch.nn.MSELoss as its loss, which is no PreferenceLoss"):
+    with pytest.raises(TypeError, match=r"torch\.nn\.MSELoss as its loss, which is no PreferenceLoss"):
         loss_from_plain({"class_path": "torch.nn.MSELoss"})
