@@ -120,7 +120,8 @@ class Interaction(ABC):
 class NFE1(Interaction):
     """Mean-squared distance of two affine flows: ``|m - mu|^2 + |sigma_1 - sigma_2|^2``.
 
-    ``m = a mu_h + b``, ``sigma_1 = |a s_h|`` and ``sigma_2 = |s_t|``. With a Gaussian base it is the squared 2-Wasserstein distance of diagonal Gaussians.
+    ``m = a mu_h + b``, ``sigma_1 = |a s_h|`` and ``sigma_2 = |s_t|``.
+    With a Gaussian base it is the squared 2-Wasserstein distance of diagonal Gaussians.
 
     Source:
         Xiao, He, Cao (2023), Knowledge Graph Embedding by Normalizing Flows, AAAI 37(4):4756-4764, NFE-1.
