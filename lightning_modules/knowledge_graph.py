@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from malleable.datamodules.batch import KnowledgeGraph, QueryBatch, Recommendations
-from malleable.lightning_modules.base import BaseModule, LossOutput
+from malleable.lightning_modules.base import BaseModule, LossOutput, Split
 from malleable.lightning_modules.functional.flows import Interaction, Vectors, score_all
 from malleable.lightning_modules.graph_answers import GraphAnswers
 from malleable.lightning_modules.losses.described import object_from_plain
@@ -193,9 +193,12 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
 
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
         """The side of queries ``(h, r, ?)``, ``(B,)`` ids each; the margin is in it."""
+        return self._query(self.tables[0](head), self.tables[1](relation))
+
+    def _query(self, head: Tensor, relation: Tensor) -> Vectors:
+        """The same of rows of the tables."""
         drops = self.training and torch.is_grad_enabled()
-        rows = [F.dropout(table(ids), self.dropout, drops) for table, ids in zip(self.tables, (head, relation), strict=True)]
-        query = self.interaction.query(*rows)
+        query = self.interaction.query(*(F.dropout(rows, self.dropout, drops) for rows in (head, relation)))
         if not self.interaction.distance:
             return query
         assert query.bias is not None  # a distance has the query's norm
@@ -220,12 +223,20 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         weight = self.loss.weight(positives)
         whole_step = batch.num_step_tokens is not None and not self.loss.per_query
         normaliser = batch.num_step_tokens if whole_step and batch.num_step_tokens is not None else float(max(1, weight))
-        query = self.query(batch.head, batch.relation)
-        loss = self.loss(query, self.key, positives, self.tables[0].num_embeddings, normaliser)
+        entity, relation = self.tables
+        # Where the loss gives every entity a gradient, that of the heads is added to it row by row, without a table of its own.
+        heads = F.embedding(batch.head, entity.weight, sparse=entity.sparse or not self.loss.samples)
+        query = self._query(heads, relation(batch.relation))
+        loss: Tensor = self.loss(query, entity, self.interaction.key, positives, normaliser)
         if self.regulariser is None:
             return LossOutput(loss, {}, weight)
         penalty = self._penalty(batch, positives, query) / normaliser
         return LossOutput(loss + penalty, {"penalty": penalty.detach()}, weight)
+
+    def log_loss(self, batch: QueryBatch, split: Split) -> None:
+        """Log the loss in validation, beside the curve of training; a test is of ranks, which need all scores as they are."""
+        if split == "val":
+            super().log_loss(batch, split)
 
     def configure_metrics(self) -> dict[str, Metric]:
         """Filtered ranks."""

@@ -7,18 +7,15 @@ sums over entities: their size grows with the graph.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from malleable.lightning_modules.functional.flows import Vectors, score_pairs
-from malleable.lightning_modules.functional.one_vs_all import Kind, one_vs_all_loss
+from malleable.lightning_modules.functional.one_vs_all import KeyOf, Kind, one_vs_all_loss
 from malleable.lightning_modules.losses.described import Described
-
-KeyOf = Callable[[Tensor | None], Vectors]
 
 
 class Positives(NamedTuple):
@@ -49,14 +46,14 @@ class EmbeddingLoss(Described, ABC):
     """Only the true tails and drawn entities are scored, so that gradients of the entity table are sparse."""
 
     @abstractmethod
-    def forward(self, query: Vectors, key_of: KeyOf, positives: Positives, num_entities: int, normaliser: Tensor | float) -> Tensor:
+    def forward(self, query: Vectors, entity: nn.Embedding, key_of: KeyOf, positives: Positives, normaliser: Tensor | float) -> Tensor:
         """Sum the losses and divide by the ``normaliser``.
 
         Args:
             query: ``(B, W)``.
-            key_of: Gives the entity side of ids, or of all entities for ``None``.
+            entity: Rows of the entities.
+            key_of: Turns rows into the entities' side.
             positives: The true tails.
-            num_entities: E.
             normaliser: True tails (queries, if :attr:`per_query`) that the sum is a mean over.
         """
 
@@ -70,7 +67,7 @@ class OneVsAll(EmbeddingLoss):
 
     Args:
         smoothing: Share of the label spread evenly over all entities, in [0, 1).
-        chunk_scores: Most scores to keep at a time, which bounds memory; default: 2**18 on a CPU, 2**26 on a GPU.
+        chunk: Most entities scored at a time, which bounds memory; default: as many as the device holds well.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -78,28 +75,29 @@ class OneVsAll(EmbeddingLoss):
 
     kind: ClassVar[Kind]
 
-    def __init__(self, smoothing: float = 0.0, chunk_scores: int | None = None) -> None:
+    def __init__(self, smoothing: float = 0.0, chunk: int | None = None) -> None:
         super().__init__()
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
-        if chunk_scores is not None and chunk_scores < 1:
-            raise ValueError(f"chunk_scores must be >= 1, got {chunk_scores}")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be >= 1, got {chunk}")
         self.smoothing = smoothing
-        self.chunk_scores = chunk_scores
+        self.chunk = chunk
 
-    def forward(self, query: Vectors, key_of: KeyOf, positives: Positives, num_entities: int, normaliser: Tensor | float) -> Tensor:
+    def forward(self, query: Vectors, entity: nn.Embedding, key_of: KeyOf, positives: Positives, normaliser: Tensor | float) -> Tensor:
         """Sum over all entities, chunk by chunk."""
         counts = positives.counts
         return one_vs_all_loss(
             query,
-            key_of(None),
+            entity.weight,
+            key_of,
             positives.target,
             positives.row,
             (counts > 0) if self.per_query else counts,
             kind=self.kind,
             smoothing=self.smoothing,
             normaliser=normaliser,
-            chunk_scores=self.chunk_scores,
+            chunk=self.chunk,
         )
 
 
@@ -110,7 +108,7 @@ class BCESum(OneVsAll):
 
     Args:
         smoothing: Share of the label spread evenly over all entities, in [0, 1).
-        chunk_scores: Most scores to keep at a time.
+        chunk: Most entities scored at a time.
 
     Source:
         Xiao, He, Cao (2023), Knowledge Graph Embedding by Normalizing Flows, AAAI 37(4):4756-4764: the authors' code.
@@ -124,7 +122,7 @@ class Softmax(OneVsAll):
 
     Args:
         smoothing: Share of the label spread evenly over all entities, in [0, 1).
-        chunk_scores: Most scores to keep at a time.
+        chunk: Most entities scored at a time.
 
     Source:
         Lacroix, Usunier, Obozinski (2018), Canonical Tensor Decomposition for Knowledge Base Completion, arXiv:1806.07297, Eq. 5.
@@ -140,7 +138,7 @@ class KvsAll(OneVsAll):
 
     Args:
         smoothing: Share of the label spread evenly over all entities, in [0, 1).
-        chunk_scores: Most scores to keep at a time.
+        chunk: Most entities scored at a time.
 
     Source:
         Dettmers et al. (2018), Convolutional 2D Knowledge Graph Embeddings, arXiv:1707.01476, section 4.1.
@@ -179,12 +177,12 @@ class NegativeSampling(EmbeddingLoss):
         self.temperature = temperature
         self.shared = shared
 
-    def forward(self, query: Vectors, key_of: KeyOf, positives: Positives, num_entities: int, normaliser: Tensor | float) -> Tensor:
+    def forward(self, query: Vectors, entity: nn.Embedding, key_of: KeyOf, positives: Positives, normaliser: Tensor | float) -> Tensor:
         """Score true tails and drawn entities."""
         target, row = positives.target, positives.row
-        drawn = torch.randint(num_entities, (1 if self.shared else len(target), self.num_negatives), device=target.device)
+        drawn = torch.randint(entity.num_embeddings, (1 if self.shared else len(target), self.num_negatives), device=target.device)
         own = query.rows(row)
-        keys = key_of(torch.cat([target, drawn.flatten()]))
+        keys = key_of(entity(torch.cat([target, drawn.flatten()])))
         truth = score_pairs(own, keys.rows(slice(0, len(target))))
         rest = keys.rows(slice(len(target), None))
         scores = own.vector @ rest.vector.T if self.shared else torch.einsum("pw,pkw->pk", own.vector, rest.vector.unflatten(0, drawn.shape))

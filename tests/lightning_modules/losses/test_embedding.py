@@ -5,6 +5,7 @@ import json
 import literal_kg
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from malleable.lightning_modules.functional.flows import NFE1, Vectors, score_all
@@ -30,20 +31,28 @@ POSITIVES = Positives(TARGET, ROW, B)
 LABELS = torch.zeros(B, E, dtype=torch.float64).index_put((ROW, TARGET), torch.ones(8, dtype=torch.float64))
 
 
-def vectors(biases=True, seed=0, dtype=torch.float64):
-    """Queries and entities that want gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = [torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_() for shape in ((B, W), (B,), (E, W), (E,))]
-    return (Vectors(parts[0], parts[1]), Vectors(parts[2], parts[3])) if biases else (Vectors(parts[0]), Vectors(parts[2]))
+class Sides:
+    """Queries, and a table of entities whose last column is the bias."""
 
+    def __init__(self, biases=True, seed=0, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(seed)
+        query, bias, table = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((B, W), (B,), (E, W + biases)))
+        self.query = Vectors(query.requires_grad_(), bias.requires_grad_() if biases else None)
+        self.entity = nn.Embedding(E, W + biases, _weight=table)
+        self.biases = biases
 
-def run(loss, query, key, positives=POSITIVES, normaliser=1.0):
-    return loss(query, lambda ids: key if ids is None else key.rows(ids), positives, len(key.vector), normaliser)
+    def key_of(self, rows):
+        return Vectors(rows[:, :W], rows[:, W]) if self.biases else Vectors(rows)
 
+    @property
+    def scores(self):
+        return score_all(self.query, self.key_of(self.entity.weight))
 
-def gradients(loss, *sides):
-    parts = [part for side in sides for part in side if part is not None]
-    return torch.autograd.grad(loss, parts)
+    def run(self, loss, positives=POSITIVES, normaliser=1.0, query=None):
+        return loss(query or self.query, self.entity, self.key_of, positives, normaliser)
+
+    def gradients(self, loss):
+        return torch.autograd.grad(loss, [part for part in (*self.query, self.entity.weight) if part is not None])
 
 
 def smooth(labels, smoothing):
@@ -65,26 +74,26 @@ def literal(kind, scores, smoothing):
     return total
 
 
-@pytest.mark.parametrize("chunk_scores", [None, 1, 20, 24, 6 * 11])
+@pytest.mark.parametrize("chunk", [None, 1, 4, 11])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("kind", [BCESum, Softmax, KvsAll])
-def test_loss_and_gradient_equal_the_literal_ones(kind, biases, smoothing, chunk_scores):
-    query, key = vectors(biases)
-    expected = literal(kind, score_all(query, key), smoothing) / 7
-    loss = run(kind(smoothing, chunk_scores), query, key, normaliser=torch.tensor(7.0))
+def test_loss_and_gradient_equal_the_literal_ones(kind, biases, smoothing, chunk):
+    sides = Sides(biases)
+    expected = literal(kind, sides.scores, smoothing) / 7
+    loss = sides.run(kind(smoothing, chunk), normaliser=torch.tensor(7.0))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradients(loss * 3, query, key), gradients(expected * 3, query, key), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(sides.gradients(loss * 3), sides.gradients(expected * 3), rtol=1e-10, atol=1e-12)
     with torch.no_grad():
-        torch.testing.assert_close(run(kind(smoothing, chunk_scores), query, key, normaliser=7.0), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(sides.run(kind(smoothing, chunk), normaliser=7.0), expected, rtol=1e-12, atol=0)
 
 
 def test_single_precision_stays_within_its_rounding():
-    query, key = vectors(dtype=torch.float32)
-    expected = literal(BCESum, score_all(query, key).double(), 0.0)
-    loss = run(BCESum(chunk_scores=20), query, key)
+    sides = Sides(dtype=torch.float32)
+    expected = literal(BCESum, sides.scores.double(), 0.0)
+    loss = sides.run(BCESum(chunk=3))
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    for own, literally in zip(gradients(loss, query, key), gradients(expected, query, key), strict=True):
+    for own, literally in zip(sides.gradients(loss), sides.gradients(expected), strict=True):
         torch.testing.assert_close(own, literally, rtol=1e-5, atol=1e-5)
 
 
@@ -96,60 +105,61 @@ def test_golden_loss():
     query = query._replace(bias=query.bias + 1)
     positives = Positives(torch.tensor([0]), torch.tensor([0]), 1)
     assert score_all(query, NFE1().key(tails)).tolist() == [[1, -11.5, -7.75]]
-    assert run(BCESum(), query, NFE1().key(tails), positives).item() == pytest.approx(0.313702, abs=1e-6)
+    table = nn.Embedding(3, 4, _weight=tails)
+    assert BCESum()(query, table, NFE1().key, positives, 1.0).item() == pytest.approx(0.313702, abs=1e-6)
     assert literal_kg.loss(score_all(query, NFE1().key(tails)), torch.tensor([0])).item() == pytest.approx(0.313702, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", [BCESum, Softmax])
 def test_grouping_identical_queries_changes_nothing(kind):
-    query, key = vectors()
-    single = query.rows(ROW)
+    sides = Sides()
     one_by_one = Positives(TARGET, torch.arange(len(ROW)), len(ROW))
-    grouped, apart = run(kind(), query, key), run(kind(), single, key, one_by_one)
+    grouped, apart = sides.run(kind()), sides.run(kind(), one_by_one, query=sides.query.rows(ROW))
     torch.testing.assert_close(grouped, apart)
-    torch.testing.assert_close(gradients(grouped, query, key), gradients(apart, query, key))
+    torch.testing.assert_close(sides.gradients(grouped), sides.gradients(apart))
     assert kind().weight(POSITIVES) == kind().weight(one_by_one) == 8
     assert KvsAll().weight(POSITIVES) == 5
 
 
 def test_literal_official_loss():
-    query, key = vectors()
+    sides = Sides()
     positives = Positives(torch.tensor([2, 0, 10, 3, 3, 7]), torch.arange(B), B)
-    loss = run(BCESum(), query, key, positives, normaliser=B)
-    torch.testing.assert_close(loss, literal_kg.loss(score_all(query, key), positives.target))
-    gradient = torch.autograd.grad(literal_kg.loss(score_all(query, key), positives.target), query.bias)
-    torch.testing.assert_close(torch.autograd.grad(loss, query.bias), gradient)
+    loss = sides.run(BCESum(), positives, normaliser=B)
+    torch.testing.assert_close(loss, literal_kg.loss(sides.scores, positives.target))
+    gradient = torch.autograd.grad(literal_kg.loss(sides.scores, positives.target), sides.query.bias)
+    torch.testing.assert_close(torch.autograd.grad(loss, sides.query.bias), gradient)
 
 
 def test_only_what_wants_gradient_gets_some():
-    query, key = vectors()
-    loss = run(BCESum(), Vectors(query.vector.detach(), query.bias), key)
-    assert [part.shape for part in torch.autograd.grad(loss, (query.bias, key.vector))] == [(B,), (E, W)]
+    sides = Sides()
+    loss = sides.run(BCESum(), query=Vectors(sides.query.vector.detach(), sides.query.bias))
+    assert [part.shape for part in torch.autograd.grad(loss, (sides.query.bias, sides.entity.weight))] == [(B,), (E, W + 1)]
+    sides.entity.requires_grad_(False)
+    assert [part.shape for part in torch.autograd.grad(sides.run(BCESum()), sides.query)] == [(B, W), (B,)]
     with torch.no_grad():
-        assert not run(BCESum(), query, key).requires_grad
+        assert not sides.run(BCESum()).requires_grad
 
 
 def test_gradients_are_handed_out_once():
-    query, key = vectors()
-    loss = run(BCESum(), query, key)
+    sides = Sides()
+    loss = sides.run(BCESum())
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="compute the loss again instead of retain_graph=True"):
         loss.backward()
 
 
 def test_full_precision_under_mixed_precision():
-    query, key = vectors(dtype=torch.float32)
-    expected = run(BCESum(), query, key)
+    sides = Sides(dtype=torch.float32)
+    expected = sides.run(BCESum())
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = run(BCESum(), query, key)
+        mixed = sides.run(BCESum())
     assert mixed.dtype == torch.float32
     assert torch.equal(mixed, expected)
 
 
 class TestNegativeSampling:
-    def literal(self, query, key, drawn, temperature):
+    def literal(self, scores, drawn, temperature):
         total = 0
-        scores = score_all(query, key)
         for place, (row, tail) in enumerate(zip(ROW.tolist(), TARGET.tolist(), strict=True)):
             entities = [entity for entity in drawn[place].tolist() if entity != tail]
             negative = scores[row, entities]
@@ -161,26 +171,28 @@ class TestNegativeSampling:
     @pytest.mark.parametrize("shared", [False, True])
     @pytest.mark.parametrize("biases", [True, False])
     def test_equals_the_literal_form(self, temperature, shared, biases):
-        query, key = vectors(biases)
+        sides = Sides(biases)
         torch.manual_seed(5)
-        loss = run(NegativeSampling(4, temperature, shared), query, key, normaliser=8)
+        loss = sides.run(NegativeSampling(4, temperature, shared), normaliser=8)
         torch.manual_seed(5)
         drawn = torch.randint(E, (1 if shared else 8, 4)).expand(8, 4)
-        expected = self.literal(query, key, drawn, temperature) / 8
+        expected = self.literal(sides.scores, drawn, temperature) / 8
         torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(gradients(loss, query, key), gradients(expected, query, key))
+        torch.testing.assert_close(sides.gradients(loss), sides.gradients(expected))
 
     def test_asks_for_what_it_draws_only(self):
-        query, key = vectors()
-        asked = []
-        NegativeSampling(3, shared=True)(query, lambda ids: asked.append(ids) or key.rows(ids), POSITIVES, E, 1)
-        assert [len(ids) for ids in asked] == [8 + 3]
+        sides = Sides()
+        sides.entity.sparse = True
+        sides.run(NegativeSampling(3, shared=True)).backward()
+        assert sides.entity.weight.grad.is_sparse
+        assert sides.entity.weight.grad._nnz() == 8 + 3
 
     def test_a_graph_of_one_entity(self):
-        query, key = vectors()
+        sides = Sides()
+        sides.entity = nn.Embedding(1, W + 1, dtype=torch.float64)
         positives = Positives(torch.tensor([0]), torch.tensor([0]), B)
         for temperature in (0.0, 1.0):
-            assert NegativeSampling(2, temperature)(query, lambda ids: key.rows(ids), positives, 1, 1).isfinite()
+            assert sides.run(NegativeSampling(2, temperature), positives).isfinite()
 
 
 def test_regularisers_by_hand():
@@ -206,7 +218,7 @@ def test_a_checkpoint_describes_them(thing):
     ("make", "message"),
     [
         (lambda: BCESum(smoothing=1), r"smoothing must lie in \[0, 1\), got 1"),
-        (lambda: Softmax(chunk_scores=0), "chunk_scores must be >= 1, got 0"),
+        (lambda: Softmax(chunk=0), "chunk must be >= 1, got 0"),
         (lambda: NegativeSampling(0), "num_negatives must be >= 1, got 0"),
         (lambda: NegativeSampling(temperature=-1), "temperature must be >= 0, got -1"),
         (lambda: N3(-1), "weight must be >= 0, got -1"),
