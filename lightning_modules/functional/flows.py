@@ -16,10 +16,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Base = Literal["normal", "uniform"]
@@ -138,9 +139,7 @@ class NFE1(Interaction):
 
     def key(self, entity: Tensor) -> Vectors:
         """``[mu | |s|]`` and minus the squared norm."""
-        mean, slope = entity.chunk(2, -1)
-        # |s| and s have one square, so the norm needs no copy.
-        return Vectors(torch.cat([mean, slope.abs()], -1), -entity.square().sum(-1))
+        return folded_key(entity, entity.shape[-1] // 2)
 
     def deviation(self, entity: Tensor) -> Tensor:
         """``|s|``."""
@@ -161,7 +160,7 @@ class NFE2(NFE1):
     """Mean-squared distance of two flows with one slope on either side of zero.
 
     ``|dm|^2 + |dalpha|^2 / 2 + |dbeta|^2 / 2 + c dm . (dbeta - dalpha)``, alpha the slopes below and beta those above zero. The
-    quadratic form is positive definite, so its Cholesky factor turns it into a squared distance in 3D coordinates.
+    quadratic form ``M`` of ``(m, alpha, beta)`` is positive definite: a squared distance, whose inner product is ``(M q) . k``.
 
     Args:
         base: Base variable: standard normal, or uniform of variance one.
@@ -183,18 +182,18 @@ class NFE2(NFE1):
             raise ValueError(f"base must be one of {sorted(CROSS_TERM)}, got {self.base!r}")
 
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """The query's slopes, mapped by the Cholesky factor."""
+        """``2 M [m | alpha_1 | beta_1]`` and minus the form's value."""
         shift, scale = relation.chunk(2, -1)
         mean, below, above = head.chunk(3, -1)
         if self.swap_on_negative_scale:
             below, above = torch.where(scale < 0, above, below), torch.where(scale < 0, below, above)
         parts = torch.addcmul(shift, scale, mean), (scale * below).abs(), (scale * above).abs()
-        return squared_distance_query(self._coordinates(*parts))
+        mapped = slope_form(*parts, CROSS_TERM[self.base])
+        return Vectors(2 * mapped, -(mapped * torch.cat(parts, -1)).sum(-1))
 
     def key(self, entity: Tensor) -> Vectors:
-        """The entity's slopes, mapped by the Cholesky factor."""
-        mean, below, above = entity.chunk(3, -1)
-        return squared_distance_key(self._coordinates(mean, below.abs(), above.abs()))
+        """``[mu | |s_neg| | |s_pos|]`` and minus the form's value."""
+        return folded_key(entity, entity.shape[-1] // 3, CROSS_TERM[self.base])
 
     def deviation(self, entity: Tensor) -> Tensor:
         """Standard deviation of ``f(x)``: ``E f^2 = (alpha^2 + beta^2) / 2`` and ``E f = c (beta - alpha) / 2``, both about mu."""
@@ -205,14 +204,6 @@ class NFE2(NFE1):
     def location(self, entity: Tensor) -> Tensor:
         """``mu``."""
         return entity.chunk(3, -1)[0]
-
-    def _coordinates(self, mean: Tensor, below: Tensor, above: Tensor) -> Tensor:
-        """``L^T (mean, below, above)`` with ``L L^T = [[1, -c/2, c/2], [-c/2, 1/2, 0], [c/2, 0, 1/2]]``, ``(N, 3D)``."""
-        half = CROSS_TERM[self.base] / 2
-        second = math.sqrt(0.5 - half * half)
-        third = half * half / second
-        fourth = math.sqrt(0.5 - half * half - third * third)
-        return torch.cat([torch.add(mean, above - below, alpha=half), torch.add(below * second, above, alpha=third), above * fourth], -1)
 
 
 @dataclass(frozen=True)
@@ -278,7 +269,7 @@ class AffinePoint(Interaction):
 
     def key(self, entity: Tensor) -> Vectors:
         """``mu`` and minus the squared norm."""
-        return squared_distance_key(entity)
+        return folded_key(entity, entity.shape[-1])
 
     def flow(self, relation: Tensor) -> Map:
         """``y -> a y + b``."""
@@ -303,7 +294,7 @@ class Sigma(Interaction):
 
     def key(self, entity: Tensor) -> Vectors:
         """``|s|`` and minus the squared norm."""
-        return squared_distance_key(entity.abs())
+        return folded_key(entity, 0)
 
     def deviation(self, entity: Tensor) -> Tensor:
         """``|s|``."""
@@ -334,7 +325,7 @@ class Translation(Interaction):
 
     def key(self, entity: Tensor) -> Vectors:
         """``t`` and minus the squared norm."""
-        return squared_distance_key(entity)
+        return folded_key(entity, entity.shape[-1])
 
     def flow(self, relation: Tensor) -> Map:
         """``y -> y + r``."""
@@ -408,7 +399,7 @@ class Rotation(Interaction):
 
     def key(self, entity: Tensor) -> Vectors:
         """``t`` and minus the squared norm."""
-        return squared_distance_key(entity)
+        return folded_key(entity, entity.shape[-1])
 
     def location(self, entity: Tensor) -> Tensor:
         """The complex vector."""
@@ -425,9 +416,49 @@ def squared_distance_query(point: Tensor) -> Vectors:
     return Vectors(2 * point, -point.square().sum(-1))
 
 
-def squared_distance_key(point: Tensor) -> Vectors:
-    """The entity's side of ``-|q - k|^2``."""
-    return Vectors(point, -point.square().sum(-1))
+def slope_form(mean: Tensor, below: Tensor, above: Tensor, cross: float) -> Tensor:
+    """``M (mean, below, above)`` with ``M = [[1, -c/2, c/2], [-c/2, 1/2, 0], [c/2, 0, 1/2]]``, coordinate by coordinate, ``(N, 3D)``."""
+    half = cross / 2
+    return torch.cat([torch.add(mean, above - below, alpha=half), below / 2 - half * mean, torch.add(above / 2, mean, alpha=half)], -1)
+
+
+def folded_key(entity: Tensor, first: int, cross: float | None = None) -> Vectors:
+    """The entity's side of minus a squared distance: the row with absolute values from column ``first`` on, and minus its square.
+
+    Args:
+        entity: ``(N, W)``.
+        first: First column whose sign does not count.
+        cross: c of :func:`slope_form`, in which three parts are squared; ``None`` for the plain square.
+    """
+    return Vectors(*_FoldedKey.apply(entity, first, cross))  # type: ignore[no-untyped-call]
+
+
+class _FoldedKey(torch.autograd.Function):
+    """One pass over the rows each way, where the single operations make ten."""
+
+    @staticmethod
+    def forward(ctx: Any, entity: Tensor, first: int, cross: float | None) -> tuple[Tensor, Tensor]:
+        vector = entity
+        if first < entity.shape[-1]:
+            vector = entity.clone()
+            vector[..., first:].abs_()
+        if cross is None:
+            form, bias = vector, -torch.linalg.vector_norm(entity, dim=-1).square()
+        else:
+            form = slope_form(*vector.chunk(3, -1), cross)
+            bias = -torch.linalg.vecdot(vector, form)
+        ctx.first = first
+        ctx.save_for_backward(entity, form)
+        return vector, bias
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, vector: Tensor, bias: Tensor) -> tuple[Tensor, None, None]:
+        entity, form = ctx.saved_tensors
+        gradient = torch.addcmul(vector, form, bias[..., None], value=-2)
+        if ctx.first < entity.shape[-1]:
+            gradient[..., ctx.first :].mul_(entity[..., ctx.first :].sgn())
+        return gradient, None, None
 
 
 def complex_product(left: Tensor, real: Tensor, imaginary: Tensor) -> Tensor:

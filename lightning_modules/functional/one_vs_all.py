@@ -18,7 +18,7 @@ from malleable.lightning_modules.functional.flows import Vectors
 Kind = Literal["sigmoid", "softmax"]
 KeyOf = Callable[[Tensor], Vectors]
 # Numbers of a chunk: what stays in a processor's cache, and what fills a GPU.
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
+CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 def one_vs_all_loss(
@@ -98,23 +98,15 @@ class _OneVsAll(torch.autograd.Function):
                 key = task.key_of(leaf)
             with torch.no_grad():
                 scores = _scores(queries, key)
-                total -= (1 - task.smoothing) * task.scale * scores[cells].sum()
-                if task.smoothing:
-                    total -= task.smoothing / len(table) * (scores.sum(1) @ weight)
-                if normaliser is None:
-                    total += F.softplus(scores).sum(1) @ weight
-                if not any(wanted):
-                    continue
-                residual = scores.sigmoid_() if normaliser is None else scores.sub_(normaliser[:, None]).exp_()
-                if task.smoothing:
-                    residual.sub_(task.smoothing / len(table))
-                residual.index_put_(cells, (task.smoothing - 1) / task.row_weight[cells[0]], accumulate=True)
+                total += _value(scores, cells, weight, len(table), task)
+                if any(wanted):
+                    _residual(scores, cells, normaliser, len(table), task)
                 if grads[0] is not None:
-                    grads[0].addmm_(residual, key.vector)
+                    grads[0].addmm_(scores, key.vector)
                 if grads[1] is not None:
-                    grads[1].add_(residual.sum(1))
+                    grads[1].add_(scores.sum(1))
             if grads[2] is not None:
-                _row_gradient(grads[2][rows], residual.T, weighted, key, leaf)
+                _row_gradient(grads[2][rows], scores.T, weighted, key, leaf)
         if normaliser is not None:
             total += normaliser @ weight
         if grads[0] is not None:
@@ -145,6 +137,27 @@ def _scores(query: Vectors, key: Vectors) -> Tensor:
     columns = key.vector.T
     scores = query.vector @ columns if key.bias is None else torch.addmm(key.bias, query.vector, columns)
     return scores if query.bias is None else scores.add_(query.bias[:, None])
+
+
+def _value(scores: Tensor, cells: tuple[Tensor, Tensor], weight: Tensor, entities: int, task: _Task) -> Tensor:
+    """A chunk's part of the loss, all but a softmax's normaliser."""
+    value = (task.smoothing - 1) * task.scale * scores[cells].sum()
+    if task.smoothing:
+        value -= task.smoothing / entities * (scores.sum(1) @ weight)
+    if task.kind == "sigmoid":
+        value += F.softplus(scores).sum(1) @ weight
+    return value
+
+
+def _residual(scores: Tensor, cells: tuple[Tensor, Tensor], normaliser: Tensor | None, entities: int, task: _Task) -> None:
+    """Turn scores into what is left of probabilities after the labels, in place: the gradient without the queries' weights."""
+    if normaliser is None:
+        scores.sigmoid_()
+    else:
+        scores.sub_(normaliser[:, None]).exp_()
+    if task.smoothing:
+        scores.sub_(task.smoothing / entities)
+    scores.index_put_(cells, (task.smoothing - 1) / task.row_weight[cells[0]], accumulate=True)
 
 
 def _log_normaliser(query: Vectors, table: Tensor, task: _Task) -> Tensor:

@@ -23,6 +23,7 @@ from malleable.lightning_modules.functional.flows import (
     Vectors,
     score_all,
     score_pairs,
+    slope_form,
 )
 
 INTERACTIONS = {
@@ -83,7 +84,7 @@ class TestGolden:
         tails = torch.tensor([[-0.5, -1.5, 3, 1, 1.5, 0.5], [0.0] * 6, [1, -2, 0.5, -1, -2, 1]])
         torch.testing.assert_close(-scores(NFE2(base=base), h, self.r, tails)[0], torch.tensor(expected), atol=5e-6, rtol=1e-6)
 
-    def test_cholesky_factor_and_eigenvalues(self):
+    def test_the_form_of_two_slopes_is_positive_definite(self):
         """M = [[1, -c/2, c/2], [-c/2, 1/2, 0], [c/2, 0, 1/2]], det M = (1 - c^2) / 4."""
         for base, eigenvalues in (("normal", [0.1329, 0.5, 1.3671]), ("uniform", [0.0886, 0.5, 1.4114])):
             c = CROSS_TERM[base]
@@ -91,8 +92,7 @@ class TestGolden:
             torch.testing.assert_close(torch.linalg.eigvalsh(form), torch.tensor(eigenvalues, dtype=torch.float64), atol=5e-5, rtol=0)
             assert form.det().item() == pytest.approx((1 - c * c) / 4)
             one = torch.eye(3, dtype=torch.float64)
-            factor = NFE2(base=base)._coordinates(*one.split(1, dim=1))  # rows are what L^T makes of each unit vector
-            torch.testing.assert_close(factor @ factor.T, form)
+            torch.testing.assert_close(slope_form(*one.split(1, dim=1), c), form)
 
 
 @EVERY
