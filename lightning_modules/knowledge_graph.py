@@ -142,10 +142,8 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         self.dimension = dimension
         self.gamma: float | nn.Parameter = gamma
         self.gamma_trainable = gamma_trainable
-        self.loss: EmbeddingLoss = object_from_plain(EmbeddingLoss, loss) if isinstance(loss, Mapping) else loss or BCESum()  # type: ignore[type-abstract]
-        self.regulariser: Regulariser | None = (
-            object_from_plain(Regulariser, regulariser) if isinstance(regulariser, Mapping) else regulariser  # type: ignore[type-abstract]
-        )
+        self.loss: EmbeddingLoss = object_from_plain(EmbeddingLoss, loss) if isinstance(loss, Mapping) else loss or BCESum()
+        self.regulariser: Regulariser | None = object_from_plain(Regulariser, regulariser) if isinstance(regulariser, Mapping) else regulariser
         self.dropout = dropout
         self.init: Init = from_plain(Init, init) or Init()
         self.tuning: EmbeddingTuning = from_plain(EmbeddingTuning, tuning) or EmbeddingTuning()

@@ -43,6 +43,10 @@ class Vectors(NamedTuple):
         """Take some rows."""
         return Vectors(self.vector[index], None if self.bias is None else self.bias[index])
 
+    def full(self) -> Vectors:
+        """Widen half precision: ranks hang on small differences of large terms."""
+        return Vectors(full(self.vector), None if self.bias is None else full(self.bias))
+
 
 class Map(NamedTuple):
     """The map ``y -> scale y + shift`` of a relation, coordinate by coordinate; complex where entities are.
@@ -60,10 +64,22 @@ class Map(NamedTuple):
         return Map(self.scale * first.scale, self.scale * first.shift + self.shift)
 
 
+def full(part: Tensor) -> Tensor:
+    """Widen half precision to single."""
+    return part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
+
+
 def score_all(query: Vectors, key: Vectors) -> Tensor:
-    """Score every entity for every query, ``(B, E)``, by one product."""
+    """Score every entity for every query, ``(B, E)``, by one product, in full precision whatever the run's."""
+    query, key = query.full(), key.full()
+    with torch.autocast(query.vector.device.type, enabled=False):
+        return product(query, key)
+
+
+def product(query: Vectors, key: Vectors) -> Tensor:
+    """Multiply as it stands, ``(B, E)`` in memory of its own."""
     scores = query.vector @ key.vector.T if key.bias is None else torch.addmm(key.bias, query.vector, key.vector.T)
-    return scores if query.bias is None else scores + query.bias[:, None]
+    return scores if query.bias is None else scores.add_(query.bias[:, None])
 
 
 def score_pairs(query: Vectors, key: Vectors) -> Tensor:
@@ -128,7 +144,7 @@ class NFE1(Interaction):
         Xiao, He, Cao (2023), Knowledge Graph Embedding by Normalizing Flows, AAAI 37(4):4756-4764, NFE-1.
     """
 
-    entity_parts = ("mu", "s")
+    entity_parts: ClassVar[tuple[str, ...]] = ("mu", "s")
     relation_parts = ("b", "a")
 
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
@@ -339,8 +355,8 @@ class Diagonal(Interaction):
         Yang et al. (2015), Embedding Entities and Relations for Learning and Inference in Knowledge Bases, arXiv:1412.6575, Eq. 3 (DistMult).
     """
 
-    entity_parts = ("mu",)
-    relation_parts = ("a",)
+    entity_parts: ClassVar[tuple[str, ...]] = ("mu",)
+    relation_parts: ClassVar[tuple[str, ...]] = ("a",)
     distance = False
 
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
@@ -445,14 +461,15 @@ class _FoldedKey(torch.autograd.Function):
         if cross is None:
             form, bias = vector, -torch.linalg.vector_norm(entity, dim=-1).square()
         else:
-            form = slope_form(*vector.chunk(3, -1), cross)
+            mean, below, above = vector.chunk(3, -1)
+            form = slope_form(mean, below, above, cross)
             bias = -torch.linalg.vecdot(vector, form)
         ctx.first = first
         ctx.save_for_backward(entity, form)
         return vector, bias
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, vector: Tensor, bias: Tensor) -> tuple[Tensor, None, None]:
         entity, form = ctx.saved_tensors
         gradient = torch.addcmul(vector, form, bias[..., None], value=-2)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from malleable.lightning_modules.functional.flows import Vectors
+from malleable.lightning_modules.functional.flows import Vectors, full, product
 
 Kind = Literal["sigmoid", "softmax"]
 KeyOf = Callable[[Tensor], Vectors]
@@ -56,7 +56,7 @@ def one_vs_all_loss(
     """
     if chunk is None:
         chunk = max(64, CHUNK.get(table.device.type, CHUNK["cuda"]) // max(len(query.vector), table.shape[1]))
-    query = Vectors(*map(_full, query))
+    query = query.full()
     scale = torch.as_tensor(normaliser, dtype=query.vector.dtype, device=table.device).reciprocal()
     task = _Task(key_of, target, target_row, row_weight.to(scale.dtype), kind, smoothing, scale, chunk, torch.is_grad_enabled())
     # The products keep full precision under mixed precision: ranks hang on small differences of large terms.
@@ -95,9 +95,9 @@ class _OneVsAll(torch.autograd.Function):
         for rows, cells in _chunks(task, len(table)):
             leaf = table[rows].detach().requires_grad_(wanted[2])
             with torch.set_grad_enabled(wanted[2]):
-                key = task.key_of(leaf)
+                key = task.key_of(full(leaf))
             with torch.no_grad():
-                scores = _scores(queries, key)
+                scores = product(queries, key)
                 total += _value(scores, cells, weight, len(table), task)
                 if any(wanted):
                     _residual(scores, cells, normaliser, len(table), task)
@@ -117,7 +117,7 @@ class _OneVsAll(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("the gradients of this loss were handed out already; compute the loss again instead of retain_graph=True")
@@ -126,17 +126,6 @@ class _OneVsAll(torch.autograd.Function):
         if factor.device.type != "cpu" or factor.item() != 1:
             grads = [None if grad is None else grad.mul_(factor) for grad in grads]
         return (*grads, None)
-
-
-def _full(part: Tensor | None) -> Tensor | None:
-    return part.float() if part is not None and part.dtype in (torch.bfloat16, torch.float16) else part
-
-
-def _scores(query: Vectors, key: Vectors) -> Tensor:
-    """Scores in memory of their own."""
-    columns = key.vector.T
-    scores = query.vector @ columns if key.bias is None else torch.addmm(key.bias, query.vector, columns)
-    return scores if query.bias is None else scores.add_(query.bias[:, None])
 
 
 def _value(scores: Tensor, cells: tuple[Tensor, Tensor], weight: Tensor, entities: int, task: _Task) -> Tensor:
@@ -162,7 +151,7 @@ def _residual(scores: Tensor, cells: tuple[Tensor, Tensor], normaliser: Tensor |
 
 def _log_normaliser(query: Vectors, table: Tensor, task: _Task) -> Tensor:
     """``logsumexp`` of each query's scores."""
-    parts = [_scores(query, task.key_of(rows)).logsumexp(1) for rows in table.split(task.chunk)]
+    parts = [product(query, task.key_of(full(rows))).logsumexp(1) for rows in torch.split(table, task.chunk)]
     return torch.stack(parts).logsumexp(0)
 
 

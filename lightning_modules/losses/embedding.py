@@ -185,7 +185,7 @@ class NegativeSampling(EmbeddingLoss):
         keys = key_of(entity(torch.cat([target, drawn.flatten()])))
         truth = score_pairs(own, keys.rows(slice(0, len(target))))
         rest = keys.rows(slice(len(target), None))
-        scores = own.vector @ rest.vector.T if self.shared else torch.einsum("pw,pkw->pk", own.vector, rest.vector.unflatten(0, drawn.shape))
+        scores = own.vector @ rest.vector.T if self.shared else torch.einsum("pw,pkw->pk", own.vector, rest.vector.reshape(*drawn.shape, -1))
         for bias in (None if own.bias is None else own.bias[:, None], None if rest.bias is None else rest.bias.reshape(drawn.shape)):
             scores = scores if bias is None else scores + bias
         real = drawn != target[:, None]

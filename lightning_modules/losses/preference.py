@@ -73,7 +73,7 @@ def loss_from_plain(stored: Mapping[str, Any]) -> PreferenceLoss:
     Raises:
         TypeError: If the class is no preference loss.
     """
-    return object_from_plain(PreferenceLoss, stored)
+    return object_from_plain(PreferenceLoss, stored)  # type: ignore[type-abstract]
 
 
 class PairwiseLoss(PreferenceLoss):

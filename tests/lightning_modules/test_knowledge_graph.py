@@ -365,3 +365,14 @@ def test_sparse_gradients_travel_between_ranks(tmp_path):
     script.write_text(SCRIPT)
     two = [json.loads(out.splitlines()[-1]) for out in launch([script, tmp_path, "NegativeSampling"], ranks=2, cwd=tmp_path)]
     assert two[0] == two[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("loss", [BCESum(), NegativeSampling(4)])
+def test_other_precisions(precision, loss, tmp_path):
+    """Products and ranks keep full precision; only tables are narrow, where asked for."""
+    module = NFE("nfe2", 8, 1.0, loss=loss, tuning=EmbeddingTuning(lr=0.05))
+    trainer = quiet_trainer(tmp_path, max_epochs=10, precision=precision, enable_checkpointing=False)
+    trainer.fit(module, TinyGraphData(batch_size=24))
+    assert trainer.test(module, TinyGraphData(), verbose=False)[0]["test_mrr"] > 0.3
+    assert trainer.callback_metrics["test_mrr"].isfinite()
