@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import Metric
 
 from malleable.datamodules.batch import Batch
+from malleable.lightning_modules.plain import plain
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,14 @@ class BaseModule(LightningModule, ABC):
             return self.trainer
         except RuntimeError:
             return None
+
+    def remember(self) -> None:
+        """Store the constructor's arguments as plain data; call it last in ``__init__``."""
+        frame = inspect.currentframe()
+        assert frame is not None
+        self.save_hyperparameters(ignore=[*self.needs, "optimizer", "lr_scheduler"], frame=frame.f_back)
+        for name, value in list(self.hparams.items()):
+            self.hparams[name] = plain(value)
 
     @abstractmethod
     def compute_loss(self, batch: Any) -> LossOutput:
