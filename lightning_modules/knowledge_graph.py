@@ -214,13 +214,13 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         return self._keys
 
     def compute_loss(self, batch: QueryBatch) -> LossOutput:
-        """Return the loss, a mean over the true tails of the optimizer step (over the batch's queries for K-vs-all)."""
+        """Return the loss, a mean over the true tails of the optimizer step, or over its queries for K-vs-all."""
         # Queries repeated only to fill a batch count for nothing.
         real = batch.sample_id[batch.target_row] >= 0
         positives = Positives(batch.target[real], batch.target_row[real], len(batch))
         weight = self.loss.weight(positives)
-        whole_step = batch.num_step_tokens is not None and not self.loss.per_query
-        normaliser = batch.num_step_tokens if whole_step and batch.num_step_tokens is not None else float(max(1, weight))
+        step = batch.num_step_rows if self.loss.per_query else batch.num_step_tokens
+        normaliser = float(max(1, weight)) if step is None else step
         entity, relation = self.tables
         # Where the loss gives every entity a gradient, that of the heads is added to it row by row, without a table of its own.
         heads = F.embedding(batch.head, entity.weight, sparse=entity.sparse or not self.loss.samples)
