@@ -111,7 +111,9 @@ class BaseModule(LightningModule, ABC):
         """Seed what the step draws (dropout) by its number, so that a resumed run repeats it exactly."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         # Seeds run up to 2**32, so the product passes what a generator takes.
-        torch.manual_seed((((seed * 1_000_003 + self.current_epoch) * 1_000_003 + batch_idx) * 1_009 + self.global_rank) % (1 << 63))
+        number = (((seed * 1_000_003 + self.current_epoch) * 1_000_003 + batch_idx) * 1_009 + self.global_rank) % (1 << 63)
+        # On a CPU only its own generator: `torch.manual_seed` also queues a call for accelerators, with the whole stack, in every step.
+        (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(number)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss; the last batch of an optimizer step logs the step's figures."""

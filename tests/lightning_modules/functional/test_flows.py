@@ -226,6 +226,7 @@ class TestMeaning:
         total.backward()
         assert total.isfinite()
         assert all(part.grad.isfinite().all() for part in parts)
+        assert not parts[2].grad[:, 4:].any()  # at the floor
 
     @pytest.mark.parametrize("base", ["normal", "uniform"])
     def test_deviations(self, base):
