@@ -4,10 +4,13 @@ from malleable.datamodules.base import BaseDataModule as BaseDataModule
 from malleable.datamodules.batch import AnswerBatch as AnswerBatch
 from malleable.datamodules.batch import Batch as Batch
 from malleable.datamodules.batch import Catalog as Catalog
+from malleable.datamodules.batch import KnowledgeGraph as KnowledgeGraph
 from malleable.datamodules.batch import PackedBatch as PackedBatch
 from malleable.datamodules.batch import PreferenceBatch as PreferenceBatch
+from malleable.datamodules.batch import QueryBatch as QueryBatch
 from malleable.datamodules.batch import Recommendations as Recommendations
 from malleable.datamodules.batch import collate as collate
+from malleable.datamodules.knowledge_graph import KnowledgeGraphDataModule as KnowledgeGraphDataModule
 from malleable.datamodules.loader import PhasedLoader as PhasedLoader
 from malleable.datamodules.prompt import PromptTemplate as PromptTemplate
 from malleable.datamodules.recommendation import RecommendationDataModule as RecommendationDataModule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class BaseDataModule(LightningDataModule, ABC):
     """Loaders over ``train_dataset``, ``val_dataset``, ``test_dataset`` and ``predict_dataset``.
 
-    A subclass fills those attributes in :meth:`setup` and gives :meth:`collate`. The number of rows of one optimizer
-    step is ``global_batch_size`` on any number of devices: the accumulation follows from it.
+    A subclass fills those attributes in :meth:`setup` and gives :meth:`collate`, unless its datasets make whole batches. The number
+    of rows of one optimizer step is ``global_batch_size`` on any number of devices: the accumulation follows from it.
 
     Args:
         batch_size: Rows of one training pass on one device, at most.
@@ -30,6 +30,8 @@ class BaseDataModule(LightningDataModule, ABC):
         seed: Seed of the order of rows and of everything drawn.
     """
 
+    drop_last: ClassVar[bool] = True
+    """Whether training leaves out the rows that do not fill a global batch."""
     train_dataset: Any = None
     val_dataset: Any = None
     test_dataset: Any = None
@@ -76,6 +78,7 @@ class BaseDataModule(LightningDataModule, ABC):
                 self.batch_size,
                 global_batch_size=self.global_batch_size,
                 collate_fn=self.collate,
+                drop_last=self.drop_last,
                 row_tokens=self.row_tokens(),
                 seed=self.seed,
                 num_workers=self.num_workers,

@@ -1,7 +1,8 @@
 """Typed batches and the catalogue: the one vocabulary that data and modules share.
 
 Shapes: B rows, P prompt tokens, K answers per row, A answer tokens, T tokens, L history items, S seen items, C candidates.
-Item ids run from 0; -1 pads item lists. A negative ``sample_id`` marks a row repeated only to fill a batch: metrics skip it.
+Of queries to a graph: P true tails, F known answers, R original relations. Item ids run from 0; -1 pads item lists.
+A negative ``sample_id`` marks a row repeated only to fill a batch: metrics skip it.
 """
 
 from __future__ import annotations
@@ -106,6 +107,31 @@ class PreferenceBatch(AnswerBatch):
     reference_logps: Tensor | None = None
 
 
+@dataclass
+class QueryBatch(Batch):
+    """Queries ``(h, r, ?)`` to a knowledge graph; ``(?, r, t)`` is asked as ``(t, r + R, ?)``.
+
+    Attributes:
+        head: ``(B,)`` int64, entities.
+        relation: ``(B,)`` int64, original relations 0..R-1, their reciprocals R..2R-1.
+        target: ``(P,)`` int64, true tails. One a query, unless training groups equal queries; none in prediction.
+        target_row: ``(P,)`` int64, the row each belongs to, ascending.
+        known: ``(F,)`` int64, all known answers of the queries, distinct in each: the filter; empty in training.
+        known_row: ``(F,)`` int64, the row of each, ascending.
+        num_step_tokens: As in :class:`PackedBatch`, where targets are the true tails.
+        num_step_rows: Scalar; the same for rows: queries of the whole optimizer step divided by its number of batches over all ranks.
+    """
+
+    head: Tensor
+    relation: Tensor
+    target: Tensor
+    target_row: Tensor
+    known: Tensor
+    known_row: Tensor
+    num_step_tokens: Tensor | None = None
+    num_step_rows: Tensor | None = None
+
+
 class Example(TypedDict):
     """One row before collation: the element type of every recommendation dataset.
 
@@ -169,6 +195,31 @@ class Catalog:
     def __len__(self) -> int:
         """Return the number of items."""
         return len(self.titles)
+
+
+@dataclass(frozen=True)
+class KnowledgeGraph:
+    """The vocabulary of a graph, in id order.
+
+    Attributes:
+        entities: Distinct labels.
+        relations: Distinct labels of the R original relations; the reciprocal of ``r`` is ``r + R``.
+        degree: Training triples that each entity occurs in.
+    """
+
+    entities: tuple[str, ...]
+    relations: tuple[str, ...]
+    degree: tuple[int, ...] = ()
+
+    @property
+    def num_entities(self) -> int:
+        """Number of entities."""
+        return len(self.entities)
+
+    @property
+    def num_relations(self) -> int:
+        """Number of relations with their reciprocals, 2R."""
+        return 2 * len(self.relations)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:

@@ -1,4 +1,4 @@
-"""A folder of memory-mapped Arrow tables, written once, verified when opened, and shared by all ranks."""
+"""A folder of memory-mapped tables or arrays, written once, verified when opened, and shared by all ranks."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from malleable.datamodules.fetch import sha256_of
 
 log = logging.getLogger(__name__)
+
+Numbers = NDArray[np.number[Any]]
 
 MANIFEST = "manifest.json"
 
@@ -35,19 +39,7 @@ def write_tables(folder: Path, tables: Mapping[str, Mapping[str, pa.Array]], met
     """
     # `datasets` cannot read a table without rows.
     tables = {name: columns for name, columns in tables.items() if any(len(column) for column in columns.values())}
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        _save_datasets(part, tables)
-        files = {str(path.relative_to(part)): sha256_of(path) for path in sorted(part.rglob("*")) if path.is_file()}
-        (part / MANIFEST).write_text(json.dumps({"files": files, "tables": list(tables), "meta": meta}))
-        # What another process of this machine has written meanwhile is the same: it stays, for others read it.
-        if _problem(folder) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    _write(folder, lambda part: _save_datasets(part, tables), {"tables": list(tables), "meta": meta})
 
 
 def open_tables(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]] | None:
@@ -59,14 +51,67 @@ def open_tables(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]] | No
     """
     from datasets import load_from_disk
 
+    manifest = _open(folder)
+    if manifest is None:
+        return None
+    # `Dataset.data` keeps the memory map; its columns are read directly, which is 100 times faster than decoding rows.
+    return {name: load_from_disk(str(folder / name)).data.table for name in manifest["tables"]}, manifest["meta"]
+
+
+def write_arrays(folder: Path, arrays: Mapping[str, Numbers], meta: Mapping[str, Any]) -> None:
+    """Write arrays of numbers as :func:`write_tables` writes tables: for what is indexed by position, all over the place.
+
+    Args:
+        folder: Where the arrays shall lie; replaced unless it is whole.
+        arrays: Arrays by name.
+        meta: Plain data to keep beside them.
+    """
+
+    def save(part: Path) -> None:
+        for name, array in arrays.items():
+            np.save(part / f"{name}.npy", array, allow_pickle=False)
+
+    _write(folder, save, {"arrays": list(arrays), "meta": meta})
+
+
+def open_arrays(folder: Path) -> tuple[dict[str, Numbers], dict[str, Any]] | None:
+    """Open verified arrays, memory-mapped and read-only; ``None`` as in :func:`open_tables`."""
+    manifest = _open(folder)
+    if manifest is None:
+        return None
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in manifest["arrays"]}, manifest["meta"]
+
+
+def _write(folder: Path, save: Callable[[Path], None], manifest: Mapping[str, Any]) -> None:
+    """Let ``save`` fill a folder of a temporary name, add the manifest with checksums, rename."""
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        save(part)
+        files = {str(path.relative_to(part)): sha256_of(path) for path in sorted(part.rglob("*")) if path.is_file()}
+        (part / MANIFEST).write_text(json.dumps({"files": files, **manifest}))
+        # What another process has written meanwhile is the same: it stays, for others read it.
+        if folder.exists() and _problem(folder) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            part.rename(folder)
+        except OSError:
+            if _problem(folder) is not None:
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _open(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a whole cache."""
     if not folder.exists():
         return None
     if problem := _problem(folder):
         log.warning("the cache %s %s: building it again", folder, problem)
         return None
-    manifest = json.loads((folder / MANIFEST).read_text())
-    # `Dataset.data` keeps the memory map; its columns are read directly, which is 100 times faster than decoding rows.
-    return {name: load_from_disk(str(folder / name)).data.table for name in manifest["tables"]}, manifest["meta"]
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return manifest
 
 
 def _problem(folder: Path) -> str | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, distributed
@@ -51,6 +52,33 @@ class RowView(Dataset[Any]):
         return row
 
 
+@runtime_checkable
+class MakesBatches(Protocol):
+    """A dataset that makes a batch of chosen rows at once, e.g. by indexing tensors: no row of its own is ever made."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def make_batch(self, rows: Tensor) -> Batch:
+        """Make the batch of the rows ``(B,)``, in their order."""
+
+
+class Share(NamedTuple):
+    """What one rank gets of an optimizer step in one batch.
+
+    Attributes:
+        rows: ``(B,)`` positions in the dataset.
+        padding: How many of them, at the end, only fill the batch.
+        step_tokens: Loss-bearing tokens of the whole step, divided by its batches over all ranks; ``None`` where unknown.
+        step_rows: The same for rows.
+    """
+
+    rows: Tensor
+    padding: int
+    step_tokens: float | None
+    step_rows: float | None
+
+
 class Deal(NamedTuple):
     """How the rows of an optimizer step are dealt.
 
@@ -94,14 +122,17 @@ class PhasedLoader(Generic[BatchT]):
     checkpoint makes a run that was killed within an epoch go on with the very next batch.
 
     Args:
-        dataset: Rows with a length; a :class:`torch.utils.data.DataLoader` is taken apart (dataset, batch size, collation, workers).
+        dataset: Rows with a length; a :class:`torch.utils.data.DataLoader` is taken apart (dataset, batch size, collation, workers). Of a
+            dataset that :class:`MakesBatches`, whole batches are asked for; it needs neither collation nor workers.
         batch_size: Rows of one forward pass on one device, at most: more devices than ``global_batch_size`` needs pass fewer each.
         global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times the number of devices.
         collate_fn: Makes a batch of rows.
         shuffle: Draw a new order each epoch, from ``seed`` and the epoch's number alone.
-        drop_last: Leave out the rows that do not fill a global batch (training); otherwise repeat rows, marked by a
-            negative ``sample_id``, so that all ranks make equally many batches (evaluation; on one device the last batch is short).
-        row_tokens: Number of loss-bearing tokens of each row; given, every batch carries ``num_step_tokens``.
+        drop_last: Leave out the rows that do not fill a global batch; otherwise repeat rows, marked by a negative ``sample_id``, so that
+            all ranks make equally many batches (on one device the last ones are short, of one row at least). A loss that leaves out
+            the marked rows and divides by ``num_step_tokens`` or ``num_step_rows`` is then the mean over a short last step, too.
+        row_tokens: Number of loss-bearing tokens of each row; given, every batch carries ``num_step_tokens`` and ``num_step_rows``, if it
+            has such fields.
         seed: Seed of the order.
         num_workers: Worker processes.
 
@@ -127,12 +158,12 @@ class PhasedLoader(Generic[BatchT]):
             collate_fn = cast("Callable[[Sequence[Any]], BatchT]", dataset.collate_fn)
             num_workers = dataset.num_workers
             dataset = dataset.dataset
-        if collate_fn is None:
+        if collate_fn is None and not isinstance(dataset, MakesBatches):
             raise ValueError("PhasedLoader needs a collate_fn that makes a Batch, e.g. malleable.datamodules.batch.collate")
         self.pool: Any = dataset
         self.max_batch_size = batch_size
         self.global_batch_size = global_batch_size
-        self.collate_fn = collate_fn
+        self.collate_fn: Any = collate_fn
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.seed = seed
@@ -190,9 +221,7 @@ class PhasedLoader(Generic[BatchT]):
 
     def __len__(self) -> int:
         """Return the number of batches of this rank in an epoch."""
-        if self.drop_last:
-            return self.num_steps * self.accumulation
-        return -(-len(self.dataset) // (self.batch_size * world()[1]))
+        return self.num_steps * self.accumulation
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the epoch to come."""
@@ -223,52 +252,63 @@ class PhasedLoader(Generic[BatchT]):
         generator = torch.Generator().manual_seed((self.seed << 20) + self._epoch)
         return torch.randperm(count, generator=generator)
 
-    def _batches(self) -> list[tuple[Tensor, int, float | None]]:
-        """Positions, number of padding rows and step normaliser of every batch of this rank."""
+    def _shares(self) -> list[Share]:
+        """What this rank gets, batch by batch."""
         rank, size = world()
         order = self._order()
-        count = len(self) * self.batch_size * size
-        padding = max(0, count - len(order))
-        rows = torch.cat([order, order.new_zeros(padding)])[:count]
-        real = torch.arange(count) < len(order)
-        chunks = self.accumulation if self.drop_last else 1
         # (step, batch of the step, rank, row): consecutive rows make a step whatever the number of devices.
-        shape = (-1, chunks, size, self.batch_size)
-        rows, real = rows.reshape(shape), real.reshape(shape)
-        batches = []
-        for step_rows, step_real in zip(rows, real, strict=True):
-            tokens = None
-            if self.row_tokens is not None:
-                tokens = self.row_tokens[step_rows[step_real]].sum().item() / (chunks * size)
-            batches += [(step_rows[chunk, rank], int((~step_real[chunk, rank]).sum()), tokens) for chunk in range(chunks)]
-        if size == 1 and padding:
-            # No rank waits for another, so the last batch may be short: `trainer.predict` then returns each row once.
-            last, _, tokens = batches[-1]
-            batches[-1] = (last[: len(last) - padding], 0, tokens)
-        return batches
+        shape = (self.num_steps, self.accumulation, size, self.batch_size)
+        count = math.prod(shape)
+        rows = torch.cat([order, order.new_zeros(max(0, count - len(order)))])[:count]
+        real = torch.arange(count) < len(order)
+        tokens: list[float] | list[None] = [None] * self.num_steps
+        totals: list[float] | list[None] = tokens
+        if self.row_tokens is not None:
+            batches = self.accumulation * size
+            tokens = [total / batches for total in (self.row_tokens[rows] * real).reshape(self.num_steps, -1).sum(1).tolist()]
+            totals = [total / batches for total in real.reshape(self.num_steps, -1).sum(1).tolist()]
+        rows, real = (part.reshape(shape)[:, :, rank].flatten(0, 1) for part in (rows, real))
+        padding = (~real).sum(1).tolist()
+        shares = []
+        for number, (own, repeated) in enumerate(zip(rows.unbind(), padding, strict=True)):
+            step = number // self.accumulation
+            if size == 1 and repeated:
+                # No rank waits for another, so the last batches may be short: `trainer.predict` then returns each row once.
+                own = own[: max(1, len(own) - repeated)]
+                repeated = int(repeated == self.batch_size)
+            shares.append(Share(own, repeated, tokens[step], totals[step]))
+        return shares
 
     def __iter__(self) -> Iterator[BatchT]:
         """Yield this rank's batches, from where a restored state left off."""
-        batches = self._batches()
+        shares = self._shares()
         # A run that was killed after an epoch's last batch goes on with the next epoch.
         start = self._restored["position"] if self._restored["epoch"] == self._epoch else 0
         self._restored["epoch"] = -1
         self._position = start
-        loader: DataLoader[BatchT] = DataLoader(
+        shares = shares[start:]
+        for share, batch in zip(shares, self._made(shares), strict=True):
+            self._position += 1
+            yield _finish(batch, share)
+
+    def _made(self, shares: Sequence[Share]) -> Iterable[BatchT]:
+        if isinstance(self.dataset, MakesBatches):
+            return (cast("BatchT", self.dataset.make_batch(share.rows)) for share in shares)
+        return DataLoader(
             self.dataset,
-            batch_sampler=[rows.tolist() for rows, _, _ in batches[start:]],
+            batch_sampler=[share.rows.tolist() for share in shares],
             collate_fn=self.collate_fn,
             num_workers=self.num_workers,
         )
-        for (_, padding, tokens), batch in zip(batches[start:], loader, strict=True):
-            self._position += 1
-            yield self._finish(batch, padding, tokens)
 
-    def _finish(self, batch: BatchT, padding: int, tokens: float | None) -> BatchT:
-        if padding:
-            sample_id = batch.sample_id.clone()
-            sample_id[len(sample_id) - padding :] = -1 - sample_id[len(sample_id) - padding :]
-            batch = replace(batch, sample_id=sample_id)
-        if tokens is not None and hasattr(batch, "num_step_tokens"):
-            batch = replace(batch, num_step_tokens=torch.tensor(tokens))  # type: ignore[call-arg]
-        return batch
+
+def _finish(batch: BatchT, share: Share) -> BatchT:
+    """Mark the repeated rows and give the normalisers of the step."""
+    changed: dict[str, Tensor] = {}
+    if share.padding:
+        first = len(batch.sample_id) - share.padding
+        changed["sample_id"] = torch.cat([batch.sample_id[:first], -1 - batch.sample_id[first:]])
+    for name, value in (("num_step_tokens", share.step_tokens), ("num_step_rows", share.step_rows)):
+        if value is not None and hasattr(batch, name):
+            changed[name] = torch.tensor(value)
+    return replace(batch, **changed) if changed else batch

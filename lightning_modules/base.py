@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import Metric
 
 from malleable.datamodules.batch import Batch
+from malleable.lightning_modules.plain import plain
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,14 @@ class BaseModule(LightningModule, ABC):
         except RuntimeError:
             return None
 
+    def remember(self) -> None:
+        """Store the constructor's arguments as plain data; call it last in ``__init__``."""
+        frame = inspect.currentframe()
+        assert frame is not None
+        self.save_hyperparameters(ignore=[*self.needs, "optimizer", "lr_scheduler"], frame=frame.f_back)
+        for name, value in list(self.hparams.items()):
+            self.hparams[name] = plain(value)
+
     @abstractmethod
     def compute_loss(self, batch: Any) -> LossOutput:
         """Compute the loss of a batch; no logging, no side effects."""
@@ -101,7 +111,9 @@ class BaseModule(LightningModule, ABC):
         """Seed what the step draws (dropout) by its number, so that a resumed run repeats it exactly."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         # Seeds run up to 2**32, so the product passes what a generator takes.
-        torch.manual_seed((((seed * 1_000_003 + self.current_epoch) * 1_000_003 + batch_idx) * 1_009 + self.global_rank) % (1 << 63))
+        number = (((seed * 1_000_003 + self.current_epoch) * 1_000_003 + batch_idx) * 1_009 + self.global_rank) % (1 << 63)
+        # On a CPU only its own generator: `torch.manual_seed` also queues a call for accelerators, with the whole stack, in every step.
+        (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(number)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss; the last batch of an optimizer step logs the step's figures."""

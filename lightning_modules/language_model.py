@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,8 +24,9 @@ from malleable.lightning_modules.functional.grounding import embed_texts
 from malleable.lightning_modules.functional.logps import answer_token_logps, packed_token_logps
 from malleable.lightning_modules.functional.schedule import warmup_decay
 from malleable.lightning_modules.functional.trie import Trie
+from malleable.lightning_modules.plain import from_plain
 from malleable.lightning_modules.play import Play, Player, row_seeds
-from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model, fingerprint, from_plain, plain, save_language_model
+from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model, fingerprint, save_language_model
 from malleable.lightning_modules.recommend import allowed_items, recommendation_metrics, update_metrics
 
 log = logging.getLogger(__name__)
@@ -287,11 +287,3 @@ class LanguageModel(BaseModule):
         path = folder / ("adapter" if hasattr(self.model, "peft_config") else "model")
         save_language_model(self.model, path, tokenizer=self.catalog.tokenizer if self.catalog else None, write=self.global_rank == 0)
         return path
-
-    def remember(self) -> None:
-        """Store the constructor's arguments as plain data; call it last in ``__init__``."""
-        frame = inspect.currentframe()
-        assert frame is not None
-        self.save_hyperparameters(ignore=["catalog", "optimizer", "lr_scheduler"], frame=frame.f_back)
-        for name, value in list(self.hparams.items()):
-            self.hparams[name] = plain(value)

@@ -7,13 +7,12 @@ PEFT adapters or Hugging Face folders, so that transformers, PEFT and vLLM load 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -88,15 +87,6 @@ class LanguageModelConfig:
     local_files_only: bool = False
     attention: Literal["sdpa", "eager"] = "sdpa"
     scratch: Scratch = field(default_factory=Scratch)
-
-
-def from_plain(kind: Any, value: Any) -> Any:
-    """Rebuild a dataclass from the plain dictionary a checkpoint holds; instances and other values pass through."""
-    if not isinstance(value, Mapping):
-        return value
-    hints = get_type_hints(kind)
-    inner = {f.name: next((t for t in (hints[f.name], *get_args(hints[f.name])) if is_dataclass(t)), None) for f in fields(kind)}
-    return kind(**{name: from_plain(inner[name], item) if inner.get(name) else item for name, item in value.items()})
 
 
 def build_language_model(config: LanguageModelConfig, catalog: Catalog, *, zero3_config: dict[str, Any] | None = None) -> nn.Module:
@@ -343,10 +333,3 @@ def _quietly() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def plain(value: Any) -> Any:
-    """Turn a dataclass, or an object with ``as_plain``, into the plain dictionary a checkpoint may hold."""
-    if hasattr(value, "as_plain"):
-        return value.as_plain()
-    return json.loads(json.dumps(asdict(value))) if is_dataclass(value) and not isinstance(value, type) else value

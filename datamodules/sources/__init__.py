@@ -1,10 +1,39 @@
-"""Sources of recommendation data: one file per public source or format."""
+"""Sources of recommendation data and of knowledge graphs: one file per public source or format."""
 
 from malleable.datamodules.sources.base import InteractionTables, ReadyRow, ReadyRows, Source
 from malleable.datamodules.sources.candidates import CandidateRows
+from malleable.datamodules.sources.codex import CoDExS
+from malleable.datamodules.sources.fb15k237 import FB15k237
+from malleable.datamodules.sources.graph import GraphSource, GraphTables
 from malleable.datamodules.sources.instruction import InstructionRows
 from malleable.datamodules.sources.movielens import MovieLens
+from malleable.datamodules.sources.small_graphs import UMLS, Kinship, Nations
 from malleable.datamodules.sources.synthetic import Synthetic
+from malleable.datamodules.sources.synthetic_graph import SyntheticGraph
 from malleable.datamodules.sources.tables import Tables
+from malleable.datamodules.sources.triples import Triples
+from malleable.datamodules.sources.wn18rr import WN18RR
+from malleable.datamodules.sources.yago310 import YAGO310
 
-__all__ = ["CandidateRows", "InstructionRows", "InteractionTables", "MovieLens", "ReadyRow", "ReadyRows", "Source", "Synthetic", "Tables"]
+__all__ = [
+    "UMLS",
+    "WN18RR",
+    "YAGO310",
+    "CandidateRows",
+    "CoDExS",
+    "FB15k237",
+    "GraphSource",
+    "GraphTables",
+    "InstructionRows",
+    "InteractionTables",
+    "Kinship",
+    "MovieLens",
+    "Nations",
+    "ReadyRow",
+    "ReadyRows",
+    "Source",
+    "Synthetic",
+    "SyntheticGraph",
+    "Tables",
+    "Triples",
+]

@@ -6,15 +6,15 @@ losses are averaged over the pairs of a row.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from malleable.lightning_modules.losses.described import Described, object_from_plain
 
 
 class PreferenceOutput(NamedTuple):
@@ -29,7 +29,7 @@ class PreferenceOutput(NamedTuple):
     rewards: Tensor
 
 
-class PreferenceLoss(nn.Module, ABC):
+class PreferenceLoss(Described, ABC):
     """A loss on log-ratios between policy and reference.
 
     Args:
@@ -66,26 +66,14 @@ class PreferenceLoss(nn.Module, ABC):
     def losses(self, ratios: Tensor) -> Tensor:
         """Losses ``(B,)`` of log-ratios ``(B, K)``."""
 
-    def as_plain(self) -> dict[str, Any]:
-        """Describe the loss as data that a checkpoint may hold, see :func:`loss_from_plain`.
-
-        A subclass with arguments of its own keeps each as an attribute of the same name, or overrides this.
-        """
-        kind = type(self)
-        arguments = [name for name in inspect.signature(kind).parameters if hasattr(self, name)]
-        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": {name: getattr(self, name) for name in arguments}}
-
 
 def loss_from_plain(stored: Mapping[str, Any]) -> PreferenceLoss:
-    """Make the loss that :meth:`PreferenceLoss.as_plain` has described.
+    """Make the loss that ``as_plain`` has described.
 
     Raises:
         TypeError: If the class is no preference loss.
     """
-    kind = resolve_name(stored["class_path"])
-    if not (isinstance(kind, type) and issubclass(kind, PreferenceLoss)):
-        raise TypeError(f"the checkpoint names {stored['class_path']} as its loss, which is no PreferenceLoss")
-    return kind(**stored.get("init_args", {}))
+    return object_from_plain(PreferenceLoss, stored)  # type: ignore[type-abstract]
 
 
 class PairwiseLoss(PreferenceLoss):

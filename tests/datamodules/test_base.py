@@ -46,6 +46,15 @@ def test_too_few_rows_for_a_step(tmp_path):
         trainer(tmp_path).fit(BoringModule(), BoringDataModule(num_rows=3, batch_size=4))
 
 
+def test_a_short_last_step_is_kept_where_the_data_module_says_so(tmp_path):
+    class Whole(BoringDataModule):
+        drop_last = False
+
+    fitted = trainer(tmp_path)
+    fitted.fit(BoringModule(), Whole(num_rows=11, batch_size=2, global_batch_size=4))
+    assert (fitted.accumulate_grad_batches, fitted.global_step) == (2, 3)
+
+
 def test_an_engine_that_accumulates_must_know_early(tmp_path, monkeypatch):
     # DeepSpeed reads the accumulation before the first loader is made; a number that comes later would be ignored in silence.
     data = LateSetup(batch_size=2, global_batch_size=4)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from malleable.datamodules.batch import AnswerBatch, Batch, Catalog, PackedBatch, PreferenceBatch, collate, pad
+from malleable.datamodules.batch import AnswerBatch, Batch, Catalog, KnowledgeGraph, PackedBatch, PreferenceBatch, QueryBatch, collate, pad
 
 ROWS = [
     {"sample_id": 7, "prompt": [3, 4, 5], "answers": [[6, 2]], "item_ids": [1], "history": [8, 9], "seen": [1, 8, 9]},
@@ -81,3 +81,16 @@ def test_a_function_reaches_every_tensor():
 
 def test_a_catalogue_counts_its_titles():
     assert len(Catalog(titles=("A", "B"))) == 2
+
+
+def test_a_graph_counts_reciprocal_relations():
+    graph = KnowledgeGraph(("a", "b", "c"), ("near", "in"), (1, 2, 1))
+    assert (graph.num_entities, graph.num_relations) == (3, 4)
+
+
+def test_queries_move_as_a_whole():
+    ids, none = torch.arange(3), torch.empty(0, dtype=torch.long)
+    moved = QueryBatch(ids, ids, ids, ids, ids, none, none, num_step_tokens=torch.tensor(1.5)).to("meta")
+    assert len(moved) == 3
+    assert {part.device.type for part in (moved.head, moved.relation, moved.target, moved.known, moved.num_step_tokens)} == {"meta"}
+    assert moved.num_step_rows is None

@@ -1,11 +1,12 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from malleable.datamodules import cache as module
-from malleable.datamodules.cache import digest, open_tables, write_tables
+from malleable.datamodules.cache import digest, open_arrays, open_tables, write_arrays, write_tables
 
 TABLES = {
     "items": {"id": pa.array([1, 2, 3]), "tokens": pa.array([[1], [], [2, 3]], pa.list_(pa.int32()))},
@@ -79,6 +80,42 @@ def test_of_two_writers_the_first_wins(folder):
     assert [path.name for path in folder.parent.iterdir() if "part" in path.name] == []
 
 
+def test_a_writer_that_was_overtaken_leaves_the_others_work(tmp_path, monkeypatch):
+    def overtaken(part: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(module.os, "getpid", lambda: 1)
+            write_arrays(tmp_path / "arrays", {"heads": np.arange(3)}, {"by": "another"})
+        np.save(part / "heads.npy", np.arange(3))
+
+    module._write(tmp_path / "arrays", overtaken, {"arrays": ["heads"], "meta": {"by": "this"}})
+    assert open_arrays(tmp_path / "arrays")[1] == {"by": "another"}
+    assert [path.name for path in tmp_path.iterdir()] == ["arrays"]
+
+
 def test_digest_depends_on_values_not_on_order():
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_arrays_come_back_memory_mapped(tmp_path):
+    arrays = {"heads": np.arange(5, dtype=np.int32), "empty": np.zeros((0, 3), dtype=np.int64)}
+    write_arrays(tmp_path / "arrays", arrays, {"labels": ["ä", "b"]})
+    opened, meta = open_arrays(tmp_path / "arrays")
+    assert {name: (array.tolist(), array.dtype) for name, array in opened.items()} == {name: (a.tolist(), a.dtype) for name, a in arrays.items()}
+    assert isinstance(opened["heads"], np.memmap)
+    assert not opened["heads"].flags.writeable
+    assert meta == {"labels": ["ä", "b"]}
+
+
+def test_a_changed_byte_of_an_array_is_found(tmp_path, caplog):
+    write_arrays(tmp_path / "arrays", {"heads": np.arange(5)}, {})
+    path = tmp_path / "arrays" / "heads.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert open_arrays(tmp_path / "arrays") is None
+    assert "is corrupt (heads.npy): building it again" in caplog.text
+
+
+def test_objects_are_no_arrays(tmp_path):
+    with pytest.raises(ValueError, match="pickle"):
+        write_arrays(tmp_path / "arrays", {"labels": np.array(["a", None], dtype=object)}, {})
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from malleable.datamodules import loader as module
-from malleable.datamodules.batch import collate
+from malleable.datamodules.batch import QueryBatch, collate
 from malleable.datamodules.loader import PhasedLoader, RowView
 
 ROWS = [{"sample_id": index, "prompt": [1], "answers": [[2] * (1 + index % 3)], "item_ids": [index]} for index in range(22)]
@@ -102,6 +102,72 @@ def test_evaluation_sees_each_row_once_and_marks_repeats(ranks, size):
         seen += [row for batch in batches for row in batch]
     assert len(lengths) == 1, "all ranks make equally many batches"
     assert sorted(row for row in seen if row >= 0) == list(range(22))
+
+
+class Table:
+    """Rows that are made into a batch at once."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __len__(self):
+        return len(ROWS)
+
+    def make_batch(self, rows):
+        self.asked.append(len(rows))
+        return QueryBatch(rows, *[rows] * 4, *[rows[:0]] * 2)
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_a_dataset_that_makes_batches_gives_the_same_batches(drop_last):
+    options = {"global_batch_size": 8, "drop_last": drop_last, "seed": 5}
+    table = Table()
+    assert ids(PhasedLoader(table, 4, **options)) == ids(PhasedLoader(ROWS, 4, collate_fn=collate, **options))
+    assert set(table.asked) <= {4, 2, 1}
+
+
+def test_such_a_dataset_is_resumed_with_the_next_batch():
+    loader, resumed = (PhasedLoader(Table(), 4, seed=5) for _ in range(2))
+    whole = ids(loader)
+    resumed.load_state_dict({"epoch": 0, "position": 3})
+    assert ids(resumed) == whole[3:]
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(1, 8), (1, 2), (1, 4), (2, 2), (2, 4), (4, 2), (4, 1)])
+def test_the_short_last_step_is_kept_and_normalised_as_one(ranks, size, batch_size):
+    """Each row once; sums over a batch divided by its share, averaged over batches and ranks, are means over the step's rows."""
+    values = torch.arange(22.0) ** 2
+    tokens = [1 + index % 3 for index in range(22)]
+    order = list(chain(*ids(PhasedLoader(Table(), 8, drop_last=False, seed=3))))
+    seen, lengths = [], set()
+    sums = torch.zeros(3, 2)
+    for rank in range(size):
+        ranks(rank, size)
+        loader = PhasedLoader(Table(), batch_size, global_batch_size=8, drop_last=False, row_tokens=tokens, seed=3)
+        assert loader.num_steps == 3
+        batches = list(loader)
+        lengths.add(len(batches))
+        assert len(batches) == len(loader) == 3 * loader.accumulation
+        for number, batch in enumerate(batches):
+            assert len(batch) > 0
+            real = batch.sample_id[batch.sample_id >= 0]
+            seen += real.tolist()
+            share = torch.stack([values[real].sum() / batch.num_step_rows, values[real].sum() / batch.num_step_tokens])
+            sums[number // loader.accumulation] += share / (loader.accumulation * size)
+    assert len(lengths) == 1
+    assert sorted(seen) == list(range(22))
+    for step, (by_row, by_token) in enumerate(sums.tolist()):
+        rows = order[8 * step : 8 * step + 8]
+        assert by_row == pytest.approx(values[rows].mean().item())
+        assert by_token == pytest.approx(values[rows].sum().item() / sum(tokens[row] for row in rows))
+
+
+def test_more_batches_than_rows_in_the_last_step():
+    """One row over four batches: those without a row of their own repeat one, marked."""
+    rows = ROWS[:9]
+    batches = list(PhasedLoader(rows, 2, global_batch_size=8, collate_fn=collate, drop_last=False))
+    assert [len(batch) for batch in batches] == [2, 2, 2, 2, 1, 1, 1, 1]
+    assert [int((batch.sample_id >= 0).sum()) for batch in batches[4:]] == [1, 0, 0, 0]
 
 
 def test_takes_a_data_loader_apart():

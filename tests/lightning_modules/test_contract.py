@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
+from tiny_graph import TinyGraphData, collate_queries, query_rows, tiny_graph, tiny_triples
 from tiny_module import lora, save_base
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -35,6 +36,16 @@ def preference_rows() -> list[Any]:
     return [row | {"answers": [row["answers"][0], TOKENS[(row["item_ids"][0] + 2) % 8]], "reference_logps": [-6.0, -6.0]} for row in rows]
 
 
+def graph_rows() -> list[Any]:
+    """Queries of a graph."""
+    return query_rows(tiny_triples()[:8])
+
+
+def ranked(module: Any) -> Tensor:
+    """Scores of all entities for some queries."""
+    return torch.cat([part.float() for part in module.eval().predict_step(collate_queries(graph_rows()[:6]))])
+
+
 def recommended(module: Any) -> Tensor:
     """What the module makes of test rows: the tensor that a checkpoint must bring back."""
     return torch.cat([part.float() for part in module.eval().recommend(collate(tiny_rows(6)))])
@@ -45,36 +56,56 @@ class Case:
     """How a module is made and used.
 
     Attributes:
-        settings: Arguments of the constructor besides the catalogue.
+        settings: Arguments of the constructor besides what the module needs.
         rows: Training rows.
         output: What a trained module gives.
+        needs: What the module takes from its data.
+        data: Makes a data module, with other training rows if given.
+        collate: Makes a batch of rows.
+        test_rows: Rows to test on.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     rows: Callable[[], list[Any]] = answer_rows
     output: Callable[[Any], Tensor] = recommended
+    needs: dict[str, Any] = field(default_factory=lambda: {"catalog": tiny_catalog()})
+    data: Callable[..., Any] = TinyData
+    collate: Callable[[Any], Any] = collate
+    test_rows: Callable[[int], list[Any]] = tiny_rows
 
 
 LANGUAGE_MODEL = {"language_model": tiny_config(), "tuning": Tuning(lr=1e-2, warmup_steps=0), "ks": (1, 3)}
+GRAPH: dict[str, Any] = {"needs": {"graph": tiny_graph()}, "data": TinyGraphData, "collate": collate_queries}
+GRAPH |= {"rows": graph_rows, "output": ranked, "test_rows": lambda count: graph_rows()[:count]}
 CASES = {
+    "ComplEx": Case({"dimension": 4}, **GRAPH),
+    "DistMult": Case({"dimension": 4}, **GRAPH),
     "DPO": Case(LANGUAGE_MODEL, preference_rows),
     "ItemKNN": Case({"ks": (1, 3)}),
     "Markov": Case({"ks": (1, 3)}),
+    "NFE": Case({"dimension": 4, "gamma_trainable": True}, **GRAPH),
     "Popularity": Case({"ks": (1, 3)}),
+    "RotatE": Case({"dimension": 4}, **GRAPH),
     "SFT": Case(LANGUAGE_MODEL),
     "SPRec": Case(LANGUAGE_MODEL, preference_rows),
+    "TransE": Case({"dimension": 4}, **GRAPH),
 }
 LANGUAGE_MODELS = [name for name in CASES if issubclass(getattr(exported, name), LanguageModel)]
 
 
 def make(name: str, **settings: Any) -> Any:
     torch.manual_seed(0)
-    return getattr(exported, name)(**{"catalog": tiny_catalog(), **CASES[name].settings, **settings})
+    return getattr(exported, name)(**{**CASES[name].needs, **CASES[name].settings, **settings})
+
+
+def make_bare(name: str) -> Any:
+    """Make a module that must be told by its data what it needs."""
+    return make(name, **dict.fromkeys(CASES[name].needs))
 
 
 def loss_of(module: Any, name: str) -> LossOutput:
     module.configure_model()
-    return module.train().compute_loss(collate(CASES[name].rows()[:4]))
+    return module.train().compute_loss(CASES[name].collate(CASES[name].rows()[:4]))
 
 
 def test_every_exported_module_has_a_case():
@@ -92,10 +123,10 @@ class TestContract:
 
     def test_a_trial_run(self, name, tmp_path, capsys):
         """`fit` and `test` under `fast_dev_run`, which writes nothing; what there is to say goes through loggers."""
-        module = make(name, catalog=None)
+        module = make_bare(name)
         trainer = quiet_trainer(tmp_path / "run", fast_dev_run=True)
-        trainer.fit(module, TinyData(train=CASES[name].rows()))
-        (figures,) = trainer.test(module, TinyData(), verbose=False)
+        trainer.fit(module, CASES[name].data(train=CASES[name].rows()))
+        (figures,) = trainer.test(module, CASES[name].data(), verbose=False)
         assert figures
         assert all(torch.tensor(value).isfinite() for value in figures.values())
         assert not list(tmp_path.rglob("*.*"))
@@ -124,21 +155,21 @@ class TestContract:
         """Without pickle, without arguments: the file is enough. Hyper-parameters are plain data."""
         module, case = make(name), CASES[name]
         trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
-        trainer.fit(module, TinyData(train=case.rows()))
+        trainer.fit(module, case.data(train=case.rows()))
         trainer.save_checkpoint(tmp_path / "saved.ckpt")
         stored = torch.load(tmp_path / "saved.ckpt", weights_only=True)
         json.dumps(stored["hyper_parameters"])
         expected = case.output(module)
         loaded = getattr(exported, name).load_from_checkpoint(tmp_path / "saved.ckpt", weights_only=True)
         assert torch.equal(case.output(loaded), expected)
-        fresh = make(name, catalog=None)
-        quiet_trainer(tmp_path).test(fresh, TinyData(), ckpt_path=tmp_path / "saved.ckpt", weights_only=True, verbose=False)
+        fresh = make_bare(name)
+        quiet_trainer(tmp_path).test(fresh, case.data(), ckpt_path=tmp_path / "saved.ckpt", weights_only=True, verbose=False)
         assert torch.equal(case.output(fresh), expected)
 
     def test_a_bare_trainer_and_loaders_of_ones_own(self, name, tmp_path):
-        """No data module, no command line, no callback of ours: the catalogue is passed."""
+        """No data module, no command line, no callback of ours: what is needed is passed."""
         case, module = CASES[name], make(name)
-        train, test = (DataLoader(rows, batch_size=4, collate_fn=collate) for rows in (case.rows(), tiny_rows(6)))
+        train, test = (DataLoader(rows, batch_size=4, collate_fn=case.collate) for rows in (case.rows(), case.test_rows(6)))
         trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False, logger=False)
         trainer.fit(module, train, test)
         assert trainer.global_step == 4

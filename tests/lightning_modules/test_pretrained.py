@@ -9,6 +9,7 @@ from shared import shared_data
 from tiny import tiny_catalog, tiny_config
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from malleable.lightning_modules.plain import from_plain, plain
 from malleable.lightning_modules.pretrained import (
     LanguageModelConfig,
     LoRA,
@@ -16,9 +17,7 @@ from malleable.lightning_modules.pretrained import (
     build_language_model,
     dropout_off,
     fingerprint,
-    from_plain,
     gathered_state,
-    plain,
     save_language_model,
     without_adapter,
 )

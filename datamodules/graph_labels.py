@@ -1,0 +1,145 @@
+"""Files that name entities of a graph: queries to answer, types, descriptions."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from malleable.datamodules.batch import KnowledgeGraph
+from malleable.datamodules.sources.graph import Ints
+from malleable.datamodules.triple_files import open_text
+
+log = logging.getLogger(__name__)
+
+UNKNOWN = "?"
+
+
+def read_queries(path: Path, graph: KnowledgeGraph) -> Ints:
+    """Read queries by label.
+
+    Args:
+        path: Text, also ``.gz``; a query a line: ``head<TAB>relation`` (or ``head<TAB>relation<TAB>?``) asks for tails,
+            ``?<TAB>relation<TAB>tail`` for heads.
+        graph: The vocabulary.
+
+    Returns:
+        ``(Q, 3)`` int64 of head, relation, -1; a query for heads is that of the tail and the reciprocal relation.
+
+    Raises:
+        ValueError: If a line is no query or names something unknown; with file, line and the nearest labels.
+    """
+    entities = {label: key for key, label in enumerate(graph.entities)}
+    relations = {label: key for key, label in enumerate(graph.relations)}
+    queries = []
+    for number, cells in _lines(path):
+        where = f"{path}, line {number}"
+        head, relation, tail = [*cells, UNKNOWN] if len(cells) == 2 else cells if len(cells) == 3 else (UNKNOWN,) * 3
+        if (head == UNKNOWN) == (tail == UNKNOWN) or relation == UNKNOWN:
+            raise ValueError(f"{where}: {'<TAB>'.join(cells)!r} is no query, expected head<TAB>relation or ?<TAB>relation<TAB>tail")
+        key = _find(relation, relations, f"{where}, field relation")
+        if tail == UNKNOWN:
+            queries.append((_find(head, entities, f"{where}, field head"), key, -1))
+        else:
+            queries.append((_find(tail, entities, f"{where}, field tail"), key + len(relations), -1))
+    if not queries:
+        raise ValueError(f"{path} holds no query; expected lines head<TAB>relation or ?<TAB>relation<TAB>tail")
+    return np.array(queries, dtype=np.int64)
+
+
+def read_types(path: Path, graph: KnowledgeGraph) -> tuple[tuple[str, ...], ...]:
+    """Read the types of entities.
+
+    Args:
+        path: Lines ``entity<TAB>type``, one for each type of an entity (also ``.gz``); or ``.json``, an object of entity to a list of types.
+        graph: The vocabulary.
+
+    Returns:
+        Types of each entity, empty where none is known.
+
+    Raises:
+        ValueError: If a line is no such pair, or no entity of the graph is named.
+    """
+    types: list[list[str]] = [[] for _ in graph.entities]
+    for key, kind in _pairs(path, graph, "type"):
+        types[key].append(kind)
+    return tuple(tuple(dict.fromkeys(own)) for own in types)
+
+
+def read_descriptions(path: Path, graph: KnowledgeGraph) -> tuple[str, ...]:
+    """Read a text for each entity.
+
+    Args:
+        path: Lines ``entity<TAB>text`` (also ``.gz``), or ``.json``, an object of entity to text.
+        graph: The vocabulary.
+
+    Returns:
+        The text of each entity, empty where none is known.
+
+    Raises:
+        ValueError: If a line is no such pair, an entity has two texts, or no entity of the graph is named.
+    """
+    texts = [""] * graph.num_entities
+    for key, text in _pairs(path, graph, "description"):
+        if texts[key]:
+            raise ValueError(f"{path}: {graph.entities[key]!r} has two descriptions; leave one")
+        texts[key] = text
+    return tuple(texts)
+
+
+def _pairs(path: Path, graph: KnowledgeGraph, what: str) -> Iterator[tuple[int, str]]:
+    """Yield the entity and the text of each pair; what is said of others is left out, and counted."""
+    entities = {label: key for key, label in enumerate(graph.entities)}
+    found, others = set(), set()
+    for label, text in _json_pairs(path, what) if path.suffix == ".json" else _text_pairs(path, what):
+        key = entities.get(label)
+        if key is None:
+            others.add(label)
+        else:
+            found.add(key)
+            yield key, text
+    if not found:
+        raise ValueError(
+            f"{path} names no entity of the graph (e.g. {graph.entities[0]!r}), but {len(others)} others: {', '.join(sorted(others)[:3])}"
+        )
+    log.info("%s: a %s for %d of %d entities; %d others are not in the graph", path, what, len(found), len(entities), len(others))
+
+
+def _text_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
+    for number, cells in _lines(path):
+        if len(cells) != 2 or not all(cells):
+            raise ValueError(f"{path}, line {number}: {'<TAB>'.join(cells)[:80]!r}, expected entity<TAB>{what}")
+        yield cells[0], cells[1]
+
+
+def _json_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object of entity to {what}, got {type(content).__name__}")
+    for label, value in content.items():
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{path}, entity {label!r}: {str(value)[:80]} is no {what}; expected text or a list of texts")
+        yield from ((label, text) for text in texts)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, [cell.strip() for cell in line.strip("\r\n").split("\t")]
+
+
+def _find(label: str, known: dict[str, int], where: str) -> int:
+    if label in known:
+        return known[label]
+    near: Sequence[str] = difflib.get_close_matches(label, list(known), n=3, cutoff=0.5)
+    raise ValueError(f"{where}: {label!r} is not in the graph" + (f"; nearest: {', '.join(map(repr, near))}" if near else ""))

@@ -1,0 +1,210 @@
+"""Files of triples and of ids, read with the place of whatever is wrong in them."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+FIELDS = {"h": "head", "r": "relation", "t": "tail"}
+SUFFIXES = (".txt", ".tsv", ".txt.gz", ".tsv.gz", ".parquet")
+HEADERS = ({"head", "relation", "tail"}, {"h", "r", "t"}, {"subject", "predicate", "object"}, {"source", "relation", "target"})
+
+
+def check_columns(columns: str) -> None:
+    """Check an order of columns.
+
+    Raises:
+        ValueError: If it is not an order of the letters h, r, t.
+    """
+    if sorted(columns) != ["h", "r", "t"]:
+        raise ValueError(f"columns must order the letters h (head), r (relation) and t (tail), e.g. hrt or htr, got {columns!r}")
+
+
+def read_labels(path: Path, columns: str = "hrt", *, header: bool = False, names: Mapping[str, str] | None = None) -> Iterator[tuple[str, str, str]]:
+    """Read labelled triples, lazily.
+
+    Args:
+        path: Lines of three columns with tabs between them, or Parquet with three columns; labels may hold spaces.
+        columns: Order of the columns.
+        header: The first line of a text file names the columns.
+        names: Of Parquet: the column of ``head``, ``relation`` or ``tail`` that is called otherwise.
+
+    Yields:
+        Head, relation, tail.
+
+    Raises:
+        ValueError: If a line has another number of columns or an empty one, or the file has none; with file and line.
+    """
+    check_columns(columns)
+    order = [columns.index(letter) for letter in "hrt"]
+    place = None
+    for place, row in _rows(path, [FIELDS[letter] for letter in columns], header=header, names=names):  # noqa: B007  (tells an empty file)
+        yield row[order[0]], row[order[1]], row[order[2]]
+    if place is None:
+        raise ValueError(f"{path} holds no triple; expected lines {_shape(columns)}")
+
+
+def read_ids(path: Path, entities: int, relations: int, columns: str = "hrt", *, counted: bool = False) -> NDArray[np.int64]:
+    """Read triples of ids.
+
+    Args:
+        path: As in :func:`read_labels`, of integers; in text there may be spaces instead of tabs.
+        entities: Number of entities.
+        relations: Number of relations.
+        columns: Order of the columns.
+        counted: The first line says how many follow (OpenKE).
+
+    Returns:
+        ``(N, 3)`` of head, relation, tail.
+
+    Raises:
+        ValueError: If a line has another number of columns, or an id is unknown; with file and line.
+    """
+    check_columns(columns)
+    sizes = [relations if letter == "r" else entities for letter in columns]
+    rows: list[list[int]] = []
+    for place, row in _rows(path, [FIELDS[letter] for letter in columns], counted=counted, spaces=True):
+        rows.append([_id(cell, size, f"{place}, field {FIELDS[letter]}") for cell, size, letter in zip(row, sizes, columns, strict=True)])
+    if not rows:
+        raise ValueError(f"{path} holds no triple; expected lines {_shape(columns)} of ids")
+    return np.array(rows, dtype=np.int64)[:, [columns.index(letter) for letter in "hrt"]]
+
+
+def read_names(path: Path, *, counted: bool = False) -> list[str]:
+    """Read the labels of all ids.
+
+    Args:
+        path: Lines ``label<TAB>id``; the ids run from 0 without a gap, in any order.
+        counted: The first line says how many follow (OpenKE).
+
+    Returns:
+        Labels by id.
+
+    Raises:
+        ValueError: If a label or an id occurs twice, an id is missing, or a line is otherwise wrong; with file and line.
+    """
+    labels: dict[str, str] = {}
+    by_id: dict[int, str] = {}
+    for place, (label, cell) in _rows(path, ["label", "id"], counted=counted, spaces=True):
+        key = _id(cell, None, f"{place}, field id")
+        if label in labels:
+            raise ValueError(f"{place}: the label {label!r} stands in {labels[label]} already; every label needs one id")
+        if key in by_id:
+            raise ValueError(f"{place}: the id {key} belongs to {by_id[key]!r} already; every id needs one label")
+        labels[label] = place.rpartition(", ")[2]
+        by_id[key] = label
+    if not by_id:
+        raise ValueError(f"{path} holds no label; expected lines label<TAB>id")
+    missing = next((key for key in range(len(by_id)) if key not in by_id), None)
+    if missing is not None:
+        raise ValueError(f"{path}: {len(by_id)} labels, but no id {missing} (the largest is {max(by_id)}); ids must run from 0 without a gap")
+    return [by_id[key] for key in range(len(by_id))]
+
+
+def _shape(columns: str) -> str:
+    return "<TAB>".join(FIELDS[letter] for letter in columns)
+
+
+def _id(cell: str, size: int | None, where: str) -> int:
+    key = int(cell) if cell.isascii() and cell.isdigit() else -1
+    if key < 0 or (size is not None and key >= size):
+        allowed = "an integer from 0 on" if size is None else f"one of the {size} ids 0 to {size - 1}"
+        raise ValueError(f"{where}: {cell!r} is unknown, expected {allowed}")
+    return key
+
+
+def _rows(
+    path: Path,
+    fields: Sequence[str],
+    *,
+    header: bool = False,
+    counted: bool = False,
+    spaces: bool = False,
+    names: Mapping[str, str] | None = None,
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield where a row stands and its cells."""
+    rows = _parquet_rows(path, fields, names or {}) if path.suffix == ".parquet" else _text_rows(path, fields, header, counted, spaces)
+    for place, row in rows:
+        if not all(row):
+            raise ValueError(f"{place}, field {fields[row.index('')]}: it is empty; expected {'<TAB>'.join(fields)}")
+        yield place, row
+
+
+def _text_rows(path: Path, fields: Sequence[str], header: bool, counted: bool, spaces: bool) -> Iterator[tuple[str, list[str]]]:
+    width, count, expected = len(fields), 0, None
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1 and header:
+                continue
+            row = [cell.strip() for cell in line.split("\t")]
+            if row == [""]:
+                continue
+            if counted and expected is None:
+                expected = _id(line.strip(), None, f"{path}, line {number}, which must say how many lines follow")
+                continue
+            if spaces and len(row) == 1:
+                row = line.rsplit(maxsplit=width - 1)
+            if len(row) != width:
+                raise ValueError(
+                    f"{path}, line {number}: {_columns(row, line)}, expected {width}: {'<TAB>'.join(fields)}{_hint(row, number, spaces)}"
+                )
+            if number == 1 and {cell.casefold() for cell in row} in HEADERS:
+                raise ValueError(f"{path}, line 1 looks like a header ({', '.join(row)}); say header: true, or take the line out")
+            count += 1
+            yield f"{path}, line {number}", row
+    if expected is not None and count != expected:
+        raise ValueError(f"{path}, line 1 says that {expected} lines follow, but there are {count}; is the file cut, or not of format openke?")
+
+
+def _columns(row: Sequence[str], line: str) -> str:
+    return f"{len(row)} column{'s' * (len(row) > 1)} in {line.strip()[:80]!r}"
+
+
+def _hint(row: Sequence[str], number: int, spaces: bool) -> str:
+    if spaces and number == 1 and len(row) == 1 and row[0].isdigit():
+        return "; a first line with a count is of format openke"
+    return " (tabs between them, not spaces)" if len(row) == 1 and not spaces else ""
+
+
+def _parquet_rows(path: Path, fields: Sequence[str], names: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        table: Any = parquet.read_table(path)
+    except ArrowInvalid as error:
+        raise ValueError(f"{path}: no Parquet ({error})") from error
+    wanted = [names.get(field, field) for field in fields]
+    if not set(wanted) <= set(table.column_names):
+        if names or len(table.column_names) != len(fields):
+            raise ValueError(f"{path}: columns {table.column_names}, expected {wanted}; name the right ones with column_names: {{head: ...}}")
+        wanted = table.column_names
+    number = 0
+    for batch in table.select(wanted).to_batches():
+        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            number += 1
+            yield f"{path}, row {number}", ["" if cell is None else str(cell).strip() for cell in row]
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open a text file, packed by gzip if it ends in ``.gz``, with only line feeds ending lines.
+
+    Raises:
+        ValueError: If it is not text in UTF-8, or no gzip.
+    """
+    packed = path.suffix == ".gz"
+    options: Any = {"mode": "rt", "encoding": "utf-8-sig", "newline": "\n"}
+    try:
+        with gzip.open(path, **options) if packed else path.open(**options) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}); convert it") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is no whole gzip file ({error}); fetch it again") from error

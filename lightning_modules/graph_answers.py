@@ -1,0 +1,223 @@
+"""Answers of a knowledge-graph embedding by label: triples scored, tails, heads and relations found, tables exported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from malleable.datamodules.batch import KnowledgeGraph
+from malleable.lightning_modules.functional.flows import Interaction, Map, Vectors, score_all, score_pairs
+from malleable.lightning_modules.functional.relation_patterns import Moments, composition, inverse, self_inverse
+
+Name = str | int
+
+
+class Answer(NamedTuple):
+    """An answer to a query.
+
+    Attributes:
+        label: Label of the entity or relation.
+        id: Its number.
+        score: Score of the triple; a logit under the default loss, which nothing has calibrated.
+        uncertainty: Mean deviation of the entity; ``None`` for points and relations.
+    """
+
+    label: str
+    id: int
+    score: float
+    uncertainty: float | None = None
+
+
+class Pattern(NamedTuple):
+    """A pattern among relations.
+
+    Attributes:
+        kind: ``symmetric`` (r), ``inverse`` (r, r'), ``composed`` (first, second, what they amount to).
+        relations: Labels of the relations.
+        difference: Distance from the exact pattern, see :mod:`~malleable.lightning_modules.functional.relation_patterns`.
+    """
+
+    kind: str
+    relations: tuple[str, ...]
+    difference: float
+
+
+class GraphAnswers(ABC):
+    """The part of a knowledge-graph embedding that answers: entities and relations are given by label or number."""
+
+    interaction: Interaction
+    graph: KnowledgeGraph | None
+    gamma: float | nn.Parameter
+    _lookup_of: KnowledgeGraph | None = None
+    _lookup: Sequence[dict[str, int]] = ()
+
+    @property
+    @abstractmethod
+    def tables(self) -> tuple[nn.Embedding, nn.Embedding]:
+        """Tables of entities and relations."""
+
+    @abstractmethod
+    def query(self, head: Tensor, relation: Tensor) -> Vectors:
+        """The side of queries ``(h, r, ?)``."""
+
+    @abstractmethod
+    def key(self, entity: Tensor | None = None) -> Vectors:
+        """The side of entities, or of all."""
+
+    @torch.no_grad()
+    def score(self, triples: Sequence[tuple[Name, Name, Name]]) -> Tensor:
+        """Score triples ``(h, r, t)``, ``(N,)``."""
+        heads, relations, tails = (self._ids(column, place == 1) for place, column in enumerate(zip(*triples, strict=True)))
+        return score_pairs(self.query(heads, relations), self.key(tails))
+
+    def predict_tails(self, head: Name, relation: Name, k: int = 10, exclude: Sequence[tuple[Name, Name, Name]] = ()) -> list[Answer]:
+        """Find the k best tails of ``(head, relation, ?)``.
+
+        Args:
+            head: Entity.
+            relation: Relation.
+            k: Number of answers.
+            exclude: Known triples, whose tails are not to be proposed again.
+        """
+        heads, relations = self._ids([head]), self._ids([relation], True)
+        triples = [self._triple(triple) for triple in exclude]
+        return self._best(heads, relations, k, [t for h, r, t in triples if h == heads.item() and r == relations.item()])
+
+    def predict_heads(self, relation: Name, tail: Name, k: int = 10, exclude: Sequence[tuple[Name, Name, Name]] = ()) -> list[Answer]:
+        """Find the k best heads of ``(?, relation, tail)``, asked as ``(tail, relation + R, ?)``.
+
+        Args:
+            relation: Relation.
+            tail: Entity.
+            k: Number of answers.
+            exclude: Known triples, whose heads are not to be proposed again.
+        """
+        tails, relations = self._ids([tail]), self._ids([relation], True)
+        triples = [self._triple(triple) for triple in exclude]
+        known = [h for h, r, t in triples if t == tails.item() and r == relations.item()]
+        return self._best(tails, relations + len(self._labels().relations), k, known)
+
+    @torch.no_grad()
+    def predict_relations(self, head: Name, tail: Name, k: int = 10) -> list[Answer]:
+        """Find the k best relations of ``(head, ?, tail)``, reciprocals left out.
+
+        Args:
+            head: Entity.
+            tail: Entity.
+            k: Number of answers.
+        """
+        labels = self._labels().relations
+        relations = torch.arange(len(labels), device=self.tables[0].weight.device)
+        scores = score_all(self.query(self._ids([head]).expand(len(labels)), relations), self.key(self._ids([tail])))[:, 0]
+        best = scores.topk(min(k, len(labels)))
+        return [Answer(labels[number], number, score) for score, number in zip(*(part.tolist() for part in best), strict=True)]
+
+    @torch.no_grad()
+    def uncertainty(self) -> Tensor:
+        """Mean deviation of each entity over its coordinates, ``(E,)``.
+
+        Raises:
+            ValueError: If entities are points.
+        """
+        deviation = self.interaction.deviation(self.tables[0].weight)
+        if deviation is None:
+            raise ValueError(f"{type(self.interaction).__name__} places entities at points, which have no uncertainty; use NFE with slopes")
+        return deviation.mean(1)
+
+    @torch.no_grad()
+    def relation_patterns(self, k: int = 20) -> list[Pattern]:
+        """Read symmetric, inverse and composed relations off the maps they make, the k clearest of each kind."""
+        labels = self._labels().relations
+        entity, relation = (table.weight for table in self.tables)
+        places = self.interaction.location(entity)
+        places = self.interaction.deviation(entity) if places is None else places
+        assert places is not None
+        moments = Moments.of(places)
+        flow = Map(*(part.to(moments.mean.dtype) for part in self.interaction.flow(relation[: len(labels)])))
+        undone = inverse(flow, moments)
+        # A pair is inverse if each undoes the other; a relation that undoes itself is symmetric.
+        both = torch.maximum(undone, undone.T).masked_fill(torch.ones_like(undone, dtype=torch.bool).tril(), torch.inf)
+        composed, third = composition(flow, moments)
+        patterns = [Pattern("symmetric", (labels[i],), value) for (i,), value in _smallest(self_inverse(flow, moments), k)]
+        patterns += [Pattern("inverse", (labels[i], labels[j]), value) for (i, j), value in _smallest(both, k)]
+        patterns += [Pattern("composed", (labels[i], labels[j], labels[int(third[i, j])]), value) for (i, j), value in _smallest(composed, k)]
+        return patterns
+
+    def export(self, folder: str | Path) -> Path:
+        """Write ``embeddings.safetensors`` (a tensor for each part: ``entity.mu``, ``relation.a``, ...) and ``labels.json``.
+
+        Relations have 2R rows, reciprocals last. The folder is made whole under another name and then takes the place of an older one.
+        """
+        folder = Path(folder)
+        if getattr(self, "global_rank", 0):
+            return folder
+        temporary = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        kinds = ("entity", self.tables[0], self.interaction.entity_parts), ("relation", self.tables[1], self.interaction.relation_parts)
+        parts = {
+            f"{kind}.{name}": part.detach().cpu().contiguous()
+            for kind, table, names in kinds
+            for name, part in zip(names, table.weight.chunk(len(names), 1), strict=True)
+        }
+        settings = {"class": type(self).__name__, "interaction": repr(self.interaction), "gamma": str(float(self.gamma))}
+        save_file(parts, temporary / "embeddings.safetensors", metadata=settings)
+        labels = {"entities": self._labels().entities, "relations": self._labels().relations}
+        (temporary / "labels.json").write_text(json.dumps(labels, ensure_ascii=False), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        return folder
+
+    def _labels(self) -> KnowledgeGraph:
+        assert self.graph is not None
+        return self.graph
+
+    def _ids(self, names: Sequence[Name], relation: bool = False) -> Tensor:
+        """Numbers of labels; numbers stay.
+
+        Raises:
+            ValueError: If a name is not in the graph.
+        """
+        kind = "relation" if relation else "entity"
+        labels = self._labels().relations if relation else self._labels().entities
+        if self._lookup_of is not self.graph:
+            self._lookup_of = self.graph
+            self._lookup = [{label: number for number, label in enumerate(each)} for each in (self._labels().entities, self._labels().relations)]
+        lookup = self._lookup[relation]
+        ids = [lookup.get(name, -1) if isinstance(name, str) else name for name in names]
+        for name, number in zip(names, ids, strict=True):
+            if not 0 <= number < len(labels):
+                near = get_close_matches(name, labels, n=3) if isinstance(name, str) else []
+                hint = f"; did you mean {', '.join(map(repr, near))}?" if near else f"; numbers run from 0 to {len(labels) - 1}"
+                raise ValueError(f"the graph has no {kind} {name!r}{hint}")
+        return torch.tensor(ids, device=self.tables[0].weight.device)
+
+    def _triple(self, triple: tuple[Name, Name, Name]) -> tuple[int, int, int]:
+        head, relation, tail = (int(self._ids([name], place == 1)) for place, name in enumerate(triple))
+        return head, relation, tail
+
+    @torch.no_grad()
+    def _best(self, head: Tensor, relation: Tensor, k: int, known: Sequence[int]) -> list[Answer]:
+        scores = score_all(self.query(head, relation), self.key())[0]
+        scores[list(known)] = -torch.inf
+        best = scores.topk(min(k, len(scores) - len(set(known))))
+        deviation = self.interaction.deviation(self.tables[0](best.indices))
+        spread = [None] * len(best.indices) if deviation is None else deviation.mean(1).tolist()
+        labels = self._labels().entities
+        return [Answer(labels[number], number, *rest) for number, *rest in zip(best.indices.tolist(), best.values.tolist(), spread, strict=True)]
+
+
+def _smallest(values: Tensor, k: int) -> list[tuple[tuple[int, ...], float]]:
+    """Places and values of the k smallest finite entries."""
+    best = values.flatten().topk(min(k, values.numel()), largest=False)
+    places = zip(*(part.tolist() for part in torch.unravel_index(best.indices, values.shape)), strict=True)
+    return [(place, value) for place, value in zip(places, best.values.tolist(), strict=True) if value < torch.inf]

@@ -1,0 +1,378 @@
+"""What every knowledge-graph embedding shares: tables, loss, filtered ranking, answers by label."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from malleable.datamodules.batch import KnowledgeGraph, QueryBatch, Recommendations
+from malleable.lightning_modules.base import BaseModule, LossOutput, Split
+from malleable.lightning_modules.functional.flows import Interaction, Vectors, score_all
+from malleable.lightning_modules.graph_answers import GraphAnswers
+from malleable.lightning_modules.losses.described import object_from_plain
+from malleable.lightning_modules.losses.embedding import BCESum, EmbeddingLoss, Positives, Regulariser
+from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics, Tails
+from malleable.lightning_modules.metrics.ranking import Ties
+from malleable.lightning_modules.plain import from_plain
+
+log = logging.getLogger(__name__)
+
+MAX_SCORES = 1 << 26  # scores of evaluation kept at once: 256 MB
+
+
+@dataclass
+class Init:
+    """How tables start.
+
+    Attributes:
+        kind: Distribution of every entry of a part.
+        scale: Bound of ``uniform``, standard deviation of ``normal``, gain of the two Xavier forms (whose fans are rows and width).
+    """
+
+    kind: Literal["uniform", "normal", "xavier_uniform", "xavier_normal"] = "uniform"
+    scale: float = 0.1
+
+    @torch.no_grad()
+    def fill(self, table: Tensor, parts: int) -> None:
+        """Draw the entries of a table ``(N, parts x D)``."""
+        for part in table.chunk(parts, 1):
+            if self.kind == "uniform":
+                part.uniform_(-self.scale, self.scale)
+            elif self.kind == "normal":
+                part.normal_(0, self.scale)
+            else:
+                getattr(nn.init, f"{self.kind}_")(part, self.scale)
+
+
+@dataclass
+class EmbeddingTuning:
+    """The optimizer's course, where no optimizer or scheduler is injected.
+
+    Attributes:
+        lr: Learning rate of Adam.
+        lr_decay: Factor of the rate after each epoch.
+        sparse: Update only the rows that a batch touches; for losses that draw entities, on large graphs.
+    """
+
+    lr: float = 1e-3
+    lr_decay: float = 1.0
+    sparse: bool = False
+
+
+@dataclass
+class LinkRanking:
+    """How answers are ranked.
+
+    Attributes:
+        ks: Cut-offs of hits.
+        ties: Where a true tail lies among entities of equal score.
+        top_k: Answers that ``predict`` gives to each query.
+        exclude_known: Leave out of them what the batch lists as known.
+        max_scores: Most scores to keep at once, which bounds memory.
+    """
+
+    ks: tuple[int, ...] = (1, 3, 10)
+    ties: Ties = "pessimistic"
+    top_k: int = 10
+    exclude_known: bool = True
+    max_scores: int = MAX_SCORES
+
+
+class KnowledgeGraphModule(BaseModule, GraphAnswers):
+    """Tables of entities and relations, and an interaction that scores ``(h, r, t)``.
+
+    A relation and its reciprocal have a row each, so that ``(?, r, t)`` is answered as ``(t, r + R, ?)``.
+
+    Args:
+        interaction: Turns rows into scores.
+        graph: The labels; taken from the data module when left out.
+        dimension: Width D of each part of a row.
+        gamma: Margin, added to the scores of distances.
+        gamma_trainable: Learn it.
+        loss: What is minimised; default: binary cross-entropy against all entities.
+        regulariser: Penalty beside it.
+        dropout: Share of the entries of heads and relations that are dropped in training.
+        init: How tables start.
+        tuning: Rates of the default optimizer and schedule.
+        ranking: Cut-offs, ties, answers.
+        optimizer: Makes the optimizer instead.
+        lr_scheduler: Makes the schedule instead, stepped every optimizer step.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("graph",)
+    entity: nn.Embedding | None
+    relation: nn.Embedding | None
+
+    def __init__(
+        self,
+        interaction: Interaction,
+        graph: KnowledgeGraph | None = None,
+        dimension: int = 1024,
+        gamma: float = 0.0,
+        gamma_trainable: bool = False,
+        loss: EmbeddingLoss | None = None,
+        regulariser: Regulariser | None = None,
+        dropout: float = 0.0,
+        init: Init | None = None,
+        tuning: EmbeddingTuning | None = None,
+        ranking: LinkRanking | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        if dimension < 1:
+            raise ValueError(f"dimension must be >= 1, got {dimension}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        self.interaction = interaction
+        self.graph = graph
+        self.dimension = dimension
+        self.gamma: float | nn.Parameter = gamma
+        self.gamma_trainable = gamma_trainable
+        self.loss: EmbeddingLoss = object_from_plain(EmbeddingLoss, loss) if isinstance(loss, Mapping) else loss or BCESum()
+        self.regulariser: Regulariser | None = object_from_plain(Regulariser, regulariser) if isinstance(regulariser, Mapping) else regulariser
+        self.dropout = dropout
+        self.init: Init = from_plain(Init, init) or Init()
+        self.tuning: EmbeddingTuning = from_plain(EmbeddingTuning, tuning) or EmbeddingTuning()
+        self.ranking: LinkRanking = from_plain(LinkRanking, ranking) or LinkRanking()
+        if self.tuning.sparse and (not self.loss.samples or gamma_trainable):
+            raise ValueError("tuning.sparse needs a loss that draws entities (NegativeSampling) and a fixed gamma: all other gradients are dense")
+        self.entity = None
+        self.relation = None
+        self._keys: Vectors | None = None
+        self._evaluating = False
+
+    def configure_model(self) -> None:
+        """Make the tables; a second call does nothing, and neither does a call before a bare checkpoint has brought the graph."""
+        if self.entity is not None or self.graph is None:
+            return
+        parts = self.interaction.entity_parts, self.interaction.relation_parts
+        sizes = self.graph.num_entities, self.graph.num_relations
+        widths = [len(names) * self.dimension for names in parts]
+        # `_weight`: the layer's own start would be drawn in vain.
+        self.entity, self.relation = (
+            nn.Embedding(size, width, sparse=self.tuning.sparse, _weight=torch.empty(size, width, device=self.device))
+            for size, width in zip(sizes, widths, strict=True)
+        )
+        self.init.fill(self.entity.weight, len(parts[0]))
+        if parts[1] == ("phase",):
+            Init("uniform", math.pi).fill(self.relation.weight, 1)
+        else:
+            self.init.fill(self.relation.weight, len(parts[1]))
+        if self.gamma_trainable:
+            self.gamma = nn.Parameter(torch.tensor(float(self.gamma), device=self.device))
+        log.info("%s: %s entities x %s, %s relations x %s", type(self).__name__, sizes[0], widths[0], sizes[1], widths[1])
+
+    @property
+    def tables(self) -> tuple[nn.Embedding, nn.Embedding]:
+        """Tables of entities and relations.
+
+        Raises:
+            MisconfigurationException: If they have not been made yet.
+        """
+        if self.entity is None or self.relation is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has no tables yet: pass graph=... and call configure_model(), or load a checkpoint"
+            )
+        return self.entity, self.relation
+
+    def query(self, head: Tensor, relation: Tensor) -> Vectors:
+        """The side of queries ``(h, r, ?)``, ``(B,)`` ids each; the margin is in it."""
+        return self._query(self.tables[0](head), self.tables[1](relation))
+
+    def _query(self, head: Tensor, relation: Tensor) -> Vectors:
+        """The same of rows of the tables."""
+        drops = self.training and torch.is_grad_enabled()
+        query = self.interaction.query(*(F.dropout(rows, self.dropout, drops) for rows in (head, relation)))
+        if not self.interaction.distance:
+            return query
+        assert query.bias is not None  # a distance has the query's norm
+        return query._replace(bias=query.bias + self.gamma)
+
+    def key(self, entity: Tensor | None = None) -> Vectors:
+        """The side of entities ``(N,)``, or of all; within an evaluation that of all is computed once."""
+        table = self.tables[0]
+        if entity is not None:
+            return self.interaction.key(table(entity))
+        if not self._evaluating or torch.is_grad_enabled():
+            return self.interaction.key(table.weight)
+        if self._keys is None:
+            self._keys = self.interaction.key(table.weight)
+        return self._keys
+
+    def compute_loss(self, batch: QueryBatch) -> LossOutput:
+        """Return the loss, a mean over the true tails of the optimizer step, or over its queries for K-vs-all."""
+        # Queries repeated only to fill a batch count for nothing.
+        real = batch.sample_id[batch.target_row] >= 0
+        positives = Positives(batch.target[real], batch.target_row[real], len(batch))
+        weight = self.loss.weight(positives)
+        step = batch.num_step_rows if self.loss.per_query else batch.num_step_tokens
+        normaliser = float(max(1, weight)) if step is None else step
+        entity, relation = self.tables
+        # Where the loss gives every entity a gradient, that of the heads is added to it row by row, without a table of its own.
+        heads = F.embedding(batch.head, entity.weight, sparse=entity.sparse or not self.loss.samples)
+        query = self._query(heads, relation(batch.relation))
+        loss: Tensor = self.loss(query, entity, self.interaction.key, positives, normaliser)
+        if self.regulariser is None:
+            return LossOutput(loss, {}, weight)
+        penalty = self._penalty(batch, positives, query) / normaliser
+        return LossOutput(loss + penalty, {"penalty": penalty.detach()}, weight)
+
+    def log_loss(self, batch: QueryBatch, split: Split) -> None:
+        """Log the loss in validation, beside the curve of training; a test is of ranks, which need all scores as they are."""
+        if split == "val":
+            super().log_loss(batch, split)
+
+    def configure_metrics(self) -> dict[str, Metric]:
+        """Filtered ranks."""
+        assert self.graph is not None
+        return {"ranking": LinkPredictionMetrics(self.graph.num_relations, self.ranking.ks, self.ranking.ties)}
+
+    @torch.no_grad()
+    def evaluate(self, batch: QueryBatch, metrics: dict[str, Metric]) -> None:
+        """Rank the true tails among all entities."""
+        for part, scores in self._scores(batch):
+            true, known = Tails(part.target, part.target_row), Tails(part.known, part.known_row)
+            for metric in metrics.values():
+                metric.update(scores, true, known, part.relation, part.sample_id)
+
+    @torch.no_grad()
+    def predict_step(self, batch: QueryBatch, batch_idx: int = 0) -> Recommendations:
+        """Find the best tails of each query; ``item_ids`` are entities."""
+        found = []
+        for part, scores in self._scores(batch):
+            if self.ranking.exclude_known:
+                scores[part.known_row, part.known] = -torch.inf
+            best = scores.topk(min(self.ranking.top_k, scores.shape[1]), 1)
+            found.append((best.indices.masked_fill(best.values == -torch.inf, -1), best.values.float()))
+        return Recommendations(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Adam at the module's own rate, without decay of weights."""
+        if self.tuning.sparse:
+            return torch.optim.SparseAdam(groups, lr=self.tuning.lr)
+        fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
+        return torch.optim.Adam(groups, lr=self.tuning.lr, fused=fused)
+
+    def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Exponential decay."""
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, self.tuning.lr_decay) if self.tuning.lr_decay != 1 else None
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimizer; the module's own schedule is stepped once an epoch."""
+        configured = super().configure_optimizers()
+        if isinstance(configured, dict) and self.lr_scheduler is None:
+            configured["lr_scheduler"]["interval"] = "epoch"
+        return configured
+
+    def on_validation_epoch_start(self) -> None:
+        """Compute the entities' side anew, and once."""
+        self._begin()
+
+    def on_test_epoch_start(self) -> None:
+        """Compute the entities' side anew, and once."""
+        self._begin()
+
+    def on_predict_epoch_start(self) -> None:
+        """Compute the entities' side anew, and once."""
+        self._begin()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        super().on_validation_epoch_end()
+        self._end()
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics."""
+        super().on_test_epoch_end()
+        self._end()
+
+    def on_predict_epoch_end(self) -> None:
+        """Forget the entities' side."""
+        self._end()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the graph's labels, without which rows of the tables mean nothing."""
+        if self.graph is not None:
+            checkpoint["graph"] = {name: list(value) for name, value in vars(self.graph).items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the tables for a bare checkpoint, and refuse one of another graph."""
+        stored = checkpoint.get("graph")
+        if self.graph is None and stored is not None:
+            self.graph = KnowledgeGraph(**{name: tuple(value) for name, value in stored.items()})
+        if self.graph is None:
+            raise MisconfigurationException(f"{type(self).__name__} needs the graph, and the checkpoint has none: pass graph=...")
+        for name in ("entities", "relations"):
+            own = getattr(self.graph, name)
+            if stored is not None and tuple(stored[name]) != own:
+                raise MisconfigurationException(
+                    f"the checkpoint was trained on another graph: its {name} are {len(stored[name])} ({', '.join(stored[name][:3])}, ...), "
+                    f"here {len(own)} ({', '.join(own[:3])}, ...); use the data it was trained on"
+                )
+        self.configure_model()
+        self._end()
+
+    def _begin(self) -> None:
+        self._keys, self._evaluating = None, True
+
+    def _end(self) -> None:
+        self._keys, self._evaluating = None, False
+
+    def _scores(self, batch: QueryBatch) -> Iterator[tuple[QueryBatch, Tensor]]:
+        """Queries with their scores of all entities, ``(B, E)``, as many at a time as memory is given for."""
+        key = self.key()
+        size = max(1, self.ranking.max_scores // len(key.vector))
+        for start in range(0, len(batch), size):
+            part = batch if size >= len(batch) else take_rows(batch, start, start + size)
+            yield part, score_all(self.query(part.head, part.relation), key)
+
+    def _penalty(self, batch: QueryBatch, positives: Positives, query: Vectors) -> Tensor:
+        assert self.regulariser is not None
+        entity, relation = self.tables
+        names = self.interaction.entity_parts, self.interaction.relation_parts
+        tails = entity(positives.target)
+        rows = (
+            self._moduli(entity(batch.head[positives.row]), names[0]),
+            self._moduli(relation(batch.relation[positives.row]), names[1]),
+            self._moduli(tails, names[0]),
+        )
+        penalty: Tensor = self.regulariser(rows, query.rows(positives.row), self.interaction.key(tails))
+        return penalty
+
+    def _moduli(self, rows: Tensor, parts: tuple[str, ...]) -> Tensor:
+        if parts == ("phase",):
+            return torch.ones_like(rows)
+        if not self.interaction.complex_parts:
+            return rows.abs()
+        real, imaginary = rows.chunk(2, -1)
+        return (real.square() + imaginary.square()).clamp_min(torch.finfo(rows.dtype).tiny).sqrt()
+
+
+def take_rows(batch: QueryBatch, start: int, stop: int) -> QueryBatch:
+    """Take consecutive queries of a batch, with their true and known tails."""
+    true = (batch.target_row >= start) & (batch.target_row < stop)
+    known = (batch.known_row >= start) & (batch.known_row < stop)
+    return replace(
+        batch,
+        sample_id=batch.sample_id[start:stop],
+        head=batch.head[start:stop],
+        relation=batch.relation[start:stop],
+        target=batch.target[true],
+        target_row=batch.target_row[true] - start,
+        known=batch.known[known],
+        known_row=batch.known_row[known] - start,
+    )

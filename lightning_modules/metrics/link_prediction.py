@@ -1,0 +1,157 @@
+"""Filtered ranks of true tails among all entities, and their means.
+
+Shapes: B queries, E entities, P true tails, F known tails, R relations without reciprocals. Ranks count from 1. Queries with a negative
+``sample_id`` are repeats that fill a batch and are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from malleable.lightning_modules.metrics.ranking import RESOLUTION, Ties, check_ks, tie_weight
+
+COMPARED = 1 << 20  # scores compared at a time
+EXACT = 1 << 24  # integers that float32 counts without a gap
+
+
+class Tails(NamedTuple):
+    """Tails of queries, one after another.
+
+    Attributes:
+        entity: ``(P,)`` entities.
+        row: ``(P,)`` the query of each.
+    """
+
+    entity: Tensor
+    row: Tensor
+
+
+def filtered_ranks(scores: Tensor, true: Tails, known: Tails, ties: Ties = "pessimistic") -> Tensor:
+    """Rank each true tail among the entities that are not known to be true: ``1 + #greater + weight * #ties``.
+
+    Args:
+        scores: ``(B, E)``.
+        true: What to rank; several of one query are ranked apart.
+        known: ``(F,)`` the filter, distinct within a query; the ranked tail may be among it or not.
+        ties: Where a true tail lies among entities of equal score; weight 0 (optimistic), 1/2 (realistic) or 1 (pessimistic).
+
+    Returns:
+        ``(P,)`` float64; fractional under ``realistic``.
+
+    Raises:
+        ValueError: If a score is not a number: every comparison with it would be false, and the rank 1.
+
+    Source:
+        Bordes et al. (2013), Translating Embeddings for Modeling Multi-relational Data, section 4.2 (filtered ranks).
+    """
+    weight = tie_weight(ties)
+    # One number for all: a sum is not a number where one of its terms is not (or where infinities of both signs meet).
+    if bool(scores.sum().isnan()) and bool(scores.isnan().any()):
+        bad = int(scores.isnan().any(1).sum())
+        raise ValueError(f"{bad} of {len(scores)} queries have scores that are not numbers: training has diverged; lower the learning rate")
+    own = scores[true.row, true.entity]
+    place, entity = _known_of(true, known, len(scores))
+    others = scores[true.row[place], entity]
+    bar, real = own[place], entity != true.entity[place]
+    counts = torch.zeros_like(own, dtype=torch.double)
+    for compare, share, self_counted in ((torch.ge, weight, 1), (torch.gt, 1 - weight, 0)):
+        if share:
+            count = _count(scores, own, true.row, compare).double() - self_counted
+            count.index_add_(0, place, -(compare(others, bar) & real).double())
+            counts += share * count
+    return 1 + counts
+
+
+class LinkPredictionMetrics(Metric):
+    """Mean rank, mean reciprocal rank and hits of filtered ranks, of both directions together and apart.
+
+    Relations ``0..R-1`` ask for tails, their reciprocals ``R..2R-1`` for heads. The state holds sums of integers for each of them, so the figures
+    are the same in any order and on any number of devices. After ``compute``, ``relation_figures`` has ``(2R,)`` values of each figure.
+
+    Args:
+        num_relations: 2R.
+        ks: Cut-offs; keys are ``mr``, ``mrr``, ``hits_10``, ``mrr_tail``, ``mrr_head``.
+        ties: Policy for equal scores.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    sums: Tensor
+
+    def __init__(self, num_relations: int, ks: Sequence[int] = (1, 3, 10), ties: Ties = "pessimistic") -> None:
+        super().__init__()
+        if num_relations < 2 or num_relations % 2:
+            raise ValueError(f"num_relations must count relations and their reciprocals, an even number >= 2, got {num_relations}")
+        tie_weight(ties)
+        self.ks = check_ks(ks)
+        self.ties: Ties = ties
+        self.names = ("mr", "mrr", *(f"hits_{k}" for k in self.ks))
+        self.relation_figures: dict[str, Tensor] = {}
+        # Queries, twice the rank (ranks may be halves), reciprocal rank in units of 1 / RESOLUTION, hits.
+        self.add_state("sums", torch.zeros(num_relations, 1 + len(self.names), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, scores: Tensor, true: Tails, known: Tails, relation: Tensor, sample_id: Tensor) -> None:
+        """Add queries.
+
+        Args:
+            scores: ``(B, E)``, higher is better.
+            true: ``(P,)`` true tails and their queries.
+            known: ``(F,)`` the filter.
+            relation: ``(B,)`` relation of each query.
+            sample_id: ``(B,)``; negative rows are skipped.
+
+        Raises:
+            ValueError: If a score is not a number.
+        """
+        kept = sample_id[true.row] >= 0
+        true = Tails(true.entity[kept], true.row[kept])
+        ranks = filtered_ranks(scores, true, known, self.ties)
+        columns = [torch.ones_like(ranks), 2 * ranks, (RESOLUTION / ranks).round(), *((ranks <= k).double() for k in self.ks)]
+        added = torch.zeros_like(self.sums).index_add_(0, relation[true.row], torch.stack(columns, 1).long())
+        # Not in place: states reset in inference mode could not be changed outside it.
+        self.sums = self.sums + added
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the figures over all queries of all processes; ``nan`` without queries, and no figure of a direction without any."""
+        sums = self.sums.cpu()
+        self.relation_figures = self._figures(sums)
+        tail, head = sums.chunk(2)
+        figures = self._figures(sums.sum(0))
+        figures |= {f"mrr_{name}": self._figures(part.sum(0))["mrr"] for name, part in (("tail", tail), ("head", head)) if part[:, 0].any()}
+        return {name: value.float().to(self.device) for name, value in figures.items()}
+
+    def _figures(self, sums: Tensor) -> dict[str, Tensor]:
+        units = torch.tensor([0.5, 1 / RESOLUTION, *[1.0] * len(self.ks)], dtype=torch.double)
+        means = sums[..., 1:] * units / sums[..., :1]
+        return dict(zip(self.names, means.unbind(-1), strict=True))
+
+
+def _count(scores: Tensor, own: Tensor, row: Tensor, compare: Callable[..., Tensor]) -> Tensor:
+    """Entities whose scores compare with the true tail's, ``(P,)``."""
+    entities = scores.shape[1]
+    in_order = len(row) == len(scores) and bool((row == torch.arange(len(row), device=row.device)).all())
+    size = max(1, COMPARED // max(1, entities))
+    buffer = torch.empty(min(size, len(row)), entities, dtype=torch.float32, device=scores.device)
+    counts = torch.empty(len(row), dtype=torch.double if entities > EXACT else torch.float32, device=scores.device)
+    for start in range(0, len(row), size):
+        part = slice(start, min(start + size, len(row)))
+        rows = scores[part] if in_order else scores[row[part]]
+        # Compared into floats, which sum up several times faster than truth values.
+        counts[part] = compare(rows, own[part, None], out=buffer[: len(rows)]).sum(1, dtype=counts.dtype)
+    return counts
+
+
+def _known_of(true: Tails, known: Tails, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Pair each true tail with the known tails of its query: places among the true ones, and entities."""
+    order = known.row.argsort(stable=True)
+    numbers = torch.bincount(known.row, minlength=num_rows)
+    starts = (numbers.cumsum(0) - numbers)[true.row]
+    lengths = numbers[true.row]
+    place = torch.arange(len(true.row), device=lengths.device).repeat_interleave(lengths)
+    within = torch.arange(len(place), device=lengths.device) - (lengths.cumsum(0) - lengths)[place]
+    return place, known.entity[order[starts[place] + within]]
