@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from malleable.datamodules.batch import KnowledgeGraph
-from malleable.lightning_modules.functional.flows import Interaction, Map, Vectors, score_all, score_pairs
+from malleable.lightning_modules.functional.interaction import Interaction, Map, Vectors, score_all, score_pairs
 from malleable.lightning_modules.functional.relation_patterns import Moments, composition, inverse, self_inverse
 
 Name = str | int

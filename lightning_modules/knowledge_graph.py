@@ -17,7 +17,7 @@ from torchmetrics import Metric
 
 from malleable.datamodules.batch import KnowledgeGraph, QueryBatch, Recommendations
 from malleable.lightning_modules.base import BaseModule, LossOutput, Split
-from malleable.lightning_modules.functional.flows import Interaction, Vectors, score_all
+from malleable.lightning_modules.functional.interaction import Interaction, Vectors, score_all
 from malleable.lightning_modules.graph_answers import GraphAnswers
 from malleable.lightning_modules.losses.described import object_from_plain
 from malleable.lightning_modules.losses.embedding import BCESum, EmbeddingLoss, Positives, Regulariser

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from malleable.datamodules.batch import KnowledgeGraph
-from malleable.lightning_modules.functional.flows import ComplexDiagonal, Diagonal, Rotation, Translation
+from malleable.lightning_modules.functional.points import ComplexDiagonal, Diagonal, Rotation, Translation
 from malleable.lightning_modules.knowledge_graph import EmbeddingTuning, Init, KnowledgeGraphModule, LinkRanking
 from malleable.lightning_modules.losses.embedding import EmbeddingLoss, Regulariser
 

@@ -1,137 +1,26 @@
-"""Interactions of knowledge-graph embeddings: normalizing flows and point vectors, all as one inner product with biases.
+"""Interactions of normalizing flows: an entity is a random variable ``f_e(x)``, a relation an affine map of it.
 
-An entity is a random variable ``f_e(x)`` or a point, a relation a map of it. Every interaction turns a query ``(h, r)`` and an
-entity into a vector and a bias each, so that
-
-    score(h, r, t) = query.vector . key.vector + query.bias + key.bias
-
-and the scores of all entities are one matrix product. Margins (gamma) belong to the caller.
-
-Shapes: B queries, E entities, N rows, D width of a part, W width of the product. A row of a table holds its parts one after another:
-``[mu | s]``, ``[mu | s_neg | s_pos]`` for entities, ``[b | a]`` (translation, scale) for relations.
+Shapes: B queries, E entities, N rows, D width of a part. A row of a table holds its parts one after another: ``[mu | s]`` or
+``[mu | s_neg | s_pos]`` for entities, ``[b | a]`` (translation, scale) for relations.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from malleable.lightning_modules.functional.interaction import Interaction, Map, Vectors
+from malleable.lightning_modules.functional.squared_distance import folded_key, slope_form, squared_distance_query
+
 Base = Literal["normal", "uniform"]
 # c = 2 E[x; x > 0] of a base of mean 0 and variance 1.
 CROSS_TERM: dict[str, float] = {"normal": math.sqrt(2 / math.pi), "uniform": math.sqrt(3) / 2}
-
-
-class Vectors(NamedTuple):
-    """Rows whose inner products, with their biases, are scores.
-
-    Attributes:
-        vector: ``(N, W)``.
-        bias: ``(N,)``, ``None`` for zero.
-    """
-
-    vector: Tensor
-    bias: Tensor | None = None
-
-    def rows(self, index: Tensor | slice) -> Vectors:
-        """Take some rows."""
-        return Vectors(self.vector[index], None if self.bias is None else self.bias[index])
-
-    def full(self) -> Vectors:
-        """Widen half precision: ranks hang on small differences of large terms."""
-        return Vectors(full(self.vector), None if self.bias is None else full(self.bias))
-
-
-class Map(NamedTuple):
-    """The map ``y -> scale y + shift`` of a relation, coordinate by coordinate; complex where entities are.
-
-    Attributes:
-        scale: ``(N, D)``.
-        shift: ``(N, D)``.
-    """
-
-    scale: Tensor
-    shift: Tensor
-
-    def after(self, first: Map) -> Map:
-        """Compose: this map of what ``first`` gives."""
-        return Map(self.scale * first.scale, self.scale * first.shift + self.shift)
-
-
-def full(part: Tensor) -> Tensor:
-    """Widen half precision to single."""
-    return part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
-
-
-def score_all(query: Vectors, key: Vectors) -> Tensor:
-    """Score every entity for every query, ``(B, E)``, by one product, in full precision whatever the run's."""
-    query, key = query.full(), key.full()
-    with torch.autocast(query.vector.device.type, enabled=False):
-        return product(query, key)
-
-
-def product(query: Vectors, key: Vectors) -> Tensor:
-    """Multiply as it stands, ``(B, E)`` in memory of its own."""
-    scores = query.vector @ key.vector.T if key.bias is None else torch.addmm(key.bias, query.vector, key.vector.T)
-    return scores if query.bias is None else scores.add_(query.bias[:, None])
-
-
-def score_pairs(query: Vectors, key: Vectors) -> Tensor:
-    """Score row by row: entries of :func:`score_all` without the others.
-
-    Args:
-        query: ``(N, W)``.
-        key: ``(N, W)``.
-
-    Returns:
-        ``(N,)``.
-    """
-    scores = (query.vector * key.vector).sum(-1)
-    for bias in (query.bias, key.bias):
-        scores = scores if bias is None else scores + bias
-    return scores
-
-
-class Interaction(ABC):
-    """What a model makes of the rows of its tables.
-
-    Attributes:
-        entity_parts: Names of the parts of an entity row.
-        relation_parts: Names of the parts of a relation row.
-        distance: The score is minus a distance, to which a margin is added.
-        complex_parts: Pairs of parts are real and imaginary parts of complex numbers.
-    """
-
-    entity_parts: ClassVar[tuple[str, ...]]
-    relation_parts: ClassVar[tuple[str, ...]]
-    distance: ClassVar[bool] = True
-    complex_parts: ClassVar[bool] = False
-
-    @abstractmethod
-    def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """Turn rows of heads ``(B, parts x D)`` and relations ``(B, parts x D)`` into the query's side."""
-
-    @abstractmethod
-    def key(self, entity: Tensor) -> Vectors:
-        """Turn rows of entities ``(E, parts x D)`` into the entity's side."""
-
-    def deviation(self, entity: Tensor) -> Tensor | None:
-        """Standard deviation of each coordinate, ``(N, D)``; ``None`` for points."""
-        return None
-
-    def location(self, entity: Tensor) -> Tensor | None:
-        """Where an entity lies, ``(N, D)``, complex where the model is; ``None`` where it has no location."""
-        return entity
-
-    def flow(self, relation: Tensor) -> Map:
-        """The map that a relation makes of locations (of deviations, where there are no locations)."""
-        raise NotImplementedError(f"{type(self).__name__} gives a relation no map of its own")
 
 
 class NFE1(Interaction):
@@ -320,160 +209,6 @@ class Sigma(Interaction):
         return Map(relation.abs(), torch.zeros_like(relation))
 
 
-class Translation(Interaction):
-    """Squared distance after a translation: ``|h + r - t|^2``.
-
-    Source:
-        Bordes et al. (2013), Translating Embeddings for Modeling Multi-relational Data, NeurIPS 26.
-        Differs: the squared L2 norm (named among the two of section 2), and no projection to the unit sphere.
-    """
-
-    entity_parts = ("mu",)
-    relation_parts = ("b",)
-
-    def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """``2 (h + r)`` and minus the squared norm."""
-        return squared_distance_query(head + relation)
-
-    def key(self, entity: Tensor) -> Vectors:
-        """``t`` and minus the squared norm."""
-        return folded_key(entity, entity.shape[-1])
-
-    def flow(self, relation: Tensor) -> Map:
-        """``y -> y + r``."""
-        return Map(torch.ones_like(relation), relation)
-
-
-class Diagonal(Interaction):
-    """Trilinear product ``<h, r, t>``.
-
-    Source:
-        Yang et al. (2015), Embedding Entities and Relations for Learning and Inference in Knowledge Bases, arXiv:1412.6575, Eq. 3 (DistMult).
-    """
-
-    entity_parts: ClassVar[tuple[str, ...]] = ("mu",)
-    relation_parts: ClassVar[tuple[str, ...]] = ("a",)
-    distance = False
-
-    def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """``h r``."""
-        return Vectors(head * relation)
-
-    def key(self, entity: Tensor) -> Vectors:
-        """The entity itself."""
-        return Vectors(entity)
-
-    def flow(self, relation: Tensor) -> Map:
-        """``y -> r y``."""
-        return Map(relation, torch.zeros_like(relation))
-
-
-class ComplexDiagonal(Diagonal):
-    """``Re <h, r, conj t>`` of complex vectors.
-
-    Source:
-        Trouillon et al. (2016), Complex Embeddings for Simple Link Prediction, arXiv:1606.06357, Eq. 11 (ComplEx).
-    """
-
-    entity_parts = ("real", "imaginary")
-    relation_parts = ("real", "imaginary")
-    complex_parts = True
-
-    def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """``[Re h r | Im h r]``."""
-        return Vectors(complex_product(head, *relation.chunk(2, -1)))
-
-    def location(self, entity: Tensor) -> Tensor:
-        """The complex vector."""
-        return torch.complex(*entity.chunk(2, -1))
-
-    def flow(self, relation: Tensor) -> Map:
-        """``y -> r y``."""
-        scale = torch.complex(*relation.chunk(2, -1))
-        return Map(scale, torch.zeros_like(scale))
-
-
-class Rotation(Interaction):
-    """Squared distance after a rotation of each complex coordinate: ``|h exp(i theta) - t|^2``.
-
-    Source:
-        Sun et al. (2019), RotatE, arXiv:1902.10197, Eq. 3.
-        Differs: the squared L2 norm instead of the sum of moduli, which is no inner product.
-    """
-
-    entity_parts = ("real", "imaginary")
-    relation_parts = ("phase",)
-    complex_parts = True
-
-    def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """Twice the rotated head; a rotation keeps the norm."""
-        return Vectors(2 * complex_product(head, relation.cos(), relation.sin()), -head.square().sum(-1))
-
-    def key(self, entity: Tensor) -> Vectors:
-        """``t`` and minus the squared norm."""
-        return folded_key(entity, entity.shape[-1])
-
-    def location(self, entity: Tensor) -> Tensor:
-        """The complex vector."""
-        return torch.complex(*entity.chunk(2, -1))
-
-    def flow(self, relation: Tensor) -> Map:
-        """``y -> exp(i theta) y``."""
-        scale = torch.polar(torch.ones_like(relation), relation)
-        return Map(scale, torch.zeros_like(scale))
-
-
-def squared_distance_query(point: Tensor) -> Vectors:
-    """The query's side of ``-|q - k|^2``."""
-    return Vectors(2 * point, -point.square().sum(-1))
-
-
-def slope_form(mean: Tensor, below: Tensor, above: Tensor, cross: float) -> Tensor:
-    """``M (mean, below, above)`` with ``M = [[1, -c/2, c/2], [-c/2, 1/2, 0], [c/2, 0, 1/2]]``, coordinate by coordinate, ``(N, 3D)``."""
-    half = cross / 2
-    return torch.cat([torch.add(mean, above - below, alpha=half), below / 2 - half * mean, torch.add(above / 2, mean, alpha=half)], -1)
-
-
-def folded_key(entity: Tensor, first: int, cross: float | None = None) -> Vectors:
-    """The entity's side of minus a squared distance: the row with absolute values from column ``first`` on, and minus its square.
-
-    Args:
-        entity: ``(N, W)``.
-        first: First column whose sign does not count.
-        cross: c of :func:`slope_form`, in which three parts are squared; ``None`` for the plain square.
-    """
-    return Vectors(*_FoldedKey.apply(entity, first, cross))  # type: ignore[no-untyped-call]
-
-
-class _FoldedKey(torch.autograd.Function):
-    """One pass over the rows each way, where the single operations make ten."""
-
-    @staticmethod
-    def forward(ctx: Any, entity: Tensor, first: int, cross: float | None) -> tuple[Tensor, Tensor]:
-        vector = entity
-        if first < entity.shape[-1]:
-            vector = entity.clone()
-            vector[..., first:].abs_()
-        if cross is None:
-            form, bias = vector, -torch.linalg.vector_norm(entity, dim=-1).square()
-        else:
-            mean, below, above = vector.chunk(3, -1)
-            form = slope_form(mean, below, above, cross)
-            bias = -torch.linalg.vecdot(vector, form)
-        ctx.first = first
-        ctx.save_for_backward(entity, form)
-        return vector, bias
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, vector: Tensor, bias: Tensor) -> tuple[Tensor, None, None]:
-        entity, form = ctx.saved_tensors
-        gradient = torch.addcmul(vector, form, bias[..., None], value=-2)
-        if ctx.first < entity.shape[-1]:
-            gradient[..., ctx.first :].mul_(entity[..., ctx.first :].sgn())
-        return gradient, None, None
-
-
 class _PrecisionKey(torch.autograd.Function):
     """The key of NFE-3 with its derivatives written out, which is half the passes."""
 
@@ -505,9 +240,3 @@ class _PrecisionKey(torch.autograd.Function):
         # At the floor, up to rounding, the deviation no longer follows the slope.
         of_slope.mul_(slope.sigmoid()).masked_fill_(precision >= (1 - 1e-6) * ctx.floor**-2, 0.0)
         return gradient, None
-
-
-def complex_product(left: Tensor, real: Tensor, imaginary: Tensor) -> Tensor:
-    """Multiply ``[Re | Im]`` rows by complex numbers, ``(N, 2D)``."""
-    left_real, left_imaginary = left.chunk(2, -1)
-    return torch.cat([left_real * real - left_imaginary * imaginary, left_real * imaginary + left_imaginary * real], -1)

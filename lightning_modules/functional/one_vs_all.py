@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from malleable.lightning_modules.functional.flows import Vectors, full, product
+from malleable.lightning_modules.functional.interaction import Vectors, full, product
 
 Kind = Literal["sigmoid", "softmax"]
 KeyOf = Callable[[Tensor], Vectors]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from malleable.lightning_modules.functional.flows import Map
+from malleable.lightning_modules.functional.interaction import Map
 
 
 class Moments(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from malleable.lightning_modules.functional.flows import Vectors, score_pairs
+from malleable.lightning_modules.functional.interaction import Vectors, score_pairs
 from malleable.lightning_modules.functional.one_vs_all import KeyOf, Kind, one_vs_all_loss
 from malleable.lightning_modules.losses.described import Described
 
@@ -185,7 +185,9 @@ class NegativeSampling(EmbeddingLoss):
         keys = key_of(entity(torch.cat([target, drawn.flatten()])))
         truth = score_pairs(own, keys.rows(slice(0, len(target))))
         rest = keys.rows(slice(len(target), None))
-        scores = own.vector @ rest.vector.T if self.shared else torch.einsum("pw,pkw->pk", own.vector, rest.vector.reshape(*drawn.shape, -1))
+        scores = (
+            own.vector @ rest.vector.T if self.shared else torch.einsum("pw,pkw->pk", own.vector, rest.vector.view(*drawn.shape, own.vector.shape[1]))
+        )
         for bias in (None if own.bias is None else own.bias[:, None], None if rest.bias is None else rest.bias.reshape(drawn.shape)):
             scores = scores if bias is None else scores + bias
         real = drawn != target[:, None]

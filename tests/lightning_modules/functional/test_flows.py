@@ -8,23 +8,10 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from malleable.lightning_modules.functional.flows import (
-    CROSS_TERM,
-    NFE1,
-    NFE2,
-    NFE3,
-    AffinePoint,
-    ComplexDiagonal,
-    Diagonal,
-    Map,
-    Rotation,
-    Sigma,
-    Translation,
-    Vectors,
-    score_all,
-    score_pairs,
-    slope_form,
-)
+from malleable.lightning_modules.functional.flows import CROSS_TERM, NFE1, NFE2, NFE3, AffinePoint, Sigma
+from malleable.lightning_modules.functional.interaction import Map, Vectors, score_all, score_pairs
+from malleable.lightning_modules.functional.points import ComplexDiagonal, Diagonal, Rotation, Translation
+from malleable.lightning_modules.functional.squared_distance import slope_form
 
 INTERACTIONS = {
     "NFE1": (NFE1(), {}),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from malleable.lightning_modules.functional.flows import Map
+from malleable.lightning_modules.functional.interaction import Map
 from malleable.lightning_modules.functional.relation_patterns import Moments, composition, differences, inverse, neutral, self_inverse
 
 D = 5

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from malleable.lightning_modules.functional.flows import NFE1, Vectors, score_all
+from malleable.lightning_modules.functional.flows import NFE1
+from malleable.lightning_modules.functional.interaction import Vectors, score_all
 from malleable.lightning_modules.losses.described import object_from_plain
 from malleable.lightning_modules.losses.embedding import (
     DURA,
@@ -193,6 +194,17 @@ class TestNegativeSampling:
         positives = Positives(torch.tensor([0]), torch.tensor([0]), B)
         for temperature in (0.0, 1.0):
             assert sides.run(NegativeSampling(2, temperature), positives).isfinite()
+
+
+@pytest.mark.parametrize("loss", [BCESum(), Softmax(), KvsAll(), NegativeSampling(3), NegativeSampling(3, 1.0, shared=True)])
+def test_no_true_tail_no_loss(loss):
+    """What is left of a batch that only repeats others' rows."""
+    sides = Sides()
+    positives = Positives(TARGET[:0], ROW[:0], B)
+    value = sides.run(loss, positives)
+    assert value == 0
+    assert loss.weight(positives) == 0
+    assert not any(part.any() for part in sides.gradients(value))
 
 
 def test_regularisers_by_hand():
