@@ -128,6 +128,7 @@ trainer.fit(module, BoringDataModule(batch_size=2, global_batch_size=8))
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_the_logged_training_loss_is_that_of_the_whole_step(tmp_path):
     # Four batches of two rows on one device, two batches on each of two: the same steps of eight rows.
     curves = []

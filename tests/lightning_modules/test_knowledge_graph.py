@@ -345,7 +345,8 @@ if size > 1:
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("loss", ["BCESum", pytest.param("KvsAll", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["BCESum", "KvsAll"])
 def test_two_ranks_give_the_run_of_one(loss, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
