@@ -2,8 +2,8 @@
 
 from malleable.callbacks.exposure import ExposureReport as ExposureReport
 from malleable.callbacks.floors import Floors as Floors
+from malleable.callbacks.phases import PhaseSettings as PhaseSettings
 from malleable.callbacks.predictions import PredictionWriter as PredictionWriter
 from malleable.callbacks.reference import ReferenceCache as ReferenceCache
 from malleable.callbacks.report import RunReport as RunReport
-from malleable.callbacks.self_play import PhaseSettings as PhaseSettings
 from malleable.callbacks.self_play import SelfPlayLoop as SelfPlayLoop

@@ -13,9 +13,10 @@ from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 from torch.utils.data import DataLoader
 
+from malleable.callbacks.phases import Phase, PhaseSettings
 from malleable.callbacks.reference import ReferenceCache
 from malleable.callbacks.round_file import RoundFile
-from malleable.callbacks.self_play import Phase, PhaseSettings, SelfPlayLoop, reset_moments
+from malleable.callbacks.self_play import SelfPlayLoop, reset_moments
 from malleable.datamodules.batch import PreferenceBatch, collate
 from malleable.datamodules.loader import PhasedLoader
 from malleable.lightning_modules.dpo import DPO

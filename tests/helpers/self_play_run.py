@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from tiny import tiny_config
 from tiny_data import TinyData, quiet_trainer
 
-from malleable.callbacks.self_play import PhaseSettings, SelfPlayLoop
+from malleable.callbacks.phases import PhaseSettings
+from malleable.callbacks.self_play import SelfPlayLoop
 from malleable.lightning_modules.language_model import Decoding
 from malleable.lightning_modules.play import Play
 from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA, gathered_state
