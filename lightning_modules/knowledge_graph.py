@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -142,8 +142,8 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         self.dimension = dimension
         self.gamma: float | nn.Parameter = gamma
         self.gamma_trainable = gamma_trainable
-        self.loss: EmbeddingLoss = object_from_plain(EmbeddingLoss, loss) if isinstance(loss, Mapping) else loss or BCESum()
-        self.regulariser: Regulariser | None = object_from_plain(Regulariser, regulariser) if isinstance(regulariser, Mapping) else regulariser
+        self.loss: EmbeddingLoss = object_from_plain(EmbeddingLoss, loss) or BCESum()
+        self.regulariser: Regulariser | None = object_from_plain(Regulariser, regulariser)
         self.dropout = dropout
         self.init: Init = from_plain(Init, init) or Init()
         self.tuning: EmbeddingTuning = from_plain(EmbeddingTuning, tuning) or EmbeddingTuning()

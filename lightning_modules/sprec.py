@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, PreferenceBatch
 from malleable.lightning_modules.base import LossOutput
 from malleable.lightning_modules.language_model import Decoding, LanguageModel, Tuning
-from malleable.lightning_modules.losses.preference import PreferenceLoss, Sigmoid, loss_from_plain
+from malleable.lightning_modules.losses.described import object_from_plain
+from malleable.lightning_modules.losses.preference import PreferenceLoss, Sigmoid
 from malleable.lightning_modules.preference import preference_step
 from malleable.lightning_modules.pretrained import LanguageModelConfig
 
@@ -53,7 +52,7 @@ class SPRec(LanguageModel):
         super().__init__(language_model, catalog, decoding, tuning, ks, optimizer, lr_scheduler)
         if sft_weight < 0:
             raise ValueError(f"sft_weight must be >= 0, got {sft_weight}")
-        self.loss = loss_from_plain(loss) if isinstance(loss, Mapping) else loss or Sigmoid(beta=0.1)
+        self.loss: PreferenceLoss = object_from_plain(PreferenceLoss, loss) or Sigmoid(beta=0.1)
         self.sft_weight = sft_weight
         self.remember()
 

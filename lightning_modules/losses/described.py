@@ -5,11 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pkgutil import resolve_name
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
-
-DescribedT = TypeVar("DescribedT", bound="Described")
 
 
 class Described(nn.Module):
@@ -25,13 +23,15 @@ class Described(nn.Module):
         return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": {name: getattr(self, name) for name in arguments}}
 
 
-def object_from_plain(base: type[DescribedT], stored: Mapping[str, Any]) -> DescribedT:
-    """Make the object that :meth:`Described.as_plain` has described.
+def object_from_plain(base: type, value: Any) -> Any:
+    """Make the object that :meth:`Described.as_plain` has described; instances and ``None`` pass through.
 
     Raises:
         TypeError: If the class is no ``base``.
     """
-    kind = resolve_name(stored["class_path"])
+    if not isinstance(value, Mapping):
+        return value
+    kind = resolve_name(value["class_path"])
     if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise TypeError(f"the checkpoint names {stored['class_path']} as its loss, which is no {base.__name__}")
-    return kind(**stored.get("init_args", {}))
+        raise TypeError(f"the checkpoint names {value['class_path']} as its loss, which is no {base.__name__}")
+    return kind(**value.get("init_args", {}))

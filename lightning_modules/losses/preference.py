@@ -7,14 +7,13 @@ losses are averaged over the pairs of a row.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malleable.lightning_modules.losses.described import Described, object_from_plain
+from malleable.lightning_modules.losses.described import Described
 
 
 class PreferenceOutput(NamedTuple):
@@ -65,15 +64,6 @@ class PreferenceLoss(Described, ABC):
     @abstractmethod
     def losses(self, ratios: Tensor) -> Tensor:
         """Losses ``(B,)`` of log-ratios ``(B, K)``."""
-
-
-def loss_from_plain(stored: Mapping[str, Any]) -> PreferenceLoss:
-    """Make the loss that ``as_plain`` has described.
-
-    Raises:
-        TypeError: If the class is no preference loss.
-    """
-    return object_from_plain(PreferenceLoss, stored)  # type: ignore[type-abstract]
 
 
 class PairwiseLoss(PreferenceLoss):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from malleable.lightning_modules.losses.preference import DMPO, IPO, SDPO, Hinge, Robust, Sigmoid, loss_from_plain
+from malleable.lightning_modules.losses.described import object_from_plain
+from malleable.lightning_modules.losses.preference import DMPO, IPO, SDPO, Hinge, PreferenceLoss, Robust, Sigmoid
 
 CHOSEN = torch.tensor([-6.2, -11.4, -3.3, -20.1], dtype=torch.float64)
 REJECTED = torch.tensor([-7.9, -10.2, -8.8, -19.5], dtype=torch.float64)
@@ -189,7 +190,7 @@ class Scaled(Sigmoid):
 def test_a_loss_survives_as_plain_data(loss, monkeypatch):
     monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(Scaled=Scaled))
     stored = json.loads(json.dumps(loss.as_plain()))
-    again = loss_from_plain(stored)
+    again = object_from_plain(PreferenceLoss, stored)
     assert type(again) is type(loss)
     assert again.as_plain() == stored
     assert again.beta == loss.beta
@@ -197,4 +198,4 @@ def test_a_loss_survives_as_plain_data(loss, monkeypatch):
 
 def test_only_a_preference_loss_is_made_from_a_checkpoint():
     with pytest.raises(TypeError, match=r"torch\.nn\.MSELoss as its loss, which is no PreferenceLoss"):
-        loss_from_plain({"class_path": "torch.nn.MSELoss"})
+        object_from_plain(PreferenceLoss, {"class_path": "torch.nn.MSELoss"})
