@@ -163,15 +163,21 @@ class GraphAnswers(ABC):
         return torch.cat(found)
 
     @torch.no_grad()
-    def relation_patterns(self, k: int = 20) -> list[Pattern]:
-        """Read symmetric, inverse and composed relations off the maps they make, the k clearest of each kind."""
-        labels = self._labels().relations
+    def relation_patterns(self, k: int = 20, among: Sequence[Name] | None = None) -> list[Pattern]:
+        """Read symmetric, inverse and composed relations off the maps they make.
+
+        Args:
+            k: The clearest to return of each kind.
+            among: Relations to look at; default: all, for which time grows with the cube of their number.
+        """
+        chosen = self._ids(self._labels().relations if among is None else among, True)
+        labels = [self._labels().relations[number] for number in chosen.tolist()]
         entity, relation = (table.weight for table in self.tables)
         places = self.interaction.location(entity)
         places = self.interaction.deviation(entity) if places is None else places
         assert places is not None
         moments = Moments.of(places)
-        flow = Map(*(part.to(moments.mean.dtype) for part in self.interaction.flow(relation[: len(labels)])))
+        flow = Map(*(part.to(moments.mean.dtype) for part in self.interaction.flow(relation[chosen])))
         undone = inverse(flow, moments)
         # A pair is inverse if each undoes the other; a relation that undoes itself is symmetric.
         both = torch.maximum(undone, undone.T).masked_fill(torch.ones_like(undone, dtype=torch.bool).tril(), torch.inf)
