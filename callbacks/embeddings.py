@@ -18,6 +18,8 @@ from malleable.callbacks.page import Section
 from malleable.datamodules.batch import KnowledgeGraph
 from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics
 
+MEDIAN = "The median (smallest to largest) of the entities' mean deviation is"
+CLEAR = 1.0  # the difference of a pattern worth showing
 PATTERNS = {"symmetric": "{}", "inverse": "{} ↔ {}", "composed": "{}, then {} ≈ {}"}
 
 
@@ -103,10 +105,10 @@ def uncertainty_section(module: EmbedsGraph, graph: KnowledgeGraph) -> Section:
     except ValueError as error:
         return Section(title, f"{error}.")
     if not graph.degree:
-        return Section(title, f"{_spread(uncertainty)}. The graph does not tell in how many training triples an entity occurs.")
+        return Section(title, f"{MEDIAN} {_spread(uncertainty)}. The graph does not tell in how many training triples an entity occurs.")
     degree = torch.tensor(graph.degree)
     seen = degree > 0
-    text = f"{_spread(uncertainty[seen])} over the {int(seen.sum()):,} entities of the training triples"
+    text = f"{MEDIAN} {_spread(uncertainty[seen])} over the {int(seen.sum()):,} entities of the training triples"
     if not seen.all():
         text += f"; {_spread(uncertainty[~seen])} over the {int((~seen).sum()):,} that only validation or test have, left out below"
     correlation = float(spearman_corrcoef(uncertainty[seen].double(), degree[seen].double()))
@@ -117,8 +119,8 @@ def uncertainty_section(module: EmbedsGraph, graph: KnowledgeGraph) -> Section:
 def patterns_section(module: EmbedsGraph, graph: KnowledgeGraph, k: int, max_relations: int) -> Section:
     """List the clearest patterns of relations."""
     title, count = "Patterns of relations", len(graph.relations)
-    chosen = range(count)
-    text = "Read off the maps that the relations make of entities: 0 is the exact pattern, 2 nothing in common."
+    chosen = list(range(count))
+    text = f"Read off the maps that the relations make of entities: 0 is the exact pattern, 2 nothing in common; listed is what is below {CLEAR:g}."
     if count > max_relations:
         frequency = torch.tensor(graph.frequency or [0] * count)
         chosen = frequency.argsort(descending=True, stable=True)[:max_relations].tolist()
@@ -128,7 +130,11 @@ def patterns_section(module: EmbedsGraph, graph: KnowledgeGraph, k: int, max_rel
     except NotImplementedError as error:
         return Section(title, f"{error}.")
     rows = [(PATTERNS[kind].format(*relations), kind, difference) for kind, relations, difference in patterns]
-    return Section(title, text, (("relations", "pattern", "difference"), rows))
+    clear = [row for row in rows if row[2] < CLEAR]
+    if not clear:
+        nearest = "".join(f", the nearest is: {name} ({kind}, {value:.2f})" for name, kind, value in sorted(rows, key=lambda row: row[2])[:1])
+        return Section(title, f"{text} There is none{nearest}.")
+    return Section(title, text, (("relations", "pattern", "difference"), clear))
 
 
 def relations_section(metric: LinkPredictionMetrics, graph: KnowledgeGraph, k: int) -> Section:
@@ -150,4 +156,4 @@ def relations_section(metric: LinkPredictionMetrics, graph: KnowledgeGraph, k: i
 
 
 def _spread(values: Tensor) -> str:
-    return f"median {values.median():.3g} (smallest {values.min():.3g}, largest {values.max():.3g})"
+    return f"{values.median():.3g} ({values.min():.3g} to {values.max():.3g})"

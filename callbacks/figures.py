@@ -39,6 +39,7 @@ STYLE: Any = {  # matplotlib types the keys one by one
 }
 TITLE_LENGTH = 38
 MAX_DOTS = 20_000  # of a scatter plot
+BINS = 12  # of an abscissa
 
 Counts = Tensor | Sequence[float]
 
@@ -135,7 +136,9 @@ def draw_uncertainty(axes: Axes, degree: Tensor, uncertainty: Tensor, correlatio
     drawn = order[torch.linspace(0, len(order) - 1, min(len(order), MAX_DOTS)).long()]
     size, alpha = (16, 0.5) if len(drawn) <= 1000 else (4, 0.15)
     axes.scatter(degree[drawn].tolist(), uncertainty[drawn].tolist(), size, COLORS[0], alpha=alpha, linewidths=0, label="entity")
-    bins = [part for part in order.tensor_split(max(1, min(20, len(order) // 12))) if len(part)]
+    scale = degree.double().log()
+    edges = torch.linspace(float(scale.min()), float(scale.max()), BINS + 1, dtype=torch.double)[1:-1]
+    bins = [part for part in torch.split(order, torch.bucketize(scale, edges).bincount(minlength=BINS).tolist()) if len(part)]
     medians = [[float(values[part].float().median()) for part in bins] for values in (degree, uncertainty)]
     axes.plot(*medians, color=COLORS[1], marker="o", markersize=4, label="median of like degrees")
     axes.set_xscale("log")

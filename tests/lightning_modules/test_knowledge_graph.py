@@ -12,6 +12,7 @@ from tiny_data import quiet_trainer
 from tiny_graph import PEOPLE, TinyGraphData, collate_queries, grouped_rows, query_rows, tiny_graph, tiny_triples
 
 from malleable.datamodules.batch import KnowledgeGraph
+from malleable.lightning_modules import graph_answers
 from malleable.lightning_modules.knowledge_graph import EmbeddingTuning, Init, LinkRanking, take_rows
 from malleable.lightning_modules.losses.embedding import DURA, F2, BCESum, KvsAll, NegativeSampling, Softmax
 from malleable.lightning_modules.nfe import NFE
@@ -269,6 +270,13 @@ class TestAnswers:
         assert sorted(answer.label for answer in found) == ["next", "opposite", "second"]
         torch.testing.assert_close(torch.tensor([answer.score for answer in found]), module.score([(2, a.id, 8) for a in found]))
 
+    def test_uncertainty_is_the_mean_deviation(self, monkeypatch):
+        module = make()
+        expected = module.tables[0].weight[:, 6:].abs().mean(1)
+        torch.testing.assert_close(module.uncertainty(), expected)
+        monkeypatch.setattr(graph_answers, "ROWS", 5)
+        torch.testing.assert_close(module.uncertainty(), expected)
+
     def test_points_have_no_uncertainty(self):
         module = make(TransE)
         assert module.predict_tails(0, 0, k=1)[0].uncertainty is None
@@ -315,6 +323,8 @@ class TestAnswers:
         sigma = NFE("sigma", 4, graph=tiny_graph())
         sigma.configure_model()
         assert len(sigma.relation_patterns(k=2)) == 6
+        among = make().relation_patterns(among=["opposite", 0])
+        assert {label for pattern in among for label in pattern.relations} == {"opposite", "next"}
 
     def test_export(self, tmp_path):
         module = make()
