@@ -77,6 +77,8 @@ class EmbeddingReport(Callback):
         """Export, and note what there is to say."""
         self._trained = True
         self._look(trainer, pl_module, tested=False)
+        if self.report_sections():
+            rank_zero_info(f"embeddings: {self.folder}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what there is to say of the tested weights, and export them if they were trained here."""
@@ -89,9 +91,9 @@ class EmbeddingReport(Callback):
     def _look(self, trainer: Trainer, module: LightningModule, tested: bool) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run or not isinstance(module, EmbedsGraph) or module.graph is None:  # type: ignore[attr-defined]
             return
-        if self._trained and not (tested and trainer.ckpt_path is None):
-            assert self.folder is not None
-            rank_zero_info(f"embeddings: {module.export(self.folder)}")
+        assert self.folder is not None
+        if self._trained and (not tested or trainer.ckpt_path):
+            module.export(self.folder)
         self._sections = [uncertainty_section(module, module.graph), patterns_section(module, module.graph, self.k, self.max_relations)]
         metrics = [metric for metric in module.metrics("test").values() if isinstance(metric, LinkPredictionMetrics)] if tested else []
         self._sections += [relations_section(metric, module.graph, self.k) for metric in metrics]
