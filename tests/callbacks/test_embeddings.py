@@ -1,8 +1,10 @@
 import json
+import runpy
 
 import pytest
 import torch
 from boring import BoringDataModule, BoringModule
+from launch import launch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from tiny_data import quiet_trainer
@@ -88,6 +90,37 @@ def test_silent_with_other_modules_and_in_trial_runs(tmp_path, module, data, set
     trainer.fit(module(), data())
     assert report.report_sections() == []
     assert not list(tmp_path.rglob("embeddings"))
+
+
+SCRIPT = """
+import os
+import torch
+from tiny_data import quiet_trainer
+from tiny_graph import TinyGraphData
+from malleable.callbacks.embeddings import EmbeddingReport
+from malleable.callbacks.report import RunReport
+from malleable.lightning_modules.nfe import NFE
+
+ranks = int(os.environ.get("WORLD_SIZE", 1))
+settings = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
+torch.manual_seed(0)
+trainer = quiet_trainer(f"ranks{ranks}", logger=False, callbacks=[RunReport(), EmbeddingReport()], **settings)
+trainer.test(NFE(dimension=4), TinyGraphData(), verbose=False)
+if ranks > 1:
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_two_ranks_report_like_one(tmp_path):
+    """Figures of relations count the queries of both."""
+    (tmp_path / "run.py").write_text(SCRIPT)
+    runpy.run_path("run.py")
+    launch([tmp_path / "run.py"], cwd=tmp_path)
+    one, two = ((tmp_path / name / "report" / "report.md").read_text().partition("## Run")[0] for name in ("ranks1", "ranks2"))
+    assert "## Figures of relations" in one
+    assert one == two
 
 
 @pytest.mark.parametrize("settings", [{"k": 0}, {"max_relations": 0}])
