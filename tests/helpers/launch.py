@@ -31,7 +31,7 @@ def launch(
 
     The environment is torchrun's (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), so that both
     ``torch.distributed.init_process_group`` and a Trainer with ``devices=ranks`` find their peers. With one rank the
-    script runs as an ordinary process.
+    script runs as an ordinary process. Each starts with :mod:`sitecustomize`, which lies beside this file.
 
     Returns:
         What each rank wrote to its standard output.

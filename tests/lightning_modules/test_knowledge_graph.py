@@ -396,8 +396,6 @@ trainer = quiet_trainer(sys.argv[1], max_epochs=3, enable_checkpointing=False, l
 trainer.fit(model, TinyGraphData(train=grouped, batch_size=4, global_batch_size=24))
 figures = trainer.test(model, TinyGraphData(), verbose=False)[0]
 print(json.dumps([figures, [table.weight.flatten().tolist() for table in model.tables]]))
-if size > 1:
-    torch.distributed.destroy_process_group()
 """
 
 

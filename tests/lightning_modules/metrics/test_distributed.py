@@ -37,8 +37,6 @@ for part in torch.arange(rank, len(rows), size).split(7):
 figures = {f"{type(metric).__name__} {name}": value.item() for metric in (lists, scored, exposure) for name, value in metric.compute().items()}
 result = [figures, exposure.item_counts(10).tolist()]
 print(json.dumps(result))
-if size > 1:
-    distributed.destroy_process_group()  # its threads must not outlive the interpreter
 """
 
 

@@ -178,8 +178,6 @@ for ties in ("optimistic", "realistic", "pessimistic"):
     result.append({name: value.item() for name, value in metric.compute().items()})
     result.append(metric.relation_figures["mrr"].tolist())
 print(json.dumps(result))
-if size > 1:
-    distributed.destroy_process_group()  # its threads must not outlive the interpreter
 """
 
 
