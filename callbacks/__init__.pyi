@@ -1,5 +1,6 @@
 """The public callbacks: one line each, read by type checkers and by the lazy import alike."""
 
+from malleable.callbacks.embeddings import EmbeddingReport as EmbeddingReport
 from malleable.callbacks.exposure import ExposureReport as ExposureReport
 from malleable.callbacks.floors import Floors as Floors
 from malleable.callbacks.phases import PhaseSettings as PhaseSettings

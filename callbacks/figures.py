@@ -1,6 +1,6 @@
 """Drawings that reports share. Each draws on axes it is given and changes no global state.
 
-Shapes: N items of the catalogue.
+Shapes: N items of the catalogue, E entities of a graph.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ STYLE: Any = {  # matplotlib types the keys one by one
     "lines.linewidth": 1.8,
 }
 TITLE_LENGTH = 38
+MAX_DOTS = 20_000  # of a scatter plot
+BINS = 12  # of an abscissa
 
 Counts = Tensor | Sequence[float]
 
@@ -118,6 +120,31 @@ def draw_exposure_curve(axes: Axes, versions: Mapping[str, Counts]) -> None:
     axes.set_ylim(0, 102)
     axes.set(title="Concentration of exposure", xlabel="n most frequent items", ylabel="share they take (%)")
     axes.legend(loc="lower right")
+
+
+def draw_uncertainty(axes: Axes, degree: Tensor, uncertainty: Tensor, correlation: float) -> None:
+    """Draw the uncertainty of entities against their number of triples, and its median among entities of like numbers.
+
+    Args:
+        axes: Where to draw.
+        degree: ``(E,)``, positive.
+        uncertainty: ``(E,)``.
+        correlation: Their rank correlation, for the title.
+    """
+    # Evenly spread over the degrees, so that the few frequent entities stay.
+    order = degree.argsort(stable=True)
+    drawn = order[torch.linspace(0, len(order) - 1, min(len(order), MAX_DOTS)).long()]
+    size, alpha = (16, 0.5) if len(drawn) <= 1000 else (4, 0.15)
+    axes.scatter(degree[drawn].tolist(), uncertainty[drawn].tolist(), size, COLORS[0], alpha=alpha, linewidths=0, label="entity")
+    scale = degree.double().log()
+    edges = torch.linspace(float(scale.min()), float(scale.max()), BINS + 1, dtype=torch.double)[1:-1]
+    bins = [part for part in torch.split(order, torch.bucketize(scale, edges).bincount(minlength=BINS).tolist()) if len(part)]
+    medians = [[float(values[part].float().median()) for part in bins] for values in (degree, uncertainty)]
+    axes.plot(*medians, color=COLORS[1], marker="o", markersize=4, label="median of like degrees")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set(title=f"Uncertainty of entities (Spearman {correlation:+.2f})", xlabel="training triples of the entity", ylabel="mean deviation")
+    axes.legend()
 
 
 def short_title(title: str, length: int = TITLE_LENGTH) -> str:

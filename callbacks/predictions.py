@@ -1,29 +1,66 @@
-"""Recommendations on disk, readable by people and by programs."""
+"""Predictions on disk, readable by people and by programs."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from malleable.callbacks.files import replacing
 from malleable.datamodules.batch import Batch, Recommendations
 
+Described = Iterator[tuple[Sequence[Any], Sequence[Sequence[Any]]]]
+
+
+@runtime_checkable
+class DescribesPredictions(Protocol):
+    """A module that names what it was asked, and what it answers.
+
+    Attributes:
+        query_fields: Names of the parts of a query.
+        answer_fields: Names of the parts of an answer.
+    """
+
+    query_fields: Sequence[str]
+    answer_fields: Sequence[str]
+
+    def describe(self, batch: Any, found: Any) -> Described:
+        """Return for each row of a batch the parts of its query, and those of each answer in ``found``, best first."""
+
+
+class DescribesItems:
+    """The same of :class:`~malleable.datamodules.batch.Recommendations` from a catalogue; rows have their id only.
+
+    Args:
+        titles: Titles by item id; none are written where they are unknown.
+    """
+
+    query_fields: Sequence[str] = ()
+    answer_fields: Sequence[str] = ("item_id", "title", "score")
+
+    def __init__(self, titles: Sequence[str] = ()) -> None:
+        self.titles = titles
+
+    def describe(self, batch: Batch, found: Recommendations) -> Described:
+        """Return nothing for the query, and the items of each row."""
+        for items, scores in zip(*(part.tolist() for part in found), strict=True):
+            yield (), [(item, self.titles[item] if self.titles else "", score) for item, score in zip(items, scores, strict=True) if item >= 0]
+
 
 class PredictionWriter(Callback):
-    """Write what ``predict`` recommends, in the order of the rows' ids and whatever the number of devices.
+    """Write what ``predict`` finds, in the order of the rows' ids and whatever the number of devices.
 
-    ``predictions.csv`` has a line for each item (``sample_id, rank, item_id, title, score``), ``predictions.jsonl`` one for each
-    row (``{"sample_id": ..., "items": [{"rank": ..., "item_id": ..., "title": ..., "score": ...}, ...]}``).
+    ``predictions.csv`` has a line for each answer, ``predictions.jsonl`` one for each row, with its answers as ``items``. Of recommendations they
+    hold ``sample_id, rank, item_id, title, score``; a module that :class:`DescribesPredictions` names its own fields (a knowledge graph's:
+    ``sample_id, head, relation, tail, rank, answer, id, score, uncertainty``).
 
     Args:
         dirpath: Folder of the files; default: the run folder.
@@ -32,73 +69,72 @@ class PredictionWriter(Callback):
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
         self.folder: Path | None = None
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._words: DescribesPredictions = DescribesItems()
+        self._lines: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder; all ranks agree on it."""
         self.folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget earlier predictions."""
-        self._parts = []
+        """Forget earlier predictions, and find who names what is predicted."""
+        catalog = getattr(pl_module, "catalog", None) or getattr(getattr(trainer, "datamodule", None), "catalog", None)
+        items = DescribesItems(catalog.titles if catalog is not None else ())
+        self._words = pl_module if isinstance(pl_module, DescribesPredictions) else items
+        self._lines = []
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keep the batch's recommendations."""
+        """Keep the batch's rows, repeated ones left out."""
         if not isinstance(outputs, Recommendations) or not isinstance(batch, Batch):
             raise MisconfigurationException(
                 f"PredictionWriter writes Recommendations for a Batch, but {type(pl_module).__name__}.predict_step gave {type(outputs).__name__} "
                 f"for {type(batch).__name__}; leave PredictionWriter out"
             )
-        self._parts.append((batch.sample_id.cpu(), outputs.item_ids.cpu(), outputs.scores.cpu()))
+        rows = zip(batch.sample_id.tolist(), self._words.describe(batch, outputs), strict=True)
+        self._lines += [self._line(sample_id, query, answers) for sample_id, (query, answers) in rows if sample_id >= 0]
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather from all ranks, and write on rank zero."""
-        sample_ids, items, scores = (self._gather(trainer, pl_module, place) for place in range(3))
-        self._parts = []
+        lines, self._lines = self._gather(trainer, pl_module), []
         if trainer.is_global_zero:
-            catalog = getattr(pl_module, "catalog", None) or getattr(getattr(trainer, "datamodule", None), "catalog", None)
-            self.write(sample_ids, items, scores, catalog.titles if catalog is not None else ())
+            self.write(lines)
         trainer.strategy.barrier("predictions")
 
-    def write(self, sample_ids: Tensor, items: Tensor, scores: Tensor, titles: Sequence[str]) -> None:
+    def write(self, lines: Iterable[str]) -> None:
         """Write both files, each whole or not at all.
 
         Args:
-            sample_ids: ``(R,)`` in any order; negative rows are repeats and left out.
-            items: ``(R, k)``, -1 where there is none.
-            scores: ``(R, k)``.
-            titles: Titles by item id; none are written where they are unknown.
+            lines: Rows in JSON, in any order.
         """
         assert self.folder is not None
-        rows = list(_rows(sample_ids, items, scores, titles))
+        rows = sorted(map(json.loads, lines), key=lambda row: int(row["sample_id"]))
         with replacing(self.folder / "predictions.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(("sample_id", "rank", "item_id", "title", "score"))
-            writer.writerows((row["sample_id"], *item.values()) for row in rows for item in row["items"])
+            writer.writerow(("sample_id", *self._words.query_fields, "rank", *self._words.answer_fields))
+            writer.writerows((*query, *item.values()) for *query, items in map(dict.values, rows) for item in items)
         with replacing(self.folder / "predictions.jsonl") as path, path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        rank_zero_info(f"recommendations for {len(rows)} rows: {self.folder / 'predictions.csv'}")
+        rank_zero_info(f"predictions for {len(rows)} rows: {self.folder / 'predictions.csv'}")
 
-    def _gather(self, trainer: Trainer, module: LightningModule, place: int) -> Tensor:
-        """One of the three parts, of all batches and ranks; a rank without rows adds nothing."""
-        own = [part[place] for part in self._parts]
-        dimensions = 1 if place == 0 else 2
-        joined = (torch.cat(own) if own else torch.empty((0,) * dimensions, dtype=torch.float if place == 2 else torch.long)).to(module.device)
-        parts = [joined] if trainer.world_size == 1 else gather_all_tensors(joined)
-        return torch.cat([part for part in parts if len(part)] or parts[:1]).cpu()
+    def _line(self, sample_id: int, query: Sequence[Any], answers: Sequence[Sequence[Any]]) -> str:
+        items = [
+            {"rank": rank} | {name: _rounded(part) for name, part in zip(self._words.answer_fields, answer, strict=True)}
+            for rank, answer in enumerate(answers, start=1)
+        ]
+        row = {"sample_id": sample_id} | dict(zip(self._words.query_fields, query, strict=True)) | {"items": items}
+        return json.dumps(row, ensure_ascii=False)
+
+    def _gather(self, trainer: Trainer, module: LightningModule) -> list[str]:
+        """The lines of all ranks, as bytes; a rank without rows adds nothing."""
+        if trainer.world_size == 1:
+            return self._lines
+        text = "\n".join(self._lines).encode()
+        parts = gather_all_tensors(torch.tensor(bytearray(text), dtype=torch.uint8, device=module.device))
+        # Line feeds within a label are escaped in JSON.
+        return [line for part in parts for line in bytes(part.cpu().numpy()).decode().split("\n") if line]
 
 
-def _rows(sample_ids: Tensor, items: Tensor, scores: Tensor, titles: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for index in sample_ids.argsort(stable=True).tolist():
-        if sample_ids[index] < 0:
-            continue
-        pairs = [(item, score) for item, score in zip(items[index].tolist(), scores[index].tolist(), strict=True) if item >= 0]
-        yield {
-            "sample_id": int(sample_ids[index]),
-            "items": [
-                {"rank": rank, "item_id": item, "title": titles[item] if titles else "", "score": round(score, 6)}
-                for rank, (item, score) in enumerate(pairs, start=1)
-            ],
-        }
+def _rounded(part: Any) -> Any:
+    return round(part, 6) if isinstance(part, float) else part

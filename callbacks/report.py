@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 2048
 PANELS_A_ROW = 3
-HEADLINE = ("hr_10", "ndcg_10", "mrr_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10", "coverage_10")
+RECOMMENDATION = ("hr_10", "ndcg_10", "mrr_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10", "coverage_10")
+LINK_PREDICTION = ("mrr", "mr", "hits_1", "hits_3", "hits_10", "mrr_tail", "mrr_head")
+HEADLINE = RECOMMENDATION + LINK_PREDICTION
 
 
 class RunReport(Callback):

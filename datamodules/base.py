@@ -122,7 +122,7 @@ class BaseDataModule(LightningDataModule, ABC):
         if dataset is None:
             raise MisconfigurationException(
                 f"{type(self).__name__} has no {split} data: `setup` did not set `{split}_dataset`"
-                + (" (give the file to predict for)" if split == "predict" else "")
+                + (" (give the file to predict for: predict_file)" if split == "predict" else "")
             )
         if len(dataset) == 0:
             raise ValueError(f"{type(self).__name__}: the {split} split is empty; check the filters and the split settings")

@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ASKED = "?"
+"""Stands in a written query for what it asks."""
+
 
 @dataclass
 class Batch:
@@ -109,17 +112,18 @@ class PreferenceBatch(AnswerBatch):
 
 @dataclass
 class QueryBatch(Batch):
-    """Queries ``(h, r, ?)`` to a knowledge graph; ``(?, r, t)`` is asked as ``(t, r + R, ?)``.
+    """Queries ``(h, r, ?)`` to a knowledge graph; ``(?, r, t)`` is asked as ``(t, r + R, ?)``. Prediction may ask ``(h, ?, t)``, too.
 
     Attributes:
         head: ``(B,)`` int64, entities.
-        relation: ``(B,)`` int64, original relations 0..R-1, their reciprocals R..2R-1.
+        relation: ``(B,)`` int64, original relations 0..R-1, their reciprocals R..2R-1; -1 where it is asked.
         target: ``(P,)`` int64, true tails. One a query, unless training groups equal queries; none in prediction.
         target_row: ``(P,)`` int64, the row each belongs to, ascending.
         known: ``(F,)`` int64, all known answers of the queries, distinct in each: the filter; empty in training.
         known_row: ``(F,)`` int64, the row of each, ascending.
         num_step_tokens: As in :class:`PackedBatch`, where targets are the true tails.
         num_step_rows: Scalar; the same for rows: queries of the whole optimizer step divided by its number of batches over all ranks.
+        tail: ``(B,)`` int64, entities of the queries that ask a relation, -1 in others; ``None`` where no query may ask one.
     """
 
     head: Tensor
@@ -130,6 +134,7 @@ class QueryBatch(Batch):
     known_row: Tensor
     num_step_tokens: Tensor | None = None
     num_step_rows: Tensor | None = None
+    tail: Tensor | None = None
 
 
 class Example(TypedDict):
@@ -205,11 +210,13 @@ class KnowledgeGraph:
         entities: Distinct labels.
         relations: Distinct labels of the R original relations; the reciprocal of ``r`` is ``r + R``.
         degree: Training triples that each entity occurs in.
+        frequency: Training triples of each relation.
     """
 
     entities: tuple[str, ...]
     relations: tuple[str, ...]
     degree: tuple[int, ...] = ()
+    frequency: tuple[int, ...] = ()
 
     @property
     def num_entities(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import json
 import logging
@@ -11,44 +12,46 @@ from typing import Any
 
 import numpy as np
 
-from malleable.datamodules.batch import KnowledgeGraph
+from malleable.datamodules.batch import ASKED, KnowledgeGraph
 from malleable.datamodules.sources.graph import Ints
 from malleable.datamodules.triple_files import open_text
 
 log = logging.getLogger(__name__)
 
-UNKNOWN = "?"
+FORM = f"head<TAB>relation<TAB>tail with {ASKED} for the one that is asked (.csv: commas for tabs; a last {ASKED} may be left out)"
 
 
 def read_queries(path: Path, graph: KnowledgeGraph) -> Ints:
     """Read queries by label.
 
     Args:
-        path: Text, also ``.gz``; a query a line: ``head<TAB>relation`` (or ``head<TAB>relation<TAB>?``) asks for tails,
-            ``?<TAB>relation<TAB>tail`` for heads.
+        path: A query a line, its cells separated by tabs, or by commas if it ends in ``.csv``; also ``.gz``. ``head<TAB>relation<TAB>?`` or
+            ``head<TAB>relation`` asks for tails, ``?<TAB>relation<TAB>tail`` for heads, ``head<TAB>?<TAB>tail`` for relations. A first line
+            ``head<TAB>relation<TAB>tail`` is a header.
         graph: The vocabulary.
 
     Returns:
-        ``(Q, 3)`` int64 of head, relation, -1; a query for heads is that of the tail and the reciprocal relation.
+        ``(Q, 3)`` int64 of head, relation, -1, or head, -1, tail; a query for heads is that of the tail and the reciprocal relation.
 
     Raises:
         ValueError: If a line is no query or names something unknown; with file, line and the nearest labels.
     """
     entities = {label: key for key, label in enumerate(graph.entities)}
     relations = {label: key for key, label in enumerate(graph.relations)}
+    fields = {"head": entities, "relation": relations, "tail": entities}
     queries = []
     for number, cells in _lines(path):
+        if number == 1 and [cell.casefold() for cell in cells] == list(fields):
+            continue
         where = f"{path}, line {number}"
-        head, relation, tail = [*cells, UNKNOWN] if len(cells) == 2 else cells if len(cells) == 3 else (UNKNOWN,) * 3
-        if (head == UNKNOWN) == (tail == UNKNOWN) or relation == UNKNOWN:
-            raise ValueError(f"{where}: {'<TAB>'.join(cells)!r} is no query, expected head<TAB>relation or ?<TAB>relation<TAB>tail")
-        key = _find(relation, relations, f"{where}, field relation")
-        if tail == UNKNOWN:
-            queries.append((_find(head, entities, f"{where}, field head"), key, -1))
-        else:
-            queries.append((_find(tail, entities, f"{where}, field tail"), key + len(relations), -1))
+        query = [*cells, ASKED] if len(cells) == 2 else cells
+        if len(query) != 3 or query.count(ASKED) != 1:
+            raise ValueError(f"{where}: {cells} is no query, expected {FORM}")
+        columns = zip(query, fields.items(), strict=True)
+        head, relation, tail = (-1 if label == ASKED else _find(label, known, f"{where}, field {field}") for label, (field, known) in columns)
+        queries.append((tail, relation + len(relations), -1) if head < 0 else (head, relation, tail))
     if not queries:
-        raise ValueError(f"{path} holds no query; expected lines head<TAB>relation or ?<TAB>relation<TAB>tail")
+        raise ValueError(f"{path} holds no query; expected lines of {FORM}")
     return np.array(queries, dtype=np.int64)
 
 
@@ -119,7 +122,8 @@ def _text_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
 
 def _json_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        with open_text(path) as file:
+            content: Any = json.load(file)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: no JSON ({error})") from error
     if not isinstance(content, dict):
@@ -132,10 +136,13 @@ def _json_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield number and cells of each line that is not empty."""
+    commas = ".csv" in path.suffixes
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield number, [cell.strip() for cell in line.strip("\r\n").split("\t")]
+                text = line.strip("\r\n")
+                yield number, [cell.strip() for cell in (next(csv.reader([text], skipinitialspace=True)) if commas else text.split("\t"))]
 
 
 def _find(label: str, known: dict[str, int], where: str) -> int:

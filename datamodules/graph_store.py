@@ -55,7 +55,8 @@ class GraphStore:
         arrays, meta = opened
         # Plain views: every operation on a `memmap` would make another one, which is slow.
         plain: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
-        graph = KnowledgeGraph(tuple(meta["entities"]), tuple(meta["relations"]), tuple(plain["degree"].tolist()))
+        frequency = np.bincount(plain["train"][::2, 1], minlength=len(meta["relations"]))
+        graph = KnowledgeGraph(tuple(meta["entities"]), tuple(meta["relations"]), tuple(plain["degree"].tolist()), tuple(frequency.tolist()))
         answers = Answers(plain["answer_keys"], Lists(plain["answer_offsets"], plain["answer_tails"]), graph.num_relations)
         return cls(graph, {split: plain[split] for split in SPLITS}, answers, GraphReport.from_plain(meta["report"]))
 

@@ -40,9 +40,7 @@ class Lists:
     def take(self, chosen: Ints) -> tuple[Ints, Ints]:
         """Return the values of chosen lists, ``(F,)``, and which of the chosen each belongs to; -1 chooses an empty list."""
         start = self.offsets[chosen]
-        counts = np.where(chosen < 0, 0, self.offsets[chosen + 1] - start)
-        row = np.repeat(np.arange(len(chosen)), counts)
-        place = np.arange(len(row)) + (start - np.cumsum(counts) + counts)[row]
+        place, row = spans(start, np.where(chosen < 0, 0, self.offsets[chosen + 1] - start))
         return self.values[place], row
 
 
@@ -68,10 +66,25 @@ class Answers:
         return cls(keys, tails, num_relations)
 
     def find(self, head: Ints, relation: Ints) -> Ints:
-        """Return the place of each query's list in :attr:`tails`, -1 where nothing is known."""
+        """Return the place of each query's list in :attr:`tails`, -1 where nothing is known or the relation itself is asked (-1)."""
         code = head.astype(np.int64) * self.num_relations + relation
         place = np.minimum(np.searchsorted(self.keys, code), len(self.keys) - 1)
-        return np.where(self.keys[place] == code, place, -1)
+        return np.where((self.keys[place] == code) & (relation >= 0), place, -1)
+
+    def relations(self, head: Ints, tail: Ints) -> tuple[Ints, Ints]:
+        """Return the original relations known from each head to its tail, and which of the pairs each belongs to."""
+        code = head.astype(np.int64) * self.num_relations
+        first, end = (np.searchsorted(self.keys, code + relation) for relation in (0, self.num_relations // 2))
+        place, row = spans(first, end - first)
+        values, which = self.tails.take(place)
+        hit = which[values == tail[row[which]]]
+        return self.keys[place[hit]] % self.num_relations, row[hit]
+
+
+def spans(start: Ints, counts: Ints) -> tuple[Ints, Ints]:
+    """Return the numbers ``start .. start + counts - 1`` of each span, one span after the other, and which span each belongs to."""
+    row = np.repeat(np.arange(len(counts)), counts)
+    return np.arange(len(row)) + (start - np.cumsum(counts) + counts)[row], row
 
 
 def group(queries: Ints, num_relations: int) -> tuple[Ints, Lists]:
@@ -97,7 +110,8 @@ class QueryRows:
     ``DataLoader(range(len(rows)), batch_size=128, collate_fn=lambda positions: rows.make_batch(torch.tensor(positions)))``.
 
     Args:
-        queries: ``(Q, 3)`` of head, relation, target; a target of -1 is unknown, which it must be in all rows or in none.
+        queries: ``(Q, 3)`` of head, relation, target; a target of -1 is asked, or a relation of -1 (the third is then the tail). In all rows
+            or in none something must be asked.
         sample_id: ``(Q,)``.
         answers: Known answers to give along.
     """
@@ -106,7 +120,7 @@ class QueryRows:
         self.queries = queries
         self.sample_id = sample_id
         self.answers = answers
-        self._open = bool(len(queries)) and int(queries[0, 2]) < 0
+        self._open = bool(len(queries)) and int(queries[0].min()) < 0
         self._known = None if answers is None else answers.find(queries[:, 0], queries[:, 1])
 
     def __len__(self) -> int:
@@ -121,10 +135,7 @@ class QueryRows:
         """Make the batch of these rows."""
         index = rows.numpy()
         head, relation, target = torch.from_numpy(self.queries[index].T.astype(np.int64, order="C"))
-        known: Ints = _NONE
-        known_row: Ints = _NONE
-        if self.answers is not None and self._known is not None:
-            known, known_row = self.answers.tails.take(self._known[index])
+        known, known_row = self._known_answers(index)
         return QueryBatch(
             sample_id=_tensor(self.sample_id[index]),
             head=head,
@@ -133,7 +144,22 @@ class QueryRows:
             target_row=torch.arange(0 if self._open else len(index)),
             known=_tensor(known),
             known_row=_tensor(known_row),
+            tail=target if self._open else None,
         )
+
+    def _known_answers(self, index: Ints) -> tuple[Ints, Ints]:
+        """Entities known to answer chosen queries, relations where those are asked; and the row of each, ascending."""
+        if self.answers is None or self._known is None:
+            return _NONE, _NONE
+        known, row = self.answers.tails.take(self._known[index])
+        if not self._open:
+            return known, row
+        heads, relations, tails = self.queries[index].T
+        asking = np.flatnonzero(relations < 0)
+        found, which = self.answers.relations(heads[asking], tails[asking])
+        known, row = np.concatenate([known, found]), np.concatenate([row, asking[which]])
+        order = np.argsort(row, kind="stable")
+        return known[order], row[order]
 
 
 class GroupedQueries:

@@ -197,8 +197,11 @@ def open_text(path: Path) -> Iterator[TextIO]:
     """Open a text file, packed by gzip if it ends in ``.gz``, with only line feeds ending lines.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If it is not text in UTF-8, or no gzip.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; give the path of an existing one")
     packed = path.suffix == ".gz"
     options: Any = {"mode": "rt", "encoding": "utf-8-sig", "newline": "\n"}
     try:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from malleable.datamodules.batch import KnowledgeGraph
+from malleable.datamodules.batch import ASKED, KnowledgeGraph, QueryBatch, Recommendations
 from malleable.lightning_modules.functional.interaction import Interaction, Map, Vectors, score_all, score_pairs
 from malleable.lightning_modules.functional.relation_patterns import Moments, composition, inverse, self_inverse
 
 Name = str | int
+
+ROWS = 1 << 14  # rows of a table taken at a time, which bounds memory
 
 
 class Answer(NamedTuple):
@@ -54,6 +56,8 @@ class Pattern(NamedTuple):
 class GraphAnswers(ABC):
     """The part of a knowledge-graph embedding that answers: entities and relations are given by label or number."""
 
+    query_fields: ClassVar[tuple[str, ...]] = ("head", "relation", "tail")
+    answer_fields: ClassVar[tuple[str, ...]] = ("answer", "id", "score", "uncertainty")
     interaction: Interaction
     graph: KnowledgeGraph | None
     gamma: float | nn.Parameter
@@ -116,10 +120,32 @@ class GraphAnswers(ABC):
             k: Number of answers.
         """
         labels = self._labels().relations
-        relations = torch.arange(len(labels), device=self.tables[0].weight.device)
-        scores = score_all(self.query(self._ids([head]).expand(len(labels)), relations), self.key(self._ids([tail])))[:, 0]
-        best = scores.topk(min(k, len(labels)))
+        best = self.score_relations(self._ids([head]), self._ids([tail]))[0].topk(min(k, len(labels)))
         return [Answer(labels[number], number, score) for score, number in zip(*(part.tolist() for part in best), strict=True)]
+
+    @torch.no_grad()
+    def score_relations(self, head: Tensor, tail: Tensor) -> Tensor:
+        """Score every relation, reciprocals left out, between pairs of entities ``(B,)``: ``(B, R)``."""
+        relations = torch.arange(len(self._labels().relations), device=head.device)
+        # One pair at a time: it already takes a row for each relation.
+        found = [score_all(self.query(h.expand(len(relations)), relations), self.key(t[None]))[:, 0] for h, t in zip(head, tail, strict=True)]
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def describe(self, batch: QueryBatch, found: Recommendations) -> Iterator[tuple[Sequence[str], Sequence[Answer]]]:
+        """Name the queries of a batch, head, relation and tail, and what ``predict_step`` found for each."""
+        labels = self._labels()
+        tails = [-1] * len(batch) if batch.tail is None else batch.tail.tolist()
+        columns = (part.tolist() for part in (batch.head, batch.relation, *found))
+        for head, relation, ids, scores, tail in zip(*columns, tails, strict=True):
+            real = [number for number in ids if number >= 0]
+            if relation < 0:
+                answers = [Answer(labels.relations[number], number, score) for number, score in zip(real, scores, strict=False)]
+                yield (labels.entities[head], ASKED, labels.entities[tail]), answers
+                continue
+            place, reciprocal = relation % len(labels.relations), relation >= len(labels.relations)
+            query = labels.entities[head], labels.relations[place], ASKED
+            yield query[::-1] if reciprocal else query, self._answers(real, scores)
 
     @torch.no_grad()
     def uncertainty(self) -> Tensor:
@@ -128,21 +154,30 @@ class GraphAnswers(ABC):
         Raises:
             ValueError: If entities are points.
         """
-        deviation = self.interaction.deviation(self.tables[0].weight)
-        if deviation is None:
-            raise ValueError(f"{type(self.interaction).__name__} places entities at points, which have no uncertainty; use NFE with slopes")
-        return deviation.mean(1)
+        found = []
+        for rows in torch.split(self.tables[0].weight, ROWS):
+            deviation = self.interaction.deviation(rows)
+            if deviation is None:
+                raise ValueError(f"{type(self.interaction).__name__} places entities at points, which have no uncertainty; use NFE with slopes")
+            found.append(deviation.mean(1))
+        return torch.cat(found)
 
     @torch.no_grad()
-    def relation_patterns(self, k: int = 20) -> list[Pattern]:
-        """Read symmetric, inverse and composed relations off the maps they make, the k clearest of each kind."""
-        labels = self._labels().relations
+    def relation_patterns(self, k: int = 20, among: Sequence[Name] | None = None) -> list[Pattern]:
+        """Read symmetric, inverse and composed relations off the maps they make.
+
+        Args:
+            k: The clearest to return of each kind.
+            among: Relations to look at; default: all, for which time grows with the cube of their number.
+        """
+        chosen = self._ids(self._labels().relations if among is None else among, True)
+        labels = [self._labels().relations[number] for number in chosen.tolist()]
         entity, relation = (table.weight for table in self.tables)
         places = self.interaction.location(entity)
         places = self.interaction.deviation(entity) if places is None else places
         assert places is not None
         moments = Moments.of(places)
-        flow = Map(*(part.to(moments.mean.dtype) for part in self.interaction.flow(relation[: len(labels)])))
+        flow = Map(*(part.to(moments.mean.dtype) for part in self.interaction.flow(relation[chosen])))
         undone = inverse(flow, moments)
         # A pair is inverse if each undoes the other; a relation that undoes itself is symmetric.
         both = torch.maximum(undone, undone.T).masked_fill(torch.ones_like(undone, dtype=torch.bool).tril(), torch.inf)
@@ -210,10 +245,14 @@ class GraphAnswers(ABC):
         scores = score_all(self.query(head, relation), self.key())[0]
         scores[list(known)] = -torch.inf
         best = scores.topk(min(k, len(scores) - len(set(known))))
-        deviation = self.interaction.deviation(self.tables[0](best.indices))
-        spread = [None] * len(best.indices) if deviation is None else deviation.mean(1).tolist()
+        return self._answers(best.indices.tolist(), best.values.tolist())
+
+    def _answers(self, entities: Sequence[int], scores: Sequence[float]) -> list[Answer]:
+        """Name entities, with their scores, of which there may be more."""
+        deviation = self.interaction.deviation(self.tables[0](torch.tensor(entities, dtype=torch.long, device=self.tables[0].weight.device)))
+        spread = [None] * len(entities) if deviation is None else deviation.mean(1).tolist()
         labels = self._labels().entities
-        return [Answer(labels[number], number, *rest) for number, *rest in zip(best.indices.tolist(), best.values.tolist(), spread, strict=True)]
+        return [Answer(labels[number], number, score, own) for number, score, own in zip(entities, scores, spread, strict=False)]
 
 
 def _smallest(values: Tensor, k: int) -> list[tuple[tuple[int, ...], float]]:

@@ -21,7 +21,7 @@ from malleable.lightning_modules.functional.interaction import Interaction, Vect
 from malleable.lightning_modules.graph_answers import GraphAnswers
 from malleable.lightning_modules.losses.described import object_from_plain
 from malleable.lightning_modules.losses.embedding import BCESum, EmbeddingLoss, Positives, Regulariser
-from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics, Tails
+from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics, Tails, check_scores
 from malleable.lightning_modules.metrics.ranking import Ties
 from malleable.lightning_modules.plain import from_plain
 
@@ -251,14 +251,25 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
 
     @torch.no_grad()
     def predict_step(self, batch: QueryBatch, batch_idx: int = 0) -> Recommendations:
-        """Find the best tails of each query; ``item_ids`` are entities."""
-        found = []
-        for part, scores in self._scores(batch):
-            if self.ranking.exclude_known:
-                scores[part.known_row, part.known] = -torch.inf
-            best = scores.topk(min(self.ranking.top_k, scores.shape[1]), 1)
-            found.append((best.indices.masked_fill(best.values == -torch.inf, -1), best.values.float()))
-        return Recommendations(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        """Find the best answers to each query; ``item_ids`` are entities, or relations where those are asked."""
+        assert self.graph is not None
+        width = min(self.ranking.top_k, max(self.graph.num_entities, len(self.graph.relations)))
+        asks = batch.relation < 0
+        found = [self._best_answers(part, scores, width) for part, scores in self._scores(take_rows(batch, ~asks))]
+        if asks.any():
+            assert batch.tail is not None  # where a relation is asked
+            part = take_rows(batch, asks)
+            found.append(self._best_answers(part, self.score_relations(part.head, batch.tail[asks]), width))
+        order = asks.long().argsort(stable=True).argsort()
+        return Recommendations(*(torch.cat(parts)[order] for parts in zip(*found, strict=True)))
+
+    def _best_answers(self, batch: QueryBatch, scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        check_scores(scores)
+        if self.ranking.exclude_known:
+            scores[batch.known_row, batch.known] = -torch.inf
+        best = scores.topk(min(width, scores.shape[1]), 1)
+        values = F.pad(best.values.float(), (0, width - best.values.shape[1]), value=-torch.inf)
+        return F.pad(best.indices, (0, width - best.indices.shape[1]), value=-1).masked_fill(values == -torch.inf, -1), values
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Adam at the module's own rate, without decay of weights."""
@@ -336,8 +347,9 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         """Queries with their scores of all entities, ``(B, E)``, as many at a time as memory is given for."""
         key = self.key()
         size = max(1, self.ranking.max_scores // len(key.vector))
+        place = torch.arange(len(batch), device=batch.head.device)
         for start in range(0, len(batch), size):
-            part = batch if size >= len(batch) else take_rows(batch, start, start + size)
+            part = batch if size >= len(batch) else take_rows(batch, (place >= start) & (place < start + size))
             yield part, score_all(self.query(part.head, part.relation), key)
 
     def _penalty(self, batch: QueryBatch, positives: Positives, query: Vectors) -> Tensor:
@@ -362,17 +374,18 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         return (real.square() + imaginary.square()).clamp_min(torch.finfo(rows.dtype).tiny).sqrt()
 
 
-def take_rows(batch: QueryBatch, start: int, stop: int) -> QueryBatch:
-    """Take consecutive queries of a batch, with their true and known tails."""
-    true = (batch.target_row >= start) & (batch.target_row < stop)
-    known = (batch.known_row >= start) & (batch.known_row < stop)
+def take_rows(batch: QueryBatch, chosen: Tensor) -> QueryBatch:
+    """Take the queries of a batch where ``chosen``, ``(B,)`` bool, with their true and known tails."""
+    number = chosen.cumsum(0) - 1
+    true, known = chosen[batch.target_row], chosen[batch.known_row]
     return replace(
         batch,
-        sample_id=batch.sample_id[start:stop],
-        head=batch.head[start:stop],
-        relation=batch.relation[start:stop],
+        sample_id=batch.sample_id[chosen],
+        head=batch.head[chosen],
+        relation=batch.relation[chosen],
         target=batch.target[true],
-        target_row=batch.target_row[true] - start,
+        target_row=number[batch.target_row[true]],
         known=batch.known[known],
-        known_row=batch.known_row[known] - start,
+        known_row=number[batch.known_row[known]],
+        tail=None if batch.tail is None else batch.tail[chosen],
     )

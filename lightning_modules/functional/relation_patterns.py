@@ -15,6 +15,8 @@ from torch import Tensor
 
 from malleable.lightning_modules.functional.interaction import Map
 
+ROWS = 1 << 14  # entities widened at a time
+
 
 class Moments(NamedTuple):
     """Where entities lie.
@@ -30,9 +32,11 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, location: Tensor) -> Moments:
         """Moments of ``(E, D)`` locations, in double precision."""
-        location = location.to(torch.complex128 if location.is_complex() else torch.double)
-        mean = location.mean(0)
-        return cls(mean, (location - mean).abs().square().mean(0))
+        kind = torch.complex128 if location.is_complex() else torch.double
+        parts = torch.split(location, ROWS)
+        mean = torch.stack([part.to(kind).sum(0) for part in parts]).sum(0) / len(location)
+        squares = [(part.to(kind) - mean).abs().square().sum(0) for part in parts]
+        return cls(mean, torch.stack(squares).sum(0) / len(location))
 
     def place(self, flow: Map) -> Tensor:
         """A point for each map, ``(R, 2D)`` (complex: ``4D``): squared distances are mean squared differences over the entities.

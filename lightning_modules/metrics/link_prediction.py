@@ -50,10 +50,7 @@ def filtered_ranks(scores: Tensor, true: Tails, known: Tails, ties: Ties = "pess
         Bordes et al. (2013), Translating Embeddings for Modeling Multi-relational Data, section 4.2 (filtered ranks).
     """
     weight = tie_weight(ties)
-    # One number for all: a sum is not a number where one of its terms is not (or where infinities of both signs meet).
-    if bool(scores.sum().isnan()) and bool(scores.isnan().any()):
-        bad = int(scores.isnan().any(1).sum())
-        raise ValueError(f"{bad} of {len(scores)} queries have scores that are not numbers: training has diverged; lower the learning rate")
+    check_scores(scores)
     own = scores[true.row, true.entity]
     place, entity = _known_of(true, known, len(scores))
     others = scores[true.row[place], entity]
@@ -67,11 +64,24 @@ def filtered_ranks(scores: Tensor, true: Tails, known: Tails, ties: Ties = "pess
     return 1 + counts
 
 
+def check_scores(scores: Tensor) -> None:
+    """Check that all scores ``(B, N)`` are numbers.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    # One number for all: a sum is not a number where one of its terms is not (or where infinities of both signs meet).
+    if bool(scores.sum().isnan()) and bool(scores.isnan().any()):
+        bad = int(scores.isnan().any(1).sum())
+        raise ValueError(f"{bad} of {len(scores)} queries have scores that are not numbers: training has diverged; lower the learning rate")
+
+
 class LinkPredictionMetrics(Metric):
     """Mean rank, mean reciprocal rank and hits of filtered ranks, of both directions together and apart.
 
     Relations ``0..R-1`` ask for tails, their reciprocals ``R..2R-1`` for heads. The state holds sums of integers for each of them, so the figures
-    are the same in any order and on any number of devices. After ``compute``, ``relation_figures`` has ``(2R,)`` values of each figure.
+    are the same in any order and on any number of devices. After ``compute``, ``relation_figures`` has ``(2R,)`` values of each figure, and under
+    ``queries`` their number.
 
     Args:
         num_relations: 2R.
@@ -119,7 +129,7 @@ class LinkPredictionMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the figures over all queries of all processes; ``nan`` without queries, and no figure of a direction without any."""
         sums = self.sums.cpu()
-        self.relation_figures = self._figures(sums)
+        self.relation_figures = self._figures(sums) | {"queries": sums[:, 0]}
         tail, head = sums.chunk(2)
         figures = self._figures(sums.sum(0))
         figures |= {f"mrr_{name}": self._figures(part.sum(0))["mrr"] for name, part in (("tail", tail), ("head", head)) if part[:, 0].any()}

@@ -2,7 +2,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from malleable.callbacks.figures import draw_curves, draw_exposure, draw_exposure_curve, save_figure, short_title
+from malleable.callbacks import figures
+from malleable.callbacks.figures import draw_curves, draw_exposure, draw_exposure_curve, draw_uncertainty, save_figure, short_title
 
 TITLES = [f"Title {item}" for item in range(6)]
 
@@ -29,6 +30,20 @@ def test_concentration_is_a_cumulative_share():
     draw_exposure_curve(place, {"recommended": [1, 0, 6, 3]})
     assert list(place.lines[0].get_ydata()) == pytest.approx([60, 90, 100, 100])
     assert list(place.lines[0].get_xdata()) == [1, 2, 3, 4]
+
+
+def test_medians_are_of_like_degrees(monkeypatch):
+    place, degree = axes(), torch.tensor([1, 100, 1, 1, 100, 10_000])
+    draw_uncertainty(place, degree, torch.tensor([3.0, 8.0, 1.0, 2.0, 7.0, 5.0]), -0.5)
+    assert [list(values) for values in (place.lines[0].get_xdata(), place.lines[0].get_ydata())] == [[1, 100, 10_000], [2, 7, 5]]
+    assert "Uncertainty of entities (Spearman -0.50)" in (place.get_title(), place.get_title(loc="left"))
+    assert len(place.collections[0].get_offsets()) == 6
+    monkeypatch.setattr(figures, "MAX_DOTS", 3)
+    few, equal = axes(), axes()
+    draw_uncertainty(few, degree, degree.float(), 1.0)
+    assert [x for x, _ in few.collections[0].get_offsets().tolist()] == [1, 1, 10_000]
+    draw_uncertainty(equal, torch.full((4,), 7), torch.arange(4.0), float("nan"))
+    assert (list(equal.lines[0].get_xdata()), list(equal.lines[0].get_ydata())) == ([7], [1])
 
 
 def test_curves_have_labels_and_a_legend_when_there_are_several():

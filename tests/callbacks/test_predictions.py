@@ -1,14 +1,18 @@
 import csv
 import json
+import runpy
 
 import pytest
 import torch
 from boring import BoringDataModule, BoringModule
+from launch import launch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from toy_graph import NAMES, RELATIONS, toy_triples, write_toy_graph
 from toy_shop import TITLES, ToyShop
 
 from malleable.callbacks.predictions import PredictionWriter
+from malleable.datamodules.batch import Batch, Recommendations
 from malleable.lightning_modules.baselines import Markov
 
 
@@ -39,12 +43,93 @@ def test_files_hold_what_was_recommended(tmp_path):
 
 
 def test_repeats_are_left_out_and_rows_sorted(tmp_path):
-    writer = PredictionWriter()
-    writer.folder = tmp_path
-    writer.write(torch.tensor([5, -3, 2]), torch.tensor([[1, -1], [1, 0], [0, 1]]), torch.tensor([[2.0, -torch.inf], [1.0, 1.0], [0.5, 0.25]]), ())
+    writer, trainer, module = PredictionWriter(), Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), Markov()
+    writer.setup(trainer, module, "predict")
+    writer.on_predict_start(trainer, module)
+    found = Recommendations(torch.tensor([[1, -1], [1, 0], [0, 1]]), torch.tensor([[2.0, -torch.inf], [1.0, 1.0], [0.5, 0.25]]))
+    writer.on_predict_batch_end(trainer, module, found, Batch(torch.tensor([5, -3, 2])), 0)
+    writer.on_predict_epoch_end(trainer, module)
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [row["sample_id"] for row in rows] == [2, 5]
     assert rows[1]["items"] == [{"rank": 1, "item_id": 1, "title": "", "score": 2.0}]
+    lines = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert lines == [
+        "sample_id,rank,item_id,title,score",
+        "2,1,0,,0.5",
+        "2,2,1,,0.25",
+        "5,1,1,,2.0",
+    ]
+
+
+QUERIES = """person 0	knows	?
+person 0	?	person 3
+?	older than	person 5
+person 7	next to
+newcomer	?	person 0
+"""
+GRAPH_SCRIPT = """
+import os
+from pathlib import Path
+import torch
+from tiny_data import quiet_trainer
+from toy_graph import toy_graph
+from malleable.callbacks.predictions import PredictionWriter
+from malleable.lightning_modules.knowledge_graph import LinkRanking
+from malleable.lightning_modules.nfe import NFE
+
+ranks = int(os.environ.get("WORLD_SIZE", 1))
+folder = Path(f"ranks{ranks}")
+data = toy_graph(Path("graph"), predict_file="queries.tsv", cache_dir="cache", eval_batch_size=2)
+torch.manual_seed(0)
+settings = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
+trainer = quiet_trainer(folder, logger=False, enable_checkpointing=False, callbacks=[PredictionWriter()], **settings)
+trainer.predict(NFE(dimension=4, ranking=LinkRanking(top_k=5)), data)
+if ranks > 1:
+    torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def answered(tmp_path):
+    """A folder in which queries of a toy graph were answered on one device, and the script that did it."""
+    (tmp_path / "queries.tsv").write_text(QUERIES)
+    write_toy_graph(tmp_path / "graph")
+    (tmp_path / "run.py").write_text(GRAPH_SCRIPT)
+    runpy.run_path("run.py")
+    return tmp_path
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_of_a_graph_have_their_labels(answered):
+    rows = rows_of(answered / "ranks1")
+    asked = [tuple(line.split("\t")) for line in QUERIES.splitlines()]
+    assert [(row["head"], row["relation"], row["tail"]) for row in rows] == [(*query, "?")[:3] for query in asked]
+    known = {triple for triples in toy_triples().values() for triple in triples}
+    for row in rows:
+        query = [row[name] for name in ("head", "relation", "tail")]
+        place = query.index("?")
+        for item in row["items"]:
+            assert item["answer"] in (RELATIONS if place == 1 else (*NAMES, "newcomer"))
+            assert (*query[:place], item["answer"], *query[place + 1 :]) not in known
+            assert (item["uncertainty"] is None) == (place == 1)
+        assert len(row["items"]) == (5 if place != 1 else len(RELATIONS) - len({r for h, r, t in known if (h, t) == (query[0], query[2])}))
+    with (answered / "ranks1" / "predictions.csv").open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == ["sample_id", "head", "relation", "tail", "rank", "answer", "id", "score", "uncertainty"]
+    flat = [{**{name: row[name] for name in row if name != "items"}, **item} for row in rows for item in row["items"]]
+    assert lines == [{name: "" if value is None else str(value) for name, value in line.items()} for line in flat]
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_two_ranks_answer_like_one(answered):
+    """Five rows in batches of two: the second rank has a repeat, which is left out."""
+    launch([answered / "run.py"], cwd=answered)
+    for name in ("predictions.csv", "predictions.jsonl"):
+        assert (answered / "ranks1" / name).read_text() == (answered / "ranks2" / name).read_text()
 
 
 def test_other_outputs_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Names in the user's files are found, or named with their line and the nearest labels."""
 
+import gzip
 import json
 
 import pytest
@@ -15,17 +16,31 @@ def test_queries_of_both_directions(tmp_path):
     assert read_queries(tmp_path / "q.txt", GRAPH).tolist() == [[0, 0, -1], [0, 3, -1], [2, 1, -1]]
 
 
+def test_queries_for_relations(tmp_path):
+    (tmp_path / "q.tsv").write_text("Berlin\t?\tGermany\nBerlin\tcapital of\n")
+    assert read_queries(tmp_path / "q.tsv", GRAPH).tolist() == [[0, -1, 1], [0, 0, -1]]
+
+
+@pytest.mark.parametrize("name", ["q.csv", "q.csv.gz"])
+def test_queries_between_commas_below_a_header(tmp_path, name):
+    text = b'Head,relation,tail\n"Spree, the",flows through,?\n?, capital of, Germany\nBerlin,?,Germany\n'
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    assert read_queries(tmp_path / name, GRAPH).tolist() == [[2, 1, -1], [1, 2, -1], [0, -1, 1]]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("Berlin\tcapital of\nBerlim\tcapital of\n", r"q.txt, line 2, field head: 'Berlim' is not in the graph; nearest: 'Berlin'"),
         ("?\tcapital\tGermany\n", r"line 1, field relation: 'capital' is not in the graph; nearest: 'capital of'"),
         ("?\tcapital of\txyz\n", r"line 1, field tail: 'xyz' is not in the graph$"),
-        ("Berlin\n", r"line 1: 'Berlin' is no query, expected head<TAB>relation or \?<TAB>relation<TAB>tail"),
+        ("Berlin\n", r"line 1: \['Berlin'\] is no query, expected head<TAB>relation<TAB>tail with \? for the one that is asked"),
+        ("Berlin\tcapital of\t?\nhead\trelation\ttail\n", r"line 2: \['head', 'relation', 'tail'\] is no query"),
+        ("Berlin\t?\t\n", r"line 1, field tail: '' is not in the graph$"),
         ("Berlin\tcapital of\tGermany\n", r"is no query"),
         ("?\tcapital of\n", r"is no query"),
         ("?\tcapital of\t?\n", r"is no query"),
-        ("Berlin\t?\tGermany\n", r"is no query"),
+        ("Berlin\t?\n", r"is no query"),
         ("a\tb\tc\td\n", r"is no query"),
         ("\n", r"q.txt holds no query"),
     ],
@@ -34,6 +49,12 @@ def test_malformed_queries(tmp_path, text, message):
     (tmp_path / "q.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_queries(tmp_path / "q.txt", GRAPH)
+
+
+@pytest.mark.parametrize(("read", "name"), [(read_queries, "q.csv"), (read_types, "types.json"), (read_descriptions, "texts.tsv.gz")])
+def test_a_file_that_is_not_there(tmp_path, read, name):
+    with pytest.raises(FileNotFoundError, match=rf"there is no file .*{name}; give the path of an existing one"):
+        read(tmp_path / name, GRAPH)
 
 
 def test_types_of_text_and_json(tmp_path, caplog):

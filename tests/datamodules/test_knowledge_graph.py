@@ -50,6 +50,7 @@ def test_the_vocabulary_is_that_of_all_splits(data):
     assert (data.num_entities, data.num_relations) == (13, 6)
     by_hand = [sum(name in (h, t) for h, _, t in TRIPLES["train"]) for name in data.graph.entities]
     assert list(data.graph.degree) == by_hand
+    assert list(data.graph.frequency) == [sum(r == name for _, r, _ in TRIPLES["train"]) for name in data.graph.relations]
     assert data.graph.degree[data.graph.entities.index("newcomer")] == 0
 
 

@@ -78,6 +78,26 @@ def test_open_queries_have_no_target_but_a_filter():
     assert (batch.known.tolist(), batch.known_row.tolist()) == ([1, 2, 4], [0, 0, 0])
 
 
+def test_queries_for_relations_bring_the_known_ones():
+    """(0, ?, 1) is known by relation 0 and (3, ?, 1) by 1, as is (1, ?, 3) by no relation but its reciprocal; (0, 0, ?) stands between."""
+    asked = np.array([[3, -1, 1], [0, 0, -1], [1, -1, 3], [0, -1, 1]])
+    batch = QueryRows(asked, np.arange(4), ANSWERS).make_batch(torch.tensor([0, 1, 2, 3]))
+    assert (batch.head.tolist(), batch.relation.tolist(), batch.tail.tolist()) == ([3, 0, 1, 0], [-1, 0, -1, -1], [1, -1, 3, 1])
+    assert (batch.known.tolist(), batch.known_row.tolist()) == ([1, 1, 2, 4, 0], [0, 1, 1, 1, 3])
+    assert batch.target.tolist() == batch.target_row.tolist() == []
+    without = QueryRows(asked, np.arange(4)).make_batch(torch.arange(4))
+    assert without.known.tolist() == without.known_row.tolist() == []
+    assert QueryRows(TESTED, np.arange(4), ANSWERS).make_batch(torch.arange(4)).tail is None
+
+
+def test_known_relations_of_every_pair():
+    everything = np.concatenate([QUERIES, TESTED]).tolist()
+    pairs = np.array([(head, tail) for head in range(5) for tail in range(5)])
+    relations, row = ANSWERS.relations(*pairs.T)
+    for place, (head, tail) in enumerate(pairs.tolist()):
+        assert relations[row == place].tolist() == sorted({r for h, r, t in everything if (h, t) == (head, tail) and r < 2})
+
+
 def test_grouped_queries_hold_the_same_triples():
     grouped = GroupedQueries(QUERIES, np.arange(8), 4)
     batch = grouped.make_batch(torch.arange(len(grouped)))

@@ -12,6 +12,7 @@ from tiny_data import quiet_trainer
 from tiny_graph import PEOPLE, TinyGraphData, collate_queries, grouped_rows, query_rows, tiny_graph, tiny_triples
 
 from malleable.datamodules.batch import KnowledgeGraph
+from malleable.lightning_modules import graph_answers
 from malleable.lightning_modules.knowledge_graph import EmbeddingTuning, Init, LinkRanking, take_rows
 from malleable.lightning_modules.losses.embedding import DURA, F2, BCESum, KvsAll, NegativeSampling, Softmax
 from malleable.lightning_modules.nfe import NFE
@@ -164,11 +165,11 @@ class TestEvaluation:
 
     def test_taking_rows(self):
         batch = collate_queries(grouped_rows([*ROWS[:6], {**ROWS[0], "target": [7]}]))
-        part = take_rows(batch, 0, 2)
+        part = take_rows(batch, torch.arange(len(batch)) < 2)
         assert part.sample_id.tolist() == batch.sample_id[:2].tolist()
         assert part.target.tolist() == [ROWS[0]["target"][0], 7, ROWS[1]["target"][0]]
         assert part.target_row.tolist() == [0, 0, 1]
-        rest = take_rows(batch, 2, 99)
+        rest = take_rows(batch, torch.arange(len(batch)) >= 2)
         assert len(rest.target) + len(part.target) == len(batch.target)
         assert rest.known_row.min() == 0
 
@@ -186,6 +187,53 @@ class TestEvaluation:
         everything = module.predict_step(batch)
         assert sorted(everything.item_ids[0].tolist()) == list(range(PEOPLE))
         assert (everything.scores.diff() <= 0).all()
+
+    def test_predictions_of_relations_stand_in_their_rows(self):
+        module = make(ranking=LinkRanking(top_k=2))
+        batch = collate_queries(ROWS[:4])
+        batch.relation = torch.tensor([-1, 1, -1, 4])
+        batch.tail = torch.tensor([7, -1, 8, -1])
+        batch.known, batch.known_row = torch.tensor([2, 1, 0]), torch.tensor([0, 2, 2])
+        found = module.predict_step(batch)
+        for row in (0, 2):
+            by_label = module.predict_relations(int(batch.head[row]), int(batch.tail[row]), k=3)
+            known = batch.known[batch.known_row == row].tolist()
+            expected = [(answer.id, pytest.approx(answer.score)) for answer in by_label if answer.id not in known]
+            assert [pair for pair in zip(*(part[row].tolist() for part in found), strict=True) if pair[0] >= 0] == expected
+        assert found.item_ids[2].tolist() == [2, -1]
+        assert found.item_ids[1].tolist() == [answer.id for answer in module.predict_tails(int(batch.head[1]), 1, k=2)]
+        assert found.item_ids[3].tolist() == [answer.id for answer in module.predict_heads(1, int(batch.head[3]), k=2)]
+
+    def test_predictions_in_words(self):
+        module = make(ranking=LinkRanking(top_k=4))
+        batch = collate_queries(ROWS[:3])
+        batch.relation = torch.tensor([-1, 1, 5])
+        batch.tail = torch.tensor([7, -1, -1])
+        batch.known, batch.known_row = batch.known[:0], batch.known_row[:0]
+        (relations, tails, heads) = module.describe(batch, module.predict_step(batch))
+        names = [f"person {entity}" for entity in batch.head.tolist()]
+        assert [query for query, _ in (relations, tails, heads)] == [
+            (names[0], "?", "person 7"),
+            (names[1], "second", "?"),
+            ("?", "opposite", names[2]),
+        ]
+        by_label = (
+            module.predict_relations(names[0], "person 7"),
+            module.predict_tails(names[1], "second", k=4),
+            module.predict_heads("opposite", names[2], k=4),
+        )
+        for (_, answers), expected in zip((relations, tails, heads), by_label, strict=True):
+            assert answers == [answer._replace(score=pytest.approx(answer.score, rel=1e-5)) for answer in expected]
+        assert len(module.answer_fields) == len(tails[1][0])
+
+    def test_predictions_of_what_is_not_a_number_raise(self):
+        module, batch = make(), collate_queries(ROWS[:3])
+        with torch.no_grad():
+            module.tables[1].weight[1, 0] = torch.nan
+        for relation, tail in ((batch.relation, None), (torch.full((3,), -1), torch.tensor([1, 2, 3]))):
+            batch.relation, batch.tail = relation, tail
+            with pytest.raises(ValueError, match="scores that are not numbers: training has diverged"):
+                module.predict_step(batch)
 
 
 class TestAnswers:
@@ -221,6 +269,13 @@ class TestAnswers:
         found = module.predict_relations("person 2", "person 8", k=9)
         assert sorted(answer.label for answer in found) == ["next", "opposite", "second"]
         torch.testing.assert_close(torch.tensor([answer.score for answer in found]), module.score([(2, a.id, 8) for a in found]))
+
+    def test_uncertainty_is_the_mean_deviation(self, monkeypatch):
+        module = make()
+        expected = module.tables[0].weight[:, 6:].abs().mean(1)
+        torch.testing.assert_close(module.uncertainty(), expected)
+        monkeypatch.setattr(graph_answers, "ROWS", 5)
+        torch.testing.assert_close(module.uncertainty(), expected)
 
     def test_points_have_no_uncertainty(self):
         module = make(TransE)
@@ -268,6 +323,8 @@ class TestAnswers:
         sigma = NFE("sigma", 4, graph=tiny_graph())
         sigma.configure_model()
         assert len(sigma.relation_patterns(k=2)) == 6
+        among = make().relation_patterns(among=["opposite", 0])
+        assert {label for pattern in among for label in pattern.relations} == {"opposite", "next"}
 
     def test_export(self, tmp_path):
         module = make()

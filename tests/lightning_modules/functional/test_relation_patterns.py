@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from malleable.lightning_modules.functional import relation_patterns
 from malleable.lightning_modules.functional.interaction import Map
 from malleable.lightning_modules.functional.relation_patterns import Moments, composition, differences, inverse, neutral, self_inverse
 
@@ -42,6 +43,15 @@ def test_a_difference_is_what_happens_to_entities(complex_places):
             spread = sum((side - side.mean(0)).abs().square().mean(0).sum() for side in (left, right)) / 2
             expected = (left - right).abs().square().mean(0).sum() / spread
             assert table[i, j].item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("places", [PLACES, torch.complex(PLACES, PLACES.flip(0))])
+def test_moments_do_not_depend_on_how_many_entities_are_taken_at_a_time(places, monkeypatch):
+    whole = Moments.of(places)
+    torch.testing.assert_close(whole.mean, places.mean(0))
+    torch.testing.assert_close(whole.variance, (places - places.mean(0)).abs().square().mean(0))
+    monkeypatch.setattr(relation_patterns, "ROWS", 7)
+    torch.testing.assert_close(Moments.of(places), whole)
 
 
 def test_symmetric():

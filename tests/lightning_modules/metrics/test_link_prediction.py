@@ -114,6 +114,7 @@ def test_figures_by_hand():
     expected = {"mr": 3, "mrr": (1 / 2 + 1 / 3 + 1 / 4) / 3, "hits_1": 0, "hits_3": 2 / 3, "mrr_tail": (1 / 2 + 1 / 3) / 2, "mrr_head": 1 / 4}
     assert figures == pytest.approx(expected)
     assert metric.relation_figures["mr"].tolist() == pytest.approx([2, 3, torch.nan, 4], nan_ok=True)
+    assert metric.relation_figures["queries"].tolist() == [1, 1, 0, 1]
     assert metric.relation_figures["hits_3"].tolist() == pytest.approx([1, 1, torch.nan, 0], nan_ok=True)
     metric.reset()
     assert metric.compute()["mrr"].isnan()
