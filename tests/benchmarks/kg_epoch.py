@@ -11,7 +11,8 @@ sums over entities where theirs averages), Adam, no regulariser, no constraint. 
 The loop: one row a triple, as many products as the formula has terms, a dense mask of signs, plain Adam. Ours groups the rows, which leaves the
 sum of the losses of an epoch as it is, and makes fewer steps. That scores and loss are equal is checked first.
 
-An epoch is the time from the end of one to the end of the next; the first of each run is left out. The last line is the least ratio of all cases.
+An epoch is the time from the end of one to the end of the next; the first of each run is left out. The last line is the least ratio
+of the cases with a bar.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ counted that score at least as high. Its ranks of our scores must be ours; of it
 in 2 % of the queries.
 
 Ours is `Trainer.test`. Both find the filter prepared as far as they keep it: ours indexes known answers when the data is opened, the loop has them
-in a dictionary, PyKEEN collects them in each call. The last line is the least ratio of all cases.
+in a dictionary, PyKEEN collects them in each call. The loop has no bar: NFE-1 is the same multiplications in one product as in two, and they are most
+of the time. The last line is the least ratio of the cases with a bar.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from malleable.lightning_modules.knowledge_graph import KnowledgeGraphModule
 from malleable.lightning_modules.metrics.link_prediction import Tails, filtered_ranks
 from malleable.lightning_modules.metrics.ranking import Ties
 
-BARS = {"pykeen": {"codex_s": 3.0, "wn18rr": 3.0}, "loop": {"codex_s": 2.0, "fb15k237": 3.0}}
+BARS: dict[str, dict[str, float]] = {"pykeen": {"codex_s": 3.0, "wn18rr": 3.0}, "loop": {}}
 POLICIES: tuple[Ties, ...] = ("optimistic", "realistic", "pessimistic")
 
 
