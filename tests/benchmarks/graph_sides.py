@@ -135,7 +135,7 @@ def give_weights(module: KnowledgeGraphModule, theirs: ERModel, relation_order: 
 
 
 def measure(cases: list[Case], options: Namespace) -> None:
-    """Run all cases, the sides in turn so that other load falls on both, and say and write what they gave; the last line is the least ratio of those with a bar."""
+    """Run all cases, the sides in turn so that other load falls on both; the last line is the least ratio of those with a bar."""
     results = []
     for case in cases:
         runs: dict[str, list[float]] = {"ours": [], "theirs": []}
