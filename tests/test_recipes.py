@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shlex
 
 import pytest
 import yaml
@@ -67,6 +68,14 @@ def test_a_recipe_fits_the_signatures_and_survives_being_saved(name, tmp_path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_serves_every_command(name, command):
     printed(command, "--config", name)
+
+
+@pytest.mark.slow
+def test_the_words_in_the_heads_of_recipes_are_understood():
+    lines = [(name, line[1:]) for name in RECIPES for line in (FOLDER / name).read_text(encoding="utf-8").splitlines() if line.startswith("#   --")]
+    assert len(lines) == 18  # six published models beside the recipe's own, on three graphs
+    for name, words in lines:
+        printed("fit", "--config", name, *shlex.split(words))
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -144,7 +144,7 @@ class LinkPredictionMetrics(Metric):
 def _count(scores: Tensor, own: Tensor, row: Tensor, compare: Callable[..., Tensor]) -> Tensor:
     """Entities whose scores compare with the true tail's, ``(P,)``."""
     entities = scores.shape[1]
-    in_order = len(row) == len(scores) and bool((row == torch.arange(len(row), device=row.device)).all())
+    in_order = _one_each(row, len(scores))
     size = max(1, COMPARED // max(1, entities))
     buffer = torch.empty(min(size, len(row)), entities, dtype=torch.float32, device=scores.device)
     counts = torch.empty(len(row), dtype=torch.double if entities > EXACT else torch.float32, device=scores.device)
@@ -158,6 +158,8 @@ def _count(scores: Tensor, own: Tensor, row: Tensor, compare: Callable[..., Tens
 
 def _known_of(true: Tails, known: Tails, num_rows: int) -> tuple[Tensor, Tensor]:
     """Pair each true tail with the known tails of its query: places among the true ones, and entities."""
+    if _one_each(true.row, num_rows):
+        return known.row, known.entity
     order = known.row.argsort(stable=True)
     numbers = torch.bincount(known.row, minlength=num_rows)
     starts = (numbers.cumsum(0) - numbers)[true.row]
@@ -165,3 +167,8 @@ def _known_of(true: Tails, known: Tails, num_rows: int) -> tuple[Tensor, Tensor]
     place = torch.arange(len(true.row), device=lengths.device).repeat_interleave(lengths)
     within = torch.arange(len(place), device=lengths.device) - (lengths.cumsum(0) - lengths)[place]
     return place, known.entity[order[starts[place] + within]]
+
+
+def _one_each(row: Tensor, num_rows: int) -> bool:
+    """Whether every query has one true tail, in order: the common case, which needs no pairing."""
+    return len(row) == num_rows and bool((row == torch.arange(num_rows, device=row.device)).all())

@@ -40,6 +40,37 @@ def distance(kind, h, r, t, base="normal", swap=False, consistent=False):
     return ((second / first).log() + (first**2 + (m - mu) ** 2) / (2 * second**2) - 0.5).sum(-1)
 
 
+def squares(left, right):
+    """Squared distances of all pairs of rows, by one product."""
+    return left.square().sum(-1)[:, None] + right.square().sum(-1) - 2 * left @ right.T
+
+
+def products(kind, h, r, entities):
+    """Minus the distances of queries ``(B, ...)`` to all entities ``(E, ...)``, one product for each term of the formula as it stands."""
+    b, a = r.chunk(2, -1)
+    if kind == "NFE2":
+        (mu_h, neg_h, pos_h), (mu, neg, pos) = h.chunk(3, -1), entities.chunk(3, -1)
+        m, neg_1, pos_1, neg_2, pos_2 = a * mu_h + b, (a * neg_h).abs(), (a * pos_h).abs(), neg.abs(), pos.abs()
+        gap_1, gap_2 = pos_1 - neg_1, pos_2 - neg_2
+        cross = (m * gap_1).sum(-1)[:, None] - m @ gap_2.T - gap_1 @ mu.T + (mu * gap_2).sum(-1)
+        return -(squares(m, mu) + squares(neg_1, neg_2) / 2 + squares(pos_1, pos_2) / 2 + C["normal"] * cross)
+    (mu_h, s_h), (mu, s) = h.chunk(2, -1), entities.chunk(2, -1)
+    m = a * mu_h + b
+    if kind == "NFE1":
+        return -(squares(m, mu) + squares((a * s_h).abs(), s.abs()))
+    first, second = softplus(a) * softplus(s_h), softplus(s)
+    precision = 1 / second.square()
+    logs = second.log().sum(-1) - first.log().sum(-1)[:, None]
+    means = m.square() @ precision.T - 2 * m @ (mu * precision).T + (mu.square() * precision).sum(-1)
+    return -(logs + (first.square() @ precision.T + means - m.shape[-1]) / 2)
+
+
+def masked_loss(scores, target):
+    """:func:`loss` with the signs as one dense mask."""
+    signs = torch.ones_like(scores).scatter_(1, target[:, None], -1)
+    return softplus(signs * scores).sum() / len(scores)
+
+
 def loss(scores, target):
     """The official loss of ungrouped queries: every entity a candidate, the own tail positive, sum over entities, mean over rows."""
     signs = torch.ones_like(scores)

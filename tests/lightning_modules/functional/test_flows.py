@@ -47,6 +47,15 @@ def literal(name, head, relation, entities):
     return -literal_kg.distance(name.split()[0], head[:, None], relation[:, None], entities[None], **INTERACTIONS[name][1])
 
 
+@pytest.mark.parametrize("name", ["NFE1", "NFE2", "NFE3"])
+def test_the_loop_of_the_benchmarks_is_the_formula(name):
+    head, relation, table = rows(INTERACTIONS[name][0])
+    products = literal_kg.products(name, head, relation, table)
+    torch.testing.assert_close(products, literal(name, head, relation, table))
+    target = torch.tensor([3, 1, 4, 1, 5])
+    torch.testing.assert_close(literal_kg.masked_loss(products, target), literal_kg.loss(products, target))
+
+
 class TestGolden:
     h = torch.tensor([[0.5, -1, 2, -0.5]])
     r = torch.tensor([[0.25, 0.5, -1.5, 2]])

@@ -1,0 +1,154 @@
+"""What the benchmarks of knowledge graphs share: graphs by name, PyKEEN's models with our weights, sides measured in turn."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.metadata
+import json
+import logging
+import statistics
+import sys
+import warnings
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pykeen.models import ComplEx as TheirComplEx
+from pykeen.models import DistMult as TheirDistMult
+from pykeen.models import ERModel
+from pykeen.models import TransE as TheirTransE
+from pykeen.triples import CoreTriplesFactory
+from torch import Tensor
+
+from malleable import NFE, ComplEx, DistMult, KnowledgeGraphDataModule, TransE
+from malleable.datamodules.sources.codex import CoDExS
+from malleable.datamodules.sources.fb15k237 import FB15k237
+from malleable.datamodules.sources.published import PublishedGraph
+from malleable.datamodules.sources.small_graphs import UMLS, Kinship
+from malleable.datamodules.sources.wn18rr import WN18RR
+from malleable.lightning_modules.knowledge_graph import KnowledgeGraphModule
+from malleable.lightning_modules.losses.embedding import EmbeddingLoss
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
+literal_kg = importlib.import_module("literal_kg")
+
+log = logging.getLogger("benchmark")
+
+LR = 1e-3
+GRAPHS: dict[str, Callable[..., PublishedGraph]] = {"codex_s": CoDExS, "wn18rr": WN18RR, "fb15k237": FB15k237, "umls": UMLS, "kinship": Kinship}
+POINTS: dict[str, Callable[..., KnowledgeGraphModule]] = {"TransE": TransE, "DistMult": DistMult, "ComplEx": ComplEx}
+FLOWS = {"NFE-1": ("nfe1", "NFE1"), "NFE-2": ("nfe2", "NFE2"), "NFE-3": ("nfe3", "NFE3")}
+# Squared distances, and neither constraints nor regularisers: the models that ours are.
+THEIRS: dict[str, tuple[Callable[..., ERModel], dict[str, Any]]] = {
+    "TransE": (TheirTransE, {"scoring_fct_norm": 2, "power_norm": True, "entity_constrainer": None}),
+    "DistMult": (TheirDistMult, {"entity_constrainer": None, "regularizer": None}),
+    "ComplEx": (TheirComplEx, {"regularizer": None}),
+}
+
+
+class Case(NamedTuple):
+    """Two sides of the same work.
+
+    Attributes:
+        name: What the line begins with.
+        peer: Name of the other side.
+        bar: Least ratio that is asked for; ``None``: reported only.
+        ours: Does the work and returns seconds, one number a repetition.
+        theirs: The same.
+        notes: Facts of the case, for the line and the JSON file.
+    """
+
+    name: str
+    peer: str
+    bar: float | None
+    ours: Callable[[], list[float]]
+    theirs: Callable[[], list[float]]
+    notes: Mapping[str, Any]
+
+
+def parser_of(doc: str, name: str) -> ArgumentParser:
+    """Make the parser of the options that all have."""
+    parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=GRAPHS, default="codex_s")
+    parser.add_argument("--path", help="folder with train.txt, valid.txt and test.txt; default: fetched")
+    parser.add_argument("--dimension", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=128, help="queries of a batch, on both sides")
+    parser.add_argument("--models", nargs="+", choices=[*POINTS, *FLOWS], default=[*POINTS, *FLOWS])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, default=Path(f"{name}.json"))
+    return parser
+
+
+def begin(options: Namespace) -> None:
+    """Set threads and output."""
+    torch.set_num_threads(options.threads)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stdout)
+    log.setLevel(logging.INFO)
+    for name in ("pykeen", "lightning.pytorch", "malleable"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "lightning", "pykeen"))
+    log.info("%s; %s thread(s); garbage collection %s, no worker processes, on both sides", versions, options.threads, _collection())
+    log.info("%s: dimension %s, %s queries a batch, %s repetitions in turn, medians", options.data, options.dimension, options.batch, options.repeats)
+
+
+def _collection() -> str:
+    return "as Python sets it" if gc.isenabled() else "off"
+
+
+def opened(options: Namespace, group_queries: bool) -> KnowledgeGraphDataModule:
+    """Open the graph."""
+    data = KnowledgeGraphDataModule(GRAPHS[options.data](path=options.path), group_queries=group_queries, batch_size=options.batch)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def our_model(name: str, data: KnowledgeGraphDataModule, dimension: int, loss: EmbeddingLoss | None = None) -> KnowledgeGraphModule:
+    """Make one of our models; the default loss is that of NFE."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"dimension": dimension, "graph": data.graph, "loss": loss, "tuning": {"lr": LR}}
+    module = NFE(FLOWS[name][0], gamma=1.0, **settings) if name in FLOWS else POINTS[name](**settings)  # type: ignore[arg-type]
+    module.configure_model()
+    return module
+
+
+def their_model(name: str, factory: CoreTriplesFactory, dimension: int) -> ERModel:
+    """Make one of PyKEEN's models with the loss of K-vs-all."""
+    make, settings = THEIRS[name]
+    return make(triples_factory=factory, embedding_dim=dimension, loss="bcewithlogits", random_seed=0, **settings)
+
+
+@torch.no_grad()
+def give_weights(module: KnowledgeGraphModule, theirs: ERModel, relation_order: Tensor) -> None:
+    """Copy our tables over theirs; row ``i`` of their relations becomes our row ``relation_order[i]``."""
+    ours = module.tables[0].weight, module.tables[1].weight[relation_order]
+    for table, representations in zip(ours, (theirs.entity_representations, theirs.relation_representations), strict=True):
+        if module.interaction.complex_parts:
+            # Theirs are complex numbers, seen as pairs.
+            table = torch.stack(table.chunk(2, 1), -1)
+        representations[0]._embeddings.weight.copy_(table.reshape(len(table), -1))
+
+
+def measure(cases: list[Case], options: Namespace) -> None:
+    """Run all cases, the sides in turn so that other load falls on both; the last line is the least ratio of those with a bar."""
+    results = []
+    for case in cases:
+        runs: dict[str, list[float]] = {"ours": [], "theirs": []}
+        for _ in range(options.repeats):
+            runs["ours"] += case.ours()
+            runs["theirs"] += case.theirs()
+        ours, theirs = (statistics.median(runs[side]) for side in ("ours", "theirs"))
+        ratio = theirs / ours
+        verdict = "no bar" if case.bar is None else f"bar {case.bar:g}, {'met' if ratio >= case.bar else 'missed'}"
+        notes = ", ".join(f"{key} {value}" for key, value in case.notes.items())
+        log.info("%s: ours %.3f s, %s %.3f s, ratio %.2f (%s); %s", case.name, ours, case.peer, theirs, ratio, verdict, notes)
+        results.append({"name": case.name, "peer": case.peer, "bar": case.bar, "ratio": ratio, "runs": runs, **case.notes})
+    figures = {"options": {key: str(value) for key, value in vars(options).items()}, "torch": torch.__version__, "cases": results}
+    options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    barred = [result for result in results if result["bar"] is not None] or results
+    log.info("figures in %s\nratio: %.2f", options.json, min(result["ratio"] for result in barred))

@@ -1,0 +1,219 @@
+"""Training epochs on a knowledge graph: TransE, DistMult and ComplEx beside PyKEEN's, NFE-1, 2 and 3 beside the loop of the paper's code.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/kg_epoch.py [--data codex_s] [--path FOLDER] [--queries N] [--json RESULT.json]
+
+A slice is a random choice of distinct training queries ``(h, r)``, reciprocal ones among them, with all their tails: what share of the rows is
+left after grouping stays that of the graph.
+
+PyKEEN: `LCWATrainingLoop`, which groups queries too. Both sides get the same rows, binary cross-entropy of all tails of a query at once (ours
+sums over entities where theirs averages), Adam, no regulariser, no constraint. That loss and gradients are equal is checked first.
+
+The loop: one row a triple, as many products as the formula has terms, a dense mask of signs, plain Adam. Ours groups the rows, which leaves the
+sum of the losses of an epoch as it is, and makes fewer steps. That scores and loss are equal is checked first.
+
+An epoch is the time from the end of one to the end of the next; the first of each run is left out. The last line is the least ratio
+of the cases with a bar.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from argparse import Namespace
+from typing import Any
+
+import numpy as np
+import torch
+from graph_sides import FLOWS, LR, POINTS, Case, begin, give_weights, literal_kg, measure, opened, our_model, parser_of, their_model
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from pykeen.training import LCWATrainingLoop, TrainingCallback
+from pykeen.triples import CoreTriplesFactory
+from torch import Tensor
+
+from malleable import KnowledgeGraphDataModule, PhasedLoader
+from malleable.datamodules.queries import GroupedQueries, QueryRows
+from malleable.datamodules.sources.graph import Ints
+from malleable.lightning_modules.losses.embedding import EmbeddingLoss, KvsAll
+
+BARS = {"pykeen": {"codex_s": 3.0, "wn18rr": 3.0}, "loop": {"codex_s": 2.0, "fb15k237": 3.0}}
+
+
+class EpochTimer(Callback, TrainingCallback):
+    """Notes when epochs end, in Lightning's Trainer as in PyKEEN's loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: list[float] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+
+    def post_epoch(self, epoch: int, epoch_loss: float, **_: Any) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Seconds of each epoch but the first."""
+        return np.diff(self.ends).tolist()
+
+
+def chosen_queries(data: KnowledgeGraphDataModule, count: int | None) -> Ints:
+    """Draw distinct queries; return them with their tails, ``(Q, 3)``."""
+    dataset: GroupedQueries = data.train_dataset
+    order = np.random.default_rng(0).permutation(len(dataset))[:count]
+    tails, row = dataset.targets.take(order)
+    head, relation = np.divmod(dataset.keys[order], data.num_relations)
+    return np.column_stack([head[row], relation[row], tails])
+
+
+class Ours:
+    """`Trainer.fit`, as a user would write it."""
+
+    def __init__(self, name: str, data: KnowledgeGraphDataModule, queries: Ints, options: Namespace, loss: EmbeddingLoss | None) -> None:
+        ids = np.arange(len(queries))
+        alone = options.per_triple and name in FLOWS
+        self.rows = QueryRows(queries, ids) if alone else GroupedQueries(queries, ids, data.num_relations)
+        self.options = options
+        self.make = lambda: our_model(name, data, options.dimension, loss)
+
+    def __call__(self) -> list[float]:
+        """Train; return seconds an epoch."""
+        timer = EpochTimer()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(
+                max_epochs=1 + self.options.epochs,
+                accelerator="cpu",
+                callbacks=[timer],
+                logger=CSVLogger(folder),
+                log_every_n_steps=10,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(self.make(), PhasedLoader(self.rows, self.options.batch, drop_last=False, row_tokens=self.rows.row_tokens()))
+        return timer.seconds()
+
+
+class PyKEEN:
+    """`LCWATrainingLoop.train`; the reciprocal relations are among the relations already."""
+
+    def __init__(self, name: str, data: KnowledgeGraphDataModule, queries: Ints, options: Namespace) -> None:
+        triples = torch.from_numpy(queries.astype(np.int64))
+        self.factory = CoreTriplesFactory(triples, num_entities=data.num_entities, num_relations=data.num_relations)
+        self.options = options
+        self.make = lambda: their_model(name, self.factory, options.dimension)
+
+    def __call__(self) -> list[float]:
+        """Train; return seconds an epoch."""
+        model, timer = self.make(), EpochTimer()
+        optimizer = torch.optim.Adam(model.get_grad_params(), lr=LR)
+        loop = LCWATrainingLoop(model=model, triples_factory=self.factory, optimizer=optimizer, automatic_memory_optimization=False)
+        settings: Any = {"batch_size": self.options.batch, "num_workers": 0, "pin_memory": False, "use_tqdm": False, "callbacks": timer}
+        loop.train(self.factory, num_epochs=1 + self.options.epochs, **settings)
+        return timer.seconds()
+
+    def check(self, ours: Ours) -> None:
+        """Compare loss and gradients of one batch under the same weights.
+
+        Raises:
+            SystemExit: If they differ.
+        """
+        module, model = ours.make(), self.make()
+        give_weights(module, model, torch.arange(len(module.tables[1].weight)))
+        batch = ours.rows.make_batch(torch.arange(32))
+        labels = torch.zeros(32, len(module.tables[0].weight))
+        labels[batch.target_row, batch.target] = 1
+        module.compute_loss(batch).loss.backward()
+        predictions = model.score_t(torch.stack([batch.head, batch.relation], 1))
+        loss = model.loss.process_lcwa_scores(predictions=predictions, labels=labels) * labels.shape[1]
+        loss.backward()
+        own, theirs = module.tables[0].weight.grad, model.entity_representations[0]._embeddings.weight.grad
+        if module.interaction.complex_parts:
+            own = torch.stack(own.chunk(2, 1), -1).flatten(1)
+        close(module.compute_loss(batch).loss, loss, "loss")
+        close(own, theirs, "gradients")
+
+
+class Loop:
+    """The training loop of the paper's code, as literal_kg writes the scores."""
+
+    def __init__(self, name: str, data: KnowledgeGraphDataModule, queries: Ints, options: Namespace) -> None:
+        self.kind = FLOWS[name][1]
+        self.queries = queries
+        self.options = options
+        self.make = lambda: our_model(name, data, options.dimension)
+
+    def __call__(self) -> list[float]:
+        """Train; return seconds an epoch."""
+        tables = [torch.nn.Parameter(table.weight.detach()) for table in self.make().tables]
+        optimizer = torch.optim.Adam(tables, lr=LR)
+        rng, ends = np.random.default_rng(0), []
+        for _ in range(1 + self.options.epochs):
+            order = rng.permutation(len(self.queries))
+            for start in range(0, len(order), self.options.batch):
+                optimizer.zero_grad()
+                loss = self.loss(tables, torch.from_numpy(self.queries[order[start : start + self.options.batch]]))
+                loss.backward()
+                optimizer.step()
+                loss.item()
+            ends.append(time.perf_counter())
+        return np.diff(ends).tolist()
+
+    def loss(self, tables: list[torch.nn.Parameter], triples: Tensor) -> Tensor:
+        """Loss of a batch of triples."""
+        entity, relation = tables
+        head, kind, target = triples.long().T
+        return literal_kg.masked_loss(1.0 + literal_kg.products(self.kind, entity[head], relation[kind], entity), target)
+
+    def check(self, ours: Ours) -> None:
+        """Compare loss and gradients of some queries under the same weights.
+
+        Raises:
+            SystemExit: If they differ.
+        """
+        module = ours.make()
+        batch = ours.rows.make_batch(torch.arange(32))
+        output = module.compute_loss(batch)
+        output.loss.backward()
+        tables = [torch.nn.Parameter(table.weight.detach()) for table in module.tables]
+        loss = self.loss(tables, torch.stack([batch.head[batch.target_row], batch.relation[batch.target_row], batch.target], 1))
+        loss.backward()
+        close(output.loss, loss, "loss")
+        close(module.tables[0].weight.grad, tables[0].grad, "gradients")
+
+
+def close(ours: Tensor | None, theirs: Tensor | None, what: str) -> None:
+    """Demand equality up to rounding."""
+    assert ours is not None
+    assert theirs is not None
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    if error > 1e-4:
+        raise SystemExit(f"the two sides do not compute the same: their {what} differ by {error:.1e}")
+
+
+def main() -> None:
+    """Measure the models asked for."""
+    parser = parser_of(__doc__, "kg_epoch")
+    parser.add_argument("--queries", type=int, help="distinct training queries, drawn with all their tails; default: all")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs that count, in each repetition")
+    parser.add_argument("--per_triple", action="store_true", help="NFE: ours takes one row a triple, too; reported, against no bar")
+    options = parser.parse_args()
+    begin(options)
+    data = opened(options, group_queries=True)
+    queries = chosen_queries(data, options.queries)
+    cases = []
+    for name in options.models:
+        peer = PyKEEN(name, data, queries, options) if name in POINTS else Loop(name, data, queries, options)
+        kind = "pykeen" if name in POINTS else "loop"
+        ours = Ours(name, data, queries, options, KvsAll() if name in POINTS else None)
+        peer.check(ours)
+        bar = None if options.per_triple and name in FLOWS else BARS[kind].get(options.data)
+        notes = {"rows": f"{len(ours.rows):,}", "tails": f"{len(queries):,}", "entities": f"{data.num_entities:,}"}
+        cases.append(Case(name, kind, bar, ours, peer, notes))
+    measure(cases, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Filtered ranking of a test split, both directions: TransE, DistMult and ComplEx beside PyKEEN's evaluator, NFE beside the paper's code's loop.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/kg_ranking.py [--data codex_s] [--path FOLDER] [--triples N] [--json RESULT.json]
+
+PyKEEN: `RankBasedEvaluator.evaluate` with mean rank, mean reciprocal rank and hits at 1, 3 and 10, on a model with inverse triples that has our
+weights. They are multiples of 1/8, so that every score is exact in any order of summation and has ties: the ranks of every query are then
+demanded to be identical under all three policies for ties. Timed is the realistic one, which is theirs.
+
+The loop: scores by as many products as the formula has terms, copied to NumPy; for each query its known answers are set to -1e8 and the others
+counted that score at least as high. Its ranks of our scores must be ours, and so must those of its own scores in double precision: in single
+precision the two round differently, and an untrained model has many scores that are nearly equal.
+
+Ours is `Trainer.test`. Both find the filter prepared as far as they keep it: ours indexes known answers when the data is opened, the loop has them
+in a dictionary, PyKEEN collects them in each call. The loop has no bar: NFE-1 is the same multiplications in one product as in two, and they are most
+of the time. The last line is the least ratio of the cases with a bar.
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from typing import Any
+
+import numpy as np
+import torch
+from graph_sides import FLOWS, POINTS, Case, begin, give_weights, literal_kg, measure, opened, our_model, parser_of, their_model
+from lightning.pytorch import Trainer
+from numpy.typing import NDArray
+from pykeen.evaluation import RankBasedEvaluator
+from pykeen.triples import CoreTriplesFactory
+from torch import Tensor
+
+from malleable import KnowledgeGraphDataModule, PhasedLoader
+from malleable.datamodules.queries import QueryRows
+from malleable.datamodules.sources.graph import Ints
+from malleable.lightning_modules.functional.interaction import score_all
+from malleable.lightning_modules.knowledge_graph import KnowledgeGraphModule
+from malleable.lightning_modules.metrics.link_prediction import Tails, filtered_ranks
+from malleable.lightning_modules.metrics.ranking import Ties
+
+BARS: dict[str, dict[str, float]] = {"pykeen": {"codex_s": 3.0, "wn18rr": 3.0}, "loop": {}}
+POLICIES: tuple[Ties, ...] = ("optimistic", "realistic", "pessimistic")
+
+
+class Ours:
+    """`Trainer.test`, as a user would write it."""
+
+    def __init__(self, name: str, data: KnowledgeGraphDataModule, queries: Ints, options: Namespace) -> None:
+        self.module = our_model(name, data, options.dimension).eval()
+        self.module.ranking.ties = "realistic" if name in POINTS else "pessimistic"
+        self.rows = QueryRows(queries, np.arange(len(queries)), data.answers)
+        self.batch = options.batch
+
+    def loader(self) -> PhasedLoader[Any]:
+        """Make the loader, in order."""
+        return PhasedLoader(self.rows, self.batch, shuffle=False, drop_last=False)
+
+    def __call__(self) -> list[float]:
+        """Test; return seconds."""
+        start = time.perf_counter()
+        trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+        (self.figures,) = trainer.test(self.module, self.loader(), verbose=False)
+        return [time.perf_counter() - start]
+
+    @torch.no_grad()
+    def ranks(self, ties: Ties) -> Tensor:
+        """Ranks of all queries."""
+        return torch.cat([filtered_ranks(self.scores(batch), *self.tails(batch), ties) for batch in self.loader()])
+
+    def scores(self, batch: Any) -> Tensor:
+        """Scores of all entities."""
+        return score_all(self.module.query(batch.head, batch.relation), self.module.key())
+
+    def tails(self, batch: Any) -> tuple[Tails, Tails]:
+        """True and known tails."""
+        return Tails(batch.target, batch.target_row), Tails(batch.known, batch.known_row)
+
+
+class PyKEEN:
+    """`RankBasedEvaluator.evaluate` on a model with our weights."""
+
+    def __init__(self, name: str, data: KnowledgeGraphDataModule, queries: Ints, options: Namespace, module: KnowledgeGraphModule) -> None:
+        datasets = data.train_dataset, data.val_dataset, data.test_dataset
+        self.filters = [torch.from_numpy(dataset.queries[::2].astype(np.int64)) for dataset in datasets]
+        self.triples = torch.from_numpy(queries[::2].astype(np.int64))
+        relations = data.num_relations // 2
+        factory = CoreTriplesFactory(self.filters[0], num_entities=data.num_entities, num_relations=relations, create_inverse_triples=True)
+        self.model = their_model(name, factory, options.dimension).eval()
+        # Theirs alternate: a relation, its inverse, the next relation.
+        give_weights(module, self.model, torch.arange(data.num_relations).reshape(2, relations).T.flatten())
+        self.batch = options.batch
+
+    def evaluated(self) -> tuple[Any, RankBasedEvaluator]:
+        """Evaluate; return the result, and the evaluator with its ranks."""
+        hits: list[Any] = [{}, {}, *({"k": k} for k in (1, 3, 10))]
+        names = ["mr", "mrr", *["hits@k"] * 3]
+        evaluator = RankBasedEvaluator(metrics=names, metrics_kwargs=hits, add_defaults=False, clear_on_finalize=False)
+        result = evaluator.evaluate(
+            self.model, self.triples, batch_size=self.batch, use_tqdm=False, additional_filter_triples=self.filters, device=torch.device("cpu")
+        )
+        return result, evaluator
+
+    def __call__(self) -> list[float]:
+        """Evaluate; return seconds."""
+        start = time.perf_counter()
+        self.evaluated()
+        return [time.perf_counter() - start]
+
+    def check(self, ours: Ours) -> str:
+        """Demand identical ranks, and identical mean reciprocal ranks.
+
+        Raises:
+            SystemExit: If they differ.
+        """
+        result, evaluator = self.evaluated()
+        for ties in POLICIES:
+            theirs = torch.stack([torch.from_numpy(np.concatenate(evaluator.ranks[side, ties])) for side in ("tail", "head")], 1).flatten()
+            if different := int((ours.ranks(ties) != theirs).sum()):
+                raise SystemExit(f"{different} of {len(theirs)} {ties} ranks differ")
+        ours()
+        own, mrr = ours.figures["test_mrr"], result.get_metric("both.realistic.inverse_harmonic_mean_rank")
+        if abs(own - mrr) > 1e-6:
+            raise SystemExit(f"the mean reciprocal ranks differ: {own} and {mrr}")
+        return "all equal under three policies"
+
+
+class Loop:
+    """The evaluation of the paper's code, as literal_kg writes the scores."""
+
+    def __init__(self, name: str, data: KnowledgeGraphDataModule, queries: Ints, options: Namespace, module: KnowledgeGraphModule) -> None:
+        self.kind = FLOWS[name][1]
+        self.tables = [table.weight.detach() for table in module.tables]
+        self.queries = queries
+        self.batch = options.batch
+        place = data.answers.find(queries[:, 0], queries[:, 1])
+        self.known = [data.answers.tails.take(place[row : row + 1])[0] for row in range(len(queries))]
+
+    def __call__(self) -> list[float]:
+        """Evaluate; return seconds."""
+        start = time.perf_counter()
+        ranks = self.ranks()
+        self.figures = {"mr": ranks.mean(), "mrr": (1 / ranks).mean(), **{f"hits_{k}": (ranks <= k).mean() for k in (1, 3, 10)}}
+        return [time.perf_counter() - start]
+
+    @torch.no_grad()
+    def ranks(self) -> NDArray[np.float64]:
+        """Ranks of all queries by scores of its own."""
+        entity, relation = self.tables
+        ranks: list[int] = []
+        for start in range(0, len(self.queries), self.batch):
+            head, kind, _ = torch.from_numpy(self.queries[start : start + self.batch].astype(np.int64)).T
+            ranks += self.ranks_of(literal_kg.products(self.kind, entity[head], relation[kind], entity), start)
+        return np.array(ranks, dtype=np.float64)
+
+    def ranks_of(self, scores: Tensor, start: int) -> list[int]:
+        """Ranks by these scores of the queries from ``start`` on, one at a time."""
+        ranks = []
+        for number, row in enumerate(scores.numpy(), start):
+            own = row[self.queries[number, 2]]
+            row[self.known[number]] = -1e8
+            ranks.append(int((row >= own).sum()) + 1)
+        return ranks
+
+    @torch.no_grad()
+    def check(self, ours: Ours) -> str:
+        """Demand the same ranks of the same scores, and in double precision of scores of its own.
+
+        Raises:
+            SystemExit: If they differ.
+        """
+        same = [rank for number, batch in enumerate(ours.loader()) for rank in self.ranks_of(ours.scores(batch), number * self.batch)]
+        different = int((ours.ranks("pessimistic").numpy() != same).sum())
+        single, self.tables = self.tables, [table.double() for table in self.tables]
+        ours.module.double()
+        own = int((ours.ranks("pessimistic").numpy() != self.ranks()).sum())
+        self.tables = single
+        ours.module.float()
+        if different or own:
+            raise SystemExit(f"{different} of {len(same)} ranks differ by the same scores, {own} by the loop's own in double precision")
+        return "all equal"
+
+
+def main() -> None:
+    """Measure the models asked for."""
+    parser = parser_of(__doc__, "kg_ranking")
+    parser.add_argument("--triples", type=int, help="test triples, drawn at random; default: all")
+    options = parser.parse_args()
+    begin(options)
+    data = opened(options, group_queries=False)
+    pairs = data.test_dataset.queries.reshape(-1, 2, 3)
+    queries = pairs[np.random.default_rng(0).permutation(len(pairs))[: options.triples]].reshape(-1, 3)
+    cases = []
+    for name in options.models:
+        ours = Ours(name, data, queries, options)
+        if name in POINTS:
+            for table in ours.module.tables:
+                torch.nn.init.uniform_(table.weight, -8, 8).data.round_().div_(8)
+        kind = "pykeen" if name in POINTS else "loop"
+        peer = (PyKEEN if name in POINTS else Loop)(name, data, queries, options, ours.module)
+        equality = peer.check(ours)
+        notes = {"queries": f"{len(queries):,}", "entities": f"{data.num_entities:,}", "ranks": equality}
+        cases.append(Case(name, kind, BARS[kind].get(options.data), ours, peer, notes))
+    measure(cases, options)
+
+
+if __name__ == "__main__":
+    main()

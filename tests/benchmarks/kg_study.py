@@ -1,0 +1,227 @@
+"""NFE beside point embeddings, all tuned alike: the same random search for each model, then the winner with fresh seeds.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/kg_study.py --data umls --trials 20 --jobs 2 --folder runs/kg_study
+
+Each model gets as many trials of the same space: numbers of an entity's row (whatever parts a model makes of them), rate and decay, batch, start,
+loss, dropout, a regulariser or none, for distances the margin. The trial with the best filtered MRR in validation wins, and is trained again with
+seeds that the search did not use; every run keeps its best epoch by validation, and stops when that gets old. Training groups equal queries,
+which is exact for both losses. The last lines are the table of the README: test figures, mean and standard deviation over the seeds, both
+directions, pessimistic ties. A run that is already in the folder is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+
+from malleable import NFE, ComplEx, DistMult, KnowledgeGraphDataModule, RotatE, TransE
+from malleable.datamodules.sources.codex import CoDExS
+from malleable.datamodules.sources.small_graphs import UMLS, Kinship
+from malleable.lightning_modules.functional.flows import NFE1, NFE2, NFE3
+from malleable.lightning_modules.functional.points import ComplexDiagonal, Diagonal, Rotation, Translation
+from malleable.lightning_modules.losses.embedding import DURA, F2, N3, BCESum, Softmax
+
+GRAPHS: dict[str, Callable[..., Any]] = {"umls": UMLS, "kinship": Kinship, "codex_s": CoDExS}
+MODELS: dict[str, tuple[Callable[..., Any], Any]] = {
+    "NFE-1": (NFE, NFE1),
+    "NFE-2": (NFE, NFE2),
+    "NFE-3": (NFE, NFE3),
+    "TransE": (TransE, Translation),
+    "RotatE": (RotatE, Rotation),
+    "DistMult": (DistMult, Diagonal),
+    "ComplEx": (ComplEx, ComplexDiagonal),
+}
+LOSSES: dict[str, Callable[[], Any]] = {"BCESum": BCESum, "Softmax": Softmax}
+REGULARISERS: dict[str, Callable[[float], Any]] = {"N3": N3, "F2": F2, "DURA": DURA}
+# The parts of a row share them: two, three or one.
+WIDTHS = {"umls": (96, 192, 384), "kinship": (96, 192, 384), "codex_s": (192, 384, 768)}
+METRICS = ("mrr", "hits_1", "hits_10")
+
+
+def drawn(model: str, data: str, trial: int) -> dict[str, Any]:
+    """Draw the settings of a trial; the same number gives all models the same draw, as far as they have the setting."""
+    rng = np.random.default_rng(trial)
+    interaction = MODELS[model][1]
+
+    def choice(*values: Any) -> Any:
+        return values[rng.integers(len(values))]
+
+    def between(low: float, high: float) -> float:
+        return float(f"{np.exp(rng.uniform(np.log(low), np.log(high))):.2g}")
+
+    settings = {
+        "width": choice(*WIDTHS[data]),
+        "lr": between(1e-3, 3e-2),
+        "lr_decay": choice(0.93, 0.96, 0.98, 1.0),
+        "batch": choice(32, 64, 128, 256),
+        "init": choice("uniform", "normal"),
+        "scale": between(1e-2, 0.5),
+        "loss": choice(*LOSSES),
+        "dropout": choice(0.0, 0.0, 0.1, 0.2, 0.3, 0.4),
+        "gamma": choice(0.0, 1.0, 2.0, 4.0, 8.0, 12.0),
+        "regulariser": choice(None, "F2", "DURA"),
+        "weight": between(1e-4, 0.3),
+    }
+    if not interaction.distance:
+        del settings["gamma"]
+        # Products have one of their own.
+        settings["regulariser"] = settings["regulariser"] and "N3"
+    if settings["regulariser"] is None:
+        del settings["weight"]
+    return settings
+
+
+def make(model: str, settings: dict[str, Any]) -> Any:
+    """Make the module."""
+    kind, interaction = MODELS[model]
+    arguments = {name: settings[name] for name in ("gamma", "dropout") if name in settings}
+    if kind is NFE:
+        arguments["kind"] = model.replace("-", "").lower()
+    return kind(
+        dimension=settings["width"] // len(interaction.entity_parts),
+        loss=LOSSES[settings["loss"]](),
+        regulariser=REGULARISERS[settings["regulariser"]](settings["weight"]) if settings["regulariser"] else None,
+        init={"kind": settings["init"], "scale": settings["scale"]},
+        tuning={"lr": settings["lr"], "lr_decay": settings["lr_decay"]},
+        **arguments,
+    )
+
+
+class BestEpoch(Callback):
+    """Keeps the weights of the best validation, and ends a run without a better one for a while.
+
+    Args:
+        patience: Validations to wait.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.mrr, self.epoch, self.waited = -1.0, -1, 0
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare."""
+        mrr = trainer.callback_metrics["val_mrr"].item()
+        self.waited += 1
+        if mrr > self.mrr:
+            self.mrr, self.epoch, self.waited = mrr, trainer.current_epoch + 1, 0
+            self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        trainer.should_stop = self.waited >= self.patience
+
+
+def run(path: Path, model: str, settings: dict[str, Any], seed: int, test: bool, options: argparse.Namespace) -> dict[str, Any]:
+    """Train, and test if that is asked for, unless the file holds this run already; return its figures."""
+    plan = {"settings": settings, "seed": seed, "epochs": options.epochs, "every": options.every, "patience": options.patience}
+    if path.exists() and (done := json.loads(path.read_text(encoding="utf-8")))["plan"] == plan:
+        return done["figures"]
+    quiet()
+    start = time.perf_counter()
+    figures = trained(model, settings, seed, test, options) | {"seconds": round(time.perf_counter() - start, 1)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"plan": plan, "figures": figures}, indent=1), encoding="utf-8")
+    sys.stdout.write(f"{path.relative_to(options.folder)}: {figures}\n")
+    sys.stdout.flush()
+    return figures
+
+
+def trained(model: str, settings: dict[str, Any], seed: int, test: bool, options: argparse.Namespace) -> dict[str, Any]:
+    """Train; return the figures of the best epoch."""
+    seed_everything(seed, verbose=False)
+    source = GRAPHS[options.data](path=options.path)
+    data = KnowledgeGraphDataModule(source, group_queries=True, batch_size=settings["batch"], eval_batch_size=512, seed=seed)
+    module, best = make(model, settings), BestEpoch(options.patience)
+    off: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer = Trainer(
+        max_epochs=options.epochs, check_val_every_n_epoch=options.every, num_sanity_val_steps=0, accelerator="cpu", callbacks=[best], **off
+    )
+    try:
+        trainer.fit(module, datamodule=data)
+    except ValueError as error:
+        # What the ranking says of scores that are not numbers: this trial has lost, unless it was ahead before.
+        if "diverged" not in str(error):
+            raise
+    figures: dict[str, Any] = {"val_mrr": best.mrr, "epoch": best.epoch}
+    if test and best.weights:
+        module.load_state_dict(best.weights)
+        (tested,) = Trainer(accelerator="cpu", **off).test(module, datamodule=data, verbose=False)
+        figures |= {name: tested[f"test_{name}"] for name in METRICS}
+    return figures
+
+
+def quiet() -> None:
+    """Say nothing but results; one thread each."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "malleable"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def table(results: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]) -> str:
+    """The README's table."""
+    lines = ["| model | MRR | H@1 | H@10 | chosen in validation |", "| --- | ---: | ---: | ---: | --- |"]
+    for model, (settings, runs) in results.items():
+        cells = []
+        for metric in METRICS:
+            values = [figures.get(metric, 0.0) for figures in runs]  # none: diverged before its first validation
+            cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}")
+        chosen = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+        lines.append(f"| {model} | {' | '.join(cells)} | {chosen} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=GRAPHS, default="umls")
+    parser.add_argument("--path", help="folder with train.txt, valid.txt and test.txt; default: fetched")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--trials", type=int, default=20, help="of each model")
+    parser.add_argument("--seeds", type=int, default=3, help="of each winner")
+    parser.add_argument("--epochs", type=int, default=100, help="of a run, at most")
+    parser.add_argument("--every", type=int, default=5, help="epochs between validations")
+    parser.add_argument("--patience", type=int, default=4, help="validations to wait for a better one")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--folder", type=Path, default=Path("runs/kg_study"))
+    options = parser.parse_args()
+    options.folder = options.folder.resolve()
+    home = options.folder / options.data
+    # `spawn`: a forked copy of torch's threads may hang.
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        trials = {
+            (model, trial): pool.submit(run, home / model / f"trial_{trial}.json", model, drawn(model, options.data, trial), 0, False, options)
+            for trial in range(options.trials)
+            for model in options.models
+        }
+        chosen = {}
+        for model in options.models:
+            best = max(range(options.trials), key=lambda trial, model=model: trials[model, trial].result()["val_mrr"])
+            chosen[model] = drawn(model, options.data, best)
+        seeds = {
+            model: [
+                pool.submit(run, home / model / f"seed_{seed}.json", model, chosen[model], seed, True, options)
+                for seed in range(1, 1 + options.seeds)
+            ]
+            for model in options.models
+        }
+        results = {model: (chosen[model], [job.result() for job in seeds[model]]) for model in options.models}
+    settings = {key: str(value) for key, value in vars(options).items()}
+    (home / "study.json").write_text(json.dumps({"options": settings, "results": results}, indent=1), encoding="utf-8")
+    sys.stdout.write(table(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()
