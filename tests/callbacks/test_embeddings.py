@@ -106,8 +106,6 @@ settings = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
 torch.manual_seed(0)
 trainer = quiet_trainer(f"ranks{ranks}", logger=False, callbacks=[RunReport(), EmbeddingReport()], **settings)
 trainer.test(NFE(dimension=4), TinyGraphData(), verbose=False)
-if ranks > 1:
-    torch.distributed.destroy_process_group()
 """
 
 

@@ -84,8 +84,6 @@ torch.manual_seed(0)
 settings = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
 trainer = quiet_trainer(folder, logger=False, enable_checkpointing=False, callbacks=[PredictionWriter()], **settings)
 trainer.predict(NFE(dimension=4, ranking=LinkRanking(top_k=5)), data)
-if ranks > 1:
-    torch.distributed.destroy_process_group()
 """
 
 
