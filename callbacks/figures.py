@@ -135,7 +135,8 @@ def draw_uncertainty(axes: Axes, degree: Tensor, uncertainty: Tensor, correlatio
     order = degree.argsort(stable=True)
     drawn = order[torch.linspace(0, len(order) - 1, min(len(order), MAX_DOTS)).long()]
     size, alpha = (16, 0.5) if len(drawn) <= 1000 else (4, 0.15)
-    axes.scatter(degree[drawn].tolist(), uncertainty[drawn].tolist(), size, COLORS[0], alpha=alpha, linewidths=0, label="entity")
+    axes.scatter(degree[drawn].tolist(), uncertainty[drawn].tolist(), size, COLORS[0], alpha=alpha, linewidths=0)
+    axes.scatter([], [], 16, COLORS[0], label="entity")  # in the legend the dots would be too faint to see
     scale = degree.double().log()
     edges = torch.linspace(float(scale.min()), float(scale.max()), BINS + 1, dtype=torch.double)[1:-1]
     bins = [part for part in torch.split(order, torch.bucketize(scale, edges).bincount(minlength=BINS).tolist()) if len(part)]

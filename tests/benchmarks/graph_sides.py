@@ -112,7 +112,7 @@ def our_model(name: str, data: KnowledgeGraphDataModule, dimension: int, loss: E
     """Make one of our models; the default loss is that of NFE."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {"dimension": dimension, "graph": data.graph, "loss": loss, "tuning": {"lr": LR}}
-    module = NFE(FLOWS[name][0], gamma=1.0, **settings) if name in FLOWS else POINTS[name](**settings)  # type: ignore[arg-type]
+    module = NFE(FLOWS[name][0], gamma=1.0, **settings) if name in FLOWS else POINTS[name](**settings)
     module.configure_model()
     return module
 
