@@ -1,0 +1,257 @@
+"""What the residual stream must be at a subject for the model to give a new answer: one vector for each fact, found by gradient descent.
+
+Shapes: F facts, C contexts of a fact, B rows of a pass, T tokens, v width of the residual stream, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from malleable.lightning_modules.editing.layout import Layout, stopping
+from malleable.lightning_modules.editing.prompts import PLACEHOLDER, Reader, Row, Rows
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+class Fact(NamedTuple):
+    """What is to hold after an edit.
+
+    Attributes:
+        prompt: Holds ``{}`` for the subject.
+        subject: What the fact is about.
+        target: The new answer.
+    """
+
+    prompt: str
+    subject: str
+    target: str
+
+
+@dataclass
+class TargetSettings:
+    """How target vectors are sought.
+
+    Attributes:
+        lr: Rate of Adam.
+        steps: Most passes; one fewer step is made.
+        decay: Weight of the vector's relative length.
+        kl: Weight of the divergence from what the model said of the subject before.
+        clamp: Longest change, as a share of the residual stream's length.
+        stop: Loss at which a fact is done.
+        max_rows: Rows of a pass; facts beyond wait for the next.
+
+    Source:
+        Fang et al. (2025), AlphaEdit, arXiv:2410.02355, and Meng et al. (2023), MEMIT, arXiv:2210.07229: the authors' code.
+    """
+
+    lr: float = 0.5
+    steps: int = 25
+    decay: float = 0.5
+    kl: float = 0.0625
+    clamp: float = 0.75
+    stop: float = 0.05
+    max_rows: int = 256
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("lr", "clamp", "stop"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"targets.{name} must be > 0, got {getattr(self, name)}")
+        for name in ("steps", "max_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"targets.{name} must be >= 1, got {getattr(self, name)}")
+
+
+class Targets(NamedTuple):
+    """Where facts should bring the residual stream.
+
+    Attributes:
+        start: ``(F, v)`` where it is, at the bare prompt.
+        change: ``(F, v)`` what is to be added.
+        loss: ``(F,)`` of the last pass.
+        nll: ``(F,)`` negative log-likelihood of a token of the answer in it, nats, mean over tokens and contexts.
+        steps: ``(F,)`` steps made.
+    """
+
+    start: Tensor
+    change: Tensor
+    loss: Tensor
+    nll: Tensor
+    steps: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """Target vectors, ``(F, v)``."""
+        return self.start + self.change
+
+
+def find_targets(
+    model: Any, layout: Layout, layer: int, reader: Reader, facts: Sequence[Fact], contexts: Sequence[str], settings: TargetSettings
+) -> Targets:
+    """Seek the target vectors of facts at the output of a block, many at a time; each as if it were alone.
+
+    Minimised are, for a change ``x`` at the subject: the answer's negative log-likelihood after all contexts, ``kl KL(now | before)`` of the next
+    token after "{subject} is a", and ``decay |x| / |h|^2``. Blocks up to the layer run once, the others in every pass; logits are computed
+    where they are needed.
+
+    Args:
+        model: A decoder in evaluation mode; its parameters are left alone.
+        layout: Names of its parts.
+        layer: The block whose output is changed.
+        reader: Makes rows of texts.
+        facts: What is to hold.
+        contexts: Where prompts are read; the first should be the bare one.
+        settings: See there.
+
+    Raises:
+        ValueError: If the loss of a fact is not finite.
+    """
+    size = max(1, settings.max_rows // (len(contexts) + 1))
+    found = []
+    for start in range(0, len(facts), size):
+        search = _Search(model, layout, layer, reader, facts[start : start + size], contexts, settings)
+        found.append(search.run())
+    return Targets(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+class _Search:
+    """The targets of facts that fit in one pass."""
+
+    def __init__(
+        self, model: Any, layout: Layout, layer: int, reader: Reader, facts: Sequence[Fact], contexts: Sequence[str], settings: TargetSettings
+    ) -> None:
+        self.model, self.layout, self.layer, self.settings, self.facts = model, layout, layer, settings, facts
+        device = next(model.parameters()).device
+        self.num_rows = len(contexts) + 1
+        rows: list[Row] = []
+        spots: list[tuple[int, int, int]] = []  # row, token, the answer's next one
+        for fact in facts:
+            answer = reader.answer(fact.target)
+            for context in contexts:
+                row = reader.row(fact.prompt, fact.subject, context, answer[:-1])
+                first = len(row.ids) - len(answer)
+                spots += [(len(rows), first + place, token) for place, token in enumerate(answer)]
+                rows.append(row)
+            row = reader.row(f"{PLACEHOLDER} is a", fact.subject)
+            rows.append(row)
+        self.rows = reader.batch(rows, device)
+        self.spots = torch.tensor(spots, device=device)
+        # The look-up token: what the model says of the subject itself.
+        self.about = torch.arange(self.num_rows - 1, len(rows), self.num_rows, device=device)
+
+    def run(self) -> Targets:
+        """Descend until every fact is done."""
+        settings, number = self.settings, len(self.facts)
+        with torch.no_grad(), stopping(self.model, self.layout, self.layer, []) as seen:
+            seen.run(**self.rows.inputs())
+        assert seen.output is not None
+        hidden, self.rest = seen.output, seen.rest
+        place = torch.arange(len(hidden), device=hidden.device)
+        start = hidden[place, self.rows.position].view(number, self.num_rows, -1)[:, 0].float()
+        length = start.norm(dim=1)
+        change, first, second = (torch.zeros_like(start) for _ in range(3))
+        loss, nll = (start.new_zeros(number) for _ in range(2))
+        steps = torch.zeros(number, dtype=torch.long, device=start.device)
+        running = torch.arange(number, device=start.device)
+        before: Tensor | None = None
+        for step in range(1, settings.steps + 1):
+            leaf = change[running].requires_grad_()
+            with torch.enable_grad():
+                negative, about = self._pass(hidden, leaf, running)
+                before = about.detach() if before is None else before
+                divergence = F.kl_div(before[running], about, log_target=True, reduction="none").sum(1)
+                losses = negative + settings.kl * divergence + settings.decay * leaf.norm(dim=1) / length[running].square()
+                (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+            self._check(losses, running)
+            loss[running], nll[running] = losses.detach(), negative.detach()
+            going = (losses.detach() >= settings.stop) & (step < settings.steps)
+            running, gradient = running[going], gradient[going]
+            if not len(running):
+                break
+            steps[running] = step
+            first[running] = torch.lerp(gradient, first[running], BETAS[0])
+            second[running] = torch.lerp(gradient.square(), second[running], BETAS[1])
+            corrected = second[running] / (1 - BETAS[1] ** step)
+            moved = change[running] - settings.lr * first[running] / (1 - BETAS[0] ** step) / (corrected.sqrt() + EPS)
+            limit = settings.clamp * length[running]
+            change[running] = moved * (limit / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1)[:, None]
+        return Targets(start, change, loss, nll, steps)
+
+    def _pass(self, hidden: Tensor, change: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of each running fact ``(F,)`` and what is said of its subject, log-probabilities ``(F, V)``."""
+        order = torch.full((len(self.facts),), -1, device=hidden.device)
+        order[running] = torch.arange(len(running), device=hidden.device)
+        chosen = (running[:, None] * self.num_rows + torch.arange(self.num_rows, device=hidden.device)).flatten()
+        rows = self.rows.take(chosen)
+        part = hidden[chosen, : rows.input_ids.shape[1]]
+        place = torch.arange(len(chosen), device=hidden.device)
+        shifted = part[place, rows.position].float() + change.repeat_interleave(self.num_rows, 0)
+        injected = part.index_put((place, rows.position), shifted.to(part.dtype))
+
+        kept = order[self.spots[:, 0] // self.num_rows] >= 0
+        row, token, target = self.spots[kept].T
+        fact = order[row // self.num_rows]
+        row = fact * self.num_rows + row % self.num_rows
+        about = torch.arange(self.num_rows - 1, len(chosen), self.num_rows, device=hidden.device)
+        wanted = torch.cat([row, about]), torch.cat([token, rows.position[about]])
+        with replaying(self.model, self.layout, self.layer, injected, self.rest), at_positions(self.model, *wanted):
+            logps = self.model(**rows.inputs(), use_cache=False).logits[0].float().log_softmax(-1)
+        own = logps[torch.arange(len(row), device=row.device), target]
+        # Mean over an answer's tokens and over contexts: every context has equally many tokens.
+        counts = torch.bincount(fact, minlength=len(running))
+        negative = -torch.zeros_like(change[:, 0]).index_add(0, fact, own) / counts
+        return negative, logps[len(row) :]
+
+    def _check(self, losses: Tensor, running: Tensor) -> None:
+        bad = running[~losses.detach().isfinite()].tolist()
+        if bad:
+            fact = self.facts[bad[0]]
+            raise ValueError(
+                f"the target of {len(bad)} facts was lost (loss not finite), the first {fact.prompt.format(fact.subject)!r} -> {fact.target!r}; "
+                "lower targets.lr or load the model in float32"
+            )
+
+
+@contextmanager
+def replaying(model: nn.Module, layout: Layout, last: int, hidden: Tensor, rest: tuple[Any, ...] | None) -> Iterator[None]:
+    """Let the model go on from the output ``(B, T, v)`` of block ``last``, and what it returns behind it, without running the blocks up to it."""
+
+    def skip(states: Tensor, *_: Any, **__: Any) -> Any:
+        return states if rest is None else (states, *rest)
+
+    def give(*_: Any, **__: Any) -> Any:
+        return hidden if rest is None else (hidden, *rest)
+
+    blocks = [layout.block_of(model, layer) for layer in range(last + 1)]
+    own = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = give if block is blocks[-1] else skip
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+@contextmanager
+def at_positions(model: Any, rows: Tensor, tokens: Tensor) -> Iterator[None]:
+    """Compute logits at these tokens only: ``(1, P, V)`` instead of ``(B, T, V)``."""
+
+    def gather(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (inputs[0][rows, tokens][None],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
