@@ -44,6 +44,11 @@ class SecondMoment:
             self.total += (part.T @ part).double()
         self.count += len(keys)
 
+    def merge(self, other: SecondMoment) -> None:
+        """Add what another has seen."""
+        self.total += other.total
+        self.count += other.count
+
     def mean(self) -> Tensor:
         """The moment, ``(d, d)``.
 

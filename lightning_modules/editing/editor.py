@@ -1,0 +1,362 @@
+"""AlphaEdit and its baselines on a bare decoder: batches of facts in, changed weights and their low-rank updates out.
+
+Shapes: u facts of a batch, n keys of earlier batches, d width of a key, v width of the residual stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from malleable.lightning_modules.editing.fine_tune import FineTuneSettings, fine_tune
+from malleable.lightning_modules.editing.layout import Layout, Projection, check_additive, find_layout, stopping
+from malleable.lightning_modules.editing.prompts import PLACEHOLDER, FactToken, Reader, draw_contexts
+from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
+from malleable.lightning_modules.editing.targets import Fact, Targets, TargetSettings, find_targets
+from malleable.lightning_modules.functional.null_space import (
+    Covariance,
+    KeyMetric,
+    LowRank,
+    NullSpace,
+    NullSpaceRidge,
+    Ridge,
+    SecondMoment,
+    Spectrum,
+    Threshold,
+    compress_keys,
+    mean_drift,
+    solve_update,
+)
+
+log = logging.getLogger(__name__)
+
+Method = Literal["alpha_edit", "memit", "ridge", "fine_tune"]
+# Where published settings begin and end, as shares of a decoder's depth (Llama-3-8B: 4 to 8 of 32).
+DEPTH = (0.125, 0.25)
+
+
+@dataclass
+class EditSettings:
+    """How facts are edited.
+
+    Attributes:
+        method: ``alpha_edit`` changes what text does not use; ``memit`` weighs a change by how much text uses it; ``ridge`` weighs all alike
+            (AlphaEdit without its projection); ``fine_tune`` descends on the same matrices.
+        layers: Layers to change, from below; default: from an eighth to a quarter of the depth.
+        ridge: lambda of ``alpha_edit`` and ``ridge``.
+        threshold: Which directions ``alpha_edit`` may change.
+        moment_weight: Weight of the second moment under ``memit``.
+        targets: How target vectors are sought.
+        tuning: How ``fine_tune`` descends.
+        fact_token: Where a fact is read.
+        contexts: Number of beginnings that the model writes itself, after which a fact must hold too.
+        seed: Of these.
+        batch_size: Facts solved for together.
+        remember: Keep what earlier batches gave.
+        block: Template of the blocks' names; found by default.
+        projection: Template of the projections' names; found by default.
+
+    Source:
+        Fang et al. (2025), AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, arXiv:2410.02355; defaults of the authors'
+        code.
+    """
+
+    method: Method = "alpha_edit"
+    layers: tuple[int, ...] | None = None
+    ridge: float = 10.0
+    threshold: Threshold = field(default_factory=Threshold)
+    moment_weight: float = 15000.0
+    targets: TargetSettings = field(default_factory=TargetSettings)
+    tuning: FineTuneSettings = field(default_factory=FineTuneSettings)
+    fact_token: FactToken = "subject_last"
+    contexts: int = 5
+    seed: int = 0
+    batch_size: int = 100
+    remember: bool = True
+    block: str | None = None
+    projection: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("ridge", "moment_weight"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+        if not 0 <= self.contexts <= 5:
+            raise ValueError(f"contexts must lie between 0 and 5, got {self.contexts}")
+        if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
+            raise ValueError(f"layers must rise, got {list(self.layers)}")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether second moments are needed."""
+        return self.method in ("alpha_edit", "memit")
+
+
+class Edited(NamedTuple):
+    """What became of a fact.
+
+    Attributes:
+        fact: The fact.
+        batch: Number of its batch, from 0.
+        loss: Of its target, at the end of the search.
+        nll: Negative log-likelihood of a token of the answer with the target in place, nats.
+        steps: Steps of the search.
+        change: Length of the target's change, as a share of the residual stream's.
+        lacking: What the residual stream lacked of the target before each layer was changed, as a share of the change; the last entry is what
+            it lacked afterwards.
+    """
+
+    fact: Fact
+    batch: int
+    loss: float
+    nll: float
+    steps: int
+    change: float
+    lacking: tuple[float, ...]
+
+
+class AlphaEditor:
+    """Edits facts in the weights of a decoder, batch after batch.
+
+    The model is changed in place; :attr:`updates` holds by how much. Flags, mode and hooks are left as they were.
+
+    Args:
+        model: A Hugging Face decoder, wrapped by adapters or not; matrices that an adapter wraps are edited themselves.
+        tokenizer: Its fast tokenizer.
+        settings: See there.
+
+    Raises:
+        ValueError: If the model has nothing to edit, or the residual stream gets something else than its MLPs give.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: EditSettings | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings or EditSettings()
+        self.layout: Layout = find_layout(model, self.settings.block, self.settings.projection)
+        self.layers = self._layers()
+        self.reader = Reader(tokenizer, self.settings.fact_token)
+        self.projections: dict[int, Projection] = {layer: self.layout.projection_of(model, layer) for layer in self.layers}
+        with self._undisturbed():
+            check_additive(model, self.layout, self.layers[0], torch.tensor([tokenizer("The model")["input_ids"]], device=self.device))
+        self.moments: dict[int, Tensor] = {}
+        self.spectra: dict[int, Spectrum] = {}
+        self.contexts: list[str] = []
+        self.keys: dict[int, Tensor] = {}
+        self.updates: dict[int, list[LowRank]] = {layer: [] for layer in self.layers}
+        self.records: list[Edited] = []
+        # The matrices before the first edit, and the sum of all updates: in half precision one update at a time would be rounded away.
+        self._originals: dict[int, Tensor] = {}
+        self._sums: dict[int, Tensor] = {}
+        self._metrics: dict[int, KeyMetric] = {}
+        self._batch = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    def _layers(self) -> tuple[int, ...]:
+        number = self.layout.num_layers(self.model)
+        if self.settings.layers is None:
+            first, last = (round(share * number) for share in DEPTH)
+            return tuple(range(min(first, number - 1), min(last, number - 1) + 1))
+        wrong = [layer for layer in self.settings.layers if not 0 <= layer < number]
+        if wrong:
+            raise ValueError(f"layers {wrong} do not exist: {type(self.model).__name__} has {number}, from 0 to {number - 1}")
+        return tuple(self.settings.layers)
+
+    def fit_statistics(self, texts: Sequence[str], settings: StatisticsSettings | None = None, file: Path | None = None) -> None:
+        """Learn from text which directions of its keys the model uses; to be called before the first edit.
+
+        Args:
+            texts: What the model should go on saying.
+            settings: See there.
+            file: Where the sums are kept and taken up.
+        """
+        with self._undisturbed():
+            self.use_moments(second_moments(self.model, self.layout, self.layers, self.tokenizer, texts, settings, file))
+
+    def use_moments(self, moments: dict[int, SecondMoment]) -> None:
+        """Take second moments that are known already, by layer."""
+        self.moments = {layer: moments[layer].mean() for layer in self.layers}
+        self.spectra = {layer: Spectrum.of(moment) for layer, moment in self.moments.items()}
+        self._metrics = {}
+
+    def metric(self, layer: int) -> KeyMetric:
+        """What a change of a layer costs.
+
+        Raises:
+            ValueError: If second moments are needed and missing.
+        """
+        if layer not in self._metrics:
+            self._metrics[layer] = self._make_metric(layer)
+        return self._metrics[layer]
+
+    def _make_metric(self, layer: int) -> KeyMetric:
+        settings = self.settings
+        if not settings.needs_text:
+            return Ridge(settings.ridge)
+        if layer not in self.spectra:
+            raise ValueError(f"{settings.method} needs second moments of text: call fit_statistics(texts) before edit(...)")
+        spectrum = self.spectra[layer]
+        if settings.method == "memit":
+            return Covariance(spectrum, settings.moment_weight)
+        space = NullSpace(spectrum, settings.threshold.retained(spectrum.values))
+        log.info("layer %s: %s of %s directions may change", layer, space.retained, len(spectrum.values))
+        return NullSpaceRidge(space, settings.ridge)
+
+    def edit(self, facts: Sequence[Fact]) -> list[Edited]:
+        """Change the weights so that facts hold, in batches, each on the model as the earlier ones left it.
+
+        Args:
+            facts: What is to hold.
+
+        Returns:
+            What became of each.
+
+        Raises:
+            ValueError: If a fact cannot be read, or its target was lost; the batches before it stay.
+        """
+        if self.settings.needs_text:
+            for layer in self.layers:
+                self.metric(layer)
+        size = self.settings.batch_size
+        with self._undisturbed():
+            if not self.contexts:
+                drawn = draw_contexts(self.model, self.tokenizer, self.settings.seed) if self.settings.contexts else []
+                self.contexts = [PLACEHOLDER, *drawn[: self.settings.contexts]]
+            for layer, projection in self.projections.items():
+                self._originals.setdefault(layer, projection.weight.detach().clone())
+            edit = self._fine_tune if self.settings.method == "fine_tune" else self._edit
+            return [record for start in range(0, len(facts), size) for record in edit(facts[start : start + size])]
+
+    def _edit(self, facts: Sequence[Fact]) -> list[Edited]:
+        targets = find_targets(
+            self.model, self.layout, self.layers[-1], self.reader, facts, self.contexts, self.settings.targets
+        )
+        scale = targets.change.norm(dim=1).clamp_min(1e-30)
+        lacking = []
+        for number, layer in enumerate(self.layers):
+            keys, values = self._read(facts, [layer])
+            lack = targets.value - values
+            lacking.append(lack.norm(dim=1) / scale)
+            update = solve_update(keys[layer], lack / (len(self.layers) - number), self.metric(layer), self.keys.get(layer))
+            self._add(layer, update)
+        keys, values = self._read(facts, self.layers)
+        lacking.append((targets.value - values).norm(dim=1) / scale)
+        if self.settings.remember:
+            for layer in self.layers:
+                known = self.keys.get(layer)
+                self.keys[layer] = compress_keys(keys[layer] if known is None else torch.cat([known, keys[layer]]))
+        return self._record(facts, targets, torch.stack(lacking, 1))
+
+    def _record(self, facts: Sequence[Fact], targets: Targets, lacking: Tensor) -> list[Edited]:
+        change = targets.change.norm(dim=1) / targets.start.norm(dim=1)
+        columns = [values.tolist() for values in (targets.loss, targets.nll, targets.steps, change, lacking)]
+        records = [Edited(fact, self._batch, *row[:-1], tuple(row[-1])) for fact, *row in zip(facts, *columns, strict=True)]
+        self.records += records
+        self._batch += 1
+        return records
+
+    def _fine_tune(self, facts: Sequence[Fact]) -> list[Edited]:
+        before = {layer: projection.weight.detach().float().clone() for layer, projection in self.projections.items()}
+        weights = [projection.weight for projection in self.projections.values()]
+        losses, steps = fine_tune(self.model, weights, self.reader, facts, self.settings.tuning)
+        for layer, projection in self.projections.items():
+            change = projection.oriented(projection.weight.detach().float() - before[layer])
+            # A descent changes all directions: the update has no low rank.
+            self._add(layer, LowRank(change.double(), torch.eye(change.shape[1], dtype=torch.double, device=change.device)))
+        records = [Edited(fact, self._batch, loss, loss, steps, float("nan"), ()) for fact, loss in zip(facts, losses, strict=True)]
+        self.records += records
+        self._batch += 1
+        return records
+
+    @torch.no_grad()
+    def _add(self, layer: int, update: LowRank) -> None:
+        """Write the original and the sum of all updates, rounded once."""
+        projection = self.projections[layer]
+        single = LowRank(update.up.float(), update.down.float())
+        self.updates[layer].append(single)
+        if layer not in self._sums:
+            self._sums[layer] = torch.zeros_like(self._originals[layer], dtype=torch.float)
+        self._sums[layer] += projection.oriented(single.dense())
+        projection.weight.copy_(self._originals[layer].float() + self._sums[layer])
+
+    @torch.no_grad()
+    def _read(self, facts: Sequence[Fact], layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
+        """Keys ``(u, d)`` of layers, and the residual stream ``(u, v)`` after the last layer, at the subjects.
+
+        The bare prompt counts for half of a key, the contexts together for the other half.
+        """
+        number = len(self.contexts)
+        weights = torch.full((number,), 0.5 / max(1, number - 1), dtype=torch.double, device=self.device)
+        weights[0] = 0.5 if number > 1 else 1.0
+        size = max(1, self.settings.targets.max_rows // number)
+        keys: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        values = []
+        with stopping(self.model, self.layout, self.layers[-1], layers) as seen:
+            for start in range(0, len(facts), size):
+                part = facts[start : start + size]
+                rows = self.reader.batch([self.reader.row(f.prompt, f.subject, context) for f in part for context in self.contexts], self.device)
+                seen.run(**rows.inputs())
+                assert seen.output is not None
+                place = torch.arange(len(rows.position), device=self.device), rows.position
+                for layer in layers:
+                    inputs = seen.keys[layer].reshape(*rows.input_ids.shape, -1)[place].double()
+                    keys[layer].append(torch.einsum("ucd,c->ud", inputs.view(len(part), number, -1), weights))
+                values.append(seen.output[place].view(len(part), number, -1)[:, 0].float())
+        return {layer: torch.cat(parts) for layer, parts in keys.items()}, torch.cat(values)
+
+    def update(self, layer: int) -> LowRank:
+        """Sum of all updates of a layer, one after another as a single product.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        parts = self.updates[layer]
+        if not parts:
+            raise ValueError(f"layer {layer} has not been edited")
+        return LowRank(torch.cat([part.up for part in parts], 1), torch.cat([part.down for part in parts], 0))
+
+    def drift(self) -> dict[int, float]:
+        """Mean squared change of what each layer makes of the text of the second moments."""
+        return {layer: mean_drift(self.update(layer), self.moments[layer]) for layer in self.layers if self.updates[layer] and layer in self.moments}
+
+    @torch.no_grad()
+    def revert(self) -> None:
+        """Take all edits back, to the bit."""
+        for layer, original in self._originals.items():
+            self.projections[layer].weight.copy_(original)
+        self._originals, self._sums, self.keys, self.records, self._batch = {}, {}, {}, [], 0
+        self.updates = {layer: [] for layer in self.layers}
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Evaluation mode, no gradients to parameters and full precision of products, put back afterwards; works under inference mode."""
+        modes = {module: module.training for module in self.model.modules()}
+        flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        self.model.eval()
+        for parameter in flags:
+            parameter.requires_grad_(False)
+        device = self.device.type
+        try:
+            with torch.inference_mode(False), torch.autocast(device, enabled=False):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            for module, mode in modes.items():
+                module.training = mode
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)

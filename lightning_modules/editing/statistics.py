@@ -1,0 +1,169 @@
+"""Second moments of keys over text: streamed, shared among ranks, kept on disk, taken up again where they were interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, distributed, nn
+
+from malleable.lightning_modules.editing.layout import Layout, stopping
+from malleable.lightning_modules.functional.null_space import SecondMoment
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class StatisticsSettings:
+    """How second moments are taken.
+
+    Attributes:
+        max_length: Tokens of a text; the rest is cut off.
+        max_tokens: Tokens of a pass, padding included, which bounds memory.
+        piece: Texts between two points at which ranks add up and the file is written.
+        exclude_first: Leave out the first token of a text, whose keys are often hundreds of times longer than all others.
+
+    Source:
+        Meng et al. (2023), MEMIT, arXiv:2210.07229: all tokens of Wikipedia articles cut to the model's context.
+    """
+
+    max_length: int = 1024
+    max_tokens: int = 8192
+    piece: int = 512
+    exclude_first: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("max_length", "max_tokens", "piece"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"statistics.{name} must be >= 1, got {getattr(self, name)}")
+
+
+def second_moments(
+    model: nn.Module,
+    layout: Layout,
+    layers: Sequence[int],
+    tokenizer: Any,
+    texts: Sequence[str],
+    settings: StatisticsSettings | None = None,
+    file: Path | None = None,
+) -> dict[int, SecondMoment]:
+    """Take the second moments of the keys of layers over text, in one pass of the first blocks.
+
+    Pieces of the text are added up in their order, whatever rank took them, so that any number of ranks gives the same bits. A run of several ranks
+    must call it on all of them.
+
+    Args:
+        model: In evaluation mode.
+        layout: Names of its parts.
+        layers: Whose keys.
+        tokenizer: Of the model.
+        texts: What the model should go on saying.
+        settings: See there.
+        file: Where the sums are kept; what lies there is taken up.
+
+    Raises:
+        ValueError: If there is no text, or the file is of another model, text or setting.
+    """
+    if not texts:
+        raise ValueError("second moments need text, got none")
+    settings = settings or StatisticsSettings()
+    widths = {layer: layout.projection_of(model, layer).width for layer in layers}
+    device = next(model.parameters()).device
+    totals = {layer: SecondMoment(width, device) for layer, width in widths.items()}
+    mark = _mark(model, layout, layers, tokenizer, texts, settings)
+    done = _taken_up(file, mark, totals) if file is not None and file.exists() else 0
+    pieces = [texts[start : start + settings.piece] for start in range(0, len(texts), settings.piece)]
+    ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    rank = distributed.get_rank() if ranks > 1 else 0
+    for start in range(done, len(pieces), ranks):
+        own = {layer: SecondMoment(width, device) for layer, width in widths.items()}
+        if start + rank < len(pieces):
+            _add(model, layout, own, tokenizer, pieces[start + rank], settings)
+        for turn in range(min(ranks, len(pieces) - start)):
+            for layer, total in totals.items():
+                total.merge(own[layer] if ranks == 1 else _from(turn, rank, own[layer]))
+        if file is not None and rank == 0:
+            _write(file, mark, totals, min(start + ranks, len(pieces)))
+    return totals
+
+
+def _add(model: nn.Module, layout: Layout, moments: dict[int, SecondMoment], tokenizer: Any, texts: Sequence[str], settings: StatisticsSettings) -> None:
+    device = next(model.parameters()).device
+    with torch.no_grad(), stopping(model, layout, max(moments), list(moments)) as seen:
+        for ids, mask in _batches(tokenizer, texts, settings):
+            seen.run(input_ids=ids.to(device), attention_mask=mask.to(device))
+            kept = mask.bool().to(device)
+            if settings.exclude_first:
+                kept[:, 0] = False
+            for layer, moment in moments.items():
+                moment.add(seen.keys[layer].reshape(*kept.shape, -1)[kept])
+
+
+def _batches(tokenizer: Any, texts: Sequence[str], settings: StatisticsSettings) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of about equal length, filled up on the right."""
+    rows = sorted((ids[: settings.max_length] for ids in tokenizer(list(texts))["input_ids"] if ids), key=len)
+    while rows:
+        length, number = len(rows[-1]), 1
+        number = max(1, settings.max_tokens // length)
+        part, rows = rows[-number:], rows[:-number]
+        ids, mask = torch.zeros(len(part), length, dtype=torch.long), torch.zeros(len(part), length, dtype=torch.long)
+        for place, row in enumerate(part):
+            ids[place, : len(row)], mask[place, : len(row)] = torch.tensor(row), 1
+        yield ids, mask
+
+
+def _from(turn: int, rank: int, own: SecondMoment) -> SecondMoment:
+    """What the rank whose turn it is has."""
+    shared = own if turn == rank else SecondMoment(len(own.total), own.total.device)
+    count = torch.tensor(own.count, device=own.total.device)
+    distributed.broadcast(shared.total, turn)
+    distributed.broadcast(count, turn)
+    shared.count = int(count)
+    return shared
+
+
+def _mark(model: nn.Module, layout: Layout, layers: Sequence[int], tokenizer: Any, texts: Sequence[str], settings: StatisticsSettings) -> str:
+    """Identity of all that the moments depend on; of weights, 64 values of each."""
+    digest = hashlib.sha256(layout.projection.encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].double().cpu().numpy().tobytes())
+    kept = {key: value for key, value in asdict(settings).items() if key != "max_tokens"}
+    digest.update(json.dumps([list(layers), kept, type(tokenizer).__name__, len(tokenizer)]).encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()
+
+
+def _write(file: Path, mark: str, totals: dict[int, SecondMoment], pieces: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    about = {"mark": mark, "pieces": str(pieces), "counts": json.dumps({layer: total.count for layer, total in totals.items()})}
+    save_file({str(layer): total.total.cpu() for layer, total in totals.items()}, temporary, about)
+    temporary.replace(file)
+
+
+def _taken_up(file: Path, mark: str, totals: dict[int, SecondMoment]) -> int:
+    with safe_open(file, "pt") as stored:
+        about = stored.metadata() or {}
+        if about.get("mark") != mark:
+            raise ValueError(
+                f"{file} holds second moments of another model, text or setting (mark {about.get('mark', 'missing')[:12]}, here {mark[:12]}); "
+                "remove it, or give another file"
+            )
+        counts = json.loads(about["counts"])
+        for layer, total in totals.items():
+            total.total.copy_(stored.get_tensor(str(layer)))
+            total.count = counts[str(layer)]
+    log.info("second moments: %s tokens taken up from %s", next(iter(totals.values())).count, file)
+    return int(about["pieces"])
