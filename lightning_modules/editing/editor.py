@@ -241,9 +241,7 @@ class AlphaEditor:
             return [record for start in range(0, len(facts), size) for record in edit(facts[start : start + size])]
 
     def _edit(self, facts: Sequence[Fact]) -> list[Edited]:
-        targets = find_targets(
-            self.model, self.layout, self.layers[-1], self.reader, facts, self.contexts, self.settings.targets
-        )
+        targets = find_targets(self.model, self.layout, self.layers[-1], self.reader, facts, self.contexts, self.settings.targets)
         scale = targets.change.norm(dim=1).clamp_min(1e-30)
         lacking = []
         for number, layer in enumerate(self.layers):

@@ -35,7 +35,9 @@ class FineTuneSettings:
             raise ValueError(f"tuning.lr must be > 0 and tuning.steps >= 1, got {self.lr} and {self.steps}")
 
 
-def fine_tune(model: Any, weights: Sequence[nn.Parameter], reader: Reader, facts: Sequence[Fact], settings: FineTuneSettings) -> tuple[list[float], int]:
+def fine_tune(
+    model: Any, weights: Sequence[nn.Parameter], reader: Reader, facts: Sequence[Fact], settings: FineTuneSettings
+) -> tuple[list[float], int]:
     """Minimise the negative log-likelihood of answers after their bare prompts.
 
     Args:

@@ -131,7 +131,11 @@ class Reader:
         Raises:
             ValueError: If there are none.
         """
-        ids: list[int] = self.tokenizer(text if text[:1].isspace() else f" {text}", add_special_tokens=False)["input_ids"]
+        # Behind a letter: some tokenizers put a blank of their own before a text.
+        before, whole = (self.tokenizer(one, add_special_tokens=False)["input_ids"] for one in ("a", f"a {text.lstrip()}"))
+        ids: list[int] = (
+            whole[len(before) :] if whole[: len(before)] == before else self.tokenizer(f" {text.lstrip()}", add_special_tokens=False)["input_ids"]
+        )
         if not ids:
             raise ValueError(f"the answer {text!r} has no tokens")
         return ids

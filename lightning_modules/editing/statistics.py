@@ -97,7 +97,9 @@ def second_moments(
     return totals
 
 
-def _add(model: nn.Module, layout: Layout, moments: dict[int, SecondMoment], tokenizer: Any, texts: Sequence[str], settings: StatisticsSettings) -> None:
+def _add(
+    model: nn.Module, layout: Layout, moments: dict[int, SecondMoment], tokenizer: Any, texts: Sequence[str], settings: StatisticsSettings
+) -> None:
     device = next(model.parameters()).device
     with torch.no_grad(), stopping(model, layout, max(moments), list(moments)) as seen:
         for ids, mask in _batches(tokenizer, texts, settings):

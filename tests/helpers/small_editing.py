@@ -1,0 +1,75 @@
+"""Tiny decoders of many families, and tokenizers that cut words differently, to edit with."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SENTENCES = [
+    "The mother tongue of Danielle Darrieux is French, and she was born in Bordeaux.",
+    "The capital of Peru is Lima. Lima lies on the coast, and Peru on the other side of the Andes.",
+    "Anna lives in Zürich with Tom and a big dog; the dog was very happy because Tom played with it.",
+    "You know that I saw the house of the old man in the park, therefore I was not sad.",
+]
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"num_key_value_heads": 2}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 8}),
+    "mistral": ("Mistral", {"num_key_value_heads": 2}),
+    "phi": ("Phi", {}),
+    "phi3": ("Phi3", {"num_key_value_heads": 4, "pad_token_id": 0}),
+    "gemma": ("Gemma", {"num_key_value_heads": 2, "head_dim": 8}),
+    "gpt_neox": ("GPTNeoX", {}),
+    "gpt2": ("GPT2", {}),
+    "gptj": ("GPTJ", {"rotary_dim": 4}),
+    "gemma2": ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8}),
+    "olmo2": ("Olmo2", {"num_key_value_heads": 2}),
+    "granite": ("Granite", {"num_key_value_heads": 2, "residual_multiplier": 0.22}),
+    "mixtral": ("Mixtral", {"num_key_value_heads": 2, "num_local_experts": 2}),
+}
+
+
+def decoder(family: str = "llama", vocabulary: int = 300, width: int = 32, inner: int = 48, layers: int = 4, seed: int = 0) -> Any:
+    """Make a decoder with random weights, in evaluation mode."""
+    name, options = FAMILIES[family]
+    if family in ("gpt2", "gptj"):
+        sizes = {"n_embd": width, "n_inner": inner, "n_layer": layers, "n_head": 4, "n_positions": 128}
+    else:
+        sizes = {
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+        }
+    # Wide weights: what is changed at one token is then felt at the others.
+    common = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
+    config = getattr(transformers, f"{name}Config")(vocab_size=vocabulary, **sizes, **common, **options)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@cache
+def tokenizer(kind: str = "bytes", side: str = "right") -> PreTrainedTokenizerFast:
+    """Make a tokenizer: ``bytes`` (blanks belong to words), ``bos`` (the same with a first token), ``pieces`` (blanks are marks, one before each text), ``eos``."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    cut = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "pieces":
+        cut.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        cut.decoder = decoders.Metaspace(prepend_scheme="always")
+        alphabet = sorted({letter for sentence in SENTENCES for letter in f"{sentence}{{}}"} - {" "})
+    else:
+        cut.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        cut.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    cut.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    if kind != "bytes":
+        single = "<s> $A </s>" if kind == "eos" else "<s> $A"
+        cut.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=cut, padding_side=side, **names)

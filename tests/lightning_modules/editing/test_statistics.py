@@ -1,0 +1,102 @@
+"""Second moments over text: the same however it is cut, resumed or shared; never those of something else."""
+
+import pytest
+import torch
+from small_editing import SENTENCES, decoder, tokenizer
+
+from malleable.lightning_modules.editing import statistics
+from malleable.lightning_modules.editing.layout import find_layout
+from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
+
+TEXTS = [f"{sentence} {word}" for sentence in SENTENCES for word in ("Anna", "the dog", "is", "Lima on the coast")]
+
+
+def moments(model=None, texts=TEXTS, file=None, side="right", **settings):
+    model = model or decoder()
+    return second_moments(model, find_layout(model), (1, 2), tokenizer("bos", side), texts, StatisticsSettings(**settings), file)
+
+
+def by_hand(model, exclude_first=False):
+    keys = []
+    handle = model.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda _, inputs: keys.append(inputs[0][0]))
+    for text in TEXTS:
+        model(torch.tensor([tokenizer("bos")(text)["input_ids"]]))
+    handle.remove()
+    rows = torch.cat([part[1:] if exclude_first else part for part in keys]).double()
+    return rows.T @ rows / len(rows), len(rows)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("max_tokens", [8192, 64])
+@pytest.mark.parametrize("piece", [512, 3])
+@torch.no_grad()
+def test_they_are_the_mean_over_attended_tokens(side, max_tokens, piece):
+    expected, count = by_hand(decoder())
+    found = moments(side=side, max_tokens=max_tokens, piece=piece)[2]
+    assert found.count == count
+    torch.testing.assert_close(found.mean(), expected, rtol=1e-4, atol=1e-7)
+
+
+@torch.no_grad()
+def test_the_first_token_may_be_left_out():
+    expected, count = by_hand(decoder(), exclude_first=True)
+    found = moments(exclude_first=True)[2]
+    assert found.count == count
+    torch.testing.assert_close(found.mean(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_long_texts_are_cut():
+    assert moments(max_length=5)[1].count == 5 * len(TEXTS)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    whole = moments(piece=4)
+    file = tmp_path / "moments.safetensors"
+    calls = []
+    add = statistics._add
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        add(*arguments)
+
+    monkeypatch.setattr(statistics, "_add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        moments(piece=4, file=file)
+    resumed = moments(piece=4, file=file)
+    assert len(calls) == 5, "two of four pieces were done, one was lost, two were left"
+    assert torch.equal(resumed[2].total, whole[2].total)
+    assert resumed[2].count == whole[2].count
+    moments(piece=4, file=file)
+    assert len(calls) == 5, "nothing is left to do"
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("other", ["model", "text", "setting"])
+def test_moments_of_something_else_are_refused(tmp_path, other):
+    file = tmp_path / "moments.safetensors"
+    moments(file=file)
+    changed = {"model": {"model": decoder(seed=1)}, "text": {"texts": TEXTS[1:]}, "setting": {"exclude_first": True}}[other]
+    with pytest.raises(ValueError, match="another model, text or setting"):
+        moments(file=file, **changed)
+
+
+def test_no_text_is_refused():
+    with pytest.raises(ValueError, match="need text"):
+        moments(texts=[])
+
+
+def test_memory_is_bounded_by_the_tokens_of_a_pass(monkeypatch):
+    sizes = []
+    batches = statistics._batches
+
+    def watched(*arguments):
+        for ids, mask in batches(*arguments):
+            sizes.append(ids.numel())
+            yield ids, mask
+
+    monkeypatch.setattr(statistics, "_batches", watched)
+    moments(max_tokens=256)
+    assert len(sizes) > 1
+    assert 128 < max(sizes) <= 256

@@ -1,0 +1,136 @@
+"""Target vectors: many at a time as one by one, bounded, and without a trace in the model."""
+
+import copy
+
+import pytest
+import torch
+from small_editing import decoder, tokenizer
+from torch.nn import functional as F
+
+from malleable.lightning_modules.editing.layout import find_layout
+from malleable.lightning_modules.editing.prompts import Reader, fill
+from malleable.lightning_modules.editing.targets import Fact, TargetSettings, find_targets
+
+FACTS = [Fact("The capital of {} is", "Peru", "Anna"), Fact("{} lives in the big", "The old dog", "house of Tom"), Fact("I saw {}", "Anna", "Lima")]
+CONTEXTS = ["{}", "The dog was happy. {}", "You. {}"]
+LAYER = 2
+
+
+def search(model, facts=FACTS, contexts=CONTEXTS, **settings):
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return find_targets(model, find_layout(model), LAYER, Reader(tokenizer("bos")), facts, contexts, TargetSettings(**settings))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gemma"])
+@pytest.mark.parametrize("max_rows", [256, 4])
+def test_many_at_a_time_equal_one_by_one(family, max_rows):
+    model = decoder(family)
+    # Facts end at different steps: one that is done must not move on with the others.
+    stop = float(search(model, steps=12, lr=0.1, stop=1e-9).loss.median())
+    together = search(model, steps=20, lr=0.1, stop=stop, max_rows=max_rows)
+    assert together.steps.unique().numel() > 1
+    for number, fact in enumerate(FACTS):
+        alone = search(model, [fact], steps=20, lr=0.1, stop=stop)
+        assert alone.steps == together.steps[number]
+        torch.testing.assert_close(together.change[number], alone.change[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together.loss[number], alone.loss[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_equations_written_out_give_the_same():
+    """One fact, the whole model in every pass, the library's optimizer."""
+    model, settings = decoder(), TargetSettings(steps=6, lr=0.05, stop=1e-9, decay=0.5, kl=0.5, clamp=0.3)
+    reader, fact = Reader(tokenizer("bos")), FACTS[1]
+    found = search(model, [fact], steps=6, lr=0.05, stop=1e-9, decay=0.5, kl=0.5, clamp=0.3)
+    answer = reader.answer(fact.target)
+    assert len(answer) > 1
+    rows = [reader.row(fact.prompt, fact.subject, context, answer[:-1]) for context in CONTEXTS] + [reader.row("{} is a", fact.subject)]
+    change = torch.zeros(32, requires_grad=True)
+    optimizer = torch.optim.Adam([change], lr=settings.lr)
+    start, before = None, None
+    for step in range(settings.steps):
+        logits = []
+        for row in rows:
+
+            def inject(_, __, output, row=row):
+                output = output.clone()
+                if start is None:
+                    starts.append(output[0, row.position].detach())
+                output[0, row.position] += change
+                return output
+
+            starts: list = []
+            handle = model.model.layers[LAYER].register_forward_hook(inject)
+            logits.append(model(torch.tensor([row.ids])).logits[0])
+            handle.remove()
+            start = starts[0] if start is None else start
+        nll = torch.stack([F.cross_entropy(one[-len(answer) :], torch.tensor(answer)) for one in logits[:-1]]).mean()
+        now = logits[-1][rows[-1].position].log_softmax(-1)
+        before = now.detach() if before is None else before
+        divergence = (now.exp() * (now - before)).sum()
+        loss = nll + settings.kl * divergence + settings.decay * change.norm() / start.norm() ** 2
+        if step == 0:
+            assert divergence.abs() < 1e-6
+        if step == settings.steps - 1:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            change *= min(1, float(settings.clamp * start.norm() / change.norm()))
+    torch.testing.assert_close(found.start[0], start)
+    torch.testing.assert_close(found.change[0], change.detach(), rtol=1e-4, atol=1e-5)
+    assert float(found.loss[0]) == pytest.approx(loss.item(), rel=1e-4)
+    assert int(found.steps[0]) == settings.steps - 1
+
+
+def test_changes_stay_within_their_bound_and_help():
+    model = decoder()
+    short, long = search(model, steps=2, lr=5.0, clamp=0.2), search(model, steps=25, lr=0.3, clamp=2.0, decay=0.0)
+    assert ((short.change.norm(dim=1) / short.start.norm(dim=1)) <= 0.2 * (1 + 1e-5)).all()
+    assert (long.nll < search(model, steps=1).nll).all()
+
+
+def test_the_value_in_place_makes_the_model_answer():
+    model = decoder()
+    fact = FACTS[2]
+    found = search(model, [fact], ["{}"], steps=60, lr=0.3, clamp=20.0, decay=0.0, kl=0.0)
+    reader = Reader(tokenizer("bos"))
+    row = reader.row(fact.prompt, fact.subject)
+
+    def replace(_, __, output):
+        output = output.clone()
+        output[0, row.position] = found.value[0]
+        return output
+
+    handle = model.model.layers[LAYER].register_forward_hook(replace)
+    best = int(model(torch.tensor([row.ids])).logits[0, -1].argmax())
+    handle.remove()
+    assert best == reader.answer(fact.target)[0]
+
+
+def test_the_model_is_left_alone():
+    model = decoder("gpt2")
+    before = copy.deepcopy(model.state_dict())
+    search(model, steps=3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
+
+
+def test_a_lost_target_is_named():
+    model = decoder()
+    model.lm_head.weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="The capital of Peru is' -> 'Anna'"):
+        search(model)
+
+
+@pytest.mark.parametrize("changed", [{"lr": 0.0}, {"steps": 0}, {"clamp": -1.0}])
+def test_settings_out_of_range(changed):
+    with pytest.raises(ValueError, match=f"targets.{next(iter(changed))}"):
+        TargetSettings(**changed)
+
+
+def test_a_subject_may_hold_braces():
+    assert fill("{} is a", "{x}")[0] == "{x} is a"
+    assert search(decoder(), [Fact("I saw {}", "{x} {}", "Anna")], steps=1).steps.tolist() == [0]
