@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from malleable.lightning_modules.editing.fine_tune import FineTuneSettings, fine_tune
 from malleable.lightning_modules.editing.layout import Layout, Projection, check_additive, find_layout, stopping

@@ -194,7 +194,7 @@ class Seen:
             return
 
 
-class _Stop(Exception):  # noqa: N818  (no error: the pass has seen enough)
+class _Stop(Exception):
     """Ends a forward pass."""
 
 

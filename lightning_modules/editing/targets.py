@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from malleable.lightning_modules.editing.layout import Layout, stopping
-from malleable.lightning_modules.editing.prompts import PLACEHOLDER, Reader, Row, Rows
+from malleable.lightning_modules.editing.prompts import PLACEHOLDER, Reader, Row
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 

@@ -34,8 +34,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def decoder(family: str = "llama", vocabulary: int = 300, width: int = 32, inner: int = 48, layers: int = 4, seed: int = 0) -> Any:
-    """Make a decoder with random weights, in evaluation mode."""
+def decoder(
+    family: str = "llama", vocabulary: int = 480, width: int = 32, inner: int = 48, layers: int = 4, seed: int = 0, spread: float = 0.2
+) -> Any:
+    """Make a decoder with random weights, in evaluation mode; so wide that what is changed at one token is felt at the others."""
     name, options = FAMILIES[family]
     if family in ("gpt2", "gptj"):
         sizes = {"n_embd": width, "n_inner": inner, "n_layer": layers, "n_head": 4, "n_positions": 128}
@@ -47,8 +49,7 @@ def decoder(family: str = "llama", vocabulary: int = 300, width: int = 32, inner
             "num_attention_heads": 4,
             "max_position_embeddings": 128,
         }
-    # Wide weights: what is changed at one token is then felt at the others.
-    common = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
+    common = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": spread}
     config = getattr(transformers, f"{name}Config")(vocab_size=vocabulary, **sizes, **common, **options)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
@@ -67,7 +68,7 @@ def tokenizer(kind: str = "bytes", side: str = "right") -> PreTrainedTokenizerFa
         cut.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         cut.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-    cut.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    cut.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=480, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
     if kind != "bytes":
         single = "<s> $A </s>" if kind == "eos" else "<s> $A"
         cut.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])

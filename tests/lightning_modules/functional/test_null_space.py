@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+
 from malleable.lightning_modules.functional.null_space import (
     Covariance,
     LowRank,

@@ -1,0 +1,239 @@
+"""The editor on decoders that have learnt facts: they change, others stay, and everything else is as it was."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from small_editing import decoder, tokenizer
+from torch.nn import functional as F
+
+from malleable.lightning_modules.editing.editor import AlphaEditor, EditSettings
+from malleable.lightning_modules.editing.prompts import Reader
+from malleable.lightning_modules.editing.targets import Fact, TargetSettings
+from malleable.lightning_modules.functional.null_space import Threshold
+
+FIRST = ("Andes", "Bordeaux", "Danielle", "Darrieux", "French", "Lima")
+LAST = ("Peru", "Tom", "Zürich", "capital", "coast", "dog")
+ANSWERS = ("house", "man", "mother", "park", "old", "sad")
+SUBJECTS = [f"{first} {last}" for first in FIRST for last in LAST]
+# Subjects end their prompts: so small a model reads a subject's name elsewhere as soon as it can, past every edit.
+PROMPT, PARAPHRASE = "the capital of {}", "because I know {}"
+KNOWN = [Fact(PROMPT, subject, ANSWERS[(7 * number + number // 5) % 6]) for number, subject in enumerate(SUBJECTS)]
+NEW = [Fact(PROMPT, fact.subject, ANSWERS[(ANSWERS.index(fact.target) + 2) % 6]) for fact in KNOWN[::7]]
+EDITED = {fact.subject for fact in NEW}
+OTHERS = [fact for fact in KNOWN if fact.subject not in EDITED]
+TEXTS = [f"{prompt.format(fact.subject)} {fact.target}" for fact in OTHERS for prompt in (PROMPT, PARAPHRASE)]
+SETTINGS = {
+    "layers": (1, 2),
+    "ridge": 0.1,
+    "threshold": Threshold("relative_energy", 0.001),
+    "targets": TargetSettings(lr=0.5, steps=40, clamp=4.0, decay=0.01),
+    "contexts": 0,
+}
+
+
+def also(facts):
+    """The same facts asked in other words."""
+    return [fact._replace(prompt=PARAPHRASE) for fact in facts]
+
+
+@pytest.fixture(scope="module")
+def learnt():
+    """Train a decoder until it knows 36 facts in two wordings by heart."""
+    model, reader = decoder(width=64, inner=256, spread=0.02), Reader(tokenizer("bos"))
+    rows = [reader.row(fact.prompt, fact.subject, answer=reader.answer(fact.target)) for fact in KNOWN + also(KNOWN)]
+    batch = reader.batch(rows)
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    for _ in range(80):
+        logits = model(**batch.inputs()).logits
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert share(model.eval(), KNOWN + also(KNOWN)) == 1
+    return model
+
+
+@pytest.fixture
+def model(learnt):
+    return copy.deepcopy(learnt)
+
+
+@torch.no_grad()
+def share(model, facts):
+    """Share of facts whose answer is the likeliest at each of its tokens."""
+    reader = Reader(tokenizer("bos"))
+    right = 0
+    for fact in facts:
+        answer = reader.answer(fact.target)
+        row = reader.row(fact.prompt, fact.subject, answer=answer)
+        best = model(torch.tensor([row.ids])).logits[0].argmax(-1)
+        right += best[-len(answer) - 1 : -1].tolist() == answer
+    return right / len(facts)
+
+
+def editor(model, **changed):
+    made = AlphaEditor(model, tokenizer("bos"), EditSettings(**SETTINGS | changed))
+    made.fit_statistics(TEXTS)
+    return made
+
+
+def test_edited_facts_hold_in_other_words_too_and_the_others_stay(model):
+    records = editor(model).edit(NEW)
+    assert share(model, NEW) == share(model, also(NEW)) == 1
+    assert share(model, OTHERS) >= 0.7
+    assert [record.fact for record in records] == NEW
+    for record in records:
+        assert record.nll < 0.5
+        assert record.lacking[0] == pytest.approx(1, abs=1e-4), "nothing has changed before the first layer"
+        assert record.lacking[-1] < 0.5
+
+
+def test_projection_is_what_keeps_the_others(model, learnt):
+    editor(model).edit(NEW)
+    free = copy.deepcopy(learnt)
+    editor(free, method="ridge").edit(NEW)
+    assert share(free, NEW) == 1
+    assert share(model, OTHERS) > share(free, OTHERS) + 0.2
+
+
+@pytest.mark.parametrize("method", ["memit", "ridge", "fine_tune"])
+def test_baselines_take_the_same_way(model, method):
+    made = editor(model, method=method, moment_weight=0.1)
+    made.settings.tuning.lr = 3e-3
+    assert len(made.edit(NEW)) == 6
+    assert share(model, NEW) == 1
+    for layer in (1, 2):
+        change = made.projections[layer].oriented(made.update(layer).dense())
+        torch.testing.assert_close(made.projections[layer].weight - made._originals[layer], change, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_one_after_another_remember(model):
+    made = editor(model, batch_size=2)
+    records = made.edit(NEW)
+    assert [record.batch for record in records] == [0, 0, 1, 1, 2, 2]
+    assert share(model, NEW) == 1
+    assert made.keys[1].shape == (6, 256)
+    (more,) = made.edit([OTHERS[0]._replace(target=NEW[0].target)])
+    assert more.batch == 3
+    assert made.keys[1].shape == (7, 256)
+    assert share(model, NEW) == 1
+
+
+def test_updates_lie_in_the_null_space_and_their_drift_within_the_bound(model):
+    made = editor(model)
+    made.edit(NEW)
+    for layer in (1, 2):
+        update, spectrum = made.update(layer).dense().double(), made.spectra[layer]
+        retained = made.settings.threshold.retained(spectrum.values)
+        used = spectrum.vectors[:, retained:]
+        assert (update @ used).abs().max() < 1e-5 * update.abs().max()
+        bound = float(spectrum.values[retained - 1]) * float(update.square().sum())
+        assert 0 < made.drift()[layer] <= bound * (1 + 1e-6)
+
+
+def test_keys_weigh_the_bare_prompt_as_much_as_all_contexts(model):
+    made = editor(model)
+    made.contexts = ["{}", "The dog. {}", "You know that. {}", "I. {}"]
+    keys, values = made._read(NEW[:2], [1, 2])
+    reader = made.reader
+    for number, fact in enumerate(NEW[:2]):
+        alone = []
+        for context in made.contexts:
+            row = reader.row(fact.prompt, fact.subject, context)
+            seen = []
+            handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+            states = model(torch.tensor([row.ids]), output_hidden_states=True).hidden_states
+            handle.remove()
+            alone.append(seen[0][0, row.position].double())
+            if context == "{}":
+                torch.testing.assert_close(values[number], states[3][0, row.position])
+        expected = 0.5 * alone[0] + sum(alone[1:]) / 6
+        torch.testing.assert_close(keys[1][number], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_taking_edits_back_restores_every_bit(model, dtype):
+    model.to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    made = editor(model)
+    made.edit(NEW[:3])
+    made.edit(NEW[3:])
+    assert not torch.equal(model.state_dict()["model.layers.1.mlp.down_proj.weight"], before["model.layers.1.mlp.down_proj.weight"])
+    made.revert()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_half_precision_rounds_the_sum_once(model):
+    model.to(torch.bfloat16)
+    made = editor(model, batch_size=1)
+    made.edit(NEW)
+    whole = made._originals[1].float() + made.update(1).dense()
+    weight = made.projections[1].weight
+    assert weight.dtype == torch.bfloat16
+    torch.testing.assert_close(weight.float(), whole.to(torch.bfloat16).float(), rtol=1e-2, atol=1e-4)
+
+
+def test_everything_else_is_left_as_it_was(model):
+    model.train()
+    flags = {name: number % 2 == 0 for number, (name, _) in enumerate(model.named_parameters())}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags[name])
+    model.model.layers[0].eval()
+    before = copy.deepcopy(model.state_dict())
+    torch.set_float32_matmul_precision("medium")
+    state = torch.get_rng_state()
+    try:
+        editor(model).edit(NEW)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert model.training
+    assert not model.model.layers[0].training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["model.layers.1.mlp.down_proj.weight", "model.layers.2.mlp.down_proj.weight"]
+
+
+def test_it_works_under_inference_mode(model):
+    with torch.inference_mode():
+        editor(model).edit(NEW)
+    assert share(model, NEW) == 1
+
+
+def test_gpt2_is_edited_the_right_way_round():
+    model = decoder("gpt2", width=32, inner=32)
+    made = AlphaEditor(model, tokenizer("bos"), EditSettings(method="ridge", layers=(1, 2), ridge=1e-3, contexts=0))
+    records = made.edit([Fact("I saw {} in", "Anna", "Lima"), Fact("I saw {} in", "Tom", "Bordeaux")])
+    assert all(record.lacking[-1] < 0.1 for record in records)
+
+
+def test_behind_an_adapter_the_frozen_matrix_is_edited(model):
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj", "q_proj"], init_lora_weights=False)).eval()
+    made = AlphaEditor(wrapped, tokenizer("bos"), EditSettings(**SETTINGS | {"method": "ridge"}))
+    before = {name: value.clone() for name, value in wrapped.state_dict().items()}
+    made.edit(NEW)
+    assert share(wrapped, NEW) == 1
+    changed = [name for name, value in wrapped.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == [f"base_model.model.model.layers.{layer}.mlp.down_proj.base_layer.weight" for layer in (1, 2)]
+
+
+def test_without_text_there_is_no_null_space(model):
+    with pytest.raises(ValueError, match="call fit_statistics"):
+        AlphaEditor(model, tokenizer("bos"), EditSettings(**SETTINGS)).edit(NEW)
+
+
+def test_layers_by_default_and_by_mistake(model, caplog):
+    assert AlphaEditor(decoder(layers=32, width=8, inner=8), tokenizer("bos")).layers == (4, 5, 6, 7, 8)
+    with pytest.raises(ValueError, match=r"layers \[7\] do not exist"):
+        AlphaEditor(model, tokenizer("bos"), EditSettings(layers=(1, 7)))
+    with pytest.raises(ValueError, match="layers must rise"):
+        EditSettings(layers=(2, 1))
+    with caplog.at_level(logging.INFO):
+        editor(model).metric(1)
+    assert "of 256 directions may change" in caplog.text
