@@ -10,6 +10,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+VOCABULARY = 480
 SENTENCES = [
     "The mother tongue of Danielle Darrieux is French, and she was born in Bordeaux.",
     "The capital of Peru is Lima. Lima lies on the coast, and Peru on the other side of the Andes.",
@@ -50,14 +51,14 @@ def decoder(
             "max_position_embeddings": 128,
         }
     common = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": spread}
-    config = getattr(transformers, f"{name}Config")(vocab_size=vocabulary, **sizes, **common, **options)
+    config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, **sizes, **common, **options)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
 @cache
 def tokenizer(kind: str = "bytes", side: str = "right") -> PreTrainedTokenizerFast:
-    """Make a tokenizer: ``bytes`` (blanks belong to words), ``bos`` (the same with a first token), ``pieces`` (blanks are marks, one before each text), ``eos``."""
+    """Make a tokenizer: ``bytes`` (blanks belong to words), with ``bos`` first or ``eos`` too, ``pieces`` (blanks are marks, one before each text)."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     cut = Tokenizer(models.BPE(unk_token="<unk>"))
     if kind == "pieces":
@@ -68,7 +69,9 @@ def tokenizer(kind: str = "bytes", side: str = "right") -> PreTrainedTokenizerFa
         cut.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         cut.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-    cut.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=480, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    cut.train_from_iterator(
+        SENTENCES, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
     if kind != "bytes":
         single = "<s> $A </s>" if kind == "eos" else "<s> $A"
         cut.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])

@@ -1,6 +1,7 @@
 """Target vectors: many at a time as one by one, bounded, and without a trace in the model."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -37,6 +38,21 @@ def test_many_at_a_time_equal_one_by_one(family, max_rows):
         torch.testing.assert_close(together.loss[number], alone.loss[0], rtol=1e-4, atol=1e-4)
 
 
+@contextmanager
+def changed(model, position, change, seen):
+    """Add to the output of the block at a token, and note what it was."""
+
+    def inject(_, __, output):
+        output = output.clone()
+        seen.append(output[0, position].detach().clone())
+        output[0, position] += change
+        return output
+
+    handle = model.model.layers[LAYER].register_forward_hook(inject)
+    yield
+    handle.remove()
+
+
 def test_the_equations_written_out_give_the_same():
     """One fact, the whole model in every pass, the library's optimizer."""
     model, settings = decoder(), TargetSettings(steps=6, lr=0.05, stop=1e-9, decay=0.5, kl=0.5, clamp=0.3)
@@ -49,21 +65,11 @@ def test_the_equations_written_out_give_the_same():
     optimizer = torch.optim.Adam([change], lr=settings.lr)
     start, before = None, None
     for step in range(settings.steps):
-        logits = []
+        seen, logits = [], []
         for row in rows:
-
-            def inject(_, __, output, row=row):
-                output = output.clone()
-                if start is None:
-                    starts.append(output[0, row.position].detach())
-                output[0, row.position] += change
-                return output
-
-            starts: list = []
-            handle = model.model.layers[LAYER].register_forward_hook(inject)
-            logits.append(model(torch.tensor([row.ids])).logits[0])
-            handle.remove()
-            start = starts[0] if start is None else start
+            with changed(model, row.position, change, seen):
+                logits.append(model(torch.tensor([row.ids])).logits[0])
+        start = seen[0] if start is None else start
         nll = torch.stack([F.cross_entropy(one[-len(answer) :], torch.tensor(answer)) for one in logits[:-1]]).mean()
         now = logits[-1][rows[-1].position].log_softmax(-1)
         before = now.detach() if before is None else before

@@ -235,7 +235,7 @@ def test_threshold_that_keeps_nothing_is_refused_and_one_that_keeps_all_warned_o
 
 @pytest.mark.parametrize(("mode", "value"), [("absolute", 0.0), ("relative_energy", 1.5), ("rank", 2.5)])
 def test_threshold_out_of_range(mode, value):
-    with pytest.raises(ValueError, match="threshold.value"):
+    with pytest.raises(ValueError, match=r"threshold\.value"):
         Threshold(mode, value)
 
 
