@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-VOCABULARY = 480
+VOCABULARY = 800
 SENTENCES = [
     "The mother tongue of Danielle Darrieux is French, and she was born in Bordeaux.",
     "The capital of Peru is Lima. Lima lies on the coast, and Peru on the other side of the Andes.",
@@ -56,22 +56,33 @@ def decoder(
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def pieces(mark: str, letters: list[str], special: list[str]) -> models.BPE:
+    """Join the words of the sentences letter by letter, in a fixed order (training a tokenizer breaks ties as it likes); long ones stay in two."""
+    merges: list[tuple[str, str]] = []
+    for word in dict.fromkeys(word.strip(".,;") for sentence in SENTENCES for word in sentence.split()):
+        for start in (mark, ""):
+            whole = f"{start}{word}" if word.isascii() else start
+            merges += [(whole[:end], whole[end]) for end in range(1, min(len(whole), 10))]
+    merges = list(dict.fromkeys(merges))
+    vocabulary = dict.fromkeys([*special, *letters, *("".join(pair) for pair in merges)])
+    assert len(vocabulary) <= VOCABULARY
+    return models.BPE({piece: number for number, piece in enumerate(vocabulary)}, merges, unk_token="<unk>")
+
+
 @cache
 def tokenizer(kind: str = "bytes", side: str = "right") -> PreTrainedTokenizerFast:
-    """Make a tokenizer: ``bytes`` (blanks belong to words), with ``bos`` first or ``eos`` too, ``pieces`` (blanks are marks, one before each text)."""
+    """Make a tokenizer: ``bytes`` (blanks belong to words), with ``bos`` first or ``eos`` too, ``pieces`` (marks for blanks, also before a text)."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
-    cut = Tokenizer(models.BPE(unk_token="<unk>"))
     if kind == "pieces":
+        letters = sorted({letter for sentence in SENTENCES for letter in f"{sentence}{{}}▁"} - {" "})
+        cut = Tokenizer(pieces("▁", letters, special))
         cut.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         cut.decoder = decoders.Metaspace(prepend_scheme="always")
-        alphabet = sorted({letter for sentence in SENTENCES for letter in f"{sentence}{{}}"} - {" "})
     else:
+        cut = Tokenizer(pieces("Ġ", sorted(pre_tokenizers.ByteLevel.alphabet()), special))
         cut.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         cut.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-    cut.train_from_iterator(
-        SENTENCES, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    )
+    cut.add_special_tokens(special)
     if kind != "bytes":
         single = "<s> $A </s>" if kind == "eos" else "<s> $A"
         cut.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import random
 
 import pytest
 import torch
@@ -20,16 +21,17 @@ ANSWERS = ("house", "man", "mother", "park", "old", "sad")
 SUBJECTS = [f"{first} {last}" for first in FIRST for last in LAST]
 # Subjects end their prompts: so small a model reads a subject's name elsewhere as soon as it can, past every edit.
 PROMPT, PARAPHRASE = "the capital of {}", "because I know {}"
-KNOWN = [Fact(PROMPT, subject, ANSWERS[(7 * number + number // 5) % 6]) for number, subject in enumerate(SUBJECTS)]
+DRAWN = random.Random(0).choices(ANSWERS, k=len(SUBJECTS))
+KNOWN = [Fact(PROMPT, subject, answer) for subject, answer in zip(SUBJECTS, DRAWN, strict=True)]
 NEW = [Fact(PROMPT, fact.subject, ANSWERS[(ANSWERS.index(fact.target) + 2) % 6]) for fact in KNOWN[::7]]
 EDITED = {fact.subject for fact in NEW}
 OTHERS = [fact for fact in KNOWN if fact.subject not in EDITED]
 TEXTS = [f"{prompt.format(fact.subject)} {fact.target}" for fact in OTHERS for prompt in (PROMPT, PARAPHRASE)]
 SETTINGS = {
-    "layers": (1, 2),
-    "ridge": 0.1,
+    "layers": (0, 1),
+    "ridge": 0.05,
     "threshold": Threshold("relative_energy", 0.001),
-    "targets": TargetSettings(lr=0.5, steps=40, clamp=4.0, decay=0.01),
+    "targets": TargetSettings(lr=0.5, steps=60, clamp=4.0, decay=0.01),
     "contexts": 0,
 }
 
@@ -47,11 +49,13 @@ def learnt():
     batch = reader.batch(rows)
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    for _ in range(80):
+    for step in range(300):
         logits = model(**batch.inputs()).logits
         F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if step % 20 == 19 and share(model, KNOWN + also(KNOWN)) == 1:
+            break
     assert share(model.eval(), KNOWN + also(KNOWN)) == 1
     return model
 
@@ -83,7 +87,7 @@ def editor(model, **changed):
 def test_edited_facts_hold_in_other_words_too_and_the_others_stay(model):
     records = editor(model).edit(NEW)
     assert share(model, NEW) == share(model, also(NEW)) == 1
-    assert share(model, OTHERS) >= 0.7
+    assert share(model, OTHERS) >= 0.9
     assert [record.fact for record in records] == NEW
     for record in records:
         assert record.nll < 0.5
@@ -96,7 +100,7 @@ def test_projection_is_what_keeps_the_others(model, learnt):
     free = copy.deepcopy(learnt)
     editor(free, method="ridge").edit(NEW)
     assert share(free, NEW) == 1
-    assert share(model, OTHERS) > share(free, OTHERS) + 0.2
+    assert share(model, OTHERS) > share(free, OTHERS) + 0.4
 
 
 @pytest.mark.parametrize("method", ["memit", "ridge", "fine_tune"])
@@ -105,7 +109,7 @@ def test_baselines_take_the_same_way(model, method):
     made.settings.tuning.lr = 3e-3
     assert len(made.edit(NEW)) == 6
     assert share(model, NEW) == 1
-    for layer in (1, 2):
+    for layer in (0, 1):
         change = made.projections[layer].oriented(made.update(layer).dense())
         torch.testing.assert_close(made.projections[layer].weight - made._originals[layer], change, rtol=1e-4, atol=1e-5)
 
@@ -125,7 +129,7 @@ def test_batches_one_after_another_remember(model):
 def test_updates_lie_in_the_null_space_and_their_drift_within_the_bound(model):
     made = editor(model)
     made.edit(NEW)
-    for layer in (1, 2):
+    for layer in (0, 1):
         update, spectrum = made.update(layer).dense().double(), made.spectra[layer]
         retained = made.settings.threshold.retained(spectrum.values)
         used = spectrum.vectors[:, retained:]
@@ -137,7 +141,7 @@ def test_updates_lie_in_the_null_space_and_their_drift_within_the_bound(model):
 def test_keys_weigh_the_bare_prompt_as_much_as_all_contexts(model):
     made = editor(model)
     made.contexts = ["{}", "The dog. {}", "You know that. {}", "I. {}"]
-    keys, values = made._read(NEW[:2], [1, 2])
+    keys, values = made._read(NEW[:2], [0, 1])
     reader = made.reader
     for number, fact in enumerate(NEW[:2]):
         alone = []
@@ -149,7 +153,7 @@ def test_keys_weigh_the_bare_prompt_as_much_as_all_contexts(model):
             handle.remove()
             alone.append(seen[0][0, row.position].double())
             if context == "{}":
-                torch.testing.assert_close(values[number], states[3][0, row.position])
+                torch.testing.assert_close(values[number], states[2][0, row.position])
         expected = 0.5 * alone[0] + sum(alone[1:]) / 6
         torch.testing.assert_close(keys[1][number], expected, rtol=1e-4, atol=1e-5)
 
@@ -181,7 +185,7 @@ def test_everything_else_is_left_as_it_was(model):
     flags = {name: number % 2 == 0 for number, (name, _) in enumerate(model.named_parameters())}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags[name])
-    model.model.layers[0].eval()
+    model.model.layers[3].eval()
     before = copy.deepcopy(model.state_dict())
     torch.set_float32_matmul_precision("medium")
     state = torch.get_rng_state()
@@ -193,11 +197,11 @@ def test_everything_else_is_left_as_it_was(model):
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert model.training
-    assert not model.model.layers[0].training
+    assert not model.model.layers[3].training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
-    assert changed == ["model.layers.1.mlp.down_proj.weight", "model.layers.2.mlp.down_proj.weight"]
+    assert changed == ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]
 
 
 def test_it_works_under_inference_mode(model):
@@ -208,7 +212,7 @@ def test_it_works_under_inference_mode(model):
 
 def test_gpt2_is_edited_the_right_way_round():
     model = decoder("gpt2", width=32, inner=32)
-    made = AlphaEditor(model, tokenizer("bos"), EditSettings(method="ridge", layers=(1, 2), ridge=1e-3, contexts=0))
+    made = AlphaEditor(model, tokenizer("bos"), EditSettings(method="ridge", layers=(0, 1), ridge=1e-3, contexts=0))
     records = made.edit([Fact("I saw {} in", "Anna", "Lima"), Fact("I saw {} in", "Tom", "Bordeaux")])
     assert all(record.lacking[-1] < 0.1 for record in records)
 
@@ -220,7 +224,7 @@ def test_behind_an_adapter_the_frozen_matrix_is_edited(model):
     made.edit(NEW)
     assert share(wrapped, NEW) == 1
     changed = [name for name, value in wrapped.state_dict().items() if not torch.equal(value, before[name])]
-    assert changed == [f"base_model.model.model.layers.{layer}.mlp.down_proj.base_layer.weight" for layer in (1, 2)]
+    assert changed == [f"base_model.model.model.layers.{layer}.mlp.down_proj.base_layer.weight" for layer in (0, 1)]
 
 
 def test_without_text_there_is_no_null_space(model):

@@ -28,7 +28,7 @@ def search(model, facts=FACTS, contexts=CONTEXTS, **settings):
 def test_many_at_a_time_equal_one_by_one(family, max_rows):
     model = decoder(family)
     # Facts end at different steps: one that is done must not move on with the others.
-    stop = float(search(model, steps=12, lr=0.1, stop=1e-9).loss.median())
+    stop = 1.01 * float(search(model, steps=12, lr=0.1, stop=1e-9).loss.median())
     together = search(model, steps=20, lr=0.1, stop=stop, max_rows=max_rows)
     assert together.steps.unique().numel() > 1
     for number, fact in enumerate(FACTS):
