@@ -52,8 +52,15 @@ class CheckpointFile(Container):
         if stack.patches:
             content[SECTION] = stack.as_plain()
         with replacing(target) as building:
-            torch.save(content, building)
+            _save(content, building)
             shutil.copymode(self.path, building)
+
+
+def _save(content: dict[str, Any], file: Path) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _load(path: Path) -> dict[str, Any]:

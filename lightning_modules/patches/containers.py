@@ -33,11 +33,16 @@ def open_container(path: str | Path, prefix: str = "model.") -> Container:
         raise FileNotFoundError(f"no {path}; give a checkpoint, or the folder of a model or adapter")
     if is_patch(path):
         raise ValueError(f"{path} is a patch, not weights; give a checkpoint, or the folder of a model or adapter")
-    if any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
+    if is_weights_folder(path):
         return WeightsFolder(path)
     if any((path / name).exists() for name in _SHARDED):
         raise ValueError(f"{path} is a checkpoint in shards; {_one_file(path)}")
     raise ValueError(f"{path} holds no weights: a model's folder has a config.json, an adapter's an adapter_config.json, a checkpoint is a file")
+
+
+def is_weights_folder(path: Path) -> bool:
+    """Say whether a path is the folder of a model or an adapter."""
+    return any((path / name).is_file() for name in ("adapter_config.json", "config.json"))
 
 
 def _one_file(folder: Path) -> str:

@@ -84,11 +84,11 @@ class Delta:
 
 
 def _row_basis(up: Tensor, down: Tensor) -> Tensor:
-    """Orthonormal basis ``(d0, k)`` of the rows of ``up @ down``, also if the factors are of lower rank than they are wide."""
+    """Orthonormal basis ``(d0, k)`` of the rows of ``up @ down``; directions within the rounding of float32 factors are none."""
     right, right_core = torch.linalg.qr(down.T)
     core = torch.linalg.qr(up, mode="r").R @ right_core.T
     _, values, rows = torch.linalg.svd(core, full_matrices=False)
-    kept = values > values[0] * max(core.shape) * torch.finfo(values.dtype).eps
+    kept = values > values[0] * max(up.shape[0], down.shape[1]) * torch.finfo(torch.float32).eps
     basis: Tensor = right @ rows[kept].T
     return basis
 

@@ -15,6 +15,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A file is replaced in one step. A folder is swapped by renames: a crash between them leaves the old and the new one under
     hidden names, and :func:`recover` puts the new one in place. One process at a time may write to a path.
+
+    Raises:
+        OSError: If the system does not let it be written; nothing has changed then.
     """
     recover(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,6 +32,9 @@ def replacing(path: Path) -> Iterator[Path]:
         else:
             building.replace(path)
         _flush_one(path.parent)
+    except OSError as error:
+        recover(path)
+        raise OSError(f"{path} was not written, and nothing has changed: {error}") from error
     except BaseException:
         recover(path)
         raise

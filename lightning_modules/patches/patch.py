@@ -178,8 +178,9 @@ def is_patch(folder: Path) -> bool:
 
 
 def read_patches(folder: Path) -> list[Patch]:
-    """Read all patches that lie directly in a folder, the oldest first."""
-    return sorted((Patch.read(path) for path in folder.iterdir() if is_patch(path)), key=lambda patch: (patch.created, patch.id))
+    """Read all patches that lie directly in a folder, the oldest first; an unfinished one, under a hidden name, is none."""
+    found = [path for path in folder.iterdir() if is_patch(path) and not path.name.startswith(".")]
+    return sorted(map(Patch.read, found), key=lambda patch: (patch.created, patch.id))
 
 
 def _text(path: Path) -> str:

@@ -22,7 +22,7 @@ def write_changed(source: Path, target: Path, values: Mapping[str, Tensor]) -> N
         target: The copy.
         values: New values by key, with shapes and formats of the old ones.
     """
-    shutil.copy2(source, target)
+    shutil.copyfile(source, target)
     with target.open("r+b") as file:
         header_size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_size))
@@ -32,3 +32,4 @@ def write_changed(source: Path, target: Path, values: Mapping[str, Tensor]) -> N
             assert data.nbytes == end - start, f"{key} changes its size"
             file.seek(8 + header_size + start)
             file.write(data)
+    shutil.copymode(source, target)

@@ -5,14 +5,14 @@ Nothing is added or taken away step by step, so a patch can leave from anywhere 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from malleable.lightning_modules.patches.conflicts import find_conflicts
+from malleable.lightning_modules.patches.conflicts import Conflict, find_conflicts
 from malleable.lightning_modules.patches.fingerprint import Comparison, compare, digest, fingerprint
 from malleable.lightning_modules.patches.patch import Patch
 
@@ -26,11 +26,13 @@ class Change(NamedTuple):
         stack: The stack afterwards.
         tensors: New values of the tensors that change, on the CPU in the format of their originals.
         unchecked: Number of tensors of the patch's base that the target does not hold.
+        conflicts: Where the patch meets others, if that was allowed.
     """
 
     stack: PatchStack
     tensors: dict[str, Tensor]
     unchecked: int = 0
+    conflicts: Sequence[Conflict] = ()
 
     def write_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the new values into tensors of memory, such as a live model's: devices, formats and ties stay as they are.
@@ -115,7 +117,8 @@ class PatchStack:
             report = "\n".join(map(str, conflicts))
             raise ValueError(f"patch {patch.id} meets others that it was not made on top of:\n{report}\nrevert those, or allow conflicts")
         new = {name: tensors[name].detach().to("cpu", copy=True) for name in patch.deltas.keys() - self.originals.keys()}
-        return self._change((*self.patches, patch), {**self.originals, **new}, patch.deltas)._replace(unchecked=len(found.missing))
+        change = self._change((*self.patches, patch), {**self.originals, **new}, patch.deltas)
+        return change._replace(unchecked=len(found.missing), conflicts=conflicts)
 
     def revert(self, ids: Iterable[str], tensors: Mapping[str, Tensor], *, force: bool = False) -> Change:
         """Take patches away, from anywhere in the stack; the others stay as if these had never been there.
@@ -241,8 +244,8 @@ def _check_base(patch: Patch, found: Comparison, force: bool) -> None:
         return
     advice = f"and it changes {_few(touched)}: force does not help" if touched else "though none that it changes; force it to apply it all the same"
     raise ValueError(
-        f"patch {patch.id} was made on other weights: {len(others)} tensors differ (of {len(patch.base)} in its base, {found.checked} in both), "
-        f"such as {_few(others)}, {advice}; give the weights it was made on, in their number format"
+        f"patch {patch.id} was made on other weights; tensors that differ: {len(others)} (of {len(patch.base)} in its base the target holds "
+        f"{found.checked}), such as {_few(others)}, {advice}; give the weights it was made on, in their number format"
     )
 
 
