@@ -8,9 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from malleable.lightning_modules.patches.conflicts import find_conflicts
 from malleable.lightning_modules.patches.container import Container
-from malleable.lightning_modules.patches.containers import open_container
+from malleable.lightning_modules.patches.containers import is_weights_folder, open_container
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.patch import Patch, is_patch, read_patches
 from malleable.lightning_modules.patches.stack import PatchStack
@@ -32,7 +31,7 @@ def run(words: Sequence[str]) -> None:
 
 def _list(options: argparse.Namespace) -> str:
     folder = options.target
-    if folder.is_dir() and any(is_patch(path) for path in folder.iterdir()):
+    if folder.is_dir() and not is_weights_folder(folder) and any(is_patch(path) for path in folder.iterdir()):
         return listing(read_patches(folder))
     stack = _open(options).stack
     return listing(stack.patches) if stack.patches else f"{folder} holds no patches"
@@ -65,21 +64,25 @@ def _diff(options: argparse.Namespace) -> str:
 def _apply(options: argparse.Namespace) -> str:
     patch, target = Patch.read(options.patch), _open(options)
     change = target.stack.apply(patch, target.tensors, allow_conflicts=options.allow_conflicts, force=options.force)
-    lines = [str(conflict) for conflict in find_conflicts(patch, target.stack.patches)]
+    lines = [str(conflict) for conflict in change.conflicts]
     if change.unchecked:
         lines.append(f"{change.unchecked} of the {len(patch.base)} tensors it was made on are not in {options.target}, and were not compared")
-    where = options.target if options.dry_run else target.write(change.stack, change.tensors, options.out)
-    done = "would apply" if options.dry_run else "applied"
-    return "\n".join([*lines, f"{done} {patch.id} ({patch.kind}, {len(patch.deltas)} tensors): {where} has {_count(change.stack)}"])
+    what = f"{patch.id} ({patch.kind}, {_count(len(patch.deltas), 'tensor')})"
+    if options.dry_run:
+        return "\n".join([*lines, f"would apply {what} to {options.target}; nothing was written"])
+    where = target.write(change.stack, change.tensors, options.out)
+    return "\n".join([*lines, f"applied {what}: {where} has {_count(len(change.stack.patches), 'patch')}"])
 
 
 def _revert(options: argparse.Namespace) -> str:
     target = _open(options)
-    ids = target.stack.ids if options.all else options.ids or [_latest(target.stack, options.target).id]
-    gone = [target.stack.find(id).id for id in ids]
+    if options.all and options.ids:
+        raise ValueError("--all reverts every patch; give no ids with it")
+    latest = _latest(target.stack, options.target).id
+    gone = [target.stack.find(id).id for id in (target.stack.ids if options.all else options.ids or [latest])]
     change = target.stack.revert(gone, target.tensors, force=options.force)
     where = target.write(change.stack, change.tensors, options.out)
-    return f"reverted {', '.join(gone)}: {where} has {_count(change.stack)}"
+    return f"reverted {', '.join(gone)}: {where} has {_count(len(change.stack.patches), 'patch')}"
 
 
 def _export(options: argparse.Namespace) -> str:
@@ -88,7 +91,7 @@ def _export(options: argparse.Namespace) -> str:
         if options.id:
             raise ValueError("--merged folds in all patches of the target; give no id with it")
         where = target.write(PatchStack(), {}, options.out)
-        return f"wrote {where} with {_count(target.stack)} folded in: it keeps no originals, so they cannot be reverted there"
+        return f"wrote {where} with {_count(len(target.stack.patches), 'patch')} folded in: it keeps no originals, so they cannot be reverted there"
     patch = _pick(target.stack, options)
     return f"wrote patch {patch.id} to {patch.write(options.out)}"
 
@@ -107,12 +110,13 @@ def _latest(stack: PatchStack, target: Path) -> Patch:
     return stack.patches[-1]
 
 
-def _count(stack: PatchStack) -> str:
-    return f"{len(stack.patches)} patch{'es' * (len(stack.patches) != 1)}"
+def _count(number: int, noun: str) -> str:
+    ending = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}{ending}"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="malleable patch", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="malleable patch", description="Patches of stored weights, without a Trainer.", allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     stored = argparse.ArgumentParser(add_help=False)
     stored.add_argument("--prefix", default="model.", help="where the model lies in the module of a Lightning checkpoint (default: %(default)s)")

@@ -78,7 +78,7 @@ def difference(first: Container, second: Container) -> str:
     for own, other in ((first, second), (second, first)):
         alone = [name for name in own.tensors if name not in other.tensors]
         if alone:
-            lines.append(f"only in {own.path}: {len(alone)} tensors, such as {', '.join(alone[:3])}\n")
+            lines.append(f"only in {own.path} ({len(alone)}): {', '.join(alone[:3])}{', ...' * (len(alone) > 3)}\n")
     lines += [f"patches of {side.path}: {', '.join(side.stack.ids) or 'none'}\n" for side in (first, second)]
     return "".join(lines)
 
