@@ -12,7 +12,7 @@ from malleable.lightning_modules.patches.container import Container
 from malleable.lightning_modules.patches.containers import is_weights_folder, open_container
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.patch import Patch, is_patch, read_patches
-from malleable.lightning_modules.patches.stack import PatchStack
+from malleable.lightning_modules.patches.stack import Change, PatchStack
 from malleable.patch_text import describe, difference, listing, patch_difference
 
 _TARGET = "a Lightning checkpoint (one file), or the folder of a PEFT adapter or a Hugging Face model"
@@ -70,7 +70,7 @@ def _apply(options: argparse.Namespace) -> str:
     what = f"{patch.id} ({patch.kind}, {_count(len(patch.deltas), 'tensor')})"
     if options.dry_run:
         return "\n".join([*lines, f"would apply {what} to {options.target}; nothing was written"])
-    where = target.write(change.stack, change.tensors, options.out)
+    where = target.write(change, options.out)
     return "\n".join([*lines, f"applied {what}: {where} has {_count(len(change.stack.patches), 'patch')}"])
 
 
@@ -81,7 +81,7 @@ def _revert(options: argparse.Namespace) -> str:
     latest = _latest(target.stack, options.target).id
     gone = [target.stack.find(id).id for id in (target.stack.ids if options.all else options.ids or [latest])]
     change = target.stack.revert(gone, target.tensors, force=options.force)
-    where = target.write(change.stack, change.tensors, options.out)
+    where = target.write(change, options.out)
     return f"reverted {', '.join(gone)}: {where} has {_count(len(change.stack.patches), 'patch')}"
 
 
@@ -90,7 +90,7 @@ def _export(options: argparse.Namespace) -> str:
     if options.merged:
         if options.id:
             raise ValueError("--merged folds in all patches of the target; give no id with it")
-        where = target.write(PatchStack(), {}, options.out)
+        where = target.write(Change(PatchStack(), {}), options.out)
         return f"wrote {where} with {_count(len(target.stack.patches), 'patch')} folded in: it keeps no originals, so they cannot be reverted there"
     patch = _pick(target.stack, options)
     return f"wrote patch {patch.id} to {patch.write(options.out)}"

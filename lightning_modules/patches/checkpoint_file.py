@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from malleable.lightning_modules.patches.container import Container
 from malleable.lightning_modules.patches.files import replacing
 from malleable.lightning_modules.patches.names import canonical_names, untied
-from malleable.lightning_modules.patches.stack import PatchStack
+from malleable.lightning_modules.patches.stack import Change, PatchStack
 
 SECTION = "patches"
 
@@ -43,14 +42,14 @@ class CheckpointFile(Container):
         self.tensors = {name: named[name] for name in aliases}
         self.stack = PatchStack.from_plain(self._content.get(SECTION), str(path))
 
-    def _write(self, stack: PatchStack, tensors: Mapping[str, Tensor], target: Path) -> None:
+    def _write(self, change: Change, target: Path) -> None:
         state = copy.copy(self._content["state_dict"])  # with the metadata that torch keeps on it
-        for name, value in tensors.items():
+        for name, value in change.tensors.items():
             state.update(dict.fromkeys(self._keys[name], value))
         content = {**self._content, "state_dict": state}
         content.pop(SECTION, None)
-        if stack.patches:
-            content[SECTION] = stack.as_plain()
+        if change.stack.patches:
+            content[SECTION] = change.stack.as_plain()
         with replacing(target) as building:
             _save(content, building)
             shutil.copymode(self.path, building)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from malleable.lightning_modules.patches.stack import PatchStack
+from malleable.lightning_modules.patches.stack import Change, PatchStack
 
 
 class Container(ABC):
@@ -24,24 +24,24 @@ class Container(ABC):
     tensors: Mapping[str, Tensor]
     stack: PatchStack
 
-    def write(self, stack: PatchStack, tensors: Mapping[str, Tensor], out: Path | None = None) -> Path:
-        """Write the weights with some of them changed, whole or not at all, and return where to.
+    def write(self, change: Change, out: Path | None = None) -> Path:
+        """Write the weights as changed, whole or not at all, and return where to.
 
         What else is stored stays as it is. This object keeps showing the state before; open the path again for the new one.
 
         Args:
-            stack: Patches to store beside them; an empty one leaves no trace.
-            tensors: New values by canonical name.
+            change: What :attr:`stack` made of :attr:`tensors`. An empty stack leaves no trace.
             out: Where to; default: in place of the old ones.
 
         Raises:
             FileExistsError: If there is something at ``out`` already.
+            OSError: If the system does not let it be written.
         """
         if out is not None and out.exists():
             raise FileExistsError(f"{out} exists already; give a new path with --out, or none to change {self.path} itself")
-        self._write(stack, tensors, self.path if out is None else out)
+        self._write(change, self.path if out is None else out)
         return out or self.path
 
     @abstractmethod
-    def _write(self, stack: PatchStack, tensors: Mapping[str, Tensor], target: Path) -> None:
+    def _write(self, change: Change, target: Path) -> None:
         """Write to ``target``, which is ``self.path`` or does not exist."""

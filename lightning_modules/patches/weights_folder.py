@@ -15,7 +15,7 @@ from malleable.lightning_modules.patches.files import mirror, replacing
 from malleable.lightning_modules.patches.names import canonical_names
 from malleable.lightning_modules.patches.patch import Patch
 from malleable.lightning_modules.patches.safetensors_file import write_changed
-from malleable.lightning_modules.patches.stack import PatchStack
+from malleable.lightning_modules.patches.stack import Change, PatchStack
 
 SECTION = "patches"
 _ORDER = "stack.json"
@@ -63,17 +63,17 @@ class WeightsFolder(Container):
         self.tensors = StoredTensors({name: (files[key], key) for name, key in canonical_names(files).items()})
         self.stack = _read_section(path / SECTION)
 
-    def _write(self, stack: PatchStack, tensors: Mapping[str, Tensor], target: Path) -> None:
+    def _write(self, change: Change, target: Path) -> None:
         changed: dict[Path, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
+        for name, value in change.tensors.items():
             file, key = self.tensors.places[name]
             changed.setdefault(file, {})[key] = value
         with replacing(target) as building:
             mirror(self.path, building, {SECTION, *(file.name for file in changed)}, link=target == self.path)
             for file, values in changed.items():
                 write_changed(file, building / file.name, values)
-            if stack.patches:
-                _write_section(building / SECTION, stack)
+            if change.stack.patches:
+                _write_section(building / SECTION, change.stack)
 
 
 def _weight_files(folder: Path) -> list[Path]:
