@@ -19,7 +19,7 @@ from malleable.lightning_modules.patches import checkpoint_file
 from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.patch import Patch
 
-_STEPS = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.utime"}
+_STEPS = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir"}
 
 
 def die() -> None:
@@ -28,8 +28,7 @@ def die() -> None:
 
 def apply(path: Path, patch: Patch) -> None:
     target = open_container(path)
-    change = target.stack.apply(patch, target.tensors)
-    target.write(change.stack, change.tensors)
+    target.write(target.stack.apply(patch, target.tensors))
 
 
 def apply_and_die(path: Path, patch: Patch, step: int) -> None:

@@ -7,14 +7,12 @@ from malleable.lightning_modules.patches.containers import open_container
 
 def apply(path, patch, out=None, **options):
     target = open_container(path)
-    change = target.stack.apply(patch, target.tensors, **options)
-    return target.write(change.stack, change.tensors, out)
+    return target.write(target.stack.apply(patch, target.tensors, **options), out)
 
 
 def revert(path, *ids):
     target = open_container(path)
-    change = target.stack.revert(ids or target.stack.ids, target.tensors)
-    return target.write(change.stack, change.tensors)
+    return target.write(target.stack.revert(ids or target.stack.ids, target.tensors))
 
 
 def content(path):

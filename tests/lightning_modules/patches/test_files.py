@@ -73,6 +73,25 @@ def test_every_state_that_a_crash_can_leave_is_put_right(tmp_path, states, expec
     assert all(path.name == "folder" for path in tmp_path.iterdir())
 
 
+def test_a_replacement_under_way_is_let_alone(tmp_path):
+    write(tmp_path / "folder", "old")
+    with replacing(tmp_path / "folder") as building:
+        building.mkdir()
+        (building / "file").write_text("new")
+        recover(tmp_path / "folder")
+        assert tree(tmp_path / "folder") == {"file": "old"}
+    assert tree(tmp_path / "folder") == {"file": "new"}
+
+
+def test_it_works_where_there_are_no_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    write(tmp_path / "folder", "new")
+    assert tree(tmp_path) == {"folder/file": "new"}
+
+
 def test_a_mirror_shares_files_or_copies_them(tmp_path):
     source = tmp_path / "source"
     (source / "inside").mkdir(parents=True)
