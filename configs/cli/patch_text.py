@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from malleable.lightning_modules.patches.container import Container
 from malleable.lightning_modules.patches.patch import Patch
+
+_BLOCK = 1 << 20  # values in memory at once, widened
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -87,10 +90,13 @@ def _tensor_difference(first: Tensor, second: Tensor) -> tuple[str, str] | None:
     """Relative Frobenius norm and largest absolute value of the difference; ``None`` if there is none."""
     if first.shape != second.shape:
         return f"shape {tuple(first.shape)}", f"shape {tuple(second.shape)}"
-    change = second.double() - first.double()
-    if not torch.any(change != 0):
-        return None
-    return _ratio(float(change.norm()), float(first.double().norm())), _cell(float(change.abs().max()))
+    energy = size = largest = 0.0
+    for one, two in zip(*(torch.split(tensor.reshape(-1), _BLOCK) for tensor in (first, second) if tensor.numel()), strict=True):
+        change = two.double() - one.double()
+        energy += float(change.square().sum())
+        size += float(one.double().square().sum())
+        largest = max(largest, float(change.abs().max()))
+    return (_ratio(math.sqrt(energy), math.sqrt(size)), _cell(largest)) if energy else None
 
 
 def _figures(patch: Patch) -> list[tuple[Any, ...]]:

@@ -10,6 +10,7 @@ from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.patch import Patch
 from malleable.main import main
 
+EMPTY = torch.empty(0, 4)
 REQUEST = {"prompt": "{} lies in", "subject": "Łódź", "target": " Poland"}
 
 
@@ -153,7 +154,8 @@ def test_show_of_a_target_relates_to_its_originals(target, edits, patch):
     assert fields["tensors"][DOWN]["relative_norm"] == pytest.approx(first.deltas[DOWN].norm / size)
 
 
-def test_diff_of_targets_measures_the_change(target, edits, patch, tmp_path):
+def test_diff_of_targets_measures_the_change(target, edits, patch, tmp_path, monkeypatch):
+    monkeypatch.setattr("malleable.patch_text._BLOCK", 100)
     llama().save_pretrained(tmp_path / "model")
     patch("apply", edits[0], tmp_path / "model")
     first, old, new = Patch.read(edits[0]), open_container(target).tensors[DOWN].double(), open_container(tmp_path / "model").tensors[DOWN].double()
@@ -165,9 +167,13 @@ def test_diff_of_targets_measures_the_change(target, edits, patch, tmp_path):
 
 
 def test_diff_names_tensors_of_one_side_only_and_other_shapes(tmp_path, patch):
-    for name, state in {"a": {"x": torch.ones(2), "y": torch.ones(2)}, "b": {"x": torch.ones(3), "z": torch.ones(1)}}.items():
+    for name, state in {
+        "a": {"x": torch.ones(2), "y": torch.ones(2), "none": EMPTY},
+        "b": {"x": torch.ones(3), "z": torch.ones(1), "none": EMPTY},
+    }.items():
         torch.save({"state_dict": {f"model.{key}": value for key, value in state.items()}}, tmp_path / f"{name}.ckpt")
     text = patch("diff", tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+    assert text.startswith("1 of 2 common tensors differ\n")
     assert "x       shape (2,)  shape (3,)\n" in text
     assert f"only in {tmp_path / 'a.ckpt'} (1): y\n" in text
     assert f"only in {tmp_path / 'b.ckpt'} (1): z\n" in text
