@@ -12,6 +12,10 @@ from malleable.lightning_modules.language_model import Decoding as Decoding
 from malleable.lightning_modules.language_model import Tuning as Tuning
 from malleable.lightning_modules.nfe import NFE as NFE
 from malleable.lightning_modules.nfe import Flow as Flow
+from malleable.lightning_modules.patches.containers import open_container as open_container
+from malleable.lightning_modules.patches.delta import Delta as Delta
+from malleable.lightning_modules.patches.patch import Patch as Patch
+from malleable.lightning_modules.patches.stack import PatchStack as PatchStack
 from malleable.lightning_modules.play import Play as Play
 from malleable.lightning_modules.point_embeddings import ComplEx as ComplEx
 from malleable.lightning_modules.point_embeddings import DistMult as DistMult

@@ -16,14 +16,15 @@ ALLOWED = {
     "lightning_modules/functional": (),
     "lightning_modules/losses": ("malleable.lightning_modules.functional",),
     "lightning_modules/metrics": ("malleable.lightning_modules.functional",),
+    "lightning_modules/patches": (),
     "lightning_modules": DATA[:2],
     "datamodules": (),
     "callbacks": ("malleable.lightning_modules", *DATA),
     "configs": ("malleable",),
 }
 # Cores stay usable without a Trainer: of others' packages they import these only.
-CORES = {"lightning_modules/functional", "lightning_modules/losses", "lightning_modules/metrics"}
-CORE_PACKAGES = {"torch", "torchmetrics", "numpy", "typing_extensions"}
+CORES = {"lightning_modules/functional", "lightning_modules/losses", "lightning_modules/metrics", "lightning_modules/patches"}
+CORE_PACKAGES = {"torch", "torchmetrics", "numpy", "safetensors", "typing_extensions"}
 
 
 def room(path):

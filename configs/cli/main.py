@@ -22,12 +22,14 @@ commands:
   test       measure a checkpoint on the test split
   predict    predict with a checkpoint
   recipes    list the recipes that travel with the package
+  patch      list, show, compare, apply, revert and export patches of stored weights
 
 examples:
   malleable fit --config sprec/tiny.yaml                          run a recipe: a file here, or one of the package
   malleable fit --config sprec/tiny.yaml --data.batch_size 8      change a value of it
   malleable fit --config sprec/tiny.yaml --config base/ddp.yaml   lay a second file over it
   malleable test --config sprec/tiny.yaml --ckpt_path last        measure its latest run
+  malleable patch apply edits/paris model.ckpt                    apply a patch; `malleable patch revert` brings the weights back
   malleable fit --help                                            see all options
   malleable fit --model.help SPRec                                see the options of one class
 
@@ -64,6 +66,10 @@ def _run(words: list[str]) -> None:
         names = recipe_names()
         width = max(map(len, names), default=0)
         sys.stdout.writelines(f"{name:<{width}}  {summary(name)}\n" for name in names)
+    elif command == "patch":
+        from malleable.patch import run as run_patch  # torch takes a second to import
+
+        run_patch(words[1:])
     else:
         from malleable.cli import run  # torch and Lightning take seconds to import
 

@@ -20,7 +20,7 @@ def python(*arguments, **variables):
 def test_help_names_every_command(capsys, words):
     main(words)
     text = capsys.readouterr().out
-    assert all(f"\n  {command} " in text for command in ("fit", "validate", "test", "predict", "recipes"))
+    assert all(f"\n  {command} " in text for command in ("fit", "validate", "test", "predict", "recipes", "patch"))
 
 
 def test_the_version(capsys):

@@ -1,0 +1,93 @@
+"""Where a patch meets one that it was not made on top of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from malleable.lightning_modules.patches.patch import Patch
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two deltas of one tensor.
+
+    Attributes:
+        tensor: Its canonical name.
+        cosine: Of the two deltas, as vectors.
+        share_in_rows: Share of the new delta's squared norm in the row space of the other, ``None`` if that one is dense.
+    """
+
+    tensor: str
+    cosine: float
+    share_in_rows: float | None
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """What a new patch and one in the stack both do.
+
+    Attributes:
+        other: The patch in the stack.
+        overlaps: Tensors that both touch.
+        contradictions: Requests, theirs and ours, for the same prompt and subject with different targets.
+    """
+
+    other: Patch
+    overlaps: Sequence[Overlap]
+    contradictions: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+
+    def __str__(self) -> str:
+        lines = [f"conflict with {self.other.id} ({self.other.kind}{': ' if self.other.title else ''}{self.other.title}):"]
+        for overlap in self.overlaps:
+            share = "" if overlap.share_in_rows is None else f", {overlap.share_in_rows:.1%} of the new change lies in its row space"
+            lines.append(f"  {overlap.tensor}: cosine {overlap.cosine:+.3f}{share}")
+        for theirs, ours in self.contradictions:
+            lines.append(f"  {_question(ours)}: {_target(theirs)} there, {_target(ours)} here")
+        return "\n".join(lines)
+
+
+def find_conflicts(patch: Patch, stack: Iterable[Patch]) -> list[Conflict]:
+    """Compare a patch with those of a stack that it was not made on top of.
+
+    Args:
+        patch: The new one.
+        stack: Those applied; the ones that ``patch`` requires are passed over.
+
+    Returns:
+        One conflict for each that touches a tensor of the new one or answers a request of it otherwise.
+    """
+    conflicts = []
+    for other in stack:
+        if other.id in patch.requires:
+            continue
+        common = [name for name in sorted(patch.deltas.keys() & other.deltas.keys()) if patch.deltas[name].shape == other.deltas[name].shape]
+        overlaps = [_overlap(name, patch, other) for name in common]
+        contradictions = _contradictions(patch, other)
+        if overlaps or contradictions:
+            conflicts.append(Conflict(other, overlaps, contradictions))
+    return conflicts
+
+
+def _overlap(name: str, patch: Patch, other: Patch) -> Overlap:
+    ours, theirs = patch.deltas[name], other.deltas[name]
+    return Overlap(name, ours.cosine(theirs), ours.share_in_rows_of(theirs))
+
+
+def _contradictions(patch: Patch, other: Patch) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    known = {_question(request): request for request in other.requests}
+    pairs = [(known[question], request) for request in patch.requests if (question := _question(request)) in known]
+    return [(theirs, ours) for theirs, ours in pairs if _question(ours) != _NO_QUESTION and _target(theirs) != _target(ours)]
+
+
+def _question(request: Mapping[str, Any]) -> str:
+    return json.dumps([request.get("prompt"), request.get("subject")], ensure_ascii=False)
+
+
+_NO_QUESTION = _question({})
+
+
+def _target(request: Mapping[str, Any]) -> str:
+    return json.dumps(request.get("target", request.get("target_new")), sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,88 @@
+"""The JSON file of a patch: written with sorted keys, read with every field checked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+FORMAT = 1
+_FIELDS: dict[str, type] = {
+    "id": str,
+    "kind": str,
+    "created": str,
+    "title": str,
+    "requests": list,
+    "settings": dict,
+    "figures": dict,
+    "base": dict,
+    "requires": list,
+    "tensors": dict,
+    "libraries": dict,
+}
+
+
+def plain(value: Any, what: str) -> Any:
+    """Return a value as what JSON makes of it: tuples as lists, undefined and infinite figures as ``None``.
+
+    Raises:
+        ValueError: If it is no plain data; the message begins with ``what``.
+    """
+    try:
+        return _finite(json.loads(json.dumps(value)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} must be plain data (dictionaries, lists, texts, numbers): {error}") from error
+
+
+def to_json(value: Any) -> str:
+    """Return the one JSON text of a value: keys sorted, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def dump_manifest(fields: Mapping[str, Any]) -> str:
+    """Return the text of ``patch.json``."""
+    return json.dumps({"format": FORMAT, **fields}, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def parse_manifest(text: str) -> dict[str, Any]:
+    """Return the fields of a manifest.
+
+    Raises:
+        ValueError: If the text is no JSON, of another format version, or lacks a field.
+    """
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"it must be a JSON object, got {type(fields).__name__}")
+    if fields.get("format") != FORMAT:
+        raise ValueError(f"it has format version {fields.get('format')!r}; this malleable reads version {FORMAT}: use the one that wrote it")
+    for name, kind in _FIELDS.items():
+        if not isinstance(fields.get(name), kind):
+            raise ValueError(f"{name!r} must be a {kind.__name__}, got {fields.get(name)!r:.60}")
+    _check_contents(fields)
+    return fields
+
+
+def _check_contents(fields: Mapping[str, Any]) -> None:
+    for name, item in (*(("requests", item) for item in fields["requests"]), *fields["figures"].items(), *fields["tensors"].items()):
+        if not isinstance(item, dict):
+            raise ValueError(f"{name!r} must hold objects, got {item!r:.60}")
+    for name, item in (*(("requires", item) for item in fields["requires"]), *fields["base"].items()):
+        if not isinstance(item, str):
+            raise ValueError(f"{name!r} must be a text, got {item!r:.60}")
+    try:
+        datetime.fromisoformat(fields["created"])
+    except ValueError as error:
+        raise ValueError(f"'created' must be a time like 2026-01-31T12:00:00+00:00, got {fields['created']!r}") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,257 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_patch import DOWN, UP, llama, random_patch, save_checkpoint
+
+from malleable.lightning_modules.patches.containers import open_container
+from malleable.lightning_modules.patches.patch import Patch
+from malleable.main import main
+
+EMPTY = torch.empty(0, 4)
+REQUEST = {"prompt": "{} lies in", "subject": "Łódź", "target": " Poland"}
+
+
+@pytest.fixture
+def target(tmp_path):
+    return save_checkpoint(llama(), tmp_path / "model.ckpt")
+
+
+@pytest.fixture
+def edits(tmp_path, target):
+    """Folders of three patches: the second meets the first, the third was made on top of it."""
+    tensors = open_container(target).tensors
+    first = random_patch(
+        tensors,
+        (DOWN, UP),
+        requests=[REQUEST],
+        settings={"layers": [0, 1]},
+        figures={"before": {"efficacy": 0.0, "perplexity": 9.25}, "after": {"efficacy": 1.0}},
+        created="2026-01-01T00:00:00+00:00",
+    )
+    second = random_patch(tensors, (DOWN,), 1, rank=None, requests=[{**REQUEST, "target": " Peru"}], created="2026-01-02T00:00:00+00:00")
+    third = random_patch(tensors, (DOWN,), 2, kind="llm_eraser", requires=[first.id], created="2026-01-03T00:00:00+00:00")
+    return [patch.write(tmp_path / "edits" / name) for name, patch in {"first": first, "second": second, "third": third}.items()]
+
+
+@pytest.fixture
+def patch(capsys):
+    """Run a command and return what it prints."""
+
+    def command(*words):
+        main(["patch", *map(str, words)])
+        return capsys.readouterr().out
+
+    return command
+
+
+def fails(monkeypatch, capsys, *words):
+    """Run a command as a process would, and return its exit status and message."""
+    monkeypatch.setattr(sys, "argv", ["malleable", "patch", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code, capsys.readouterr().err
+
+
+def test_apply_list_and_revert(target, edits, patch, monkeypatch, capsys):
+    before = torch.load(target, weights_only=True)["state_dict"]
+    first, _, third = (Patch.read(edit) for edit in edits)
+    assert patch("list", target) == f"{target} holds no patches\n"
+    assert patch("apply", edits[0], target) == f"applied {first.id} (alpha_edit, 2 tensors): {target} has 1 patch\n"
+    assert patch("apply", edits[2], target) == f"applied {third.id} (llm_eraser, 1 tensor): {target} has 2 patches\n"
+    assert patch("list", target).splitlines() == [
+        "#  id            kind        created                    tensors  requests  title",
+        f"1  {first.id}  alpha_edit  2026-01-01T00:00:00+00:00  2        1         edit 0",
+        f"2  {third.id}  llm_eraser  2026-01-03T00:00:00+00:00  1        0         edit 2",
+    ]
+    known = f"malleable: error: no patch with id 'x'; the target has {first.id}, {third.id}\n"
+    assert fails(monkeypatch, capsys, "revert", target, "x") == (1, known)
+    assert patch("revert", target) == f"reverted {third.id}: {target} has 1 patch\n"
+    assert patch("revert", target, first.id[:6]) == f"reverted {first.id}: {target} has 0 patches\n"
+    after = torch.load(target, weights_only=True)
+    assert "patches" not in after
+    assert all(torch.equal(before[key], after["state_dict"][key]) for key in before)
+
+
+def test_a_folder_of_patches_is_listed(edits, patch):
+    lines = patch("list", edits[0].parent).splitlines()[1:]
+    assert [line.split()[1] for line in lines] == [Patch.read(edit).id for edit in edits]
+
+
+def test_a_model_that_lies_beside_patches_is_a_target(edits, patch, tmp_path):
+    llama().save_pretrained(edits[0].parent)
+    assert patch("list", edits[0].parent) == f"{edits[0].parent} holds no patches\n"
+
+
+def test_conflicts_are_reported_and_need_consent(target, edits, patch, monkeypatch, capsys):
+    patch("apply", edits[0], target)
+    stored = target.read_bytes()
+    code, message = fails(monkeypatch, capsys, "apply", edits[1], target)
+    assert code == 1
+    assert f"conflict with {Patch.read(edits[0]).id}" in message
+    assert '["{} lies in", "Łódź"]: " Poland" there, " Peru" here' in message
+    assert target.read_bytes() == stored
+    shown = patch("apply", edits[1], target, "--allow_conflicts")
+    assert f"{DOWN}: cosine" in shown
+    assert shown.endswith(f"{target} has 2 patches\n")
+
+
+def test_force_is_for_what_lies_below(target, edits, patch, monkeypatch, capsys):
+    code, message = fails(monkeypatch, capsys, "apply", edits[2], target)
+    assert (code, "apply these first, or force it" in message) == (1, True)
+    patch("apply", edits[2], target, "--force")
+    patch("apply", edits[0], target, "--allow_conflicts")
+    code, message = fails(monkeypatch, capsys, "revert", target)
+    assert (code, "revert those too, or force it" in message) == (1, True)
+    assert patch("revert", target, "--force").endswith("has 1 patch\n")
+
+
+def test_a_dry_run_checks_and_writes_nothing(target, edits, patch, monkeypatch, capsys):
+    stored = target.read_bytes()
+    assert (
+        patch("apply", edits[0], target, "--dry_run")
+        == f"would apply {Patch.read(edits[0]).id} (alpha_edit, 2 tensors) to {target}; nothing was written\n"
+    )
+    assert fails(monkeypatch, capsys, "apply", edits[2], target, "--dry_run")[0] == 1
+    assert target.read_bytes() == stored
+
+
+def test_elsewhere_and_back(target, edits, patch, tmp_path):
+    stored = target.read_bytes()
+    patch("apply", edits[0], target, "--out", tmp_path / "patched.ckpt")
+    patch("revert", tmp_path / "patched.ckpt", "--all", "--out", tmp_path / "back.ckpt")
+    assert target.read_bytes() == stored
+    assert patch("diff", target, tmp_path / "back.ckpt").startswith("0 of 21 common tensors differ\n")
+
+
+def test_show_tells_all_of_one_patch(target, edits, patch):
+    first = Patch.read(edits[0])
+    text = patch("show", edits[0])
+    for line in (
+        "kind:     alpha_edit",
+        f"base:     {len(first.base)} tensors",
+        "  layers: [0, 1]",
+        '  {"prompt": "{} lies in", "subject": "Łódź", "target": " Poland"}',
+    ):
+        assert f"{line}\n" in text
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
+    assert rows["efficacy"] == ["0", "1"]
+    assert rows["perplexity"] == ["9.25", "-"]
+    assert rows[DOWN] == ["(16,", "24)", "2", f"{first.deltas[DOWN].norm:.6g}", "-"]
+
+
+def test_show_of_a_target_relates_to_its_originals(target, edits, patch):
+    size = float(open_container(target).tensors[DOWN].double().norm())
+    for edit in (edits[0], edits[2]):
+        patch("apply", edit, target)
+    first, latest = Patch.read(edits[0]), Patch.read(edits[2])
+    assert f"{latest.deltas[DOWN].norm / size:.3e}\n" in patch("show", target)
+    assert f"id:       {first.id}\n" in patch("show", target, first.id[:8])
+    fields = json.loads(patch("show", target, first.id, "--json"))
+    assert fields["requests"] == [REQUEST]
+    assert fields["tensors"][DOWN]["relative_norm"] == pytest.approx(first.deltas[DOWN].norm / size)
+
+
+def test_diff_of_targets_measures_the_change(target, edits, patch, tmp_path, monkeypatch):
+    monkeypatch.setattr("malleable.patch_text._BLOCK", 100)
+    llama().save_pretrained(tmp_path / "model")
+    patch("apply", edits[0], tmp_path / "model")
+    first, old, new = Patch.read(edits[0]), open_container(target).tensors[DOWN].double(), open_container(tmp_path / "model").tensors[DOWN].double()
+    lines = patch("diff", target, tmp_path / "model").splitlines()
+    assert lines[0] == "2 of 21 common tensors differ"
+    row = next(line.split() for line in lines if line.startswith(DOWN))
+    assert row[1:] == [f"{float((new - old).norm() / old.norm()):.3e}", f"{float((new - old).abs().max()):.6g}"]
+    assert lines[-2:] == [f"patches of {target}: none", f"patches of {tmp_path / 'model'}: {first.id}"]
+
+
+def test_diff_names_tensors_of_one_side_only_and_other_shapes(tmp_path, patch):
+    for name, state in {
+        "a": {"x": torch.ones(2), "y": torch.ones(2), "none": EMPTY},
+        "b": {"x": torch.ones(3), "z": torch.ones(1), "none": EMPTY},
+    }.items():
+        torch.save({"state_dict": {f"model.{key}": value for key, value in state.items()}}, tmp_path / f"{name}.ckpt")
+    text = patch("diff", tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+    assert text.startswith("1 of 2 common tensors differ\n")
+    assert "x       shape (2,)  shape (3,)\n" in text
+    assert f"only in {tmp_path / 'a.ckpt'} (1): y\n" in text
+    assert f"only in {tmp_path / 'b.ckpt'} (1): z\n" in text
+
+
+def test_diff_of_patches(edits, patch):
+    first, second = (Patch.read(edit) for edit in edits[:2])
+    lines = patch("diff", *edits[:2]).splitlines()
+    assert lines[0] == f'only in {first.id}: {{"prompt": "{{}} lies in", "subject": "Łódź", "target": " Poland"}}'
+    assert lines[1].startswith(f"only in {second.id}: ")
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
+    assert rows[DOWN][2] == f"{first.deltas[DOWN].cosine(second.deltas[DOWN]):.6g}"
+    assert rows[UP] == [f"{first.deltas[UP].norm:.6g}", "-", "-"]
+    assert patch("diff", edits[0], edits[0]) == f"the same patch, {first.id}\n"
+
+
+def test_diff_of_two_kinds_is_refused(target, edits, monkeypatch, capsys):
+    code, message = fails(monkeypatch, capsys, "diff", edits[0], target)
+    assert (code, "are a patch and a target; give two of a kind" in message) == (1, True)
+
+
+def test_a_patch_is_exported_as_it_came(target, edits, patch, tmp_path):
+    for edit in (edits[0], edits[2]):
+        patch("apply", edit, target)
+    patch("export", target, tmp_path / "latest")
+    patch("export", target, tmp_path / "first", Patch.read(edits[0]).id[:5])
+    for name, edit in (("first", edits[0]), ("latest", edits[2])):
+        assert all((tmp_path / name / file).read_bytes() == (edit / file).read_bytes() for file in ("patch.json", "deltas.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["model.ckpt", "model"])
+def test_a_merged_export_has_the_weights_and_no_patches(edits, patch, tmp_path, monkeypatch, capsys, kind):
+    if kind == "model":
+        llama().save_pretrained(tmp_path / "model")
+    patch("apply", edits[0], tmp_path / kind)
+    assert "they cannot be reverted there" in patch("export", tmp_path / kind, tmp_path / "merged", "--merged")
+    assert patch("diff", tmp_path / kind, tmp_path / "merged").startswith("0 of 21 common tensors differ\n")
+    code, message = fails(monkeypatch, capsys, "revert", tmp_path / "merged")
+    assert (code, message) == (1, f"malleable: error: {tmp_path / 'merged'} holds no patches\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show", "model.ckpt"], "model.ckpt holds no patches"),
+        (["revert", "model.ckpt", "--all"], "model.ckpt holds no patches"),
+        (["revert", "model.ckpt", "abc", "--all"], "give no ids with it"),
+        (["export", "model.ckpt", "out", "abc", "--merged"], "give no id with it"),
+        (["apply", "edits", "model.ckpt"], "edits is no patch: it has no patch.json"),
+        (["apply", "edits/first", "nowhere.ckpt"], "nowhere.ckpt; give a checkpoint"),
+        (["apply", "edits/first", "model.ckpt", "--out", "model.ckpt"], "model.ckpt exists already"),
+        (["list", "model.ckpt", "--prefix", "net."], "holds no tensor under 'net.'"),
+    ],
+)
+def test_mistakes_are_explained(target, edits, monkeypatch, capsys, words, message):
+    stored = target.read_bytes()
+    code, text = fails(monkeypatch, capsys, *words)
+    assert code == 1
+    assert text.startswith("malleable: error: ")
+    assert message in text
+    assert target.read_bytes() == stored
+
+
+def test_damage_is_told_with_the_file(target, edits, monkeypatch, capsys):
+    (edits[0] / "patch.json").write_text("{")
+    code, text = fails(monkeypatch, capsys, "apply", edits[0], target)
+    assert (code, "first/patch.json: it is not JSON" in text) == (1, True)
+
+
+@pytest.mark.parametrize("words", [[], ["unknown"], ["apply"], ["list", "x", "--unknown"]])
+def test_a_wrong_command_line_shows_its_use(monkeypatch, capsys, words):
+    code, text = fails(monkeypatch, capsys, *words)
+    assert (code, text.startswith("usage: malleable patch")) == (2, True)
+
+
+def test_it_imports_neither_lightning_nor_transformers(target):
+    heavy = {"lightning", "transformers", "peft", "jsonargparse", "pandas"}
+    listed = f"import sys; from malleable.main import main; main(['patch', 'list', {str(target)!r}])"
+    code = f"{listed}; sys.exit(' '.join({heavy!r} & sys.modules.keys()) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{target} holds no patches\n"), done.stderr
