@@ -2,80 +2,25 @@
 
 import copy
 import logging
-import random
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from small_editing import decoder, tokenizer
-from torch.nn import functional as F
+from small_facts import NEW, OTHERS, SETTINGS, TEXTS, also, learnt_decoder, share
 
 from malleable.lightning_modules.editing.editor import AlphaEditor, EditSettings
-from malleable.lightning_modules.editing.prompts import Reader
-from malleable.lightning_modules.editing.targets import Fact, TargetSettings
-from malleable.lightning_modules.functional.null_space import Threshold
-
-FIRST = ("Andes", "Bordeaux", "Danielle", "Darrieux", "French", "Lima")
-LAST = ("Peru", "Tom", "Zürich", "capital", "coast", "dog")
-ANSWERS = ("house", "man", "mother", "park", "old", "sad")
-SUBJECTS = [f"{first} {last}" for first in FIRST for last in LAST]
-# Subjects end their prompts: so small a model reads a subject's name elsewhere as soon as it can, past every edit.
-PROMPT, PARAPHRASE = "the capital of {}", "because I know {}"
-DRAWN = random.Random(0).choices(ANSWERS, k=len(SUBJECTS))
-KNOWN = [Fact(PROMPT, subject, answer) for subject, answer in zip(SUBJECTS, DRAWN, strict=True)]
-NEW = [Fact(PROMPT, fact.subject, ANSWERS[(ANSWERS.index(fact.target) + 2) % 6]) for fact in KNOWN[::7]]
-EDITED = {fact.subject for fact in NEW}
-OTHERS = [fact for fact in KNOWN if fact.subject not in EDITED]
-TEXTS = [f"{prompt.format(fact.subject)} {fact.target}" for fact in OTHERS for prompt in (PROMPT, PARAPHRASE)]
-SETTINGS = {
-    "layers": (0, 1),
-    "ridge": 0.05,
-    "threshold": Threshold("relative_energy", 0.001),
-    "targets": TargetSettings(lr=0.5, steps=60, clamp=4.0, decay=0.01),
-    "contexts": 0,
-}
-
-
-def also(facts):
-    """The same facts asked in other words."""
-    return [fact._replace(prompt=PARAPHRASE) for fact in facts]
+from malleable.lightning_modules.editing.targets import Fact
 
 
 @pytest.fixture(scope="module")
 def learnt():
-    """Train a decoder until it knows 36 facts in two wordings by heart."""
-    model, reader = decoder(width=64, inner=256, spread=0.02), Reader(tokenizer("bos"))
-    rows = [reader.row(fact.prompt, fact.subject, answer=reader.answer(fact.target)) for fact in KNOWN + also(KNOWN)]
-    batch = reader.batch(rows)
-    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    for step in range(300):
-        logits = model(**batch.inputs()).logits
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 20 == 19 and share(model, KNOWN + also(KNOWN)) == 1:
-            break
-    assert share(model.eval(), KNOWN + also(KNOWN)) == 1
-    return model
+    return learnt_decoder()
 
 
 @pytest.fixture
 def model(learnt):
     return copy.deepcopy(learnt)
-
-
-@torch.no_grad()
-def share(model, facts):
-    """Share of facts whose answer is the likeliest at each of its tokens."""
-    reader = Reader(tokenizer("bos"))
-    right = 0
-    for fact in facts:
-        answer = reader.answer(fact.target)
-        row = reader.row(fact.prompt, fact.subject, answer=answer)
-        best = model(torch.tensor([row.ids])).logits[0].argmax(-1)
-        right += best[-len(answer) - 1 : -1].tolist() == answer
-    return right / len(facts)
 
 
 def editor(model, **changed):

@@ -1,0 +1,193 @@
+"""Changes of a trained model as patches: made after the last step, saved, registered, never made twice."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import Tensor, nn
+
+from malleable.lightning_modules.patches.delta import Delta
+from malleable.lightning_modules.patches.names import canonical_tensors
+from malleable.lightning_modules.patches.patch import Patch
+from malleable.lightning_modules.patches.stack import PatchStack
+
+log = logging.getLogger(__name__)
+
+SECTION = "patches"  # of a checkpoint, as in files that `malleable patch` has written
+EDITED = "edited"
+
+
+class PostFitEdit(Callback, ABC):
+    """Changes weights after training, by a patch.
+
+    After the last step the patch is made on the best weights (those that ``test`` would load), written as a folder of the run, and applied; a
+    checkpoint ``edited.ckpt`` with the changed weights takes the place of the best one, so that ``trainer.test()`` measures it. Both hold the
+    originals: ``malleable patch revert`` gives them back to the bit. A run that resumes from the edited checkpoint and trains no further
+    is not edited again; one that trains the edited weights makes them its own, and is edited anew at its end.
+
+    Any LightningModule will do that has a Hugging Face model as an attribute.
+
+    Args:
+        model: Name of that attribute.
+        start: ``best`` weights by the run's checkpoint callback, or the ``last`` ones.
+    """
+
+    kind: ClassVar[str]
+    """Kind of the patch."""
+
+    def __init__(self, model: str = "model", start: Literal["best", "last"] = "best") -> None:
+        self.model = model
+        self.start = start
+        self.stack = PatchStack()
+        self.applied: list[str] = []
+        self.replaced: str = ""
+
+    @abstractmethod
+    def make_patch(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Patch:
+        """Make the patch, equal on every rank, and leave the model as it was; :meth:`patch` puts the parts together."""
+
+    def patch(self, model: nn.Module, deltas: Mapping[str, Delta], **about: Any) -> Patch:
+        """Put a patch for the model as it stands together.
+
+        Args:
+            model: The model, without the deltas.
+            deltas: What is added, by canonical tensor name.
+            **about: ``title``, ``requests``, ``settings``, ``figures`` of :class:`Patch`.
+        """
+        return Patch(kind=self.kind, deltas=deltas, base=self.stack.base(canonical_tensors(model)), requires=self.stack.ids, **about)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse strategies that cut weights into pieces, before anything long begins."""
+        if stage == "fit" and isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs whole weights, which {type(trainer.strategy).__name__} does not keep; train first, then run `fit` with "
+                "--trainer.max_steps 0 and one device or ddp from the consolidated checkpoint"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of patches whose tensors are now trained: what training makes of them can no longer be taken back."""
+        trained = [name for name, tensor in canonical_tensors(self._model(pl_module)).items() if tensor.requires_grad]
+        touched = sorted(set(trained) & set(self.stack.originals))
+        if touched:
+            log.warning(
+                "training goes on from the patches %s: they become part of the weights, and can no longer be reverted", ", ".join(self.stack.ids)
+            )
+            self.stack, self.applied = PatchStack(), []
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make, write and register."""
+        if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if any(patch.id in self.applied for patch in self.stack.patches):
+            log.info("%s: %s is applied already", type(self).__name__, ", ".join(self.applied))
+            return
+        self._load_best(trainer, pl_module)
+        model = self._model(pl_module)
+        patch = self.make_patch(trainer, pl_module, model)
+        _agree(trainer, patch)
+        tensors = canonical_tensors(model)
+        change = self.stack.apply(patch, tensors, allow_conflicts=True)
+        change.write_into(tensors)
+        self.stack = change.stack
+        self.applied = [*self.applied, patch.id]
+        folder = self._folder(trainer)
+        if folder is None:
+            log.warning("%s: no run folder, the patch %s is in memory only", type(self).__name__, patch.id)
+            return
+        if trainer.is_global_zero and not (folder / "patches" / patch.id).exists():
+            patch.write(folder / "patches" / patch.id)
+        self._register(trainer, folder)
+        log.info("%s: patch %s in %s", type(self).__name__, patch.id, folder / "patches" / patch.id)
+
+    def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        checkpoint: Any = trainer.checkpoint_callback
+        path = getattr(checkpoint, "best_model_path", "")
+        if self.start == "last" or not path or path == self.replaced or not Path(path).is_file():
+            return
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        pl_module.on_load_checkpoint(stored)
+        pl_module.load_state_dict(stored["state_dict"], strict=pl_module.strict_loading)
+        self.on_load_checkpoint(trainer, pl_module, stored)
+
+    def _register(self, trainer: Trainer, folder: Path) -> None:
+        """Save the edited weights whole or not at all, and let ``test`` find them."""
+        checkpoint: Any = trainer.checkpoint_callback
+        self.replaced = getattr(checkpoint, "best_model_path", "") or self.replaced
+        path = Path(getattr(checkpoint, "dirpath", None) or folder / "checkpoints") / f"{EDITED}.ckpt"
+        if checkpoint is not None:
+            checkpoint.best_model_path = str(path)
+        # Not a pattern of `last*.ckpt` or the like: half of it must not be found.
+        temporary = path.with_name(f".{EDITED}.partial")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            self._complete(temporary, trainer.lightning_module)
+            temporary.replace(path)
+        trainer.strategy.barrier("edited")
+
+    def _complete(self, path: Path, pl_module: LightningModule) -> None:
+        """Put what was changed into a checkpoint of a module that keeps only what it trains."""
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {key: tensor for key, tensor in self._changed(pl_module).items() if key not in stored["state_dict"]}
+        if missing:
+            stored["state_dict"] |= {key: tensor.cpu() for key, tensor in missing.items()}
+            torch.save(stored, path)
+
+    def _changed(self, pl_module: LightningModule) -> dict[str, Tensor]:
+        """Tensors that the patches touch, by their keys in the module's state."""
+        keys = {id(value): key for key, value in pl_module.state_dict(keep_vars=True).items()}
+        tensors = canonical_tensors(self._model(pl_module))
+        return {keys[id(tensor)]: tensor.detach() for name, tensor in tensors.items() if name in self.stack.originals}
+
+    def _model(self, pl_module: LightningModule) -> nn.Module:
+        model = getattr(pl_module, self.model, None)
+        if not isinstance(model, nn.Module):
+            raise MisconfigurationException(
+                f"{type(self).__name__} edits {type(pl_module).__name__}.{self.model}, which is {type(model).__name__} and no module; "
+                "name the attribute with model=..."
+            )
+        return model
+
+    def _folder(self, trainer: Trainer) -> Path | None:
+        folder = trainer.log_dir or trainer.default_root_dir
+        return Path(folder) if folder else None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the patches."""
+        if self.stack.patches:
+            checkpoint[SECTION] = self.stack.as_plain()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take up the patches of a checkpoint."""
+        self.stack = PatchStack.from_plain(checkpoint.get(SECTION), "the checkpoint")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep what was done."""
+        return {"applied": list(self.applied), "replaced": self.replaced}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what was done."""
+        self.applied, self.replaced = list(state_dict["applied"]), state_dict["replaced"]
+
+
+def _agree(trainer: Trainer, patch: Patch) -> None:
+    """Check that all ranks made the same patch.
+
+    Raises:
+        RuntimeError: If they did not: their weights would part for good.
+    """
+    own = torch.tensor(int(patch.id, 16), device=trainer.strategy.root_device)
+    ids = _gathered(trainer.strategy.all_gather(own))
+    if len(set(ids)) > 1:
+        raise RuntimeError(f"the ranks made different patches: {', '.join(f'{value:012x}' for value in ids)}; nothing was changed")
+
+
+def _gathered(values: Tensor) -> Sequence[int]:
+    return values.flatten().tolist()  # type: ignore[no-any-return]

@@ -1,0 +1,149 @@
+"""Facts to be edited, and what is asked around them: one vocabulary for every source, and our own file format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PLACEHOLDER = "{}"
+
+
+class Probe(NamedTuple):
+    """A question about another subject, whose answer is to stay.
+
+    Attributes:
+        prompt: Whole text.
+        answer: What is true.
+    """
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """A fact that is to become another.
+
+    Attributes:
+        request_id: Name of the request.
+        prompt: Holds ``{}`` once, for the subject.
+        subject: What the fact is about.
+        target: The new answer.
+        true: The answer so far, where it is known.
+        paraphrases: The same question in other words, subject put in.
+        neighbors: Questions about others, whose answers are to stay.
+
+    Raises:
+        ValueError: If a text is empty, or the prompt has no place for the subject.
+    """
+
+    request_id: str
+    prompt: str
+    subject: str
+    target: str
+    true: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    neighbors: tuple[Probe, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the texts."""
+        for name in ("prompt", "subject", "target"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"{name} must be a text, got {value!r}")
+        if self.prompt.count(PLACEHOLDER) != 1:
+            raise ValueError(f"prompt must hold {PLACEHOLDER} exactly once, for the subject, got {self.prompt!r}")
+        if self.true is not None and self.true.strip() == self.target.strip():
+            raise ValueError(f"target and true are both {self.target!r}: there is nothing to edit")
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return what :func:`request_of` reads."""
+        fields = asdict(self)
+        return {**fields, "paraphrases": list(self.paraphrases), "neighbors": [probe._asdict() for probe in self.neighbors]}
+
+
+_NAMES = {"request_id", "prompt", "subject", "target", "true", "paraphrases", "neighbors"}
+# What the field's files call them.
+_OTHER_NAMES = {"case_id": "request_id", "target_new": "target", "target_true": "true"}
+
+
+def request_of(fields: Mapping[str, Any], number: int) -> EditRequest:
+    """Make a request of plain data.
+
+    Args:
+        fields: ``prompt``, ``subject`` and ``target``, and optionally the others of :class:`EditRequest`; ``case_id``, ``target_new`` and
+            ``target_true`` will do too, the latter two also as ``{"str": ...}``.
+        number: Its id, if it has none.
+
+    Raises:
+        ValueError: If a field is missing, unknown or wrong.
+    """
+    named = {_OTHER_NAMES.get(name, name): value for name, value in fields.items()}
+    unknown = sorted(named.keys() - _NAMES)
+    missing = sorted({"prompt", "subject", "target"} - named.keys())
+    if unknown or missing:
+        raise ValueError(
+            f"an edit request has no {', '.join(missing) or 'field'} {', '.join(unknown)}".strip() + f"; fields are {', '.join(sorted(_NAMES))}"
+        )
+    for name in ("target", "true"):
+        if isinstance(named.get(name), Mapping):
+            named[name] = named[name].get("str")
+    named["request_id"] = str(named.get("request_id", number))
+    named["paraphrases"] = tuple(named.get("paraphrases") or ())
+    named["neighbors"] = tuple(_probe(item) for item in named.get("neighbors") or ())
+    return EditRequest(**named)
+
+
+def _probe(item: Any) -> Probe:
+    if isinstance(item, Mapping) and {"prompt", "answer"} == item.keys():
+        return Probe(item["prompt"], item["answer"])
+    raise ValueError(f"a neighbor is an object of prompt and answer, got {item!r:.80}")
+
+
+def read_requests(path: Path) -> list[EditRequest]:
+    """Read requests, one JSON object a line.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line is wrong; the message names file, line and field.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of edit requests {path}; it holds a JSON object a line, with prompt, subject and target")
+    requests = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            if not isinstance(fields, dict):
+                raise ValueError(f"expected an object, got {type(fields).__name__}")
+            requests.append(request_of(fields, number))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return checked(requests, str(path))
+
+
+def checked(requests: Sequence[EditRequest], source: str) -> list[EditRequest]:
+    """Check that requests can hold together.
+
+    Raises:
+        ValueError: If there are none, an id occurs twice, or one question is to have two answers.
+    """
+    if not requests:
+        raise ValueError(f"{source} holds no edit requests")
+    seen: dict[str, EditRequest] = {}
+    asked: dict[tuple[str, str], EditRequest] = {}
+    for request in requests:
+        if request.request_id in seen:
+            raise ValueError(f"{source} has two requests with id {request.request_id!r}; ids must differ")
+        question = request.prompt, request.subject
+        other = asked.get(question)
+        if other is not None and other.target != request.target:
+            asks = request.prompt.replace(PLACEHOLDER, request.subject)
+            both = f"{other.request_id} and {request.request_id}"
+            raise ValueError(f"{source}: requests {both} ask {asks!r} and want {other.target!r} and {request.target!r}; keep one")
+        seen[request.request_id] = asked[question] = request
+    return list(requests)

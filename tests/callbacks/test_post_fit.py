@@ -1,0 +1,197 @@
+"""Changes after training: seen by the test, taken back to the bit, never made twice, whole or not there."""
+
+import copy
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from launch import HELPERS, launch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from post_fit_run import FactModule, edit, trainer_of
+from small_facts import NEW, OTHERS, share
+
+from malleable.lightning_modules.patches.containers import open_container
+from malleable.lightning_modules.patches.patch import read_patches
+from malleable.main import main
+
+
+@pytest.fixture(scope="module")
+def learnt():
+    """A module that knows the facts."""
+    module = FactModule()
+    module.learn()
+    return module
+
+
+@pytest.fixture
+def module(learnt):
+    return copy.deepcopy(learnt)
+
+
+@pytest.fixture
+def run(module, tmp_path):
+    """Fit and edit."""
+    callback = edit()
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(module)
+    return trainer, module, callback
+
+
+def weights(path):
+    return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+
+
+def test_the_test_after_fit_sees_the_edit(run):
+    trainer, module, _ = run
+    fresh = FactModule()
+    (figures,) = trainer.test(verbose=False)
+    assert figures["test_new"] == 1
+    (figures,) = trainer.test(fresh, ckpt_path="best", verbose=False)
+    assert trainer.checkpoint_callback.best_model_path.endswith("edited.ckpt")
+    assert figures["test_new"] == 1
+    assert figures["test_others"] >= 0.9
+    assert share(module.model, NEW) == share(fresh.model, NEW) == 1
+
+
+def test_the_edit_starts_from_the_best_weights(module, tmp_path):
+    module.spoil, callback = 1, edit()
+    trainer = trainer_of(tmp_path, callback, max_epochs=2)
+    trainer.fit(module)
+    assert "epoch=0" in callback.replaced
+    assert share(module.model, NEW) == 1
+    assert share(module.model, OTHERS) >= 0.9, "the second epoch had ruined them"
+
+
+def test_reverting_the_checkpoint_gives_back_every_bit(run, capsys):
+    trainer, _, callback = run
+    edited = trainer.checkpoint_callback.best_model_path
+    before = weights(callback.replaced)
+    assert any(not torch.equal(value, before[name]) for name, value in weights(edited).items())
+    main(["patch", "revert", edited])
+    after = weights(edited)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert not open_container(edited).stack.patches
+
+
+def test_the_patch_tells_what_was_asked_and_what_came_of_it(run, capsys):
+    trainer, _, callback = run
+    (patch,) = read_patches(Path(trainer.log_dir) / "patches")
+    assert patch.id == callback.applied[0] == callback.stack.ids[0]
+    assert patch.kind == "alpha_edit"
+    assert [request["subject"] for request in patch.requests] == [fact.subject for fact in NEW]
+    assert all(request["nll"] < 0.5 for request in patch.requests)
+    assert patch.settings["layers"] == [0, 1]
+    assert {delta.rank for delta in patch.deltas.values()} == {len(NEW)}
+    main(["patch", "show", str(patch.folder)])
+    assert "6 facts, alpha_edit, layers 0 to 1" in capsys.readouterr().out
+
+
+def test_the_patch_fits_the_checkpoint_it_was_made_on(run):
+    trainer, module, callback = run
+    target = open_container(callback.replaced)
+    (patch,) = callback.stack.patches
+    change = target.stack.apply(read_patches(Path(trainer.log_dir) / "patches")[0], target.tensors)
+    own = module.model.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in change.tensors.items())
+    assert change.stack.ids == (patch.id,)
+
+
+def test_a_resumed_run_is_not_edited_twice(run, tmp_path, caplog):
+    trainer, module, callback = run
+    edited = trainer.checkpoint_callback.best_model_path
+    again, other = edit(), FactModule()
+    with caplog.at_level(logging.INFO):
+        trainer_of(tmp_path / "resumed", again).fit(other, ckpt_path=edited, weights_only=True)
+    assert "applied already" in caplog.text
+    assert again.applied == callback.applied
+    assert all(torch.equal(value, other.model.state_dict()[name]) for name, value in module.model.state_dict().items())
+
+
+def test_training_on_makes_the_edit_its_own_and_edits_anew(run, tmp_path, caplog):
+    trainer, _, callback = run
+    edited = trainer.checkpoint_callback.best_model_path
+    again, other = edit(), FactModule()
+    with caplog.at_level(logging.WARNING):
+        trainer_of(tmp_path / "on", again, max_epochs=3).fit(other, ckpt_path=edited, weights_only=True)
+    assert "can no longer be reverted" in caplog.text
+    assert len(again.stack.ids) == 1
+    assert again.stack.ids != callback.stack.ids
+    assert share(other.model, NEW) == 1
+
+
+def test_an_edit_cut_off_while_it_is_saved_leaves_the_old_state(module, tmp_path, monkeypatch):
+    callback = edit()
+    trainer = trainer_of(tmp_path, callback)
+    save = Trainer.save_checkpoint
+
+    def cut(self, path, *arguments, **options):
+        if "edited" in str(path):
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(self, path, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", cut)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer.fit(module)
+    folder = tmp_path / "lightning_logs/version_0/checkpoints"
+    assert not (folder / "edited.ckpt").exists()
+    (kept,) = folder.glob("*.ckpt")
+    assert weights(kept)
+
+
+def test_frozen_weights_that_were_edited_are_kept_where_only_trained_ones_are(module, tmp_path):
+    module.only = "lm_head"
+    trainer = trainer_of(tmp_path, edit())
+    trainer.fit(module)
+    kept = weights(trainer.checkpoint_callback.best_model_path)
+    assert set(kept) == {"model.lm_head.weight", *(f"model.model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1))}
+
+
+def test_without_checkpoints_the_patch_is_still_written(module, tmp_path):
+    callback = edit()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", callbacks=[callback], **quiet).fit(module)
+    assert (tmp_path / "patches" / callback.applied[0] / "patch.json").exists()
+    assert (tmp_path / "checkpoints/edited.ckpt").exists()
+
+
+def test_a_module_without_the_model_is_told(module, tmp_path):
+    callback = edit(model="decoder")
+    with pytest.raises(MisconfigurationException, match="name the attribute"):
+        trainer_of(tmp_path, callback).fit(module)
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([{"prompt": "no place", "subject": "Anna", "target": "Lima"}], "prompt must hold {} exactly once"),
+        ([{"prompt": "{} is", "subject": "Anna"}], "no target"),
+        ([], "no edit requests"),
+        ([{"prompt": "{} is", "subject": "Anna", "target": word} for word in ("Lima", "Peru")], "ask 'Anna is' and want 'Lima' and 'Peru'"),
+    ],
+)
+def test_wrong_requests_are_refused_before_training(requests, message):
+    with pytest.raises(ValueError, match=message):
+        edit(requests=requests)
+
+
+def test_a_wrong_line_is_named(tmp_path):
+    file = tmp_path / "requests.jsonl"
+    file.write_text('{"prompt": "{} is", "subject": "Anna", "target_new": {"str": "Lima"}}\n\n{"prompt": "{} is", "subject": "Tom", "goal": "x"}\n')
+    with pytest.raises(ValueError, match=r"requests\.jsonl, line 3: .*goal"):
+        edit(requests=str(file))
+
+
+@pytest.mark.ddp
+def test_two_ranks_make_the_patch_of_one(tmp_path):
+    told = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        launch([HELPERS / "post_fit_run.py", folder, str(ranks)], ranks=ranks, cwd=folder)
+        told.append((folder / "id.txt").read_text())
+    assert told[0] == told[1]
+    assert told[0].endswith(" 1.0")

@@ -1,0 +1,92 @@
+"""Somebody's own LightningModule around a small decoder, edited after training; run as a script, on one rank or several."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from small_editing import decoder, tokenizer
+from small_facts import KNOWN, NEW, OTHERS, SETTINGS, TEXTS, also, learnt_decoder, lesson_loss, lessons, share
+from torch.utils.data import DataLoader
+
+from malleable import AlphaEdit
+from malleable.lightning_modules.editing.editor import EditSettings
+
+
+class FactModule(LightningModule):
+    """Knows nothing of us but the names ``model`` and ``tokenizer``.
+
+    Args:
+        spoil: Epoch from which on training ruins the weights.
+        only: Keep only the weights with this in their names in checkpoints.
+    """
+
+    strict_loading = False
+
+    def __init__(self, spoil: int | None = None, only: str = "") -> None:
+        super().__init__()
+        self.model = decoder(width=64, inner=256, spread=0.02)
+        self.tokenizer = tokenizer("bos")
+        self.spoil, self.only = spoil, only
+
+    def learn(self) -> None:
+        """Learn the facts by heart."""
+        self.model = learnt_decoder()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        inputs, labels = lessons()
+        return lesson_loss(self.model, inputs, labels)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_known", share(self.model, KNOWN + also(KNOWN)))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log_dict({"test_new": share(self.model, NEW), "test_others": share(self.model, OTHERS)})
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+    def on_train_epoch_start(self) -> None:
+        if self.spoil is not None and self.current_epoch >= self.spoil:
+            with torch.no_grad():
+                self.model.lm_head.weight.normal_()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if self.only in name}
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([0, 1], 1)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def edit(**changed: Any) -> AlphaEdit:
+    """Make the callback."""
+    requests = [{"prompt": fact.prompt, "subject": fact.subject, "target": fact.target} for fact in NEW]
+    return AlphaEdit(**{"requests": requests, "settings": EditSettings(**SETTINGS), "texts": TEXTS, **changed})
+
+
+def trainer_of(folder: Path, callback: AlphaEdit, **options: Any) -> Trainer:
+    """Make a Trainer that keeps the best epoch."""
+    keep = ModelCheckpoint(monitor="val_known", mode="max")
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "num_sanity_val_steps": 0}
+    return Trainer(default_root_dir=folder, callbacks=[callback, keep], **{"max_epochs": 1, **quiet, **options})
+
+
+def main(folder: Path, ranks: int) -> None:
+    """Fit, edit, test; write the patch's id and what the test saw."""
+    module, callback = FactModule(), edit()
+    module.learn()
+    trainer = trainer_of(folder, callback, limit_train_batches=1, devices=ranks, strategy="ddp" if ranks > 1 else "auto")
+    trainer.fit(module)
+    (figures,) = trainer.test(module, verbose=False)
+    if trainer.is_global_zero:
+        (folder / "id.txt").write_text(f"{callback.applied[0]} {figures['test_new']}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
