@@ -145,11 +145,19 @@ class Reader:
         text, span = fill(prompt, subject, context)
         # A blank at the end would be a token of its own, which no answer begins after.
         text = text.rstrip() if span.end < len(text) else text
+        ids, offsets = self._encoded(text)
+        return Row([*ids, *answer], look_up(offsets, span, self.strategy), len(answer))
+
+    def question(self, text: str, answer: Sequence[int] = ()) -> Row:
+        """Read a whole text, followed by the tokens of an answer; its last token is looked at."""
+        ids, _ = self._encoded(text.rstrip())
+        return Row([*ids, *answer], len(ids) - 1, len(answer))
+
+    def _encoded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoded = self.tokenizer(text, return_offsets_mapping=True)
         ids = list(encoded["input_ids"])
-        end = self._added_at_the_end(ids)
-        ids = ids[: len(ids) - end]
-        return Row([*ids, *answer], look_up(encoded["offset_mapping"][: len(ids)], span, self.strategy), len(answer))
+        ids = ids[: len(ids) - self._added_at_the_end(ids)]
+        return ids, encoded["offset_mapping"][: len(ids)]
 
     def _added_at_the_end(self, ids: list[int]) -> int:
         eos = self.tokenizer.eos_token_id

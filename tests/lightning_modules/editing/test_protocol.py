@@ -1,0 +1,111 @@
+"""Measures of edits: by hand on made-up logits, and on a decoder that knows its facts."""
+
+import math
+
+import pytest
+import torch
+from small_editing import decoder, tokenizer
+from small_facts import KNOWN, NEW, learnt_decoder, share
+
+from malleable.datamodules.requests import EditRequest, Probe
+from malleable.lightning_modules.editing.prompts import Reader
+from malleable.lightning_modules.editing.protocol import RequestFigures, measure, perplexity, summary, take_answers
+
+
+class Oracle(torch.nn.Module):
+    """Says after a text what it was told, with the log-probability it was told; all else is unlikely.
+
+    Args:
+        says: Log-probability of the first token of an answer, by text and answer.
+    """
+
+    def __init__(self, reader, says):
+        super().__init__()
+        self.reader, self.head = reader, torch.nn.Identity()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.says = {}
+        for (text, answer), logp in says.items():
+            self.says.setdefault(tuple(reader.question(text).ids), {})[reader.answer(answer)[0]] = logp
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        logits = torch.full((*input_ids.shape, 800), -50.0)
+        for row, (ids, mask) in enumerate(zip(input_ids.tolist(), attention_mask.tolist(), strict=True)):
+            for end in range(1, sum(mask) + 1):
+                for token, logp in self.says.get(tuple(ids[:end]), {}).items():
+                    logits[row, end - 1, token] = logp
+                # What is left falls to a token that is no answer.
+                logits[row, end - 1, 3] = math.log(max(1e-9, 1 - float(logits[row, end - 1].exp().sum())))
+        return type("Output", (), {"logits": self.head(logits)})
+
+
+PROBES = (Probe("the capital of Lima", "park"), Probe("Lima", "park"))
+REQUEST = EditRequest(
+    "1",
+    "the capital of {}",
+    "Peru",
+    "house",
+    "park",
+    ("so Peru", "I know Peru", "Peru"),
+    (Probe("the capital of Lima", "park"), Probe("Lima", "park")),
+)
+
+
+def test_shares_by_hand():
+    reader = Reader(tokenizer("bos"))
+    says = {
+        ("the capital of Peru", "house"): math.log(0.6),
+        ("the capital of Peru", "park"): math.log(0.3),
+        ("so Peru", "house"): math.log(0.2),  # likelier than the old answer, but not the likeliest
+        ("so Peru", "park"): math.log(0.1),
+        ("I know Peru", "house"): math.log(0.7),
+        ("I know Peru", "park"): math.log(0.1),
+        ("Peru", "house"): math.log(0.1),
+        ("Peru", "park"): math.log(0.8),
+        ("the capital of Lima", "park"): math.log(0.9),
+        ("the capital of Lima", "house"): math.log(0.05),
+        ("Lima", "park"): math.log(0.1),
+        ("Lima", "house"): math.log(0.2),
+    }
+    (figures,) = measure(Oracle(reader, says), reader, [REQUEST])
+    assert figures == pytest.approx((1, 2 / 3, 1 / 2, 1, 1 / 3, 1 / 2))
+    means = summary([figures, RequestFigures(0, math.nan, 1, 0, math.nan, 1)])
+    assert means["efficacy"] == 50
+    assert means["generalization"] == pytest.approx(200 / 3), "the record without paraphrases does not count"
+    assert means["specificity"] == 75
+    assert means["score"] == pytest.approx(3 / (1 / 50 + 3 / 200 + 1 / 75))
+
+
+def test_answers_of_several_tokens_are_scored_token_by_token():
+    model, reader = decoder(), Reader(tokenizer("bos"))
+    questions = [("The capital of Peru is", "Zürich"), ("I saw", "Anna and Tom"), ("I", "dog")]
+    found = take_answers(model, reader, questions, max_rows=2)
+    for number, (text, answer) in enumerate(questions):
+        ids, tokens = reader.question(text).ids, reader.answer(answer)
+        logps = model(torch.tensor([[*ids, *tokens]])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        own = logps[torch.arange(len(tokens)), torch.tensor(tokens)]
+        assert float(found.nll[number]) == pytest.approx(-float(own.mean()), rel=1e-4)
+        assert float(found.accuracy[number]) == pytest.approx(float((logps.argmax(-1) == torch.tensor(tokens)).float().mean()))
+
+
+def test_a_decoder_that_knows_a_fact_is_exact_about_it():
+    model, reader = learnt_decoder(), Reader(tokenizer("bos"))
+    known = [EditRequest(str(number), fact.prompt, fact.subject, fact.target) for number, fact in enumerate(KNOWN)]
+    assert summary(measure(model, reader, known)) == {"efficacy": 100, "efficacy_exact": 100}
+    new = [EditRequest(str(number), fact.prompt, fact.subject, fact.target) for number, fact in enumerate(NEW)]
+    assert summary(measure(model, reader, new))["efficacy"] == 100 * share(model, NEW) == 0
+
+
+def test_perplexity_is_the_mean_over_tokens():
+    model, cut = decoder(), tokenizer("bos")
+    texts = ["Anna lives in Lima", "I saw the big dog in the park", ""]
+    losses, count = 0.0, 0
+    for text in texts[:2]:
+        ids = torch.tensor([cut(text)["input_ids"]])
+        losses += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert perplexity(model, cut, texts) == pytest.approx(math.exp(losses / count), rel=1e-4)
+    with pytest.raises(ValueError, match="two tokens"):
+        perplexity(model, cut, [""])
