@@ -14,7 +14,8 @@ from torch import nn
 
 from malleable.callbacks.post_fit import PostFitEdit
 from malleable.datamodules.requests import EditRequest, checked, read_requests, request_of
-from malleable.lightning_modules.editing.editor import AlphaEditor, Edited, EditSettings
+from malleable.lightning_modules.editing.editor import AlphaEditor, Edited, EditSettings, undisturbed
+from malleable.lightning_modules.editing.protocol import measure, perplexity, summary
 from malleable.lightning_modules.editing.statistics import StatisticsSettings
 from malleable.lightning_modules.editing.targets import Fact
 from malleable.lightning_modules.functional.null_space import LowRank
@@ -35,6 +36,7 @@ class AlphaEdit(PostFitEdit):
         texts: What the model should go on saying: a text file, a paragraph a line, or a list; default: the data module's ``edit_texts``.
         statistics: How second moments are taken over it.
         statistics_file: Where these are kept and taken up; default: nowhere.
+        measured_texts: Texts of which perplexity is measured before and after.
         model: Name of the module's attribute that is the Hugging Face model.
         start: ``best`` weights by the run's checkpoint callback, or the ``last`` ones.
 
@@ -51,6 +53,7 @@ class AlphaEdit(PostFitEdit):
         texts: str | list[str] | None = None,
         statistics: StatisticsSettings | None = None,
         statistics_file: str | None = None,
+        measured_texts: int = 100,
         model: str = "model",
         start: Literal["best", "last"] = "best",
     ) -> None:
@@ -59,6 +62,7 @@ class AlphaEdit(PostFitEdit):
         self.statistics: StatisticsSettings = from_plain(StatisticsSettings, statistics) or StatisticsSettings()
         self.statistics_file = None if statistics_file is None else Path(statistics_file)
         self.texts = texts
+        self.measured_texts = measured_texts
         # Read at once: a wrong line should not wait for the end of training.
         self.requests: list[EditRequest] | None = None
         if isinstance(requests, str):
@@ -82,13 +86,24 @@ class AlphaEdit(PostFitEdit):
         editor = AlphaEditor(model, self._tokenizer(trainer, pl_module), self.settings)
         if self.settings.needs_text:
             editor.fit_statistics(self._texts(trainer), self.statistics, self.statistics_file)
+        before = self._figures(editor, requests)
         self.records = editor.edit([Fact(request.prompt, request.subject, request.target) for request in requests])
+        after = self._figures(editor, requests)
+        if drift := editor.drift():
+            after["drift"] = sum(drift.values()) / len(drift)
         deltas = {self._name(editor, layer): self._delta(editor, layer) for layer in editor.layers}
         editor.revert()
         settings = {**asdict(self.settings), "layers": list(editor.layers), "contexts_drawn": editor.contexts}
         about = [{**request.as_plain(), **_outcome(record)} for request, record in zip(requests, self.records, strict=True)]
         title = f"{len(requests)} facts, {self.settings.method}, layers {editor.layers[0]} to {editor.layers[-1]}"
-        return self.patch(model, deltas, title=title, requests=about, settings=settings)
+        return self.patch(model, deltas, title=title, requests=about, settings=settings, figures={"before": before, "after": after})
+
+    def _figures(self, editor: AlphaEditor, requests: Sequence[EditRequest]) -> dict[str, float]:
+        with undisturbed(editor.model):
+            figures = summary(measure(editor.model, editor.reader, requests))
+            if isinstance(self.texts, list) and self.measured_texts:
+                figures["perplexity"] = perplexity(editor.model, editor.tokenizer, self.texts[: self.measured_texts])
+        return figures
 
     def _name(self, editor: AlphaEditor, layer: int) -> str:
         weight = editor.projections[layer].weight

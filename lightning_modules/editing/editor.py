@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from malleable.lightning_modules.editing.fine_tune import FineTuneSettings, fine_tune
 from malleable.lightning_modules.editing.layout import Layout, Projection, check_additive, find_layout, stopping
@@ -146,7 +146,7 @@ class AlphaEditor:
         self.layers = self._layers()
         self.reader = Reader(tokenizer, self.settings.fact_token)
         self.projections: dict[int, Projection] = {layer: self.layout.projection_of(model, layer) for layer in self.layers}
-        with self._undisturbed():
+        with undisturbed(self.model):
             check_additive(model, self.layout, self.layers[0], torch.tensor([tokenizer("The model")["input_ids"]], device=self.device))
         self.moments: dict[int, Tensor] = {}
         self.spectra: dict[int, Spectrum] = {}
@@ -183,7 +183,7 @@ class AlphaEditor:
             settings: See there.
             file: Where the sums are kept and taken up.
         """
-        with self._undisturbed():
+        with undisturbed(self.model):
             self.use_moments(second_moments(self.model, self.layout, self.layers, self.tokenizer, texts, settings, file))
 
     def use_moments(self, moments: dict[int, SecondMoment]) -> None:
@@ -231,7 +231,7 @@ class AlphaEditor:
             for layer in self.layers:
                 self.metric(layer)
         size = self.settings.batch_size
-        with self._undisturbed():
+        with undisturbed(self.model):
             if not self.contexts:
                 drawn = draw_contexts(self.model, self.tokenizer, self.settings.seed) if self.settings.contexts else []
                 self.contexts = [PLACEHOLDER, *drawn[: self.settings.contexts]]
@@ -338,23 +338,24 @@ class AlphaEditor:
         self._originals, self._sums, self.keys, self.records, self._batch = {}, {}, {}, [], 0
         self.updates = {layer: [] for layer in self.layers}
 
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Evaluation mode, no gradients to parameters and full precision of products, put back afterwards; works under inference mode."""
-        modes = {module: module.training for module in self.model.modules()}
-        flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        self.model.eval()
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        device = self.device.type
-        try:
-            with torch.inference_mode(False), torch.autocast(device, enabled=False):
-                yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
-            for module, mode in modes.items():
-                module.training = mode
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients to parameters and full precision of products, put back afterwards; works under inference mode."""
+    modes = {module: module.training for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    model.eval()
+    for parameter in flags:
+        parameter.requires_grad_(False)
+    device = next(model.parameters()).device.type
+    try:
+        with torch.inference_mode(False), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)

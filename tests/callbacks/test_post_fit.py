@@ -85,6 +85,9 @@ def test_the_patch_tells_what_was_asked_and_what_came_of_it(run, capsys):
     assert all(request["nll"] < 0.5 for request in patch.requests)
     assert patch.settings["layers"] == [0, 1]
     assert {delta.rank for delta in patch.deltas.values()} == {len(NEW)}
+    assert patch.figures["before"]["efficacy"] == 0
+    assert patch.figures["after"]["efficacy_exact"] == 100
+    assert patch.figures["after"]["perplexity"] < 1.5 * patch.figures["before"]["perplexity"]
     main(["patch", "show", str(patch.folder)])
     assert "6 facts, alpha_edit, layers 0 to 1" in capsys.readouterr().out
 
