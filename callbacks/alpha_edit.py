@@ -100,7 +100,7 @@ class AlphaEdit(PostFitEdit):
 
     def _figures(self, editor: AlphaEditor, requests: Sequence[EditRequest]) -> dict[str, float]:
         with undisturbed(editor.model):
-            figures = summary(measure(editor.model, editor.reader, requests))
+            figures: dict[str, float] = summary(measure(editor.model, editor.reader, requests))
             if isinstance(self.texts, list) and self.measured_texts:
                 figures["perplexity"] = perplexity(editor.model, editor.tokenizer, self.texts[: self.measured_texts])
         return figures
