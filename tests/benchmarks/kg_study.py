@@ -78,10 +78,6 @@ class Space(NamedTuple):
 SPACES = {
     "umls": Space(),
     "kinship": Space(),
-<<<<<<< HEAD
-    # By pilot runs of NFE-1: the binary loss stays far behind here, and weights beyond these bounds lose.
-    "codex_s": Space((256, 384, 512), (3e-3, 3e-2), (64, 128, 256), ("Softmax",), ("F2", "N3", "DURA"), ("F2", "N3", "DURA"), (2e-3, 1e-1)),
-=======
     # By pilot runs of NFE-1, DistMult and ComplEx: the binary loss stays far behind here, all want a regulariser, and these bounds hold the best.
     "codex_s": Space(
         widths=(256, 384),
@@ -94,7 +90,6 @@ SPACES = {
         products=("F2", "N3", "DURA"),
         weight=(2e-3, 1e-1),
     ),
->>>>>>> main
 }
 METRICS = ("mrr", "hits_1", "hits_10")
 
