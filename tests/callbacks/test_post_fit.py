@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from post_fit_run import FactModule, edit, trainer_of
 from small_facts import NEW, OTHERS, share
 
+from malleable import AlphaEdit, Delta, PostFitEdit
 from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.patch import read_patches
 from malleable.main import main
@@ -178,16 +179,40 @@ def test_a_module_without_the_model_is_told(module, tmp_path):
 )
 def test_wrong_requests_are_refused_before_training(requests, message):
     with pytest.raises(ValueError, match=message):
-        edit(requests=requests)
+        AlphaEdit(requests=requests)
 
 
 def test_a_wrong_line_is_named(tmp_path):
     file = tmp_path / "requests.jsonl"
     file.write_text('{"prompt": "{} is", "subject": "Anna", "target_new": {"str": "Lima"}}\n\n{"prompt": "{} is", "subject": "Tom", "goal": "x"}\n')
     with pytest.raises(ValueError, match=r"requests\.jsonl, line 3: .*goal"):
-        edit(requests=str(file))
+        AlphaEdit(requests=str(file))
 
 
+class Louder(PostFitEdit):
+    """An edit of one's own: a dense change of one matrix."""
+
+    kind = "louder"
+
+    def make_patch(self, trainer, pl_module, model):
+        return self.patch(model, {"lm_head.weight": Delta(0.5 * model.lm_head.weight.detach())}, title="half as loud again")
+
+
+def test_an_edit_of_ones_own_takes_the_same_way(module, tmp_path, capsys):
+    before = module.model.lm_head.weight.detach().clone()
+    module.configure_optimizers = lambda: None  # what trains would move the matrix
+    callback = Louder()
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(module)
+    torch.testing.assert_close(module.model.lm_head.weight.detach(), 1.5 * before)
+    edited = trainer.checkpoint_callback.best_model_path
+    main(["patch", "list", edited])
+    assert "half as loud again" in capsys.readouterr().out
+    main(["patch", "revert", edited])
+    assert torch.equal(weights(edited)["model.lm_head.weight"], before)
+
+
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_make_the_patch_of_one(tmp_path):
     told = []
