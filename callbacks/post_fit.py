@@ -190,4 +190,4 @@ def _agree(trainer: Trainer, patch: Patch) -> None:
 
 
 def _gathered(values: Tensor) -> Sequence[int]:
-    return values.flatten().tolist()  # type: ignore[no-any-return]
+    return values.flatten().tolist()

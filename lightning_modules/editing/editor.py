@@ -261,7 +261,10 @@ class AlphaEditor:
     def _record(self, facts: Sequence[Fact], targets: Targets, lacking: Tensor) -> list[Edited]:
         change = targets.change.norm(dim=1) / targets.start.norm(dim=1)
         columns = [values.tolist() for values in (targets.loss, targets.nll, targets.steps, change, lacking)]
-        records = [Edited(fact, self._batch, *row[:-1], tuple(row[-1])) for fact, *row in zip(facts, *columns, strict=True)]
+        records = [
+            Edited(fact, self._batch, loss, nll, steps, part, tuple(lacked))
+            for fact, loss, nll, steps, part, lacked in zip(facts, *columns, strict=True)
+        ]
         self.records += records
         self._batch += 1
         return records

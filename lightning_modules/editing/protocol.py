@@ -116,7 +116,7 @@ def measure(model: Any, reader: Reader, requests: Sequence[EditRequest], max_row
     for request in requests:
         asked, beside = 1 + len(request.paraphrases), len(request.neighbors)
         sizes = [asked, asked if request.true is not None else 0, beside, beside]
-        nll, exact = (values[start : start + sum(sizes)].split(sizes) for values in (answers.nll, answers.exact.float()))
+        nll, exact = (torch.split(values[start : start + sum(sizes)], sizes) for values in (answers.nll, answers.exact.float()))
         better = (nll[1] > nll[0]).float() if request.true is not None else exact[0]
         kept = (nll[2] < nll[3]).float()
         shares = (better[:1], better[1:], kept, exact[0][:1], exact[0][1:], exact[2])

@@ -39,7 +39,7 @@ class SecondMoment:
 
     def add(self, keys: Tensor) -> None:
         """Add keys, ``(N, d)``."""
-        for part in keys.split(ROWS):
+        for part in torch.split(keys, ROWS):
             part = part if part.dtype == torch.double else part.float()
             self.total += (part.T @ part).double()
         self.count += len(keys)
