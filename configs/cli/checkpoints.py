@@ -12,14 +12,14 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-_PLAIN_STATES = ("state_dict", "epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "callbacks")
+_PLAIN_STATES = ("state_dict", "epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "callbacks", "patches")
 
 
 def find_checkpoint(ckpt_path: str, runs: Path) -> str:
     """Return the checkpoint that ``ckpt_path`` means.
 
     Args:
-        ckpt_path: A file, a folder written by a sharded strategy, an address, or ``last``.
+        ckpt_path: A file, a folder written by a sharded strategy, an address, or ``last``: the latest, an edited one among them.
         runs: Folder of the runs among which ``last`` is looked for, one ``version_*`` each.
 
     Raises:
@@ -29,7 +29,8 @@ def find_checkpoint(ckpt_path: str, runs: Path) -> str:
     if ckpt_path == "best":
         raise MisconfigurationException(f"`best` is known only to the run itself; give the file, e.g. one of {runs}/version_0/checkpoints, or `last`")
     if ckpt_path == "last":
-        found = sorted(runs.glob("version_*/checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
+        files = (path for name in ("last*.ckpt", "edited.ckpt") for path in runs.glob(f"version_*/checkpoints/{name}"))
+        found = sorted(files, key=lambda path: path.stat().st_mtime)
         if not found:
             raise FileNotFoundError(f"no last checkpoint under {runs}; give the file with --ckpt_path")
         return str(found[-1])

@@ -21,6 +21,8 @@ def test_last_is_the_latest_of_all_runs(tmp_path):
     touch(tmp_path / "version_1" / "checkpoints" / "last.ckpt", time=20)
     touch(tmp_path / "version_1" / "checkpoints" / "epoch=9.ckpt", time=40)
     assert find_checkpoint("last", tmp_path) == str(latest)
+    edited = touch(tmp_path / "version_1" / "checkpoints" / "edited.ckpt", time=35)
+    assert find_checkpoint("last", tmp_path) == str(edited)
 
 
 def test_last_without_a_run(tmp_path):
