@@ -3,12 +3,14 @@
 import copy
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launch import HELPERS, launch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from post_fit_run import FactModule, edit, trainer_of
 from small_facts import NEW, OTHERS, share
 
@@ -166,6 +168,12 @@ def test_a_module_without_the_model_is_told(module, tmp_path):
     callback = edit(model="decoder")
     with pytest.raises(MisconfigurationException, match="name the attribute"):
         trainer_of(tmp_path, callback).fit(module)
+
+
+def test_weights_in_pieces_are_refused_before_training(module):
+    trainer = SimpleNamespace(strategy=FSDPStrategy(), datamodule=None)
+    with pytest.raises(MisconfigurationException, match="needs whole weights, which FSDPStrategy does not keep"):
+        edit().setup(trainer, module, "fit")
 
 
 @pytest.mark.parametrize(
