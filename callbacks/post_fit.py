@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -184,10 +184,6 @@ def _agree(trainer: Trainer, patch: Patch) -> None:
         RuntimeError: If they did not: their weights would part for good.
     """
     own = torch.tensor(int(patch.id, 16), device=trainer.strategy.root_device)
-    ids = _gathered(trainer.strategy.all_gather(own))
+    ids = trainer.strategy.all_gather(own).flatten().tolist()
     if len(set(ids)) > 1:
         raise RuntimeError(f"the ranks made different patches: {', '.join(f'{value:012x}' for value in ids)}; nothing was changed")
-
-
-def _gathered(values: Tensor) -> Sequence[int]:
-    return values.flatten().tolist()

@@ -15,9 +15,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from malleable.datamodules.requests import PLACEHOLDER
 from malleable.lightning_modules.editing.fine_tune import FineTuneSettings, fine_tune
-from malleable.lightning_modules.editing.layout import Layout, Projection, check_additive, find_layout, stopping
-from malleable.lightning_modules.editing.prompts import PLACEHOLDER, FactToken, Reader, draw_contexts
+from malleable.lightning_modules.editing.layout import Layout, Projection, find_layout
+from malleable.lightning_modules.editing.passes import check_additive, stopping
+from malleable.lightning_modules.editing.prompts import FactToken, Reader, draw_contexts
 from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
 from malleable.lightning_modules.editing.targets import Fact, Targets, TargetSettings, find_targets
 from malleable.lightning_modules.functional.null_space import (

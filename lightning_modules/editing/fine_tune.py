@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from malleable.lightning_modules.editing.answers import score_answers
 from malleable.lightning_modules.editing.prompts import Reader
-from malleable.lightning_modules.editing.targets import Fact, at_positions
+from malleable.lightning_modules.editing.targets import Fact
 
 
 @dataclass
@@ -50,31 +51,20 @@ def fine_tune(
     Returns:
         Loss of each fact, nats a token, before the last step, and the steps made.
     """
-    device = weights[0].device
     answers = [reader.answer(fact.target) for fact in facts]
     rows = [reader.row(fact.prompt, fact.subject, answer=answer[:-1]) for fact, answer in zip(facts, answers, strict=True)]
-    spots = [
-        (number, len(row.ids) - len(answer) + place, token)
-        for number, (row, answer) in enumerate(zip(rows, answers, strict=True))
-        for place, token in enumerate(answer)
-    ]
-    batch = reader.batch(rows, device)
-    row, place, token = torch.tensor(spots, device=device).T
-    counts = torch.bincount(row, minlength=len(facts))
     # Half-precision weights would not move: masters in single precision do.
     masters = [weight.detach().float().clone().requires_grad_() for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=settings.lr, weight_decay=settings.decay)
-    losses = torch.zeros(len(facts), device=device)
+    losses = torch.zeros(len(facts))
     steps = 0
     flags = [weight.requires_grad for weight in weights]
     try:
         for weight in weights:
             weight.requires_grad_(True)
         for steps in range(settings.steps + 1):
-            with torch.enable_grad(), at_positions(model, row, place):
-                logps = model(**batch.inputs(), use_cache=False).logits[0].float().log_softmax(-1)
-                own = -logps[torch.arange(len(token), device=device), token]
-                each = own.new_zeros(len(facts)).index_add(0, row, own) / counts
+            with torch.enable_grad():
+                each = score_answers(model, reader, rows, answers).nll
                 gradients = torch.autograd.grad(each.mean(), list(weights))
             losses = each.detach()
             if losses.mean() < settings.stop or steps == settings.steps:

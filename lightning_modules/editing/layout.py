@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 # Names of the last projection of an MLP, within a block.
@@ -21,7 +18,6 @@ PROJECTIONS = (
 )
 # Transposed, they are made of weights `(width in, width out)`.
 CONVOLUTIONS = ("Conv1D",)
-TOLERANCE = 1e-3
 
 
 class Projection(NamedTuple):
@@ -123,107 +119,3 @@ def _no_projection(model: nn.Module, block: str, names: dict[str, nn.Module]) ->
         f"no projection at the end of an MLP in {block} of {type(model).__name__}: it has {', '.join(parts[:12])}; "
         f"known are {', '.join(PROJECTIONS)}. Name it, e.g. projection='{block.removesuffix('.0')}.{{}}.mlp.down_proj'"
     )
-
-
-@torch.no_grad()
-def check_additive(model: nn.Module, layout: Layout, layer: int, input_ids: Tensor) -> None:
-    """Check that what a layer's projection gives is what its block adds to the residual stream, as edits take for granted.
-
-    Args:
-        model: In evaluation mode.
-        layout: Names of its parts.
-        layer: Which.
-        input_ids: ``(1, T)`` any text.
-
-    Raises:
-        ValueError: If a norm or a factor lies between (Gemma 2 and 3, OLMo 2, Granite, OPT-350m).
-    """
-    module = layout.projection_of(model, layer).module
-    shift: list[Tensor] = []
-
-    def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(output.shape[-1], generator=generator).to(output) * output.float().square().mean().sqrt().to(output.dtype)
-        shift.append(drawn)
-        return output + drawn
-
-    before = read_block(model, layout, layer, input_ids)
-    handle = module.register_forward_hook(add)
-    try:
-        after = read_block(model, layout, layer, input_ids)
-    finally:
-        handle.remove()
-    error = float((after.float() - before.float() - shift[0].float()).norm() / (after.float() - before.float()).norm().clamp_min(1e-30))
-    # Half precision rounds sums of the residual stream's size.
-    if error > max(TOLERANCE, 64 * torch.finfo(before.dtype).eps):
-        raise ValueError(
-            f"the blocks of {type(model).__name__} change by something else than their MLP gives (relative difference {error:.2g}): a norm or a "
-            "factor lies between, so that targets for the residual stream are none for the projection; such models cannot be edited"
-        )
-
-
-def read_block(model: nn.Module, layout: Layout, layer: int, input_ids: Tensor) -> Tensor:
-    """Output of a block, ``(B, T, v)``; the rest of the model is not run."""
-    with stopping(model, layout, layer, []) as seen:
-        seen.run(input_ids=input_ids)
-    assert seen.output is not None
-    return seen.output
-
-
-class Seen:
-    """What a pass through the first blocks has shown.
-
-    Attributes:
-        keys: Inputs ``(B, T, d)`` of the projections asked for, by layer.
-        output: Output ``(B, T, v)`` of the last block that ran.
-        rest: What the block returned behind it; ``None`` where it returned nothing but the output.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self.keys: dict[int, Tensor] = {}
-        self.output: Tensor | None = None
-        self.rest: tuple[Any, ...] | None = None
-
-    def run(self, **inputs: Tensor) -> None:
-        """Run the model until the last block that is asked for."""
-        self.keys, self.output = {}, None
-        try:
-            self._model(**inputs, use_cache=False)
-        except _Stop:
-            return
-
-
-class _Stop(Exception):
-    """Ends a forward pass."""
-
-
-@contextmanager
-def stopping(model: nn.Module, layout: Layout, last: int, layers: Sequence[int]) -> Iterator[Seen]:
-    """Watch passes through blocks ``0..last``, and end each after that.
-
-    Args:
-        model: Run by :meth:`Seen.run`.
-        layout: Names of its parts.
-        last: The last block to run.
-        layers: Layers whose keys are kept.
-    """
-    seen = Seen(model)
-
-    def keep(layer: int) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            seen.keys[layer] = inputs[0]
-
-        return hook
-
-    def stop(_: nn.Module, __: Any, output: Any) -> None:
-        seen.output, seen.rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        raise _Stop
-
-    handles = [layout.projection_of(model, layer).module.register_forward_pre_hook(keep(layer)) for layer in layers]
-    handles.append(layout.block_of(model, last).register_forward_hook(stop))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

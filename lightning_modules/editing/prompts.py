@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-PLACEHOLDER = "{}"
+from malleable.datamodules.requests import PLACEHOLDER
+
 STARTS = ("The", "Therefore", "Because", "I", "You")
 
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]

@@ -7,67 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from malleable.datamodules.requests import PLACEHOLDER, EditRequest
-from malleable.lightning_modules.editing.prompts import Reader, Row
-from malleable.lightning_modules.editing.targets import at_positions
+from malleable.lightning_modules.editing.answers import take_answers
+from malleable.lightning_modules.editing.prompts import Reader
 
 SHARES = ("efficacy", "generalization", "specificity")
-
-
-class Answers(NamedTuple):
-    """How a model takes given answers to given questions.
-
-    Attributes:
-        nll: ``(N,)`` negative log-likelihood of a token of the answer, nats, mean over its tokens.
-        accuracy: ``(N,)`` share of its tokens that are the likeliest, given the ones before.
-    """
-
-    nll: Tensor
-    accuracy: Tensor
-
-    @property
-    def exact(self) -> Tensor:
-        """Whether all tokens are, ``(N,)``."""
-        return self.accuracy == 1
-
-
-@torch.no_grad()
-def take_answers(model: Any, reader: Reader, questions: Sequence[tuple[str, str]], max_rows: int = 64) -> Answers:
-    """Score answers under teacher forcing.
-
-    Args:
-        model: In evaluation mode.
-        reader: Makes rows of texts.
-        questions: Texts and answers; a blank is put between them.
-        max_rows: Rows of a pass.
-    """
-    device = next(model.parameters()).device
-    answers = [reader.answer(answer) for _, answer in questions]
-    rows = [reader.question(text, answer[:-1]) for (text, _), answer in zip(questions, answers, strict=True)]
-    # Rows of like lengths share a pass.
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
-    nll, accuracy = torch.zeros(len(rows)), torch.zeros(len(rows))
-    for start in range(0, len(rows), max_rows):
-        chosen = order[start : start + max_rows]
-        nll[chosen], accuracy[chosen] = _scored(model, reader, [rows[number] for number in chosen], [answers[number] for number in chosen], device)
-    return Answers(nll, accuracy)
-
-
-def _scored(model: Any, reader: Reader, rows: Sequence[Row], answers: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    batch = reader.batch(rows, device)
-    lengths = torch.tensor([len(answer) for answer in answers], device=device)
-    row = torch.arange(len(rows), device=device).repeat_interleave(lengths)
-    first = torch.tensor([len(one.ids) - len(answer) for one, answer in zip(rows, answers, strict=True)], device=device)
-    within = torch.arange(len(row), device=device) - (lengths.cumsum(0) - lengths)[row]
-    token = torch.tensor([token for answer in answers for token in answer], device=device)
-    with at_positions(model, row, first[row] + within):
-        logps = model(**batch.inputs(), use_cache=False).logits[0].float().log_softmax(-1)
-    own = logps[torch.arange(len(token), device=device), token]
-    right = (logps.argmax(-1) == token).float()
-    sums = torch.zeros(2, len(rows), device=device).index_add_(1, row, torch.stack([-own, right])) / lengths
-    return sums[0].cpu(), sums[1].cpu()
 
 
 class RequestFigures(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
-from malleable.lightning_modules.editing.layout import Layout, stopping
+from malleable.lightning_modules.editing.layout import Layout
+from malleable.lightning_modules.editing.passes import stopping
 from malleable.lightning_modules.functional.null_space import SecondMoment
+from malleable.lightning_modules.patches.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -148,11 +149,9 @@ def _mark(model: nn.Module, layout: Layout, layers: Sequence[int], tokenizer: An
 
 
 def _write(file: Path, mark: str, totals: dict[int, SecondMoment], pieces: int) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     about = {"mark": mark, "pieces": str(pieces), "counts": json.dumps({layer: total.count for layer, total in totals.items()})}
-    save_file({str(layer): total.total.cpu() for layer, total in totals.items()}, temporary, about)
-    temporary.replace(file)
+    with replacing(file) as building:
+        save_file({str(layer): total.total.cpu() for layer, total in totals.items()}, building, about)
 
 
 def _taken_up(file: Path, mark: str, totals: dict[int, SecondMoment]) -> int:

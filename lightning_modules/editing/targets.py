@@ -5,17 +5,18 @@ Shapes: F facts, C contexts of a fact, B rows of a pass, T tokens, v width of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from malleable.lightning_modules.editing.layout import Layout, stopping
-from malleable.lightning_modules.editing.prompts import PLACEHOLDER, Reader, Row
+from malleable.datamodules.requests import PLACEHOLDER
+from malleable.lightning_modules.editing.layout import Layout
+from malleable.lightning_modules.editing.passes import at_positions, replaying, stopping
+from malleable.lightning_modules.editing.prompts import Reader, Row
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 
@@ -217,41 +218,3 @@ class _Search:
                 f"the target of {len(bad)} facts was lost (loss not finite), the first {fact.prompt.format(fact.subject)!r} -> {fact.target!r}; "
                 "lower targets.lr or load the model in float32"
             )
-
-
-@contextmanager
-def replaying(model: nn.Module, layout: Layout, last: int, hidden: Tensor, rest: tuple[Any, ...] | None) -> Iterator[None]:
-    """Let the model go on from the output ``(B, T, v)`` of block ``last``, and what it returns behind it, without running the blocks up to it."""
-
-    def skip(states: Tensor, *_: Any, **__: Any) -> Any:
-        return states if rest is None else (states, *rest)
-
-    def give(*_: Any, **__: Any) -> Any:
-        return hidden if rest is None else (hidden, *rest)
-
-    blocks = [layout.block_of(model, layer) for layer in range(last + 1)]
-    own = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = give if block is blocks[-1] else skip
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
-
-
-@contextmanager
-def at_positions(model: Any, rows: Tensor, tokens: Tensor) -> Iterator[None]:
-    """Compute logits at these tokens only: ``(1, P, V)`` instead of ``(B, T, V)``."""
-
-    def gather(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (inputs[0][rows, tokens][None],)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()

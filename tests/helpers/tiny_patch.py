@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.fingerprint import fingerprint
 from malleable.lightning_modules.patches.patch import Patch
@@ -59,3 +60,15 @@ def random_patch(tensors: Mapping[str, Tensor], names: Iterable[str] = (DOWN,), 
             deltas[name] = Delta(torch.randn(d1, rank, generator=draws), 0.1 * torch.randn(rank, d0, generator=draws))
     base = fields.pop("base", None) or fingerprint(tensors)
     return Patch(**{"kind": "alpha_edit", "deltas": deltas, "base": base, "title": f"edit {seed}", **fields})
+
+
+def apply(path: Path, patch: Patch, out: Path | None = None, **options: bool) -> Path:
+    """Apply a patch to what lies in files."""
+    target = open_container(path)
+    return target.write(target.stack.apply(patch, target.tensors, **options), out)
+
+
+def revert(path: Path, *ids: str) -> Path:
+    """Revert patches of what lies in files; all, if none is named."""
+    target = open_container(path)
+    return target.write(target.stack.revert(ids or target.stack.ids, target.tensors))

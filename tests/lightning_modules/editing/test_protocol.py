@@ -8,8 +8,9 @@ from small_editing import decoder, tokenizer
 from small_facts import KNOWN, NEW, learnt_decoder, share
 
 from malleable.datamodules.requests import EditRequest, Probe
+from malleable.lightning_modules.editing.answers import take_answers
 from malleable.lightning_modules.editing.prompts import Reader
-from malleable.lightning_modules.editing.protocol import RequestFigures, measure, perplexity, summary, take_answers
+from malleable.lightning_modules.editing.protocol import RequestFigures, measure, perplexity, summary
 
 
 class Oracle(torch.nn.Module):

@@ -1,18 +1,8 @@
 import pytest
 import torch
-from tiny_patch import DOWN, QUERY, UP, llama, random_patch, save_checkpoint, with_lora
+from tiny_patch import DOWN, QUERY, UP, apply, llama, random_patch, revert, save_checkpoint, with_lora
 
 from malleable.lightning_modules.patches.containers import open_container
-
-
-def apply(path, patch, out=None, **options):
-    target = open_container(path)
-    return target.write(target.stack.apply(patch, target.tensors, **options), out)
-
-
-def revert(path, *ids):
-    target = open_container(path)
-    return target.write(target.stack.revert(ids or target.stack.ids, target.tensors))
 
 
 def content(path):

@@ -3,22 +3,12 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from tiny_patch import DOWN, QUERY, UP, llama, random_patch, with_lora
+from tiny_patch import DOWN, QUERY, UP, apply, llama, random_patch, revert, with_lora
 from transformers import AutoModelForCausalLM
 
 from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.names import canonical_tensors
 from malleable.lightning_modules.patches.patch import Patch
-
-
-def apply(path, patch, out=None, **options):
-    target = open_container(path)
-    return target.write(target.stack.apply(patch, target.tensors, **options), out)
-
-
-def revert(path, *ids):
-    target = open_container(path)
-    return target.write(target.stack.revert(ids or target.stack.ids, target.tensors))
 
 
 def tree(path):
