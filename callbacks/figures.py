@@ -34,7 +34,8 @@ STYLE: Any = {  # matplotlib types the keys one by one
     "font.size": 10,
     "grid.alpha": 0.3,
     "legend.fontsize": 9,
-    "legend.frameon": False,
+    "legend.framealpha": 0.85,
+    "legend.edgecolor": "none",
     "lines.linewidth": 1.8,
 }
 TITLE_LENGTH = 38
