@@ -35,6 +35,8 @@ class EditRequest:
         true: The answer so far, where it is known.
         paraphrases: The same question in other words, subject put in.
         neighbors: Questions about others, whose answers are to stay.
+        generation_prompts: Beginnings of texts about the subject, for fluency and consistency.
+        references: Texts about things of which the new answer is true: what texts about the subject should now resemble.
 
     Raises:
         ValueError: If a text is empty, or the prompt has no place for the subject.
@@ -47,6 +49,8 @@ class EditRequest:
     true: str | None = None
     paraphrases: tuple[str, ...] = ()
     neighbors: tuple[Probe, ...] = ()
+    generation_prompts: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the texts."""
@@ -61,11 +65,12 @@ class EditRequest:
 
     def as_plain(self) -> dict[str, Any]:
         """Return what :func:`request_of` reads."""
-        fields = asdict(self)
-        return {**fields, "paraphrases": list(self.paraphrases), "neighbors": [probe._asdict() for probe in self.neighbors]}
+        lists = {name: list(getattr(self, name)) for name in _TEXTS}
+        return {**asdict(self), **lists, "neighbors": [probe._asdict() for probe in self.neighbors]}
 
 
-_NAMES = {"request_id", "prompt", "subject", "target", "true", "paraphrases", "neighbors"}
+_TEXTS = ("paraphrases", "generation_prompts", "references")
+_NAMES = {"request_id", "prompt", "subject", "target", "true", "neighbors", *_TEXTS}
 # What the field's files call them.
 _OTHER_NAMES = {"case_id": "request_id", "target_new": "target", "target_true": "true"}
 
@@ -92,9 +97,17 @@ def request_of(fields: Mapping[str, Any], number: int) -> EditRequest:
         if isinstance(named.get(name), Mapping):
             named[name] = named[name].get("str")
     named["request_id"] = str(named.get("request_id", number))
-    named["paraphrases"] = tuple(named.get("paraphrases") or ())
+    for name in _TEXTS:
+        named[name] = _texts(name, named.get(name))
     named["neighbors"] = tuple(_probe(item) for item in named.get("neighbors") or ())
     return EditRequest(**named)
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = tuple(value or ()) if not isinstance(value, str) else (value,)
+    if wrong := [text for text in texts if not isinstance(text, str) or not text.strip()]:
+        raise ValueError(f"{name} must be texts, got {wrong[0]!r}")
+    return texts
 
 
 def _probe(item: Any) -> Probe:

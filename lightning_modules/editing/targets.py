@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from malleable.datamodules.requests import PLACEHOLDER
 from malleable.lightning_modules.editing.layout import Layout
-from malleable.lightning_modules.editing.passes import at_positions, replaying, stopping
 from malleable.lightning_modules.editing.prompts import Reader, Row
+from malleable.lightning_modules.editing.tails import Tails
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 
@@ -99,8 +99,8 @@ def find_targets(
     """Seek the target vectors of facts at the output of a block, many at a time; each as if it were alone.
 
     Minimised are, for a change ``x`` at the subject: the answer's negative log-likelihood after all contexts, ``kl KL(now | before)`` of the next
-    token after "{subject} is a", and ``decay |x| / |h|^2``. Blocks up to the layer run once, the others in every pass; logits are computed
-    where they are needed.
+    token after "{subject} is a", and ``decay |x| / |h|^2``. What does not depend on the change is computed once (see
+    :class:`~malleable.lightning_modules.editing.tails.Tails`), logits where they are needed.
 
     Args:
         model: A decoder in evaluation mode; its parameters are left alone.
@@ -128,44 +128,39 @@ class _Search:
     def __init__(
         self, model: Any, layout: Layout, layer: int, reader: Reader, facts: Sequence[Fact], contexts: Sequence[str], settings: TargetSettings
     ) -> None:
-        self.model, self.layout, self.layer, self.settings, self.facts = model, layout, layer, settings, facts
-        device = next(model.parameters()).device
+        self.model, self.settings, self.facts = model, settings, facts
         self.num_rows = len(contexts) + 1
         rows: list[Row] = []
-        spots: list[tuple[int, int, int]] = []  # row, token, the answer's next one
+        spots: list[tuple[int, int, int]] = []  # row, token behind the look-up token, the answer's next one
         for fact in facts:
             answer = reader.answer(fact.target)
             for context in contexts:
                 row = reader.row(fact.prompt, fact.subject, context, answer[:-1])
-                first = len(row.ids) - len(answer)
+                first = len(row.ids) - len(answer) - row.position
                 spots += [(len(rows), first + place, token) for place, token in enumerate(answer)]
                 rows.append(row)
-            row = reader.row(f"{PLACEHOLDER} is a", fact.subject)
-            rows.append(row)
-        self.rows = reader.batch(rows, device)
+            about = reader.row(f"{PLACEHOLDER} is a", fact.subject)
+            # The look-up token: what the model says of the subject itself.
+            rows.append(Row(about.ids[: about.position + 1], about.position))
+        device = next(model.parameters()).device
+        self.tails = Tails(model, layout, layer, reader.batch(rows, device))
         self.spots = torch.tensor(spots, device=device)
-        # The look-up token: what the model says of the subject itself.
-        self.about = torch.arange(self.num_rows - 1, len(rows), self.num_rows, device=device)
 
     def run(self) -> Targets:
         """Descend until every fact is done."""
         settings, number = self.settings, len(self.facts)
-        with torch.no_grad(), stopping(self.model, self.layout, self.layer, []) as seen:
-            seen.run(**self.rows.inputs())
-        assert seen.output is not None
-        hidden, self.rest = seen.output, seen.rest
-        place = torch.arange(len(hidden), device=hidden.device)
-        start = hidden[place, self.rows.position].view(number, self.num_rows, -1)[:, 0].float()
+        tails = self.tails
+        start = tails.start.view(number, self.num_rows, -1)[:, 0].float()
         length = start.norm(dim=1)
         change, first, second = (torch.zeros_like(start) for _ in range(3))
         loss, nll = (start.new_zeros(number) for _ in range(2))
         steps = torch.zeros(number, dtype=torch.long, device=start.device)
-        running = torch.arange(number, device=start.device)
+        running, spots = torch.arange(number, device=start.device), self.spots
         before: Tensor | None = None
         for step in range(1, settings.steps + 1):
             leaf = change[running].requires_grad_()
             with torch.enable_grad():
-                negative, about = self._pass(hidden, leaf, running)
+                negative, about = self._pass(tails, leaf, spots)
                 before = about.detach() if before is None else before
                 divergence = F.kl_div(before[running], about, log_target=True, reduction="none").sum(1)
                 losses = negative + settings.kl * divergence + settings.decay * leaf.norm(dim=1) / length[running].square()
@@ -173,9 +168,11 @@ class _Search:
             self._check(losses, running)
             loss[running], nll[running] = losses.detach(), negative.detach()
             going = (losses.detach() >= settings.stop) & (step < settings.steps)
-            running, gradient = running[going], gradient[going]
-            if not len(running):
+            if not going.any():
                 break
+            if not going.all():
+                running, gradient = running[going], gradient[going]
+                tails, spots = self._only(running)
             steps[running] = step
             first[running] = torch.lerp(gradient, first[running], BETAS[0])
             second[running] = torch.lerp(gradient.square(), second[running], BETAS[1])
@@ -185,28 +182,25 @@ class _Search:
             change[running] = moved * (limit / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1)[:, None]
         return Targets(start, change, loss, nll, steps)
 
-    def _pass(self, hidden: Tensor, change: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood of each running fact ``(F,)`` and what is said of its subject, log-probabilities ``(F, V)``."""
-        order = torch.full((len(self.facts),), -1, device=hidden.device)
-        order[running] = torch.arange(len(running), device=hidden.device)
-        chosen = (running[:, None] * self.num_rows + torch.arange(self.num_rows, device=hidden.device)).flatten()
-        rows = self.rows.take(chosen)
-        part = hidden[chosen, : rows.input_ids.shape[1]]
-        place = torch.arange(len(chosen), device=hidden.device)
-        shifted = part[place, rows.position].float() + change.repeat_interleave(self.num_rows, 0)
-        injected = part.index_put((place, rows.position), shifted.to(part.dtype))
+    def _only(self, running: Tensor) -> tuple[Tails, Tensor]:
+        """The rows and spots of some facts."""
+        rows = (running[:, None] * self.num_rows + torch.arange(self.num_rows, device=running.device)).flatten()
+        order = torch.full((len(self.facts) * self.num_rows,), -1, device=running.device)
+        order[rows] = torch.arange(len(rows), device=running.device)
+        row, token, target = self.spots.T
+        kept = order[row] >= 0
+        return self.tails.take(rows), torch.stack([order[row], token, target], 1)[kept]
 
-        kept = order[self.spots[:, 0] // self.num_rows] >= 0
-        row, token, target = self.spots[kept].T
-        fact = order[row // self.num_rows]
-        row = fact * self.num_rows + row % self.num_rows
-        about = torch.arange(self.num_rows - 1, len(chosen), self.num_rows, device=hidden.device)
-        wanted = torch.cat([row, about]), torch.cat([token, rows.position[about]])
-        with replaying(self.model, self.layout, self.layer, injected, self.rest), at_positions(self.model, *wanted):
-            logps = self.model(**rows.inputs(), use_cache=False).logits[0].float().log_softmax(-1)
+    def _pass(self, tails: Tails, change: Tensor, spots: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of each running fact ``(F,)`` and what is said of its subject, log-probabilities ``(F, V)``."""
+        row, token, target = spots.T
+        fact = row // self.num_rows
+        about = torch.arange(self.num_rows - 1, len(change) * self.num_rows, self.num_rows, device=change.device)
+        wanted = torch.cat([row, about]), torch.cat([token, torch.zeros_like(about)])
+        logps = tails.logits(change.repeat_interleave(self.num_rows, 0), *wanted).float().log_softmax(-1)
         own = logps[torch.arange(len(row), device=row.device), target]
         # Mean over an answer's tokens and over contexts: every context has equally many tokens.
-        counts = torch.bincount(fact, minlength=len(running))
+        counts = torch.bincount(fact, minlength=len(change))
         negative = -torch.zeros_like(change[:, 0]).index_add(0, fact, own) / counts
         return negative, logps[len(row) :]
 

@@ -1,0 +1,215 @@
+"""Published edit requests, read from the files their authors give out; nothing is fetched.
+
+CounterFact (Meng et al. 2022, MIT with its code), zsRE as MEND cut it (Levy et al. 2017; Mitchell et al. 2022), and QAEdit (Yang et al. 2025,
+Apache-2.0): give the file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from malleable.datamodules.requests import PLACEHOLDER, EditRequest, Probe, checked, read_requests
+from malleable.datamodules.sources.facts import EditSource, EditTables
+
+log = logging.getLogger(__name__)
+
+
+class RequestFile(EditSource):
+    """Requests of one's own, a JSON object a line; see :func:`~malleable.datamodules.requests.request_of` for the fields.
+
+    Args:
+        path: The file.
+        limit: Take the first so many.
+    """
+
+    def __init__(self, path: str, limit: int | None = None) -> None:
+        self.path, self.limit = Path(path).expanduser(), limit
+
+    def files(self) -> list[Path]:
+        """Return the file."""
+        return [self.path]
+
+    def load(self) -> EditTables:
+        """Read the requests."""
+        return EditTables(read_requests(self.path)[: self.limit])
+
+
+class EditRecords(EditSource):
+    """Records of a JSON array, or one a line.
+
+    Of two records that ask the same and want different answers the later one counts, as its edit would undo the other's.
+
+    Args:
+        path: The file.
+        limit: Take the first so many.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no such file; the message names file, record and field.
+    """
+
+    def __init__(self, path: str, limit: int | None = None) -> None:
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be >= 1, got {limit}")
+        self.path, self.limit = Path(path).expanduser(), limit
+
+    @abstractmethod
+    def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
+        """Make the request of a record; a ``KeyError`` names a missing field."""
+
+    def files(self) -> list[Path]:
+        """Return the file."""
+        return [self.path]
+
+    def load(self) -> EditTables:
+        """Read the requests."""
+        latest: dict[tuple[str, str], EditRequest] = {}
+        ids: set[str] = set()
+        records = _records(self.path)[: self.limit]
+        for number, record in enumerate(records):
+            try:
+                if not isinstance(record, Mapping):
+                    raise ValueError(f"expected an object, got {type(record).__name__}")
+                request = self.request(record, number)
+            except KeyError as error:
+                raise ValueError(f"{self.path}, record {number}: field {error} is missing; is this a file of {type(self).__name__}?") from error
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self.path}, record {number}: {error}") from error
+            if request.request_id in ids:
+                request = replace(request, request_id=f"{request.request_id}/{number}")
+            ids.add(request.request_id)
+            latest.pop((request.prompt, request.subject), None)
+            latest[request.prompt, request.subject] = request
+        if dropped := len(records) - len(latest):
+            log.warning("%s: %s of %s records ask what a later one asks; the later ones count", self.path, dropped, len(records))
+        return EditTables(checked(list(latest.values()), str(self.path)))
+
+
+class CounterFact(EditRecords):
+    """CounterFact as its authors publish it, nested: two paraphrases, ten neighbours of the same true answer, ten beginnings.
+
+    Args:
+        path: ``counterfact.json`` or ``multi_counterfact.json``.
+        limit: Take the first so many.
+        snippets: ``attribute_snippets.json``, whose texts are the references of consistency.
+    """
+
+    def __init__(self, path: str, limit: int | None = None, snippets: str | None = None) -> None:
+        super().__init__(path, limit)
+        self.snippets = None if snippets is None else Path(snippets).expanduser()
+        self._texts: dict[tuple[str, str], list[str]] = defaultdict(list)
+
+    def files(self) -> list[Path]:
+        """Return the records, and the snippets if they are used."""
+        return [self.path, *([] if self.snippets is None else [self.snippets])]
+
+    def load(self) -> EditTables:
+        """Read snippets and requests."""
+        if self.snippets is not None and not self._texts:
+            for entry in _records(self.snippets):
+                self._texts[entry["relation_id"], entry["target_id"]] += [sample["text"] for sample in entry["samples"]]
+        return super().load()
+
+    def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
+        """Make the request of a record."""
+        asked = record["requested_rewrite"]
+        true = asked["target_true"]["str"]
+        return EditRequest(
+            request_id=str(record["case_id"]),
+            prompt=asked["prompt"],
+            subject=asked["subject"],
+            target=asked["target_new"]["str"],
+            true=true,
+            paraphrases=tuple(record["paraphrase_prompts"]),
+            neighbors=tuple(Probe(text, true) for text in record["neighborhood_prompts"]),
+            generation_prompts=tuple(record.get("generation_prompts", ())),
+            references=tuple(self._texts.get((asked.get("relation_id", ""), asked["target_new"].get("id", "")), ())),
+        )
+
+
+class FlatCounterFact(EditRecords):
+    """CounterFact as EasyEdit gives it out, flat: one paraphrase and one neighbour, the subject put into the prompt."""
+
+    def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
+        """Make the request of a record."""
+        paraphrase, probe = record.get("rephrase_prompt"), record.get("locality_prompt")
+        return EditRequest(
+            request_id=str(record.get("case_id", number)),
+            prompt=_with_place(record["prompt"], record["subject"]),
+            subject=record["subject"],
+            target=record["target_new"],
+            true=record["ground_truth"],
+            paraphrases=(paraphrase,) if paraphrase else (),
+            neighbors=(Probe(probe, record["locality_ground_truth"]),) if probe else (),
+        )
+
+
+class ZsRE(EditRecords):
+    """zsRE, questions: one rephrased, one of Natural Questions as the neighbour.
+
+    The old answer is not known; published figures are shares of right tokens, ``*_accuracy`` here.
+
+    Args:
+        path: ``zsre_mend_eval.json``.
+        limit: Take the first so many.
+        target: ``answer`` teaches the true answer, as published for AlphaEdit; ``alt`` a false one, as EasyEdit does.
+    """
+
+    def __init__(self, path: str, limit: int | None = None, target: Literal["answer", "alt"] = "answer") -> None:
+        super().__init__(path, limit)
+        self.target = target
+
+    def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
+        """Make the request of a record."""
+        question, answer = f"{record['loc'].rstrip('?')}?", record["loc_ans"]
+        return EditRequest(
+            request_id=str(record.get("case_id", number)),
+            prompt=_with_place(record["src"], record["subject"]),
+            subject=record["subject"],
+            target=record["answers"][0] if self.target == "answer" else record["alt"],
+            paraphrases=(record["rephrase"],),
+            neighbors=(Probe(question, answer),) if answer else (),
+        )
+
+
+class QAEdit(EditRecords):
+    """QAEdit: questions of Natural Questions, TriviaQA and SimpleQA, one rephrased, five others as neighbours."""
+
+    def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
+        """Make the request of a record."""
+        return EditRequest(
+            request_id=str(record.get("id", number)),
+            prompt=_with_place(record["prompt"], record["subject"]),
+            subject=record["subject"],
+            target=record["target"],
+            paraphrases=(record["rephrase"],),
+            neighbors=tuple(Probe(item["loc"], item["loc_ans"]) for item in record["locality"]),
+        )
+
+
+def _with_place(prompt: str, subject: str) -> str:
+    """Put the placeholder where the subject stands first."""
+    before, found, after = prompt.partition(subject)
+    if not found:
+        raise ValueError(f"the subject {subject!r} does not occur in {prompt!r}")
+    return f"{before}{PLACEHOLDER}{after}"
+
+
+def _records(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of edit records {path}; give the file as its authors publish it")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if not text.lstrip().startswith("["):
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        found: list[Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is neither a JSON array nor a JSON object a line: {error}") from error
+    return found
