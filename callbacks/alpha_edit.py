@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,12 +14,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from malleable.callbacks.edit_protocol import Findings, Protocol, edit_in_batches, examine
+from malleable.callbacks.edit_report import UsedDirections, edit_sections, spectrum_section, survival_section
+from malleable.callbacks.page import Column, Section
 from malleable.callbacks.post_fit import PostFitEdit
 from malleable.datamodules.requests import EditRequest, checked, read_requests, request_of
+from malleable.datamodules.texts import read_texts
 from malleable.lightning_modules.editing.editor import AlphaEditor, Edited, EditSettings, undisturbed
-from malleable.lightning_modules.editing.protocol import measure, perplexity, summary
+from malleable.lightning_modules.editing.known import KnownFacts, known_requests
 from malleable.lightning_modules.editing.statistics import StatisticsSettings
-from malleable.lightning_modules.editing.targets import Fact
 from malleable.lightning_modules.functional.null_space import LowRank
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.names import canonical_name
@@ -30,13 +35,17 @@ log = logging.getLogger(__name__)
 class AlphaEdit(PostFitEdit):
     """Edits facts in a trained decoder, in the null space of what its MLPs read.
 
+    ``test`` asks for the facts, their paraphrases and neighbours, of the model as it is and as it was before; a report shows them side by side.
+
     Args:
         requests: Facts: a JSONL file, a list of objects with ``prompt``, ``subject`` and ``target``; default: the data module's ``edit_requests``.
         settings: How they are edited.
-        texts: What the model should go on saying: a text file, a paragraph a line, or a list; default: the data module's ``edit_texts``.
+        texts: What the model should go on saying: a list, or a file as of :func:`~malleable.datamodules.texts.read_texts`; default: the data
+            module's ``edit_texts``.
         statistics: How second moments are taken over it.
         statistics_file: Where these are kept and taken up; default: nowhere.
-        measured_texts: Texts of which perplexity is measured before and after.
+        known: Edit only what the model knows; default: all requests.
+        protocol: What is measured before and after, and between batches.
         model: Name of the module's attribute that is the Hugging Face model.
         start: ``best`` weights by the run's checkpoint callback, or the ``last`` ones.
 
@@ -53,7 +62,8 @@ class AlphaEdit(PostFitEdit):
         texts: str | list[str] | None = None,
         statistics: StatisticsSettings | None = None,
         statistics_file: str | None = None,
-        measured_texts: int = 100,
+        known: KnownFacts | None = None,
+        protocol: Protocol | None = None,
         model: str = "model",
         start: Literal["best", "last"] = "best",
     ) -> None:
@@ -61,8 +71,9 @@ class AlphaEdit(PostFitEdit):
         self.settings: EditSettings = from_plain(EditSettings, settings) or EditSettings()
         self.statistics: StatisticsSettings = from_plain(StatisticsSettings, statistics) or StatisticsSettings()
         self.statistics_file = None if statistics_file is None else Path(statistics_file)
+        self.known: KnownFacts | None = from_plain(KnownFacts, known)
+        self.protocol: Protocol = from_plain(Protocol, protocol) or Protocol()
         self.texts = texts
-        self.measured_texts = measured_texts
         # Read at once: a wrong line should not wait for the end of training.
         self.requests: list[EditRequest] | None = None
         if isinstance(requests, str):
@@ -70,6 +81,9 @@ class AlphaEdit(PostFitEdit):
         elif requests is not None:
             self.requests = checked([request_of(fields, number) for number, fields in enumerate(requests)], "requests")
         self.records: list[Edited] = []
+        self.before, self.after = Findings(), Findings()
+        self._edited: list[EditRequest] = []
+        self._sections: list[Section] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find requests, text and tokenizer before any long work."""
@@ -82,32 +96,75 @@ class AlphaEdit(PostFitEdit):
 
     def make_patch(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Patch:
         """Edit, turn the updates into deltas, and take the edits back."""
+        tokenizer, measured = self._tokenizer(trainer, pl_module), self._measured(trainer)
+        editor = AlphaEditor(model, tokenizer, self.settings)
         requests = self._requests(trainer)
-        editor = AlphaEditor(model, self._tokenizer(trainer, pl_module), self.settings)
+        if self.known is not None:
+            with undisturbed(model):
+                requests, asked = known_requests(model, editor.reader, requests, self.known), requests
+            log.info("%s of %s requests are edited: facts that the model knows", len(requests), len(asked))
+        self._edited = requests
+        self.before = examine(model, tokenizer, requests, measured, self.protocol)
         if self.settings.needs_text:
             editor.fit_statistics(self._texts(trainer), self.statistics, self.statistics_file)
-        before = self._figures(editor, requests)
-        self.records = editor.edit([Fact(request.prompt, request.subject, request.target) for request in requests])
-        after = self._figures(editor, requests)
+        self.records, survival = edit_in_batches(editor, requests, self.protocol)
+        self.after = examine(model, tokenizer, requests, measured, self.protocol)
         if drift := editor.drift():
-            after["drift"] = sum(drift.values()) / len(drift)
+            self.after.figures["drift"] = sum(drift.values()) / len(drift)
         deltas = {self._name(editor, layer): self._delta(editor, layer) for layer in editor.layers}
+        self._sections = [*survival_section(survival), *spectrum_section(_directions(editor), _rule(self.settings))]
         editor.revert()
         settings = {**asdict(self.settings), "layers": list(editor.layers), "contexts_drawn": editor.contexts}
-        about = [{**request.as_plain(), **_outcome(record)} for request, record in zip(requests, self.records, strict=True)]
+        about = [{**request.as_plain(), **self._outcome(number)} for number, request in enumerate(requests)]
         title = f"{len(requests)} facts, {self.settings.method}, layers {editor.layers[0]} to {editor.layers[-1]}"
-        return self.patch(model, deltas, title=title, requests=about, settings=settings, figures={"before": before, "after": after})
+        figures = {"before": self.before.figures, "after": self.after.figures}
+        return self.patch(model, deltas, title=title, requests=about, settings=settings, figures=figures)
 
-    def _figures(self, editor: AlphaEditor, requests: Sequence[EditRequest]) -> dict[str, float]:
-        with undisturbed(editor.model):
-            figures: dict[str, float] = summary(measure(editor.model, editor.reader, requests))
-            if isinstance(self.texts, list) and self.measured_texts:
-                figures["perplexity"] = perplexity(editor.model, editor.tokenizer, self.texts[: self.measured_texts])
-        return figures
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run the protocol on the requests of the patches, or on those given, as the model is and as it was before the patches."""
+        patched = [plain for patch in self.stack.patches if patch.kind == self.kind for plain in patch.requests]
+        if patched:
+            fields = [field.name for field in dataclass_fields(EditRequest)]
+            requests = [request_of({name: plain[name] for name in fields if name in plain}, number) for number, plain in enumerate(patched)]
+        elif self.requests is not None or hasattr(getattr(trainer, "datamodule", None), "edit_requests"):
+            requests = self._requests(trainer)
+        else:
+            return
+        model, tokenizer, measured = self._model(pl_module), self._tokenizer(trainer, pl_module), self._measured(trainer)
+        self._edited, drift = requests, self.after.figures.get("drift")
+        self.before, self.after = Findings(), examine(model, tokenizer, requests, measured, self.protocol)
+        if patched:
+            with self.originals(model):
+                self.before = examine(model, tokenizer, requests, measured, self.protocol)
+            if drift is not None:
+                self.after.figures["drift"] = drift
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the figures of the model as it is, and the growth of perplexity."""
+        figures = {f"test_{name}": value for name, value in self.after.figures.items() if name != "perplexity"}
+        if "perplexity" in self.before.figures:
+            figures["test_perplexity_ratio"] = self.after.figures["perplexity"] / self.before.figures["perplexity"]
+        pl_module.log_dict(figures, rank_zero_only=False)
+
+    def report_columns(self) -> list[Column]:
+        """What the model was like before."""
+        return [Column("before the edit", "before", self.before.figures)] if self.before.figures else []
+
+    def report_sections(self) -> list[Section]:
+        """Facts before and after; after a fit, also the survival of edits and the spectrum."""
+        return [*edit_sections(self._edited, self.before, self.after), *self._sections]
 
     def _name(self, editor: AlphaEditor, layer: int) -> str:
         weight = editor.projections[layer].weight
         return next(canonical_name(name) for name, parameter in editor.model.named_parameters() if parameter is weight)
+
+    def _outcome(self, number: int) -> dict[str, Any]:
+        """What became of a request, for the patch."""
+        outcome = {name: value for name, value in self.records[number]._asdict().items() if name != "fact"}
+        for when, findings in (("before", self.before), ("after", self.after)):
+            shares = {name: value for name, value in findings.requests[number]._asdict().items() if not math.isnan(value)}
+            outcome[when] = {**shares, **({"says": findings.answers[number]} if number < len(findings.answers) else {})}
+        return outcome
 
     def _delta(self, editor: AlphaEditor, layer: int) -> Delta:
         update, projection = editor.update(layer), editor.projections[layer]
@@ -126,15 +183,17 @@ class AlphaEdit(PostFitEdit):
 
     def _texts(self, trainer: Trainer) -> list[str]:
         if self.texts is None:
-            self.texts = list(_of_data(trainer, "edit_texts", "texts=... (a text file or a list)"))
+            self.texts = list(_of_data(trainer, "edit_texts", "texts=... (a file or a list)"))
         if isinstance(self.texts, str):
-            path = Path(self.texts)
-            if not path.is_file():
-                raise MisconfigurationException(f"AlphaEdit(texts={str(path)!r}): there is no such file; give a text file, a paragraph a line")
-            self.texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            self.texts = read_texts(Path(self.texts))
         if not self.texts:
             raise MisconfigurationException("AlphaEdit has no text to learn from what the model should go on saying; give some with texts=...")
         return self.texts
+
+    def _measured(self, trainer: Trainer) -> list[str]:
+        """Texts whose perplexity is measured: the data module's, or the first of those given."""
+        held = getattr(getattr(trainer, "datamodule", None), "measured_texts", None)
+        return list(held) if held else self._texts(trainer) if self.texts is not None else []
 
     def _tokenizer(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         for owner in (pl_module, getattr(trainer, "datamodule", None)):
@@ -151,12 +210,12 @@ def _of_data(trainer: Trainer, name: str, instead: str) -> Any:
     return found
 
 
-def _outcome(record: Edited) -> dict[str, Any]:
-    return {
-        "batch": record.batch,
-        "loss": record.loss,
-        "nll": record.nll,
-        "steps": record.steps,
-        "change": record.change,
-        "lacking": list(record.lacking),
-    }
+def _directions(editor: AlphaEditor) -> dict[int, UsedDirections]:
+    retained = {layer: editor.retained(layer) for layer in editor.spectra}
+    return {layer: UsedDirections(spectrum.values.cpu(), retained[layer]) for layer, spectrum in editor.spectra.items()}
+
+
+def _rule(settings: EditSettings) -> str:
+    if settings.method != "alpha_edit":
+        return f"{settings.method} may use all of them"
+    return f"threshold {settings.threshold.mode} {settings.threshold.value:g}"

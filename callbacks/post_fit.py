@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -145,6 +146,21 @@ class PostFitEdit(Callback, ABC):
         keys = {id(value): key for key, value in pl_module.state_dict(keep_vars=True).items()}
         tensors = canonical_tensors(self._model(pl_module))
         return {keys[id(tensor)]: tensor.detach() for name, tensor in tensors.items() if name in self.stack.originals}
+
+    @contextmanager
+    def originals(self, model: nn.Module) -> Iterator[None]:
+        """Put the weights before all patches in place, to the bit, and the patched ones back."""
+        tensors = canonical_tensors(model)
+        patched = {name: tensors[name].detach().clone() for name in self.stack.originals}
+        with torch.no_grad():
+            for name, value in self.stack.originals.items():
+                tensors[name].copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in patched.items():
+                    tensors[name].copy_(value)
 
     def _model(self, pl_module: LightningModule) -> nn.Module:
         model = getattr(pl_module, self.model, None)

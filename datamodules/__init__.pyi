@@ -9,9 +9,14 @@ from malleable.datamodules.batch import PackedBatch as PackedBatch
 from malleable.datamodules.batch import PreferenceBatch as PreferenceBatch
 from malleable.datamodules.batch import QueryBatch as QueryBatch
 from malleable.datamodules.batch import Recommendations as Recommendations
+from malleable.datamodules.batch import Vocabulary as Vocabulary
 from malleable.datamodules.batch import collate as collate
+from malleable.datamodules.editing import EditingDataModule as EditingDataModule
 from malleable.datamodules.knowledge_graph import KnowledgeGraphDataModule as KnowledgeGraphDataModule
 from malleable.datamodules.loader import PhasedLoader as PhasedLoader
 from malleable.datamodules.prompt import PromptTemplate as PromptTemplate
 from malleable.datamodules.recommendation import RecommendationDataModule as RecommendationDataModule
+from malleable.datamodules.requests import EditRequest as EditRequest
+from malleable.datamodules.requests import Probe as Probe
+from malleable.datamodules.requests import read_requests as read_requests
 from malleable.datamodules.splits import Split as Split

@@ -174,6 +174,23 @@ class Recommendations(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """What a language model must know of its tokenizer.
+
+    Attributes:
+        vocab_size: Number of tokens.
+        eos_token_id: End-of-sequence token.
+        pad_token_id: Padding token.
+        tokenizer: Folder or id the tokenizer loads from.
+    """
+
+    vocab_size: int
+    eos_token_id: int = 0
+    pad_token_id: int = 0
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
 class Catalog:
     """The items that can be recommended, in id order.
 

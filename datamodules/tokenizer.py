@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 PAD, EOS, BOS = "<pad>", "</s>", "<s>"
 METHOD = "byte-level BPE across words, titles weighted by their counts"
+WORD_METHOD = "byte-level BPE within words"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -47,16 +48,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def train_tokenizer(titles: Sequence[str], vocab_size: int = 2048, counts: Sequence[int] | None = None) -> Path:
+def train_tokenizer(titles: Sequence[str], vocab_size: int = 2048, counts: Sequence[int] | None = None, across_words: bool = True) -> Path:
     """Train a byte-level BPE on titles and keep it in the cache; equal titles, counts and size give the same folder.
 
-    Tokens may span words: what is read and written most often is whole titles, so popular ones become a token or two, and a
-    history costs half the tokens that word pieces would take.
+    Across words, what is read and written most often is whole titles, so popular ones become a token or two, and a history costs half the tokens
+    that word pieces would take. Within words, a text is read as pretrained models read it.
 
     Args:
         titles: Texts to train on.
         vocab_size: Number of tokens, the 256 bytes and 3 special tokens included.
         counts: How often each title occurs in the training histories; titles count once more than that.
+        across_words: Whether tokens may span words.
 
     Returns:
         Folder in the Hugging Face format.
@@ -71,10 +73,10 @@ def train_tokenizer(titles: Sequence[str], vocab_size: int = 2048, counts: Seque
     if vocab_size < 256 + len(special):
         raise ValueError(f"vocab_size must be >= {256 + len(special)} (every byte and {special}), got {vocab_size}")
     weighted = sorted(zip(titles, counts if counts is not None else [0] * len(titles), strict=True))
-    folder = cache_folder() / "tokenizers" / f"bpe-{_digest([vocab_size, METHOD, *weighted])}"
+    folder = cache_folder() / "tokenizers" / f"bpe-{_digest([vocab_size, METHOD if across_words else WORD_METHOD, *weighted])}"
     if not (folder / "tokenizer.json").is_file():
         bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not across_words)
         bpe.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=special, initial_alphabet=alphabet, show_progress=False)

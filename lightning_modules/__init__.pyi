@@ -4,12 +4,14 @@ from malleable.lightning_modules.base import BaseModule as BaseModule
 from malleable.lightning_modules.baselines import ItemKNN as ItemKNN
 from malleable.lightning_modules.baselines import Markov as Markov
 from malleable.lightning_modules.baselines import Popularity as Popularity
+from malleable.lightning_modules.causal_lm import CausalLM as CausalLM
 from malleable.lightning_modules.dpo import DPO as DPO
+from malleable.lightning_modules.editing.editor import AlphaEditor as AlphaEditor
+from malleable.lightning_modules.editing.editor import EditSettings as EditSettings
 from malleable.lightning_modules.knowledge_graph import EmbeddingTuning as EmbeddingTuning
 from malleable.lightning_modules.knowledge_graph import Init as Init
 from malleable.lightning_modules.knowledge_graph import LinkRanking as LinkRanking
 from malleable.lightning_modules.language_model import Decoding as Decoding
-from malleable.lightning_modules.language_model import Tuning as Tuning
 from malleable.lightning_modules.nfe import NFE as NFE
 from malleable.lightning_modules.nfe import Flow as Flow
 from malleable.lightning_modules.patches.containers import open_container as open_container
@@ -26,3 +28,4 @@ from malleable.lightning_modules.pretrained import LoRA as LoRA
 from malleable.lightning_modules.pretrained import Scratch as Scratch
 from malleable.lightning_modules.sft import SFT as SFT
 from malleable.lightning_modules.sprec import SPRec as SPRec
+from malleable.lightning_modules.tuning import Tuning as Tuning

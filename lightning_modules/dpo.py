@@ -7,11 +7,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, PreferenceBatch
 from malleable.lightning_modules.base import LossOutput
-from malleable.lightning_modules.language_model import Decoding, LanguageModel, Tuning
+from malleable.lightning_modules.language_model import Decoding, LanguageModel
 from malleable.lightning_modules.losses.described import object_from_plain
 from malleable.lightning_modules.losses.preference import PreferenceLoss, Sigmoid
 from malleable.lightning_modules.preference import preference_step
 from malleable.lightning_modules.pretrained import LanguageModelConfig
+from malleable.lightning_modules.tuning import Tuning
 
 
 class DPO(LanguageModel):

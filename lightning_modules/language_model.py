@@ -22,12 +22,13 @@ from malleable.lightning_modules.free_answers import nearest_items, write_answer
 from malleable.lightning_modules.functional.decoding import beam_search
 from malleable.lightning_modules.functional.grounding import embed_texts
 from malleable.lightning_modules.functional.logps import answer_token_logps, packed_token_logps
-from malleable.lightning_modules.functional.schedule import warmup_decay
 from malleable.lightning_modules.functional.trie import Trie
 from malleable.lightning_modules.plain import from_plain
 from malleable.lightning_modules.play import Play, Player, row_seeds
 from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model, fingerprint, save_language_model
 from malleable.lightning_modules.recommend import allowed_items, recommendation_metrics, update_metrics
+from malleable.lightning_modules.trained_state import keep_trained, refuse_misfit
+from malleable.lightning_modules.tuning import Tuning
 
 log = logging.getLogger(__name__)
 
@@ -52,23 +53,6 @@ class Decoding:
     renormalize: bool = False
     shared_prompt: bool = True
     max_new_tokens: int = 32
-
-
-@dataclass
-class Tuning:
-    """The optimizer's course, where no optimizer or scheduler is injected.
-
-    Attributes:
-        lr: Peak learning rate of AdamW.
-        weight_decay: Decay of matrices.
-        warmup_steps: Optimizer steps of linear rise.
-        decay: Course after the rise, down to zero at the end of training.
-    """
-
-    lr: float = 3e-4
-    weight_decay: float = 0.0
-    warmup_steps: int = 20
-    decay: Literal["linear", "cosine", "constant"] = "linear"
 
 
 class LanguageModel(BaseModule):
@@ -228,21 +212,15 @@ class LanguageModel(BaseModule):
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW at the module's own rate."""
-        return torch.optim.AdamW(groups, lr=self.tuning.lr, weight_decay=self.tuning.weight_decay)
+        return self.tuning.optimizer(groups)
 
     def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """Linear rise, then decay to zero over the run."""
-        total = int(self.trainer.estimated_stepping_batches)
-        tuning = self.tuning
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_decay(step, total, tuning.warmup_steps, tuning.decay))
+        return self.tuning.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trains, the catalogue, and the identity of what does not train."""
-        # Both names of a head that is tied to the embeddings; what quantization puts beside frozen weights has no parameter's name.
-        trains = {f"model.{name}": parameter.requires_grad for name, parameter in self.model.named_parameters(remove_duplicate=False)}
-        if not all(trains.values()) and checkpoint.get("state_dict"):
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {key: value for key, value in state.items() if trains.get(key, not key.startswith("model."))}
+        keep_trained(self.model, checkpoint)
         checkpoint["base_fingerprint"] = self._base_fingerprint
         if self.catalog is not None:
             checkpoint["catalog"] = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.catalog).items()}
@@ -257,23 +235,7 @@ class LanguageModel(BaseModule):
             raise MisconfigurationException(f"{type(self).__name__} needs the catalogue, and the checkpoint has none: pass catalog=...")
         self.configure_model()
         self._titles = None
-        state = checkpoint.get("state_dict") or {}
-        if not state:
-            return
-        stored_base = checkpoint.get("base_fingerprint")
-        if stored_base is not None and stored_base != self._base_fingerprint:
-            raise MisconfigurationException(
-                f"the checkpoint was trained on another base model than '{self.language_model.name}' (fingerprint {stored_base[:12]}, "
-                f"here {self._base_fingerprint[:12]}); give the base model it was trained on"
-            )
-        own = self.state_dict()
-        missing = [f"model.{name}" for name, p in self.model.named_parameters() if p.requires_grad and f"model.{name}" not in state]
-        unexpected = sorted(set(state) - set(own))
-        if missing or unexpected:
-            raise MisconfigurationException(
-                f"the checkpoint does not fit this module: missing {missing[:3]}, unexpected {unexpected[:3]} "
-                f"({len(missing)} and {len(unexpected)} in all); build the module with the settings it was trained with"
-            )
+        refuse_misfit(self, checkpoint, self._base_fingerprint, self.language_model.name)
 
     def on_train_end(self) -> None:
         """Write the tuned model into the run folder: ``adapter/`` in PEFT format or ``model/`` in Hugging Face format."""

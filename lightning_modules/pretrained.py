@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from malleable.datamodules.batch import Catalog
+from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.fetch import resolve_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -89,12 +89,12 @@ class LanguageModelConfig:
     scratch: Scratch = field(default_factory=Scratch)
 
 
-def build_language_model(config: LanguageModelConfig, catalog: Catalog, *, zero3_config: dict[str, Any] | None = None) -> nn.Module:
+def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary | Catalog, *, zero3_config: dict[str, Any] | None = None) -> nn.Module:
     """Build the model, its adapters and its training settings.
 
     Args:
         config: What to build.
-        catalog: Gives the vocabulary and the special tokens.
+        vocabulary: The data's, of texts or of the catalogue's titles.
         zero3_config: DeepSpeed's configuration when parameters are partitioned (stage 3); weights then load shard by shard.
 
     Raises:
@@ -104,13 +104,14 @@ def build_language_model(config: LanguageModelConfig, catalog: Catalog, *, zero3
         raise ValueError("quantization needs adapters: 4-bit weights cannot be trained; set lora")
     if config.name is None:
         with _whole_weights(zero3_config):
-            model = _scratch_model(config, catalog)
+            model = _scratch_model(config, vocabulary)
     else:
         model = _pretrained_model(config, zero3_config)
     rows = model.config.vocab_size
-    if rows < catalog.vocab_size:
+    if rows < vocabulary.vocab_size:
         raise ValueError(
-            f"the tokenizer has {catalog.vocab_size} tokens but the model '{config.name}' embeds {rows}; use the model's own tokenizer for the data"
+            f"the tokenizer has {vocabulary.vocab_size} tokens but the model '{config.name}' embeds {rows}; "
+            "use the model's own tokenizer for the data"
         )
     if config.gradient_checkpointing:
         # The name since transformers 5.23, and the one before it.
@@ -124,16 +125,16 @@ def build_language_model(config: LanguageModelConfig, catalog: Catalog, *, zero3
     return built
 
 
-def _scratch_model(config: LanguageModelConfig, catalog: Catalog) -> Any:
+def _scratch_model(config: LanguageModelConfig, vocabulary: Vocabulary | Catalog) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     sizes = config.scratch
     if sizes.hidden_size % sizes.num_heads:
         raise ValueError(f"num_heads must divide hidden_size, got {sizes.num_heads} and {sizes.hidden_size}")
-    if catalog.vocab_size < 1:
+    if vocabulary.vocab_size < 1:
         raise ValueError("a model from scratch takes its vocabulary from the catalogue's tokenizer, but the catalogue has none")
     settings = LlamaConfig(
-        vocab_size=catalog.vocab_size,
+        vocab_size=vocabulary.vocab_size,
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.intermediate_size or 3 * sizes.hidden_size,
         num_hidden_layers=sizes.num_layers,
@@ -142,8 +143,8 @@ def _scratch_model(config: LanguageModelConfig, catalog: Catalog) -> Any:
         max_position_embeddings=sizes.max_length,
         attention_dropout=sizes.dropout,
         tie_word_embeddings=True,
-        pad_token_id=catalog.pad_token_id,
-        eos_token_id=catalog.eos_token_id,
+        pad_token_id=vocabulary.pad_token_id,
+        eos_token_id=vocabulary.eos_token_id,
         bos_token_id=None,
     )
     return AutoModelForCausalLM.from_config(settings, attn_implementation=config.attention, dtype=DTYPES[config.dtype])

@@ -6,8 +6,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch
 from malleable.lightning_modules.base import LossOutput
-from malleable.lightning_modules.language_model import Decoding, LanguageModel, Tuning
+from malleable.lightning_modules.language_model import Decoding, LanguageModel
 from malleable.lightning_modules.pretrained import LanguageModelConfig
+from malleable.lightning_modules.tuning import Tuning
 
 
 class SFT(LanguageModel):

@@ -10,7 +10,7 @@ FOLDERS = ("lightning_modules", "datamodules", "callbacks", "configs")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 # The vocabulary of data that others may speak: batches, the loader they come from, and pure helpers.
-DATA = tuple(f"malleable.datamodules.{name}" for name in ("batch", "fetch", "requests", "loader", "sampling"))
+DATA = tuple(f"malleable.datamodules.{name}" for name in ("batch", "fetch", "requests", "loader", "sampling", "texts"))
 # Longest folder first: what each may import of ours besides what lies in its own folder.
 ALLOWED = {
     "lightning_modules/functional": (),

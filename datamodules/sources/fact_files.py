@@ -55,7 +55,8 @@ class LRE(FactFiles):
 
     def tables(self) -> FactTables:
         """Read the facts; of several objects of a subject the first counts."""
-        relations, facts = [], []
+        relations: list[Relation] = []
+        facts: list[Fact] = []
         for path in self.files():
             content = _json(path)
             for entry in [content] if "samples" in content else content.values():

@@ -217,6 +217,11 @@ class AlphaEditor:
         log.info("layer %s: %s of %s directions may change", layer, space.retained, len(spectrum.values))
         return NullSpaceRidge(space, settings.ridge)
 
+    def retained(self, layer: int) -> int | None:
+        """Number of directions of a layer's keys that edits may use; ``None`` under methods without a null space."""
+        metric = self.metric(layer)
+        return metric.null_space.retained if isinstance(metric, NullSpaceRidge) else None
+
     def edit(self, facts: Sequence[Fact]) -> list[Edited]:
         """Change the weights so that facts hold, in batches, each on the model as the earlier ones left it.
 
@@ -244,7 +249,9 @@ class AlphaEditor:
 
     def _edit(self, facts: Sequence[Fact]) -> list[Edited]:
         targets = find_targets(self.model, self.layout, self.layers[-1], self.reader, facts, self.contexts, self.settings.targets)
-        scale = targets.change.norm(dim=1).clamp_min(1e-30)
+        # Where the model gave the answer already there is no change, and nothing to lack.
+        scale = targets.change.norm(dim=1)
+        scale = scale.masked_fill(scale == 0, torch.inf)
         lacking = []
         for number, layer in enumerate(self.layers):
             keys, values = self._read(facts, [layer])

@@ -1,38 +1,19 @@
-"""What an edited model says: of the facts themselves, in other words, and of their neighbours."""
+"""What an edited model says: of the facts themselves, in other words, of their neighbours, and when it writes freely."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from malleable.datamodules.requests import PLACEHOLDER, EditRequest
 from malleable.lightning_modules.editing.answers import take_answers
 from malleable.lightning_modules.editing.prompts import Reader
-
-SHARES = ("efficacy", "generalization", "specificity")
-
-
-class RequestFigures(NamedTuple):
-    """What came of a request: shares between 0 and 1, ``nan`` where nothing was asked.
-
-    Attributes:
-        efficacy: Whether the new answer is likelier than the old one (likeliest of all, where the old one is not known).
-        generalization: The same, mean over its paraphrases.
-        specificity: Share of the neighbours' questions whose own answer is likelier than the new one.
-        efficacy_exact: Whether every token of the new answer is the likeliest.
-        generalization_exact: The same, mean over its paraphrases.
-        specificity_exact: Share of the neighbours' questions of whose own answer every token is the likeliest.
-    """
-
-    efficacy: float
-    generalization: float
-    specificity: float
-    efficacy_exact: float
-    generalization_exact: float
-    specificity_exact: float
+from malleable.lightning_modules.functional.free_text import generate_text
+from malleable.lightning_modules.functional.word_statistics import Tfidf
+from malleable.lightning_modules.metrics.editing import Consistency, Fluency, RequestFigures
 
 
 def measure(model: Any, reader: Reader, requests: Sequence[EditRequest], max_rows: int = 64) -> list[RequestFigures]:
@@ -61,26 +42,15 @@ def measure(model: Any, reader: Reader, requests: Sequence[EditRequest], max_row
     for request in requests:
         asked, beside = 1 + len(request.paraphrases), len(request.neighbors)
         sizes = [asked, asked if request.true is not None else 0, beside, beside]
-        nll, exact = (torch.split(values[start : start + sum(sizes)], sizes) for values in (answers.nll, answers.exact.float()))
+        columns = (answers.nll, answers.exact.float(), answers.accuracy)
+        nll, exact, accuracy = (torch.split(values[start : start + sum(sizes)], sizes) for values in columns)
         better = (nll[1] > nll[0]).float() if request.true is not None else exact[0]
         kept = (nll[2] < nll[3]).float()
-        shares = (better[:1], better[1:], kept, exact[0][:1], exact[0][1:], exact[2])
+        shares = [better[:1], better[1:], kept]
+        shares += [part for share in (exact, accuracy) for part in (share[0][:1], share[0][1:], share[2])]
         figures.append(RequestFigures(*(float(share.mean()) for share in shares)))
         start += sum(sizes)
     return figures
-
-
-def summary(figures: Iterable[RequestFigures]) -> dict[str, float]:
-    """Means over the requests that have the figure, in percent, and ``score``: the harmonic mean of the first three."""
-    rows = list(figures)
-    means = {}
-    for name in RequestFigures._fields:
-        values = [value for row in rows if not math.isnan(value := getattr(row, name))]
-        if values:
-            means[name] = 100 * sum(values) / len(values)
-    if means.keys() >= set(SHARES):
-        means["score"] = 3 / sum(1 / max(means[name], 1e-9) for name in SHARES)
-    return means
 
 
 @torch.no_grad()
@@ -102,3 +72,100 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int
     if not count:
         raise ValueError("perplexity needs texts of at least two tokens")
     return math.exp(total / count)
+
+
+def write(model: Any, tokenizer: Any, prompts: Sequence[str], length: int = 100, top_k: int = 5, seed: int = 0, max_rows: int = 32) -> list[str]:
+    """Let a model write on, a draw among its likeliest tokens at a time.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: Its tokenizer.
+        prompts: Beginnings.
+        length: Tokens of a text, the beginning among them.
+        top_k: Tokens to draw among.
+        seed: Of the drawing; what is written after a beginning depends on that, the seed and its place in the list only.
+        max_rows: Rows of a pass.
+
+    Returns:
+        Beginnings with what was written after them.
+    """
+    device = next(model.parameters()).device
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    pad = next((number for number in (tokenizer.pad_token_id, tokenizer.eos_token_id) if number is not None), 0)
+    end = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    texts = []
+    for start in range(0, len(encoded), max_rows):
+        part = encoded[start : start + max_rows]
+        width, shortest = max(len(ids) for ids in part), min(len(ids) for ids in part)
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in part], device=device)
+        mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in part], device=device)
+        seeds = torch.arange(start, start + len(part), device=device) + (seed << 32)
+        written = generate_text(
+            model,
+            ids,
+            mask,
+            max_new_tokens=max(1, length - shortest),
+            eos_token_id=end,
+            pad_token_id=pad,
+            temperature=1.0,
+            top_k=top_k,
+            seeds=seeds,
+        )
+        for prompt, own, row in zip(prompts[start : start + max_rows], part, written.tolist(), strict=True):
+            texts.append(prompt + tokenizer.decode(row[: max(1, length - len(own))], skip_special_tokens=True))
+    return texts
+
+
+def measure_writing(model: Any, tokenizer: Any, requests: Sequence[EditRequest], length: int = 100, seed: int = 0) -> dict[str, float]:
+    """Fluency and consistency of what a model writes after the requests' beginnings; empty where they have none.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: Its tokenizer.
+        requests: With ``generation_prompts``, and ``references`` for consistency.
+        length: Tokens of a text.
+        seed: Of the drawing.
+
+    Source:
+        Meng et al. (2022), arXiv:2202.05262, section 3.3.
+        Differs: words are weighted after the requests' references, not after all of CounterFact's.
+    """
+    owners = [(number, prompt) for number, request in enumerate(requests) for prompt in request.generation_prompts]
+    if not owners:
+        return {}
+    texts = write(model, tokenizer, [prompt for _, prompt in owners], length, seed=seed)
+    fluent = Fluency()
+    fluent.update(texts)
+    figures = fluent.compute()
+    referred = [number for number, request in enumerate(requests) if request.generation_prompts and request.references]
+    if referred:
+        consistent = Consistency(Tfidf(text for number in referred for text in requests[number].references))
+        for number in referred:
+            written = [text for (owner, _), text in zip(owners, texts, strict=True) if owner == number]
+            consistent.update(written, requests[number].references)
+        figures |= consistent.compute()
+    return {name: float(value) for name, value in figures.items()}
+
+
+def say(model: Any, reader: Reader, prompts: Sequence[str], answers: Sequence[str], max_rows: int = 64) -> list[str]:
+    """Write out what a model finds likeliest after prompts, as many tokens as given answers have.
+
+    Args:
+        model: In evaluation mode.
+        reader: Makes rows of texts.
+        prompts: Questions.
+        answers: As long as what is written.
+        max_rows: Rows of a pass.
+    """
+    device = next(model.parameters()).device
+    lengths = [len(reader.answer(answer)) for answer in answers]
+    texts = []
+    for start in range(0, len(prompts), max_rows):
+        rows = [reader.question(prompt).ids for prompt in prompts[start : start + max_rows]]
+        width = max(len(row) for row in rows)
+        ids = torch.tensor([[reader.pad] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
+        part = lengths[start : start + max_rows]
+        written = generate_text(model, ids, mask, max_new_tokens=max(part), eos_token_id=-1, pad_token_id=reader.pad).tolist()
+        texts += [reader.tokenizer.decode(row[:length]).strip() for row, length in zip(written, part, strict=True)]
+    return texts

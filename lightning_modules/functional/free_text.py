@@ -24,6 +24,7 @@ def generate_text(
     pad_token_id: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int | None = None,
     seeds: Tensor | None = None,
     any_rank: Callable[[bool], bool] | None = None,
 ) -> Tensor:
@@ -38,6 +39,7 @@ def generate_text(
         pad_token_id: Fills rows that have ended; default: the (first) token that ends them.
         temperature: Divides the logits, >= 0; 0 takes the most probable token.
         top_p: Draw among the most probable tokens that make up this probability, in (0, 1].
+        top_k: Draw among so many of the most probable tokens.
         seeds: ``(B,)`` int64, needed if ``temperature`` > 0. What a row draws depends on its own prompt and seed only.
         any_rank: Tells whether any rank's argument is true. Given, all ranks run the model equally often, as sharded
             weights (ZeRO-3, FSDP) require.
@@ -48,10 +50,10 @@ def generate_text(
     Raises:
         ValueError: If an argument is out of range, or if there is not one seed for each row.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or (top_k is not None and top_k < 1):
         raise ValueError(
-            f"generation needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, "
-            f"got temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}"
+            f"generation needs temperature >= 0, 0 < top_p <= 1, top_k >= 1 and max_new_tokens >= 1, "
+            f"got temperature={temperature}, top_p={top_p}, top_k={top_k}, max_new_tokens={max_new_tokens}"
         )
     if seeds is None and temperature == 0:
         seeds = torch.zeros_like(prompt_ids[:, 0])
@@ -72,7 +74,7 @@ def generate_text(
             )
             cache = output.past_key_values
             logits = output.logits[:, -1].float()
-            tokens = logits.argmax(-1, keepdim=True) if temperature == 0 else _draw(logits / temperature, top_p, seeds, len(written))
+            tokens = logits.argmax(-1, keepdim=True) if temperature == 0 else _draw(logits / temperature, top_p, top_k, seeds, len(written))
             tokens = tokens.where(running, pad)
             written.append(tokens)
             lengths += running
@@ -82,9 +84,10 @@ def generate_text(
     return torch.cat(written, 1)[:, : int(lengths.max())]
 
 
-def _draw(logits: Tensor, top_p: float, seeds: Tensor, step: int) -> Tensor:
+def _draw(logits: Tensor, top_p: float, top_k: int | None, seeds: Tensor, step: int) -> Tensor:
     """Choose a token of ``(B, V)`` logits by the inverse of the cumulative probabilities, ``(B, 1)``."""
     probs, order = logits.softmax(-1).double().sort(dim=-1, descending=True, stable=True)
+    probs = probs[:, :top_k]
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
     ends = probs.cumsum(-1)
     uniform = keyed_uniform(seeds, torch.full_like(seeds, step))[:, None].double()

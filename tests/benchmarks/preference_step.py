@@ -40,8 +40,8 @@ from trl import DPOConfig, DPOTrainer
 
 from malleable import DPO, Catalog, PhasedLoader, ReferenceCache, collate
 from malleable.datamodules.batch import Example
-from malleable.lightning_modules.language_model import Tuning
 from malleable.lightning_modules.pretrained import LanguageModelConfig
+from malleable.lightning_modules.tuning import Tuning
 
 log = logging.getLogger("preference_step")
 

@@ -22,7 +22,7 @@ from malleable.datamodules.batch import collate
 from malleable.datamodules.loader import PhasedLoader
 from malleable.lightning_modules.dpo import DPO
 from malleable.lightning_modules.functional.logps import answer_logps
-from malleable.lightning_modules.language_model import Tuning
+from malleable.lightning_modules.tuning import Tuning
 
 
 class Watch(Callback):

@@ -20,9 +20,9 @@ from malleable.callbacks.self_play import SelfPlayLoop, reset_moments
 from malleable.datamodules.batch import PreferenceBatch, collate
 from malleable.datamodules.loader import PhasedLoader
 from malleable.lightning_modules.dpo import DPO
-from malleable.lightning_modules.language_model import Tuning
 from malleable.lightning_modules.play import Play
 from malleable.lightning_modules.sft import SFT
+from malleable.lightning_modules.tuning import Tuning
 
 
 class Watch(Callback):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,7 +57,12 @@ def lesson_loss(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tenso
 
 
 def learnt_decoder() -> Any:
-    """Train a decoder until it knows the facts in both wordings by heart."""
+    """Make a decoder that knows the facts in both wordings by heart."""
+    return copy.deepcopy(_learnt())
+
+
+@cache
+def _learnt() -> Any:
     model = decoder(width=64, inner=256, spread=0.02)
     inputs, labels = lessons()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)

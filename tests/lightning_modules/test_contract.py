@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 import malleable.lightning_modules as exported
 from malleable.datamodules.batch import collate
 from malleable.lightning_modules.base import BaseModule, LossOutput
-from malleable.lightning_modules.language_model import LanguageModel, Tuning
+from malleable.lightning_modules.language_model import LanguageModel
+from malleable.lightning_modules.tuning import Tuning
 
 
 def answer_rows() -> list[Any]:

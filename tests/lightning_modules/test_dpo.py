@@ -16,8 +16,8 @@ from malleable.callbacks.reference import ReferenceCache
 from malleable.datamodules.batch import collate
 from malleable.lightning_modules.dpo import DPO
 from malleable.lightning_modules.functional.logps import answer_logps
-from malleable.lightning_modules.language_model import Tuning
 from malleable.lightning_modules.losses.preference import DMPO, SDPO, Sigmoid
+from malleable.lightning_modules.tuning import Tuning
 
 
 def pairs(count: int, rejected: int = 1) -> list[dict]:

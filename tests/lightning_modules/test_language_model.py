@@ -20,9 +20,10 @@ from malleable.datamodules.batch import collate
 from malleable.lightning_modules import language_model
 from malleable.lightning_modules.free_answers import texts, write_answers
 from malleable.lightning_modules.functional.grounding import embed_texts
-from malleable.lightning_modules.language_model import Decoding, Tuning
+from malleable.lightning_modules.language_model import Decoding
 from malleable.lightning_modules.pretrained import build_language_model
 from malleable.lightning_modules.sft import SFT
+from malleable.lightning_modules.tuning import Tuning
 
 
 def naive_scores(module: SFT, prompt: list[int]) -> list[float]:

@@ -14,9 +14,10 @@ from tiny_module import lora, save_base
 from transformers import AutoModelForCausalLM
 
 from malleable.datamodules.batch import collate
-from malleable.lightning_modules.language_model import Decoding, Tuning
+from malleable.lightning_modules.language_model import Decoding
 from malleable.lightning_modules.pretrained import LanguageModelConfig
 from malleable.lightning_modules.sft import SFT
+from malleable.lightning_modules.tuning import Tuning
 
 
 def fit(folder: Path, config: LanguageModelConfig, **settings):

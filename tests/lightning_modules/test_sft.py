@@ -6,9 +6,10 @@ from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 
 from malleable.datamodules.batch import PackedBatch, collate
-from malleable.lightning_modules.language_model import Decoding, Tuning
+from malleable.lightning_modules.language_model import Decoding
 from malleable.lightning_modules.pretrained import LanguageModelConfig, Scratch
 from malleable.lightning_modules.sft import SFT
+from malleable.lightning_modules.tuning import Tuning
 
 DECODING = Decoding(num_beams=8, exclude_seen=False)
 

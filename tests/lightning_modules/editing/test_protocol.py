@@ -10,7 +10,8 @@ from small_facts import KNOWN, NEW, learnt_decoder, share
 from malleable.datamodules.requests import EditRequest, Probe
 from malleable.lightning_modules.editing.answers import take_answers
 from malleable.lightning_modules.editing.prompts import Reader
-from malleable.lightning_modules.editing.protocol import RequestFigures, measure, perplexity, summary
+from malleable.lightning_modules.editing.protocol import measure, measure_writing, perplexity, say, write
+from malleable.lightning_modules.metrics.editing import EditingMetrics, RequestFigures
 
 
 class Oracle(torch.nn.Module):
@@ -54,6 +55,12 @@ REQUEST = EditRequest(
 )
 
 
+def summary(figures):
+    metric = EditingMetrics()
+    metric.update(figures)
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
 def test_shares_by_hand():
     reader = Reader(tokenizer("bos"))
     says = {
@@ -71,8 +78,8 @@ def test_shares_by_hand():
         ("Lima", "house"): math.log(0.2),
     }
     (figures,) = measure(Oracle(reader, says), reader, [REQUEST])
-    assert figures == pytest.approx((1, 2 / 3, 1 / 2, 1, 1 / 3, 1 / 2))
-    means = summary([figures, RequestFigures(0, math.nan, 1, 0, math.nan, 1)])
+    assert figures == pytest.approx((1, 2 / 3, 1 / 2, 1, 1 / 3, 1 / 2, 1, 1 / 3, 1 / 2))
+    means = summary([figures, RequestFigures(0, math.nan, 1, 0, math.nan, 1, 0, math.nan, 1)])
     assert means["efficacy"] == 50
     assert means["generalization"] == pytest.approx(200 / 3), "the record without paraphrases does not count"
     assert means["specificity"] == 75
@@ -94,7 +101,7 @@ def test_answers_of_several_tokens_are_scored_token_by_token():
 def test_a_decoder_that_knows_a_fact_is_exact_about_it():
     model, reader = learnt_decoder(), Reader(tokenizer("bos"))
     known = [EditRequest(str(number), fact.prompt, fact.subject, fact.target) for number, fact in enumerate(KNOWN)]
-    assert summary(measure(model, reader, known)) == {"efficacy": 100, "efficacy_exact": 100}
+    assert summary(measure(model, reader, known)) == {"efficacy": 100, "efficacy_exact": 100, "efficacy_accuracy": 100}
     new = [EditRequest(str(number), fact.prompt, fact.subject, fact.target) for number, fact in enumerate(NEW)]
     assert summary(measure(model, reader, new))["efficacy"] == 100 * share(model, NEW) == 0
 
@@ -110,3 +117,33 @@ def test_perplexity_is_the_mean_over_tokens():
     assert perplexity(model, cut, texts) == pytest.approx(math.exp(losses / count), rel=1e-4)
     with pytest.raises(ValueError, match="two tokens"):
         perplexity(model, cut, [""])
+
+
+def test_what_is_written_depends_on_its_place_and_seed_only():
+    model, cut = decoder(), tokenizer("bos")
+    prompts = ["Anna lives in", "I", "The capital of Peru is"]
+    texts = write(model, cut, prompts, length=12)
+    assert all(text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True))
+    assert texts == write(model, cut, prompts, length=12, max_rows=2)
+    assert texts != write(model, cut, prompts, length=12, seed=1)
+    # Among one token there is nothing to draw.
+    assert write(model, cut, prompts, length=12, top_k=1) == write(model, cut, prompts, length=12, top_k=1, seed=1)
+
+
+def test_what_is_said_is_the_likeliest():
+    model, reader = learnt_decoder(), Reader(tokenizer("bos"))
+    prompts = [fact.prompt.format(fact.subject) for fact in KNOWN]
+    assert say(model, reader, prompts, [fact.target for fact in KNOWN], max_rows=7) == [fact.target for fact in KNOWN]
+
+
+def test_writing_is_measured_where_requests_begin_texts():
+    model, cut = decoder(), tokenizer("bos")
+    asked = EditRequest("1", "the capital of {}", "Peru", "house")
+    assert measure_writing(model, cut, [asked]) == {}
+    begun = EditRequest("2", "the capital of {}", "Peru", "house", generation_prompts=("Peru is",))
+    assert measure_writing(model, cut, [asked, begun], length=20).keys() == {"fluency"}
+    texts = write(model, cut, ["Peru is"], length=20)
+    referred = EditRequest("3", "the capital of {}", "Peru", "house", generation_prompts=("Peru is",), references=tuple(texts))
+    figures = measure_writing(model, cut, [asked, referred], length=20)
+    assert figures["consistency"] == pytest.approx(100)
+    assert 0 < figures["fluency"] < 1000

@@ -1,0 +1,113 @@
+"""What a model says of the facts that are edited: asked before and after, and after every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from malleable.datamodules.requests import PLACEHOLDER, EditRequest
+from malleable.lightning_modules.editing.editor import AlphaEditor, Edited, undisturbed
+from malleable.lightning_modules.editing.prompts import Reader
+from malleable.lightning_modules.editing.protocol import measure, measure_writing, perplexity, say
+from malleable.lightning_modules.editing.targets import Fact
+from malleable.lightning_modules.metrics.editing import EditingMetrics, EditSurvival, RequestFigures
+
+
+@dataclass
+class Protocol:
+    """What is measured besides the facts, their paraphrases and neighbours.
+
+    Attributes:
+        texts: Texts of which perplexity is measured; 0 measures none.
+        writing: Tokens of the texts written for fluency and consistency, where requests have beginnings; 0 writes none.
+        survival: Ask for all facts edited so far after each batch.
+        answers: Requests whose answers are written out, before and after.
+        max_rows: Rows of a pass.
+        seed: Of the writing.
+    """
+
+    texts: int = 100
+    writing: int = 100
+    survival: bool = True
+    answers: int = 1000
+    max_rows: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a model says.
+
+    Attributes:
+        requests: Figures of each request.
+        answers: What it answers to the first requests.
+        figures: Means, and figures of texts.
+    """
+
+    requests: list[RequestFigures] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def examine(model: Any, tokenizer: Any, requests: Sequence[EditRequest], texts: Sequence[str], protocol: Protocol) -> Findings:
+    """Ask a model all that the protocol asks; it is left as it was.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        requests: What is asked for.
+        texts: Texts whose perplexity is measured.
+        protocol: What else.
+    """
+    reader = Reader(tokenizer)
+    with undisturbed(model):
+        rows = measure(model, reader, requests, protocol.max_rows)
+        metric = EditingMetrics()
+        metric.update(rows)
+        # Every rank asks all: nothing is to be added up.
+        metric.sync_on_compute = False
+        figures = {name: float(value) for name, value in metric.compute().items()}
+        if texts and protocol.texts:
+            figures["perplexity"] = perplexity(model, tokenizer, texts[: protocol.texts])
+        if protocol.writing:
+            figures |= measure_writing(model, tokenizer, requests, protocol.writing, protocol.seed)
+        asked = requests[: protocol.answers]
+        prompts = [request.prompt.replace(PLACEHOLDER, request.subject) for request in asked]
+        answers = say(model, reader, prompts, [request.target for request in asked], protocol.max_rows)
+    return Findings(rows, answers, figures)
+
+
+def edit_in_batches(editor: AlphaEditor, requests: Sequence[EditRequest], protocol: Protocol) -> tuple[list[Edited], dict[str, Any]]:
+    """Edit, and ask after each batch which of the facts edited so far hold.
+
+    Args:
+        editor: The editor.
+        requests: What is to hold.
+        protocol: Whether to ask.
+
+    Returns:
+        What became of each request, and ``edits``, ``matrix`` and ``curve`` (see
+        :class:`~malleable.lightning_modules.metrics.editing.EditSurvival`); without ``survival`` empty.
+    """
+    size = editor.settings.batch_size
+    facts = [Fact(request.prompt, request.subject, request.target) for request in requests]
+    if not protocol.survival:
+        return editor.edit(facts), {}
+    batch = torch.arange(len(facts)) // size
+    survival = EditSurvival(int(batch[-1]) + 1)
+    survival.sync_on_compute = False
+    bare = [EditRequest(r.request_id, r.prompt, r.subject, r.target, r.true) for r in requests]
+    records: list[Edited] = []
+    for number in range(survival.num_batches):
+        records += editor.edit(facts[number * size : (number + 1) * size])
+        done = len(records)
+        with undisturbed(editor.model):
+            rows = measure(editor.model, editor.reader, bare[:done], protocol.max_rows)
+        survival.update(number, batch[:done], torch.tensor([row.efficacy for row in rows]))
+    found = survival.compute()
+    edits = [min((number + 1) * size, len(facts)) for number in range(survival.num_batches)]
+    return records, {"edits": edits, "matrix": found["matrix"].tolist(), "curve": found["curve"].tolist()}

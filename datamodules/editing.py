@@ -1,0 +1,150 @@
+"""Facts to be edited, and text: sentences that tell the facts, and what else a model should go on saying."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from malleable.datamodules.base import BaseDataModule
+from malleable.datamodules.batch import Batch, Vocabulary, collate
+from malleable.datamodules.requests import EditRequest, checked
+from malleable.datamodules.sources.facts import EditSource, EditTables
+from malleable.datamodules.sources.texts import TextSource
+from malleable.datamodules.texts import TextRows
+from malleable.datamodules.tokenizer import load_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class EditingDataModule(BaseDataModule):
+    """Edit requests, and rows of text for the language model that they are to be made in.
+
+    A model trains on sentences that tell the facts, several to a document in ever other company, and on texts. Validation asks for told
+    facts again, in documents of their own; the test measures the text that edits should leave alone, which no training row holds where there are
+    texts.
+
+    Args:
+        source: Where the requests come from.
+        texts: Plain texts beside them.
+        tokenizer: Hub id, folder, GGUF file or known name; ``None`` trains a BPE on sentences and texts.
+        vocab_size: Tokens of that BPE.
+        sentences: Sentences of a document.
+        shuffles: Documents that tell each sentence in one epoch.
+        pack_length: Tokens of a row.
+        eval_documents: Documents, and texts, to validate and test with.
+        batch_size: Rows of one training pass on one device, at most.
+        global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times devices.
+        eval_batch_size: Rows of one pass in validation and test; default: ``batch_size``.
+        num_workers: Loader processes on each device.
+        seed: Seed of the order of rows and of everything drawn.
+
+    Attributes:
+        vocabulary: What a model must know of the tokenizer, valid after ``setup`` as are all others.
+        tokenizer: The tokenizer.
+        edit_requests: What is to be edited.
+        edit_texts: What a model should go on saying: sentences that no request changes, and the texts trained on.
+        measured_texts: What perplexity is measured on: the texts held out, or such sentences where there are no texts.
+
+    Raises:
+        ValueError: If a value is out of range or the data cannot be used; the message says which.
+    """
+
+    vocabulary: Vocabulary
+    tokenizer: PreTrainedTokenizerBase
+    edit_requests: list[EditRequest]
+    edit_texts: list[str]
+    measured_texts: list[str]
+
+    def __init__(
+        self,
+        source: EditSource,
+        texts: TextSource | None = None,
+        tokenizer: str | None = None,
+        vocab_size: int = 1024,
+        sentences: int = 8,
+        shuffles: int = 10,
+        pack_length: int = 256,
+        eval_documents: int = 100,
+        batch_size: int = 16,
+        global_batch_size: int | None = None,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, global_batch_size, eval_batch_size, num_workers, seed)
+        for name, value in (("sentences", sentences), ("shuffles", shuffles), ("eval_documents", eval_documents)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if pack_length < 2:
+            raise ValueError(f"pack_length must be >= 2, got {pack_length}")
+        self.source = source
+        self.texts = texts
+        self.tokenizer_name = tokenizer
+        self.vocab_size = vocab_size
+        self.sentences = sentences
+        self.shuffles = shuffles
+        self.pack_length = pack_length
+        self.eval_documents = eval_documents
+        self._read: tuple[EditTables, list[str]] | None = None
+
+    def prepare_data(self) -> None:
+        """Fetch what is fetched and train the tokenizer, unless they are there."""
+        self._tokenizer_folder()
+
+    def setup(self, stage: str) -> None:
+        """Read requests and texts, and make the rows."""
+        super().setup(stage)
+        if self.train_dataset is not None:
+            return
+        tables, texts = self._load()
+        name = self._tokenizer_folder()
+        tokenizer: Any = load_tokenizer(name)
+        self.tokenizer = tokenizer
+        self.vocabulary = Vocabulary(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, name)
+        self.edit_requests = checked(tables.requests, type(self.source).__name__)
+        number = len(texts) - min(self.eval_documents, len(texts) // 2)
+        texts, held = texts[:number], texts[number:]
+        kept = self._documents(tables.kept, 1, self.seed)
+        self.edit_texts = kept + texts
+        self.measured_texts = held or kept[: self.eval_documents]
+        told = self._documents(tables.told, self.shuffles, self.seed + 1)
+        if not told and not texts:
+            raise ValueError(f"{type(self.source).__name__} tells no facts, and there are no texts: give some with texts=...")
+        again = self._documents(tables.told, 1, self.seed + 2)[: self.eval_documents]
+        self.train_dataset = self._rows(told + texts)
+        self.val_dataset = self._rows(again or held)
+        self.test_dataset = self._rows(self.measured_texts)
+
+    def row_tokens(self) -> Sequence[int]:
+        """Return the targets of each training row."""
+        tokens: Sequence[int] = self.train_dataset.row_tokens()
+        return tokens
+
+    def collate(self, rows: Sequence[Any]) -> Batch:
+        """Make a batch of rows."""
+        return collate(rows, self.vocabulary.pad_token_id)
+
+    def _load(self) -> tuple[EditTables, list[str]]:
+        if self._read is None:
+            self._read = self.source.load(), self.texts.load() if self.texts is not None else []
+        return self._read
+
+    def _tokenizer_folder(self) -> str:
+        if self.tokenizer_name is not None:
+            return self.tokenizer_name
+        tables, texts = self._load()
+        return str(train_tokenizer([*tables.told, *texts], self.vocab_size, across_words=False))
+
+    def _documents(self, sentences: Sequence[str], shuffles: int, seed: int) -> list[str]:
+        documents = []
+        for turn in range(shuffles):
+            order = list(sentences)
+            random.Random(f"{seed} {turn}").shuffle(order)
+            documents += [" ".join(order[start : start + self.sentences]) for start in range(0, len(order), self.sentences)]
+        return documents
+
+    def _rows(self, documents: Sequence[str]) -> TextRows:
+        encoded: Any = self.tokenizer(list(documents))["input_ids"]
+        return TextRows(encoded, self.pack_length)

@@ -1,0 +1,174 @@
+"""What edits did: to the facts themselves, in other words, to their neighbours, to the text, and after later edits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from malleable.lightning_modules.functional.word_statistics import Tfidf, fluency
+
+SHARES = ("efficacy", "generalization", "specificity")
+
+
+class RequestFigures(NamedTuple):
+    """What came of a request: shares between 0 and 1, ``nan`` where nothing was asked.
+
+    Attributes:
+        efficacy: Whether the new answer is likelier than the old one (likeliest of all, where the old one is not known).
+        generalization: The same, mean over its paraphrases.
+        specificity: Share of the neighbours' questions whose own answer is likelier than the new one.
+        efficacy_exact: Whether every token of the new answer is the likeliest.
+        generalization_exact: The same, mean over its paraphrases.
+        specificity_exact: Share of the neighbours' questions of whose own answer every token is the likeliest.
+        efficacy_accuracy: Share of the new answer's tokens that are the likeliest.
+        generalization_accuracy: The same, mean over its paraphrases.
+        specificity_accuracy: The same of the neighbours' own answers, mean over them.
+    """
+
+    efficacy: float
+    generalization: float
+    specificity: float
+    efficacy_exact: float
+    generalization_exact: float
+    specificity_exact: float
+    efficacy_accuracy: float
+    generalization_accuracy: float
+    specificity_accuracy: float
+
+
+class _Sums(Metric):
+    """Sums of values that may be missing, over all devices."""
+
+    full_state_update = False
+    is_differentiable = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros(width, dtype=torch.double), dist_reduce_fx="sum")
+
+    def _add(self, values: Tensor) -> None:
+        """Add ``(N, width)``."""
+        values = values.to(self.total)
+        known = ~values.isnan()
+        self.total += values.nan_to_num().sum(0)
+        self.count += known.sum(0)
+
+
+class EditingMetrics(_Sums):
+    """Means of :class:`RequestFigures` over the requests that have the figure, in percent.
+
+    ``score`` is the harmonic mean of efficacy, generalization and specificity, where there are all three.
+
+    Source:
+        Meng et al. (2022), Locating and Editing Factual Associations in GPT, arXiv:2202.05262, section 3.3; published figures of zsRE are the
+        shares of right tokens, ``*_accuracy``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(len(RequestFigures._fields))
+
+    def update(self, figures: Sequence[RequestFigures]) -> None:
+        """Add the figures of requests, each request once."""
+        if figures:
+            self._add(torch.tensor(figures, dtype=torch.double))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the means that there are."""
+        rows = zip(RequestFigures._fields, self.total, self.count, strict=True)
+        means = {name: 100 * total / count for name, total, count in rows if count > 0}
+        if means.keys() >= set(SHARES):
+            means["score"] = 3 / sum(1 / means[name].clamp_min(1e-9) for name in SHARES)
+        return means
+
+
+class Perplexity(_Sums):
+    """Perplexity, a token's mean over all texts."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def update(self, logps: Tensor, targets: Tensor) -> None:
+        """Add log-probabilities, nats, where ``targets`` is true; of one shape."""
+        self._add(logps[targets].reshape(-1, 1))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the perplexity."""
+        return {"perplexity": (-self.total / self.count).exp().squeeze()}
+
+
+class Fluency(_Sums):
+    """Mean entropy of what a model writes, hundredths of a bit: falls when it repeats itself."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def update(self, texts: Sequence[str]) -> None:
+        """Add texts, each by itself."""
+        if texts:
+            self._add(torch.tensor([[100 * fluency(text)] for text in texts]))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the mean."""
+        return {"fluency": (self.total / self.count).squeeze()}
+
+
+class Consistency(_Sums):
+    """Mean cosine, in percent, of what a model writes of a subject and texts of which its new answer is true.
+
+    Args:
+        tfidf: Weights of words, of all these texts.
+    """
+
+    def __init__(self, tfidf: Tfidf) -> None:
+        super().__init__(1)
+        self.tfidf = tfidf
+
+    def update(self, written: Sequence[str], references: Sequence[str]) -> None:
+        """Add a subject: what was written of it, and the texts it should resemble."""
+        self._add(torch.tensor([[100 * self.tfidf.cosine(" ".join(written), " ".join(references))]]))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the mean."""
+        return {"consistency": (self.total / self.count).squeeze()}
+
+
+class EditSurvival(_Sums):
+    """Which edits hold after later ones.
+
+    Args:
+        num_batches: Batches of edits, B.
+    """
+
+    def __init__(self, num_batches: int) -> None:
+        super().__init__(num_batches * num_batches)
+        self.num_batches = num_batches
+
+    def update(self, after: int, batch: Tensor, held: Tensor) -> None:
+        """Add how facts fare after batch ``after``.
+
+        Args:
+            after: The last batch made.
+            batch: ``(N,)`` the batch that edited each fact.
+            held: ``(N,)`` whether, or how far, each holds.
+        """
+        place = torch.as_tensor(batch, device=self.total.device).long() + after * self.num_batches
+        held = torch.as_tensor(held).to(self.total)
+        self.total.index_add_(0, place, held)
+        self.count.index_add_(0, place, torch.ones_like(held))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return shares in percent.
+
+        Returns:
+            ``matrix`` ``(B, B)``: of the facts of a batch (column) after a batch (row), ``nan`` where none were asked; ``curve`` ``(B,)``: of
+            all facts edited so far after each batch.
+        """
+        total, count = self.total.view(self.num_batches, -1), self.count.view(self.num_batches, -1)
+        return {"matrix": 100 * total / count, "curve": 100 * total.sum(1) / count.sum(1)}
