@@ -1,21 +1,26 @@
-"""Facts about countries and territories.
+"""Facts about countries and territories, in ``countries.csv`` beside this file.
 
-Origin: npm ``countries-list`` 3.4.1 (https://github.com/annexare/Countries), MIT, (c) Dmytro and Annexare Studio: 252 entries, names in English.
+Origin: npm ``countries-list`` 3.4.1 (https://github.com/annexare/Countries), of whose 252 entries the table keeps the English names of country,
+capital, continent, first currency and first language. Its licence:
+
+The MIT License (MIT). Copyright (c) 2014 Annexare Studio. Permission is hereby granted, free of charge, to any person obtaining a copy of this
+software and associated documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the Software
+is furnished to do so, subject to the following conditions: The above copyright notice and this permission notice shall be included in all copies
+or substantial portions of the Software. THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
+LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT
+HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 
 from __future__ import annotations
 
-import json
-import tarfile
+import csv
 from pathlib import Path
-from typing import Any, ClassVar
 
-from malleable.datamodules.fetch import fetch
 from malleable.datamodules.sources.facts import Fact, FactSource, FactTables, Relation
 
-URL = "https://registry.npmjs.org/countries-list/-/countries-list-3.4.1.tgz"
-SHA256 = "572934a82137ec58a84a3e32635ec589cb9788e8df408f15677c71009d2adff2"
-NAME = "countries-list-3.4.1.tgz"
+TABLE = Path(__file__).with_name("countries.csv")
 
 RELATIONS = (
     Relation(
@@ -72,12 +77,10 @@ RELATIONS = (
 
 
 class Countries(FactSource):
-    """Capitals, continents, currencies, languages, and the countries of the capitals: about 1,130 facts, five templates each.
-
-    MIT; fetched on first use (109 kB). Of several currencies or languages the first one counts.
+    """Capitals, continents, currencies, languages, and the countries of the capitals: about 1,130 facts, five templates each; nothing is fetched.
 
     Args:
-        path: The package's archive, instead of fetching it.
+        path: A table of one's own, CSV with the columns ``country``, ``capital``, ``continent``, ``currency`` and ``language``.
         relations: Names of those to take, of ``capital``, ``continent``, ``currency``, ``language``, ``country``; default: all.
         limit: Edit so many facts, drawn at random; default: all, which leaves nothing for neighbours.
         paraphrases: Other templates that ask for an edited fact.
@@ -85,12 +88,7 @@ class Countries(FactSource):
         hold_out: Leave one template of each fact out of the sentences that tell it, and ask for it as the paraphrase.
         generate: Beginnings for texts about the subject, with sentences that the new answer should make them resemble.
         seed: Seed of everything drawn.
-
-    Raises:
-        FetchError: If it cannot be fetched; the message names the file to put where.
     """
-
-    terms: ClassVar[str] = "MIT, npm countries-list 3.4.1"
 
     def __init__(
         self,
@@ -104,39 +102,32 @@ class Countries(FactSource):
         seed: int = 0,
     ) -> None:
         super().__init__(relations, limit, paraphrases, neighbors, hold_out, generate, seed)
-        self.path = None if path is None else Path(path).expanduser()
+        self.path = TABLE if path is None else Path(path).expanduser()
 
     def files(self) -> list[Path]:
-        """Return the archive."""
-        return [self.path if self.path is not None else fetch(URL, SHA256, NAME)]
+        """Return the table."""
+        return [self.path]
 
     def tables(self) -> FactTables:
-        """Read the facts, in the order of the archive."""
-        (archive,) = self.files()
-        countries, currencies, languages, continents = _read(archive)
+        """Read the facts, in the order of the table.
+
+        Raises:
+            FileNotFoundError: If there is no such table.
+            ValueError: If a column is missing.
+        """
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no table of countries {self.path}")
         names = [relation.name for relation in RELATIONS]
         facts: dict[tuple[int, str], Fact] = {}
-        for country in countries.values():
-            name, capital = country["name"], country["capital"]
-            found = {
-                "capital": capital,
-                "continent": continents[country["continent"]],
-                "currency": next((currencies[code]["name"] for code in country["currency"] if code in currencies), ""),
-                "language": next((languages[code]["name"] for code in country["languages"] if code in languages), ""),
-            }
-            subjects = [(relation, name, known) for relation, known in found.items()] + [("country", capital, name)]
-            for relation, subject, known in subjects:
-                if subject and known:
-                    number = names.index(relation)
-                    facts.setdefault((number, subject), Fact(number, subject, known))
+        with self.path.open(encoding="utf-8", newline="") as file:
+            table = csv.DictReader(file)
+            columns = {"country", "capital", "continent", "currency", "language"}
+            if missing := columns - set(table.fieldnames or ()):
+                raise ValueError(f"{self.path} has no column {', '.join(sorted(missing))}; it needs {', '.join(sorted(columns))}")
+            for row in table:
+                told = [(relation, row["country"], row[relation]) for relation in ("capital", "continent", "currency", "language")]
+                for relation, subject, known in [*told, ("country", row["capital"], row["country"])]:
+                    if subject and known:
+                        number = names.index(relation)
+                        facts.setdefault((number, subject), Fact(number, subject, known))
         return FactTables(list(RELATIONS), list(facts.values()))
-
-
-def _read(archive: Path) -> list[dict[str, Any]]:
-    members = ("countries", "currencies", "languages", "continents")
-    try:
-        with tarfile.open(archive) as package:
-            files = [package.extractfile(f"package/{member}.min.json") for member in members]
-            return [json.load(file) for file in files if file is not None]
-    except (tarfile.TarError, KeyError, OSError) as error:
-        raise ValueError(f"{archive} is not the archive of npm countries-list 3.4.1 ({error}); fetch {URL}") from error
