@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from malleable.datamodules.base import BaseDataModule
 from malleable.datamodules.batch import Batch, Vocabulary, collate
 from malleable.datamodules.requests import EditRequest, checked
 from malleable.datamodules.sources.facts import EditSource, EditTables
 from malleable.datamodules.sources.texts import TextSource
-from malleable.datamodules.texts import TextRows
+from malleable.datamodules.text_rows import TextRows
 from malleable.datamodules.tokenizer import load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class EditingDataModule(BaseDataModule):
         self.pack_length = pack_length
         self.eval_documents = eval_documents
         self._read: tuple[EditTables, list[str]] | None = None
+        self._told: list[str] | None = None
+        self._train_rows: TextRows | None = None
 
     def prepare_data(self) -> None:
         """Fetch what is fetched and train the tokenizer, unless they are there."""
@@ -96,7 +98,7 @@ class EditingDataModule(BaseDataModule):
     def setup(self, stage: str) -> None:
         """Read requests and texts, and make the rows."""
         super().setup(stage)
-        if self.train_dataset is not None:
+        if self._told is not None:
             return
         tables, texts = self._load()
         name = self._tokenizer_folder()
@@ -113,14 +115,21 @@ class EditingDataModule(BaseDataModule):
         if not told and not texts:
             raise ValueError(f"{type(self.source).__name__} tells no facts, and there are no texts: give some with texts=...")
         again = self._documents(tables.told, 1, self.seed + 2)[: self.eval_documents]
-        self.train_dataset = self._rows(told + texts)
+        self._told = told + texts
         self.val_dataset = self._rows(again or held)
         self.test_dataset = self._rows(self.measured_texts)
 
+    @property
+    def train_dataset(self) -> TextRows | None:
+        """Rows to train on, made at first use: edits of a published model need none."""
+        if self._train_rows is None and self._told is not None:
+            self._train_rows = self._rows(self._told)
+        return self._train_rows
+
     def row_tokens(self) -> Sequence[int]:
         """Return the targets of each training row."""
-        tokens: Sequence[int] = self.train_dataset.row_tokens()
-        return tokens
+        assert self.train_dataset is not None
+        return cast("Sequence[int]", self.train_dataset.row_tokens())
 
     def collate(self, rows: Sequence[Any]) -> Batch:
         """Make a batch of rows."""

@@ -10,7 +10,8 @@ import pytest
 
 from malleable.datamodules.batch import collate
 from malleable.datamodules.sources.texts import TextFile, WordNetGlosses
-from malleable.datamodules.texts import TextRows, read_texts
+from malleable.datamodules.text_rows import TextRows
+from malleable.datamodules.texts import read_texts
 
 TEXTS = ["Anna has a dog.", "Tom has a cat."]
 

@@ -1,0 +1,144 @@
+"""Target vectors of many facts at a time against one by one, at equal results; and what memory second moments take.
+
+    python tests/benchmarks/alpha_edit.py [--model NAME] [--facts 32] [--json RESULT.json]
+
+The peer is the literal search (``tests/helpers/literal_targets.py``): a fact at a time, the whole model in every pass, logits at every token,
+``torch.optim.Adam``. Facts are of countries; the model is SmolLM2-135M-Instruct (Q4_1 dequantised) unless another is named. Memory is the
+growth of the largest resident size of a process of its own, above that of the loaded model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+os.environ["TQDM_DISABLE"] = "1"  # no bars of weights between the lines
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+
+from literal_targets import literal_target
+
+from malleable.datamodules.fetch import resolve_model
+from malleable.datamodules.sources.countries import Countries
+from malleable.datamodules.tokenizer import load_tokenizer
+from malleable.lightning_modules.editing.editor import undisturbed
+from malleable.lightning_modules.editing.layout import find_layout
+from malleable.lightning_modules.editing.prompts import Reader, draw_contexts
+from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
+from malleable.lightning_modules.editing.targets import Fact, TargetSettings, find_targets
+
+log = logging.getLogger("alpha_edit")
+
+LAYERS = (4, 5, 6, 7, 8)
+SETTINGS = StatisticsSettings(max_length=256, max_tokens=2048, piece=64)
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Load a model and its tokenizer."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    folder, gguf_file = resolve_model(name)
+    options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    return model, load_tokenizer(name)
+
+
+def compare(name: str, number: int) -> dict[str, float]:
+    """Seek the targets of facts in both ways."""
+    model, tokenizer = load(name)
+    reader, layout = Reader(tokenizer), find_layout(model)
+    settings = TargetSettings(lr=0.5, steps=25)
+    requests = Countries(limit=number).load().requests
+    facts = [Fact(request.prompt, request.subject, request.target) for request in requests]
+    with undisturbed(model):
+        contexts = ["{}", *draw_contexts(model, tokenizer)]
+        find_targets(model, layout, LAYERS[-1], reader, facts[:1], contexts, TargetSettings(steps=2))  # warm up
+        start = time.perf_counter()
+        found = find_targets(model, layout, LAYERS[-1], reader, facts, contexts, settings)
+        ours = time.perf_counter() - start
+        start = time.perf_counter()
+        block = layout.block_of(model, LAYERS[-1])
+        literal = [literal_target(model, block, reader, fact, contexts, settings) for fact in facts]
+        theirs = time.perf_counter() - start
+        start = time.perf_counter()
+        for fact in facts:
+            find_targets(model, layout, LAYERS[-1], reader, [fact], contexts, settings)
+        single = time.perf_counter() - start
+    change = torch.stack([one.change for one in literal])
+    differences = (found.change - change).norm(dim=1) / change.norm(dim=1).clamp_min(1e-9)
+    steps = torch.tensor([one.steps for one in literal])
+    log.info("%s facts, %s contexts, mean steps %.1f (literal %.1f)", number, len(contexts), found.steps.float().mean(), steps.float().mean())
+    log.info("targets differ by %.2g of their length at most, %.2g in the median", differences.max(), differences.median())
+    log.info("literal, one by one: %.2f s a fact; ours one by one: %.2f s; ours together: %.2f s", theirs / number, single / number, ours / number)
+    return {
+        "literal_s": theirs,
+        "single_s": single,
+        "ours_s": ours,
+        "ratio": theirs / ours,
+        "largest_difference": float(differences.max()),
+        "equal_steps": float((steps == found.steps.cpu()).float().mean()),
+    }
+
+
+def peak() -> float:
+    """The largest resident size of this process so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def pass_over(name: str, number: int, sender: Any) -> None:
+    """Take second moments of so many texts, and send how much the process grew."""
+    model, tokenizer = load(name)
+    sentences = Countries(limit=1).load().told
+    texts = [" ".join(sentences[start : start + 20]) for start in range(0, 20 * number, 20)]
+    model(torch.zeros(1, 8, dtype=torch.long))
+    before = peak()
+    moments = second_moments(model, find_layout(model), LAYERS, tokenizer, texts, SETTINGS)
+    sender.send((peak() - before, moments[LAYERS[0]].count, len(moments[LAYERS[0]].total), model.config.hidden_size))
+
+
+def memory(name: str) -> dict[str, float]:
+    """Measure the growth over few and over many texts."""
+    grown = {}
+    for number in (20, 200):
+        receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
+        process = multiprocessing.get_context("spawn").Process(target=pass_over, args=(name, number, sender))
+        process.start()
+        grown[number], tokens, width, hidden = receiver.recv()
+        process.join()
+        log.info("second moments of %s layers over %s tokens: %.0f MiB above the model", len(LAYERS), tokens, grown[number])
+    # Two sums of each layer (all texts, this piece) in double precision, one chunk's product, and the activations of a pass.
+    sums = (2 * len(LAYERS) + 2) * width * width * 8
+    activations = SETTINGS.max_tokens * (len(LAYERS) * width + 3 * width + 12 * hidden) * 8
+    bound = (sums + activations) / 2**20
+    log.info("bound: %.0f MiB, whatever the number of texts", bound)
+    return {"few_mib": grown[20], "many_mib": grown[200], "bound_mib": bound}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct-q4_1")
+    parser.add_argument("--facts", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    result = {**memory(options.model), **compare(options.model, options.facts)}
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2))
+    sys.stdout.write(f"ratio: {result['ratio']:.2f}\n")
+
+
+if __name__ == "__main__":
+    main()
