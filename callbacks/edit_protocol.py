@@ -77,7 +77,8 @@ def examine(model: Any, tokenizer: Any, requests: Sequence[EditRequest], texts: 
             figures |= measure_writing(model, tokenizer, requests, protocol.writing, protocol.seed)
         asked = requests[: protocol.answers]
         prompts = [request.prompt.replace(PLACEHOLDER, request.subject) for request in asked]
-        answers = say(model, reader, prompts, [request.target for request in asked], protocol.max_rows)
+        lengths = [max(len(reader.answer(answer)) for answer in (request.target, request.true) if answer is not None) for request in asked]
+        answers = say(model, reader, prompts, lengths, protocol.max_rows)
     return Findings(rows, answers, figures)
 
 

@@ -34,6 +34,8 @@ class EditingDataModule(BaseDataModule):
         shuffles: Documents that tell each sentence in one epoch.
         pack_length: Tokens of a row.
         eval_documents: Documents, and texts, to validate and test with.
+        keep_told: Count sentences that no request changes among what a model should go on saying; without them neighbours are left to the
+            edits' own care.
         batch_size: Rows of one training pass on one device, at most.
         global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times devices.
         eval_batch_size: Rows of one pass in validation and test; default: ``batch_size``.
@@ -44,7 +46,7 @@ class EditingDataModule(BaseDataModule):
         vocabulary: What a model must know of the tokenizer, valid after ``setup`` as are all others.
         tokenizer: The tokenizer.
         edit_requests: What is to be edited.
-        edit_texts: What a model should go on saying: sentences that no request changes, and the texts trained on.
+        edit_texts: What a model should go on saying: the texts trained on, and sentences that no request changes.
         measured_texts: What perplexity is measured on: the texts held out, or such sentences where there are no texts.
 
     Raises:
@@ -67,6 +69,7 @@ class EditingDataModule(BaseDataModule):
         shuffles: int = 10,
         pack_length: int = 256,
         eval_documents: int = 100,
+        keep_told: bool = True,
         batch_size: int = 16,
         global_batch_size: int | None = None,
         eval_batch_size: int | None = None,
@@ -87,6 +90,7 @@ class EditingDataModule(BaseDataModule):
         self.shuffles = shuffles
         self.pack_length = pack_length
         self.eval_documents = eval_documents
+        self.keep_told = keep_told
         self._read: tuple[EditTables, list[str]] | None = None
         self._told: list[str] | None = None
         self._train_rows: TextRows | None = None
@@ -108,7 +112,7 @@ class EditingDataModule(BaseDataModule):
         self.edit_requests = checked(tables.requests, type(self.source).__name__)
         number = len(texts) - min(self.eval_documents, len(texts) // 2)
         texts, held = texts[:number], texts[number:]
-        kept = self._documents(tables.kept, 1, self.seed)
+        kept = self._documents(tables.kept, 1, self.seed) if self.keep_told else []
         self.edit_texts = kept + texts
         self.measured_texts = held or kept[: self.eval_documents]
         told = self._documents(tables.told, self.shuffles, self.seed + 1)

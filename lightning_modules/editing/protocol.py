@@ -45,7 +45,9 @@ def measure(model: Any, reader: Reader, requests: Sequence[EditRequest], max_row
         columns = (answers.nll, answers.exact.float(), answers.accuracy)
         nll, exact, accuracy = (torch.split(values[start : start + sum(sizes)], sizes) for values in columns)
         better = (nll[1] > nll[0]).float() if request.true is not None else exact[0]
-        kept = (nll[2] < nll[3]).float()
+        # A neighbour whose own answer is the new one cannot lose it to that.
+        rivals = torch.tensor([probe.answer.strip() != request.target.strip() for probe in request.neighbors], dtype=torch.bool)
+        kept = (nll[2] < nll[3]).float()[rivals]
         shares = [better[:1], better[1:], kept]
         shares += [part for share in (exact, accuracy) for part in (share[0][:1], share[0][1:], share[2])]
         figures.append(RequestFigures(*(float(share.mean()) for share in shares)))
@@ -147,18 +149,17 @@ def measure_writing(model: Any, tokenizer: Any, requests: Sequence[EditRequest],
     return {name: float(value) for name, value in figures.items()}
 
 
-def say(model: Any, reader: Reader, prompts: Sequence[str], answers: Sequence[str], max_rows: int = 64) -> list[str]:
-    """Write out what a model finds likeliest after prompts, as many tokens as given answers have.
+def say(model: Any, reader: Reader, prompts: Sequence[str], lengths: Sequence[int], max_rows: int = 64) -> list[str]:
+    """Write out what a model finds likeliest after prompts.
 
     Args:
         model: In evaluation mode.
         reader: Makes rows of texts.
         prompts: Questions.
-        answers: As long as what is written.
+        lengths: Tokens to write after each.
         max_rows: Rows of a pass.
     """
     device = next(model.parameters()).device
-    lengths = [len(reader.answer(answer)) for answer in answers]
     texts = []
     for start in range(0, len(prompts), max_rows):
         rows = [reader.question(prompt).ids for prompt in prompts[start : start + max_rows]]

@@ -86,6 +86,14 @@ def test_shares_by_hand():
     assert means["score"] == pytest.approx(3 / (1 / 50 + 3 / 200 + 1 / 75))
 
 
+def test_a_neighbour_of_the_new_answer_has_none_to_lose():
+    model, reader = decoder(), Reader(tokenizer("bos"))
+    request = EditRequest("1", "the capital of {}", "Peru", "house", "park", neighbors=(Probe("the capital of Lima", "house"),))
+    (figures,) = measure(model, reader, [request])
+    assert math.isnan(figures.specificity)
+    assert figures.specificity_exact == 0
+
+
 def test_answers_of_several_tokens_are_scored_token_by_token():
     model, reader = decoder(), Reader(tokenizer("bos"))
     questions = [("The capital of Peru is", "Zürich"), ("I saw", "Anna and Tom"), ("I", "dog")]
@@ -133,7 +141,7 @@ def test_what_is_written_depends_on_its_place_and_seed_only():
 def test_what_is_said_is_the_likeliest():
     model, reader = learnt_decoder(), Reader(tokenizer("bos"))
     prompts = [fact.prompt.format(fact.subject) for fact in KNOWN]
-    assert say(model, reader, prompts, [fact.target for fact in KNOWN], max_rows=7) == [fact.target for fact in KNOWN]
+    assert say(model, reader, prompts, [len(reader.answer(fact.target)) for fact in KNOWN], max_rows=7) == [fact.target for fact in KNOWN]
 
 
 def test_writing_is_measured_where_requests_begin_texts():

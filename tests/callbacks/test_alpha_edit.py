@@ -1,0 +1,183 @@
+"""What the callback measures and shows: before and after, batch by batch, of facts that the model knows."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from post_fit_run import FactModule, edit, trainer_of
+from small_facts import KNOWN, NEW, OTHERS, PARAPHRASE, SETTINGS, TEXTS
+
+from malleable import AlphaEdit, RunReport
+from malleable.callbacks.edit_protocol import Protocol
+from malleable.callbacks.edit_report import UsedDirections, edit_sections, spectrum_section, survival_section
+from malleable.callbacks.figures import save_figure
+from malleable.lightning_modules.editing.editor import EditSettings
+from malleable.lightning_modules.editing.known import KnownFacts
+
+TRUE = {fact.subject: fact.target for fact in KNOWN}
+
+
+def asked(fact, number, neighbors=2):
+    others = OTHERS[number * neighbors : (number + 1) * neighbors]
+    return {
+        "prompt": fact.prompt,
+        "subject": fact.subject,
+        "target": fact.target,
+        "true": TRUE[fact.subject],
+        "paraphrases": [PARAPHRASE.replace("{}", fact.subject)],
+        "neighbors": [{"prompt": other.prompt.replace("{}", other.subject), "answer": other.target} for other in others],
+    }
+
+
+REQUESTS = [asked(fact, number) for number, fact in enumerate(NEW)]
+BATCHES = {"settings": EditSettings(**{**SETTINGS, "batch_size": 2}), "requests": REQUESTS}
+
+
+@pytest.fixture(scope="module")
+def learnt():
+    module = FactModule()
+    module.learn()
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(learnt, tmp_path_factory):
+    """Fit, edit in batches, and test, with a report."""
+    folder = tmp_path_factory.mktemp("run")
+    callback = edit(**BATCHES)
+    trainer = trainer_of(folder, callback)
+    trainer.callbacks.append(RunReport(str(folder / "report")))
+    module = copy.deepcopy(learnt)
+    trainer.fit(module)
+    (figures,) = trainer.test(module, verbose=False)
+    return folder, trainer, callback, figures
+
+
+def test_the_test_runs_the_protocol_before_and_after(run):
+    _, trainer, callback, figures = run
+    assert figures["test_efficacy"] == figures["test_efficacy_exact"] == 100
+    assert figures["test_specificity"] == 100
+    assert figures["test_generalization"] >= 50
+    assert figures["test_new"] == 1
+    assert callback.before.figures["efficacy"] == 0
+    assert callback.before.figures["specificity_exact"] == 100
+    assert figures["test_perplexity_ratio"] == pytest.approx(callback.after.figures["perplexity"] / callback.before.figures["perplexity"])
+    # The tested weights are the edited ones, to the bit, after the originals had been put in their place.
+    stored = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
+    own = trainer.lightning_module.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in stored.items())
+
+
+def test_the_report_shows_facts_survival_and_spectrum(run):
+    folder = run[0]
+    page = (folder / "report/report.md").read_text()
+    assert "| before the edit |" in page
+    for fact, request in zip(NEW, REQUESTS, strict=True):
+        line = next(line for line in page.splitlines() if line.startswith(f"| the capital of {fact.subject} |"))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[1] == f"{request['true']} → {fact.target}"
+        assert cells[2].startswith(request["true"])
+        assert cells[3].startswith(fact.target)
+        assert cells[4] == "0 % → 100 %"
+    assert "after the last of 3 batches" in page
+    assert "relative_energy 0.001" in page
+    for name in ("survival_of_edits.png", "second_moments_of_keys.png"):
+        assert (folder / "report" / name).stat().st_size > 10_000
+    metrics = json.loads((folder / "report/metrics.json").read_text())
+    assert metrics["test_efficacy"] == 100
+    assert metrics["before_efficacy"] == 0
+
+
+def test_the_patch_keeps_what_each_fact_was_and_became(run):
+    (patch,) = run[2].stack.patches
+    for request in patch.requests:
+        assert request["before"]["efficacy"] == 0
+        assert request["after"]["efficacy_exact"] == 1
+        assert request["before"]["says"].startswith(request["true"])
+        assert request["after"]["says"].startswith(request["target"])
+        assert all(not isinstance(value, float) or math.isfinite(value) for value in request["after"].values())
+
+
+def test_a_test_of_its_own_asks_what_the_patch_was_asked(run, tmp_path):
+    _, trainer, _, figures = run
+    callback, module = AlphaEdit(texts=TEXTS), FactModule()
+    (again,) = trainer_of(tmp_path, callback).test(module, ckpt_path=trainer.checkpoint_callback.best_model_path, weights_only=True, verbose=False)
+    assert {name: value for name, value in figures.items() if name != "test_drift"} == pytest.approx(again)
+    assert callback.before.figures["efficacy"] == 0
+
+
+def test_a_model_that_was_not_edited_is_asked_once(learnt, tmp_path):
+    callback = edit(**BATCHES)
+    (figures,) = trainer_of(tmp_path, callback).test(copy.deepcopy(learnt), verbose=False)
+    assert figures["test_efficacy"] == 0
+    assert not callback.before.figures
+    assert callback.report_columns() == []
+    assert "test_perplexity_ratio" not in figures
+
+
+def test_only_known_facts_are_edited(learnt, tmp_path):
+    unknown = [{**asked(fact, 0), "true": "Zürich"} for fact in OTHERS[-2:]]
+    strange = {"prompt": "the capital of Lima", "answer": "Zürich"}
+    lonely = {**REQUESTS[1], "neighbors": [strange]}
+    mixed = {**REQUESTS[0], "neighbors": [*REQUESTS[0]["neighbors"], strange]}
+    callback = edit(requests=[*unknown, mixed, lonely, *REQUESTS[2:5]], known=KnownFacts(min_neighbors=1, limit=3), protocol=Protocol(survival=False))
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(copy.deepcopy(learnt))
+    (patch,) = callback.stack.patches
+    assert [request["subject"] for request in patch.requests] == [REQUESTS[number]["subject"] for number in (0, 2, 3)]
+    assert strange not in patch.requests[0]["neighbors"]
+    assert not any("survival" in section.title.lower() for section in callback.report_sections())
+
+
+def test_nothing_known_is_an_error(learnt, tmp_path):
+    callback = edit(requests=[{**asked(OTHERS[0], 0), "true": "Zürich"}], known={})
+    with pytest.raises(ValueError, match=r"gives the old answer of 0 of 1 requests.* there is no known fact to edit"):
+        trainer_of(tmp_path, callback).fit(copy.deepcopy(learnt))
+    with pytest.raises(ValueError, match=r"known\.limit >= 1"):
+        KnownFacts(limit=0)
+
+
+def test_texts_of_a_file(learnt, tmp_path):
+    (tmp_path / "texts.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
+    given, read = (edit(texts=texts, protocol={"survival": False, "answers": 0}) for texts in (TEXTS, str(tmp_path / "texts.json")))
+    for callback in (given, read):
+        trainer_of(tmp_path / "run", callback, max_steps=0).fit(copy.deepcopy(learnt))
+    assert given.applied == read.applied
+    with pytest.raises(FileNotFoundError, match="no file of texts"):
+        trainer_of(tmp_path, edit(texts="none.txt")).fit(copy.deepcopy(learnt))
+    with pytest.raises(MisconfigurationException, match=r"AlphaEdit needs texts=\.\.\. \(a file or a list\)"):
+        trainer_of(tmp_path, edit(texts=None)).fit(copy.deepcopy(learnt))
+
+
+def test_long_reports_show_the_facts_that_hold_least():
+    from malleable.callbacks.edit_protocol import Findings
+    from malleable.datamodules.requests import EditRequest
+    from malleable.lightning_modules.metrics.editing import RequestFigures
+
+    requests = [EditRequest(str(number), "{} is", f"fact {number}", "new", "old") for number in range(100)]
+    held = [RequestFigures(float(number != 90), *[math.nan] * 8) for number in range(100)]
+    before = Findings([RequestFigures(*[0.0] * 9)] * 100, ["old"] * 100)
+    (section,) = edit_sections(requests, before, Findings(held, ["new"] * 100))
+    header, rows = section.table
+    assert len(rows) == 60
+    assert rows[-1][0] == "fact 90 is"
+    assert rows[-1][-3:] == ["0 % → 0 %", "0 % → –", "0 % → –"]
+    assert "Of 100 facts, the 60 that hold least" in section.text
+    assert len(header) == len(rows[0])
+    assert edit_sections(requests, Findings(), Findings(held)) == []
+
+
+def test_pictures_of_survival_and_of_methods_without_a_null_space(tmp_path):
+    matrix = [[100.0, math.nan], [50.0, 100.0]]
+    (section,) = survival_section({"edits": [5, 10], "matrix": matrix, "curve": [100.0, 75.0]})
+    assert "75.0 % hold after the last of 2 batches" in section.text
+    assert survival_section({}) == survival_section({"edits": [5], "matrix": [[100.0]], "curve": [100.0]}) == []
+    values = torch.linspace(1e-4, 1, 64)
+    (spectrum,) = spectrum_section({0: UsedDirections(values, None), 1: UsedDirections(values, 64)}, "all")
+    assert spectrum.table[1][0][1] is None
+    for number, one in enumerate((section, spectrum)):
+        save_figure(tmp_path / f"{number}.png", one.figure, one.figure_size)
+        assert (tmp_path / f"{number}.png").stat().st_size > 5_000
