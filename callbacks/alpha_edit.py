@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -23,6 +23,7 @@ from malleable.datamodules.texts import read_texts
 from malleable.lightning_modules.editing.editor import AlphaEditor, Edited, EditSettings, undisturbed
 from malleable.lightning_modules.editing.known import KnownFacts, known_requests
 from malleable.lightning_modules.editing.statistics import StatisticsSettings
+from malleable.lightning_modules.editing.targets import Fact
 from malleable.lightning_modules.functional.null_space import LowRank
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.names import canonical_name
@@ -43,7 +44,7 @@ class AlphaEdit(PostFitEdit):
         texts: What the model should go on saying: a list, or a file as of :func:`~malleable.datamodules.texts.read_texts`; default: the data
             module's ``edit_texts``.
         statistics: How second moments are taken over it.
-        statistics_file: Where these are kept and taken up; default: nowhere.
+        statistics_file: Where these are kept and taken up, ``{mark}`` in it stands for the model and text they are of; default: nowhere.
         known: Edit only what the model knows; default: all requests.
         protocol: What is measured before and after, and between batches.
         model: Name of the module's attribute that is the Hugging Face model.
@@ -85,14 +86,12 @@ class AlphaEdit(PostFitEdit):
         self._edited: list[EditRequest] = []
         self._sections: list[Section] = []
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find requests, text and tokenizer before any long work."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._requests(trainer)
-            self._tokenizer(trainer, pl_module)
-            if self.settings.needs_text:
-                self._texts(trainer)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find requests, text and tokenizer, and whether the model can be edited at all, before any long work."""
+        requests = self._requests(trainer)
+        if self.settings.needs_text:
+            self._texts(trainer)
+        AlphaEditor(self._model(pl_module), self._tokenizer(trainer, pl_module), self.settings).check([_fact(request) for request in requests])
 
     def make_patch(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Patch:
         """Edit, turn the updates into deltas, and take the edits back."""
@@ -104,9 +103,9 @@ class AlphaEdit(PostFitEdit):
                 requests, asked = known_requests(model, editor.reader, requests, self.known), requests
             log.info("%s of %s requests are edited: facts that the model knows", len(requests), len(asked))
         self._edited = requests
-        self.before = examine(model, tokenizer, requests, measured, self.protocol)
         if self.settings.needs_text:
             editor.fit_statistics(self._texts(trainer), self.statistics, self.statistics_file)
+        self.before = examine(model, tokenizer, requests, measured, self.protocol)
         self.records, survival = edit_in_batches(editor, requests, self.protocol)
         self.after = examine(model, tokenizer, requests, measured, self.protocol)
         if drift := editor.drift():
@@ -115,7 +114,7 @@ class AlphaEdit(PostFitEdit):
         self._sections = [*survival_section(survival), *spectrum_section(_directions(editor), _rule(self.settings))]
         editor.revert()
         settings = {**asdict(self.settings), "layers": list(editor.layers), "contexts_drawn": editor.contexts}
-        about = [{**request.as_plain(), **self._outcome(number)} for number, request in enumerate(requests)]
+        about = [{**_plain(request), "outcome": self._outcome(number)} for number, request in enumerate(requests)]
         title = f"{len(requests)} facts, {self.settings.method}, layers {editor.layers[0]} to {editor.layers[-1]}"
         figures = {"before": self.before.figures, "after": self.after.figures}
         return self.patch(model, deltas, title=title, requests=about, settings=settings, figures=figures)
@@ -123,21 +122,23 @@ class AlphaEdit(PostFitEdit):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the protocol on the requests of the patches, or on those given, as the model is and as it was before the patches."""
         patched = [plain for patch in self.stack.patches if patch.kind == self.kind for plain in patch.requests]
-        if patched:
-            fields = [field.name for field in dataclass_fields(EditRequest)]
-            requests = [request_of({name: plain[name] for name in fields if name in plain}, number) for number, plain in enumerate(patched)]
-        elif self.requests is not None or hasattr(getattr(trainer, "datamodule", None), "edit_requests"):
-            requests = self._requests(trainer)
-        else:
+        given = self.requests is not None or hasattr(getattr(trainer, "datamodule", None), "edit_requests")
+        if not patched and not given:
             return
+        references = {request.request_id: request.references for request in self._requests(trainer)} if given else {}
+        requests = [_request(plain, number, references) for number, plain in enumerate(patched)] or self._requests(trainer)
         model, tokenizer, measured = self._model(pl_module), self._tokenizer(trainer, pl_module), self._measured(trainer)
-        self._edited, drift = requests, self.after.figures.get("drift")
-        self.before, self.after = Findings(), examine(model, tokenizer, requests, measured, self.protocol)
-        if patched:
+        known = self._edited == requests and self.applied == self.stack.ids
+        drift = self.after.figures.get("drift")
+        self.after = examine(model, tokenizer, requests, measured, self.protocol)
+        if not patched:
+            self.before = Findings()
+        elif not known or not self.before.requests:
             with self.originals(model):
                 self.before = examine(model, tokenizer, requests, measured, self.protocol)
-            if drift is not None:
-                self.after.figures["drift"] = drift
+        if known and drift is not None:
+            self.after.figures["drift"] = drift
+        self._edited = requests
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the figures of the model as it is, and the growth of perplexity."""
@@ -160,14 +161,17 @@ class AlphaEdit(PostFitEdit):
 
     def _outcome(self, number: int) -> dict[str, Any]:
         """What became of a request, for the patch."""
-        outcome = {name: value for name, value in self.records[number]._asdict().items() if name != "fact"}
+        outcome: dict[str, Any] = {name: value for name, value in self.records[number]._asdict().items() if name != "fact"}
         for when, findings in (("before", self.before), ("after", self.after)):
             shares = {name: value for name, value in findings.requests[number]._asdict().items() if not math.isnan(value)}
             outcome[when] = {**shares, **({"says": findings.answers[number]} if number < len(findings.answers) else {})}
         return outcome
 
     def _delta(self, editor: AlphaEditor, layer: int) -> Delta:
-        update, projection = editor.update(layer), editor.projections[layer]
+        projection = editor.projections[layer]
+        if self.settings.method == "fine_tune":
+            return Delta(editor.change(layer))
+        update = editor.update(layer)
         rank, (rows, columns) = update.up.shape[1], projection.weight.shape
         if rank * (rows + columns) >= rows * columns:
             return Delta(projection.oriented(update.dense()))
@@ -208,6 +212,21 @@ def _of_data(trainer: Trainer, name: str, instead: str) -> Any:
     if found is None:
         raise MisconfigurationException(f"AlphaEdit needs {instead}, or a data module that has `{name}`")
     return found
+
+
+def _fact(request: EditRequest) -> Fact:
+    return Fact(request.prompt, request.subject, request.target)
+
+
+def _plain(request: EditRequest) -> dict[str, Any]:
+    """A request for the patch, without the texts of its references, which may be many times all else."""
+    return {name: value for name, value in request.as_plain().items() if name != "references"}
+
+
+def _request(plain: Mapping[str, Any], number: int, references: Mapping[str, tuple[str, ...]]) -> EditRequest:
+    """A request as a patch holds it, with its references where there are any."""
+    fields = {field.name: plain[field.name] for field in dataclass_fields(EditRequest) if field.name in plain}
+    return request_of({**fields, "references": references.get(str(plain.get("request_id")), ())}, number)
 
 
 def _directions(editor: AlphaEditor) -> dict[int, UsedDirections]:

@@ -36,6 +36,12 @@ class Protocol:
     max_rows: int = 64
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name, least in (("texts", 0), ("writing", 0), ("answers", 0), ("max_rows", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"protocol.{name} must be >= {least}, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -74,7 +80,7 @@ def examine(model: Any, tokenizer: Any, requests: Sequence[EditRequest], texts: 
         if texts and protocol.texts:
             figures["perplexity"] = perplexity(model, tokenizer, texts[: protocol.texts])
         if protocol.writing:
-            figures |= measure_writing(model, tokenizer, requests, protocol.writing, protocol.seed)
+            figures |= measure_writing(model, tokenizer, requests, protocol.writing, protocol.seed, protocol.max_rows)
         asked = requests[: protocol.answers]
         prompts = [request.prompt.replace(PLACEHOLDER, request.subject) for request in asked]
         lengths = [max(len(reader.answer(answer)) for answer in (request.target, request.true) if answer is not None) for request in asked]

@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from malleable.lightning_modules.patches.delta import Delta
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 SECTION = "patches"  # of a checkpoint, as in files that `malleable patch` has written
 EDITED = "edited"
+ROUNDING = 1e-2  # of a delta's norm: what nondeterministic kernels may make of it over many steps
 
 
 class PostFitEdit(Callback, ABC):
@@ -53,7 +55,10 @@ class PostFitEdit(Callback, ABC):
 
     @abstractmethod
     def make_patch(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Patch:
-        """Make the patch, equal on every rank, and leave the model as it was; :meth:`patch` puts the parts together."""
+        """Make the patch, equal on every rank, and leave the model as it was; :meth:`patch` puts the parts together.
+
+        The model lies where it was trained.
+        """
 
     def patch(self, model: nn.Module, deltas: Mapping[str, Delta], **about: Any) -> Patch:
         """Put a patch for the model as it stands together.
@@ -67,7 +72,7 @@ class PostFitEdit(Callback, ABC):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies that cut weights into pieces, before anything long begins."""
-        if stage == "fit" and isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
+        if stage == "fit" and isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
                 f"{type(self).__name__} needs whole weights, which {type(trainer.strategy).__name__} does not keep; train first, then run `fit` with "
                 "--trainer.max_steps 0 and one device or ddp from the consolidated checkpoint"
@@ -92,8 +97,8 @@ class PostFitEdit(Callback, ABC):
             return
         self._load_best(trainer, pl_module)
         model = self._model(pl_module)
-        patch = self.make_patch(trainer, pl_module, model)
-        _agree(trainer, patch)
+        with _back_on(trainer.strategy.root_device, model):
+            patch = _agreed(trainer, self.make_patch(trainer, pl_module, model))
         tensors = canonical_tensors(model)
         change = self.stack.apply(patch, tensors, allow_conflicts=True)
         change.write_into(tensors)
@@ -111,9 +116,18 @@ class PostFitEdit(Callback, ABC):
     def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoint: Any = trainer.checkpoint_callback
         path = getattr(checkpoint, "best_model_path", "")
-        if self.start == "last" or not path or path == self.replaced or not Path(path).is_file():
+        if self.start == "last" or not path or path == self.replaced:
             return
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        if not Path(path).is_file():
+            log.warning("%s: the best checkpoint %s is no file here: the last weights are edited", type(self).__name__, path)
+            return
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            raise MisconfigurationException(
+                f"{type(self).__name__}: the best checkpoint {path} holds more than tensors and plain data ({error}), which is not loaded unasked; "
+                "edit the last weights with start='last', or keep such objects out of save_hyperparameters"
+            ) from error
         pl_module.on_load_checkpoint(stored)
         pl_module.load_state_dict(stored["state_dict"], strict=pl_module.strict_loading)
         self.on_load_checkpoint(trainer, pl_module, stored)
@@ -121,21 +135,29 @@ class PostFitEdit(Callback, ABC):
     def _register(self, trainer: Trainer, folder: Path) -> None:
         """Save the edited weights whole or not at all, and let ``test`` find them."""
         checkpoint: Any = trainer.checkpoint_callback
-        self.replaced = getattr(checkpoint, "best_model_path", "") or self.replaced
+        best = getattr(checkpoint, "best_model_path", "")
+        self.replaced = best or self.replaced
         path = Path(getattr(checkpoint, "dirpath", None) or folder / "checkpoints") / f"{EDITED}.ckpt"
         if checkpoint is not None:
+            # The edited checkpoint names itself the best one, too.
             checkpoint.best_model_path = str(path)
         # Not a pattern of `last*.ckpt` or the like: half of it must not be found.
         temporary = path.with_name(f".{EDITED}.partial")
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            self._complete(temporary, trainer.lightning_module)
-            temporary.replace(path)
+        try:
+            trainer.save_checkpoint(temporary)
+            if trainer.is_global_zero:
+                self._complete(temporary, trainer.lightning_module)
+                temporary.replace(path)
+        except BaseException:
+            if checkpoint is not None:
+                checkpoint.best_model_path = best
+            raise
         trainer.strategy.barrier("edited")
 
     def _complete(self, path: Path, pl_module: LightningModule) -> None:
         """Put what was changed into a checkpoint of a module that keeps only what it trains."""
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        # Our own writing of a moment ago: whatever a project keeps in its checkpoints may be in it.
+        stored = torch.load(path, map_location="cpu", weights_only=False)
         missing = {key: tensor for key, tensor in self._changed(pl_module).items() if key not in stored["state_dict"]}
         if missing:
             stored["state_dict"] |= {key: tensor.cpu() for key, tensor in missing.items()}
@@ -193,13 +215,40 @@ class PostFitEdit(Callback, ABC):
         self.applied, self.replaced = list(state_dict["applied"]), state_dict["replaced"]
 
 
-def _agree(trainer: Trainer, patch: Patch) -> None:
-    """Check that all ranks made the same patch.
+@contextmanager
+def _back_on(device: torch.device, model: nn.Module) -> Iterator[None]:
+    """Put a model where it was trained: at the end of a fit Lightning has moved it to the CPU."""
+    before = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _agreed(trainer: Trainer, patch: Patch) -> Patch:
+    """The patch that all ranks apply: equal ones, or the first rank's where the others differ from it by rounding.
 
     Raises:
-        RuntimeError: If they did not: their weights would part for good.
+        RuntimeError: If they differ by more: the ranks were not asked the same.
     """
     own = torch.tensor(int(patch.id, 16), device=trainer.strategy.root_device)
     ids = trainer.strategy.all_gather(own).flatten().tolist()
-    if len(set(ids)) > 1:
-        raise RuntimeError(f"the ranks made different patches: {', '.join(f'{value:012x}' for value in ids)}; nothing was changed")
+    if len(set(ids)) == 1:
+        return patch
+    first: Patch = trainer.strategy.broadcast(patch)
+    differences = [_difference(first, patch, name) for name in first.deltas] if first.deltas.keys() == patch.deltas.keys() else [torch.inf]
+    largest = torch.tensor(max(differences), device=trainer.strategy.root_device)
+    largest = trainer.strategy.all_gather(largest).max()
+    if largest > ROUNDING:
+        made = ", ".join(f"{value:012x}" for value in ids)
+        raise RuntimeError(f"the ranks made different patches ({made}; deltas differ by {float(largest):.2g} of their norm); nothing was changed")
+    log.info("the ranks' patches differ by rounding (%.2g of their norm): the first one counts", largest)
+    return first
+
+
+def _difference(one: Patch, other: Patch, name: str) -> float:
+    first, second = one.deltas[name].dense(), other.deltas[name].dense()
+    return float((first - second).norm() / first.norm().clamp_min(1e-30))

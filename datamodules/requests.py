@@ -58,6 +58,8 @@ class EditRequest:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"{name} must be a text, got {value!r}")
+        if self.true is not None and (not isinstance(self.true, str) or not self.true.strip()):
+            raise ValueError(f"true must be a text or left out, got {self.true!r}")
         if self.prompt.count(PLACEHOLDER) != 1:
             raise ValueError(f"prompt must hold {PLACEHOLDER} exactly once, for the subject, got {self.prompt!r}")
         if self.true is not None and self.true.strip() == self.target.strip():
@@ -99,12 +101,17 @@ def request_of(fields: Mapping[str, Any], number: int) -> EditRequest:
     named["request_id"] = str(named.get("request_id", number))
     for name in _TEXTS:
         named[name] = _texts(name, named.get(name))
-    named["neighbors"] = tuple(_probe(item) for item in named.get("neighbors") or ())
+    neighbors = named.get("neighbors") or ()
+    if isinstance(neighbors, str) or not isinstance(neighbors, Sequence):
+        raise ValueError(f"neighbors must be a list of objects with prompt and answer, got {neighbors!r:.80}")
+    named["neighbors"] = tuple(_probe(item) for item in neighbors)
     return EditRequest(**named)
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
-    texts = tuple(value or ()) if not isinstance(value, str) else (value,)
+    if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
+        raise ValueError(f"{name} must be a list of texts, got {value!r:.80}")
+    texts = tuple(value or ())
     if wrong := [text for text in texts if not isinstance(text, str) or not text.strip()]:
         raise ValueError(f"{name} must be texts, got {wrong[0]!r}")
     return texts
@@ -112,8 +119,10 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 
 def _probe(item: Any) -> Probe:
     if isinstance(item, Mapping) and {"prompt", "answer"} == item.keys():
-        return Probe(item["prompt"], item["answer"])
-    raise ValueError(f"a neighbor is an object of prompt and answer, got {item!r:.80}")
+        probe = Probe(item["prompt"], item["answer"])
+        if all(isinstance(text, str) and text.strip() for text in probe):
+            return probe
+    raise ValueError(f"a neighbor is an object of prompt and answer, both texts, got {item!r:.80}")
 
 
 def read_requests(path: Path) -> list[EditRequest]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,9 @@ class EditSettings:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        for name, allowed in (("method", get_args(Method)), ("fact_token", get_args(FactToken))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("ridge", "moment_weight"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
@@ -190,9 +193,13 @@ class AlphaEditor:
 
     def use_moments(self, moments: dict[int, SecondMoment]) -> None:
         """Take second moments that are known already, by layer."""
-        self.moments = {layer: moments[layer].mean() for layer in self.layers}
-        self.spectra = {layer: Spectrum.of(moment) for layer, moment in self.moments.items()}
         self._metrics = {}
+        for layer in self.layers:
+            # One at a time where the model is; what is not needed there waits on the CPU.
+            moment = moments[layer].mean().to(self.device)
+            spectrum = Spectrum.of(moment)
+            self.moments[layer] = moment.cpu()
+            self.spectra[layer] = Spectrum(*(part.cpu() for part in spectrum))
 
     def metric(self, layer: int) -> KeyMetric:
         """What a change of a layer costs.
@@ -210,7 +217,7 @@ class AlphaEditor:
             return Ridge(settings.ridge)
         if layer not in self.spectra:
             raise ValueError(f"{settings.method} needs second moments of text: call fit_statistics(texts) before edit(...)")
-        spectrum = self.spectra[layer]
+        spectrum = Spectrum(*(part.to(self.device) for part in self.spectra[layer]))
         if settings.method == "memit":
             return Covariance(spectrum, settings.moment_weight)
         space = NullSpace(spectrum, settings.threshold.retained(spectrum.values))
@@ -245,7 +252,11 @@ class AlphaEditor:
             for layer, projection in self.projections.items():
                 self._originals.setdefault(layer, projection.weight.detach().clone())
             edit = self._fine_tune if self.settings.method == "fine_tune" else self._edit
-            return [record for start in range(0, len(facts), size) for record in edit(facts[start : start + size])]
+            records: list[Edited] = []
+            for start in range(0, len(facts), size):
+                records += edit(facts[start : start + size])
+                log.info("batch %s: %s facts edited", self._batch, len(self.records))
+            return records
 
     def _edit(self, facts: Sequence[Fact]) -> list[Edited]:
         targets = find_targets(self.model, self.layout, self.layers[-1], self.reader, facts, self.contexts, self.settings.targets)
@@ -281,25 +292,25 @@ class AlphaEditor:
     def _fine_tune(self, facts: Sequence[Fact]) -> list[Edited]:
         before = {layer: projection.weight.detach().float().clone() for layer, projection in self.projections.items()}
         weights = [projection.weight for projection in self.projections.values()]
-        losses, steps = fine_tune(self.model, weights, self.reader, facts, self.settings.tuning)
+        losses, steps = fine_tune(self.model, weights, self.reader, facts, self.settings.tuning, self.settings.targets.max_rows)
         for layer, projection in self.projections.items():
-            change = projection.oriented(projection.weight.detach().float() - before[layer])
-            # A descent changes all directions: the update has no low rank.
-            self._add(layer, LowRank(change.double(), torch.eye(change.shape[1], dtype=torch.double, device=change.device)))
+            self._add(layer, projection.weight.detach().float() - before[layer])
         records = [Edited(fact, self._batch, loss, loss, steps, float("nan"), ()) for fact, loss in zip(facts, losses, strict=True)]
         self.records += records
         self._batch += 1
         return records
 
     @torch.no_grad()
-    def _add(self, layer: int, update: LowRank) -> None:
+    def _add(self, layer: int, update: LowRank | Tensor) -> None:
         """Write the original and the sum of all updates, rounded once."""
         projection = self.projections[layer]
-        single = LowRank(update.up.float(), update.down.float())
-        self.updates[layer].append(single)
+        if isinstance(update, LowRank):
+            single = LowRank(update.up.float(), update.down.float())
+            self.updates[layer].append(single)
+            update = projection.oriented(single.dense())
         if layer not in self._sums:
             self._sums[layer] = torch.zeros_like(self._originals[layer], dtype=torch.float)
-        self._sums[layer] += projection.oriented(single.dense())
+        self._sums[layer] += update
         projection.weight.copy_(self._originals[layer].float() + self._sums[layer])
 
     @torch.no_grad()
@@ -331,12 +342,31 @@ class AlphaEditor:
         """Sum of all updates of a layer, one after another as a single product.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is none, or descent made them: that changes all directions.
         """
         parts = self.updates[layer]
         if not parts:
-            raise ValueError(f"layer {layer} has not been edited")
+            raise ValueError(f"layer {layer} has no update of low rank: it was not edited, or by {self.settings.method}; see change(layer)")
         return LowRank(torch.cat([part.up for part in parts], 1), torch.cat([part.down for part in parts], 0))
+
+    def change(self, layer: int) -> Tensor:
+        """Sum of all updates of a layer in its parameter's shape, single precision.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if layer not in self._sums:
+            raise ValueError(f"layer {layer} has not been edited")
+        return self._sums[layer].clone()
+
+    def check(self, facts: Sequence[Fact]) -> None:
+        """Read facts, without editing anything.
+
+        Raises:
+            ValueError: If one cannot be read: no token overlaps its subject, or its answer has no tokens.
+        """
+        for fact in facts:
+            self.reader.row(fact.prompt, fact.subject, answer=self.reader.answer(fact.target)[:-1])
 
     def drift(self) -> dict[int, float]:
         """Mean squared change of what each layer makes of the text of the second moments."""

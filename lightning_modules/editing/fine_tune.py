@@ -37,7 +37,7 @@ class FineTuneSettings:
 
 
 def fine_tune(
-    model: Any, weights: Sequence[nn.Parameter], reader: Reader, facts: Sequence[Fact], settings: FineTuneSettings
+    model: Any, weights: Sequence[nn.Parameter], reader: Reader, facts: Sequence[Fact], settings: FineTuneSettings, max_rows: int = 256
 ) -> tuple[list[float], int]:
     """Minimise the negative log-likelihood of answers after their bare prompts.
 
@@ -47,6 +47,7 @@ def fine_tune(
         reader: Makes rows of texts.
         facts: What is to hold.
         settings: See there.
+        max_rows: Rows of a pass; a step takes all of them.
 
     Returns:
         Loss of each fact, nats a token, before the last step, and the steps made.
@@ -63,10 +64,14 @@ def fine_tune(
         for weight in weights:
             weight.requires_grad_(True)
         for steps in range(settings.steps + 1):
-            with torch.enable_grad():
-                each = score_answers(model, reader, rows, answers).nll
-                gradients = torch.autograd.grad(each.mean(), list(weights))
-            losses = each.detach()
+            parts, gradients = [], [torch.zeros_like(master) for master in masters]
+            for start in range(0, len(rows), max_rows):
+                with torch.enable_grad():
+                    each = score_answers(model, reader, rows[start : start + max_rows], answers[start : start + max_rows]).nll
+                    own = torch.autograd.grad(each.sum() / len(rows), list(weights))
+                parts.append(each.detach())
+                gradients = [total + part.float() for total, part in zip(gradients, own, strict=True)]
+            losses = torch.cat(parts)
             if losses.mean() < settings.stop or steps == settings.steps:
                 break
             _step(masters, gradients, optimizer, weights)

@@ -29,12 +29,10 @@ class Row(NamedTuple):
     Attributes:
         ids: Tokens.
         position: The token looked at.
-        answer: Tokens of ``ids``, from the end, that are the answer given so far; 0 for a bare prompt.
     """
 
     ids: list[int]
     position: int
-    answer: int = 0
 
 
 class Rows(NamedTuple):
@@ -147,12 +145,12 @@ class Reader:
         # A blank at the end would be a token of its own, which no answer begins after.
         text = text.rstrip() if span.end < len(text) else text
         ids, offsets = self._encoded(text)
-        return Row([*ids, *answer], look_up(offsets, span, self.strategy), len(answer))
+        return Row([*ids, *answer], look_up(offsets, span, self.strategy))
 
     def question(self, text: str, answer: Sequence[int] = ()) -> Row:
         """Read a whole text, followed by the tokens of an answer; its last token is looked at."""
         ids, _ = self._encoded(text.rstrip())
-        return Row([*ids, *answer], len(ids) - 1, len(answer))
+        return Row([*ids, *answer], len(ids) - 1)
 
     def _encoded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoded = self.tokenizer(text, return_offsets_mapping=True)
@@ -190,10 +188,10 @@ def draw_contexts(model: nn.Module, tokenizer: Any, seed: int = 0, starts: Seque
         Contexts, one for each start, such as ``The first thing that. {}``.
     """
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    reader, generator = Reader(tokenizer), torch.Generator().manual_seed(seed)
     contexts = []
     for start in starts:
-        ids = torch.tensor([tokenizer(start)["input_ids"]], device=device)
+        ids = torch.tensor([reader.question(start).ids], device=device)
         first = ids.shape[1]
         while ids.shape[1] < max(length, first + 1):
             best = model(input_ids=ids, use_cache=False).logits[0, -1].float().topk(5)

@@ -92,8 +92,8 @@ def write(model: Any, tokenizer: Any, prompts: Sequence[str], length: int = 100,
         Beginnings with what was written after them.
     """
     device = next(model.parameters()).device
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    pad = next((number for number in (tokenizer.pad_token_id, tokenizer.eos_token_id) if number is not None), 0)
+    reader = Reader(tokenizer)
+    encoded, pad = [reader.question(prompt).ids for prompt in prompts], reader.pad
     end = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     texts = []
     for start in range(0, len(encoded), max_rows):
@@ -118,7 +118,9 @@ def write(model: Any, tokenizer: Any, prompts: Sequence[str], length: int = 100,
     return texts
 
 
-def measure_writing(model: Any, tokenizer: Any, requests: Sequence[EditRequest], length: int = 100, seed: int = 0) -> dict[str, float]:
+def measure_writing(
+    model: Any, tokenizer: Any, requests: Sequence[EditRequest], length: int = 100, seed: int = 0, max_rows: int = 32
+) -> dict[str, float]:
     """Fluency and consistency of what a model writes after the requests' beginnings; empty where they have none.
 
     Args:
@@ -127,6 +129,7 @@ def measure_writing(model: Any, tokenizer: Any, requests: Sequence[EditRequest],
         requests: With ``generation_prompts``, and ``references`` for consistency.
         length: Tokens of a text.
         seed: Of the drawing.
+        max_rows: Rows of a pass.
 
     Source:
         Meng et al. (2022), arXiv:2202.05262, section 3.3.
@@ -135,13 +138,13 @@ def measure_writing(model: Any, tokenizer: Any, requests: Sequence[EditRequest],
     owners = [(number, prompt) for number, request in enumerate(requests) for prompt in request.generation_prompts]
     if not owners:
         return {}
-    texts = write(model, tokenizer, [prompt for _, prompt in owners], length, seed=seed)
+    texts = write(model, tokenizer, [prompt for _, prompt in owners], length, seed=seed, max_rows=max_rows)
     fluent = Fluency()
     fluent.update(texts)
     figures = fluent.compute()
     referred = [number for number, request in enumerate(requests) if request.generation_prompts and request.references]
     if referred:
-        consistent = Consistency(Tfidf(text for number in referred for text in requests[number].references))
+        consistent = Consistency(Tfidf(dict.fromkeys(text for number in referred for text in requests[number].references)))
         for number in referred:
             written = [text for (owner, _), text in zip(owners, texts, strict=True) if owner == number]
             consistent.update(written, requests[number].references)

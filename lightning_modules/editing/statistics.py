@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from malleable.lightning_modules.patches.files import replacing
 
 log = logging.getLogger(__name__)
 
+MARK = "{mark}"
+
 
 @dataclass
 class StatisticsSettings:
@@ -30,7 +33,8 @@ class StatisticsSettings:
     Attributes:
         max_length: Tokens of a text; the rest is cut off.
         max_tokens: Tokens of a pass, padding included, which bounds memory.
-        piece: Texts between two points at which ranks add up and the file is written.
+        piece: Texts between two points at which ranks add up and the file may be written.
+        save_minutes: Time between two writings of the file.
         exclude_first: Leave out the first token of a text, whose keys are often hundreds of times longer than all others.
 
     Source:
@@ -40,6 +44,7 @@ class StatisticsSettings:
     max_length: int = 1024
     max_tokens: int = 8192
     piece: int = 512
+    save_minutes: float = 10.0
     exclude_first: bool = False
 
     def __post_init__(self) -> None:
@@ -70,7 +75,8 @@ def second_moments(
         tokenizer: Of the model.
         texts: What the model should go on saying.
         settings: See there.
-        file: Where the sums are kept; what lies there is taken up.
+        file: Where the sums are kept; what lies there is taken up. ``{mark}`` in its name becomes the identity of model, text and settings, so
+            that others have files of their own.
 
     Raises:
         ValueError: If there is no text, or the file is of another model, text or setting.
@@ -80,12 +86,17 @@ def second_moments(
     settings = settings or StatisticsSettings()
     widths = {layer: layout.projection_of(model, layer).width for layer in layers}
     device = next(model.parameters()).device
-    totals = {layer: SecondMoment(width, device) for layer, width in widths.items()}
-    mark = _mark(model, layout, layers, tokenizer, texts, settings)
-    done = _taken_up(file, mark, totals) if file is not None and file.exists() else 0
-    pieces = [texts[start : start + settings.piece] for start in range(0, len(texts), settings.piece)]
+    # The sums wait on the CPU: of wide models they are as large as the weights.
+    totals = {layer: SecondMoment(width) for layer, width in widths.items()}
     ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
     rank = distributed.get_rank() if ranks > 1 else 0
+    mark = _mark(model, layout, layers, tokenizer, texts, settings)
+    file = None if file is None else file.with_name(file.name.replace(MARK, mark[:12]))
+    done = _taken_up(file, mark, totals) if file is not None and rank == 0 and file.exists() else 0
+    if ranks > 1:
+        done = _shared(done, totals, device)
+    pieces = [texts[start : start + settings.piece] for start in range(0, len(texts), settings.piece)]
+    written = time.monotonic()
     for start in range(done, len(pieces), ranks):
         own = {layer: SecondMoment(width, device) for layer, width in widths.items()}
         if start + rank < len(pieces):
@@ -93,8 +104,12 @@ def second_moments(
         for turn in range(min(ranks, len(pieces) - start)):
             for layer, total in totals.items():
                 total.merge(own[layer] if ranks == 1 else _from(turn, rank, own[layer]))
-        if file is not None and rank == 0:
-            _write(file, mark, totals, min(start + ranks, len(pieces)))
+        finished = min(start + ranks, len(pieces))
+        log.info("second moments: %s of %s texts", min(finished * settings.piece, len(texts)), len(texts))
+        due = finished == len(pieces) or time.monotonic() - written >= 60 * settings.save_minutes
+        if file is not None and rank == 0 and due:
+            _write(file, mark, totals, finished)
+            written = time.monotonic()
     return totals
 
 
@@ -116,13 +131,26 @@ def _batches(tokenizer: Any, texts: Sequence[str], settings: StatisticsSettings)
     """Rows of about equal length, filled up on the right."""
     rows = sorted((ids[: settings.max_length] for ids in tokenizer(list(texts))["input_ids"] if ids), key=len)
     while rows:
-        length, number = len(rows[-1]), 1
+        length = len(rows[-1])
         number = max(1, settings.max_tokens // length)
         part, rows = rows[-number:], rows[:-number]
         ids, mask = torch.zeros(len(part), length, dtype=torch.long), torch.zeros(len(part), length, dtype=torch.long)
         for place, row in enumerate(part):
             ids[place, : len(row)], mask[place, : len(row)] = torch.tensor(row), 1
         yield ids, mask
+
+
+def _shared(done: int, totals: dict[int, SecondMoment], device: torch.device) -> int:
+    """Give all ranks what the first one took up."""
+    counts = torch.tensor([done, *(total.count for total in totals.values())], device=device)
+    distributed.broadcast(counts, 0)
+    done, *numbers = counts.tolist()
+    for number, total in zip(numbers if done else [], totals.values(), strict=bool(done)):
+        moved = total.total.to(device)
+        distributed.broadcast(moved, 0)
+        total.total.copy_(moved)
+        total.count = number
+    return int(done)
 
 
 def _from(turn: int, rank: int, own: SecondMoment) -> SecondMoment:
@@ -141,7 +169,7 @@ def _mark(model: nn.Module, layout: Layout, layers: Sequence[int], tokenizer: An
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].double().cpu().numpy().tobytes())
-    kept = {key: value for key, value in asdict(settings).items() if key != "max_tokens"}
+    kept = {key: value for key, value in asdict(settings).items() if key not in ("max_tokens", "save_minutes")}
     digest.update(json.dumps([list(layers), kept, type(tokenizer).__name__, len(tokenizer)]).encode())
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
@@ -160,7 +188,7 @@ def _taken_up(file: Path, mark: str, totals: dict[int, SecondMoment]) -> int:
         if about.get("mark") != mark:
             raise ValueError(
                 f"{file} holds second moments of another model, text or setting (mark {about.get('mark', 'missing')[:12]}, here {mark[:12]}); "
-                "remove it, or give another file"
+                f"remove it, give another file, or put {MARK} into the name"
             )
         counts = json.loads(about["counts"])
         for layer, total in totals.items():

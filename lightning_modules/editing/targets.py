@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from malleable.datamodules.requests import PLACEHOLDER
 from malleable.lightning_modules.editing.layout import Layout
-from malleable.lightning_modules.editing.prompts import Reader, Row
+from malleable.lightning_modules.editing.prompts import Reader, Row, fill
 from malleable.lightning_modules.editing.tails import Tails
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -209,6 +209,6 @@ class _Search:
         if bad:
             fact = self.facts[bad[0]]
             raise ValueError(
-                f"the target of {len(bad)} facts was lost (loss not finite), the first {fact.prompt.format(fact.subject)!r} -> {fact.target!r}; "
+                f"the target of {len(bad)} facts was lost (loss not finite), the first {fill(fact.prompt, fact.subject)[0]!r} -> {fact.target!r}; "
                 "lower targets.lr or load the model in float32"
             )

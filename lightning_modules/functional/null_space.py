@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class SecondMoment:
 
     def merge(self, other: SecondMoment) -> None:
         """Add what another has seen."""
-        self.total += other.total
+        self.total += other.total.to(self.total.device)
         self.count += other.count
 
     def mean(self) -> Tensor:
@@ -101,7 +101,9 @@ class Threshold:
     value: float = 2e-2
 
     def __post_init__(self) -> None:
-        """Check the value."""
+        """Check the values."""
+        if self.mode not in get_args(ThresholdMode):
+            raise ValueError(f"threshold.mode must be one of {', '.join(get_args(ThresholdMode))}, got {self.mode!r}")
         if self.value <= 0:
             raise ValueError(f"threshold.value must be > 0, got {self.value}")
         if self.mode == "relative_energy" and self.value > 1:
@@ -281,8 +283,8 @@ def compress_keys(keys: Tensor) -> Tensor:
 
 def mean_drift(update: LowRank, moment: Tensor) -> float:
     """Mean of ``|D k|^2`` over the text that the moment ``(d, d)`` is of, ``tr(D C D^T)``; for ``D = D P`` at most threshold times ``|D|^2``."""
-    inner = update.down.double() @ moment.double() @ update.down.double().T
-    return float((update.up.double().T @ update.up.double() * inner).sum())
+    up, down = (part.to(moment.device).double() for part in update)
+    return float((up.T @ up * (down @ moment.double() @ down.T)).sum())
 
 
 def _positive(name: str, value: float) -> float:

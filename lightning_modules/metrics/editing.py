@@ -95,8 +95,10 @@ class Perplexity(_Sums):
         super().__init__(1)
 
     def update(self, logps: Tensor, targets: Tensor) -> None:
-        """Add log-probabilities, nats, where ``targets`` is true; of one shape."""
-        self._add(logps[targets].reshape(-1, 1))
+        """Add log-probabilities, nats, where ``targets`` is true; of one shape. One that is not a number makes the perplexity none."""
+        chosen = logps[targets].to(self.total)
+        self.total += chosen.sum()
+        self.count += chosen.numel()
 
     def compute(self) -> dict[str, Tensor]:
         """Return the perplexity."""

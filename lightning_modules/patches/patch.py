@@ -41,7 +41,7 @@ class Patch:
         base: :func:`~malleable.lightning_modules.patches.fingerprint.fingerprint` of the whole model that it was made on, as that is
             without any patch; empty for a change that is bound to no weights.
         title: A line for the reader.
-        requests: What was asked for, one plain dictionary each.
+        requests: What was asked for, one plain dictionary each; what came of it, under ``outcome``, does not count for the id.
         settings: Hyper-parameters.
         figures: Measurements ``{"before": {...}, "after": {...}}``; undefined and infinite ones become ``None``.
         requires: Ids of the patches that lay below when it was made, in order.
@@ -79,7 +79,8 @@ class Patch:
         self.tensors()
 
     def _content_hash(self) -> str:
-        state = hashlib.sha256(to_json([self.kind, self.requests, dict(self.base)]).encode())
+        asked = [{name: value for name, value in request.items() if name != "outcome"} for request in self.requests]
+        state = hashlib.sha256(to_json([self.kind, asked, dict(self.base)]).encode())
         for name, delta in sorted(self.deltas.items()):
             for part in (delta.up, delta.down):
                 if part is not None:

@@ -81,11 +81,11 @@ SETUPS = {
     "smollm2": Setup(
         {"layers": (4, 5, 6, 7, 8), "batch_size": 5, "targets": TargetSettings(lr=0.5, steps=25)},
         30,
-        15,
+        10,
         trials(
             [Threshold("absolute", value) for value in (1e-2, 2e-2, 5e-2)], (1, 10), (1, 10, 100, 1e3, 1e4, 1e5), (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
         ),
-        {"relations": ["capital", "language", "country"], "limit": 150, "neighbors": 24},
+        {"relations": ["capital", "language", "country"], "limit": 250, "neighbors": 24},
     ),
     "tiny": Setup(
         {"layers": (0, 1), "batch_size": 10, "contexts": 0, "targets": TargetSettings(lr=0.5, steps=50, clamp=1.5, decay=0.1)},
@@ -139,7 +139,7 @@ class Bench:
                 # General text is the same for every seed.
                 self.moments |= {seed: found} if self.texts is None else dict.fromkeys((*SEEDS, TUNING_SEED), found)
             editor.use_moments(self.moments[seed])
-        protocol = Protocol(writing=0, survival=False, answers=0)
+        protocol = Protocol(texts=40, writing=0, survival=False, answers=0)
         if seed not in self.before:
             self.before[seed] = examine(self.model, data.tokenizer, requests, data.measured_texts, protocol).figures["perplexity"]
         start = time.perf_counter()

@@ -94,11 +94,88 @@ def test_the_report_shows_facts_survival_and_spectrum(run):
 def test_the_patch_keeps_what_each_fact_was_and_became(run):
     (patch,) = run[2].stack.patches
     for request in patch.requests:
-        assert request["before"]["efficacy"] == 0
-        assert request["after"]["efficacy_exact"] == 1
-        assert request["before"]["says"].startswith(request["true"])
-        assert request["after"]["says"].startswith(request["target"])
-        assert all(not isinstance(value, float) or math.isfinite(value) for value in request["after"].values())
+        before, after = request["outcome"]["before"], request["outcome"]["after"]
+        assert before["efficacy"] == 0
+        assert after["efficacy_exact"] == 1
+        assert before["says"].startswith(request["true"])
+        assert after["says"].startswith(request["target"])
+        assert all(not isinstance(value, float) or math.isfinite(value) for value in after.values())
+
+
+def test_what_is_measured_does_not_name_the_patch(run, learnt, tmp_path):
+    callback = edit(**BATCHES, protocol={"survival": False, "answers": 0, "texts": 0})
+    trainer_of(tmp_path, callback).fit(copy.deepcopy(learnt))
+    assert callback.applied == run[2].applied
+
+
+def test_references_stay_out_of_the_patch_and_count_in_the_test(learnt, tmp_path):
+    told = {"generation_prompts": ["the capital of"], "references": ["the capital of Peru park park"]}
+    callback = edit(requests=[{**request, **told} for request in REQUESTS], protocol={"writing": 12})
+    trainer = trainer_of(tmp_path, callback)
+    module = copy.deepcopy(learnt)
+    trainer.fit(module)
+    (patch,) = callback.stack.patches
+    assert not any("references" in request for request in patch.requests)
+    after = dict(callback.after.figures)
+    assert after.keys() >= {"fluency", "consistency"}
+    (figures,) = trainer.test(module, verbose=False)
+    assert figures["test_consistency"] == pytest.approx(after["consistency"], rel=1e-4)
+    assert figures["test_fluency"] == pytest.approx(after["fluency"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"settings": {"layers": [0, 9]}}, r"layers \[9\] do not exist"),
+        ({"settings": {"projection": "model.layers.{}.mlp.none"}}, "projection='model.layers.{}.mlp.none' names no module"),
+        ({"requests": [{"prompt": "{} is", "subject": "Peru", "target": "\u200b"}]}, "the answer"),
+    ],
+)
+def test_what_cannot_be_edited_is_refused_before_training(learnt, tmp_path, options, message):
+    module, steps = copy.deepcopy(learnt), []
+    module.on_train_start = lambda: steps.append(1)
+    if "requests" in options:
+        module.tokenizer = SilentTokenizer(module.tokenizer)
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, edit(**options)).fit(module)
+    assert not steps
+
+
+class SilentTokenizer:
+    """Has no tokens for what cannot be seen."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, **options):
+        return self.tokenizer(text.replace("\u200b", "").rstrip() if isinstance(text, str) else text, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"settings": {"method": "AlphaEdit"}}, "method must be one of alpha_edit, memit, ridge, fine_tune, got 'AlphaEdit'"),
+        ({"settings": {"threshold": {"mode": "relative"}}}, r"threshold\.mode must be one of absolute, .*got 'relative'"),
+        ({"settings": {"fact_token": "subject-last"}}, "fact_token must be one of subject_last, .*got 'subject-last'"),
+        ({"protocol": {"max_rows": 0}}, r"protocol\.max_rows must be >= 1, got 0"),
+    ],
+)
+def test_wrong_words_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        edit(**options)
+
+
+def test_a_tokenizer_made_in_setup_will_do(learnt, tmp_path):
+    module = copy.deepcopy(learnt)
+    tokenizer = module.tokenizer
+    del module.tokenizer
+    module.setup = lambda stage: setattr(module, "tokenizer", tokenizer)
+    callback = edit(**BATCHES, protocol={"survival": False, "answers": 0, "texts": 0})
+    trainer_of(tmp_path, callback).fit(module)
+    assert callback.applied
 
 
 def test_a_test_of_its_own_asks_what_the_patch_was_asked(run, tmp_path):

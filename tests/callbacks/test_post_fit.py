@@ -14,7 +14,8 @@ from lightning.pytorch.strategies import FSDPStrategy
 from post_fit_run import FactModule, edit, trainer_of
 from small_facts import NEW, OTHERS, share
 
-from malleable import AlphaEdit, Delta, PostFitEdit
+from malleable import AlphaEdit, Delta, Patch, PostFitEdit
+from malleable.callbacks.post_fit import _agreed
 from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.patch import read_patches
 from malleable.main import main
@@ -85,7 +86,7 @@ def test_the_patch_tells_what_was_asked_and_what_came_of_it(run, capsys):
     assert patch.id == callback.applied[0] == callback.stack.ids[0]
     assert patch.kind == "alpha_edit"
     assert [request["subject"] for request in patch.requests] == [fact.subject for fact in NEW]
-    assert all(request["nll"] < 0.5 for request in patch.requests)
+    assert all(request["outcome"]["nll"] < 0.5 for request in patch.requests)
     assert patch.settings["layers"] == [0, 1]
     assert {delta.rank for delta in patch.deltas.values()} == {len(NEW)}
     assert patch.figures["before"]["efficacy"] == 0
@@ -231,3 +232,35 @@ def test_two_ranks_make_the_patch_of_one(tmp_path):
         told.append((folder / "id.txt").read_text())
     assert told[0] == told[1]
     assert told[0].endswith(" 1.0")
+
+
+class Ranks:
+    """What one of two ranks sees of the other."""
+
+    def __init__(self, trainer, ids, other):
+        self.strategy = self
+        self.root_device, self._ids, self._other = torch.device("cpu"), ids, other
+        self._gathered = 0
+
+    def all_gather(self, value):
+        self._gathered += 1
+        return torch.tensor(self._ids) if self._gathered == 1 else value[None]
+
+    def broadcast(self, patch):
+        return self._other
+
+
+def test_ranks_that_differ_by_rounding_take_the_first_ones_patch(run):
+    _, _, callback = run
+    (own,) = callback.stack.patches
+
+    def patch(scale):
+        deltas = {name: Delta(delta.dense() * scale) for name, delta in own.deltas.items()}
+        return Patch(kind="alpha_edit", deltas=deltas, base=dict(own.base))
+
+    mine, near, far = patch(1.0), patch(1.0001), patch(1.5)
+    ids = [int(one.id, 16) for one in (mine, near, far)]
+    assert _agreed(Ranks(None, [ids[0], ids[0]], mine), mine) is mine
+    assert _agreed(Ranks(None, ids[:2], near), mine) is near
+    with pytest.raises(RuntimeError, match=r"the ranks made different patches .*deltas differ by 0\.33"):
+        _agreed(Ranks(None, [ids[2], ids[0]], far), mine)

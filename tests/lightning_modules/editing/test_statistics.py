@@ -13,7 +13,9 @@ TEXTS = [f"{sentence} {word}" for sentence in SENTENCES for word in ("Anna", "th
 
 def moments(model=None, texts=TEXTS, file=None, side="right", **settings):
     model = model or decoder()
-    return second_moments(model, find_layout(model), (1, 2), tokenizer("bos", side), texts, StatisticsSettings(**settings), file)
+    return second_moments(
+        model, find_layout(model), (1, 2), tokenizer("bos", side), texts, StatisticsSettings(**{"save_minutes": 0, **settings}), file
+    )
 
 
 def by_hand(model, exclude_first=False):
@@ -100,3 +102,18 @@ def test_memory_is_bounded_by_the_tokens_of_a_pass(monkeypatch):
     moments(max_tokens=256)
     assert len(sizes) > 1
     assert 128 < max(sizes) <= 256
+
+
+def test_other_models_have_files_of_their_own_where_the_name_says_so(tmp_path):
+    file = tmp_path / "moments-{mark}.safetensors"
+    moments(file=file)
+    moments(decoder(seed=1), file=file)
+    moments(file=file)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_file_is_not_written_after_every_piece(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(statistics, "_write", lambda *arguments: written.append(arguments[-1]))
+    moments(piece=4, file=tmp_path / "moments", save_minutes=10)
+    assert len(written) == 1
