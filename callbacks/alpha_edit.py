@@ -128,7 +128,7 @@ class AlphaEdit(PostFitEdit):
         references = {request.request_id: request.references for request in self._requests(trainer)} if given else {}
         requests = [_request(plain, number, references) for number, plain in enumerate(patched)] or self._requests(trainer)
         model, tokenizer, measured = self._model(pl_module), self._tokenizer(trainer, pl_module), self._measured(trainer)
-        known = self._edited == requests and self.applied == self.stack.ids
+        known = self._edited == requests and tuple(self.applied) == self.stack.ids
         drift = self.after.figures.get("drift")
         self.after = examine(model, tokenizer, requests, measured, self.protocol)
         if not patched:

@@ -98,7 +98,7 @@ def _draw_survival(figure: Figure, survival: Mapping[str, Any]) -> None:
     left.set(title="Facts that hold", xlabel="facts edited so far", ylabel="new answer likelier, %", ylim=(0, 103))
     matrix = torch.tensor(survival["matrix"])
     count = len(matrix)
-    image = right.imshow(matrix, vmin=0, vmax=100, cmap="viridis", origin="lower", extent=(0.5, count + 0.5, 0.5, count + 0.5))
+    image = right.imshow(matrix.numpy(), vmin=0, vmax=100, cmap="viridis", origin="lower", extent=(0.5, count + 0.5, 0.5, count + 0.5))
     right.set(title="By batch", xlabel="facts of batch", ylabel="after batch")
     right.grid(False)
     right.locator_params(integer=True)
@@ -106,18 +106,22 @@ def _draw_survival(figure: Figure, survival: Mapping[str, Any]) -> None:
 
 
 def _draw_spectrum(axes: Axes, directions: Mapping[int, UsedDirections]) -> None:
+    parted = False
     for number, (layer, (values, retained)) in enumerate(directions.items()):
         color = COLORS[number % len(COLORS)]
         place = torch.linspace(0, len(values) - 1, min(MAX_POINTS, len(values))).round().long()
         height = values[place].double().clamp_min(1e-12)
         label = f"layer {layer}" if retained is None else f"layer {layer}: {retained / len(values):.0%} may change"
-        axes.plot((place + 1) / len(values), height, color=color, label=label)
+        axes.plot(((place + 1) / len(values)).tolist(), height.tolist(), color=color, label=label)
         if retained is not None and retained < len(values):
             axes.plot((retained + 0.5) / len(values), float(values[retained - 1 : retained + 1].mean()), "o", color=color, markersize=6)
+            parted = True
     bounds = {round(float(values[retained]), 12) for values, retained in directions.values() if retained is not None and retained < len(values)}
     lowest = [float(values[retained - 1]) for values, retained in directions.values() if retained]
     if bounds and max(lowest) <= min(bounds):
         # One threshold parts the directions of every layer.
         axes.axhline(math.sqrt(max(lowest) * min(bounds)), color=COLORS[6], linestyle="--", linewidth=1.2, label="threshold")
+    elif parted:
+        axes.plot([], [], "o", color=COLORS[6], markersize=6, label="threshold")
     axes.set(yscale="log", xlabel="share of directions, from the least used", ylabel="mean square", title="Spectrum of the second moment")
     axes.legend()

@@ -24,7 +24,8 @@ MAX_POINTS = 2048
 PANELS_A_ROW = 3
 RECOMMENDATION = ("hr_10", "ndcg_10", "mrr_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10", "coverage_10")
 LINK_PREDICTION = ("mrr", "mr", "hits_1", "hits_3", "hits_10", "mrr_tail", "mrr_head")
-HEADLINE = RECOMMENDATION + LINK_PREDICTION
+EDITING = ("efficacy", "generalization", "specificity", "efficacy_exact", "specificity_exact", "fluency", "consistency", "perplexity")
+HEADLINE = RECOMMENDATION + LINK_PREDICTION + EDITING
 
 
 class RunReport(Callback):

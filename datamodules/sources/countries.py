@@ -104,10 +104,6 @@ class Countries(FactSource):
         super().__init__(relations, limit, paraphrases, neighbors, hold_out, generate, seed)
         self.path = TABLE if path is None else Path(path).expanduser()
 
-    def files(self) -> list[Path]:
-        """Return the table."""
-        return [self.path]
-
     def tables(self) -> FactTables:
         """Read the facts, in the order of the table.
 

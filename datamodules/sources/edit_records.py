@@ -32,10 +32,6 @@ class RequestFile(EditSource):
     def __init__(self, path: str, limit: int | None = None) -> None:
         self.path, self.limit = Path(path).expanduser(), limit
 
-    def files(self) -> list[Path]:
-        """Return the file."""
-        return [self.path]
-
     def load(self) -> EditTables:
         """Read the requests."""
         return EditTables(read_requests(self.path)[: self.limit])
@@ -63,10 +59,6 @@ class EditRecords(EditSource):
     @abstractmethod
     def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
         """Make the request of a record; a ``KeyError`` names a missing field."""
-
-    def files(self) -> list[Path]:
-        """Return the file."""
-        return [self.path]
 
     def load(self) -> EditTables:
         """Read the requests."""
@@ -105,10 +97,6 @@ class CounterFact(EditRecords):
         super().__init__(path, limit)
         self.snippets = None if snippets is None else Path(snippets).expanduser()
         self._texts: dict[tuple[str, str], list[str]] = defaultdict(list)
-
-    def files(self) -> list[Path]:
-        """Return the records, and the snippets if they are used."""
-        return [self.path, *([] if self.snippets is None else [self.snippets])]
 
     def load(self) -> EditTables:
         """Read snippets and requests."""

@@ -46,8 +46,7 @@ class FactFiles(FactSource):
 class LRE(FactFiles):
     """LRE's factual relations: ``data/factual`` of its repository, a JSON file a relation, or one file of them all."""
 
-    def files(self) -> list[Path]:
-        """Return the files."""
+    def _files(self) -> list[Path]:
         found = sorted(self.path.glob("*.json")) if self.path.is_dir() else [self.path] if self.path.is_file() else []
         if not found:
             raise FileNotFoundError(f"no relations at {self.path}; give the folder data/factual of https://github.com/evandez/relations")
@@ -57,7 +56,7 @@ class LRE(FactFiles):
         """Read the facts; of several objects of a subject the first counts."""
         relations: list[Relation] = []
         facts: list[Fact] = []
-        for path in self.files():
+        for path in self._files():
             content = _json(path)
             for entry in [content] if "samples" in content else content.values():
                 if missing := {"name", "prompt_templates", "samples"} - entry.keys():
@@ -74,8 +73,7 @@ class ParaRel(FactFiles):
     Patterns that do not end in the object are left out.
     """
 
-    def files(self) -> list[Path]:
-        """Return the files."""
+    def _files(self) -> list[Path]:
         found = [self.path / name for name in ("facts.jsonl", "patterns.json")]
         if missing := [str(path) for path in found if not path.is_file()]:
             raise FileNotFoundError(f"ParaRel needs {' and '.join(missing)}")
@@ -83,7 +81,7 @@ class ParaRel(FactFiles):
 
     def tables(self) -> FactTables:
         """Read the facts; of several objects of a subject the first counts."""
-        facts_file, patterns_file = self.files()
+        facts_file, patterns_file = self._files()
         relations = []
         for name, patterns in _json(patterns_file).items():
             texts = [pattern["pattern"].strip().rstrip(".").strip() for pattern in patterns]

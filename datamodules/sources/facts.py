@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 from malleable.datamodules.requests import PLACEHOLDER, EditRequest, Probe
@@ -34,10 +33,6 @@ class EditTables:
 
 class EditSource(ABC):
     """Where edit requests come from; subclasses state origin and terms in their docstring."""
-
-    @abstractmethod
-    def files(self) -> list[Path]:
-        """Return the files the data is read from, fetching them where needed."""
 
     @abstractmethod
     def load(self) -> EditTables:

@@ -11,7 +11,8 @@ from post_fit_run import FactModule, edit, trainer_of
 from small_facts import KNOWN, NEW, OTHERS, PARAPHRASE, SETTINGS, TEXTS
 
 from malleable import AlphaEdit, RunReport
-from malleable.callbacks.edit_protocol import Protocol
+from malleable.callbacks import alpha_edit
+from malleable.callbacks.edit_protocol import Protocol, examine
 from malleable.callbacks.edit_report import UsedDirections, edit_sections, spectrum_section, survival_section
 from malleable.callbacks.figures import save_figure
 from malleable.lightning_modules.editing.editor import EditSettings
@@ -184,6 +185,17 @@ def test_a_test_of_its_own_asks_what_the_patch_was_asked(run, tmp_path):
     (again,) = trainer_of(tmp_path, callback).test(module, ckpt_path=trainer.checkpoint_callback.best_model_path, weights_only=True, verbose=False)
     assert {name: value for name, value in figures.items() if name != "test_drift"} == pytest.approx(again)
     assert callback.before.figures["efficacy"] == 0
+
+
+def test_a_test_after_the_fit_asks_the_originals_no_second_time(learnt, tmp_path, monkeypatch):
+    callback = edit(**BATCHES, protocol={"survival": False, "texts": 0})
+    trainer, module = trainer_of(tmp_path, callback), copy.deepcopy(learnt)
+    trainer.fit(module)
+    before, asked = callback.before, []
+    monkeypatch.setattr(alpha_edit, "examine", lambda *arguments: asked.append(1) or examine(*arguments))
+    trainer.test(module, verbose=False)
+    assert len(asked) == 1
+    assert callback.before is before
 
 
 def test_a_model_that_was_not_edited_is_asked_once(learnt, tmp_path):

@@ -23,9 +23,6 @@ class Texts(TextSource):
 class Asked(EditSource):
     """One request and nothing told."""
 
-    def files(self):
-        return []
-
     def load(self):
         return EditTables([EditRequest("1", "The color of {} is", "Anna", "red")])
 

@@ -17,9 +17,6 @@ TASTES = Relation("taste", ("The taste of {} is", "{} tastes"))
 class Garden(FactSource):
     """Forty flowers of four colors, and what three of them taste like."""
 
-    def files(self):
-        return []
-
     def tables(self):
         colors = ("red", "blue", "white", "pink")
         facts = [Fact(0, f"flower {number}", colors[number % 4]) for number in range(40)]
