@@ -88,12 +88,18 @@ SETUPS = {
         {"relations": ["capital", "language", "country"], "limit": 250, "neighbors": 24},
     ),
     "tiny": Setup(
-        {"layers": (0, 1), "batch_size": 10, "contexts": 0, "targets": TargetSettings(lr=0.5, steps=50, clamp=1.5, decay=0.1)},
+        {
+            "fact_token": "last",
+            "layers": (1, 2),
+            "batch_size": 10,
+            "contexts": 0,
+            "targets": TargetSettings(lr=0.1, steps=60, clamp=1.5, decay=0.5, stop=0.1),
+        },
         200,
         200,
         trials(
             [Threshold("relative_energy", value) for value in (0.02, 0.05, 0.1)],
-            (0.01, 0.1),
+            (0.03, 0.3),
             (1e-2, 1e-1, 1, 10, 100, 1e3),
             (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
         ),
