@@ -106,13 +106,16 @@ class AlphaEdit(PostFitEdit):
         if self.settings.needs_text:
             editor.fit_statistics(self._texts(trainer), self.statistics, self.statistics_file)
         self.before = examine(model, tokenizer, requests, measured, self.protocol)
-        self.records, survival = edit_in_batches(editor, requests, self.protocol)
-        self.after = examine(model, tokenizer, requests, measured, self.protocol)
-        if drift := editor.drift():
+        try:
+            self.records, survival = edit_in_batches(editor, requests, self.protocol)
+            self.after = examine(model, tokenizer, requests, measured, self.protocol)
+            deltas = {self._name(editor, layer): self._delta(editor, layer) for layer in editor.layers}
+            drift = editor.drift()
+        finally:
+            editor.revert()
+        if drift:
             self.after.figures["drift"] = sum(drift.values()) / len(drift)
-        deltas = {self._name(editor, layer): self._delta(editor, layer) for layer in editor.layers}
         self._sections = [*survival_section(survival), *spectrum_section(_directions(editor), _rule(self.settings))]
-        editor.revert()
         settings = {**asdict(self.settings), "layers": list(editor.layers), "contexts_drawn": editor.contexts}
         about = [{**_plain(request), "outcome": self._outcome(number)} for number, request in enumerate(requests)]
         title = f"{len(requests)} facts, {self.settings.method}, layers {editor.layers[0]} to {editor.layers[-1]}"
