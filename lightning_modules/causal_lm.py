@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
 from torchmetrics import Metric
 
 from malleable.datamodules.batch import PackedBatch, Vocabulary
@@ -92,6 +93,11 @@ class CausalLM(BaseModule):
         """Add up log-likelihoods."""
         logps, targets = packed_token_logps(self.model, batch.input_ids, batch.document_ids, batch.position_ids)
         metrics["perplexity"].update(logps, targets & (batch.sample_id >= 0)[:, None])
+
+    def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Return the log-likelihood of each row, ``(B,)``, nats."""
+        logps, targets = packed_token_logps(self.model, batch.input_ids, batch.document_ids, batch.position_ids)
+        return (logps * targets).sum(1)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, none for a frozen model.

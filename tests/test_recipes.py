@@ -85,7 +85,7 @@ SMALLER = {
     "alpha_edit/tiny.yaml": [
         *("--model.language_model.scratch.num_layers", "2", "--model.language_model.scratch.intermediate_size", "128", "--trainer.max_epochs", "1"),
         *("--data.shuffles", "1", "--data.source.init_args.limit", "6", "--data.source.init_args.relations", '["continent"]'),
-        *("--trainer.callbacks.protocol.writing", "20"),
+        *("--trainer.callbacks.protocol.writing", "20", "--trainer.callbacks.settings.layers", "[0]"),
     ]
 }
 

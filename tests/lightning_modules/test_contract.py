@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import malleable.lightning_modules as exported
-from malleable.datamodules.batch import collate
+from malleable.datamodules.batch import Vocabulary, collate
 from malleable.lightning_modules.base import BaseModule, LossOutput
 from malleable.lightning_modules.language_model import LanguageModel
 from malleable.lightning_modules.tuning import Tuning
@@ -40,6 +40,30 @@ def preference_rows() -> list[Any]:
 def graph_rows() -> list[Any]:
     """Queries of a graph."""
     return query_rows(tiny_triples()[:8])
+
+
+def text_rows(count: int = 16) -> list[Any]:
+    """Two documents in a row."""
+    return [{"sample_id": number, "input_ids": [2, 4 + number % 8, 5, 1, 2, 6, 1], "document_ids": [1, 1, 1, 1, 2, 2, 2]} for number in range(count)]
+
+
+class TextData(TinyData):
+    """Rows of text."""
+
+    vocabulary = Vocabulary(16, 1, 0)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.train_dataset = self._train or text_rows()
+        self.val_dataset, self.test_dataset, self.predict_dataset = text_rows(6), text_rows(13), text_rows(5)
+
+    def row_tokens(self):
+        return [len(row["input_ids"]) - 2 for row in self.train_dataset]
+
+
+def likely(module: Any) -> Tensor:
+    """Log-likelihoods of rows of text."""
+    return module.eval().predict_step(collate(text_rows(6)), 0).detach()
 
 
 def ranked(module: Any) -> Tensor:
@@ -79,6 +103,14 @@ LANGUAGE_MODEL = {"language_model": tiny_config(), "tuning": Tuning(lr=1e-2, war
 GRAPH: dict[str, Any] = {"needs": {"graph": tiny_graph()}, "data": TinyGraphData, "collate": collate_queries}
 GRAPH |= {"rows": graph_rows, "output": ranked, "test_rows": lambda count: graph_rows()[:count]}
 CASES = {
+    "CausalLM": Case(
+        {"language_model": tiny_config(), "tuning": Tuning(lr=1e-2, warmup_steps=0)},
+        text_rows,
+        likely,
+        {"vocabulary": Vocabulary(16, 1, 0)},
+        TextData,
+        test_rows=text_rows,
+    ),
     "ComplEx": Case({"dimension": 4}, **GRAPH),
     "DistMult": Case({"dimension": 4}, **GRAPH),
     "DPO": Case(LANGUAGE_MODEL, preference_rows),

@@ -79,7 +79,7 @@ def test_ranks_that_finish_early_keep_step():
 
 def test_settings_that_mean_nothing_are_refused():
     for setting in ({"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}):
-        with pytest.raises(ValueError, match="generation needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, got"):
+        with pytest.raises(ValueError, match="generation needs temperature >= 0, 0 < top_p <= 1, top_k >= 1 and max_new_tokens >= 1, got"):
             generate_text(small_lm(), PROMPTS, MASK, **{"max_new_tokens": 3, "eos_token_id": EOS, **setting})
     for seeds, shape in ((None, "None"), (SEEDS[:1], r"\(1,\)")):
         with pytest.raises(ValueError, match=f"seeds must hold one number for each of the 4 rows, got shape {shape}"):
