@@ -90,20 +90,20 @@ SETUPS = {
     "tiny": Setup(
         {
             "fact_token": "last",
-            "layers": (1, 2),
-            "batch_size": 10,
+            "layers": (2, 3),
+            "batch_size": 20,
             "contexts": 0,
             "targets": TargetSettings(lr=0.1, steps=60, clamp=1.5, decay=0.5, stop=0.1),
         },
         200,
-        200,
+        100,
         trials(
             [Threshold("relative_energy", value) for value in (0.02, 0.05, 0.1)],
             (0.03, 0.3),
             (1e-2, 1e-1, 1, 10, 100, 1e3),
             (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
         ),
-        {"limit": 200, "hold_out": True},
+        {"relations": ["continent", "currency", "language"], "limit": 200, "hold_out": True},
     ),
 }
 
