@@ -21,7 +21,7 @@ from malleable.lightning_modules.editing.layout import Layout, Projection, find_
 from malleable.lightning_modules.editing.passes import check_additive, stopping
 from malleable.lightning_modules.editing.prompts import FactToken, Reader, draw_contexts
 from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
-from malleable.lightning_modules.editing.targets import Fact, Targets, TargetSettings, find_targets
+from malleable.lightning_modules.editing.targets import ROWS, Fact, Targets, TargetSettings, find_targets
 from malleable.lightning_modules.functional.null_space import (
     Covariance,
     KeyMetric,
@@ -292,7 +292,7 @@ class AlphaEditor:
     def _fine_tune(self, facts: Sequence[Fact]) -> list[Edited]:
         before = {layer: projection.weight.detach().float().clone() for layer, projection in self.projections.items()}
         weights = [projection.weight for projection in self.projections.values()]
-        losses, steps = fine_tune(self.model, weights, self.reader, facts, self.settings.tuning, self.settings.targets.max_rows)
+        losses, steps = fine_tune(self.model, weights, self.reader, facts, self.settings.tuning, self.settings.targets.max_rows or ROWS)
         for layer, projection in self.projections.items():
             self._add(layer, projection.weight.detach().float() - before[layer])
         records = [Edited(fact, self._batch, loss, loss, steps, float("nan"), ()) for fact, loss in zip(facts, losses, strict=True)]
@@ -322,7 +322,7 @@ class AlphaEditor:
         number = len(self.contexts)
         weights = torch.full((number,), 0.5 / max(1, number - 1), dtype=torch.double, device=self.device)
         weights[0] = 0.5 if number > 1 else 1.0
-        size = max(1, self.settings.targets.max_rows // number)
+        size = max(1, (self.settings.targets.max_rows or ROWS) // number)
         keys: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         values = []
         with stopping(self.model, self.layout, self.layers[-1], layers) as seen:

@@ -87,7 +87,7 @@ def test_the_model_is_left_alone():
 def test_a_lost_target_is_named():
     model = decoder()
     model.lm_head.weight.data.fill_(torch.inf)
-    with pytest.raises(ValueError, match="The capital of Peru is' -> 'Anna'"):
+    with pytest.raises(ValueError, match="I saw Anna' -> 'Lima'"):
         search(model)
 
 
