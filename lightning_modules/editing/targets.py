@@ -118,7 +118,7 @@ def find_targets(
     """
     device = next(model.parameters()).device
     rows = settings.max_rows or (ROWS_ON_CPU if device.type == "cpu" else ROWS)
-    size = max(1, rows // (len(contexts) + 1))
+    size = max(1, rows // len(contexts))
     # Facts with equally much behind the subject share a pass: the others would be filled up.
     order = sorted(range(len(facts)), key=lambda number: _behind(reader, facts[number]))
     found = []
@@ -141,9 +141,10 @@ class _Search:
     def __init__(
         self, model: Any, layout: Layout, layer: int, reader: Reader, facts: Sequence[Fact], contexts: Sequence[str], settings: TargetSettings
     ) -> None:
-        self.model, self.settings, self.facts = model, settings, facts
-        self.num_rows = len(contexts) + 1
+        self.settings, self.facts = settings, facts
+        self.num_rows = len(contexts)
         rows: list[Row] = []
+        about: list[Row] = []
         spots: list[tuple[int, int, int]] = []  # row, token behind the look-up token, the answer's next one
         for fact in facts:
             answer = reader.answer(fact.target)
@@ -152,17 +153,18 @@ class _Search:
                 first = len(row.ids) - len(answer) - row.position
                 spots += [(len(rows), first + place, token) for place, token in enumerate(answer)]
                 rows.append(row)
-            about = reader.row(f"{PLACEHOLDER} is a", fact.subject)
+            row = reader.row(f"{PLACEHOLDER} is a", fact.subject)
             # The look-up token: what the model says of the subject itself.
-            rows.append(Row(about.ids[: about.position + 1], about.position))
+            about.append(Row(row.ids[: row.position + 1], row.position))
         device = next(model.parameters()).device
-        self.tails = Tails(model, layout, layer, reader.batch(rows, device))
+        # Apart: among rows with something behind the look-up token they would be filled up.
+        self.tails, self.about = (Tails(model, layout, layer, reader.batch(part, device)) for part in (rows, about))
         self.spots = torch.tensor(spots, device=device)
 
     def run(self) -> Targets:
         """Descend until every fact is done."""
         settings, number = self.settings, len(self.facts)
-        tails = self.tails
+        tails, about = self.tails, self.about
         start = tails.start.view(number, self.num_rows, -1)[:, 0].float()
         length = start.norm(dim=1)
         change, first, second = (torch.zeros_like(start) for _ in range(3))
@@ -173,19 +175,19 @@ class _Search:
         for step in range(1, settings.steps + 1):
             leaf = change[running].requires_grad_()
             with torch.enable_grad():
-                negative, about = self._pass(tails, leaf, spots)
-                before = about.detach() if before is None else before
-                divergence = F.kl_div(before[running], about, log_target=True, reduction="none").sum(1)
+                negative, said = self._unlikely(tails, leaf, spots), _said(about, leaf)
+                before = said.detach() if before is None else before
+                divergence = F.kl_div(before[running], said, log_target=True, reduction="none").sum(1)
                 losses = negative + settings.kl * divergence + settings.decay * leaf.norm(dim=1) / length[running].square()
+                self._check(losses, running)
+                loss[running], nll[running] = losses.detach(), negative.detach()
+                going = losses.detach() >= settings.stop
+                if step == settings.steps or not going.any():
+                    break
                 (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-            self._check(losses, running)
-            loss[running], nll[running] = losses.detach(), negative.detach()
-            going = (losses.detach() >= settings.stop) & (step < settings.steps)
-            if not going.any():
-                break
             if not going.all():
                 running, gradient = running[going], gradient[going]
-                tails, spots = self._only(running)
+                tails, about, spots = self._only(running)
             steps[running] = step
             first[running] = torch.lerp(gradient, first[running], BETAS[0])
             second[running] = torch.lerp(gradient.square(), second[running], BETAS[1])
@@ -195,27 +197,24 @@ class _Search:
             change[running] = moved * (limit / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1)[:, None]
         return Targets(start, change, loss, nll, steps)
 
-    def _only(self, running: Tensor) -> tuple[Tails, Tensor]:
+    def _only(self, running: Tensor) -> tuple[Tails, Tails, Tensor]:
         """The rows and spots of some facts."""
         rows = (running[:, None] * self.num_rows + torch.arange(self.num_rows, device=running.device)).flatten()
         order = torch.full((len(self.facts) * self.num_rows,), -1, device=running.device)
         order[rows] = torch.arange(len(rows), device=running.device)
         row, token, target = self.spots.T
         kept = order[row] >= 0
-        return self.tails.take(rows), torch.stack([order[row], token, target], 1)[kept]
+        return self.tails.take(rows), self.about.take(running), torch.stack([order[row], token, target], 1)[kept]
 
-    def _pass(self, tails: Tails, change: Tensor, spots: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood of each running fact ``(F,)`` and what is said of its subject, log-probabilities ``(F, V)``."""
+    def _unlikely(self, tails: Tails, change: Tensor, spots: Tensor) -> Tensor:
+        """Negative log-likelihood of each running fact ``(F,)``."""
         row, token, target = spots.T
-        fact = row // self.num_rows
-        about = torch.arange(self.num_rows - 1, len(change) * self.num_rows, self.num_rows, device=change.device)
-        wanted = torch.cat([row, about]), torch.cat([token, torch.zeros_like(about)])
-        logps = tails.logits(change.repeat_interleave(self.num_rows, 0), *wanted).float().log_softmax(-1)
+        logps = tails.logits(change.repeat_interleave(self.num_rows, 0), row, token).float().log_softmax(-1)
         own = logps[torch.arange(len(row), device=row.device), target]
+        fact = row // self.num_rows
         # Mean over an answer's tokens and over contexts: every context has equally many tokens.
         counts = torch.bincount(fact, minlength=len(change))
-        negative = -torch.zeros_like(change[:, 0]).index_add(0, fact, own) / counts
-        return negative, logps[len(row) :]
+        return -torch.zeros_like(change[:, 0]).index_add(0, fact, own) / counts
 
     def _check(self, losses: Tensor, running: Tensor) -> None:
         bad = running[~losses.detach().isfinite()].tolist()
@@ -225,3 +224,9 @@ class _Search:
                 f"the target of {len(bad)} facts was lost (loss not finite), the first {fill(fact.prompt, fact.subject)[0]!r} -> {fact.target!r}; "
                 "lower targets.lr or load the model in float32"
             )
+
+
+def _said(about: Tails, change: Tensor) -> Tensor:
+    """What is said of each running fact's subject, log-probabilities ``(F, V)``."""
+    row = torch.arange(len(change), device=change.device)
+    return about.logits(change, row, torch.zeros_like(row)).float().log_softmax(-1)
