@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,12 +23,10 @@ from malleable.lightning_modules.functional.logps import answer_token_logps, pac
 from malleable.lightning_modules.functional.trie import Trie
 from malleable.lightning_modules.plain import from_plain
 from malleable.lightning_modules.play import Play, Player, row_seeds
-from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model, fingerprint, save_language_model
+from malleable.lightning_modules.pretrained import LanguageModelConfig
 from malleable.lightning_modules.recommend import allowed_items, recommendation_metrics, update_metrics
-from malleable.lightning_modules.trained_state import keep_trained, refuse_misfit
+from malleable.lightning_modules.tuned_weights import TunedWeights
 from malleable.lightning_modules.tuning import Tuning
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -55,7 +51,7 @@ class Decoding:
     max_new_tokens: int = 32
 
 
-class LanguageModel(BaseModule):
+class LanguageModel(TunedWeights, BaseModule):
     """A causal language model that recommends by writing an item's title.
 
     Args:
@@ -69,7 +65,6 @@ class LanguageModel(BaseModule):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("catalog",)
-    strict_loading = False
 
     def __init__(
         self,
@@ -91,21 +86,10 @@ class LanguageModel(BaseModule):
         self._trie: Trie | None = None
         self._titles: tuple[tuple[int, torch.device] | None, Tensor] | None = None
 
-    def configure_model(self) -> None:
-        """Build the language model; a second call does nothing, and neither does a call before a bare checkpoint has brought the catalogue."""
-        if self.model is not None or self.catalog is None:
-            return
-        strategy: Any = getattr(self.attached, "strategy", None)
-        zero3 = strategy.config if getattr(strategy, "zero_stage_3", False) else None
-        self.model = build_language_model(self.language_model, self.catalog, zero3_config=zero3)
-        self._base_fingerprint = fingerprint(self.model)
-        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        log.info(
-            "language model: %s, %.2f M of %.2f M parameters trained",
-            self.language_model.name or "from scratch",
-            trainable / 1e6,
-            sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters()) / 1e6,
-        )
+    @property
+    def words(self) -> Catalog | None:
+        """The catalogue."""
+        return self.catalog
 
     @property
     def trie(self) -> Trie:
@@ -210,42 +194,19 @@ class LanguageModel(BaseModule):
         """Recommend."""
         return self.recommend(batch)
 
-    def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """AdamW at the module's own rate."""
-        return self.tuning.optimizer(groups)
-
-    def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Linear rise, then decay to zero over the run."""
-        return self.tuning.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trains, the catalogue, and the identity of what does not train."""
-        keep_trained(self.model, checkpoint)
-        checkpoint["base_fingerprint"] = self._base_fingerprint
+        """Keep the catalogue, too."""
+        super().on_save_checkpoint(checkpoint)
         if self.catalog is not None:
             checkpoint["catalog"] = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.catalog).items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the model for a bare checkpoint, and refuse one that was trained on another base or another vocabulary."""
+        """Take up the catalogue first."""
         if self.catalog is None and "catalog" in checkpoint:
             stored = checkpoint["catalog"]
             nested = {name: tuple(tuple(row) for row in stored[name]) for name in ("token_ids", "genres")}
             self.catalog = Catalog(**{**stored, **nested, "titles": tuple(stored["titles"]), "popularity": tuple(stored["popularity"])})
         if self.catalog is None:
             raise MisconfigurationException(f"{type(self).__name__} needs the catalogue, and the checkpoint has none: pass catalog=...")
-        self.configure_model()
+        super().on_load_checkpoint(checkpoint)
         self._titles = None
-        refuse_misfit(self, checkpoint, self._base_fingerprint, self.language_model.name)
-
-    def on_train_end(self) -> None:
-        """Write the tuned model into the run folder: ``adapter/`` in PEFT format or ``model/`` in Hugging Face format."""
-        folder = self.trainer.log_dir
-        if folder is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        self.export(Path(folder))
-
-    def export(self, folder: Path) -> Path:
-        """Save the adapter or the whole model under ``folder``; under DeepSpeed every rank must call it."""
-        path = folder / ("adapter" if hasattr(self.model, "peft_config") else "model")
-        save_language_model(self.model, path, tokenizer=self.catalog.tokenizer if self.catalog else None, write=self.global_rank == 0)
-        return path

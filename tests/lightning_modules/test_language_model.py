@@ -17,7 +17,7 @@ from tiny_data import TinyData, quiet_trainer
 from tiny_module import lora, ready, save_base
 
 from malleable.datamodules.batch import collate
-from malleable.lightning_modules import language_model
+from malleable.lightning_modules import tuned_weights
 from malleable.lightning_modules.free_answers import texts, write_answers
 from malleable.lightning_modules.functional.grounding import embed_texts
 from malleable.lightning_modules.language_model import Decoding
@@ -300,7 +300,7 @@ def test_weights_load_shard_by_shard_where_they_are_sharded(monkeypatch, sharded
         asked["zero3"] = zero3_config
         return build_language_model(config, catalog)
 
-    monkeypatch.setattr(language_model, "build_language_model", build)
+    monkeypatch.setattr(tuned_weights, "build_language_model", build)
     module = SFT(language_model=tiny_config(), catalog=tiny_catalog())
     attached(module, zero_stage_3=sharded, config={"zero_optimization": {"stage": 3}})
     module.configure_model()

@@ -1,0 +1,139 @@
+"""The weights of a module that holds a language model: built, tuned, kept in checkpoints, exported."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from malleable.datamodules.batch import Catalog, Vocabulary
+from malleable.lightning_modules.patches.names import canonical_name
+from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model, fingerprint, save_language_model
+from malleable.lightning_modules.tuning import Tuning
+
+log = logging.getLogger(__name__)
+
+
+class TunedWeights(LightningModule):
+    """What every module does with its language model ``model``; to stand before the base in a class's line.
+
+    Checkpoints keep what trains or was edited, and know the rest by its fingerprint.
+    """
+
+    strict_loading = False
+    language_model: LanguageModelConfig
+    tuning: Tuning
+    frozen: bool = False
+    model: Any
+    _base_fingerprint: str
+
+    @property
+    @abstractmethod
+    def words(self) -> Vocabulary | Catalog | None:
+        """What knows the tokenizer; ``None`` until the data or a checkpoint has brought it."""
+
+    def configure_model(self) -> None:
+        """Build the language model; a second call does nothing, and neither does a call before :attr:`words` are there."""
+        if self.model is not None or self.words is None:
+            return
+        strategy: Any = getattr(getattr(self, "attached", None), "strategy", None)
+        zero3 = strategy.config if getattr(strategy, "zero_stage_3", False) else None
+        self.model = build_language_model(self.language_model, self.words, zero3_config=zero3)
+        if self.frozen:
+            self.model.requires_grad_(False).eval()
+        self._base_fingerprint = fingerprint(self.model)
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        log.info(
+            "language model: %s, %.2f M of %.2f M parameters trained",
+            self.language_model.name or "from scratch",
+            trainable / 1e6,
+            sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters()) / 1e6,
+        )
+
+    def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """AdamW at the module's own rate."""
+        return self.tuning.optimizer(groups)
+
+    def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Linear rise, then decay to zero over the run."""
+        return self.tuning.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what trains or was edited, and the identity of what does not train."""
+        keep_trained(self.model, checkpoint)
+        checkpoint["base_fingerprint"] = self._base_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the model for a bare checkpoint, and refuse one that was trained on another base or another vocabulary."""
+        self.configure_model()
+        refuse_misfit(self, checkpoint, self._base_fingerprint, self.language_model.name)
+
+    def on_train_end(self) -> None:
+        """Write the tuned model into the run folder: ``adapter/`` in PEFT format or ``model/`` in Hugging Face format."""
+        folder = self.trainer.log_dir
+        if folder is None or self.frozen or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self.export(Path(folder))
+
+    def export(self, folder: Path) -> Path:
+        """Save the adapter or the whole model under ``folder``; under DeepSpeed every rank must call it."""
+        path = folder / ("adapter" if hasattr(self.model, "peft_config") else "model")
+        save_language_model(self.model, path, tokenizer=self.words.tokenizer if self.words else None, write=self.global_rank == 0)
+        return path
+
+
+def keep_trained(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Leave frozen weights out of a checkpoint, but for those that patches have changed.
+
+    Args:
+        model: The attribute ``model`` of the module whose checkpoint it is.
+        checkpoint: Its ``state_dict`` is made anew; ``patches`` names what was changed.
+    """
+    # Both names of a head that is tied to the embeddings; what quantization puts beside frozen weights has no parameter's name.
+    trains = {f"model.{name}": parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+    state = checkpoint.get("state_dict")
+    if all(trains.values()) or not state:
+        return
+    patched = (checkpoint.get("patches") or {}).get("originals", {})
+    checkpoint["state_dict"] = {
+        key: value
+        for key, value in state.items()
+        if trains.get(key, not key.startswith("model.")) or (key in trains and canonical_name(key, "model.") in patched)
+    }
+
+
+def refuse_misfit(module: LightningModule, checkpoint: dict[str, Any], base_fingerprint: str, name: str | None) -> None:
+    """Refuse a checkpoint of another base model or other settings.
+
+    Args:
+        module: Its ``model`` is built.
+        checkpoint: What is to be loaded.
+        base_fingerprint: Of the module's frozen weights.
+        name: Of its base model.
+
+    Raises:
+        MisconfigurationException: If it does not fit.
+    """
+    state = checkpoint.get("state_dict") or {}
+    if not state:
+        return
+    stored_base = checkpoint.get("base_fingerprint")
+    if stored_base is not None and stored_base != base_fingerprint:
+        raise MisconfigurationException(
+            f"the checkpoint was trained on another base model than '{name}' (fingerprint {stored_base[:12]}, here {base_fingerprint[:12]}); "
+            "give the base model it was trained on"
+        )
+    model: Any = module.model
+    missing = [f"model.{name}" for name, p in model.named_parameters() if p.requires_grad and f"model.{name}" not in state]
+    unexpected = sorted(set(state) - set(module.state_dict()))
+    if missing or unexpected:
+        raise MisconfigurationException(
+            f"the checkpoint does not fit this module: missing {missing[:3]}, unexpected {unexpected[:3]} "
+            f"({len(missing)} and {len(unexpected)} in all); build the module with the settings it was trained with"
+        )
