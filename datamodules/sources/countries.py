@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import ClassVar
 
 from malleable.datamodules.sources.facts import Fact, FactSource, FactTables, Relation
-
-TABLE = Path(__file__).with_name("countries.csv")
 
 RELATIONS = (
     Relation(
@@ -79,30 +78,10 @@ RELATIONS = (
 class Countries(FactSource):
     """Capitals, continents, currencies, languages, and the countries of the capitals: about 1,130 facts, five templates each; nothing is fetched.
 
-    Args:
-        path: A table of one's own, CSV with the columns ``country``, ``capital``, ``continent``, ``currency`` and ``language``.
-        relations: Names of those to take, of ``capital``, ``continent``, ``currency``, ``language``, ``country``; default: all.
-        limit: Edit so many facts, drawn at random; default: all, which leaves nothing for neighbours.
-        paraphrases: Other templates that ask for an edited fact.
-        neighbors: Questions about other subjects, at most.
-        hold_out: Leave one template of each fact out of the sentences that tell it, and ask for it as the paraphrase.
-        generate: Beginnings for texts about the subject, with sentences that the new answer should make them resemble.
-        seed: Seed of everything drawn.
+    A table of one's own is a CSV file with the columns ``country``, ``capital``, ``continent``, ``currency`` and ``language``.
     """
 
-    def __init__(
-        self,
-        path: str | None = None,
-        relations: list[str] | None = None,
-        limit: int | None = None,
-        paraphrases: int = 2,
-        neighbors: int = 5,
-        hold_out: bool = False,
-        generate: bool = False,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(relations, limit, paraphrases, neighbors, hold_out, generate, seed)
-        self.path = TABLE if path is None else Path(path).expanduser()
+    packaged: ClassVar[Path | None] = Path(__file__).with_name("countries.csv")
 
     def tables(self) -> FactTables:
         """Read the facts, in the order of the table.

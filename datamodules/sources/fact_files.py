@@ -14,36 +14,7 @@ from typing import Any
 from malleable.datamodules.sources.facts import Fact, FactSource, FactTables, Relation
 
 
-class FactFiles(FactSource):
-    """Facts of files.
-
-    Args:
-        path: Where they lie.
-        relations: Names of those to take; default: all.
-        limit: Edit so many facts, drawn at random; default: all, which leaves nothing for neighbours.
-        paraphrases: Other templates that ask for an edited fact.
-        neighbors: Questions about other subjects, at most.
-        hold_out: Leave one template of each fact out of the sentences that tell it, and ask for it as the paraphrase.
-        generate: Beginnings for texts about the subject, with sentences that the new answer should make them resemble.
-        seed: Seed of everything drawn.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        relations: list[str] | None = None,
-        limit: int | None = None,
-        paraphrases: int = 2,
-        neighbors: int = 5,
-        hold_out: bool = False,
-        generate: bool = False,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(relations, limit, paraphrases, neighbors, hold_out, generate, seed)
-        self.path = Path(path).expanduser()
-
-
-class LRE(FactFiles):
+class LRE(FactSource):
     """LRE's factual relations: ``data/factual`` of its repository, a JSON file a relation, or one file of them all."""
 
     def _files(self) -> list[Path]:
@@ -67,7 +38,7 @@ class LRE(FactFiles):
         return FactTables(relations, facts)
 
 
-class ParaRel(FactFiles):
+class ParaRel(FactSource):
     """ParaRel's facts and patterns: a folder with ``facts.jsonl`` (``rel``, ``sub``, ``obj``) and ``patterns.json`` (patterns by relation).
 
     Patterns that do not end in the object are left out.

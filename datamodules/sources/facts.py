@@ -11,7 +11,8 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 from malleable.datamodules.requests import PLACEHOLDER, EditRequest, Probe
 
@@ -86,6 +87,7 @@ class FactSource(EditSource):
     of the same true object if there are enough, else of another one than the new answer.
 
     Args:
+        path: File or folder of the facts; default: the one that lies in this package, where there is one.
         relations: Names of those to take; default: all.
         limit: Edit so many facts, drawn at random; default: all, which leaves nothing for neighbours.
         paraphrases: Other templates that ask for an edited fact.
@@ -95,11 +97,15 @@ class FactSource(EditSource):
         seed: Seed of everything drawn.
 
     Raises:
-        ValueError: If a value is out of range or a relation unknown.
+        ValueError: If a value is out of range or a relation unknown, or there is no path and none in this package.
     """
+
+    packaged: ClassVar[Path | None] = None
+    """Where the facts lie in this package."""
 
     def __init__(
         self,
+        path: str | None = None,
         relations: list[str] | None = None,
         limit: int | None = None,
         paraphrases: int = 2,
@@ -111,6 +117,10 @@ class FactSource(EditSource):
         for name, value, least in (("limit", limit, 1), ("paraphrases", paraphrases, 0), ("neighbors", neighbors, 0)):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
+        located = self.packaged if path is None else Path(path).expanduser()
+        if located is None:
+            raise ValueError(f"{type(self).__name__} needs path=..., the file or folder of its facts: none lies in this package")
+        self.path = located
         self.relations = relations
         self.limit = limit
         self.paraphrases = paraphrases

@@ -1,6 +1,7 @@
 """Tables of facts as requests: another answer, other words, neighbours that nobody edits."""
 
 import json
+from pathlib import Path
 
 import pytest
 from shared import shared_data
@@ -16,6 +17,8 @@ TASTES = Relation("taste", ("The taste of {} is", "{} tastes"))
 
 class Garden(FactSource):
     """Forty flowers of four colors, and what three of them taste like."""
+
+    packaged = Path(__file__)
 
     def tables(self):
         colors = ("red", "blue", "white", "pink")
@@ -149,6 +152,12 @@ def test_lre(tmp_path):
     (tmp_path / "color.json").write_text(json.dumps({"color": {"name": "color"}}))
     with pytest.raises(ValueError, match=r"color.json: a relation has no prompt_templates, samples"):
         LRE(str(tmp_path)).load()
+
+
+@pytest.mark.parametrize("source", [LRE, ParaRel])
+def test_facts_that_are_not_in_the_package_need_a_path(source):
+    with pytest.raises(ValueError, match=rf"{source.__name__} needs path=\.\.\., the file or folder of its facts"):
+        source()
 
 
 def test_lre_as_published():
