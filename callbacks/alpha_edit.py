@@ -20,8 +20,9 @@ from malleable.callbacks.page import Column, Section
 from malleable.callbacks.post_fit import PostFitEdit
 from malleable.datamodules.requests import EditRequest, checked, read_requests, request_of
 from malleable.datamodules.texts import read_texts
-from malleable.lightning_modules.editing.editor import AlphaEditor, Edited, EditSettings, undisturbed
+from malleable.lightning_modules.editing.editor import AlphaEditor, Edited, undisturbed
 from malleable.lightning_modules.editing.known import KnownFacts, known_requests
+from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.statistics import StatisticsSettings
 from malleable.lightning_modules.editing.targets import Fact
 from malleable.lightning_modules.functional.null_space import LowRank
@@ -91,7 +92,7 @@ class AlphaEdit(PostFitEdit):
         requests = self._requests(trainer)
         if self.settings.needs_text:
             self._texts(trainer)
-        AlphaEditor(self._model(pl_module), self._tokenizer(trainer, pl_module), self.settings).check([_fact(request) for request in requests])
+        AlphaEditor(self._model(pl_module), self._tokenizer(trainer, pl_module), self.settings).check([Fact.of(request) for request in requests])
 
     def make_patch(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Patch:
         """Edit, turn the updates into deltas, and take the edits back."""
@@ -215,10 +216,6 @@ def _of_data(trainer: Trainer, name: str, instead: str) -> Any:
     if found is None:
         raise MisconfigurationException(f"AlphaEdit needs {instead}, or a data module that has `{name}`")
     return found
-
-
-def _fact(request: EditRequest) -> Fact:
-    return Fact(request.prompt, request.subject, request.target)
 
 
 def _plain(request: EditRequest) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def edit_in_batches(editor: AlphaEditor, requests: Sequence[EditRequest], protoc
         :class:`~malleable.lightning_modules.metrics.editing.EditSurvival`); without ``survival`` empty.
     """
     size = editor.settings.batch_size
-    facts = [Fact(request.prompt, request.subject, request.target) for request in requests]
+    facts = [Fact.of(request) for request in requests]
     if not protocol.survival:
         return editor.edit(facts), {}
     batch = torch.arange(len(facts)) // size

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from malleable.datamodules.base import BaseDataModule
 from malleable.datamodules.batch import Batch, Vocabulary, collate
 from malleable.datamodules.requests import EditRequest, checked
-from malleable.datamodules.sources.facts import EditSource, EditTables
+from malleable.datamodules.sources.edits import EditSource, EditTables
 from malleable.datamodules.sources.texts import TextSource
 from malleable.datamodules.text_rows import TextRows
 from malleable.datamodules.tokenizer import load_tokenizer, train_tokenizer

@@ -7,7 +7,7 @@ from malleable.lightning_modules.baselines import Popularity as Popularity
 from malleable.lightning_modules.causal_lm import CausalLM as CausalLM
 from malleable.lightning_modules.dpo import DPO as DPO
 from malleable.lightning_modules.editing.editor import AlphaEditor as AlphaEditor
-from malleable.lightning_modules.editing.editor import EditSettings as EditSettings
+from malleable.lightning_modules.editing.settings import EditSettings as EditSettings
 from malleable.lightning_modules.knowledge_graph import EmbeddingTuning as EmbeddingTuning
 from malleable.lightning_modules.knowledge_graph import Init as Init
 from malleable.lightning_modules.knowledge_graph import LinkRanking as LinkRanking

@@ -5,8 +5,9 @@ from malleable.datamodules.sources.candidates import CandidateRows
 from malleable.datamodules.sources.codex import CoDExS
 from malleable.datamodules.sources.countries import Countries
 from malleable.datamodules.sources.edit_records import CounterFact, FlatCounterFact, QAEdit, RequestFile, ZsRE
+from malleable.datamodules.sources.edits import EditSource, EditTables
 from malleable.datamodules.sources.fact_files import LRE, ParaRel
-from malleable.datamodules.sources.facts import EditSource, EditTables, FactSource, FactTables
+from malleable.datamodules.sources.facts import FactSource, FactTables
 from malleable.datamodules.sources.fb15k237 import FB15k237
 from malleable.datamodules.sources.graph import GraphSource, GraphTables
 from malleable.datamodules.sources.instruction import InstructionRows

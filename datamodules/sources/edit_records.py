@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from malleable.datamodules.requests import PLACEHOLDER, EditRequest, Probe, checked, read_requests
-from malleable.datamodules.sources.facts import EditSource, EditTables
+from malleable.datamodules.sources.edits import EditSource, EditTables
 
 log = logging.getLogger(__name__)
 

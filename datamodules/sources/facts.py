@@ -1,4 +1,4 @@
-"""What a source of facts gives: requests to edit them, and sentences that tell them.
+"""Tables of facts, made into requests to edit them and sentences that tell them.
 
 A table of facts becomes requests as CounterFact was made: another object of the relation is the new answer, other templates are the paraphrases,
 and subjects with the same true object are the neighbours.
@@ -7,37 +7,15 @@ and subjects with the same true object are the neighbours.
 from __future__ import annotations
 
 import random
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from malleable.datamodules.requests import PLACEHOLDER, EditRequest, Probe
-
-
-@dataclass(frozen=True)
-class EditTables:
-    """Requests, and text around them.
-
-    Attributes:
-        requests: What is to be edited.
-        told: Sentences that tell the facts as they are, the edited ones among them: what a model can learn them from.
-        kept: Those of them that tell facts which no request changes.
-    """
-
-    requests: list[EditRequest]
-    told: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-
-
-class EditSource(ABC):
-    """Where edit requests come from; subclasses state origin and terms in their docstring."""
-
-    @abstractmethod
-    def load(self) -> EditTables:
-        """Read or make the requests."""
+from malleable.datamodules.sources.edits import EditSource, EditTables
 
 
 class Relation(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malleable.datamodules.requests import PLACEHOLDER
+from malleable.datamodules.requests import PLACEHOLDER, EditRequest
 from malleable.lightning_modules.editing.layout import Layout
 from malleable.lightning_modules.editing.prompts import Reader, Row, fill
 from malleable.lightning_modules.editing.tails import Tails
@@ -34,6 +34,11 @@ class Fact(NamedTuple):
     prompt: str
     subject: str
     target: str
+
+    @classmethod
+    def of(cls, request: EditRequest) -> Fact:
+        """What a request asks for."""
+        return cls(request.prompt, request.subject, request.target)
 
 
 @dataclass

@@ -60,7 +60,7 @@ def compare(name: str, number: int) -> dict[str, float]:
     reader, layout = Reader(tokenizer), find_layout(model)
     settings = TargetSettings(lr=0.5, steps=25)
     requests = Countries(limit=number).load().requests
-    facts = [Fact(request.prompt, request.subject, request.target) for request in requests]
+    facts = [Fact.of(request) for request in requests]
     with undisturbed(model):
         contexts = ["{}", *draw_contexts(model, tokenizer)]
         find_targets(model, layout, LAYERS[-1], reader, facts[:1], contexts, TargetSettings(steps=2))  # warm up

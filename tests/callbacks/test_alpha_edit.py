@@ -15,8 +15,8 @@ from malleable.callbacks import alpha_edit
 from malleable.callbacks.edit_protocol import Protocol, examine
 from malleable.callbacks.edit_report import UsedDirections, edit_sections, spectrum_section, survival_section
 from malleable.callbacks.figures import save_figure
-from malleable.lightning_modules.editing.editor import EditSettings
 from malleable.lightning_modules.editing.known import KnownFacts
+from malleable.lightning_modules.editing.settings import EditSettings
 
 TRUE = {fact.subject: fact.target for fact in KNOWN}
 

@@ -6,7 +6,7 @@ from malleable.datamodules.batch import PackedBatch
 from malleable.datamodules.editing import EditingDataModule
 from malleable.datamodules.requests import EditRequest
 from malleable.datamodules.sources.countries import Countries
-from malleable.datamodules.sources.facts import EditSource, EditTables
+from malleable.datamodules.sources.edits import EditSource, EditTables
 from malleable.datamodules.sources.texts import TextSource
 
 

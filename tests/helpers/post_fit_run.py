@@ -14,7 +14,7 @@ from small_facts import KNOWN, NEW, OTHERS, SETTINGS, TEXTS, also, learnt_decode
 from torch.utils.data import DataLoader
 
 from malleable import AlphaEdit
-from malleable.lightning_modules.editing.editor import EditSettings
+from malleable.lightning_modules.editing.settings import EditSettings
 
 
 class FactModule(LightningModule):

@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from small_editing import decoder, tokenizer
 from small_facts import NEW, OTHERS, SETTINGS, TEXTS, also, learnt_decoder, share
 
-from malleable.lightning_modules.editing.editor import AlphaEditor, EditSettings
+from malleable.lightning_modules.editing.editor import AlphaEditor
+from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.targets import Fact
 
 
