@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ def edit_in_batches(editor: AlphaEditor, requests: Sequence[EditRequest], protoc
     batch = torch.arange(len(facts)) // size
     survival = EditSurvival(int(batch[-1]) + 1)
     survival.sync_on_compute = False
-    bare = [EditRequest(r.request_id, r.prompt, r.subject, r.target, r.true) for r in requests]
+    bare = [replace(request, paraphrases=(), neighbors=()) for request in requests]
     records: list[Edited] = []
     for number in range(survival.num_batches):
         records += editor.edit(facts[number * size : (number + 1) * size])

@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from malleable.lightning_modules.patches.delta import Delta
@@ -121,13 +122,7 @@ class PostFitEdit(Callback, ABC):
         if not Path(path).is_file():
             log.warning("%s: the best checkpoint %s is no file here: the last weights are edited", type(self).__name__, path)
             return
-        try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-        except UnpicklingError as error:
-            raise MisconfigurationException(
-                f"{type(self).__name__}: the best checkpoint {path} holds more than tensors and plain data ({error}), which is not loaded unasked; "
-                "edit the last weights with start='last', or keep such objects out of save_hyperparameters"
-            ) from error
+        stored = _read(path, "edit the last weights with start='last', or keep such objects out of save_hyperparameters")
         pl_module.on_load_checkpoint(stored)
         pl_module.load_state_dict(stored["state_dict"], strict=pl_module.strict_loading)
         self.on_load_checkpoint(trainer, pl_module, stored)
@@ -156,8 +151,9 @@ class PostFitEdit(Callback, ABC):
 
     def _complete(self, path: Path, pl_module: LightningModule) -> None:
         """Put what was changed into a checkpoint of a module that keeps only what it trains."""
-        # Our own writing of a moment ago: whatever a project keeps in its checkpoints may be in it.
-        stored = torch.load(path, map_location="cpu", weights_only=False)
+        if not is_overridden("on_save_checkpoint", pl_module):
+            return
+        stored = _read(path, "keep what is no plain data out of its checkpoints")
         missing = {key: tensor for key, tensor in self._changed(pl_module).items() if key not in stored["state_dict"]}
         if missing:
             stored["state_dict"] |= {key: tensor.cpu() for key, tensor in missing.items()}
@@ -213,6 +209,16 @@ class PostFitEdit(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what was done."""
         self.applied, self.replaced = list(state_dict["applied"]), state_dict["replaced"]
+
+
+def _read(path: str | Path, advice: str) -> dict[str, Any]:
+    try:
+        stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise MisconfigurationException(
+            f"the checkpoint {path} holds more than tensors and plain data, which is not loaded unasked; {advice} ({error})"
+        ) from error
+    return stored
 
 
 @contextmanager

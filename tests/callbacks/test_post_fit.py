@@ -264,3 +264,13 @@ def test_ranks_that_differ_by_rounding_take_the_first_ones_patch(run):
     assert _agreed(Ranks(None, ids[:2], near), mine) is near
     with pytest.raises(RuntimeError, match=r"the ranks made different patches .*deltas differ by 0\.33"):
         _agreed(Ranks(None, [ids[2], ids[0]], far), mine)
+
+
+class Opaque:
+    """What no checkpoint should hold."""
+
+
+def test_checkpoints_with_objects_are_not_loaded_unasked(module, tmp_path):
+    module.on_save_checkpoint = lambda checkpoint: checkpoint.update(secret=Opaque())
+    with pytest.raises(MisconfigurationException, match=r"holds more than tensors and plain data.*edit the last weights with start='last'"):
+        trainer_of(tmp_path, edit()).fit(module)
