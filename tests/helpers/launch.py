@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 HELPERS = Path(__file__).resolve().parent
+RANK = HELPERS / "rank.py"
 
 
 def free_port() -> int:
@@ -31,7 +32,7 @@ def launch(
 
     The environment is torchrun's (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), so that both
     ``torch.distributed.init_process_group`` and a Trainer with ``devices=ranks`` find their peers. With one rank the
-    script runs as an ordinary process. Each starts with :mod:`sitecustomize`, which lies beside this file.
+    script runs as an ordinary process, with more each runs under :mod:`rank`, which lies beside this file.
 
     Returns:
         What each rank wrote to its standard output.
@@ -56,7 +57,8 @@ def launch(
             }
             with (Path(folder) / f"{rank}.out").open("w") as out, (Path(folder) / f"{rank}.err").open("w") as err:
                 variables = base | (meeting if ranks > 1 else {})
-                processes.append(subprocess.Popen([sys.executable, *arguments], env=variables, cwd=cwd, stdout=out, stderr=err))
+                started = [sys.executable, *([RANK] if ranks > 1 else []), *arguments]
+                processes.append(subprocess.Popen(started, env=variables, cwd=cwd, stdout=out, stderr=err))
         problem = _wait(processes, timeout_s)
         outputs = [(Path(folder) / f"{rank}.out").read_text() for rank in range(ranks)]
         if problem:
