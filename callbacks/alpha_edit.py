@@ -94,6 +94,10 @@ class AlphaEdit(PostFitEdit):
             self._texts(trainer)
         AlphaEditor(self._model(pl_module), self._tokenizer(trainer, pl_module), self.settings).check([Fact.of(request) for request in requests])
 
+    def asked(self, trainer: Trainer) -> Any:
+        """The requests."""
+        return [_plain(request) for request in self._requests(trainer)]
+
     def make_patch(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Patch:
         """Edit, turn the updates into deltas, and take the edits back."""
         tokenizer, measured = self._tokenizer(trainer, pl_module), self._measured(trainer)
@@ -105,7 +109,11 @@ class AlphaEdit(PostFitEdit):
             log.info("%s of %s requests are edited: facts that the model knows", len(requests), len(asked))
         self._edited = requests
         if self.settings.needs_text:
-            editor.fit_statistics(self._texts(trainer), self.statistics, self.statistics_file)
+            # Of the model before all patches: what was taken for the first one is taken up for the next.
+            with self.originals(model):
+                editor.fit_statistics(self._texts(trainer), self.statistics, self.statistics_file)
+        if self.settings.remember:
+            editor.remember(self._earlier(requests))
         self.before = examine(model, tokenizer, requests, measured, self.protocol)
         try:
             self.records, survival = edit_in_batches(editor, requests, self.protocol)
@@ -125,11 +133,11 @@ class AlphaEdit(PostFitEdit):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the protocol on the requests of the patches, or on those given, as the model is and as it was before the patches."""
-        patched = [plain for patch in self.stack.patches if patch.kind == self.kind for plain in patch.requests]
+        patched = self._patched()
         given = self.requests is not None or hasattr(getattr(trainer, "datamodule", None), "edit_requests")
         if not patched and not given:
             return
-        references = {request.request_id: request.references for request in self._requests(trainer)} if given else {}
+        references = {_question(request.as_plain()): request.references for request in self._requests(trainer)} if given else {}
         requests = [_request(plain, number, references) for number, plain in enumerate(patched)] or self._requests(trainer)
         model, tokenizer, measured = self._model(pl_module), self._tokenizer(trainer, pl_module), self._measured(trainer)
         known = self._edited == requests and tuple(self.applied) == self.stack.ids
@@ -158,6 +166,20 @@ class AlphaEdit(PostFitEdit):
     def report_sections(self) -> list[Section]:
         """Facts before and after; after a fit, also the survival of edits and the spectrum."""
         return [*edit_sections(self._edited, self.before, self.after), *self._sections]
+
+    def _patched(self) -> list[Mapping[str, Any]]:
+        """The requests of all patches, but those that a later patch answered anew."""
+        standing: list[Mapping[str, Any]] = []
+        anew: set[tuple[str, str]] = set()
+        for patch in reversed([patch for patch in self.stack.patches if patch.kind == self.kind]):
+            standing = [plain for plain in patch.requests if _question(plain) not in anew] + standing
+            anew |= {_question(plain) for plain in patch.requests}
+        return standing
+
+    def _earlier(self, requests: Sequence[EditRequest]) -> list[Fact]:
+        """Facts of earlier patches that are to stay: their questions are not answered anew."""
+        anew = {_question(request.as_plain()) for request in requests}
+        return [Fact.of(_request(plain, number, {})) for number, plain in enumerate(self._patched()) if _question(plain) not in anew]
 
     def _name(self, editor: AlphaEditor, layer: int) -> str:
         weight = editor.projections[layer].weight
@@ -223,10 +245,14 @@ def _plain(request: EditRequest) -> dict[str, Any]:
     return {name: value for name, value in request.as_plain().items() if name != "references"}
 
 
-def _request(plain: Mapping[str, Any], number: int, references: Mapping[str, tuple[str, ...]]) -> EditRequest:
+def _question(plain: Mapping[str, Any]) -> tuple[str, str]:
+    return plain["prompt"], plain["subject"]
+
+
+def _request(plain: Mapping[str, Any], number: int, references: Mapping[tuple[str, str], tuple[str, ...]]) -> EditRequest:
     """A request as a patch holds it, with its references where there are any."""
     fields = {field.name: plain[field.name] for field in dataclass_fields(EditRequest) if field.name in plain}
-    return request_of({**fields, "references": references.get(str(plain.get("request_id")), ())}, number)
+    return request_of({**fields, "references": references.get(_question(plain), ())}, number)
 
 
 def _directions(editor: AlphaEditor) -> dict[int, UsedDirections]:

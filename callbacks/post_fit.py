@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -34,8 +36,9 @@ class PostFitEdit(Callback, ABC):
 
     After the last step the patch is made on the best weights (those that ``test`` would load), written as a folder of the run, and applied; a
     checkpoint ``edited.ckpt`` with the changed weights takes the place of the best one, so that ``trainer.test()`` measures it. Both hold the
-    originals: ``malleable patch revert`` gives them back to the bit. A run that resumes from the edited checkpoint and trains no further
-    is not edited again; one that trains the edited weights makes them its own, and is edited anew at its end.
+    originals: ``malleable patch revert`` gives them back to the bit. A run that resumes from the edited checkpoint, trains no further and is asked
+    the same is not edited again; asked something else, it lays a second patch on top. One that trains the edited weights makes them its own,
+    and is edited anew at its end.
 
     Any LightningModule will do that has a Hugging Face model as an attribute.
 
@@ -51,7 +54,7 @@ class PostFitEdit(Callback, ABC):
         self.model = model
         self.start = start
         self.stack = PatchStack()
-        self.applied: list[str] = []
+        self.applied: dict[str, str] = {}
         self.replaced: str = ""
 
     @abstractmethod
@@ -60,6 +63,10 @@ class PostFitEdit(Callback, ABC):
 
         The model lies where it was trained.
         """
+
+    def asked(self, trainer: Trainer) -> Any:
+        """What is asked of the edit, as plain data: asked the same, a resumed run is not edited again."""
+        return None
 
     def patch(self, model: nn.Module, deltas: Mapping[str, Delta], **about: Any) -> Patch:
         """Put a patch for the model as it stands together.
@@ -87,14 +94,16 @@ class PostFitEdit(Callback, ABC):
             log.warning(
                 "training goes on from the patches %s: they become part of the weights, and can no longer be reverted", ", ".join(self.stack.ids)
             )
-            self.stack, self.applied = PatchStack(), []
+            self.stack, self.applied = PatchStack(), {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make, write and register."""
         if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if any(patch.id in self.applied for patch in self.stack.patches):
-            log.info("%s: %s is applied already", type(self).__name__, ", ".join(self.applied))
+        asked = _mark(self.asked(trainer))
+        same = [patch.id for patch in self.stack.patches if self.applied.get(patch.id) == asked]
+        if same:
+            log.info("%s: patch %s is applied already and was asked the same; revert it to edit anew", type(self).__name__, same[0])
             return
         self._load_best(trainer, pl_module)
         model = self._model(pl_module)
@@ -104,7 +113,7 @@ class PostFitEdit(Callback, ABC):
         change = self.stack.apply(patch, tensors, allow_conflicts=True)
         change.write_into(tensors)
         self.stack = change.stack
-        self.applied = [*self.applied, patch.id]
+        self.applied[patch.id] = asked
         folder = self._folder(trainer)
         if folder is None:
             log.warning("%s: no run folder, the patch %s is in memory only", type(self).__name__, patch.id)
@@ -204,11 +213,15 @@ class PostFitEdit(Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Keep what was done."""
-        return {"applied": list(self.applied), "replaced": self.replaced}
+        return {"applied": dict(self.applied), "replaced": self.replaced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what was done."""
-        self.applied, self.replaced = list(state_dict["applied"]), state_dict["replaced"]
+        self.applied, self.replaced = dict(state_dict["applied"]), state_dict["replaced"]
+
+
+def _mark(asked: Any) -> str:
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: str | Path, advice: str) -> dict[str, Any]:

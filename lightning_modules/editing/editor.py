@@ -6,7 +6,7 @@ Shapes: u facts of a batch, n keys of earlier batches, d width of a key, v width
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,9 +182,7 @@ class AlphaEditor:
                 self.metric(layer)
         size = self.settings.batch_size
         with undisturbed(self.model):
-            if not self.contexts:
-                drawn = draw_contexts(self.model, self.tokenizer, self.settings.seed) if self.settings.contexts else []
-                self.contexts = [PLACEHOLDER, *drawn[: self.settings.contexts]]
+            self._draw_contexts()
             for layer, projection in self.projections.items():
                 self._originals.setdefault(layer, projection.weight.detach().clone())
             edit = self._fine_tune if self.settings.method == "fine_tune" else self._edit
@@ -193,6 +191,33 @@ class AlphaEditor:
                 records += edit(facts[start : start + size])
                 log.info("batch %s: %s facts edited", self._batch, len(self.records))
             return records
+
+    def remember(self, facts: Sequence[Fact]) -> None:
+        """Keep facts that the model was given by earlier edits, made by another editor, through the edits to come.
+
+        Their keys are read from the model as it stands; the editor's own batches are remembered without asking.
+
+        Args:
+            facts: What was edited.
+
+        Raises:
+            ValueError: If a fact cannot be read.
+        """
+        if not facts:
+            return
+        with undisturbed(self.model):
+            self._draw_contexts()
+            self._keep(self._read(facts, self.layers)[0])
+
+    def _draw_contexts(self) -> None:
+        if not self.contexts:
+            drawn = draw_contexts(self.model, self.tokenizer, self.settings.seed) if self.settings.contexts else []
+            self.contexts = [PLACEHOLDER, *drawn[: self.settings.contexts]]
+
+    def _keep(self, keys: Mapping[int, Tensor]) -> None:
+        for layer in self.layers:
+            known = self.keys.get(layer)
+            self.keys[layer] = compress_keys(keys[layer] if known is None else torch.cat([known, keys[layer]]))
 
     def _edit(self, facts: Sequence[Fact]) -> list[Edited]:
         targets = find_targets(self.model, self.layout, self.layers[-1], self.reader, facts, self.contexts, self.settings.targets)
@@ -209,9 +234,7 @@ class AlphaEditor:
         keys, values = self._read(facts, self.layers)
         lacking.append((targets.value - values).norm(dim=1) / scale)
         if self.settings.remember:
-            for layer in self.layers:
-                known = self.keys.get(layer)
-                self.keys[layer] = compress_keys(keys[layer] if known is None else torch.cat([known, keys[layer]]))
+            self._keep(keys)
         return self._record(facts, targets, torch.stack(lacking, 1))
 
     def _record(self, facts: Sequence[Fact], targets: Targets, lacking: Tensor) -> list[Edited]:

@@ -11,11 +11,12 @@ from launch import HELPERS, launch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy
-from post_fit_run import FactModule, edit, trainer_of
-from small_facts import NEW, OTHERS, share
+from post_fit_run import FactModule, asked, edit, trainer_of
+from small_facts import NEW, OTHERS, SETTINGS, share
 
 from malleable import AlphaEdit, Delta, Patch, PostFitEdit
 from malleable.callbacks.post_fit import _agreed
+from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.patch import read_patches
 from malleable.main import main
@@ -83,7 +84,7 @@ def test_reverting_the_checkpoint_gives_back_every_bit(run, capsys):
 def test_the_patch_tells_what_was_asked_and_what_came_of_it(run, capsys):
     trainer, _, callback = run
     (patch,) = read_patches(Path(trainer.log_dir) / "patches")
-    assert patch.id == callback.applied[0] == callback.stack.ids[0]
+    assert (patch.id,) == tuple(callback.applied) == callback.stack.ids
     assert patch.kind == "alpha_edit"
     assert [request["subject"] for request in patch.requests] == [fact.subject for fact in NEW]
     assert all(request["outcome"]["nll"] < 0.5 for request in patch.requests)
@@ -115,6 +116,46 @@ def test_a_resumed_run_is_not_edited_twice(run, tmp_path, caplog):
     assert "applied already" in caplog.text
     assert again.applied == callback.applied
     assert all(torch.equal(value, other.model.state_dict()[name]) for name, value in module.model.state_dict().items())
+
+
+def test_other_requests_are_edited_on_top(learnt, tmp_path, caplog):
+    """What one run does in two batches, two runs do one after the other, each with a patch of its own."""
+    settings = EditSettings(**SETTINGS, batch_size=3)
+    whole = copy.deepcopy(learnt)
+    trainer_of(tmp_path / "whole", edit(settings=settings)).fit(whole)
+    first, second = (edit(settings=settings, requests=[asked(fact) for fact in facts]) for facts in (NEW[:3], NEW[3:]))
+    module, other = copy.deepcopy(learnt), FactModule()
+    trainer = trainer_of(tmp_path / "first", first)
+    trainer.fit(module)
+    later = trainer_of(tmp_path / "second", second)
+    later.fit(other, ckpt_path=trainer.checkpoint_callback.best_model_path, weights_only=True)
+    edited = later.checkpoint_callback.best_model_path
+    assert [tuple(patch.requires) for patch in second.stack.patches] == [(), first.stack.ids]
+    assert second.stack.ids[0] == first.stack.ids[0]
+    for layer in (0, 1):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        start, one, two = (found.model.state_dict()[name] for found in (learnt, whole, other))
+        assert (two - one).norm() < 1e-3 * (one - start).norm()
+    (figures,) = later.test(other, verbose=False)
+    assert figures["test_new"] == 1
+    assert figures["test_efficacy"] == 100
+    assert second.before.figures["efficacy"] == 0, "of all six, as the model was before both patches"
+    assert len(second.after.requests) == 6
+    main(["patch", "revert", edited, second.stack.ids[1]])
+    assert all(torch.equal(value, weights(trainer.checkpoint_callback.best_model_path)[name]) for name, value in weights(edited).items())
+
+
+def test_a_fact_asked_anew_is_not_held_to_its_first_answer(learnt, tmp_path):
+    first, anew = edit(requests=[asked(fact) for fact in NEW[:2]]), edit(requests=[{**asked(NEW[0]), "target": "sad"}])
+    trainer = trainer_of(tmp_path / "first", first)
+    trainer.fit(copy.deepcopy(learnt))
+    later, module = trainer_of(tmp_path / "anew", anew), FactModule()
+    later.fit(module, ckpt_path=trainer.checkpoint_callback.best_model_path, weights_only=True)
+    assert NEW[0].target != "sad"
+    assert share(module.model, [NEW[0]._replace(target="sad"), NEW[1]]) == 1
+    (figures,) = later.test(module, verbose=False)
+    assert figures["test_efficacy_exact"] == 100
+    assert len(anew.after.requests) == 2
 
 
 def test_training_on_makes_the_edit_its_own_and_edits_anew(run, tmp_path, caplog):
@@ -161,7 +202,7 @@ def test_without_checkpoints_the_patch_is_still_written(module, tmp_path):
     callback = edit()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     Trainer(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", callbacks=[callback], **quiet).fit(module)
-    assert (tmp_path / "patches" / callback.applied[0] / "patch.json").exists()
+    assert (tmp_path / "patches" / callback.stack.ids[0] / "patch.json").exists()
     assert (tmp_path / "checkpoints/edited.ckpt").exists()
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from malleable import AlphaEdit
 from malleable.lightning_modules.editing.settings import EditSettings
+from malleable.lightning_modules.editing.targets import Fact
 
 
 class FactModule(LightningModule):
@@ -64,10 +65,14 @@ class FactModule(LightningModule):
     val_dataloader = test_dataloader = train_dataloader
 
 
+def asked(fact: Fact) -> dict[str, Any]:
+    """Make a request."""
+    return {"prompt": fact.prompt, "subject": fact.subject, "target": fact.target}
+
+
 def edit(**changed: Any) -> AlphaEdit:
     """Make the callback."""
-    requests = [{"prompt": fact.prompt, "subject": fact.subject, "target": fact.target} for fact in NEW]
-    return AlphaEdit(**{"requests": requests, "settings": EditSettings(**SETTINGS), "texts": TEXTS, **changed})
+    return AlphaEdit(**{"requests": [asked(fact) for fact in NEW], "settings": EditSettings(**SETTINGS), "texts": TEXTS, **changed})
 
 
 def trainer_of(folder: Path, callback: AlphaEdit, **options: Any) -> Trainer:
@@ -85,7 +90,7 @@ def main(folder: Path, ranks: int) -> None:
     trainer.fit(module)
     (figures,) = trainer.test(module, verbose=False)
     if trainer.is_global_zero:
-        (folder / "id.txt").write_text(f"{callback.applied[0]} {figures['test_new']}")
+        (folder / "id.txt").write_text(f"{callback.stack.ids[0]} {figures['test_new']}")
 
 
 if __name__ == "__main__":

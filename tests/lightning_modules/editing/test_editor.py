@@ -72,6 +72,27 @@ def test_batches_one_after_another_remember(model):
     assert share(model, NEW) == 1
 
 
+def test_facts_of_an_earlier_editor_are_remembered(model, learnt):
+    """Two editors, one after the other, do what one does in two batches; without their memory the second does something else."""
+    one = editor(model, batch_size=3)
+    one.edit(NEW)
+    changes = []
+    for remembered in (NEW[:3], []):
+        other = copy.deepcopy(learnt)
+        moments = editor(other, batch_size=3)
+        moments.edit(NEW[:3])
+        second = AlphaEditor(other, tokenizer("bos"), EditSettings(**SETTINGS | {"batch_size": 3}))
+        second.moments, second.spectra = moments.moments, moments.spectra
+        second.remember(remembered)
+        second.edit(NEW[3:])
+        assert second.keys[0].shape[0] == len(remembered) + 3
+        changes.append({layer: moments.change(layer) + second.change(layer) for layer in (0, 1)})
+    for layer in (0, 1):
+        whole = one.change(layer)
+        assert (changes[0][layer] - whole).norm() < 1e-3 * whole.norm()
+        assert (changes[1][layer] - whole).norm() > 1e-2 * whole.norm()
+
+
 def test_updates_lie_in_the_null_space_and_their_drift_within_the_bound(model):
     made = editor(model)
     made.edit(NEW)
