@@ -38,7 +38,7 @@ class PostFitEdit(Callback, ABC):
     checkpoint ``edited.ckpt`` with the changed weights takes the place of the best one, so that ``trainer.test()`` measures it. Both hold the
     originals: ``malleable patch revert`` gives them back to the bit. A run that resumes from the edited checkpoint, trains no further and is asked
     the same is not edited again; asked something else, it lays a second patch on top. One that trains the edited weights makes them its own,
-    and is edited anew at its end.
+    and is edited anew at its end. Several such callbacks of a Trainer work one after the other, each on top of what the last one left.
 
     Any LightningModule will do that has a Hugging Face model as an attribute.
 
@@ -79,7 +79,10 @@ class PostFitEdit(Callback, ABC):
         return Patch(kind=self.kind, deltas=deltas, base=self.stack.base(canonical_tensors(model)), requires=self.stack.ids, **about)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies that cut weights into pieces, before anything long begins."""
+        """Refuse strategies that cut weights into pieces, and edits of two models in one run, before anything long begins."""
+        models = sorted({edit.model for edit in _edits(trainer)})
+        if len(models) > 1:
+            raise MisconfigurationException(f"the edits of a run must change one model, got model={' and model='.join(models)}; run `fit` for each")
         if stage == "fit" and isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
                 f"{type(self).__name__} needs whole weights, which {type(trainer.strategy).__name__} does not keep; train first, then run `fit` with "
@@ -112,7 +115,8 @@ class PostFitEdit(Callback, ABC):
         tensors = canonical_tensors(model)
         change = self.stack.apply(patch, tensors, allow_conflicts=True)
         change.write_into(tensors)
-        self.stack = change.stack
+        for edit in _edits(trainer):
+            edit.stack = change.stack
         self.applied[patch.id] = asked
         folder = self._folder(trainer)
         if folder is None:
@@ -218,6 +222,10 @@ class PostFitEdit(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what was done."""
         self.applied, self.replaced = dict(state_dict["applied"]), state_dict["replaced"]
+
+
+def _edits(trainer: Trainer) -> list[PostFitEdit]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, PostFitEdit)]  # type: ignore[attr-defined]
 
 
 def _mark(asked: Any) -> str:

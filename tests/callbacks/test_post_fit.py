@@ -213,7 +213,7 @@ def test_a_module_without_the_model_is_told(module, tmp_path):
 
 
 def test_weights_in_pieces_are_refused_before_training(module):
-    trainer = SimpleNamespace(strategy=FSDPStrategy(), datamodule=None)
+    trainer = SimpleNamespace(strategy=FSDPStrategy(), datamodule=None, callbacks=[])
     with pytest.raises(MisconfigurationException, match="needs whole weights, which FSDPStrategy does not keep"):
         edit().setup(trainer, module, "fit")
 
@@ -260,6 +260,28 @@ def test_an_edit_of_ones_own_takes_the_same_way(module, tmp_path, capsys):
     assert "half as loud again" in capsys.readouterr().out
     main(["patch", "revert", edited])
     assert torch.equal(weights(edited)["model.lm_head.weight"], before)
+
+
+@pytest.mark.parametrize("start", ["best", "last"])
+def test_edits_of_one_run_lie_on_top_of_each_other(module, tmp_path, start):
+    callbacks = [edit(start=start), Louder(start=start)]
+    trainer = trainer_of(tmp_path, *callbacks)
+    trainer.fit(module)
+    edited = trainer.checkpoint_callback.best_model_path
+    both = open_container(edited).stack
+    assert [patch.kind for patch in both.patches] == ["alpha_edit", "louder"]
+    assert both.patches[1].requires == [both.ids[0]]
+    assert all(callback.stack.ids == both.ids for callback in callbacks)
+    (figures,) = trainer.test(verbose=False)
+    assert figures["test_new"] == figures["test_efficacy"] / 100 == 1
+    main(["patch", "revert", edited, "--all"])
+    before = weights(callbacks[0].replaced)
+    assert all(torch.equal(value, before[name]) for name, value in weights(edited).items())
+
+
+def test_edits_of_two_models_in_one_run_are_refused(module, tmp_path):
+    with pytest.raises(MisconfigurationException, match="must change one model, got model=model and model=reference"):
+        trainer_of(tmp_path, edit(), Louder(model="reference")).fit(module)
 
 
 @pytest.mark.slow

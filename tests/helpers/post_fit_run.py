@@ -13,7 +13,7 @@ from small_editing import decoder, tokenizer
 from small_facts import KNOWN, NEW, OTHERS, SETTINGS, TEXTS, also, learnt_decoder, lesson_loss, lessons, share
 from torch.utils.data import DataLoader
 
-from malleable import AlphaEdit
+from malleable import AlphaEdit, PostFitEdit
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.targets import Fact
 
@@ -75,11 +75,11 @@ def edit(**changed: Any) -> AlphaEdit:
     return AlphaEdit(**{"requests": [asked(fact) for fact in NEW], "settings": EditSettings(**SETTINGS), "texts": TEXTS, **changed})
 
 
-def trainer_of(folder: Path, callback: AlphaEdit, **options: Any) -> Trainer:
+def trainer_of(folder: Path, *edits: PostFitEdit, **options: Any) -> Trainer:
     """Make a Trainer that keeps the best epoch."""
     keep = ModelCheckpoint(monitor="val_known", mode="max")
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "num_sanity_val_steps": 0}
-    return Trainer(default_root_dir=folder, callbacks=[callback, keep], **{"max_epochs": 1, **quiet, **options})
+    return Trainer(default_root_dir=folder, callbacks=[*edits, keep], **{"max_epochs": 1, **quiet, **options})
 
 
 def main(folder: Path, ranks: int) -> None:
