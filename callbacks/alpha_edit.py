@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -20,11 +20,12 @@ from malleable.callbacks.page import Column, Section
 from malleable.callbacks.post_fit import PostFitEdit
 from malleable.datamodules.requests import EditRequest, checked, read_requests, request_of
 from malleable.datamodules.texts import read_texts
-from malleable.lightning_modules.editing.editor import AlphaEditor, Edited, undisturbed
+from malleable.lightning_modules.editing.editor import AlphaEditor, Edited
 from malleable.lightning_modules.editing.known import KnownFacts, known_requests
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.statistics import StatisticsSettings
 from malleable.lightning_modules.editing.targets import Fact
+from malleable.lightning_modules.editing.undisturbed import undisturbed
 from malleable.lightning_modules.functional.null_space import LowRank
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.names import canonical_name
@@ -113,7 +114,7 @@ class AlphaEdit(PostFitEdit):
             with self.originals(model):
                 editor.fit_statistics(self._texts(trainer), self.statistics, self.statistics_file)
         if self.settings.remember:
-            editor.remember(self._earlier(requests))
+            editor.remember([Fact.of(request) for request in _unasked(self._patched(), requests)])
         self.before = examine(model, tokenizer, requests, measured, self.protocol)
         try:
             self.records, survival = edit_in_batches(editor, requests, self.protocol)
@@ -137,8 +138,8 @@ class AlphaEdit(PostFitEdit):
         given = self.requests is not None or hasattr(getattr(trainer, "datamodule", None), "edit_requests")
         if not patched and not given:
             return
-        references = {_question(request.as_plain()): request.references for request in self._requests(trainer)} if given else {}
-        requests = [_request(plain, number, references) for number, plain in enumerate(patched)] or self._requests(trainer)
+        references = {request.question: request.references for request in self._requests(trainer)} if given else {}
+        requests = [replace(request, references=references.get(request.question, ())) for request in patched] or self._requests(trainer)
         model, tokenizer, measured = self._model(pl_module), self._tokenizer(trainer, pl_module), self._measured(trainer)
         known = self._edited == requests and tuple(self.applied) == self.stack.ids
         drift = self.after.figures.get("drift")
@@ -167,19 +168,14 @@ class AlphaEdit(PostFitEdit):
         """Facts before and after; after a fit, also the survival of edits and the spectrum."""
         return [*edit_sections(self._edited, self.before, self.after), *self._sections]
 
-    def _patched(self) -> list[Mapping[str, Any]]:
+    def _patched(self) -> list[EditRequest]:
         """The requests of all patches, but those that a later patch answered anew."""
-        standing: list[Mapping[str, Any]] = []
-        anew: set[tuple[str, str]] = set()
-        for patch in reversed([patch for patch in self.stack.patches if patch.kind == self.kind]):
-            standing = [plain for plain in patch.requests if _question(plain) not in anew] + standing
-            anew |= {_question(plain) for plain in patch.requests}
+        standing: list[EditRequest] = []
+        for patch in self.stack.patches:
+            if patch.kind == self.kind:
+                requests = [_request(plain, number) for number, plain in enumerate(patch.requests)]
+                standing = [*_unasked(standing, requests), *requests]
         return standing
-
-    def _earlier(self, requests: Sequence[EditRequest]) -> list[Fact]:
-        """Facts of earlier patches that are to stay: their questions are not answered anew."""
-        anew = {_question(request.as_plain()) for request in requests}
-        return [Fact.of(_request(plain, number, {})) for number, plain in enumerate(self._patched()) if _question(plain) not in anew]
 
     def _name(self, editor: AlphaEditor, layer: int) -> str:
         weight = editor.projections[layer].weight
@@ -245,14 +241,15 @@ def _plain(request: EditRequest) -> dict[str, Any]:
     return {name: value for name, value in request.as_plain().items() if name != "references"}
 
 
-def _question(plain: Mapping[str, Any]) -> tuple[str, str]:
-    return plain["prompt"], plain["subject"]
+def _request(plain: Mapping[str, Any], number: int) -> EditRequest:
+    """A request as a patch holds it."""
+    return request_of({field.name: plain[field.name] for field in dataclass_fields(EditRequest) if field.name in plain}, number)
 
 
-def _request(plain: Mapping[str, Any], number: int, references: Mapping[tuple[str, str], tuple[str, ...]]) -> EditRequest:
-    """A request as a patch holds it, with its references where there are any."""
-    fields = {field.name: plain[field.name] for field in dataclass_fields(EditRequest) if field.name in plain}
-    return request_of({**fields, "references": references.get(_question(plain), ())}, number)
+def _unasked(earlier: Sequence[EditRequest], later: Sequence[EditRequest]) -> list[EditRequest]:
+    """Earlier requests whose questions are not answered anew."""
+    anew = {request.question for request in later}
+    return [request for request in earlier if request.question not in anew]
 
 
 def _directions(editor: AlphaEditor) -> dict[int, UsedDirections]:

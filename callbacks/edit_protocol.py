@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from malleable.datamodules.requests import PLACEHOLDER, EditRequest
-from malleable.lightning_modules.editing.editor import AlphaEditor, Edited, undisturbed
+from malleable.lightning_modules.editing.editor import AlphaEditor, Edited
 from malleable.lightning_modules.editing.prompts import Reader
 from malleable.lightning_modules.editing.protocol import measure, measure_writing, perplexity, say
 from malleable.lightning_modules.editing.targets import Fact
+from malleable.lightning_modules.editing.undisturbed import undisturbed
 from malleable.lightning_modules.metrics.editing import EditingMetrics, EditSurvival, RequestFigures
 
 

@@ -45,6 +45,11 @@ class PostFitEdit(Callback, ABC):
     Args:
         model: Name of that attribute.
         start: ``best`` weights by the run's checkpoint callback, or the ``last`` ones.
+
+    Attributes:
+        stack: The patches that the model has, those of other edits among them.
+        applied: Ids of the patches made here, with a digest of what each was asked.
+        replaced: The checkpoint that was the best one before the edited one took its place.
     """
 
     kind: ClassVar[str]
@@ -225,7 +230,8 @@ class PostFitEdit(Callback, ABC):
 
 
 def _edits(trainer: Trainer) -> list[PostFitEdit]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, PostFitEdit)]  # type: ignore[attr-defined]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it, undeclared
+    return [callback for callback in callbacks if isinstance(callback, PostFitEdit)]
 
 
 def _mark(asked: Any) -> str:

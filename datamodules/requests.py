@@ -65,6 +65,11 @@ class EditRequest:
         if self.true is not None and self.true.strip() == self.target.strip():
             raise ValueError(f"target and true are both {self.target!r}: there is nothing to edit")
 
+    @property
+    def question(self) -> tuple[str, str]:
+        """Prompt and subject: what can have one answer only."""
+        return self.prompt, self.subject
+
     def as_plain(self) -> dict[str, Any]:
         """Return what :func:`request_of` reads."""
         lists = {name: list(getattr(self, name)) for name in _TEXTS}
@@ -161,11 +166,10 @@ def checked(requests: Sequence[EditRequest], source: str) -> list[EditRequest]:
     for request in requests:
         if request.request_id in seen:
             raise ValueError(f"{source} has two requests with id {request.request_id!r}; ids must differ")
-        question = request.prompt, request.subject
-        other = asked.get(question)
+        other = asked.get(request.question)
         if other is not None and other.target != request.target:
             asks = request.prompt.replace(PLACEHOLDER, request.subject)
             both = f"{other.request_id} and {request.request_id}"
             raise ValueError(f"{source}: requests {both} ask {asks!r} and want {other.target!r} and {request.target!r}; keep one")
-        seen[request.request_id] = asked[question] = request
+        seen[request.request_id] = asked[request.question] = request
     return list(requests)

@@ -77,7 +77,7 @@ class TunedWeights(LightningModule):
     def on_train_end(self) -> None:
         """Write the tuned model into the run folder: ``adapter/`` in PEFT format or ``model/`` in Hugging Face format."""
         folder = self.trainer.log_dir
-        if folder is None or self.frozen or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if folder is None or self.frozen or self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set undeclared
             return
         self.export(Path(folder))
 

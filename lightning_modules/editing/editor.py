@@ -6,13 +6,12 @@ Shapes: u facts of a batch, n keys of earlier batches, d width of a key, v width
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from malleable.datamodules.requests import PLACEHOLDER
 from malleable.lightning_modules.editing.fine_tune import fine_tune
@@ -22,6 +21,7 @@ from malleable.lightning_modules.editing.prompts import Reader, draw_contexts
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
 from malleable.lightning_modules.editing.targets import ROWS, Fact, Targets, find_targets
+from malleable.lightning_modules.editing.undisturbed import undisturbed
 from malleable.lightning_modules.functional.null_space import (
     Covariance,
     KeyMetric,
@@ -338,25 +338,3 @@ class AlphaEditor:
             self.projections[layer].weight.copy_(original)
         self._originals, self._sums, self.keys, self.records, self._batch = {}, {}, {}, [], 0
         self.updates = {layer: [] for layer in self.layers}
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients to parameters and full precision of products, put back afterwards; works under inference mode."""
-    modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    model.eval()
-    for parameter in flags:
-        parameter.requires_grad_(False)
-    device = next(model.parameters()).device.type
-    try:
-        with torch.inference_mode(False), torch.autocast(device, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)

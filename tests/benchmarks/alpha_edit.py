@@ -30,11 +30,11 @@ from literal_targets import literal_target
 from malleable.datamodules.fetch import resolve_model
 from malleable.datamodules.sources.countries import Countries
 from malleable.datamodules.tokenizer import load_tokenizer
-from malleable.lightning_modules.editing.editor import undisturbed
 from malleable.lightning_modules.editing.layout import find_layout
 from malleable.lightning_modules.editing.prompts import Reader, draw_contexts
 from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
 from malleable.lightning_modules.editing.targets import Fact, TargetSettings, find_targets
+from malleable.lightning_modules.editing.undisturbed import undisturbed
 
 log = logging.getLogger("alpha_edit")
 

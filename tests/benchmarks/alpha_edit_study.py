@@ -32,12 +32,13 @@ from malleable.datamodules.fetch import resolve_model
 from malleable.datamodules.requests import EditRequest
 from malleable.datamodules.sources.countries import Countries
 from malleable.datamodules.sources.texts import WordNetGlosses
-from malleable.lightning_modules.editing.editor import AlphaEditor, undisturbed
+from malleable.lightning_modules.editing.editor import AlphaEditor
 from malleable.lightning_modules.editing.fine_tune import FineTuneSettings
 from malleable.lightning_modules.editing.known import KnownFacts, known_requests
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
 from malleable.lightning_modules.editing.targets import TargetSettings
+from malleable.lightning_modules.editing.undisturbed import undisturbed
 from malleable.lightning_modules.functional.null_space import SecondMoment, Threshold
 
 log = logging.getLogger("alpha_edit_study")
