@@ -203,6 +203,7 @@ class Catalog:
         pad_token_id: Padding token.
         vocab_size: Number of tokens of the tokenizer.
         tokenizer: Folder or id the tokenizer loads from; ``None`` where no language model is used.
+        keys: The source's own id of each item, the first one where several have the same title; empty where the source gives none.
     """
 
     titles: tuple[str, ...]
@@ -213,6 +214,7 @@ class Catalog:
     pad_token_id: int = 0
     vocab_size: int = 0
     tokenizer: str | None = None
+    keys: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of items."""

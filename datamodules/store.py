@@ -104,6 +104,7 @@ class Store:
             token_ids=answers if meta["template"] else (),
             genres=tuple(tuple(genres) for genres in items["genres"]),
             popularity=tuple(items["popularity"]),
+            keys=tuple(own[0] for own in items["keys"]),
             **meta["tokenizer"],
         )
         pieces = None

@@ -204,8 +204,9 @@ class LanguageModel(TunedWeights, BaseModule):
         """Take up the catalogue first."""
         if self.catalog is None and "catalog" in checkpoint:
             stored = checkpoint["catalog"]
+            columns = {name: tuple(stored.get(name, ())) for name in ("titles", "popularity", "keys")}
             nested = {name: tuple(tuple(row) for row in stored[name]) for name in ("token_ids", "genres")}
-            self.catalog = Catalog(**{**stored, **nested, "titles": tuple(stored["titles"]), "popularity": tuple(stored["popularity"])})
+            self.catalog = Catalog(**{**stored, **columns, **nested})
         if self.catalog is None:
             raise MisconfigurationException(f"{type(self).__name__} needs the catalogue, and the checkpoint has none: pass catalog=...")
         super().on_load_checkpoint(checkpoint)

@@ -39,6 +39,14 @@ def test_attributes_after_setup():
     assert [tokenizer.decode(ids) for ids in catalog.token_ids] == [f"{title}</s>" for title in catalog.titles]
 
 
+def test_the_catalogue_has_the_sources_own_ids(tmp_path):
+    events, items = tmp_path / "events.csv", tmp_path / "items.csv"
+    items.write_text("item_id,title\nb7,Heat\nc1,Heat\na3,Jaws\n09,Dune\n")
+    events.write_text("user_id,item_id,timestamp\n" + "".join(f"u,{item},{time}\n" for time, item in enumerate(("09", "b7", "a3"))))
+    catalog = make(source=Tables(str(events), str(items)), split=Split(min_user_events=3), batch_size=1).catalog
+    assert (catalog.titles, catalog.keys) == (("Heat", "Jaws", "Dune"), ("b7", "a3", "09"))
+
+
 def test_every_row_says_what_it_shows():
     data = make(split=Split(history_length=2))
     tokenizer = load_tokenizer(data.catalog.tokenizer)

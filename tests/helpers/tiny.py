@@ -6,12 +6,13 @@ from malleable.lightning_modules.pretrained import LanguageModelConfig, Scratch
 EOS = 1
 TITLES = ("Alien", "Aliens", "Brazil", "Casablanca", "Dune", "Fargo", "Heat", "Jaws")
 TOKENS = ((4, 5, EOS), (4, 5, 6, EOS), (7, EOS), (8, 9, 10, EOS), (8, 11, EOS), (12, EOS), (13, 14, EOS), (13, 15, EOS))
+KEYS = ("f1", "f2", "f3", "f4", "f5", "f6", "f7", "f8")
 GENRES = (("horror",), ("horror", "action"), ("comedy",), ("drama",), ("action",), ("drama", "comedy"), ("action",), ("horror",))
 
 
 def tiny_catalog() -> Catalog:
     """Eight films, among them one whose title begins another's."""
-    return Catalog(TITLES, TOKENS, GENRES, popularity=(8, 7, 6, 5, 4, 3, 2, 1), eos_token_id=EOS, pad_token_id=0, vocab_size=16)
+    return Catalog(TITLES, TOKENS, GENRES, popularity=(8, 7, 6, 5, 4, 3, 2, 1), eos_token_id=EOS, pad_token_id=0, vocab_size=16, keys=KEYS)
 
 
 def tiny_rows(count: int = 24) -> list[Example]:
