@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from malleable.callbacks.files import replacing
+from malleable.datamodules.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ def save_figure(path: Path, draw: Callable[[Figure], None], size: tuple[float, f
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # titles of every script; a box stands for what no font has
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary)
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar, Literal
@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from malleable.datamodules.files import atomic_write
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.names import canonical_tensors
 from malleable.lightning_modules.patches.patch import Patch
@@ -154,13 +155,13 @@ class PostFitEdit(Callback, ABC):
         if checkpoint is not None:
             # The edited checkpoint names itself the best one, too.
             checkpoint.best_model_path = str(path)
-        # Not a pattern of `last*.ckpt` or the like: half of it must not be found.
-        temporary = path.with_name(f".{EDITED}.partial")
         try:
-            trainer.save_checkpoint(temporary)
-            if trainer.is_global_zero:
-                self._complete(temporary, trainer.lightning_module)
-                temporary.replace(path)
+            # All ranks take part in saving; rank zero replaces the file.
+            with atomic_write(path) if trainer.is_global_zero else nullcontext(path) as own:
+                temporary = Path(trainer.strategy.broadcast(str(own)))
+                trainer.save_checkpoint(temporary)
+                if trainer.is_global_zero:
+                    self._complete(temporary, trainer.lightning_module)
         except BaseException:
             if checkpoint is not None:
                 checkpoint.best_model_path = best

@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from malleable.callbacks.files import replacing
 from malleable.datamodules.batch import Batch, Recommendations
+from malleable.datamodules.files import atomic_write
 
 Described = Iterator[tuple[Sequence[Any], Sequence[Sequence[Any]]]]
 
@@ -110,11 +110,11 @@ class PredictionWriter(Callback):
         """
         assert self.folder is not None
         rows = sorted(map(json.loads, lines), key=lambda row: int(row["sample_id"]))
-        with replacing(self.folder / "predictions.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        with atomic_write(self.folder / "predictions.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("sample_id", *self._words.query_fields, "rank", *self._words.answer_fields))
             writer.writerows((*query, *item.values()) for *query, items in map(dict.values, rows) for item in items)
-        with replacing(self.folder / "predictions.jsonl") as path, path.open("w", encoding="utf-8") as file:
+        with atomic_write(self.folder / "predictions.jsonl") as path, path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         rank_zero_info(f"predictions for {len(rows)} rows: {self.folder / 'predictions.csv'}")
 

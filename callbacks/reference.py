@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from malleable.callbacks.sweep import sweep
+from malleable.datamodules.files import atomic_write
 from malleable.datamodules.loader import PhasedLoader, RowView
 from malleable.lightning_modules.functional.logps import answer_logps
 from malleable.lightning_modules.language_model import LanguageModel
@@ -84,10 +85,8 @@ class ReferenceCache(Callback):
 
     def _write(self, trainer: Trainer, path: Path, keys: Tensor, values: Tensor) -> None:
         if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".partial")
-            save_file({"row": keys, "reference_logps": values.contiguous()}, temporary)
-            temporary.rename(path)
+            with atomic_write(path) as temporary:
+                save_file({"row": keys, "reference_logps": values.contiguous()}, temporary)
         trainer.strategy.barrier("reference log-probabilities")
 
     def _read(self, keys: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from malleable.callbacks.figures import draw_curves, save_figure
-from malleable.callbacks.files import replacing
 from malleable.callbacks.page import Column, HasColumns, HasSections, Rows, Section, figure_names, markdown, plain_table
+from malleable.datamodules.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,9 +127,9 @@ class RunReport(Callback):
         for section, figure_name in zip(sections, figure_names(sections), strict=True):
             if section.figure is not None:
                 save_figure(self.folder / figure_name, section.figure, section.figure_size)
-        with replacing(self.folder / "report.md") as path:
+        with atomic_write(self.folder / "report.md") as path:
             path.write_text(markdown(title, sections), encoding="utf-8")
-        with replacing(self.folder / "metrics.json") as path:
+        with atomic_write(self.folder / "metrics.json") as path:
             path.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
         table = "\n" + plain_table(header, main) if main else ""
         rank_zero_info(f"{title}{table}\nreport: {self.folder / 'report.md'}")

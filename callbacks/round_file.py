@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.batch import Catalog
+from malleable.datamodules.files import atomic_write
 from malleable.datamodules.loader import RowView
 
 
@@ -47,11 +48,9 @@ class RoundFile:
         return hashlib.sha256(repr(self.table().to_pydict()).encode()).hexdigest()
 
     def write(self, path: Path) -> None:
-        """Write the Parquet file under a temporary name, then rename it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        pq.write_table(self.table(), temporary)
-        temporary.rename(path)
+        """Write the Parquet file, whole or not at all."""
+        with atomic_write(path) as temporary:
+            pq.write_table(self.table(), temporary)
 
     @classmethod
     def read(cls, path: Path, digest: str | None = None) -> RoundFile:

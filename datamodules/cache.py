@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from malleable.datamodules.fetch import sha256_of
+from malleable.datamodules.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ def digest(settings: Mapping[str, Any]) -> str:
 
 
 def write_tables(folder: Path, tables: Mapping[str, Mapping[str, pa.Array]], meta: Mapping[str, Any]) -> None:
-    """Write tables, and a manifest with their checksums, under a temporary name, then rename.
+    """Write tables, and a manifest with their checksums, whole or not at all.
 
     Args:
         folder: Where the tables shall lie; replaced unless it is whole.
@@ -83,24 +82,13 @@ def open_arrays(folder: Path) -> tuple[dict[str, Numbers], dict[str, Any]] | Non
 
 
 def _write(folder: Path, save: Callable[[Path], None], manifest: Mapping[str, Any]) -> None:
-    """Let ``save`` fill a folder of a temporary name, add the manifest with checksums, rename."""
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    """Let ``save`` fill the folder, and add the manifest with checksums."""
+    # What another process has written meanwhile is the same: it stays, for others read it.
+    with atomic_write(folder, keep=lambda folder: _problem(folder) is None) as part:
+        part.mkdir()
         save(part)
         files = {str(path.relative_to(part)): sha256_of(path) for path in sorted(part.rglob("*")) if path.is_file()}
         (part / MANIFEST).write_text(json.dumps({"files": files, **manifest}))
-        # What another process has written meanwhile is the same: it stays, for others read it.
-        if folder.exists() and _problem(folder) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            part.rename(folder)
-        except OSError:
-            if _problem(folder) is not None:
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _open(folder: Path) -> dict[str, Any] | None:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from malleable.datamodules.files import atomic_write
+
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 15.0
@@ -177,15 +179,9 @@ def _fetch(what: str, sha256: str, name: str, download: Callable[[Path], None]) 
         if sha256_of(path) == sha256:
             return path
         log.warning("%s is not the file expected (checksum %s, not %s): fetching it again", path, sha256_of(path), sha256)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A process of its own name for the unfinished file, so that two that fetch at once do not mix their bytes.
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with atomic_write(path) as temporary:
         log.info("fetching %s", what)
-        download(part)
-        if (digest := sha256_of(part)) != sha256:
+        download(temporary)
+        if (digest := sha256_of(temporary)) != sha256:
             raise FetchError(f"{what} arrived with checksum {digest}, expected {sha256}; try again, or put the right file at {path}")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path

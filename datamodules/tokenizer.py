@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from malleable.datamodules.fetch import cache_folder, resolve_model
+from malleable.datamodules.files import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,17 +109,10 @@ def _converted(gguf: Path) -> Path:
 
 
 def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save under a temporary name first, so that nobody reads half a tokenizer."""
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    tokenizer.save_pretrained(part)
-    try:
-        part.rename(folder)
-        log.info("tokenizer of %d tokens saved to %s", len(tokenizer), folder)
-    except OSError:
-        # Another process was quicker; what it wrote is the same.
-        shutil.rmtree(part)
-        if not folder.is_dir():
-            raise
+    """Save a tokenizer, unless another process has just done so: what it wrote is the same."""
+    with atomic_write(folder, keep=lambda folder: (folder / "tokenizer.json").is_file()) as temporary:
+        tokenizer.save_pretrained(temporary)
+    log.info("tokenizer of %d tokens saved to %s", len(tokenizer), folder)
 
 
 def _digest(parts: Sequence[object]) -> str:

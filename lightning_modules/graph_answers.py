@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from malleable.datamodules.batch import ASKED, KnowledgeGraph, QueryBatch, Recommendations
+from malleable.datamodules.files import atomic_write
 from malleable.lightning_modules.functional.interaction import Interaction, Map, Vectors, score_all, score_pairs
 from malleable.lightning_modules.functional.relation_patterns import Moments, composition, inverse, self_inverse
 
@@ -190,14 +190,11 @@ class GraphAnswers(ABC):
     def export(self, folder: str | Path) -> Path:
         """Write ``embeddings.safetensors`` (a tensor for each part: ``entity.mu``, ``relation.a``, ...) and ``labels.json``.
 
-        Relations have 2R rows, reciprocals last. The folder is made whole under another name and then takes the place of an older one.
+        Relations have 2R rows, reciprocals last. An older folder is replaced in one step.
         """
         folder = Path(folder)
         if getattr(self, "global_rank", 0):
             return folder
-        temporary = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         kinds = ("entity", self.tables[0], self.interaction.entity_parts), ("relation", self.tables[1], self.interaction.relation_parts)
         parts = {
             f"{kind}.{name}": part.detach().cpu().contiguous()
@@ -205,11 +202,11 @@ class GraphAnswers(ABC):
             for name, part in zip(names, table.weight.chunk(len(names), 1), strict=True)
         }
         settings = {"class": type(self).__name__, "interaction": repr(self.interaction), "gamma": str(float(self.gamma))}
-        save_file(parts, temporary / "embeddings.safetensors", metadata=settings)
         labels = {"entities": self._labels().entities, "relations": self._labels().relations}
-        (temporary / "labels.json").write_text(json.dumps(labels, ensure_ascii=False), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        with atomic_write(folder) as temporary:
+            temporary.mkdir()
+            save_file(parts, temporary / "embeddings.safetensors", metadata=settings)
+            (temporary / "labels.json").write_text(json.dumps(labels, ensure_ascii=False), encoding="utf-8")
         return folder
 
     def _labels(self) -> KnowledgeGraph:

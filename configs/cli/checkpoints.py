@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from malleable.datamodules.files import atomic_write
 
 _PLAIN_STATES = ("state_dict", "epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "callbacks", "patches")
 
@@ -49,10 +50,9 @@ def consolidate(folder: str) -> str:
     if not file.exists() or file.stat().st_mtime < (source / "latest").stat().st_mtime:
         from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp32_state_dict
 
-        partial = file.with_name(f"{file.name}.{os.getpid()}")  # ranks may all come here at once
-        states = convert_zero_checkpoint_to_fp32_state_dict(source, partial)
-        torch.save({key: states[key] for key in _PLAIN_STATES if key in states}, partial)
-        partial.replace(file)
+        with atomic_write(file) as partial:  # ranks may all come here at once
+            states = convert_zero_checkpoint_to_fp32_state_dict(source, partial)
+            torch.save({key: states[key] for key in _PLAIN_STATES if key in states}, partial)
     return str(file)
 
 

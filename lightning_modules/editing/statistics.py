@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
+from malleable.datamodules.files import atomic_write
 from malleable.lightning_modules.editing.layout import Layout
 from malleable.lightning_modules.editing.passes import stopping
 from malleable.lightning_modules.functional.null_space import SecondMoment
-from malleable.lightning_modules.patches.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def _mark(model: nn.Module, layout: Layout, layers: Sequence[int], tokenizer: An
 
 def _write(file: Path, mark: str, totals: dict[int, SecondMoment], pieces: int) -> None:
     about = {"mark": mark, "pieces": str(pieces), "counts": json.dumps({layer: total.count for layer, total in totals.items()})}
-    with replacing(file) as building:
+    with atomic_write(file) as building:
         save_file({str(layer): total.total.cpu() for layer, total in totals.items()}, building, about)
 
 

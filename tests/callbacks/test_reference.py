@@ -83,7 +83,7 @@ def test_values_are_those_of_the_model_before_the_first_step(tmp_path):
     file = stored(path)
     torch.testing.assert_close(file["reference_logps"], expected, atol=1e-5, rtol=0)
     assert torch.equal(file["row"], row_keys(pairs(24)))
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_equal_runs_share_the_file(tmp_path, passes):

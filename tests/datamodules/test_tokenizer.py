@@ -34,7 +34,7 @@ def test_training_is_repeatable_and_cached(cache, monkeypatch):
     assert train_tokenizer(TITLES, 310) != folder
     monkeypatch.setenv("MALLEABLE_CACHE", str(cache / "other"))
     assert (train_tokenizer(TITLES, 300) / "tokenizer.json").read_bytes() == first
-    assert [path.name for path in cache.rglob("*.part")] == []
+    assert [path.name for path in cache.rglob("*.tmp")] == []
 
 
 def test_no_room_for_the_bytes_is_an_error():
@@ -49,7 +49,7 @@ def test_a_second_writer_leaves_the_first_ones_tokenizer(tmp_path):
     stamp = (folder / "tokenizer.json").stat().st_mtime_ns
     module._save(tokenizer, folder)
     assert (folder / "tokenizer.json").stat().st_mtime_ns == stamp
-    assert list(tmp_path.glob("*.part")) == []
+    assert list(tmp_path.glob("*.tmp")) == []
 
 
 def test_a_tokenizer_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):
