@@ -7,8 +7,8 @@ A negative ``sample_id`` marks a row repeated only to fill a batch: metrics skip
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, NotRequired, Self, TypedDict, cast
 
@@ -16,13 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from malleable.datamodules.record import Record
+
 ASKED = "?"
 """Stands in a written query for what it asks."""
 
 
-@dataclass
-class Batch:
+class Batch(Record):
     """Rows with a stable identity.
+
+    A subclass declares more fields by annotations, without ``@dataclass``. Float fields keep their dtype under every precision of the Trainer;
+    a module that multiplies one with weights converts it first: ``batch.features.to(self.dtype)``.
 
     Attributes:
         sample_id: ``(B,)`` int64; the same row has the same id in every run; negative for padding rows.
@@ -34,13 +38,26 @@ class Batch:
         """Return the number of rows."""
         return len(self.sample_id)
 
-    def map(self, function: Any) -> Self:
-        """Return a copy with ``function`` applied to every tensor."""
-        changed = {f.name: function(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **changed)
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return a copy with ``function`` applied to every tensor, also those of batches in fields."""
+        changed: dict[str, Any] = {}
+        for name in self.field_names():
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                changed[name] = function(value)
+            elif isinstance(value, Batch):
+                changed[name] = value.map(function)
+        return self.replace(**changed)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Return a copy on ``device``."""
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
+        """Return a copy on ``device``.
+
+        Args:
+            device: The target.
+            non_blocking: Do not wait for the copies; default: wait only on devices where Lightning waits, the CPU and MPS.
+        """
+        if non_blocking is None:
+            non_blocking = torch.device(device).type not in ("cpu", "mps")
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
@@ -48,7 +65,6 @@ class Batch:
         return self.map(lambda tensor: tensor.pin_memory())
 
 
-@dataclass
 class PackedBatch(Batch):
     """Whole documents laid end to end in rows of one length; every token but a document's first is a target.
 
@@ -66,7 +82,6 @@ class PackedBatch(Batch):
     num_step_tokens: Tensor | None = None
 
 
-@dataclass
 class AnswerBatch(Batch):
     """One prompt and its answer a row: the shape of supervised tuning, ranking tests and prediction.
 
@@ -99,7 +114,6 @@ class AnswerBatch(Batch):
         return self.item_ids[:, 0]
 
 
-@dataclass
 class PreferenceBatch(AnswerBatch):
     """A prompt with a chosen answer (index 0) and K - 1 >= 1 rejected ones.
 
@@ -110,7 +124,6 @@ class PreferenceBatch(AnswerBatch):
     reference_logps: Tensor | None = None
 
 
-@dataclass
 class QueryBatch(Batch):
     """Queries ``(h, r, ?)`` to a knowledge graph; ``(?, r, t)`` is asked as ``(t, r + R, ?)``. Prediction may ask ``(h, ?, t)``, too.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
@@ -311,4 +310,4 @@ def _finish(batch: BatchT, share: Share) -> BatchT:
     for name, value in (("num_step_tokens", share.step_tokens), ("num_step_rows", share.step_rows)):
         if value is not None and hasattr(batch, name):
             changed[name] = torch.tensor(value)
-    return replace(batch, **changed) if changed else batch
+    return batch.replace(**changed) if changed else batch

@@ -31,12 +31,13 @@ class LossOutput(NamedTuple):
     Attributes:
         loss: Scalar with gradient.
         extras: Detached scalars to log beside it, under ``{split}_{name}``.
-        weight: What the loss is a mean over (rows, tokens), so that means over evaluation batches and ranks come out right; default: the rows.
+        weight: What the loss is a mean over (rows, tokens), so that means over evaluation batches and ranks come out right; rows repeated only to
+            fill a batch do not count. A tensor stays on its device. Default: the rows that count.
     """
 
     loss: Tensor
     extras: dict[str, Tensor]
-    weight: int | None = None
+    weight: Tensor | int | None = None
 
 
 class BaseModule(LightningModule, ABC):
@@ -61,6 +62,7 @@ class BaseModule(LightningModule, ABC):
         self.lr_scheduler = lr_scheduler
         self.eval_metrics: dict[str, dict[str, Metric]] = {}
         self._step_figures: list[dict[str, Tensor]] = []
+        self._loss_sums: dict[str, dict[str, Tensor]] = {}
 
     def setup(self, stage: str) -> None:
         """Take what the method :attr:`needs` from the data module, unless the constructor was given it."""
@@ -128,12 +130,16 @@ class BaseModule(LightningModule, ABC):
         return output.loss
 
     def log_loss(self, batch: Any, split: Split) -> None:
-        """Log the loss of an evaluation batch; its mean over batches and ranks counts each row once."""
+        """Add up the loss of an evaluation batch; the epoch's end logs its mean, in which each row of all ranks counts once."""
         output = self.compute_loss(batch)
-        size = len(batch) if output.weight is None else output.weight
-        options: Any = {"batch_size": size, "on_step": False, "on_epoch": True, "sync_dist": True}
-        self.log(f"{split}_loss", output.loss, prog_bar=True, **options)
-        self.log_dict({f"{split}_{name}": value for name, value in output.extras.items()}, **options)
+        weight = (batch.sample_id >= 0).sum() if output.weight is None else torch.as_tensor(output.weight, device=output.loss.device)
+        # In float64, so that long evaluations lose nothing; MPS has none.
+        weight = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
+        sums = self._loss_sums.setdefault(split, {})
+        for name, value in {"loss": output.loss, **output.extras}.items():
+            # A batch that only repeats rows has no mean.
+            total = torch.where(weight > 0, value.detach().to(weight.dtype) * weight, 0.0)
+            sums[name] = sums.get(name, 0.0) + torch.stack([total, weight])
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         """Log the loss and feed the metrics."""
@@ -144,11 +150,13 @@ class BaseModule(LightningModule, ABC):
         return self._evaluation_step(batch, batch_idx, "test")
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics."""
+        """Log the mean loss and the metrics."""
+        self._log_mean_loss("val")
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics."""
+        """Log the mean loss and the metrics."""
+        self._log_mean_loss("test")
         self._log_metrics("test")
 
     def configure_optimizers(self) -> Any:
@@ -181,6 +189,11 @@ class BaseModule(LightningModule, ABC):
         return None
 
     def _evaluation_step(self, batch: Batch, batch_idx: int, split: Split) -> Any:
+        if batch_idx == 0:
+            # Nothing counts of an evaluation that was interrupted.
+            self._loss_sums.pop(split, None)
+            for metric in self.metrics(split).values():
+                metric.reset()
         batch.sample_id = self._mark_repeats(batch, batch_idx, split)
         self.log_loss(batch, split)
         return self.evaluate(batch, self.metrics(split))
@@ -204,6 +217,15 @@ class BaseModule(LightningModule, ABC):
         means = self.trainer.strategy.reduce(means, reduce_op="mean")
         for name, value in zip(batches[0], means, strict=True):
             self.log(f"train_{name}", value, prog_bar=name == "loss", batch_size=1)
+
+    def _log_mean_loss(self, split: Split) -> None:
+        sums = self._loss_sums.pop(split, {})
+        if not sums:
+            return
+        # The reduction gives back the mean over ranks of both sums; their ratio is that of the sums.
+        totals, weights = self.trainer.strategy.reduce(torch.stack(list(sums.values())), reduce_op="mean").unbind(1)
+        for name, value in zip(sums, totals / weights, strict=True):
+            self.log(f"{split}_{name}", value.float(), prog_bar=name == "loss", rank_zero_only=False)
 
     def _log_metrics(self, split: Split) -> None:
         for metric in self.metrics(split).values():

@@ -67,8 +67,8 @@ class CausalLM(TunedWeights, BaseModule):
         logps, targets = packed_token_logps(self.model, batch.input_ids, batch.document_ids, batch.position_ids)
         # Rows repeated only to fill a batch count for nothing.
         targets = targets & (batch.sample_id >= 0)[:, None]
-        weight = int(targets.sum())
-        count = max(1, weight) if batch.num_step_tokens is None else batch.num_step_tokens
+        weight = targets.sum()
+        count = weight.clamp_min(1) if batch.num_step_tokens is None else batch.num_step_tokens
         return LossOutput(-(logps * targets).sum() / count, {}, weight)
 
     def configure_metrics(self) -> dict[str, Metric]:

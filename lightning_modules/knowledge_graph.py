@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -378,8 +378,7 @@ def take_rows(batch: QueryBatch, chosen: Tensor) -> QueryBatch:
     """Take the queries of a batch where ``chosen``, ``(B,)`` bool, with their true and known tails."""
     number = chosen.cumsum(0) - 1
     true, known = chosen[batch.target_row], chosen[batch.known_row]
-    return replace(
-        batch,
+    return batch.replace(
         sample_id=batch.sample_id[chosen],
         head=batch.head[chosen],
         relation=batch.relation[chosen],

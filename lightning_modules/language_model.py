@@ -122,16 +122,18 @@ class LanguageModel(TunedWeights, BaseModule):
 
         A :class:`PackedBatch` is learnt whole: every token but each document's first.
         """
+        # Rows repeated only to fill a batch count for nothing.
+        real = batch.sample_id >= 0
         if isinstance(batch, PackedBatch):
             logps, targets = packed_token_logps(self.model, batch.input_ids, batch.document_ids, batch.position_ids)
+            targets = targets & real[:, None]
         else:
-            # Rows repeated only to fill a batch count for nothing.
-            targets = batch.answer_mask[:, :1] & (batch.sample_id >= 0)[:, None, None]
+            targets = batch.answer_mask[:, :1] & real[:, None, None]
             parts = (batch.prompt_ids, batch.prompt_mask, batch.answer_ids[:, :1], targets)
             logps = answer_token_logps(self.model, *parts, shared_prompt=self.decoding.shared_prompt)
-        weight = int(targets.sum())
-        count = max(1, weight) if batch.num_step_tokens is None else batch.num_step_tokens
-        return LossOutput(-logps.sum() / count, {}, weight)
+        weight = targets.sum()
+        count = weight.clamp_min(1) if batch.num_step_tokens is None else batch.num_step_tokens
+        return LossOutput(-(logps * targets).sum() / count, {}, weight)
 
     @torch.no_grad()
     def recommend(self, batch: AnswerBatch, k: int | None = None) -> Recommendations:

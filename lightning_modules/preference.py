@@ -42,20 +42,30 @@ def preference_step(
     same = ((batch.answer_ids == batch.answer_ids[:, :1]) | ~batch.answer_mask).all(-1) & (lengths == lengths[:, :1])
     policy = torch.where(same, policy[:, :1], policy)
     output = loss(policy, torch.where(same, batch.reference_logps[:, :1], batch.reference_logps), lengths)
-    total = output.losses.mean()
+    # Rows repeated only to fill a batch count for nothing.
+    real = (batch.sample_id >= 0).to(policy.dtype)
+    weight = real.sum()
+    total = (output.losses * real).sum() / weight.clamp_min(1)
     if sft_weight:
-        total = total - sft_weight * tokens[:, 0].sum() / lengths[:, 0].sum()
-    return LossOutput(total, preference_figures(policy.detach(), output.rewards))
+        total = total - sft_weight * (tokens[:, 0].sum(-1) * real).sum() / (lengths[:, 0] * real).sum().clamp_min(1)
+    return LossOutput(total, preference_figures(policy.detach(), output.rewards, real), weight)
 
 
-def preference_figures(policy: Tensor, rewards: Tensor) -> dict[str, Tensor]:
-    """Means over the batch of rewards and log-probabilities, under the names the field uses."""
+def preference_figures(policy: Tensor, rewards: Tensor, real: Tensor) -> dict[str, Tensor]:
+    """Means of rewards and log-probabilities, under the names the field uses.
+
+    Args:
+        policy: ``(B, K)`` log-probabilities.
+        rewards: ``(B, K)``.
+        real: ``(B,)``, 1 in rows that count, else 0.
+    """
     chosen, rejected = rewards[:, 0], rewards[:, 1:]
-    return {
-        "rewards_chosen": chosen.mean(),
-        "rewards_rejected": rejected.mean(),
-        "rewards_margins": (chosen[:, None] - rejected).mean(),
-        "rewards_accuracies": (chosen[:, None] > rejected).float().mean(),
-        "logps_chosen": policy[:, 0].mean(),
-        "logps_rejected": policy[:, 1:].mean(),
+    figures = {
+        "rewards_chosen": chosen,
+        "rewards_rejected": rejected.mean(1),
+        "rewards_margins": (chosen[:, None] - rejected).mean(1),
+        "rewards_accuracies": (chosen[:, None] > rejected).float().mean(1),
+        "logps_chosen": policy[:, 0],
+        "logps_rejected": policy[:, 1:].mean(1),
     }
+    return {name: (values * real).sum() / real.sum().clamp_min(1) for name, values in figures.items()}

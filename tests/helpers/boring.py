@@ -1,7 +1,6 @@
 """The smallest module and data module: one linear layer and random numbers, subclassed by tests to change one thing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from malleable.datamodules.batch import Batch
 from malleable.lightning_modules.base import BaseModule, LossOutput
 
 
-@dataclass
 class BoringBatch(Batch):
     """Features ``(B, 4)`` beside the ids."""
 
@@ -59,6 +57,22 @@ class BoringModule(BaseModule):
 
     def predict_step(self, batch: BoringBatch, batch_idx: int) -> Tensor:
         return self(batch.features)
+
+
+class Ragged(BoringModule):
+    """A loss over parts of rows: row i has i parts, each of loss i."""
+
+    def __init__(self, weighed: type | None = None) -> None:
+        super().__init__()
+        self.weighed = weighed
+
+    def compute_loss(self, batch: BoringBatch) -> LossOutput:
+        real = (batch.sample_id >= 0).float()
+        parts = batch.sample_id * real
+        if self.weighed is None:
+            return LossOutput(parts.sum() / real.sum() + 0 * self.layer.bias.sum(), {})
+        weight = parts.sum().long()
+        return LossOutput((parts * parts).sum() / weight, {"parts": weight}, weight if self.weighed is torch.Tensor else int(weight))
 
 
 class TrainingFree(BoringModule):

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from boring import BoringBatch, BoringDataModule, BoringModule
+from boring import BoringBatch, BoringDataModule, BoringModule, Ragged
 from launch import launch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -255,26 +255,58 @@ def test_the_order_of_hooks(tmp_path, monkeypatch):
     assert calls == ["setup", "configure_model", "configure_metrics"]
 
 
-class Ragged(BoringModule):
-    """A loss over parts of rows: row i has i parts, each of loss i."""
-
-    def __init__(self, weighed: bool):
-        super().__init__()
-        self.weighed = weighed
-
-    def compute_loss(self, batch):
-        parts = batch.sample_id.float()
-        if not self.weighed:
-            return LossOutput(parts.mean() + 0 * self.layer.bias.sum(), {})
-        loss = (parts * parts).sum() / parts.sum().clamp_min(1)
-        return LossOutput(loss, {"parts": parts.sum()}, int(parts.sum()))
-
-
-@pytest.mark.parametrize(("weighed", "expected"), [(False, 2.0), (True, 3.0)])
+@pytest.mark.parametrize(("weighed", "expected"), [(None, 2.0), (int, 3.0), (torch.Tensor, 3.0)])
 def test_a_mean_over_batches_is_weighed(tmp_path, weighed, expected):
     """Batches (0 1) (2 3) (4): the mean over rows is 10/5 = 2, over parts (0 + 1 + 4 + 9 + 16) / 10 = 3; equal batches would give 2.33 and 2.53."""
     (result,) = trainer(tmp_path).test(Ragged(weighed), BoringDataModule(num_rows=5, batch_size=2), verbose=False)
     assert result["test_loss"] == pytest.approx(expected)
+
+
+def test_a_batch_that_only_repeats_rows_has_no_loss(tmp_path):
+    """Its mean is 0 / 0, and must not spoil that of the others."""
+    batches = [BoringBatch(torch.tensor(ids), torch.ones(2, 4)) for ids in ([1, 3], [-1, -4])]
+    for weighed, expected in ((None, 2.0), (torch.Tensor, 2.5)):
+        (result,) = trainer(tmp_path).test(Ragged(weighed), DataLoader(batches, batch_size=None), verbose=False)
+        assert result["test_loss"] == pytest.approx(expected)
+
+
+def test_an_interrupted_evaluation_leaves_nothing(tmp_path, monkeypatch):
+    """The next one begins anew: losses and metrics."""
+    module, measured = Ragged(torch.Tensor), trainer(tmp_path)
+    expected = measured.test(module, BoringDataModule(num_rows=5), verbose=False)
+    forward, calls = BoringModule.forward, []
+
+    def interrupted(self, features):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("interrupted")
+        return forward(self, features)
+
+    monkeypatch.setattr(BoringModule, "forward", interrupted)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        measured.test(module, BoringDataModule(num_rows=8), verbose=False)
+    assert measured.test(module, BoringDataModule(num_rows=5), verbose=False) == expected
+
+
+WEIGHED = """
+import torch
+from lightning.pytorch import Trainer
+from boring import BoringDataModule, Ragged
+
+quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False)
+trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", **quiet)
+for weighed in (None, int, torch.Tensor):
+    (result,) = trainer.test(Ragged(weighed), BoringDataModule(num_rows=7, batch_size=2), verbose=False)
+    print(result["test_loss"], end=" ")
+"""
+
+
+@pytest.mark.ddp
+def test_uneven_ranks_give_the_mean_over_rows(tmp_path):
+    """Rows 0..6 on two ranks, one of them repeated: 21/7 and 91/21, on each rank; a mean of the ranks' weights rounded down is neither."""
+    outputs = launch(WEIGHED, ranks=2, cwd=tmp_path)
+    for output in outputs:
+        assert [float(value) for value in output.split()] == pytest.approx([21 / 7, 91 / 21, 91 / 21], rel=1e-6)
 
 
 def test_rows_marked_already_stay_marked(tmp_path):

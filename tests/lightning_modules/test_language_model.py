@@ -1,7 +1,6 @@
 """Recommending language models: which items they name, what their checkpoints hold and refuse, how they are tuned."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,7 +123,7 @@ def test_answer_loss_is_the_mean_over_answer_tokens():
     total = sum(naive_scores(module, row["prompt"])[row["item_ids"][0]] for row in rows)
     assert output.loss.item() == pytest.approx(-total / number, abs=1e-5)
     assert output.weight == number
-    shared = replace(collate(rows), num_step_tokens=torch.tensor(20.0))
+    shared = collate(rows).replace(num_step_tokens=torch.tensor(20.0))
     assert module.answer_loss(shared).loss.item() == pytest.approx(-total / 20, abs=1e-5)
 
 
@@ -132,11 +131,21 @@ def test_answer_loss_is_the_mean_over_answer_tokens():
 def test_rows_that_only_fill_a_batch_bear_no_loss():
     module, batch = ready(), collate(tiny_rows(3))
     alone = module.answer_loss(collate(tiny_rows(2)))
-    filled = module.answer_loss(replace(batch, sample_id=torch.tensor([0, 1, -3])))
+    filled = module.answer_loss(batch.replace(sample_id=torch.tensor([0, 1, -3])))
     assert filled.loss.item() == pytest.approx(alone.loss.item(), abs=1e-6)
     assert filled.weight == alone.weight
-    nothing = module.answer_loss(replace(batch, sample_id=torch.tensor([-1, -2, -3])))
+    nothing = module.answer_loss(batch.replace(sample_id=torch.tensor([-1, -2, -3])))
     assert (nothing.loss.item(), nothing.weight) == (0.0, 0)
+
+
+@torch.no_grad()
+def test_packed_rows_that_only_fill_a_batch_bear_no_loss():
+    module = ready()
+    rows = [{"sample_id": index, "input_ids": TOKENS[index] * 2, "document_ids": [1] * 2 * len(TOKENS[index])} for index in range(3)]
+    alone = module.answer_loss(collate(rows[:2]))
+    filled = module.answer_loss(collate(rows).replace(sample_id=torch.tensor([0, 1, -3])))
+    assert filled.loss.item() == pytest.approx(alone.loss.item(), abs=1e-6)
+    assert filled.weight == alone.weight
 
 
 @torch.no_grad()
