@@ -15,6 +15,7 @@ from torch import Tensor
 
 from malleable.datamodules.batch import Batch
 from malleable.datamodules.loader import PhasedLoader
+from malleable.lightning_modules.functional.defaults import float32_by_default
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def inference(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with torch.no_grad(), trainer.precision_plugin.forward_context(), float32_by_default():
             yield
     finally:
         for part, mode in modes:

@@ -18,6 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import Metric
 
 from malleable.datamodules.batch import Batch
+from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.plain import plain
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class BaseModule(LightningModule, ABC):
         # On a CPU only its own generator: `torch.manual_seed` also queues a call for accelerators, with the whole stack, in every step.
         (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(number)
 
+    @float32_by_default()
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss; the last batch of an optimizer step logs the step's figures."""
         output = self.compute_loss(batch)
@@ -163,6 +165,9 @@ class BaseModule(LightningModule, ABC):
         """Make one optimizer over the parameter groups, and the schedule stepped with it."""
         groups = self.parameter_groups()
         optimizer = self.optimizer(groups) if self.optimizer is not None else self.default_optimizer(groups)
+        if hasattr(optimizer, "_step_supports_amp_scaling"):
+            # A fused optimizer could undo the scale of gradients in its step. Lightning does not clip those; it must undo the scale itself.
+            optimizer._step_supports_amp_scaling = False
         scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler is not None else self.default_lr_scheduler(optimizer)
         if scheduler is None:
             return optimizer
@@ -188,6 +193,7 @@ class BaseModule(LightningModule, ABC):
         """Make the method's own schedule, or ``None`` for a constant rate."""
         return None
 
+    @float32_by_default()
     def _evaluation_step(self, batch: Batch, batch_idx: int, split: Split) -> Any:
         if batch_idx == 0:
             # Nothing counts of an evaluation that was interrupted.

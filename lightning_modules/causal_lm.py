@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from malleable.datamodules.batch import PackedBatch, Vocabulary
 from malleable.lightning_modules.base import BaseModule, LossOutput
+from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.logps import packed_token_logps
 from malleable.lightning_modules.metrics.editing import Perplexity
 from malleable.lightning_modules.plain import from_plain
@@ -81,6 +82,7 @@ class CausalLM(TunedWeights, BaseModule):
         logps, targets = packed_token_logps(self.model, batch.input_ids, batch.document_ids, batch.position_ids)
         metrics["perplexity"].update(logps, targets & (batch.sample_id >= 0)[:, None])
 
+    @float32_by_default()
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Return the log-likelihood of each row, ``(B,)``, nats."""
         logps, targets = packed_token_logps(self.model, batch.input_ids, batch.document_ids, batch.position_ids)

@@ -18,6 +18,7 @@ from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, Recom
 from malleable.lightning_modules.base import BaseModule, LossOutput
 from malleable.lightning_modules.free_answers import nearest_items, write_answers
 from malleable.lightning_modules.functional.decoding import beam_search
+from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.grounding import embed_texts
 from malleable.lightning_modules.functional.logps import answer_token_logps, packed_token_logps
 from malleable.lightning_modules.functional.trie import Trie
@@ -192,6 +193,7 @@ class LanguageModel(TunedWeights, BaseModule):
         update_metrics(metrics, recommended, batch)
         return recommended
 
+    @float32_by_default()
     def predict_step(self, batch: AnswerBatch, batch_idx: int) -> Recommendations:
         """Recommend."""
         return self.recommend(batch)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.fetch import resolve_model
+from malleable.lightning_modules.functional.defaults import drawn_on_cpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -103,8 +104,9 @@ def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary | C
     if config.quantization and config.lora is None and config.adapter is None:
         raise ValueError("quantization needs adapters: 4-bit weights cannot be trained; set lora")
     if config.name is None:
-        with _whole_weights(zero3_config):
+        with _whole_weights(zero3_config), drawn_on_cpu():
             model = _scratch_model(config, vocabulary)
+        model = model.to(torch.get_default_device())
     else:
         model = _pretrained_model(config, zero3_config)
     rows = model.config.vocab_size
@@ -119,7 +121,8 @@ def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary | C
         enable({"use_reentrant": False})
         model.enable_input_require_grads()
     if config.lora is not None or config.adapter is not None:
-        with _whole_weights(zero3_config):
+        # PEFT moves what is drawn to the base model's device.
+        with _whole_weights(zero3_config), drawn_on_cpu():
             model = _with_adapter(model, config)
     built: nn.Module = model.train()
     return built

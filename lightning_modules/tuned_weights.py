@@ -13,7 +13,9 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from malleable.datamodules.batch import Catalog, Vocabulary
+from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.patches.names import canonical_name
+from malleable.lightning_modules.precision import check_training_precision
 from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model, fingerprint, save_language_model
 from malleable.lightning_modules.tuning import Tuning
 
@@ -38,6 +40,13 @@ class TunedWeights(LightningModule):
     def words(self) -> Vocabulary | Catalog | None:
         """What knows the tokenizer; ``None`` until the data or a checkpoint has brought it."""
 
+    def setup(self, stage: str) -> None:
+        """Refuse a precision in which the weights cannot be trained."""
+        super().setup(stage)
+        if stage == "fit" and not self.frozen:
+            check_training_precision(self.trainer, self.language_model)
+
+    @float32_by_default()
     def configure_model(self) -> None:
         """Build the language model; a second call does nothing, and neither does a call before :attr:`words` are there."""
         if self.model is not None or self.words is None:
@@ -62,7 +71,7 @@ class TunedWeights(LightningModule):
 
     def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """Linear rise, then decay to zero over the run."""
-        return self.tuning.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return self.tuning.scheduler(optimizer, self.trainer.estimated_stepping_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trains or was edited, and the identity of what does not train."""

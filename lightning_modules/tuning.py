@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from malleable.lightning_modules.functional.schedule import warmup_decay
 
@@ -27,9 +29,15 @@ class Tuning:
     decay: Literal["linear", "cosine", "constant"] = "linear"
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Make the optimizer."""
-        return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
+        """Make the optimizer; on CUDA in one kernel for all parameters."""
+        fused = all(parameter.device.type == "cuda" for group in groups for parameter in group["params"])
+        return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=fused or None)
 
-    def scheduler(self, optimizer: torch.optim.Optimizer, total: int) -> torch.optim.lr_scheduler.LRScheduler:
-        """Make the schedule of a run of ``total`` steps."""
+    def scheduler(self, optimizer: torch.optim.Optimizer, total: float) -> torch.optim.lr_scheduler.LRScheduler:
+        """Make the schedule of a run of ``total`` steps; where nothing bounds them (``math.inf``), the rate stays at its peak after the rise."""
+        if math.isinf(total) and self.decay != "constant":
+            rank_zero_warn(
+                f"tuning.decay: {self.decay} needs a number of steps, but the run is unbounded: the learning rate stays at {self.lr} after the "
+                "warm-up; give trainer.max_epochs or trainer.max_steps (max_time may end the run earlier), or set tuning.decay: constant"
+            )
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_decay(step, total, self.warmup_steps, self.decay))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 
-def warmup_decay(step: int, total: int, warmup: int = 0, decay: str = "linear") -> float:
+def warmup_decay(step: int, total: float, warmup: int = 0, decay: str = "linear") -> float:
     """Factor of the peak rate: a linear rise, then decay to zero.
 
     Args:
         step: Optimizer steps made so far.
-        total: Steps of the whole course.
+        total: Steps of the whole course; ``math.inf`` holds the peak rate.
         warmup: Steps of the rise; cut to the whole course.
         decay: ``linear``, ``cosine`` or ``constant``.
 
@@ -19,10 +19,10 @@ def warmup_decay(step: int, total: int, warmup: int = 0, decay: str = "linear") 
     """
     if decay not in ("linear", "cosine", "constant"):
         raise ValueError(f"decay must be linear, cosine or constant, got '{decay}'")
-    warmup = min(warmup, total)
-    if step < warmup:
-        return (step + 1) / warmup
-    rest = min(1.0, (step - warmup) / max(1, total - warmup))
+    rise = min(warmup, total)
+    if step < rise:
+        return (step + 1) / rise
+    rest = min(1.0, (step - rise) / max(1, total - rise))
     if decay == "constant":
         return 1.0
     return 1.0 - rest if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * rest))
