@@ -4,10 +4,15 @@ import contextlib
 import io
 import json
 import shlex
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from malleable.lightning_modules.plain import from_plain
+from malleable.lightning_modules.precision import check_training_precision
+from malleable.lightning_modules.pretrained import LanguageModelConfig
 from malleable.main import main
 from malleable.recipes import FOLDER, recipe_names
 
@@ -63,6 +68,30 @@ def test_a_recipe_fits_the_signatures_and_survives_being_saved(name, tmp_path):
     first = printed("fit", "--config", name)
     (tmp_path / "saved.yaml").write_text(first)
     assert yaml.safe_load(printed("fit", "--config", "saved.yaml")) == yaml.safe_load(first)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith(("baselines", "nfe"))])
+def test_a_recipe_trains_in_a_precision_that_loses_nothing(name):
+    """Neither refused nor warned about: weights that train are float32, and so is everything that is edited."""
+    recipe = yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+    settings = recipe["model"]["init_args"]
+    precision = recipe["trainer"].get("precision", "32-true")
+    config = from_plain(LanguageModelConfig, settings["language_model"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_training_precision(SimpleNamespace(precision=precision, strategy=None), config)
+    if name.startswith("alpha_edit"):
+        assert (precision, config.dtype) == ("32-true", "float32")
+
+
+def test_the_published_recipe_of_self_play_makes_the_released_steps():
+    """Supervised steps of 16 rows and preference steps of 8, adapters in float32 on 4-bit weights."""
+    recipe = yaml.safe_load((FOLDER / "sprec/goodreads_llama.yaml").read_text(encoding="utf-8"))
+    loop = recipe["trainer"]["callbacks+"][0]["init_args"]
+    rows = recipe["data"]["init_args"]["global_batch_size"]
+    assert {kind: rows * loop[kind].get("batch_factor", 1) for kind in ("warmup", "sft", "dpo")} == {"warmup": 16, "sft": 16, "dpo": 8}
+    assert recipe["trainer"]["precision"] == "bf16-mixed"
+    assert recipe["model"]["init_args"]["language_model"]["quantization"] == "4bit"
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])

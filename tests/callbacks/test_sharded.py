@@ -47,6 +47,7 @@ def assert_same_weights(found: Path, expected: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("fragment", ["ddp", "deepspeed_zero2", "deepspeed_zero3"])
 def test_the_recipe_on_two_ranks_equals_one(tmp_path, alone, fragment):
+    """The tiny recipe has no dropout, which would differ from rank to rank."""
     strategy = [] if fragment == "ddp" else ["--trainer.strategy.class_path", "cpu_deepspeed.CPUDeepSpeedStrategy"]
     launch([*RECIPE, "--config", f"base/{fragment}.yaml", *QUIET, "--trainer.devices", "2", *strategy], cwd=tmp_path, timeout_s=300)
     found = tmp_path / "runs/sprec/tiny/version_0"
@@ -60,7 +61,7 @@ def test_the_recipe_on_two_ranks_equals_one(tmp_path, alone, fragment):
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_adapter_saved_under_zero3_is_complete(tmp_path):
-    """Partitioned while it trains, whole on disk: PEFT loads it and computes what one process computes."""
+    """Partitioned while it trains, whole on disk: PEFT loads it and computes what one process computes, with dropout 0."""
     torch.manual_seed(0)
     base = tmp_path / "base"
     save_language_model(build_language_model(tiny_config(), tiny_catalog()), base)

@@ -260,7 +260,7 @@ def test_four_accumulated_batches_are_one_step(alone):
 
 @pytest.mark.ddp
 def test_two_ranks_equal_one(alone):
-    """Also with adapters whose blocks recompute their activations; and a test on two devices counts each row once."""
+    """With dropout 0, also with adapters whose blocks recompute their activations; and a test on two devices counts each row once."""
     launch([global_batch_run.__file__, alone])
     assert_equal_weights(alone / "ranks2/full_2.safetensors", alone / "ranks1/full_1.safetensors")
     assert_equal_weights(alone / "ranks2/lora_2.safetensors", alone / "ranks1/lora_2.safetensors")

@@ -36,3 +36,8 @@ def test_a_rise_longer_than_the_course_is_cut():
 def test_an_unknown_decay_is_refused_at_once(step):
     with pytest.raises(ValueError, match="decay must be linear, cosine or constant, got 'sqrt'"):
         warmup_decay(step, 10, warmup=5, decay="sqrt")
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
+def test_without_an_end_the_peak_rate_stays(decay):
+    assert [warmup_decay(step, math.inf, warmup=2, decay=decay) for step in (0, 1, 2, 10_000)] == [0.5, 1, 1, 1]
