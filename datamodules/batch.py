@@ -96,6 +96,8 @@ class AnswerBatch(Batch):
         seen: ``(B, S)`` int64, items not to be recommended again, padded with -1.
         candidates: ``(B, C)`` int64, the items to choose from; ``None`` means the whole catalogue.
         num_step_tokens: As in :class:`PackedBatch`.
+        answer_columns: Columns that the answers of a row need behind a shared prompt; ``None`` in batches not made by :func:`collate`, which
+            then take ``K * (A - 1)``. A number, not a tensor: shapes must be known without asking the device.
     """
 
     prompt_ids: Tensor
@@ -107,6 +109,7 @@ class AnswerBatch(Batch):
     seen: Tensor
     candidates: Tensor | None = None
     num_step_tokens: Tensor | None = None
+    answer_columns: int | None = None
 
     @property
     def target(self) -> Tensor:
@@ -261,10 +264,15 @@ class KnowledgeGraph:
         return 2 * len(self.relations)
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
-    """Stack ragged integer rows into ``(B, longest)`` int64, filling with ``value`` on ``side``."""
+def padded_width(width: int, multiple: int) -> int:
+    """Return the smallest multiple that is at least ``width``."""
+    return -(-width // multiple) * multiple
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right", width: int = 0) -> Tensor:
+    """Stack ragged integer rows into ``(B, longest)`` int64, at least ``width`` wide, filling with ``value`` on ``side``."""
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    width = int(lengths.max(initial=0))
+    width = max(width, int(lengths.max(initial=0)))
     column = np.arange(width)
     real = column >= width - lengths[:, None] if side == "left" else column < lengths[:, None]
     table = np.full((len(rows), width), value, dtype=np.int64)
@@ -273,32 +281,40 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tenso
     return torch.from_numpy(table)
 
 
-def collate(examples: Sequence[Example] | Sequence[PackedExample], pad_token_id: int = 0) -> AnswerBatch | PackedBatch:
+def collate(examples: Sequence[Example] | Sequence[PackedExample], pad_token_id: int = 0, pad_to_multiple_of: int = 8) -> AnswerBatch | PackedBatch:
     """Make the batch that fits the rows: packed documents, one answer a prompt, or a preference among several.
 
+    Args:
+        examples: Rows.
+        pad_token_id: Padding token.
+        pad_to_multiple_of: Rows of tokens are padded to a multiple of this many, and so are the columns of answers behind a shared prompt.
+            Results do not depend on it. On a GPU kernels are chosen, and sometimes planned, for each width: few widths are faster. 8 also is
+            what attention kernels want masks aligned to; 32 means fewer widths and more padding.
+
     Raises:
-        ValueError: If rows of one batch have different numbers of answers.
+        ValueError: If rows of one batch have different numbers of answers, or if only some rows have a prompt.
     """
     if "input_ids" in examples[0]:
-        return collate_packed(cast("Sequence[PackedExample]", examples), pad_token_id)
-    return collate_answers(cast("Sequence[Example]", examples), pad_token_id)
+        return collate_packed(cast("Sequence[PackedExample]", examples), pad_token_id, pad_to_multiple_of)
+    return collate_answers(cast("Sequence[Example]", examples), pad_token_id, pad_to_multiple_of)
 
 
-def collate_packed(examples: Sequence[PackedExample], pad_token_id: int = 0) -> PackedBatch:
+def collate_packed(examples: Sequence[PackedExample], pad_token_id: int = 0, pad_to_multiple_of: int = 8) -> PackedBatch:
     """Make a :class:`PackedBatch`; positions restart with each document."""
-    document_ids = pad([example["document_ids"] for example in examples], 0)
+    width = padded_width(max(len(example["input_ids"]) for example in examples), pad_to_multiple_of)
+    document_ids = pad([example["document_ids"] for example in examples], 0, width=width)
     column = torch.arange(document_ids.shape[1])
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return PackedBatch(
         sample_id=torch.tensor([example["sample_id"] for example in examples]),
-        input_ids=pad([example["input_ids"] for example in examples], pad_token_id),
+        input_ids=pad([example["input_ids"] for example in examples], pad_token_id, width=width),
         document_ids=document_ids,
         position_ids=column - (starts * column).cummax(1).values,
     )
 
 
-def collate_answers(examples: Sequence[Example], pad_token_id: int = 0) -> AnswerBatch:
+def collate_answers(examples: Sequence[Example], pad_token_id: int = 0, pad_to_multiple_of: int = 8) -> AnswerBatch:
     """Make an :class:`AnswerBatch`, or a :class:`PreferenceBatch` where rows have more than one answer."""
     counts = {len(example["answers"]) for example in examples}
     if len(counts) != 1:
@@ -307,9 +323,13 @@ def collate_answers(examples: Sequence[Example], pad_token_id: int = 0) -> Answe
     prompts = [example["prompt"] for example in examples]
     answers = [answer for example in examples for answer in example["answers"]]
     lengths = torch.tensor([len(answer) for answer in answers]).reshape(len(examples), count)
-    answer_ids = pad(answers, pad_token_id).reshape(len(examples), count, -1)
-    prompt_ids = pad(prompts, pad_token_id, "left")
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
+    _check_prompts(prompt_lengths, lengths, examples)
+    longest = int(lengths.max())
+    # The last token of an answer is not fed, so this width makes whole multiples behind a prompt, too.
+    answer_ids = pad(answers, pad_token_id, width=padded_width(longest - 1, pad_to_multiple_of) + 1 if longest else 0)
+    answer_ids = answer_ids.reshape(len(examples), count, -1)
+    prompt_ids = pad(prompts, pad_token_id, "left", padded_width(int(prompt_lengths.max()), pad_to_multiple_of))
     items = [example.get("item_ids", [-1] * count) for example in examples]
     candidates = [example.get("candidates", ()) for example in examples]
     columns: dict[str, Any] = dict(
@@ -322,9 +342,21 @@ def collate_answers(examples: Sequence[Example], pad_token_id: int = 0) -> Answe
         history=pad([example.get("history", ()) for example in examples], -1, "left"),
         seen=pad([example.get("seen", ()) for example in examples], -1),
         candidates=pad(candidates, -1) if any(len(row) for row in candidates) else None,
+        answer_columns=padded_width(int((lengths - 1).clamp_min(0).sum(1).max()), pad_to_multiple_of),
     )
     if count < 2:
         return AnswerBatch(**columns)
     reference = [example.get("reference_logps") for example in examples]
     known = all(row is not None for row in reference)
     return PreferenceBatch(**columns, reference_logps=torch.tensor(reference, dtype=torch.float32) if known else None)
+
+
+def _check_prompts(prompt_lengths: Tensor, answer_lengths: Tensor, examples: Sequence[Example]) -> None:
+    """Refuse answers without a prompt: nothing would predict their first token. Rows of items alone have neither."""
+    empty = prompt_lengths == 0
+    if bool(empty.any()) and bool(prompt_lengths.any() | answer_lengths.any()):
+        sample_id = examples[int(empty.long().argmax())]["sample_id"]
+        raise ValueError(
+            f"every row needs at least one prompt token, got an empty prompt in the row with sample_id {sample_id}; "
+            "give the template a prefix or a beginning-of-sequence token"
+        )

@@ -36,7 +36,8 @@ def preference_step(
             "or let your loader yield PreferenceBatch(reference_logps=...)"
         )
     with dropout_off(model):
-        tokens = answer_token_logps(model, batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask, shared_prompt=shared_prompt)
+        parts = (batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask)
+        tokens = answer_token_logps(model, *parts, shared_prompt=shared_prompt, num_columns=batch.answer_columns)
     policy, lengths = tokens.sum(-1), batch.answer_mask.sum(-1)
     # An answer that is both chosen and rejected gets one value, or rounding would leave it a gradient that Adam blows up.
     same = ((batch.answer_ids == batch.answer_ids[:, :1]) | ~batch.answer_mask).all(-1) & (lengths == lengths[:, :1])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from malleable.lightning_modules.functional.attention import document_mask, model_mask
+from malleable.lightning_modules.functional.selected_logps import selected_token_logps
 
 
 class SharedRow(NamedTuple):
@@ -35,57 +36,69 @@ class SharedRow(NamedTuple):
     predictors: Tensor
 
 
-def shared_row(prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> SharedRow:
+def shared_row(prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, num_columns: int | None = None) -> SharedRow:
     """Lay a prompt and its answers into one row.
 
-    The last token of an answer predicts nothing and is left out of the row.
+    The last token of an answer predicts nothing and is left out of the row. The shape of the row follows from the shapes of the arguments
+    and ``num_columns`` alone, so that nothing waits for the device.
 
     Args:
         prompt_ids: ``(B, P)``, padded on the left, at least one real token a row.
         prompt_mask: ``(B, P)`` bool.
         answer_ids: ``(B, K, A)``, padded on the right.
         answer_mask: ``(B, K, A)`` bool.
+        num_columns: Columns behind the prompt, at least as many as the answers of any row need; default: ``K * (A - 1)``, which always do.
     """
     rows, width = prompt_ids.shape
+    count, longest = answer_ids.shape[1:]
+    extra = count * max(0, longest - 1) if num_columns is None else num_columns
     lengths = answer_mask.sum(-1)
-    fed = (lengths - 1).clamp_min(0)
-    offsets = fed.cumsum(1) - fed
-    extra = int(fed.sum(1).max()) if fed.numel() else 0
-    column = torch.arange(answer_ids.shape[2], device=answer_ids.device)
-    fed_mask = column < fed[..., None]
-    places = (width + offsets[..., None] + column)[fed_mask]
-    row_index = torch.arange(rows, device=prompt_ids.device)[:, None, None].expand(fed_mask.shape)[fed_mask]
+    ends = (lengths - 1).clamp_min(0).cumsum(1)
+    offsets = ends - (lengths - 1).clamp_min(0)
+    check_rows(prompt_mask.any(1), "every row needs at least one prompt token; give the template a prefix or a beginning-of-sequence token")
+    check_rows(ends[:, -1] <= extra, "the answers of a row need more than num_columns; make the batch anew with `collate`, or leave it out")
 
-    input_ids = torch.cat([prompt_ids, prompt_ids.new_zeros(rows, extra)], 1)
-    branch = torch.cat([prompt_mask.long() - 1, prompt_ids.new_full((rows, extra), -1)], 1)
-    position_ids = torch.cat([(prompt_mask.cumsum(1) - 1).clamp_min(0), prompt_ids.new_zeros(rows, extra)], 1)
-    numbers = torch.arange(1, answer_ids.shape[1] + 1, device=answer_ids.device)[None, :, None].expand(fed_mask.shape)
-    starts = prompt_mask.sum(1)[:, None, None] + column.expand(fed_mask.shape)
-    input_ids[row_index, places] = answer_ids[fed_mask]
-    branch[row_index, places] = numbers[fed_mask]
-    position_ids[row_index, places] = starts[fed_mask]
+    column = torch.arange(extra, device=prompt_ids.device).expand(rows, -1).contiguous()
+    answer = torch.searchsorted(ends, column, right=True)
+    real, owner = answer < count, answer.clamp_max(count - 1)
+    offset = column - offsets.gather(1, owner)
+    tokens = answer_ids.flatten(1).gather(1, torch.where(real, owner * longest + offset, 0))
+    starts = prompt_mask.sum(1, keepdim=True)
+    input_ids = torch.cat([prompt_ids, torch.where(real, tokens, 0)], 1)
+    position_ids = torch.cat([(prompt_mask.cumsum(1) - 1).clamp_min(0), torch.where(real, starts + offset, 0)], 1)
 
     # branch: -1 padding, 0 prompt, j answer j.
+    branch = torch.cat([prompt_mask.long() - 1, torch.where(real, owner + 1, -1)], 1)
     sees = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
     causal = torch.ones(width + extra, width + extra, dtype=torch.bool, device=prompt_ids.device).tril()
     diagonal = torch.eye(width + extra, dtype=torch.bool, device=prompt_ids.device)
     allowed = (sees & causal & (branch >= 0)[:, None, :]) | diagonal
-    predictors = torch.where(column == 0, 0, offsets[..., None] + column)
-    return SharedRow(input_ids, position_ids, allowed, extra + 1, torch.where(answer_mask, predictors, 0))
+    token = torch.arange(longest, device=answer_ids.device)
+    predictors = torch.where(answer_mask & (token > 0), offsets[..., None] + token, 0)
+    return SharedRow(input_ids, position_ids, allowed, extra + 1, predictors)
 
 
-def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities of the targets in float32.
+def check_rows(valid: Tensor, message: str) -> None:
+    """Raise unless all of ``valid`` (bool) is true; on an accelerator the kernel itself fails, without waiting for it.
 
-    Args:
-        logits: ``(..., V)``.
-        targets: ``(...)``.
+    Raises:
+        ValueError: On a CPU; elsewhere the device reports an assertion with the message.
     """
-    return logits.log_softmax(-1, dtype=torch.float32).gather(-1, targets[..., None]).squeeze(-1)
+    if valid.device.type != "cpu":
+        torch._assert_async(valid.all(), message)
+    elif not bool(valid.all()):
+        raise ValueError(message)
 
 
 def answer_token_logps(
-    model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, *, shared_prompt: bool = True
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    answer_ids: Tensor,
+    answer_mask: Tensor,
+    *,
+    shared_prompt: bool = True,
+    num_columns: int | None = None,
 ) -> Tensor:
     """Log-probability of every answer token, in nats.
 
@@ -96,6 +109,7 @@ def answer_token_logps(
         answer_ids: ``(B, K, A)``, padded on the right.
         answer_mask: ``(B, K, A)`` bool.
         shared_prompt: Run the prompt once for all answers; False lays out one row an answer, for models without attention masks.
+        num_columns: As in :func:`shared_row`.
 
     Returns:
         ``(B, K, A)`` float32, 0 on padding.
@@ -103,8 +117,6 @@ def answer_token_logps(
     Raises:
         ValueError: If a row has no prompt token: the first answer token would have no predictor.
     """
-    if not bool(prompt_mask.any(1).all()):
-        raise ValueError("every row needs at least one prompt token; give the template a prefix or a beginning-of-sequence token")
     if not shared_prompt:
         rows, count, width = answer_ids.shape
         separate = answer_token_logps(
@@ -115,7 +127,7 @@ def answer_token_logps(
             answer_mask.reshape(rows * count, 1, width),
         )
         return separate.reshape(rows, count, width)
-    row = shared_row(prompt_ids, prompt_mask, answer_ids, answer_mask)
+    row = shared_row(prompt_ids, prompt_mask, answer_ids, answer_mask, num_columns)
     logits = model(
         input_ids=row.input_ids,
         attention_mask=model_mask(model, row.allowed),
@@ -123,15 +135,14 @@ def answer_token_logps(
         logits_to_keep=row.num_kept,
         use_cache=False,
     ).logits
-    index = torch.arange(len(logits), device=logits.device)[:, None, None]
-    logps: Tensor = logits.log_softmax(-1, dtype=torch.float32)[index, row.predictors, answer_ids]
+    logps = selected_token_logps(logits, answer_ids.flatten(1), row.predictors.flatten(1)).reshape(answer_ids.shape)
     return logps.masked_fill(~answer_mask, 0.0)
 
 
 def answer_logps(model: nn.Module, batch: Any, *, shared_prompt: bool = True) -> Tensor:
     """Summed log-probability of every answer of an ``AnswerBatch``, ``(B, K)`` float32, in nats."""
     parts = (batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask)
-    return answer_token_logps(model, *parts, shared_prompt=shared_prompt).sum(-1)
+    return answer_token_logps(model, *parts, shared_prompt=shared_prompt, num_columns=batch.answer_columns).sum(-1)
 
 
 def packed_token_logps(model: nn.Module, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,5 +161,5 @@ def packed_token_logps(model: nn.Module, input_ids: Tensor, document_ids: Tensor
     logits = model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
     targets = (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] > 0)
     # The targets are moved, not the logits: a slice of the logits would be copied, forward and backward.
-    logps = token_logps(logits, input_ids.roll(-1, 1))[:, :-1]
+    logps = selected_token_logps(logits, input_ids.roll(-1, 1))[:, :-1]
     return logps.masked_fill(~targets, 0.0), targets

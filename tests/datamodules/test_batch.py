@@ -19,7 +19,7 @@ def test_no_rows_make_an_empty_table():
 
 
 def test_one_answer_a_prompt():
-    batch = collate(ROWS, pad_token_id=0)
+    batch = collate(ROWS, pad_token_id=0, pad_to_multiple_of=1)
     assert type(batch) is AnswerBatch
     assert batch.sample_id.tolist() == [7, 8]
     assert batch.prompt_ids.tolist() == [[3, 4, 5], [0, 0, 3]]  # on the left: answers follow the last prompt token
@@ -34,7 +34,7 @@ def test_one_answer_a_prompt():
 
 def test_several_answers_make_a_preference():
     rows = [{"sample_id": 0, "prompt": [3], "answers": [[4, 2], [5, 6, 2]], "item_ids": [1, 0], "candidates": [0, 1]}]
-    batch = collate(rows)
+    batch = collate(rows, pad_to_multiple_of=1)
     assert type(batch) is PreferenceBatch
     assert batch.answer_ids.tolist() == [[[4, 2, 0], [5, 6, 2]]]
     assert batch.item_ids.tolist() == [[1, 0]]
@@ -59,11 +59,44 @@ def test_packed_rows_restart_positions_with_each_document():
         {"sample_id": 0, "input_ids": [5, 6, 7, 8], "document_ids": [1, 1, 2, 2]},
         {"sample_id": 1, "input_ids": [5, 6, 7], "document_ids": [1, 1, 1]},
     ]
-    batch = collate(rows, pad_token_id=9)
+    batch = collate(rows, pad_token_id=9, pad_to_multiple_of=1)
     assert type(batch) is PackedBatch
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 7, 9]]
     assert batch.document_ids.tolist() == [[1, 1, 2, 2], [1, 1, 1, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 0, 1], [0, 1, 2, 0]]
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 8])
+def test_widths_are_multiples(multiple):
+    """So are the columns of answers behind a shared prompt, where an answer's last token is not fed."""
+    batch = collate([*ROWS, {**ROWS[0], "answers": [[4] * 7]}], pad_token_id=9, pad_to_multiple_of=multiple)
+    assert batch.prompt_ids.shape[1] == {1: 3, 4: 4, 8: 8}[multiple]
+    assert batch.answer_ids.shape[2] == {1: 7, 4: 9, 8: 9}[multiple]
+    assert batch.answer_columns == {1: 6, 4: 8, 8: 8}[multiple]
+    assert batch.prompt_mask.sum(1).tolist() == [3, 1, 3]
+    assert batch.prompt_ids[1].tolist()[-1] == 3
+    assert batch.answer_mask.sum(2).tolist() == [[2], [3], [7]]
+    packed = collate([{"sample_id": 0, "input_ids": [5, 6, 7], "document_ids": [1, 1, 1]}], 9, multiple)
+    assert packed.input_ids.shape[1] % multiple == 0
+    assert packed.document_ids[0].tolist() == [1, 1, 1] + [0] * (packed.input_ids.shape[1] - 3)
+
+
+def test_columns_of_several_answers_are_what_the_fullest_row_needs():
+    answers = [[[4] * 9, [5]], [[4] * 3, [5] * 4]]
+    rows = [{"sample_id": number, "prompt": [3], "answers": pair} for number, pair in enumerate(answers)]
+    assert collate(rows, pad_to_multiple_of=1).answer_columns == 8
+    assert collate(rows).answer_columns == 8
+
+
+def test_rows_of_items_alone_stay_without_tokens():
+    batch = collate([{"sample_id": 0, "prompt": (), "answers": [()], "item_ids": [3]}])
+    assert (batch.prompt_ids.shape, batch.answer_ids.shape) == ((1, 0), (1, 1, 0))
+
+
+@pytest.mark.parametrize("others", [[], ROWS])
+def test_an_empty_prompt_is_refused(others):
+    with pytest.raises(ValueError, match="empty prompt in the row with sample_id 4"):
+        collate([*others, {"sample_id": 4, "prompt": [], "answers": [[6, 2]]}])
 
 
 def test_a_batch_moves_as_a_whole():

@@ -1,11 +1,14 @@
 """A shared row equals separate rows, and the head runs only where answers are predicted."""
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from malleable.datamodules.batch import collate
-from malleable.lightning_modules.functional.logps import answer_logps, answer_token_logps, packed_token_logps, shared_row, token_logps
+from malleable.lightning_modules.functional.logps import answer_logps, answer_token_logps, packed_token_logps, shared_row
 
 EXAMPLES = [
     {"sample_id": 0, "prompt": [5, 6, 7, 8, 9], "answers": [[10, 11, 1], [12, 1], [13, 14, 15, 1]]},
@@ -57,8 +60,8 @@ def test_gradients_equal_separate_rows():
 
 def test_row_layout_by_hand():
     """Prompt of 5, answers of 3, 2 and 4 tokens: the last token of each is not fed, so the row has 5 + 2 + 1 + 3 columns."""
-    batch = collate(EXAMPLES[:1])
-    row = shared_row(batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask)
+    batch = collate(EXAMPLES[:1], pad_to_multiple_of=1)
+    row = shared_row(batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask, batch.answer_columns)
     assert row.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]]
     assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 5, 5, 6, 7]]
     assert row.num_kept == 7
@@ -83,16 +86,48 @@ def test_packed_documents_do_not_see_each_other():
     batch = collate([row, short])
     with torch.no_grad():
         logps, targets = packed_token_logps(model, batch.input_ids, batch.document_ids, batch.position_ids)
-        expected = sum(token_logps(model(torch.tensor([d])).logits[0, :-1], torch.tensor(d[1:])).sum() for d in documents)
+        expected = sum(model(torch.tensor([d])).logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(d)[1:, None]).sum() for d in documents)
     assert targets.sum(1).tolist() == [3 + 1 + 2, 1]
     torch.testing.assert_close(logps[0].sum(), expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("multiple", [1, 8, 32])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_padding_changes_nothing(multiple, by_hand):
+    """Also in a batch made by hand, which does not say how many columns its answers need."""
+    model, batch = llama(), collate(EXAMPLES, pad_to_multiple_of=multiple)
+    if by_hand:
+        batch = replace(batch, answer_columns=None)
+    with torch.no_grad():
+        expected = torch.tensor([one_by_one(model, example) for example in EXAMPLES])
+        torch.testing.assert_close(answer_logps(model, batch), expected, atol=2e-5, rtol=0)
+
+
+def test_rows_of_one_width_whatever_their_answers():
+    """So that kernels are not planned anew: the widths of 20 random batches are multiples of 8, and few."""
+    rng = random.Random(0)
+    widths = set()
+    for _ in range(20):
+        answers = [[[3] * rng.randint(1, 12) for _ in range(3)] for _ in range(4)]
+        batch = collate([{"sample_id": 0, "prompt": [2] * rng.randint(20, 30), "answers": row} for row in answers])
+        row = shared_row(batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask, batch.answer_columns)
+        widths.add(row.input_ids.shape[1])
+    assert all(width % 8 == 0 for width in widths)
+    assert len(widths) <= 4
+
+
 def test_empty_prompt_is_refused():
-    example = {"sample_id": 0, "prompt": [], "answers": [[1]]}
-    batch = collate([example, EXAMPLES[1] | {"answers": [[1]]}])
+    batch = collate([EXAMPLES[0], EXAMPLES[1]])
+    mask = batch.prompt_mask & (batch.sample_id == 0)[:, None]
     with pytest.raises(ValueError, match="every row needs at least one prompt token"):
-        answer_token_logps(llama(), batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask)
+        answer_token_logps(llama(), batch.prompt_ids, mask, batch.answer_ids, batch.answer_mask)
+
+
+def test_answers_that_were_exchanged_for_longer_ones_are_refused():
+    batch, longer = collate([EXAMPLES[0]], pad_to_multiple_of=1), collate([EXAMPLES[1]], pad_to_multiple_of=1)
+    batch = replace(batch, answer_ids=longer.answer_ids.repeat(1, 3, 1), answer_mask=longer.answer_mask.repeat(1, 3, 1))
+    with pytest.raises(ValueError, match="make the batch anew"):
+        answer_logps(llama(), batch)
 
 
 def test_unknown_attention_is_refused():

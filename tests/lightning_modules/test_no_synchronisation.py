@@ -1,0 +1,86 @@
+"""Training steps of language-model methods never wait for the device.
+
+They run on the device ``meta``, whose tensors hold no data: code takes the paths of an accelerator there.
+"""
+
+import pytest
+import torch
+from synchronisations import Synchronisations
+
+from malleable import DPO, SFT, CausalLM, SPRec
+from malleable.datamodules.batch import Catalog, Vocabulary, collate
+from malleable.lightning_modules.losses.preference import SDPO
+from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA, Scratch
+
+CATALOG = Catalog(titles=("A", "B"), token_ids=((5, 1), (6, 1)), popularity=(1, 1), vocab_size=40, eos_token_id=1)
+SIZES = {"hidden_size": 16, "num_layers": 2, "num_heads": 2}
+ANSWER = [{"sample_id": n, "prompt": [3] * (n + 2), "answers": [[5] * n + [1]], "item_ids": [0], "seen": [0, 1][:n]} for n in range(3)]
+PAIRS = [{**row, "answers": [*row["answers"], [6, 6, 1]], "item_ids": [0, 1], "reference_logps": [-3.0, -4.0]} for row in ANSWER]
+SEVERAL = [{**row, "answers": [*row["answers"], [6, 6, 1], [7, 1]], "item_ids": [0, 1, 1], "reference_logps": [-3.0, -4.0, -2.0]} for row in ANSWER]
+PACKED = [{"sample_id": n, "input_ids": [3] * (9 + n), "document_ids": [1] * 4 + [2] * (5 + n)} for n in range(3)]
+
+
+def of_step(batch):
+    """With the normaliser of the optimizer step, as the loader gives it."""
+    batch.num_step_tokens = torch.tensor(7.0)
+    return batch
+
+
+CASES = {
+    "SFT": (lambda c: SFT(c, CATALOG), ANSWER),
+    "SFT on packed rows": (lambda c: SFT(c, CATALOG), PACKED),
+    "DPO": (lambda c: DPO(c, CATALOG), PAIRS),
+    "DPO with a supervised part": (lambda c: DPO(c, CATALOG, sft_weight=0.5), PAIRS),
+    "DPO on several rejected answers": (lambda c: DPO(c, CATALOG, SDPO()), SEVERAL),
+    "SPRec, supervised": (lambda c: SPRec(c, CATALOG), ANSWER),
+    "SPRec, preferences": (lambda c: SPRec(c, CATALOG), PAIRS),
+    "CausalLM": (lambda c: CausalLM(c, Vocabulary(40, 1)), PACKED),
+}
+
+
+def module_of(name, config):
+    make, rows = CASES[name]
+    module = make(config)
+    module.configure_model()
+    return module.train(), rows
+
+
+def step_on_meta(module, batch):
+    module, batch = module.to("meta"), batch.to("meta")
+    with Synchronisations() as waits:
+        output = module.compute_loss(batch)
+        output.loss.backward()
+    return output, waits
+
+
+@pytest.mark.parametrize("whole_step", [True, False], ids=["normalised over the step", "over the batch"])
+@pytest.mark.parametrize("name", CASES)
+def test_step(name, whole_step):
+    module, rows = module_of(name, LanguageModelConfig(scratch=Scratch(**SIZES)))
+    batch = collate(rows)
+    output, waits = step_on_meta(module, of_step(batch) if whole_step and hasattr(batch, "num_step_tokens") else batch)
+    assert not waits.found, waits
+    assert output.loss.is_meta
+
+
+@pytest.mark.parametrize("options", [{"lora": LoRA(r=2)}, {"attention": "eager"}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("name", ["SFT", "DPO"])
+def test_step_under_other_settings(name, options):
+    module, rows = module_of(name, LanguageModelConfig(scratch=Scratch(**SIZES), **options))
+    _, waits = step_on_meta(module, collate(rows))
+    assert not waits.found, waits
+
+
+def test_step_on_separate_rows():
+    module, rows = module_of("DPO", LanguageModelConfig(scratch=Scratch(**SIZES)))
+    module.decoding.shared_prompt = False
+    _, waits = step_on_meta(module, collate(rows))
+    assert not waits.found, waits
+
+
+def test_step_on_a_batch_made_by_hand():
+    module, rows = module_of("DPO", LanguageModelConfig(scratch=Scratch(**SIZES)))
+    batch = collate(rows)
+    batch.answer_columns = None
+    _, waits = step_on_meta(module, batch)
+    assert not waits.found, waits
