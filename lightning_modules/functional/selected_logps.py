@@ -39,7 +39,7 @@ def selected_token_logps(logits: Tensor, targets: Tensor, positions: Tensor | No
         positions = torch.arange(width, device=logits.device).expand(rows, -1)
     first = torch.arange(rows, device=logits.device)[:, None] * width
     place = first + positions
-    logps: Tensor = _SelectedLogps.apply(logits.reshape(rows * width, vocab), targets.flatten(), place.flatten())
+    logps: Tensor = _SelectedLogps.apply(logits.reshape(rows * width, vocab), targets.flatten(), place.flatten())  # type: ignore[no-untyped-call]
     return logps.reshape(targets.shape)
 
 
@@ -49,7 +49,7 @@ class _SelectedLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, place: Tensor) -> Tensor:
         kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        total = torch.cat([part.to(kind).logsumexp(-1) for part in logits.split(_part(logits))])
+        total = torch.cat([part.to(kind).logsumexp(-1) for part in torch.split(logits, _part(logits))])
         ctx.save_for_backward(logits, total, targets, place)
         return logits[place, targets].to(kind) - total[place]
 
