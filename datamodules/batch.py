@@ -140,6 +140,7 @@ class QueryBatch(Batch):
         num_step_tokens: As in :class:`PackedBatch`, where targets are the true tails.
         num_step_rows: Scalar; the same for rows: queries of the whole optimizer step divided by its number of batches over all ranks.
         tail: ``(B,)`` int64, entities of the queries that ask a relation, -1 in others; ``None`` where no query may ask one.
+        one_each: Every query has exactly one true tail, in order: ``target_row`` is ``0..B-1``. Ranking is then faster; False is always right.
     """
 
     head: Tensor
@@ -151,6 +152,7 @@ class QueryBatch(Batch):
     num_step_tokens: Tensor | None = None
     num_step_rows: Tensor | None = None
     tail: Tensor | None = None
+    one_each: bool = False
 
 
 class Example(TypedDict):

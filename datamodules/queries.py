@@ -145,6 +145,7 @@ class QueryRows:
             known=_tensor(known),
             known_row=_tensor(known_row),
             tail=target if self._open else None,
+            one_each=not self._open,
         )
 
     def _known_answers(self, index: Ints) -> tuple[Ints, Ints]:

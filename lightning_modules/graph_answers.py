@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from malleable.datamodules.batch import ASKED, KnowledgeGraph, QueryBatch, Recommendations
 from malleable.datamodules.files import atomic_write
 from malleable.lightning_modules.functional.interaction import Interaction, Map, Vectors, score_all, score_pairs
+from malleable.lightning_modules.functional.precision import full, full_precision
 from malleable.lightning_modules.functional.relation_patterns import Moments, composition, inverse, self_inverse
 
 Name = str | int
@@ -77,6 +78,7 @@ class GraphAnswers(ABC):
     def key(self, entity: Tensor | None = None) -> Vectors:
         """The side of entities, or of all."""
 
+    @full_precision
     @torch.no_grad()
     def score(self, triples: Sequence[tuple[Name, Name, Name]]) -> Tensor:
         """Score triples ``(h, r, t)``, ``(N,)``."""
@@ -123,6 +125,7 @@ class GraphAnswers(ABC):
         best = self.score_relations(self._ids([head]), self._ids([tail]))[0].topk(min(k, len(labels)))
         return [Answer(labels[number], number, score) for score, number in zip(*(part.tolist() for part in best), strict=True)]
 
+    @full_precision
     @torch.no_grad()
     def score_relations(self, head: Tensor, tail: Tensor) -> Tensor:
         """Score every relation, reciprocals left out, between pairs of entities ``(B,)``: ``(B, R)``."""
@@ -156,12 +159,13 @@ class GraphAnswers(ABC):
         """
         found = []
         for rows in torch.split(self.tables[0].weight, ROWS):
-            deviation = self.interaction.deviation(rows)
+            deviation = self.interaction.deviation(full(rows))
             if deviation is None:
                 raise ValueError(f"{type(self.interaction).__name__} places entities at points, which have no uncertainty; use NFE with slopes")
             found.append(deviation.mean(1))
         return torch.cat(found)
 
+    @full_precision
     @torch.no_grad()
     def relation_patterns(self, k: int = 20, among: Sequence[Name] | None = None) -> list[Pattern]:
         """Read symmetric, inverse and composed relations off the maps they make.
@@ -172,7 +176,7 @@ class GraphAnswers(ABC):
         """
         chosen = self._ids(self._labels().relations if among is None else among, True)
         labels = [self._labels().relations[number] for number in chosen.tolist()]
-        entity, relation = (table.weight for table in self.tables)
+        entity, relation = (full(table.weight) for table in self.tables)
         places = self.interaction.location(entity)
         places = self.interaction.deviation(entity) if places is None else places
         assert places is not None
@@ -246,7 +250,8 @@ class GraphAnswers(ABC):
 
     def _answers(self, entities: Sequence[int], scores: Sequence[float]) -> list[Answer]:
         """Name entities, with their scores, of which there may be more."""
-        deviation = self.interaction.deviation(self.tables[0](torch.tensor(entities, dtype=torch.long, device=self.tables[0].weight.device)))
+        rows = self.tables[0](torch.tensor(entities, dtype=torch.long, device=self.tables[0].weight.device))
+        deviation = self.interaction.deviation(full(rows))
         spread = [None] * len(entities) if deviation is None else deviation.mean(1).tolist()
         labels = self._labels().entities
         return [Answer(labels[number], number, score, own) for number, score, own in zip(entities, scores, spread, strict=False)]

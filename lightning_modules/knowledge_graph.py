@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -18,6 +19,7 @@ from torchmetrics import Metric
 from malleable.datamodules.batch import KnowledgeGraph, QueryBatch, Recommendations
 from malleable.lightning_modules.base import BaseModule, LossOutput, Split
 from malleable.lightning_modules.functional.interaction import Interaction, Vectors, score_all
+from malleable.lightning_modules.functional.precision import full, full_precision
 from malleable.lightning_modules.graph_answers import GraphAnswers
 from malleable.lightning_modules.losses.described import object_from_plain
 from malleable.lightning_modules.losses.embedding import BCESum, EmbeddingLoss, Positives, Regulariser
@@ -162,16 +164,18 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         parts = self.interaction.entity_parts, self.interaction.relation_parts
         sizes = self.graph.num_entities, self.graph.num_relations
         widths = [len(names) * self.dimension for names in parts]
+        # Drawn on the CPU in single precision: one seed is one model on every device and in every precision.
+        entity, relation = (torch.empty(size, width, device="cpu", dtype=torch.float32) for size, width in zip(sizes, widths, strict=True))
+        self.init.fill(entity, len(parts[0]))
+        if parts[1] == ("phase",):
+            Init("uniform", math.pi).fill(relation, 1)
+        else:
+            self.init.fill(relation, len(parts[1]))
         # `_weight`: the layer's own start would be drawn in vain.
         self.entity, self.relation = (
-            nn.Embedding(size, width, sparse=self.tuning.sparse, _weight=torch.empty(size, width, device=self.device))
-            for size, width in zip(sizes, widths, strict=True)
+            nn.Embedding(*table.shape, sparse=self.tuning.sparse, _weight=table.to(self.device, torch.get_default_dtype()))
+            for table in (entity, relation)
         )
-        self.init.fill(self.entity.weight, len(parts[0]))
-        if parts[1] == ("phase",):
-            Init("uniform", math.pi).fill(self.relation.weight, 1)
-        else:
-            self.init.fill(self.relation.weight, len(parts[1]))
         if self.gamma_trainable:
             self.gamma = nn.Parameter(torch.tensor(float(self.gamma), device=self.device))
         log.info("%s: %s entities x %s, %s relations x %s", type(self).__name__, sizes[0], widths[0], sizes[1], widths[1])
@@ -189,12 +193,13 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
             )
         return self.entity, self.relation
 
+    @full_precision
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
         """The side of queries ``(h, r, ?)``, ``(B,)`` ids each; the margin is in it."""
-        return self._query(self.tables[0](head), self.tables[1](relation))
+        return self._query(full(self.tables[0](head)), full(self.tables[1](relation)))
 
     def _query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """The same of rows of the tables."""
+        """The same of rows of the tables, in full precision."""
         drops = self.training and torch.is_grad_enabled()
         query = self.interaction.query(*(F.dropout(rows, self.dropout, drops) for rows in (head, relation)))
         if not self.interaction.distance:
@@ -202,29 +207,30 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         assert query.bias is not None  # a distance has the query's norm
         return query._replace(bias=query.bias + self.gamma)
 
+    @full_precision
     def key(self, entity: Tensor | None = None) -> Vectors:
         """The side of entities ``(N,)``, or of all; within an evaluation that of all is computed once."""
         table = self.tables[0]
         if entity is not None:
-            return self.interaction.key(table(entity))
+            return self.interaction.key(full(table(entity)))
         if not self._evaluating or torch.is_grad_enabled():
-            return self.interaction.key(table.weight)
+            return self.interaction.key(full(table.weight))
         if self._keys is None:
-            self._keys = self.interaction.key(table.weight)
+            self._keys = self.interaction.key(full(table.weight))
         return self._keys
 
+    @full_precision
     def compute_loss(self, batch: QueryBatch) -> LossOutput:
         """Return the loss, a mean over the true tails of the optimizer step, or over its queries for K-vs-all."""
-        # Queries repeated only to fill a batch count for nothing.
-        real = batch.sample_id[batch.target_row] >= 0
-        positives = Positives(batch.target[real], batch.target_row[real], len(batch))
+        # Queries repeated only to fill a batch count for nothing. They are weighted, not left out: their number is not known on the CPU.
+        positives = Positives(batch.target, batch.target_row, len(batch), batch.sample_id >= 0, batch.one_each)
         weight = self.loss.weight(positives)
         step = batch.num_step_rows if self.loss.per_query else batch.num_step_tokens
-        normaliser = float(max(1, weight)) if step is None else step
+        normaliser = weight.clamp_min(1) if step is None else step
         entity, relation = self.tables
         # Where the loss gives every entity a gradient, that of the heads is added to it row by row, without a table of its own.
         heads = F.embedding(batch.head, entity.weight, sparse=entity.sparse or not self.loss.samples)
-        query = self._query(heads, relation(batch.relation))
+        query = self._query(full(heads), full(relation(batch.relation)))
         loss: Tensor = self.loss(query, entity, self.interaction.key, positives, normaliser)
         if self.regulariser is None:
             return LossOutput(loss, {}, weight)
@@ -241,23 +247,25 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         assert self.graph is not None
         return {"ranking": LinkPredictionMetrics(self.graph.num_relations, self.ranking.ks, self.ranking.ties)}
 
+    @full_precision
     @torch.no_grad()
     def evaluate(self, batch: QueryBatch, metrics: dict[str, Metric]) -> None:
         """Rank the true tails among all entities."""
-        for part, scores in self._scores(batch):
-            true, known = Tails(part.target, part.target_row), Tails(part.known, part.known_row)
+        for part, scores in self._scores(batch, ranking=True):
+            true, known = Tails(part.target, None if part.one_each else part.target_row), Tails(part.known, part.known_row)
             for metric in metrics.values():
                 metric.update(scores, true, known, part.relation, part.sample_id)
 
+    @full_precision
     @torch.no_grad()
     def predict_step(self, batch: QueryBatch, batch_idx: int = 0) -> Recommendations:
         """Find the best answers to each query; ``item_ids`` are entities, or relations where those are asked."""
         assert self.graph is not None
         width = min(self.ranking.top_k, max(self.graph.num_entities, len(self.graph.relations)))
         asks = batch.relation < 0
-        found = [self._best_answers(part, scores, width) for part, scores in self._scores(take_rows(batch, ~asks))]
-        if asks.any():
-            assert batch.tail is not None  # where a relation is asked
+        tails = batch if batch.tail is None else take_rows(batch, ~asks)
+        found = [self._best_answers(part, scores, width) for part, scores in self._scores(tails)]
+        if batch.tail is not None and asks.any():
             part = take_rows(batch, asks)
             found.append(self._best_answers(part, self.score_relations(part.head, batch.tail[asks]), width))
         order = asks.long().argsort(stable=True).argsort()
@@ -275,8 +283,15 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         """Adam at the module's own rate, without decay of weights."""
         if self.tuning.sparse:
             return torch.optim.SparseAdam(groups, lr=self.tuning.lr)
-        fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
-        return torch.optim.Adam(groups, lr=self.tuning.lr, fused=fused)
+        return torch.optim.Adam(groups, lr=self.tuning.lr, fused=self._may_fuse(groups))
+
+    def _may_fuse(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether the fused form of Adam, one pass over the tables, can be used."""
+        trainer = self.attached
+        # Fused optimizers unscale gradients themselves, so that Lightning refuses to clip them under mixed precision.
+        if trainer is not None and trainer.gradient_clip_val and isinstance(trainer.precision_plugin, MixedPrecision):
+            return False
+        return all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
 
     def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """Exponential decay."""
@@ -343,27 +358,31 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
     def _end(self) -> None:
         self._keys, self._evaluating = None, False
 
-    def _scores(self, batch: QueryBatch) -> Iterator[tuple[QueryBatch, Tensor]]:
-        """Queries with their scores of all entities, ``(B, E)``, as many at a time as memory is given for."""
+    def _scores(self, batch: QueryBatch, ranking: bool = False) -> Iterator[tuple[QueryBatch, Tensor]]:
+        """Queries with their scores of all entities, ``(B, E)``, as many at a time as memory is given for.
+
+        For a ranking the query's own bias is left out: it changes no rank, but its rounding would make ties.
+        """
         key = self.key()
         size = max(1, self.ranking.max_scores // len(key.vector))
         place = torch.arange(len(batch), device=batch.head.device)
         for start in range(0, len(batch), size):
             part = batch if size >= len(batch) else take_rows(batch, (place >= start) & (place < start + size))
-            yield part, score_all(self.query(part.head, part.relation), key)
+            query = self.query(part.head, part.relation)
+            yield part, score_all(query._replace(bias=None) if ranking else query, key)
 
     def _penalty(self, batch: QueryBatch, positives: Positives, query: Vectors) -> Tensor:
         assert self.regulariser is not None
         entity, relation = self.tables
         names = self.interaction.entity_parts, self.interaction.relation_parts
-        tails = entity(positives.target)
+        tails = full(entity(positives.target))
         rows = (
-            self._moduli(entity(batch.head[positives.row]), names[0]),
-            self._moduli(relation(batch.relation[positives.row]), names[1]),
+            self._moduli(full(entity(batch.head[positives.row])), names[0]),
+            self._moduli(full(relation(batch.relation[positives.row])), names[1]),
             self._moduli(tails, names[0]),
         )
-        penalty: Tensor = self.regulariser(rows, query.rows(positives.row), self.interaction.key(tails))
-        return penalty
+        penalties: Tensor = self.regulariser(rows, query.rows(positives.row), self.interaction.key(tails))
+        return penalties @ positives.shares.to(penalties.dtype)
 
     def _moduli(self, rows: Tensor, parts: tuple[str, ...]) -> Tensor:
         if parts == ("phase",):

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from malleable.lightning_modules.functional.precision import full_precision
 from malleable.lightning_modules.functional.tree_attention import evaluating
 from malleable.lightning_modules.functional.trie_search import Decoded
 
 
+@full_precision
 def nearest_titles(
     embeddings: Tensor,
     title_embeddings: Tensor,

@@ -16,6 +16,12 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from malleable.lightning_modules.functional.precision import exact_products, full, full_precision
+
+# Products of fewer rows take kernels in which the order of summation depends on the column, so that equal columns differ in the last bit.
+MIN_ROWS = 8
 
 
 class Vectors(NamedTuple):
@@ -34,7 +40,7 @@ class Vectors(NamedTuple):
         return Vectors(self.vector[index], None if self.bias is None else self.bias[index])
 
     def full(self) -> Vectors:
-        """Widen half precision: ranks hang on small differences of large terms."""
+        """Convert half precision to single precision."""
         return Vectors(full(self.vector), None if self.bias is None else full(self.bias))
 
 
@@ -54,16 +60,19 @@ class Map(NamedTuple):
         return Map(self.scale * first.scale, self.scale * first.shift + self.shift)
 
 
-def full(part: Tensor) -> Tensor:
-    """Widen half precision to single."""
-    return part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
-
-
+@full_precision
 def score_all(query: Vectors, key: Vectors) -> Tensor:
-    """Score every entity for every query, ``(B, E)``, by one product, in full precision whatever the run's."""
+    """Score every entity for every query, ``(B, E)``, by one product in full precision.
+
+    Entities with equal rows have equal scores, bit for bit, whatever B.
+    """
     query, key = query.full(), key.full()
-    with torch.autocast(query.vector.device.type, enabled=False):
-        return product(query, key)
+    missing = MIN_ROWS - len(query.vector)
+    if missing > 0:
+        query = Vectors(*(None if part is None else F.pad(part, (*[0] * (2 * part.dim() - 1), missing)) for part in query))
+    with exact_products():
+        scores = product(query, key)
+    return scores[: len(scores) - missing] if missing > 0 else scores
 
 
 def product(query: Vectors, key: Vectors) -> Tensor:

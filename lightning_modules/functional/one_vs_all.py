@@ -13,14 +13,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from malleable.lightning_modules.functional.interaction import Vectors, full, product
+from malleable.lightning_modules.functional.interaction import Vectors, product
+from malleable.lightning_modules.functional.precision import full, full_precision
 
 Kind = Literal["sigmoid", "softmax"]
 KeyOf = Callable[[Tensor], Vectors]
-# Numbers of a chunk: what stays in a processor's cache, and what fills a GPU.
+# Numbers of a chunk: what stays in a processor's cache (measured), and 256 MB on an accelerator (not measured; see `kg_epoch.py --chunk`).
 CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
+@full_precision
 def one_vs_all_loss(
     query: Vectors,
     table: Tensor,
@@ -48,7 +50,8 @@ def one_vs_all_loss(
         key_of: Turns rows into the entities' side, row by row.
         target: ``(P,)`` true tails.
         target_row: ``(P,)`` the query of each.
-        row_weight: ``(B,)`` w: the true tails of each query, so that grouping identical queries changes nothing; 0 leaves a query out.
+        row_weight: ``(B,)`` w: the true tails of each query, so that grouping identical queries changes nothing; 0 leaves a query and its true
+            tails out.
         kind: Each entity by itself, or all against each other.
         smoothing: Share of the labels spread evenly over all entities.
         normaliser: What the sum is divided by.
@@ -57,19 +60,27 @@ def one_vs_all_loss(
     if chunk is None:
         chunk = max(64, CHUNK.get(table.device.type, CHUNK["cuda"]) // max(len(query.vector), table.shape[1]))
     query = query.full()
-    scale = torch.as_tensor(normaliser, dtype=query.vector.dtype, device=table.device).reciprocal()
-    task = _Task(key_of, target, target_row, row_weight.to(scale.dtype), kind, smoothing, scale, chunk, torch.is_grad_enabled())
-    # The products keep full precision under mixed precision: ranks hang on small differences of large terms.
-    with torch.autocast(table.device.type, enabled=False):
-        return cast("Tensor", _OneVsAll.apply(*query, table, task))  # type: ignore[no-untyped-call]
+    row_weight = row_weight.to(query.vector.dtype)
+    # A number is filled in on the device: copying it there would wait for the device.
+    divisor = normaliser.to(row_weight) if isinstance(normaliser, Tensor) else row_weight.new_full((), normaliser)
+    counted = row_weight > 0
+    label = (smoothing - 1) * counted.to(row_weight.dtype)[target_row]
+    residual = label / row_weight.masked_fill(~counted, 1)[target_row]
+    task = _Task(key_of, target, target_row, label, residual, row_weight, kind, smoothing, divisor.reciprocal(), chunk, torch.is_grad_enabled())
+    return cast("Tensor", _OneVsAll.apply(*query, table, task))  # type: ignore[no-untyped-call]
 
 
 class _Task(NamedTuple):
-    """What the loss is of, besides the queries and the table."""
+    """Arguments of the loss besides the queries and the table.
+
+    ``label`` and ``residual`` are what each true tail subtracts from the loss and from its score's gradient; 0 where its query is left out.
+    """
 
     key_of: KeyOf
     target: Tensor
     target_row: Tensor
+    label: Tensor
+    residual: Tensor
     row_weight: Tensor
     kind: Kind
     smoothing: float
@@ -92,12 +103,13 @@ class _OneVsAll(torch.autograd.Function):
         weighted = Vectors(query * weight[:, None], weight)
         total = query.new_zeros(())
         normaliser = _log_normaliser(queries, table, task) if task.kind == "softmax" else None
-        for rows, cells in _chunks(task, len(table)):
+        for rows in _chunks(task, len(table)):
             leaf = table[rows].detach().requires_grad_(wanted[2])
             with torch.set_grad_enabled(wanted[2]):
                 key = task.key_of(full(leaf))
             with torch.no_grad():
                 scores = product(queries, key)
+                cells = _cells(rows, len(table), task)
                 total += _value(scores, cells, weight, len(table), task)
                 if any(wanted):
                     _residual(scores, cells, normaliser, len(table), task)
@@ -123,14 +135,37 @@ class _OneVsAll(torch.autograd.Function):
             raise RuntimeError("the gradients of this loss were handed out already; compute the loss again instead of retain_graph=True")
         # Handed out, not kept: what nobody else holds becomes the parameter's gradient without a copy.
         grads, ctx.grads = ctx.grads, None
-        if factor.device.type != "cpu" or factor.item() != 1:
+        if not _is_one(factor):
             grads = [None if grad is None else grad.mul_(factor) for grad in grads]
         return (*grads, None)
 
 
-def _value(scores: Tensor, cells: tuple[Tensor, Tensor], weight: Tensor, entities: int, task: _Task) -> Tensor:
+def _is_one(factor: Tensor) -> bool:
+    """Whether a CPU's factor is 1, which saves a pass over the gradients; reading another device's would wait for it."""
+    return factor.device.type == "cpu" and factor.item() == 1
+
+
+class _Cells(NamedTuple):
+    """The true tails among the scores of a chunk: flat places, ``(P,)``, and labels and residuals, 0 for tails outside of the chunk."""
+
+    place: Tensor
+    label: Tensor
+    residual: Tensor
+
+
+def _cells(rows: slice, entities: int, task: _Task) -> _Cells:
+    # No tail is left out by a mask: the number that remains would have to be read from the device.
+    count = rows.stop - rows.start
+    if count == entities:
+        return _Cells(task.target_row * count + task.target, task.label, task.residual)
+    column = (task.target - rows.start).clamp_(0, count - 1)
+    inside = column + rows.start == task.target
+    return _Cells(task.target_row * count + column, task.label * inside, task.residual * inside)
+
+
+def _value(scores: Tensor, cells: _Cells, weight: Tensor, entities: int, task: _Task) -> Tensor:
     """A chunk's part of the loss, all but a softmax's normaliser."""
-    value = (task.smoothing - 1) * task.scale * scores[cells].sum()
+    value = task.scale * (scores.view(-1)[cells.place] @ cells.label)
     if task.smoothing:
         value -= task.smoothing / entities * (scores.sum(1) @ weight)
     if task.kind == "sigmoid":
@@ -138,7 +173,7 @@ def _value(scores: Tensor, cells: tuple[Tensor, Tensor], weight: Tensor, entitie
     return value
 
 
-def _residual(scores: Tensor, cells: tuple[Tensor, Tensor], normaliser: Tensor | None, entities: int, task: _Task) -> None:
+def _residual(scores: Tensor, cells: _Cells, normaliser: Tensor | None, entities: int, task: _Task) -> None:
     """Turn scores into what is left of probabilities after the labels, in place: the gradient without the queries' weights."""
     if normaliser is None:
         scores.sigmoid_()
@@ -146,7 +181,7 @@ def _residual(scores: Tensor, cells: tuple[Tensor, Tensor], normaliser: Tensor |
         scores.sub_(normaliser[:, None]).exp_()
     if task.smoothing:
         scores.sub_(task.smoothing / entities)
-    scores.index_put_(cells, (task.smoothing - 1) / task.row_weight[cells[0]], accumulate=True)
+    scores.view(-1).index_add_(0, cells.place, cells.residual)
 
 
 def _log_normaliser(query: Vectors, table: Tensor, task: _Task) -> Tensor:
@@ -155,17 +190,10 @@ def _log_normaliser(query: Vectors, table: Tensor, task: _Task) -> Tensor:
     return torch.stack(parts).logsumexp(0)
 
 
-def _chunks(task: _Task, entities: int) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
-    """The entities in chunks, and the cells ``(row, column)`` of each chunk's true tails."""
-    if task.chunk >= entities:
-        yield slice(0, entities), (task.target_row, task.target)
-        return
-    order = task.target.argsort(stable=True)
-    starts = range(0, entities, task.chunk)
-    bounds = torch.searchsorted(task.target[order], torch.tensor([*starts, entities], device=order.device)).tolist()
-    for number, start in enumerate(starts):
-        here = order[bounds[number] : bounds[number + 1]]
-        yield slice(start, min(start + task.chunk, entities)), (task.target_row[here], task.target[here] - start)
+def _chunks(task: _Task, entities: int) -> Iterator[slice]:
+    """The entities in chunks."""
+    for start in range(0, entities, task.chunk):
+        yield slice(start, min(start + task.chunk, entities))
 
 
 def _row_gradient(out: Tensor, residual: Tensor, query: Vectors, key: Vectors, leaf: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from malleable.lightning_modules.functional.interaction import Vectors
+from malleable.lightning_modules.functional.precision import full_precision
 
 
 def squared_distance_query(point: Tensor) -> Vectors:
@@ -25,6 +26,7 @@ def slope_form(mean: Tensor, below: Tensor, above: Tensor, cross: float) -> Tens
     return torch.cat([torch.add(mean, above - below, alpha=half), below / 2 - half * mean, torch.add(above / 2, mean, alpha=half)], -1)
 
 
+@full_precision
 def folded_key(entity: Tensor, first: int, cross: float | None = None) -> Vectors:
     """The entity's side of minus a squared distance: the row with absolute values from column ``first`` on, and minus its square.
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from malleable.lightning_modules.functional.interaction import Vectors, score_pairs
 from malleable.lightning_modules.functional.one_vs_all import KeyOf, Kind, one_vs_all_loss
+from malleable.lightning_modules.functional.precision import full, full_precision
 from malleable.lightning_modules.losses.described import Described
 
 
@@ -25,16 +26,30 @@ class Positives(NamedTuple):
         target: ``(P,)`` entities.
         row: ``(P,)`` the query of each.
         num_rows: B; queries without a true tail bear no loss.
+        real: ``(B,)`` bool, False for queries that are repeated only to fill a batch and count for nothing; ``None``: all count.
+        one_each: Every query has one true tail, in order: ``row`` is ``0..B-1``.
     """
 
     target: Tensor
     row: Tensor
     num_rows: int
+    real: Tensor | None = None
+    one_each: bool = False
 
     @property
     def counts(self) -> Tensor:
-        """True tails of each query, ``(B,)``."""
-        return torch.bincount(self.row, minlength=self.num_rows)
+        """True tails of each query that count, ``(B,)`` float32."""
+        if self.one_each and self.real is not None:
+            return self.real.float()
+        ones = torch.ones_like(self.row, dtype=torch.float32)
+        # Not `bincount`, which reads its largest number from the device.
+        counts = ones.new_zeros(self.num_rows).index_add_(0, self.row, ones)
+        return counts if self.real is None else counts * self.real
+
+    @property
+    def shares(self) -> Tensor:
+        """1 for each true tail that counts, 0 for others, ``(P,)`` float32."""
+        return torch.ones_like(self.row, dtype=torch.float32) if self.real is None else self.real.float()[self.row]
 
 
 class EmbeddingLoss(Described, ABC):
@@ -57,9 +72,10 @@ class EmbeddingLoss(Described, ABC):
             normaliser: True tails (queries, if :attr:`per_query`) that the sum is a mean over.
         """
 
-    def weight(self, positives: Positives) -> int:
-        """What the loss is a mean over."""
-        return int((positives.counts > 0).sum()) if self.per_query else len(positives.target)
+    def weight(self, positives: Positives) -> Tensor:
+        """Number of true tails (queries, if :attr:`per_query`) that the loss is a mean over, a scalar on their device."""
+        counts = positives.counts
+        return (counts > 0).sum() if self.per_query else counts.sum()
 
 
 class OneVsAll(EmbeddingLoss):
@@ -177,12 +193,13 @@ class NegativeSampling(EmbeddingLoss):
         self.temperature = temperature
         self.shared = shared
 
+    @full_precision
     def forward(self, query: Vectors, entity: nn.Embedding, key_of: KeyOf, positives: Positives, normaliser: Tensor | float) -> Tensor:
         """Score true tails and drawn entities."""
         target, row = positives.target, positives.row
         drawn = torch.randint(entity.num_embeddings, (1 if self.shared else len(target), self.num_negatives), device=target.device)
-        own = query.rows(row)
-        keys = key_of(entity(torch.cat([target, drawn.flatten()])))
+        own = query.full().rows(row)
+        keys = key_of(full(entity(torch.cat([target, drawn.flatten()]))))
         truth = score_pairs(own, keys.rows(slice(0, len(target))))
         rest = keys.rows(slice(len(target), None))
         scores = (
@@ -194,8 +211,8 @@ class NegativeSampling(EmbeddingLoss):
         scores = scores.masked_fill(~real, -torch.inf)
         weight = (self.temperature * scores).softmax(1).detach() if self.temperature else real / real.sum(1, keepdim=True).clamp_min(1)
         # A row of true tails alone has no weights.
-        parts = F.softplus(-truth).sum() + (weight.nan_to_num() * F.softplus(scores)).sum()
-        return parts / normaliser
+        parts = F.softplus(-truth) + (weight.nan_to_num() * F.softplus(scores)).sum(1)
+        return parts @ positives.shares.to(parts.dtype) / normaliser
 
 
 class Regulariser(Described, ABC):
@@ -224,7 +241,7 @@ class Regulariser(Described, ABC):
             key: The true tails' side, ``(P, W)``.
 
         Returns:
-            The sum over true tails.
+            The penalty of each true tail, ``(P,)``.
         """
 
 
@@ -235,7 +252,7 @@ class NormRegulariser(Regulariser):
 
     def forward(self, rows: tuple[Tensor, Tensor, Tensor], query: Vectors, key: Vectors) -> Tensor:
         """``weight / 3 sum |.|^p``."""
-        return self.weight / 3 * torch.stack([row.pow(self.power).sum() for row in rows]).sum()
+        return self.weight / 3 * torch.stack([row.pow(self.power).sum(-1) for row in rows]).sum(0)
 
 
 class F2(NormRegulariser):
@@ -277,4 +294,4 @@ class DURA(Regulariser):
 
     def forward(self, rows: tuple[Tensor, Tensor, Tensor], query: Vectors, key: Vectors) -> Tensor:
         """Penalise both sides of the product."""
-        return self.weight * (query.vector.square().sum() + key.vector.square().sum())
+        return self.weight * (query.vector.square().sum(-1) + key.vector.square().sum(-1))

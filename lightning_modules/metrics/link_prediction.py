@@ -15,7 +15,8 @@ from torchmetrics import Metric
 
 from malleable.lightning_modules.metrics.ranking import RESOLUTION, Ties, check_ks, tie_weight
 
-COMPARED = 1 << 20  # scores compared at a time
+# Scores compared at a time: what stays in a processor's cache (measured), and 256 MB on an accelerator (not measured; see `kg_ranking.py`).
+COMPARED = {"cpu": 1 << 20, "cuda": 1 << 26}
 EXACT = 1 << 24  # integers that float32 counts without a gap
 
 
@@ -24,11 +25,11 @@ class Tails(NamedTuple):
 
     Attributes:
         entity: ``(P,)`` entities.
-        row: ``(P,)`` the query of each.
+        row: ``(P,)`` the query of each; ``None``: one for each query, in order.
     """
 
     entity: Tensor
-    row: Tensor
+    row: Tensor | None
 
 
 def filtered_ranks(scores: Tensor, true: Tails, known: Tails, ties: Ties = "pessimistic") -> Tensor:
@@ -38,7 +39,8 @@ def filtered_ranks(scores: Tensor, true: Tails, known: Tails, ties: Ties = "pess
         scores: ``(B, E)``.
         true: What to rank; several of one query are ranked apart.
         known: ``(F,)`` the filter, distinct within a query; the ranked tail may be among it or not.
-        ties: Where a true tail lies among entities of equal score; weight 0 (optimistic), 1/2 (realistic) or 1 (pessimistic).
+        ties: Where a true tail lies among entities of equal score; weight 0 (optimistic), 1/2 (realistic) or 1 (pessimistic). A figure such as
+            the reciprocal rank is that of the mean rank under ``realistic``, not the mean of the figure over the tied ranks.
 
     Returns:
         ``(P,)`` float64; fractional under ``realistic``.
@@ -49,11 +51,19 @@ def filtered_ranks(scores: Tensor, true: Tails, known: Tails, ties: Ties = "pess
     Source:
         Bordes et al. (2013), Translating Embeddings for Modeling Multi-relational Data, section 4.2 (filtered ranks).
     """
-    weight = tie_weight(ties)
     check_scores(scores)
-    own = scores[true.row, true.entity]
+    return _ranks(scores, true, known, ties)
+
+
+def _ranks(scores: Tensor, true: Tails, known: Tails, ties: Ties) -> Tensor:
+    """:func:`filtered_ranks` without a look at the scores; with one true tail for each query nothing waits for the device."""
+    weight = tie_weight(ties)
+    if true.row is not None and true.row.device.type == "cpu" and _one_each(true.row, len(scores)):
+        true = Tails(true.entity, None)
+    row = torch.arange(len(scores), device=scores.device) if true.row is None else true.row
+    own = scores[row, true.entity]
     place, entity = _known_of(true, known, len(scores))
-    others = scores[true.row[place], entity]
+    others = scores[row[place], entity]
     bar, real = own[place], entity != true.entity[place]
     counts = torch.zeros_like(own, dtype=torch.double)
     for compare, share, self_counted in ((torch.ge, weight, 1), (torch.gt, 1 - weight, 0)):
@@ -72,8 +82,12 @@ def check_scores(scores: Tensor) -> None:
     """
     # One number for all: a sum is not a number where one of its terms is not (or where infinities of both signs meet).
     if bool(scores.sum().isnan()) and bool(scores.isnan().any()):
-        bad = int(scores.isnan().any(1).sum())
-        raise ValueError(f"{bad} of {len(scores)} queries have scores that are not numbers: training has diverged; lower the learning rate")
+        _refuse_invalid(int(scores.isnan().any(1).sum()), len(scores))
+
+
+def _refuse_invalid(invalid: int, queries: int) -> None:
+    if invalid:
+        raise ValueError(f"{invalid} of {queries} queries have scores that are not numbers: training has diverged; lower the learning rate")
 
 
 class LinkPredictionMetrics(Metric):
@@ -81,7 +95,7 @@ class LinkPredictionMetrics(Metric):
 
     Relations ``0..R-1`` ask for tails, their reciprocals ``R..2R-1`` for heads. The state holds sums of integers for each of them, so the figures
     are the same in any order and on any number of devices. After ``compute``, ``relation_figures`` has ``(2R,)`` values of each figure, and under
-    ``queries`` their number.
+    ``queries`` their number. Updates read nothing from the device, so scores that are not numbers are reported by ``compute``.
 
     Args:
         num_relations: 2R.
@@ -92,6 +106,7 @@ class LinkPredictionMetrics(Metric):
     full_state_update = False
     higher_is_better = True
     sums: Tensor
+    invalid: Tensor
 
     def __init__(self, num_relations: int, ks: Sequence[int] = (1, 3, 10), ties: Ties = "pessimistic") -> None:
         super().__init__()
@@ -104,6 +119,8 @@ class LinkPredictionMetrics(Metric):
         self.relation_figures: dict[str, Tensor] = {}
         # Queries, twice the rank (ranks may be halves), reciprocal rank in units of 1 / RESOLUTION, hits.
         self.add_state("sums", torch.zeros(num_relations, 1 + len(self.names), dtype=torch.long), dist_reduce_fx="sum")
+        # Queries with scores that are not numbers.
+        self.add_state("invalid", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, scores: Tensor, true: Tails, known: Tails, relation: Tensor, sample_id: Tensor) -> None:
         """Add queries.
@@ -114,21 +131,25 @@ class LinkPredictionMetrics(Metric):
             known: ``(F,)`` the filter.
             relation: ``(B,)`` relation of each query.
             sample_id: ``(B,)``; negative rows are skipped.
-
-        Raises:
-            ValueError: If a score is not a number.
         """
-        kept = sample_id[true.row] >= 0
-        true = Tails(true.entity[kept], true.row[kept])
-        ranks = filtered_ranks(scores, true, known, self.ties)
+        real = sample_id >= 0
+        ranks = _ranks(scores, true, known, self.ties)
+        if true.row is not None:
+            real, relation = real[true.row], relation[true.row]
         columns = [torch.ones_like(ranks), 2 * ranks, (RESOLUTION / ranks).round(), *((ranks <= k).double() for k in self.ks)]
-        added = torch.zeros_like(self.sums).index_add_(0, relation[true.row], torch.stack(columns, 1).long())
+        added = torch.zeros_like(self.sums).index_add_(0, relation, torch.stack(columns, 1).long() * real[:, None])
         # Not in place: states reset in inference mode could not be changed outside it.
         self.sums = self.sums + added
+        self.invalid = self.invalid + (scores.amax(1).isnan() & (sample_id >= 0)).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the figures over all queries of all processes; ``nan`` without queries, and no figure of a direction without any."""
+        """Return the figures over all queries of all processes; ``nan`` without queries, and no figure of a direction without any.
+
+        Raises:
+            ValueError: If a score was not a number.
+        """
         sums = self.sums.cpu()
+        _refuse_invalid(int(self.invalid), int(sums[:, 0].sum()))
         self.relation_figures = self._figures(sums) | {"queries": sums[:, 0]}
         tail, head = sums.chunk(2)
         figures = self._figures(sums.sum(0))
@@ -141,16 +162,15 @@ class LinkPredictionMetrics(Metric):
         return dict(zip(self.names, means.unbind(-1), strict=True))
 
 
-def _count(scores: Tensor, own: Tensor, row: Tensor, compare: Callable[..., Tensor]) -> Tensor:
+def _count(scores: Tensor, own: Tensor, row: Tensor | None, compare: Callable[..., Tensor]) -> Tensor:
     """Entities whose scores compare with the true tail's, ``(P,)``."""
     entities = scores.shape[1]
-    in_order = _one_each(row, len(scores))
-    size = max(1, COMPARED // max(1, entities))
-    buffer = torch.empty(min(size, len(row)), entities, dtype=torch.float32, device=scores.device)
-    counts = torch.empty(len(row), dtype=torch.double if entities > EXACT else torch.float32, device=scores.device)
-    for start in range(0, len(row), size):
-        part = slice(start, min(start + size, len(row)))
-        rows = scores[part] if in_order else scores[row[part]]
+    size = max(1, COMPARED.get(scores.device.type, COMPARED["cuda"]) // max(1, entities))
+    buffer = torch.empty(min(size, len(own)), entities, dtype=torch.float32, device=scores.device)
+    counts = torch.empty(len(own), dtype=torch.double if entities > EXACT else torch.float32, device=scores.device)
+    for start in range(0, len(own), size):
+        part = slice(start, min(start + size, len(own)))
+        rows = scores[part] if row is None else scores[row[part]]
         # Compared into floats, which sum up several times faster than truth values.
         counts[part] = compare(rows, own[part, None], out=buffer[: len(rows)]).sum(1, dtype=counts.dtype)
     return counts
@@ -158,7 +178,8 @@ def _count(scores: Tensor, own: Tensor, row: Tensor, compare: Callable[..., Tens
 
 def _known_of(true: Tails, known: Tails, num_rows: int) -> tuple[Tensor, Tensor]:
     """Pair each true tail with the known tails of its query: places among the true ones, and entities."""
-    if _one_each(true.row, num_rows):
+    assert known.row is not None
+    if true.row is None:
         return known.row, known.entity
     order = known.row.argsort(stable=True)
     numbers = torch.bincount(known.row, minlength=num_rows)
@@ -170,5 +191,5 @@ def _known_of(true: Tails, known: Tails, num_rows: int) -> tuple[Tensor, Tensor]
 
 
 def _one_each(row: Tensor, num_rows: int) -> bool:
-    """Whether every query has one true tail, in order: the common case, which needs no pairing."""
+    """Whether every query has one true tail, in order."""
     return len(row) == num_rows and bool((row == torch.arange(num_rows, device=row.device)).all())
