@@ -228,8 +228,10 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         step = batch.num_step_rows if self.loss.per_query else batch.num_step_tokens
         normaliser = weight.clamp_min(1) if step is None else step
         entity, relation = self.tables
-        # Where the loss gives every entity a gradient, that of the heads is added to it row by row, without a table of its own.
-        heads = F.embedding(batch.head, entity.weight, sparse=entity.sparse or not self.loss.samples)
+        # Where the loss gives every entity a gradient, that of the heads is added to it row by row, without a table of its own. Only on a CPU:
+        # other devices would have to be asked which rows repeat.
+        sparse = entity.sparse or (not self.loss.samples and entity.weight.device.type == "cpu")
+        heads = F.embedding(batch.head, entity.weight, sparse=sparse)
         query = self._query(full(heads), full(relation(batch.relation)))
         loss: Tensor = self.loss(query, entity, self.interaction.key, positives, normaliser)
         if self.regulariser is None:
