@@ -8,9 +8,9 @@ from malleable.lightning_modules.causal_lm import CausalLM as CausalLM
 from malleable.lightning_modules.dpo import DPO as DPO
 from malleable.lightning_modules.editing.editor import AlphaEditor as AlphaEditor
 from malleable.lightning_modules.editing.settings import EditSettings as EditSettings
-from malleable.lightning_modules.knowledge_graph import EmbeddingTuning as EmbeddingTuning
-from malleable.lightning_modules.knowledge_graph import Init as Init
-from malleable.lightning_modules.knowledge_graph import LinkRanking as LinkRanking
+from malleable.lightning_modules.graph_settings import EmbeddingTuning as EmbeddingTuning
+from malleable.lightning_modules.graph_settings import Init as Init
+from malleable.lightning_modules.graph_settings import LinkRanking as LinkRanking
 from malleable.lightning_modules.language_model import Decoding as Decoding
 from malleable.lightning_modules.nfe import NFE as NFE
 from malleable.lightning_modules.nfe import Flow as Flow

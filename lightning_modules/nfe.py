@@ -10,7 +10,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from malleable.datamodules.batch import KnowledgeGraph
 from malleable.lightning_modules.functional.flows import NFE1, NFE2, NFE3, AffinePoint, Base, Sigma
 from malleable.lightning_modules.functional.interaction import Interaction
-from malleable.lightning_modules.knowledge_graph import EmbeddingTuning, Init, KnowledgeGraphModule, LinkRanking
+from malleable.lightning_modules.graph_settings import EmbeddingTuning, Init, LinkRanking
+from malleable.lightning_modules.knowledge_graph import KnowledgeGraphModule
 from malleable.lightning_modules.losses.embedding import EmbeddingLoss, Regulariser
 from malleable.lightning_modules.plain import from_plain
 

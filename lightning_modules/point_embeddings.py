@@ -6,7 +6,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from malleable.datamodules.batch import KnowledgeGraph
 from malleable.lightning_modules.functional.points import ComplexDiagonal, Diagonal, Rotation, Translation
-from malleable.lightning_modules.knowledge_graph import EmbeddingTuning, Init, KnowledgeGraphModule, LinkRanking
+from malleable.lightning_modules.graph_settings import EmbeddingTuning, Init, LinkRanking
+from malleable.lightning_modules.knowledge_graph import KnowledgeGraphModule
 from malleable.lightning_modules.losses.embedding import EmbeddingLoss, Regulariser
 
 

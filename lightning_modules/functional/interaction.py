@@ -69,7 +69,7 @@ def score_all(query: Vectors, key: Vectors) -> Tensor:
     query, key = query.full(), key.full()
     missing = MIN_ROWS - len(query.vector)
     if missing > 0:
-        query = Vectors(*(None if part is None else F.pad(part, (*[0] * (2 * part.dim() - 1), missing)) for part in query))
+        query = Vectors(F.pad(query.vector, (0, 0, 0, missing)), None if query.bias is None else F.pad(query.bias, (0, missing)))
     with exact_products():
         scores = product(query, key)
     return scores[: len(scores) - missing] if missing > 0 else scores

@@ -14,7 +14,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
-_BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+_BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
 
 def full(part: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from malleable.callbacks.report import RunReport
 from malleable.datamodules.batch import KnowledgeGraph
 from malleable.lightning_modules.functional.flows import NFE1
 from malleable.lightning_modules.functional.points import Translation
-from malleable.lightning_modules.knowledge_graph import EmbeddingTuning, Init
+from malleable.lightning_modules.graph_settings import EmbeddingTuning, Init
 from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics, Tails
 from malleable.lightning_modules.nfe import NFE
 from malleable.lightning_modules.point_embeddings import TransE

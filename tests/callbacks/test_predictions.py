@@ -74,7 +74,7 @@ import torch
 from tiny_data import quiet_trainer
 from toy_graph import toy_graph
 from malleable.callbacks.predictions import PredictionWriter
-from malleable.lightning_modules.knowledge_graph import LinkRanking
+from malleable.lightning_modules.graph_settings import LinkRanking
 from malleable.lightning_modules.nfe import NFE
 
 ranks = int(os.environ.get("WORLD_SIZE", 1))

@@ -22,7 +22,7 @@ from tiny_data import quiet_trainer
 from toy_graph import toy_graph
 
 from malleable.callbacks.report import RunReport
-from malleable.lightning_modules.knowledge_graph import EmbeddingTuning
+from malleable.lightning_modules.graph_settings import EmbeddingTuning
 from malleable.lightning_modules.nfe import NFE
 
 

@@ -6,7 +6,7 @@ from tiny_data import quiet_trainer
 from tiny_graph import TinyGraphData, collate_queries, query_rows, tiny_graph, tiny_triples
 
 from malleable.datamodules.batch import KnowledgeGraph, QueryBatch
-from malleable.lightning_modules.knowledge_graph import EmbeddingTuning, Init
+from malleable.lightning_modules.graph_settings import EmbeddingTuning, Init
 from malleable.lightning_modules.losses.embedding import DURA, BCESum, KvsAll, NegativeSampling, Softmax
 from malleable.lightning_modules.metrics.link_prediction import Tails, filtered_ranks
 from malleable.lightning_modules.nfe import NFE

@@ -13,7 +13,8 @@ from tiny_graph import PEOPLE, TinyGraphData, collate_queries, grouped_rows, que
 
 from malleable.datamodules.batch import KnowledgeGraph
 from malleable.lightning_modules import graph_answers
-from malleable.lightning_modules.knowledge_graph import EmbeddingTuning, Init, LinkRanking, take_rows
+from malleable.lightning_modules.graph_settings import EmbeddingTuning, Init, LinkRanking
+from malleable.lightning_modules.knowledge_graph import take_rows
 from malleable.lightning_modules.losses.embedding import DURA, F2, BCESum, KvsAll, NegativeSampling, Softmax
 from malleable.lightning_modules.nfe import NFE
 from malleable.lightning_modules.point_embeddings import DistMult, TransE
@@ -379,7 +380,7 @@ import json, os, sys
 import torch
 from tiny_data import quiet_trainer
 from tiny_graph import TinyGraphData, grouped_rows, query_rows, tiny_triples
-from malleable.lightning_modules.knowledge_graph import EmbeddingTuning
+from malleable.lightning_modules.graph_settings import EmbeddingTuning
 from malleable.lightning_modules.losses import embedding
 from malleable.lightning_modules.nfe import NFE
 

@@ -10,7 +10,7 @@ from tiny_data import quiet_trainer
 from tiny_graph import TinyGraphData, collate_queries, grouped_rows, query_rows, tiny_graph, tiny_triples
 
 from malleable.datamodules.batch import KnowledgeGraph
-from malleable.lightning_modules.knowledge_graph import EmbeddingTuning, LinkRanking
+from malleable.lightning_modules.graph_settings import EmbeddingTuning, LinkRanking
 from malleable.lightning_modules.losses.embedding import BCESum
 from malleable.lightning_modules.metrics.link_prediction import Tails, filtered_ranks
 from malleable.lightning_modules.nfe import NFE, Flow

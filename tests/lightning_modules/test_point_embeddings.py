@@ -6,7 +6,7 @@ import torch
 from tiny_data import quiet_trainer
 from tiny_graph import TinyGraphData, collate_queries, query_rows, tiny_graph, tiny_triples
 
-from malleable.lightning_modules.knowledge_graph import EmbeddingTuning, Init
+from malleable.lightning_modules.graph_settings import EmbeddingTuning, Init
 from malleable.lightning_modules.losses.embedding import N3
 from malleable.lightning_modules.point_embeddings import ComplEx, DistMult, RotatE, TransE
 
