@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -224,26 +224,36 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         """Adam at the module's own rate, without decay of weights."""
         if self.tuning.sparse:
             return torch.optim.SparseAdam(groups, lr=self.tuning.lr)
-        return torch.optim.Adam(groups, lr=self.tuning.lr, fused=self._may_fuse(groups))
-
-    def _may_fuse(self, groups: list[dict[str, Any]]) -> bool:
-        """Whether the fused form of Adam, one pass over the tables, can be used."""
-        trainer = self.attached
-        # Fused optimizers unscale gradients themselves, so that Lightning refuses to clip them under mixed precision.
-        if trainer is not None and trainer.gradient_clip_val and isinstance(trainer.precision_plugin, MixedPrecision):
-            return False
-        return all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
+        fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
+        return torch.optim.Adam(groups, lr=self.tuning.lr, fused=fused)
 
     def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         """Exponential decay."""
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, self.tuning.lr_decay) if self.tuning.lr_decay != 1 else None
 
     def configure_optimizers(self) -> Any:
-        """Make the optimizer; the module's own schedule is stepped once an epoch."""
+        """Make the optimizer; the module's own schedule is stepped once an epoch.
+
+        Raises:
+            MisconfigurationException: If the tables are float16.
+        """
+        self._check_training_dtype()
         configured = super().configure_optimizers()
         if isinstance(configured, dict) and self.lr_scheduler is None:
             configured["lr_scheduler"]["interval"] = "epoch"
         return configured
+
+    def _check_training_dtype(self) -> None:
+        """Refuse tables whose training is lost in half precision, and warn where it is rounded; DeepSpeed trains float32 copies."""
+        dtype, trainer = self.tables[0].weight.dtype, self.attached
+        if dtype not in (torch.float16, torch.bfloat16) or (
+            trainer is not None and getattr(trainer.strategy, "handles_gradient_accumulation", False)
+        ):
+            return
+        advice = "use precision 32-true, which computes as fast: scores and losses of graphs are float32 in every precision"
+        if dtype is torch.float16:
+            raise MisconfigurationException(f"tables of {type(self).__name__} cannot be trained in float16: Adam's epsilon vanishes in it; {advice}")
+        rank_zero_warn(f"tables of {type(self).__name__} are trained in bfloat16: steps below 1/256 of an entry are lost; {advice}")
 
     def on_validation_epoch_start(self) -> None:
         """Compute the entities' side anew, and once."""

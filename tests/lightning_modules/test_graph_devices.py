@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tiny_data import quiet_trainer
 from tiny_graph import TinyGraphData, collate_queries, query_rows, tiny_graph, tiny_triples
 
@@ -58,11 +59,20 @@ class TestStart:
 class TestOptimizer:
     @pytest.mark.parametrize("clip", [None, 0.5])
     def test_mixed_precision_and_clipping_go_together(self, clip, tmp_path):
-        """Lightning clips no gradients of fused optimizers under mixed precision."""
+        """Lightning clips no gradients of optimizers that undo the scale of gradients themselves, as fused ones may."""
         module = NFE(dimension=6, tuning=EmbeddingTuning(lr=0.1))
         trainer = quiet_trainer(tmp_path, max_epochs=1, precision="bf16-mixed", gradient_clip_val=clip, enable_checkpointing=False)
         trainer.fit(module, TinyGraphData(batch_size=24))
-        assert trainer.optimizers[0].defaults["fused"] == (clip is None)
+        assert trainer.optimizers[0].defaults["fused"]
+
+    def test_half_precision_tables(self, tmp_path):
+        settings = {"max_epochs": 1, "limit_val_batches": 0, "enable_checkpointing": False}
+        with pytest.warns(UserWarning, match=r"tables of NFE are trained in bfloat16: steps below 1/256 of an entry are lost; use precision 32-true"):
+            quiet_trainer(tmp_path, precision="bf16-true", **settings).fit(NFE(dimension=6), TinyGraphData())
+        with pytest.raises(
+            MisconfigurationException, match="tables of NFE cannot be trained in float16: Adam's epsilon vanishes in it; use precision 32"
+        ):
+            quiet_trainer(tmp_path, precision="16-true", **settings).fit(NFE(dimension=6), TinyGraphData())
 
     def test_fused_or_not_the_weights_are_the_same(self):
         modules = [make("nfe2"), make("nfe2")]
