@@ -3,12 +3,13 @@
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from synchronisations import Synchronisations
 from tiny_data import quiet_trainer
-from tiny_graph import TinyGraphData, collate_queries, query_rows, tiny_graph, tiny_triples
+from tiny_graph import TinyGraphData, collate_queries, grouped_rows, query_rows, tiny_graph, tiny_triples
 
 from malleable.datamodules.batch import KnowledgeGraph, QueryBatch
 from malleable.lightning_modules.graph_settings import EmbeddingTuning, Init
-from malleable.lightning_modules.losses.embedding import DURA, BCESum, KvsAll, NegativeSampling, Softmax
+from malleable.lightning_modules.losses.embedding import DURA, N3, BCESum, KvsAll, NegativeSampling, Softmax
 from malleable.lightning_modules.metrics.link_prediction import Tails, filtered_ranks
 from malleable.lightning_modules.nfe import NFE
 from malleable.lightning_modules.point_embeddings import ComplEx, DistMult, RotatE, TransE
@@ -36,6 +37,33 @@ def make(model, seed=0, **settings):
     module = MODELS[model](**{"dimension": 6, "graph": tiny_graph(), "init": Init(scale=0.8), **settings})
     module.configure_model()
     return module
+
+
+class TestWaiting:
+    """On meta tensors, where code takes the paths of an accelerator."""
+
+    @EVERY_MODEL
+    @EVERY_LOSS
+    def test_a_training_step_does_not_wait(self, model, loss):
+        regulariser = DURA() if model == "nfe3" else N3()
+        module = make(model, loss=LOSSES[loss], regulariser=regulariser, dropout=0.1).to("meta")
+        batch = collate_queries(grouped_rows(ROWS), filtered=False).to("meta")
+        for step in (None, torch.tensor(3.0, device="meta")):
+            batch.num_step_tokens = batch.num_step_rows = step
+            with Synchronisations() as waits:
+                module.compute_loss(batch).loss.backward()
+            assert not waits.found, waits
+
+    @EVERY_MODEL
+    def test_an_evaluation_step_does_not_wait(self, model):
+        module = make(model).to("meta")
+        metrics = {name: metric.to("meta") for name, metric in module.configure_metrics().items()}
+        batch = collate_queries(ROWS).to("meta")
+        batch.one_each = True
+        with Synchronisations() as waits, torch.no_grad():
+            module.compute_loss(batch)
+            module.evaluate(batch, metrics)
+        assert not waits.found, waits
 
 
 class TestStart:
