@@ -222,6 +222,7 @@ class Catalog:
         vocab_size: Number of tokens of the tokenizer.
         tokenizer: Folder or id the tokenizer loads from; ``None`` where no language model is used.
         keys: The source's own id of each item, the first one where several have the same title; empty where the source gives none.
+        template: Fields of the prompt template; ``None`` where no language model is used.
     """
 
     titles: tuple[str, ...]
@@ -233,6 +234,7 @@ class Catalog:
     vocab_size: int = 0
     tokenizer: str | None = None
     keys: tuple[str, ...] = ()
+    template: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         """Return the number of items."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from malleable.datamodules.base import BaseDataModule
 from malleable.datamodules.batch import Batch, Vocabulary, collate
+from malleable.datamodules.identity import is_stored, read_stored
 from malleable.datamodules.requests import EditRequest, checked
 from malleable.datamodules.sources.edits import EditSource, EditTables
 from malleable.datamodules.sources.texts import TextSource
@@ -28,7 +29,8 @@ class EditingDataModule(BaseDataModule):
     Args:
         source: Where the requests come from.
         texts: Plain texts beside them.
-        tokenizer: Hub id, folder, GGUF file or known name; ``None`` trains a BPE on sentences and texts.
+        tokenizer: Hub id, folder, GGUF file or known name, or a checkpoint, or the folder ``model/`` or ``adapter/`` of a run, whose tokenizer it
+            is; ``None`` trains a BPE on sentences and texts.
         vocab_size: Tokens of that BPE.
         sentences: Sentences of a document.
         shuffles: Documents that tell each sentence in one epoch.
@@ -53,6 +55,8 @@ class EditingDataModule(BaseDataModule):
         ValueError: If a value is out of range or the data cannot be used; the message says which.
     """
 
+    reads_checkpoints: ClassVar[bool] = True
+    """Whether ``tokenizer`` may be a checkpoint."""
     vocabulary: Vocabulary
     tokenizer: PreTrainedTokenizerBase
     edit_requests: list[EditRequest]
@@ -92,6 +96,7 @@ class EditingDataModule(BaseDataModule):
         self.eval_documents = eval_documents
         self.keep_told = keep_told
         self._read: tuple[EditTables, list[str]] | None = None
+        self._folder: str | None = None
         self._told: list[str] | None = None
         self._train_rows: TextRows | None = None
 
@@ -145,6 +150,16 @@ class EditingDataModule(BaseDataModule):
         return self._read
 
     def _tokenizer_folder(self) -> str:
+        if self._folder is None:
+            self._folder = self._find_tokenizer()
+        return self._folder
+
+    def _find_tokenizer(self) -> str:
+        if is_stored(self.tokenizer_name):
+            stored = read_stored(str(self.tokenizer_name))
+            if stored.tokenizer is None:
+                raise ValueError(f"{self.tokenizer_name} was trained without a tokenizer; give one with tokenizer=...")
+            return stored.tokenizer
         if self.tokenizer_name is not None:
             return self.tokenizer_name
         tables, texts = self._load()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from malleable.datamodules.base import BaseDataModule
 from malleable.datamodules.batch import Batch, Catalog, collate
 from malleable.datamodules.fetch import cache_folder
 from malleable.datamodules.histories import ItemLookup, read_histories
+from malleable.datamodules.identity import is_stored, read_stored
 from malleable.datamodules.loader import PhasedLoader
 from malleable.datamodules.packing import PackedRows
 from malleable.datamodules.prompt import PromptTemplate
@@ -32,15 +33,17 @@ class RecommendationDataModule(BaseDataModule):
     Args:
         source: Where the interactions come from.
         tokenizer: Hub id, folder, GGUF file or known name; ``None`` trains a BPE on the catalogue's titles; ``none`` makes rows of
-            items without any text.
+            items without any text. A checkpoint, or the folder ``model/`` or ``adapter/`` of a run, gives the tokenizer, the template
+            and the catalogue that its weights were trained with: items keep their places there.
         vocab_size: Tokens of the BPE trained on the catalogue.
-        template: The prompt: ``history``, ``instruction`` or its fields.
+        template: The prompt: ``history``, ``instruction`` or its fields; default: the checkpoint's where ``tokenizer`` is one, else ``history``.
         split: Filters, split and history length.
         train_view: Training rows: ``answer`` (a prompt and an answer) or ``packed`` (whole histories).
         pack_length: Tokens of a packed row.
         negatives: How wrong answers are drawn, seeded by the row; never the target nor an earlier item of the user.
         num_negatives: Wrong answers of a row.
         max_prompt_length: Tokens of a prompt, at most; longer histories lose their oldest items. ``None``: no limit.
+        extend_catalog: Where ``tokenizer`` is a checkpoint, add items that its catalogue lacks behind its own, instead of refusing them.
         predict_file: Histories to recommend for, see :func:`~malleable.datamodules.histories.read_histories`.
         cache_dir: Where the tokenised data is kept; default: ``$MALLEABLE_CACHE`` or the user's cache folder.
         batch_size: Rows of one training pass on one device, at most.
@@ -57,6 +60,8 @@ class RecommendationDataModule(BaseDataModule):
         ValueError: If a value is out of range or the data cannot be used; the message says which.
     """
 
+    reads_checkpoints: ClassVar[bool] = True
+    """Whether ``tokenizer`` may be a checkpoint."""
     catalog: Catalog
     answer_dataset: AnswerRows
 
@@ -65,7 +70,7 @@ class RecommendationDataModule(BaseDataModule):
         source: Source,
         tokenizer: str | None = None,
         vocab_size: int = 2048,
-        template: str | PromptTemplate = "history",
+        template: str | PromptTemplate | None = None,
         split: Split | None = None,
         train_view: Literal["answer", "packed"] = "answer",
         pack_length: int = 512,
@@ -79,8 +84,11 @@ class RecommendationDataModule(BaseDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        extend_catalog: bool = False,
     ) -> None:
         super().__init__(batch_size, global_batch_size, eval_batch_size, num_workers, seed)
+        if extend_catalog and not is_stored(tokenizer):
+            raise ValueError(f"extend_catalog needs the catalogue that is extended: tokenizer=<checkpoint>, got tokenizer={tokenizer!r}")
         if num_negatives < 1:
             raise ValueError(f"num_negatives must be >= 1, got {num_negatives}; negatives='none' leaves them out")
         if train_view == "packed" and tokenizer == "none":
@@ -89,6 +97,7 @@ class RecommendationDataModule(BaseDataModule):
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.template = PromptTemplate.named(template) if isinstance(template, str) else template
+        self.extend_catalog = extend_catalog
         self.split = split or Split()
         self.train_view = train_view
         self.pack_length = pack_length
@@ -165,14 +174,27 @@ class RecommendationDataModule(BaseDataModule):
             recipe = Recipe(
                 source=self.source,
                 split=replace(self.split, train_limit=None, val_limit=None, test_limit=None),
-                template=self.template,
-                tokenizer=self.tokenizer,
                 vocab_size=self.vocab_size,
                 max_prompt_length=self.max_prompt_length,
                 seed=self.seed,
+                **self._given_or_stored(),
             )
             self._store = Store.open_or_build(recipe, (self.cache_dir or cache_folder()) / "recommendation")
         return self._store
+
+    def _given_or_stored(self) -> dict[str, Any]:
+        """Tokenizer, template and catalogue: those given, or those of the checkpoint that is given as the tokenizer."""
+        if not is_stored(self.tokenizer):
+            return {"tokenizer": self.tokenizer, "template": self.template or PromptTemplate()}
+        assert self.tokenizer is not None
+        stored = read_stored(self.tokenizer)
+        if not isinstance(stored, Catalog):
+            return {"tokenizer": stored.tokenizer, "template": self.template or PromptTemplate()}
+        template = PromptTemplate(**stored.template) if stored.template is not None else self.template or PromptTemplate()
+        if self.template not in (None, template):
+            raise ValueError(f"template is {self.template} here, but {template} in {self.tokenizer}; leave template out, or start from other weights")
+        self.template = template
+        return {"tokenizer": stored.tokenizer or "none", "template": template, "catalog": stored, "extend_catalog": self.extend_catalog}
 
     def _negatives(self) -> Negatives | None:
         if self.negatives == "none":

@@ -14,6 +14,7 @@ import pyarrow as pa
 from pyarrow import compute
 
 from malleable.datamodules import tokenizer as tokenizers
+from malleable.datamodules.alignment import align
 from malleable.datamodules.batch import Catalog
 from malleable.datamodules.cache import digest, open_tables, write_tables
 from malleable.datamodules.fetch import sha256_of
@@ -26,7 +27,7 @@ from malleable.datamodules.splits import SPLITS, Interactions, Ints, RowIndex, S
 log = logging.getLogger(__name__)
 
 # Raise it when what is stored changes its meaning.
-FORMAT = 1
+FORMAT = 2
 _NONE = np.zeros(0, dtype=np.int64)
 _NO_ROWS = RowTable(_NONE, _NONE, _NONE, _NONE, _NONE)
 
@@ -42,6 +43,9 @@ class Recipe:
     vocab_size: int
     max_prompt_length: int | None
     seed: int
+    catalog: Catalog | None = None
+    """Items of the model that the data is for, which keep their places; new ones are refused unless ``extend_catalog``."""
+    extend_catalog: bool = False
 
     def fingerprint(self) -> str:
         """Return what names the cache."""
@@ -56,6 +60,7 @@ class Recipe:
                 "max_prompt_length": self.max_prompt_length,
                 # Only candidates are drawn while building; other seeds share the cache.
                 "seed": self.seed if self.split.candidates else None,
+                "catalog": self.catalog and [self.catalog.titles, self.catalog.keys, self.catalog.token_ids, self.extend_catalog],
             }
         )
 
@@ -119,12 +124,20 @@ class Store:
 def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any]]:
     """Make the tables and the plain data of a recipe."""
     data = prepare(recipe.source.load(), recipe.split)
+    if recipe.catalog is not None:
+        data = align(data, recipe.catalog, recipe.extend_catalog)
     pieces, info = None, {}
     if recipe.tokenizer != "none":
         name = recipe.tokenizer or str(tokenizers.train_tokenizer(data.titles, recipe.vocab_size, data.popularity().tolist()))
         loaded = tokenizers.load_tokenizer(name)
         pieces = tokenize(recipe.template, data.titles, loaded)
-        info = {"eos_token_id": loaded.eos_token_id, "pad_token_id": loaded.pad_token_id, "vocab_size": len(loaded), "tokenizer": name}
+        info = {
+            "eos_token_id": loaded.eos_token_id,
+            "pad_token_id": loaded.pad_token_id,
+            "vocab_size": len(loaded),
+            "tokenizer": name,
+            "template": asdict(recipe.template),
+        }
     tables = {
         "items": _items(data, pieces),
         "sequences": {"items": _ragged(data.sequences), "train_end": pa.array(data.train_end, pa.int32())},

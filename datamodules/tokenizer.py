@@ -5,9 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import tempfile
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from malleable.datamodules.fetch import cache_folder, resolve_model
 from malleable.datamodules.files import atomic_write
@@ -93,6 +98,68 @@ def fingerprint(name: str) -> str:
         return _digest([gguf_file, str(stat.st_size), str(stat.st_mtime_ns)])
     files = [path for path in sorted(Path(folder).glob("*")) if path.name in _FILES]
     return _digest([name] if not files else [hashlib.sha256(path.read_bytes()).hexdigest() for path in files])
+
+
+def tokenizer_digest(name: str) -> str | None:
+    """Return the SHA-256 of what a tokenizer does: its rules, special tokens and chat template; ``None``, with a warning, if it cannot be read.
+
+    Equal for a tokenizer and its saved copy, in whatever files and under whatever name either lies.
+    """
+    content = _content(name)
+    return content[0] if content is not None else None
+
+
+def pack_tokenizer(name: str) -> dict[str, Any] | None:
+    """Return a tokenizer as data for a checkpoint, its compressed files as ``uint8`` tensors; ``None``, with a warning, if it cannot be read."""
+    content = _content(name)
+    if content is None:
+        return None
+    digest, files = content
+    return {"name": name, "digest": digest, "files": {file: torch.tensor(bytearray(data), dtype=torch.uint8) for file, data in files.items()}}
+
+
+def unpack_tokenizer(packed: Mapping[str, Any]) -> Path:
+    """Write a packed tokenizer into the cache folder, unless it is there, and return its folder.
+
+    Raises:
+        ValueError: If what was stored is not the tokenizer of the stored digest.
+    """
+    folder = cache_folder() / "tokenizers" / f"stored-{packed['digest'][:16]}"
+    if folder.is_dir():
+        return folder
+    with atomic_write(folder, keep=lambda folder: (folder / "tokenizer_config.json").is_file()) as temporary:
+        temporary.mkdir()
+        for file, data in packed["files"].items():
+            # A name from a stranger's checkpoint must not lead out of the folder.
+            (temporary / Path(file).name).write_bytes(zlib.decompress(data.numpy().tobytes()))
+        if (found := tokenizer_digest(str(temporary))) != packed["digest"]:
+            raise ValueError(f"the checkpoint's tokenizer is damaged: its digest is {str(found)[:12]}, stored is {packed['digest'][:12]}")
+    return folder
+
+
+def _content(name: str) -> tuple[str, dict[str, bytes]] | None:
+    """Digest and compressed files of a tokenizer, read once as long as its files stay the same."""
+    try:
+        return _read_content(name, fingerprint(name))
+    except Exception as error:  # a broken tokenizer must not stop a checkpoint from being written
+        log.warning("the tokenizer %r cannot be read, so it is neither stored nor compared: %s: %s", name, type(error).__name__, error)
+        return None
+
+
+@lru_cache(maxsize=4)
+def _read_content(name: str, fingerprint: str) -> tuple[str, dict[str, bytes]]:
+    del fingerprint  # part of the key only
+    tokenizer: Any = load_tokenizer(name)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    # Set by whoever used the tokenizer last.
+    rules = {key: value for key, value in state.items() if backend is None or key not in ("padding", "truncation")}
+    special = [tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, tokenizer.chat_template]
+    digest = hashlib.sha256(json.dumps([rules, special], sort_keys=True).encode()).hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {path.name: zlib.compress(path.read_bytes()) for path in sorted(Path(folder).iterdir()) if path.is_file()}
+    return digest, files
 
 
 _FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"}

@@ -18,8 +18,9 @@ from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import Metric
 
 from malleable.datamodules.batch import Batch
+from malleable.datamodules.identity import KINDS, SETTINGS, check_identity, differences, put, take
 from malleable.lightning_modules.functional.defaults import float32_by_default
-from malleable.lightning_modules.plain import plain
+from malleable.lightning_modules.plain import nested, plain
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,10 @@ class BaseModule(LightningModule, ABC):
     """False for methods without training: `test` and `predict` then need no checkpoint."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Attributes that, left ``None``, are taken from the data module's attribute of the same name."""
+    weight_settings: ClassVar[tuple[str, ...]] = ()
+    """Constructor arguments, as dotted names, that change what given weights compute: a checkpoint's values must be the module's."""
+    reads_text: ClassVar[bool] = True
+    """Whether weights depend on the tokenizer and the template, besides the items."""
 
     def __init__(self, optimizer: OptimizerCallable | None = None, lr_scheduler: LRSchedulerCallable | None = None) -> None:
         super().__init__()
@@ -66,15 +71,69 @@ class BaseModule(LightningModule, ABC):
         self._loss_sums: dict[str, dict[str, Tensor]] = {}
 
     def setup(self, stage: str) -> None:
-        """Take what the method :attr:`needs` from the data module, unless the constructor was given it."""
+        """Take what the method :attr:`needs` from the data module; what the module has already must be the same.
+
+        Raises:
+            MisconfigurationException: If it is nowhere, or the data's is not the module's.
+        """
         source = getattr(self.trainer, "datamodule", None)
         for name in self.needs:
-            if getattr(self, name) is None:
-                if not hasattr(source, name):
-                    raise MisconfigurationException(
-                        f"{type(self).__name__} needs `{name}`: pass {type(self).__name__}({name}=...) or use a data module that has it"
-                    )
-                setattr(self, name, getattr(source, name))
+            own, given = getattr(self, name), getattr(source, name, None)
+            if own is None and given is None:
+                raise MisconfigurationException(
+                    f"{type(self).__name__} needs `{name}`: pass {type(self).__name__}({name}=...) or use a data module that has it"
+                )
+            if given is None or given is own or (own is not None and name not in KINDS):
+                continue
+            if own is not None:
+                check_identity(name, own, given, text=self.reads_text, extend=getattr(source, "extend_catalog", False))
+            if getattr(own, "tokenizer", None) is None or getattr(given, "tokenizer", None) is not None:
+                # The data's counts of the same items are the current ones.
+                setattr(self, name, given)
+                self.eval_metrics.clear()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the values of :attr:`weight_settings`, which checkpoints store."""
+        return {name: nested(self.hparams, name) for name in self.weight_settings}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what the weights depend on: settings, tokenizer, template, items or labels."""
+        checkpoint[SETTINGS] = self.settings()
+        for name in self.needs:
+            if name in KINDS and getattr(self, name) is not None:
+                put(checkpoint, name, getattr(self, name))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what the module lacks of what the weights depend on, and refuse what differs.
+
+        Raises:
+            MisconfigurationException: If the checkpoint's items, labels, tokenizer or template are not the module's.
+        """
+        for name in self.needs:
+            if name not in KINDS:
+                continue
+            stored, own = take(checkpoint, name), getattr(self, name)
+            if stored is None and own is None:
+                raise MisconfigurationException(f"{type(self).__name__} needs `{name}`, and the checkpoint has none: pass {name}=...")
+            if own is None:
+                setattr(self, name, stored)
+            elif stored is not None:
+                source = getattr(self.attached, "datamodule", None)
+                check_identity(name, stored, own, text=self.reads_text, extend=getattr(source, "extend_catalog", False))
+
+    def check_settings(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other settings.
+
+        Raises:
+            MisconfigurationException: If a value differs; the message names both.
+        """
+        if SETTINGS not in checkpoint:
+            log.warning("the checkpoint is of an earlier version: it does not store the settings of its model, which are not compared")
+        elif found := differences(checkpoint[SETTINGS], self.settings()):
+            raise MisconfigurationException(
+                f"the checkpoint's weights were trained with other settings than those of this {type(self).__name__}: {'; '.join(found)}. "
+                "Leave these options out, or give the checkpoint's values"
+            )
 
     @property
     def attached(self) -> Trainer | None:

@@ -5,6 +5,7 @@ Shapes: B rows, L history items, S seen items, N items.
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -27,6 +28,8 @@ from malleable.lightning_modules.functional.baselines import (
 )
 from malleable.lightning_modules.recommend import allowed_items, recommendation_metrics, update_metrics
 
+log = logging.getLogger(__name__)
+
 MAX_TABLE_ITEMS = 30_000  # a table of items by items then takes 3.6 GB
 CHUNK = 1024  # rows read at a time
 
@@ -46,6 +49,8 @@ class Baseline(BaseModule):
 
     trains: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("catalog",)
+    reads_text: ClassVar[bool] = False
+    weight_settings: ClassVar[tuple[str, ...]] = ("last", "smoothing")
     tables: ClassVar[tuple[str, ...]] = ()
     """Names of the ``(N, N)`` count tables, besides ``counts``, ``(N,)``."""
     counts: Tensor
@@ -162,10 +167,31 @@ class Baseline(BaseModule):
         """Recommend."""
         return self.recommend(batch)
 
+    def setup(self, stage: str) -> None:
+        """Take the catalogue; an extended one makes room in the tables for its new items."""
+        super().setup(stage)
+        if self.catalog is not None and hasattr(self, "counts"):
+            for name in (*self.tables, "counts"):
+                setattr(self, name, _grown(getattr(self, name), len(self.catalog)))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options of the scores, and the class."""
+        return {"class": type(self).__name__, **super().settings()}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make tables of the stored size, where the catalogue is not known yet."""
+        """Make tables of the size of the catalogue, which may be longer than the stored one."""
+        state = checkpoint["state_dict"]
+        if self.catalog is None and "catalog" not in checkpoint:
+            log.warning("the checkpoint is of an earlier version: it does not store its items, which cannot be compared with those of the data")
+            size = len(state["counts"])
+        else:
+            super().on_load_checkpoint(checkpoint)
+            assert self.catalog is not None
+            size = len(self.catalog)
+        self.check_settings(checkpoint)
         if not hasattr(self, "counts"):
-            self._make_tables(len(checkpoint["state_dict"]["counts"]))
+            self._make_tables(size)
+        checkpoint["state_dict"] = state | {name: _grown(state[name], size) for name in (*self.tables, "counts") if name in state}
 
     def _make_tables(self, num_items: int) -> None:
         if self.tables and num_items > MAX_TABLE_ITEMS:
@@ -324,6 +350,12 @@ def training_rows(source: Any) -> Any:
             f"{type(source).__name__} has no training rows of a history and a target; use a data module whose `train_dataset` or `answer_dataset` has"
         )
     return rows
+
+
+def _grown(table: Tensor, size: int) -> Tensor:
+    """Pad a table of items with zeros for new items, along every dimension."""
+    more = size - len(table)
+    return nn.functional.pad(table, (0, more) * table.dim()) if more > 0 else table
 
 
 def _items_only(row: Example) -> Example:

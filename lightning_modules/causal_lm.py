@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -99,17 +98,3 @@ class CausalLM(TunedWeights, BaseModule):
         if self.trainer.max_steps != 0 and self.trainer.max_epochs != 0:
             raise MisconfigurationException(f"{type(self).__name__}(frozen=True) trains nothing: set --trainer.max_steps 0")
         return None
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the vocabulary, too."""
-        super().on_save_checkpoint(checkpoint)
-        if self.vocabulary is not None:
-            checkpoint["vocabulary"] = asdict(self.vocabulary)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the vocabulary first."""
-        if self.vocabulary is None and "vocabulary" in checkpoint:
-            self.vocabulary = Vocabulary(**checkpoint["vocabulary"])
-        if self.vocabulary is None:
-            raise MisconfigurationException(f"{type(self).__name__} needs the vocabulary, and the checkpoint has none: pass vocabulary=...")
-        super().on_load_checkpoint(checkpoint)

@@ -54,6 +54,7 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("graph",)
+    weight_settings: ClassVar[tuple[str, ...]] = ("kind", "dimension", "gamma", "gamma_trainable", "flow")
     entity: nn.Embedding | None
     relation: nn.Embedding | None
 
@@ -281,25 +282,16 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         """Forget the entities' side."""
         self._end()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the graph's labels, without which rows of the tables mean nothing."""
-        if self.graph is not None:
-            checkpoint["graph"] = {name: list(value) for name, value in vars(self.graph).items()}
+    def settings(self) -> dict[str, Any]:
+        """Return the interaction with its options, and the other settings of the score."""
+        settings: dict[str, Any] = {name: value for name, value in super().settings().items() if name in ("dimension", "gamma", "gamma_trainable")}
+        options = {name: value for name, value in vars(self.interaction).items() if isinstance(value, (bool, int, float, str))}
+        return {"interaction": type(self.interaction).__name__, **settings, **options}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the tables for a bare checkpoint, and refuse one of another graph."""
-        stored = checkpoint.get("graph")
-        if self.graph is None and stored is not None:
-            self.graph = KnowledgeGraph(**{name: tuple(value) for name, value in stored.items()})
-        if self.graph is None:
-            raise MisconfigurationException(f"{type(self).__name__} needs the graph, and the checkpoint has none: pass graph=...")
-        for name in ("entities", "relations"):
-            own = getattr(self.graph, name)
-            if stored is not None and tuple(stored[name]) != own:
-                raise MisconfigurationException(
-                    f"the checkpoint was trained on another graph: its {name} are {len(stored[name])} ({', '.join(stored[name][:3])}, ...), "
-                    f"here {len(own)} ({', '.join(own[:3])}, ...); use the data it was trained on"
-                )
+        """Make the tables for a bare checkpoint, and refuse one of another graph or other settings."""
+        super().on_load_checkpoint(checkpoint)
+        self.check_settings(checkpoint)
         self.configure_model()
         self._end()
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
@@ -198,20 +197,14 @@ class LanguageModel(TunedWeights, BaseModule):
         """Recommend."""
         return self.recommend(batch)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the catalogue, too."""
-        super().on_save_checkpoint(checkpoint)
-        if self.catalog is not None:
-            checkpoint["catalog"] = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.catalog).items()}
+    def setup(self, stage: str) -> None:
+        """Take the catalogue; an extended one makes a new trie."""
+        before = self.catalog
+        super().setup(stage)
+        if self.catalog is not before:
+            self._trie = self._titles = None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the catalogue first."""
-        if self.catalog is None and "catalog" in checkpoint:
-            stored = checkpoint["catalog"]
-            columns = {name: tuple(stored.get(name, ())) for name in ("titles", "popularity", "keys")}
-            nested = {name: tuple(tuple(row) for row in stored[name]) for name in ("token_ids", "genres")}
-            self.catalog = Catalog(**{**stored, **columns, **nested})
-        if self.catalog is None:
-            raise MisconfigurationException(f"{type(self).__name__} needs the catalogue, and the checkpoint has none: pass catalog=...")
+        """Forget what was computed with other weights."""
         super().on_load_checkpoint(checkpoint)
         self._titles = None

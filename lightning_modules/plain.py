@@ -22,3 +22,11 @@ def from_plain(kind: Any, value: Any) -> Any:
     hints = get_type_hints(kind)
     inner = {f.name: next((t for t in (hints[f.name], *get_args(hints[f.name])) if is_dataclass(t)), None) for f in fields(kind)}
     return kind(**{name: from_plain(inner[name], item) if inner.get(name) else item for name, item in value.items()})
+
+
+def nested(values: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a dotted name, ``None`` where a part on the way is missing or ``None``."""
+    value: Any = values
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,7 +14,9 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from malleable.datamodules.batch import Catalog, Vocabulary
+from malleable.datamodules.identity import write_folder
 from malleable.lightning_modules.functional.defaults import float32_by_default
+from malleable.lightning_modules.model_settings import model_settings
 from malleable.lightning_modules.patches.names import canonical_name
 from malleable.lightning_modules.precision import check_training_precision
 from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model, fingerprint, save_language_model
@@ -28,11 +31,23 @@ class TunedWeights(LightningModule):
     Checkpoints keep what trains or was edited, and know the rest by its fingerprint.
     """
 
+    weight_settings: ClassVar[tuple[str, ...]] = (
+        "language_model.quantization",
+        "language_model.lora.r",
+        "language_model.lora.alpha",
+        "language_model.lora.target_modules",
+        "language_model.scratch.hidden_size",
+        "language_model.scratch.num_layers",
+        "language_model.scratch.num_heads",
+        "language_model.scratch.intermediate_size",
+        "language_model.scratch.max_length",
+    )
     strict_loading = False
     language_model: LanguageModelConfig
     tuning: Tuning
     frozen: bool = False
     model: Any
+    check_settings: Callable[[dict[str, Any]], None]  # of the base
     _base_fingerprint: str
 
     @property
@@ -73,14 +88,22 @@ class TunedWeights(LightningModule):
         """Linear rise, then decay to zero over the run."""
         return self.tuning.scheduler(optimizer, self.trainer.estimated_stepping_batches)
 
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the model as it was built, whatever options or files they came from."""
+        settings = model_settings(self.model, scratch=self.language_model.name is None)
+        return {"language_model.quantization": self.language_model.quantization, **settings}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trains or was edited, and the identity of what does not train."""
+        """Store what trains or was edited, the identity of what does not train, and what the weights depend on."""
+        super().on_save_checkpoint(checkpoint)
         keep_trained(self.model, checkpoint)
         checkpoint["base_fingerprint"] = self._base_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the model for a bare checkpoint, and refuse one that was trained on another base or another vocabulary."""
+        """Build the model for a bare checkpoint, and refuse one of another base, vocabulary or catalogue, or other settings."""
+        super().on_load_checkpoint(checkpoint)
         self.configure_model()
+        self.check_settings(checkpoint)
         refuse_misfit(self, checkpoint, self._base_fingerprint, self.language_model.name)
 
     def on_train_end(self) -> None:
@@ -94,6 +117,8 @@ class TunedWeights(LightningModule):
         """Save the adapter or the whole model under ``folder``; under DeepSpeed every rank must call it."""
         path = folder / ("adapter" if hasattr(self.model, "peft_config") else "model")
         save_language_model(self.model, path, tokenizer=self.words.tokenizer if self.words else None, write=self.global_rank == 0)
+        if self.global_rank == 0 and self.words is not None:
+            write_folder(path, "catalog" if isinstance(self.words, Catalog) else "vocabulary", self.words, self.settings())
         return path
 
 

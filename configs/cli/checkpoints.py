@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,30 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.files import atomic_write
 
-_PLAIN_STATES = ("state_dict", "epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "callbacks", "patches")
+# Of a whole checkpoint: what only the continuation of its run needs.
+_LOOP_STATES = {"optimizer_states", "lr_schedulers", "loops", "MixedPrecision", "AMPScalerState"}
+# What DeepSpeed puts beside the entries of a checkpoint.
+_ENGINE_STATES = {
+    "buffer_names",
+    "csr_tensor_module_names",
+    "data_sampler",
+    "dp_world_size",
+    "ds_config",
+    "ds_version",
+    "frozen_param_fragments",
+    "frozen_param_shapes",
+    "global_samples",
+    "global_steps",
+    "lr_scheduler",
+    "module",
+    "mp_world_size",
+    "optimizer",
+    "param_shapes",
+    "random_ltd",
+    "shared_params",
+    "skipped_steps",
+    "sparse_tensor_module_names",
+}
 
 
 def find_checkpoint(ckpt_path: str, runs: Path) -> str:
@@ -43,7 +66,8 @@ def find_checkpoint(ckpt_path: str, runs: Path) -> str:
 def consolidate(folder: str) -> str:
     """Write the one-file form of a DeepSpeed checkpoint beside it, unless it is there, and return its path.
 
-    The file holds plain data; the folder itself does not, and opening it trusts whoever wrote it.
+    The file has every entry of a whole checkpoint but the states of optimizer, schedules and loops. It holds plain data; the folder
+    itself does not, and opening it trusts whoever wrote it.
     """
     source = Path(folder)
     file = source.with_name(f"consolidated-{source.name}")
@@ -52,7 +76,7 @@ def consolidate(folder: str) -> str:
 
         with atomic_write(file) as partial:  # ranks may all come here at once
             states = convert_zero_checkpoint_to_fp32_state_dict(source, partial)
-            torch.save({key: states[key] for key in _PLAIN_STATES if key in states}, partial)
+            torch.save({key: value for key, value in states.items() if key not in _LOOP_STATES | _ENGINE_STATES}, partial)
     return str(file)
 
 
@@ -79,6 +103,50 @@ def differences(given: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
     """Name every value of a checkpoint's model that is another one now; empty if there is none."""
     now, then = dict(_leaves(given)), dict(_leaves(stored))
     return ", ".join(f"{key} {now[key]} (checkpoint: {then[key]})" for key in sorted(now.keys() & then.keys()) if now[key] != then[key])
+
+
+def other_settings(given: Mapping[str, Any], stored: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Return dotted name, given and stored value of those settings of a model that differ.
+
+    Args:
+        given: Arguments of the model's constructor.
+        stored: Those of the model in a checkpoint.
+        names: Dotted names of the settings to compare. Where one side lacks the mapping that a name leads through (no adapters), that is compared.
+    """
+    found = {}
+    for name in names:
+        path, now, then = _reach(given, stored, name.split("."))
+        if path and _plain(now) != _plain(then):
+            found[path] = (now, then)
+    return [(path, now, then) for path, (now, then) in found.items()]
+
+
+def as_layer(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nest values of dotted names."""
+    layer: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        place = layer
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return layer
+
+
+def _reach(given: Mapping[str, Any], stored: Mapping[str, Any], parts: Sequence[str]) -> tuple[str, Any, Any]:
+    """Follow a name as far as both sides have mappings; an empty name where a side does not know it."""
+    for depth, part in enumerate(parts, start=1):
+        if part not in given or part not in stored:
+            return "", None, None
+        now, then = given[part], stored[part]
+        if not (isinstance(now, Mapping) and isinstance(then, Mapping)):
+            return ".".join(parts[:depth]), now, then
+        given, stored = now, then
+    return ".".join(parts), given, stored
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))  # a tuple is stored as a list
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

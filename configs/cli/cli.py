@@ -20,8 +20,9 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import malleable
-from malleable.checkpoints import consolidate, differences, find_checkpoint, stored_model
-from malleable.layers import RecipeFile, Replace, mark_replacements
+from malleable.checkpoints import as_layer, consolidate, differences, find_checkpoint, other_settings, stored_model
+from malleable.datamodules.identity import stores_data
+from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements
 from malleable.recipes import FOLDER, recipe_name
 
 log = logging.getLogger(__name__)
@@ -47,25 +48,77 @@ class MalleableCLI(LightningCLI):
         switch: dict[str, Any] = {"type": bool, "nargs": "?", "const": True, "default": False}
         parser.add_argument("--test_after_fit", **switch, help="After `fit`, test the checkpoint that the run registered as its best.")
         parser.add_argument("--allow_untrained", **switch, help="Let `validate`, `test` and `predict` run without a checkpoint.")
+        parser.add_argument("--extend_catalog", **switch, help="Add items that the checkpoint's catalogue lacks behind its own.")
         parser.add_class_arguments(ModelCheckpoint, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; a checkpoint's own values are the model's defaults, whatever is given here wins over them."""
+        """Parse; a checkpoint's own values are the model's defaults.
+
+        What changes what its weights compute comes from the checkpoint: settings of the model, tokenizer, template and catalogue. Other
+        values of a recipe give way to them, those of the command line are refused.
+        """
         words = [str(word) for word in args] if isinstance(args, list) else []
         self.config = parser.parse_args(mark_replacements(words))
         command = str(self.config.subcommand)
-        if not self.config[command].ckpt_path:
+        config = self.config[command]
+        if not config.ckpt_path:
+            if config.extend_catalog:
+                raise MisconfigurationException("--extend_catalog adds items to the catalogue of a checkpoint: give --ckpt_path")
             return
-        ckpt_path = find_checkpoint(self.config[command].ckpt_path, self.runs)
+        ckpt_path = find_checkpoint(config.ckpt_path, self.runs)
+        readable = ckpt_path if command == "fit" else _readable(ckpt_path, config.trainer.strategy)
+        words = self._with_stored_model(parser, words, ckpt_path)
+        words += self._stored_data(words, readable)
+        self.config = parser.parse_args(mark_replacements(words))
+        self.config[command].ckpt_path = ckpt_path if command == "fit" else _readable(ckpt_path, self.config[command].trainer.strategy)
+
+    def _with_stored_model(self, parser: LightningArgumentParser, words: list[str], ckpt_path: str) -> list[str]:
+        """Lay a checkpoint's model under the configurations, and those of its settings that weights depend on over them."""
+        command = str(self.config.subcommand)
         stored = stored_model(ckpt_path)
-        if stored and stored["class_path"] == self.config[command].model.class_path:
+        model = self.config[command].model
+        if not stored:
+            return words
+        arguments = stored["init_args"]
+        if stored["class_path"] == model.class_path:
             start = words.index(command) + 1
-            words[start:start] = ["--config", json.dumps({"model": stored}, default=str)]
-            self.config = parser.parse_args(mark_replacements(words))
-            if changed := differences(self.config[command].model.as_dict(), stored):
+            words = [*words[:start], "--config", json.dumps({"model": stored}, default=str), *words[start:]]
+            model = parser.parse_args(mark_replacements(words))[command].model
+            if changed := differences(model.as_dict(), stored):
                 log.info("given values win over those of %s: %s", ckpt_path, changed)
-        strategy = self.config[command].trainer.strategy
-        self.config[command].ckpt_path = ckpt_path if command == "fit" else _readable(ckpt_path, strategy)
+        other = other_settings(model.init_args.as_dict(), arguments, getattr(resolve_name(model.class_path), "weight_settings", ()))
+        options = given_options(words)
+        for name, now, then in other:
+            if is_given(f"model.{name}", options):
+                raise MisconfigurationException(
+                    f"--model.{name} gives {now}, but the weights of {ckpt_path} were trained with {then} and mean nothing under another value; "
+                    "leave the option out"
+                )
+        if not other:
+            return words
+        log.info("settings of %s are used instead of the recipe's: %s", ckpt_path, ", ".join(f"{name} {then} ({now})" for name, now, then in other))
+        layer = as_layer({name: then for name, _, then in other})
+        return [*words, "--config", json.dumps({"model": {"class_path": model.class_path, "init_args": layer}}, default=str)]
+
+    def _stored_data(self, words: list[str], ckpt_path: str) -> list[str]:
+        """Options that give the data module the checkpoint's tokenizer, template and catalogue."""
+        config = self.config[str(self.config.subcommand)]
+        data = config.data
+        if not (isinstance(data, Namespace) and getattr(resolve_name(data.class_path), "reads_checkpoints", False) and stores_data(ckpt_path)):
+            if config.extend_catalog:
+                raise MisconfigurationException(f"--extend_catalog: there is no stored catalogue in {ckpt_path}, or the data module cannot extend it")
+            return []
+        options = given_options(words)
+        layer: dict[str, Any] = {}
+        if not is_given("data.tokenizer", options):
+            layer["tokenizer"] = ckpt_path
+            if data.init_args.get("template") is not None and not is_given("data.template", options):
+                layer["template"] = None
+        if config.extend_catalog:
+            layer["extend_catalog"] = True
+        if layer:
+            log.info("tokenizer, template and catalogue are those of %s", ckpt_path)
+        return ["--config", json.dumps({"data": {"class_path": data.class_path, "init_args": layer}})] if layer else []
 
     def _parse_ckpt_path(self) -> None:
         """Keep Lightning (2.5.5 to 2.7) from laying the checkpoint's hyper-parameters over the values given."""

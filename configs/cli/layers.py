@@ -60,6 +60,17 @@ def mark_replacements(words: Sequence[str]) -> list[str]:
     return marked
 
 
+def given_options(words: Sequence[str]) -> set[str]:
+    """Return the dotted names of the options of a command line, without the parts ``init_args``."""
+    names = [match[1] for word in words if (match := _FLAG.fullmatch(word))]
+    return {".".join(part for part in name.split(".") if part != "init_args") for name in names}
+
+
+def is_given(name: str, options: set[str]) -> bool:
+    """Whether options of a command line set a value, a part of it, or what it is part of; the choice of a class alone does not."""
+    return any(name == option or option.startswith(f"{name}.") or ("." in option and name.startswith(f"{option}.")) for option in options)
+
+
 def drop_replaced(config: Namespace, layer: Mapping[str, Any]) -> None:
     """Remove the arguments of each class in ``config`` that ``layer`` replaces by another class.
 

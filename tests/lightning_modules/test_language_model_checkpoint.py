@@ -100,12 +100,12 @@ def test_missing_and_unexpected_weights_are_refused(tmp_path):
 
 def test_another_vocabulary_is_refused(tmp_path):
     _, _, path = fit(tmp_path, tiny_config())
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(MisconfigurationException, match="vocab_size 16 in the checkpoint, 20 here"):
         SFT.load_from_checkpoint(path, weights_only=True, catalog=replace(tiny_catalog(), vocab_size=20))
 
 
 def test_a_checkpoint_without_catalogue_needs_one():
-    with pytest.raises(MisconfigurationException, match="SFT needs the catalogue, and the checkpoint has none: pass catalog="):
+    with pytest.raises(MisconfigurationException, match="SFT needs `catalog`, and the checkpoint has none: pass catalog="):
         SFT().on_load_checkpoint({"state_dict": {}})
 
 

@@ -1,0 +1,242 @@
+"""What gives weights their meaning: tokenizer, prompt template, items and labels, stored with them and compared.
+
+A checkpoint has the entries ``catalog``, ``vocabulary`` or ``graph`` and, where text is read, ``tokenizer``; an exported folder has the
+same in ``malleable.json`` beside the tokenizer's own files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from malleable.datamodules.batch import Catalog, KnowledgeGraph, Vocabulary
+from malleable.datamodules.files import atomic_write
+from malleable.datamodules.tokenizer import pack_tokenizer, tokenizer_digest, unpack_tokenizer
+
+Described = Catalog | Vocabulary | KnowledgeGraph
+
+KINDS: dict[str, type[Any]] = {"catalog": Catalog, "vocabulary": Vocabulary, "graph": KnowledgeGraph}
+SETTINGS = "settings"
+"""Entry of a checkpoint with the settings that change what its weights compute."""
+FOLDER_FILE = "malleable.json"
+SHOWN = 3
+"""Examples in a message, at most."""
+ADVICE = {
+    "catalog": "Use what the checkpoint stores: --data.tokenizer <checkpoint> (in Python, tokenizer='<checkpoint>' of the data module); "
+    "to add new items behind the stored ones, give --extend_catalog (extend_catalog=True), too",
+    "vocabulary": "Use the tokenizer that the checkpoint stores: --data.tokenizer <checkpoint> (in Python, tokenizer=... of the data module)",
+    "graph": "Use the data it was trained on",
+}
+
+
+# --- comparison ---
+
+
+def identity(described: Described, *, text: bool = True) -> dict[str, Any]:
+    """Return all that weights depend on, by name, as plain values that can be compared.
+
+    Args:
+        described: Of the data or of a checkpoint.
+        text: Whether the weights read text; otherwise the items alone count.
+    """
+    if isinstance(described, KnowledgeGraph):
+        return {"entities": described.entities, "relations": described.relations}
+    parts: dict[str, Any] = {"items": described.titles} if isinstance(described, Catalog) else {}
+    if not text:
+        return parts
+    parts |= {"vocab_size": described.vocab_size, "eos_token_id": described.eos_token_id}
+    if described.tokenizer is not None and (digest := tokenizer_digest(described.tokenizer)) is not None:
+        parts["tokenizer"] = digest
+    if isinstance(described, Catalog):
+        if described.template is not None:
+            parts["template"] = dict(described.template)
+        parts["tokens of items"] = dict(zip(described.titles, described.token_ids, strict=False))
+    return parts
+
+
+def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Name everything that both sides have and that differs, with both values."""
+    return [found for name in stored if name in given and stored[name] != given[name] for found in _describe(name, stored[name], given[name])]
+
+
+def check_identity(kind: str, stored: Described, given: Described, *, text: bool = True, extend: bool = False) -> None:
+    """Refuse data under which weights would mean something else.
+
+    Args:
+        kind: ``catalog``, ``vocabulary`` or ``graph``.
+        stored: Of the checkpoint, or of the module.
+        given: Of the data.
+        text: Whether the weights read text.
+        extend: Whether the data may have new items behind the stored ones.
+
+    Raises:
+        MisconfigurationException: If they differ; the message names both values and says what to do.
+    """
+    if stored is given or stored == given:
+        return
+    own, other = identity(stored, text=text), identity(given, text=text)
+    if extend and isinstance(stored, Catalog) and isinstance(given, Catalog):
+        other |= {"items": given.titles[: len(stored)]}
+        if text:
+            other["tokens of items"] = dict(list(other["tokens of items"].items())[: len(stored)])
+    if found := differences(own, other):
+        what = "another graph" if kind == "graph" else "other data"
+        raise MisconfigurationException(f"the checkpoint was trained on {what}: {'; '.join(found)}. {ADVICE[kind]}")
+
+
+def _describe(name: str, stored: Any, given: Any) -> list[str]:
+    if isinstance(stored, Mapping):
+        return _describe_mapping(name, stored, given)
+    if isinstance(stored, (tuple, list)):
+        return [_describe_sequence(name, stored, given)]
+    if isinstance(stored, str) and len(stored) == 64:
+        return [f"{name} {stored[:12]} in the checkpoint, {given[:12]} here (digests of the content)"]
+    return [f"{name} {stored!r} in the checkpoint, {given!r} here"]
+
+
+def _describe_mapping(name: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    other = [key for key in stored if key in given and stored[key] != given[key]]
+    if not other:
+        return []  # what only one side has is named by the sequence of items
+    examples = [f"{key!r} {_short(stored[key])} in the checkpoint, {_short(given[key])} here" for key in other[:SHOWN]]
+    more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
+    return [f"{name}: {', '.join(examples)}{more}"]
+
+
+def _describe_sequence(name: str, stored: Sequence[Any], given: Sequence[Any]) -> str:
+    ours, theirs = set(stored), set(given)
+    new, missing = [item for item in given if item not in ours], [item for item in stored if item not in theirs]
+    parts = [f"{len(items)} {word} ({_examples(items)})" for word, items in (("new", new), ("missing", missing)) if items]
+    if not parts:
+        place = next(index for index, (one, other) in enumerate(zip(stored, given, strict=False)) if one != other)
+        parts = [f"in another order, first at position {place}: {stored[place]!r} and {given[place]!r}"]
+    return f"{name}: {len(stored)} in the checkpoint, {len(given)} here, {', '.join(parts)}"
+
+
+def _examples(items: Sequence[Any]) -> str:
+    return ", ".join(map(repr, items[:SHOWN])) + (", ..." if len(items) > SHOWN else "")
+
+
+def _short(value: Any) -> str:
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# --- storage ---
+
+
+def as_plain(described: Described) -> dict[str, Any]:
+    """Return a description as data that a checkpoint may hold."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(described).items()}
+
+
+def from_plain(kind: str, stored: Mapping[str, Any]) -> Described:
+    """Rebuild a description; entries of a later version are left out."""
+    known = {field.name for field in fields(KINDS[kind])}
+    values = {name: _tuples(value) for name, value in stored.items() if name in known}
+    described: Described = KINDS[kind](**values)
+    return described
+
+
+def put(entries: dict[str, Any], kind: str, described: Described) -> None:
+    """Put a description and its tokenizer into a checkpoint."""
+    entries[kind] = as_plain(described)
+    name = None if isinstance(described, KnowledgeGraph) else described.tokenizer
+    if name is not None and (packed := pack_tokenizer(name)) is not None:
+        entries["tokenizer"] = packed
+
+
+def take(entries: Mapping[str, Any], kind: str) -> Described | None:
+    """Take a description out of a checkpoint; its tokenizer is written into the cache folder and named by that path."""
+    if kind not in entries:
+        return None
+    described = from_plain(kind, entries[kind])
+    if not isinstance(described, KnowledgeGraph) and "tokenizer" in entries:
+        described = replace(described, tokenizer=str(unpack_tokenizer(entries["tokenizer"])))
+    return described
+
+
+def write_folder(folder: Path, kind: str, described: Described, settings: Mapping[str, Any]) -> None:
+    """Write ``malleable.json`` into an exported folder."""
+    digest = None if isinstance(described, KnowledgeGraph) or described.tokenizer is None else tokenizer_digest(described.tokenizer)
+    content = {kind: as_plain(described), "tokenizer_digest": digest, SETTINGS: dict(settings)}
+    with atomic_write(folder / FOLDER_FILE) as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def is_stored(name: str | None) -> bool:
+    """Whether a name is a checkpoint or an exported folder that says what its weights depend on."""
+    if name is None:
+        return False
+    path = Path(name).expanduser()
+    return (path.is_file() and path.suffix != ".gguf") or (path / FOLDER_FILE).is_file() or _sharded(path) is not None
+
+
+def stores_data(name: str) -> bool:
+    """Whether a checkpoint or exported folder stores a catalogue or a vocabulary."""
+    return is_stored(name) and any(kind in _entries(Path(name).expanduser()) for kind in ("catalog", "vocabulary"))
+
+
+def read_stored(name: str) -> Catalog | Vocabulary:
+    """Read the catalogue, else the vocabulary, of a checkpoint or an exported folder; its tokenizer is a local folder.
+
+    Raises:
+        ValueError: If the file is no checkpoint, has neither, or its tokenizer is not the one that it was trained with.
+    """
+    path = Path(name).expanduser()
+    entries = _entries(path)
+    described = take(entries, "catalog") or take(entries, "vocabulary")
+    if described is None or isinstance(described, KnowledgeGraph):
+        raise ValueError(f"{name} has neither a catalogue nor a vocabulary; give a checkpoint of a language model or recommender, or a tokenizer")
+    if (path / FOLDER_FILE).is_file():
+        return _with_own_tokenizer(path, described, entries["tokenizer_digest"])
+    if "tokenizer" not in entries and described.tokenizer is not None and tokenizer_digest(described.tokenizer) is None:
+        raise ValueError(
+            f"{name} was written by an earlier version, without its tokenizer, and {described.tokenizer} is not on this machine; "
+            "copy that folder here, name the tokenizer with --data.tokenizer, or train again"
+        )
+    return described
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    """What a checkpoint or exported folder stores."""
+    if (path / FOLDER_FILE).is_file():
+        folder: dict[str, Any] = json.loads((path / FOLDER_FILE).read_text(encoding="utf-8"))
+        return folder
+    file = path if path.is_file() else _sharded(path)
+    assert file is not None
+    try:
+        entries: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint of tensors and plain data, from which a tokenizer could be taken ({error})") from error
+    return entries
+
+
+def _with_own_tokenizer(path: Path, described: Catalog | Vocabulary, digest: str | None) -> Catalog | Vocabulary:
+    if digest is None:
+        return described
+    if (found := tokenizer_digest(str(path))) != digest:
+        raise ValueError(
+            f"the tokenizer in {path} is not the one its model was trained with (digest {str(found)[:12]}, trained with {digest[:12]}); "
+            "export the model again"
+        )
+    return replace(described, tokenizer=str(path))
+
+
+def _sharded(path: Path) -> Path | None:
+    """The file of a sharded checkpoint's folder that holds its plain data, ``None`` where there is none."""
+    if not path.is_dir():
+        return None
+    if (path / "meta.pt").is_file():  # FSDP
+        return path / "meta.pt"
+    return next(iter(sorted(path.glob("*/*mp_rank_00_model_states.pt"))), None)  # DeepSpeed
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value

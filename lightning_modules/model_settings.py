@@ -1,0 +1,80 @@
+"""Settings of a built language model that change what its weights compute, as plain values."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+# Of a Hugging Face configuration: what does not change what weights compute.
+_IGNORED = {
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "return_dict",
+    "initializer_range",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "chunk_size_feed_forward",
+    "output_hidden_states",
+    "output_attentions",
+    "pad_token_id",
+    "eos_token_id",
+    "bos_token_id",
+    "pretraining_tp",
+}
+_ADAPTER = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "bias",
+    "use_rslora",
+    "use_dora",
+)
+# Options by the name of what they set, for messages.
+_SCRATCH_OPTIONS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "max_position_embeddings": "max_length",
+}
+_LORA_OPTIONS = {"r": "r", "lora_alpha": "alpha", "target_modules": "target_modules"}
+
+
+def model_settings(model: Any, *, scratch: bool) -> dict[str, Any]:
+    """Return architecture and adapter settings of a model, as they are in effect.
+
+    Args:
+        model: Hugging Face model, with or without a PEFT adapter.
+        scratch: Whether it was built from ``language_model.scratch``; names are then those of the options.
+    """
+    values = {name: value for name, value in model.config.to_dict().items() if _counts(name)}
+    settings = {
+        f"language_model.scratch.{_SCRATCH_OPTIONS[name]}" if scratch and name in _SCRATCH_OPTIONS else f"config.{name}": _plain(value)
+        for name, value in values.items()
+    }
+    adapters = getattr(model, "peft_config", {})
+    settings["adapters"] = len(adapters)
+    for adapter in adapters.values():
+        own = adapter.to_dict()
+        settings |= {f"language_model.lora.{_LORA_OPTIONS.get(name, name)}": _plain(own[name]) for name in _ADAPTER if name in own}
+    return settings
+
+
+def _counts(name: str) -> bool:
+    return not (name.startswith("_") or name in _IGNORED or "drop" in name or name.endswith("pdrop") or name == "quantization_config")
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON would make of a value, so that stored and built ones compare; sets in order."""
+    return json.loads(json.dumps(value, sort_keys=True, default=lambda other: sorted(other) if isinstance(other, (set, frozenset)) else str(other)))

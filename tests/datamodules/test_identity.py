@@ -1,0 +1,207 @@
+"""What weights depend on travels with them: tokenizer, template, items and labels, and is compared."""
+
+import shutil
+
+import pytest
+import small_shop
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from malleable.datamodules.batch import Catalog, KnowledgeGraph, Vocabulary
+from malleable.datamodules.identity import as_plain, check_identity, from_plain, is_stored, put, read_stored, write_folder
+from malleable.datamodules.tokenizer import load_tokenizer, pack_tokenizer, tokenizer_digest, train_tokenizer, unpack_tokenizer
+
+
+def prepared(data, stage="test"):
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint that holds the catalogue of the small shop, and its data module."""
+    data = prepared(small_shop.shop(tmp_path / "shop"))
+    entries = {"state_dict": {}}
+    put(entries, "catalog", data.catalog)
+    torch.save(entries, tmp_path / "a.ckpt")
+    return str(tmp_path / "a.ckpt"), data
+
+
+# --- tokenizers ---
+
+
+def test_a_packed_tokenizer_needs_no_file_of_the_machine(tmp_path, cache, monkeypatch):
+    folder = train_tokenizer(["Heat", "Jaws"], 300)
+    packed, digest = pack_tokenizer(str(folder)), tokenizer_digest(str(folder))
+    tokens = load_tokenizer(str(folder))("Heat & Jaws")["input_ids"]
+    shutil.rmtree(cache)
+    monkeypatch.setenv("MALLEABLE_CACHE", str(tmp_path / "elsewhere"))
+    restored = unpack_tokenizer(packed)
+    assert restored.is_relative_to(tmp_path / "elsewhere")
+    assert load_tokenizer(str(restored))("Heat & Jaws")["input_ids"] == tokens
+    assert packed["digest"] == digest == tokenizer_digest(str(restored))
+
+
+def test_the_digest_is_of_what_a_tokenizer_does():
+    first, other = (tokenizer_digest(str(train_tokenizer(titles, 300))) for titles in (["Heat", "Jaws"], ["Heat", "Jars and more jars"]))
+    assert first != other
+
+
+def test_a_damaged_tokenizer_is_refused(cache):
+    packed = pack_tokenizer(str(train_tokenizer(["Heat"], 300)))
+    other = pack_tokenizer(str(train_tokenizer(["Jars and more jars"] * 3, 300)))
+    with pytest.raises(ValueError, match="the checkpoint's tokenizer is damaged"):
+        unpack_tokenizer(packed | {"files": other["files"]})
+
+
+def test_file_names_of_a_checkpoint_stay_in_its_folder(tmp_path, cache):
+    packed = pack_tokenizer(str(train_tokenizer(["Heat"], 300)))
+    packed["files"]["../../escaped"] = packed["files"]["tokenizer_config.json"]
+    assert (unpack_tokenizer(packed) / "escaped").is_file()
+    assert not list(tmp_path.glob("escaped"))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_said(caplog):
+    assert pack_tokenizer("nowhere/at/all") is None
+    assert "'nowhere/at/all' cannot be read, so it is neither stored nor compared" in caplog.text
+
+
+# --- comparison ---
+
+
+def test_descriptions_survive_as_plain_data():
+    catalog = Catalog(("A", "B"), ((1, 2), (3,)), ((), ("x",)), (1, 2), keys=("7", "8"), template={"prefix": "", "candidates_prefix": None})
+    graph = KnowledgeGraph(("a", "b"), ("r",), (1, 2), (3,))
+    for kind, described in (("catalog", catalog), ("vocabulary", Vocabulary(3, 1, 0, "folder")), ("graph", graph)):
+        assert from_plain(kind, as_plain(described) | {"of a later version": 1}) == described
+
+
+A = Catalog(("A", "B", "C"), ((1,), (2,), (3,)), vocab_size=4, template={"prefix": "x", "suffix": "y"})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Catalog(("A", "C", "B"), ((1,), (3,), (2,)), vocab_size=4), "in another order, first at position 1: 'B' and 'C'"),
+        (Catalog(("A", "B", "D"), ((1,), (2,), (3,)), vocab_size=4), r"items: 3 in the checkpoint, 3 here, 1 new \('D'\), 1 missing \('C'\)"),
+        (Catalog(("A", "B", "C"), ((1,), (2,), (9,)), vocab_size=4), r"tokens of items: 'C' \[3\] in the checkpoint, \[9\] here"),
+        (Catalog(("A", "B", "C"), ((1,), (2,), (3,)), vocab_size=5), "vocab_size 4 in the checkpoint, 5 here"),
+        (
+            Catalog(("A", "B", "C"), ((1,), (2,), (3,)), vocab_size=4, template={"prefix": "x", "suffix": "z"}),
+            "template: 'suffix' 'y' in the checkpoint, 'z' here",
+        ),
+    ],
+)
+def test_a_difference_names_both_values_and_the_remedy(given, message):
+    with pytest.raises(MisconfigurationException, match=rf"trained on other data: .*{message}.*--data.tokenizer <checkpoint>.*--extend_catalog"):
+        check_identity("catalog", A, given)
+
+
+def test_counts_and_ids_may_differ():
+    check_identity("catalog", A, Catalog(("A", "B", "C"), ((1,), (2,), (3,)), popularity=(5, 6, 7), vocab_size=4, keys=("1", "2", "3")))
+
+
+def test_new_items_behind_the_stored_ones_are_accepted_on_request():
+    longer = Catalog(("A", "B", "C", "D"), ((1,), (2,), (3,), (1, 2)), vocab_size=4)
+    check_identity("catalog", A, longer, extend=True)
+    with pytest.raises(MisconfigurationException, match=r"1 new \('D'\)"):
+        check_identity("catalog", A, longer)
+    with pytest.raises(MisconfigurationException, match="'D'"):
+        check_identity("catalog", A, Catalog(("D", "A", "B", "C"), ((1, 2), (1,), (2,), (3,)), vocab_size=4), extend=True)
+
+
+def test_counted_tables_depend_on_the_items_alone():
+    check_identity("catalog", A, Catalog(("A", "B", "C"), vocab_size=9), text=False)
+
+
+# --- data modules ---
+
+
+@pytest.mark.parametrize("variant", [small_shop.reordered, small_shop.more_users, small_shop.fewer_items])
+def test_data_takes_tokenizer_template_and_catalogue_of_a_checkpoint(checkpoint, variant, tmp_path):
+    path, trained = checkpoint
+    data = prepared(variant(tmp_path / "new", tokenizer=path))
+    check_identity("catalog", trained.catalog, data.catalog)
+    assert data.catalog.keys == trained.catalog.keys
+    assert data.template == trained.template or data.catalog.template == trained.catalog.template
+    assert tokenizer_digest(data.catalog.tokenizer) == tokenizer_digest(trained.catalog.tokenizer)
+    titles = data.catalog.titles
+    for row in (data.test_dataset[index] for index in range(len(data.test_dataset))):
+        assert row["answers"] == [trained.catalog.token_ids[row["item_ids"][0]]]
+        assert [titles[item] for item in row["seen"]] == [trained.catalog.titles[item] for item in row["seen"]]
+
+
+def test_reordered_items_give_the_same_rows(checkpoint, tmp_path):
+    path, trained = checkpoint
+    data = prepared(small_shop.reordered(tmp_path / "new", tokenizer=path))
+    assert [data.test_dataset[row] for row in range(16)] == [trained.test_dataset[row] for row in range(16)]
+
+
+def test_items_that_the_data_lacks_keep_their_places(checkpoint, tmp_path):
+    path, trained = checkpoint
+    catalog = prepared(small_shop.fewer_items(tmp_path / "new", tokenizer=path)).catalog
+    assert catalog.titles == trained.catalog.titles
+    assert catalog.popularity[trained.catalog.keys.index("f1")] == 0
+
+
+def test_new_items_are_counted_and_named(checkpoint, tmp_path):
+    path, _ = checkpoint
+    with pytest.raises(ValueError, match=r"2 items of the data are not in the catalogue of 12 .*'A Quiet Mirror' \(id n1\), .*--extend_catalog"):
+        small_shop.more_items(tmp_path / "new", tokenizer=path).prepare_data()
+
+
+def test_new_items_are_added_on_request(checkpoint, tmp_path):
+    path, trained = checkpoint
+    catalog = prepared(small_shop.more_items(tmp_path / "new", tokenizer=path, extend_catalog=True)).catalog
+    assert catalog.titles == (*trained.catalog.titles, "A Quiet Mirror", "A Quiet Harbor")
+    assert catalog.keys == (*trained.catalog.keys, "n1", "n2")
+    check_identity("catalog", trained.catalog, catalog, extend=True)
+    with pytest.raises(ValueError, match="extend_catalog needs the catalogue that is extended"):
+        small_shop.shop(tmp_path / "new", extend_catalog=True)
+
+
+def test_a_renamed_item_is_refused(checkpoint, tmp_path):
+    path, _ = checkpoint
+    items = small_shop.TITLES | {"f3": "Another Name"}
+    with pytest.raises(ValueError, match=r"f3: 'The Broken River' in the checkpoint, 'Another Name' in the data.*stored titles, or new ids"):
+        small_shop.shop(tmp_path / "new", items, tokenizer=path, extend_catalog=True).prepare_data()
+
+
+def test_another_template_is_refused(checkpoint, tmp_path):
+    path, _ = checkpoint
+    with pytest.raises(ValueError, match=r"template is .*enjoyed.* here, but .* in .*a.ckpt; leave template out"):
+        small_shop.shop(tmp_path / "new", tokenizer=path, template="instruction").prepare_data()
+
+
+def test_an_exported_folder_gives_the_same(checkpoint, tmp_path):
+    _, trained = checkpoint
+    folder = tmp_path / "model"
+    shutil.copytree(trained.catalog.tokenizer, folder)
+    write_folder(folder, "catalog", trained.catalog, {})
+    assert is_stored(str(folder))
+    data = prepared(small_shop.reordered(tmp_path / "new", tokenizer=str(folder)))
+    check_identity("catalog", trained.catalog, data.catalog)
+    shutil.copy(train_tokenizer(["other", "titles"], 290) / "tokenizer.json", folder)
+    with pytest.raises(ValueError, match="is not the one its model was trained with"):
+        read_stored(str(folder))
+
+
+def test_an_earlier_checkpoint_without_its_tokenizer(checkpoint, tmp_path, cache):
+    path, _ = checkpoint
+    entries = torch.load(path, weights_only=True)
+    entries.pop("tokenizer")
+    torch.save(entries, path)
+    assert read_stored(path).tokenizer is not None  # it is still on this machine
+    shutil.rmtree(cache)
+    with pytest.raises(ValueError, match="written by an earlier version, without its tokenizer"):
+        read_stored(path)
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    (tmp_path / "a.ckpt").write_text("text")
+    with pytest.raises(ValueError, match="is no checkpoint of tensors and plain data"):
+        read_stored(str(tmp_path / "a.ckpt"))
+    torch.save({"state_dict": {}}, tmp_path / "b.ckpt")
+    with pytest.raises(ValueError, match="has neither a catalogue nor a vocabulary"):
+        read_stored(str(tmp_path / "b.ckpt"))
