@@ -14,7 +14,7 @@ import numpy as np
 
 from malleable.datamodules.batch import ASKED, KnowledgeGraph
 from malleable.datamodules.sources.graph import Ints
-from malleable.datamodules.triple_files import open_text
+from malleable.datamodules.text_files import open_text
 
 log = logging.getLogger(__name__)
 

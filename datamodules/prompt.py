@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from malleable.datamodules.text_files import ends_in_blank
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -19,13 +21,24 @@ log = logging.getLogger(__name__)
 
 Tokens = tuple[int, ...]
 
+# What stands after each field: there a blank between the two belongs.
+_FOLLOWED_BY = {
+    "prefix": "template.item",
+    "item": "template.separator and template.suffix",
+    "separator": "template.item",
+    "suffix": "template.answer",
+    "answer": "nothing, as the answer ends here",
+    "candidates_prefix": "template.candidate",
+    "candidate": "template.candidate and template.suffix",
+}
+
 
 @dataclass(frozen=True)
 class PromptTemplate:
     """Text around the titles; special tokens of the tokenizer, such as ``</s>``, may stand in any field.
 
     ``prefix`` + history items joined by ``separator`` + (candidates) + ``suffix`` is the prompt, ``answer`` the answer, after which comes
-    the end-of-sequence token. A space before the answer belongs to ``answer``: at the end of a prompt it would change the first token.
+    the end-of-sequence token. A space between two fields belongs to the start of the second one.
 
     Attributes:
         prefix: Text before the first item.
@@ -37,7 +50,8 @@ class PromptTemplate:
         candidate: A candidate; ``{title}`` is its title.
 
     Raises:
-        ValueError: If a field misses its ``{title}``, or the prompt ends in a space.
+        ValueError: If a field misses its ``{title}``. If a field ends in a space, a tab or a no-break space: pieces are tokenised one by
+            one, and tokenizers join a blank to the word that follows, which lies in the next piece.
     """
 
     prefix: str = ""
@@ -53,8 +67,12 @@ class PromptTemplate:
         for name in ("item", "answer", "candidate"):
             if getattr(self, name).count("{title}") != 1:
                 raise ValueError(f"template.{name} must contain {{title}} once, got {getattr(self, name)!r}")
-        if self.suffix.endswith(" "):
-            raise ValueError(f"template.suffix must not end in a space, got {self.suffix!r}: the space belongs to the start of template.answer")
+        for name, following in _FOLLOWED_BY.items():
+            value = getattr(self, name)
+            if value is not None and ends_in_blank(value):
+                raise ValueError(
+                    f"template.{name} must not end in a blank, got {value!r}: tokenizers join it to the next word; put it at the start of {following}"
+                )
 
     @classmethod
     def named(cls, name: str) -> PromptTemplate:

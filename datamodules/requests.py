@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from malleable.datamodules.text_files import read_json_rows
 
 PLACEHOLDER = "{}"
 
@@ -39,7 +40,8 @@ class EditRequest:
         references: Texts about things of which the new answer is true: what texts about the subject should now resemble.
 
     Raises:
-        ValueError: If a text is empty, or the prompt has no place for the subject.
+        ValueError: If a text is empty, or the prompt has no place for the subject. If a text but a reference begins or ends in white space: the
+            blank before an answer is added when tokens are made, and tokenizers join another one to the next word.
     """
 
     request_id: str
@@ -58,8 +60,16 @@ class EditRequest:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"{name} must be a text, got {value!r}")
-        if self.true is not None and (not isinstance(self.true, str) or not self.true.strip()):
-            raise ValueError(f"true must be a text or left out, got {self.true!r}")
+            _refuse_blanks(name, value)
+        if self.true is not None:
+            if not isinstance(self.true, str) or not self.true.strip():
+                raise ValueError(f"true must be a text or left out, got {self.true!r}")
+            _refuse_blanks("true", self.true)
+        for name in ("paraphrases", "generation_prompts"):
+            for text in getattr(self, name):
+                _refuse_blanks(name, text)
+        for text in (text for probe in self.neighbors for text in probe):
+            _refuse_blanks("neighbors", text)
         if self.prompt.count(PLACEHOLDER) != 1:
             raise ValueError(f"prompt must hold {PLACEHOLDER} exactly once, for the subject, got {self.prompt!r}")
         if self.true is not None and self.true.strip() == self.target.strip():
@@ -113,6 +123,11 @@ def request_of(fields: Mapping[str, Any], number: int) -> EditRequest:
     return EditRequest(**named)
 
 
+def _refuse_blanks(name: str, text: str) -> None:
+    if text != text.strip():
+        raise ValueError(f"{name} must not begin or end in white space, got {text!r}: remove it; a blank before the answer is added automatically")
+
+
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
         raise ValueError(f"{name} must be a list of texts, got {value!r:.80}")
@@ -131,7 +146,7 @@ def _probe(item: Any) -> Probe:
 
 
 def read_requests(path: Path) -> list[EditRequest]:
-    """Read requests, one JSON object a line.
+    """Read requests: a JSON object a line, or a JSON array of objects.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -140,16 +155,13 @@ def read_requests(path: Path) -> list[EditRequest]:
     if not path.is_file():
         raise FileNotFoundError(f"no file of edit requests {path}; it holds a JSON object a line, with prompt, subject and target")
     requests = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, place, fields in read_json_rows(path):
         try:
-            fields = json.loads(line)
             if not isinstance(fields, dict):
                 raise ValueError(f"expected an object, got {type(fields).__name__}")
             requests.append(request_of(fields, number))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            raise ValueError(f"{place}: {error}") from error
     return checked(requests, str(path))
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from malleable.datamodules.text_files import read_json_rows, read_lines
 
 KINDS = (".txt", ".json", ".jsonl", ".parquet")
 FIELDS = ("text", "Text", "content")
 
 
 def read_texts(path: Path) -> list[str]:
-    """Read texts.
+    """Read texts as they are: blanks at their ends stay, those of white space only are left out.
 
     Args:
-        path: A text file, a paragraph a line; a JSON array or JSON lines, of texts or of objects with ``text``; or a Parquet file with that
-            column.
+        path: A text file, a paragraph a line (see :func:`~malleable.datamodules.text_files.read_lines` for what ends a line); a JSON array or
+            JSON lines, of texts or of objects with ``text``; or a Parquet file with that column.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -27,26 +28,19 @@ def read_texts(path: Path) -> list[str]:
     elif path.suffix in (".json", ".jsonl"):
         texts = _of_json(path)
     else:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    texts = [text.strip() for text in texts if text.strip()]
+        texts = [line for _, line in read_lines(path)]
+    texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"{path} holds no texts")
     return texts
 
 
 def _of_json(path: Path) -> list[str]:
-    content = path.read_text(encoding="utf-8")
-    try:
-        entries = json.loads(content) if path.suffix == ".json" else [json.loads(line) for line in content.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: expected an array, got {type(entries).__name__}")
     texts = []
-    for number, entry in enumerate(entries):
+    for _, place, entry in read_json_rows(path):
         found = entry if isinstance(entry, str) else next((entry[name] for name in FIELDS if isinstance(entry, dict) and name in entry), None)
         if not isinstance(found, str):
-            raise ValueError(f"{path}, entry {number}: expected a text or an object with one of {', '.join(FIELDS)}, got {entry!r:.80}")
+            raise ValueError(f"{place}: expected a text or an object with one of {', '.join(FIELDS)}, got {entry!r:.80}")
         texts.append(found)
     return texts
 

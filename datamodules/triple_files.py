@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from malleable.datamodules.text_files import id_text, open_text
 
 FIELDS = {"h": "head", "r": "relation", "t": "tail"}
 SUFFIXES = (".txt", ".tsv", ".txt.gz", ".tsv.gz", ".parquet")
@@ -189,25 +188,8 @@ def _parquet_rows(path: Path, fields: Sequence[str], names: Mapping[str, str]) -
     for batch in table.select(wanted).to_batches():
         for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             number += 1
-            yield f"{path}, row {number}", ["" if cell is None else str(cell).strip() for cell in row]
-
-
-@contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """Open a text file, packed by gzip if it ends in ``.gz``, with only line feeds ending lines.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not text in UTF-8, or no gzip.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; give the path of an existing one")
-    packed = path.suffix == ".gz"
-    options: Any = {"mode": "rt", "encoding": "utf-8-sig", "newline": "\n"}
-    try:
-        with gzip.open(path, **options) if packed else path.open(**options) as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}); convert it") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is no whole gzip file ({error}); fetch it again") from error
+            place = f"{path}, row {number}"
+            yield (
+                place,
+                ["" if cell is None or cell == "" else id_text(cell, f"{place}, field {field}") for cell, field in zip(row, fields, strict=True)],
+            )

@@ -11,6 +11,7 @@ from typing import Any
 
 from malleable.datamodules.sources.base import ReadyRow, ReadyRows, Source, items_table
 from malleable.datamodules.sources.ready import TitleIndex, read_rows, split_files, value_of
+from malleable.datamodules.text_files import id_text, read_lines
 
 CATALOGUE = "id2name.txt"
 
@@ -38,25 +39,24 @@ class CandidateRows(Source):
     def load(self) -> ReadyRows:
         """Read catalogue and rows."""
         self.files()
-        lines = (self.path / CATALOGUE).read_text(encoding="utf-8").split("\n")
-        pairs = [line.rstrip("\r").split("::", 1) for line in lines if "::" in line]
+        pairs = [line.split("::", 1) for _, line in read_lines(self.path / CATALOGUE) if "::" in line]
         keys, names = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         by_key = {key: position for position, key in enumerate(keys)}
         by_name = TitleIndex(names)
         rows = {}
         for split, path in split_files(self.path).items():
-            rows[split] = [_row(row, by_key, by_name, path, number) for number, row in enumerate(read_rows(path), start=1)]
+            rows[split] = [_row(row, by_key, by_name, place) for place, row in read_rows(path)]
         return ReadyRows(items_table(keys, names, [()] * len(names)), rows)
 
 
-def _row(row: dict[str, Any], by_key: dict[str, int], by_name: TitleIndex, path: Path, number: int) -> ReadyRow:
+def _row(row: dict[str, Any], by_key: dict[str, int], by_name: TitleIndex, place: str) -> ReadyRow:
     if "next" in row:
-        history = [by_key.get(str(key), -1) for key in value_of(row, "history", path, number)]
-        return ReadyRow(history, by_key.get(str(row["next"]), -1))
-    listed, truth = value_of(row, "historyList", path, number), value_of(row, "trueSelection", path, number)
-    offered = value_of(row, "itemList", path, number)
+        history = [by_key.get(id_text(key, f"{place}, field history"), -1) for key in value_of(row, "history", place)]
+        return ReadyRow(history, by_key.get(id_text(row["next"], f"{place}, field next"), -1))
+    listed, truth = value_of(row, "historyList", place), value_of(row, "trueSelection", place)
+    offered = value_of(row, "itemList", place)
     if truth not in offered:
-        raise ValueError(f"{path}, row {number}: trueSelection {truth!r} is not in itemList; every row must offer the truth")
+        raise ValueError(f"{place}: trueSelection {truth!r} is not in itemList; every row must offer the truth")
     names = listed.split("::") if isinstance(listed, str) else listed
     positions = [[by_name.position(name) for name in group] for group in (names, offered, [truth])]
     return ReadyRow(positions[0], positions[2][0], positions[1])

@@ -6,7 +6,6 @@ Apache-2.0): give the file.
 
 from __future__ import annotations
 
-import json
 import logging
 from abc import abstractmethod
 from collections import defaultdict
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from malleable.datamodules.requests import PLACEHOLDER, EditRequest, Probe, checked, read_requests
 from malleable.datamodules.sources.edits import EditSource, EditTables
+from malleable.datamodules.text_files import JsonRow, read_json_rows
 
 log = logging.getLogger(__name__)
 
@@ -65,15 +65,15 @@ class EditRecords(EditSource):
         latest: dict[tuple[str, str], EditRequest] = {}
         ids: set[str] = set()
         records = _records(self.path)[: self.limit]
-        for number, record in enumerate(records):
+        for number, (_, place, record) in enumerate(records):
             try:
                 if not isinstance(record, Mapping):
                     raise ValueError(f"expected an object, got {type(record).__name__}")
-                request = self.request(record, number)
+                request = self.request(_without_blanks(record), number)
             except KeyError as error:
-                raise ValueError(f"{self.path}, record {number}: field {error} is missing; is this a file of {type(self).__name__}?") from error
+                raise ValueError(f"{place}: field {error} is missing; is this a file of {type(self).__name__}?") from error
             except (ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f"{self.path}, record {number}: {error}") from error
+                raise ValueError(f"{place}: {error}") from error
             if request.request_id in ids:
                 request = replace(request, request_id=f"{request.request_id}/{number}")
             ids.add(request.request_id)
@@ -101,7 +101,7 @@ class CounterFact(EditRecords):
     def load(self) -> EditTables:
         """Read snippets and requests."""
         if self.snippets is not None and not self._texts:
-            for entry in _records(self.snippets):
+            for _, _, entry in _records(self.snippets):
                 self._texts[entry["relation_id"], entry["target_id"]] += [sample["text"] for sample in entry["samples"]]
         return super().load()
 
@@ -190,14 +190,16 @@ def _with_place(prompt: str, subject: str) -> str:
     return f"{before}{PLACEHOLDER}{after}"
 
 
-def _records(path: Path) -> list[Any]:
+def _without_blanks(value: Any) -> Any:
+    """Remove white space at the ends of all texts of a record: published files have some by accident, and requests refuse it."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, Mapping):
+        return {key: _without_blanks(part) for key, part in value.items()}
+    return [_without_blanks(part) for part in value] if isinstance(value, list) else value
+
+
+def _records(path: Path) -> list[JsonRow]:
     if not path.is_file():
         raise FileNotFoundError(f"no file of edit records {path}; give the file as its authors publish it")
-    text = path.read_text(encoding="utf-8")
-    try:
-        if not text.lstrip().startswith("["):
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        found: list[Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is neither a JSON array nor a JSON object a line: {error}") from error
-    return found
+    return list(read_json_rows(path))

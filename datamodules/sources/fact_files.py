@@ -6,12 +6,12 @@ its facts descend from LAMA, CC-BY-NC: research only).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from malleable.datamodules.sources.facts import Fact, FactSource, FactTables, Relation
+from malleable.datamodules.text_files import read_json, read_json_rows
 
 
 class LRE(FactSource):
@@ -32,8 +32,8 @@ class LRE(FactSource):
             for entry in [content] if "samples" in content else content.values():
                 if missing := {"name", "prompt_templates", "samples"} - entry.keys():
                     raise ValueError(f"{path}: a relation has no {', '.join(sorted(missing))}")
-                templates = dict.fromkeys([*entry["prompt_templates"], *entry.get("prompt_templates_zs", ())])
-                facts += _first((len(relations), sample["subject"], sample["object"]) for sample in entry["samples"])
+                templates = dict.fromkeys(text.strip() for text in [*entry["prompt_templates"], *entry.get("prompt_templates_zs", ())])
+                facts += _first((len(relations), sample["subject"].strip(), sample["object"].strip()) for sample in entry["samples"])
                 relations.append(Relation(entry["name"], tuple(templates)))
         return FactTables(relations, facts)
 
@@ -62,12 +62,11 @@ class ParaRel(FactSource):
                 relations.append(Relation(name, tuple(templates)))
         numbers = {relation.name: number for number, relation in enumerate(relations)}
         facts = []
-        for line, text in enumerate(facts_file.read_text(encoding="utf-8").splitlines(), 1):
+        for _, place, entry in read_json_rows(facts_file):
             try:
-                entry = json.loads(text)
-                relation, subject, known = entry["rel"], entry["sub"], entry["obj"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{facts_file}, line {line}: a fact is an object of rel, sub and obj ({error})") from error
+                relation, subject, known = entry["rel"], entry["sub"].strip(), entry["obj"].strip()
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{place}: a fact is an object of rel, sub and obj ({error})") from error
             if relation in numbers:
                 facts.append((numbers[relation], subject, known))
         return FactTables(relations, _first(facts))
@@ -81,10 +80,7 @@ def _first(facts: Iterable[tuple[int, str, str]]) -> list[Fact]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
     return content

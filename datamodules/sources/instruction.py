@@ -7,13 +7,13 @@ redistributed. Nothing is fetched: give the folder.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from malleable.datamodules.sources.base import ReadyRow, ReadyRows, Source, items_table
 from malleable.datamodules.sources.ready import TitleIndex, read_rows, split_files, value_of
+from malleable.datamodules.text_files import id_text, read_json
 
 SIDE_FILES = ("id2name.json", "name2id.json", "name2genre.json", "genre_dict.json")
 # A closing quote stands before a comma, a line's end or the end.
@@ -49,24 +49,24 @@ class InstructionRows(Source):
         rows = {}
         for split, path in split_files(self.path).items():
             rows[split] = [
-                ReadyRow(finder.find_all(value_of(row, "input", path, number)), finder.find(value_of(row, "output", path, number)))
-                for number, row in enumerate(read_rows(path), start=1)
+                ReadyRow(finder.find_all(value_of(row, "input", place)), finder.find(value_of(row, "output", place)))
+                for place, row in read_rows(path)
             ]
         return ReadyRows(items_table(list(names), list(names.values()), [genres.get(name, ()) for name in names.values()]), rows)
 
     def _names(self) -> dict[str, str]:
         if (path := self.path / "id2name.json").is_file():
-            return {str(key): name for key, name in json.loads(path.read_text(encoding="utf-8")).items()}
+            return dict(read_json(path))
         if (path := self.path / "name2id.json").is_file():
-            return {str(key): name for name, key in json.loads(path.read_text(encoding="utf-8")).items()}
+            return {id_text(key, f"{path}, {name!r}"): name for name, key in read_json(path).items()}
         raise FileNotFoundError(f"{self.path} holds no catalogue; expected id2name.json or name2id.json")
 
     def _genres(self) -> dict[str, tuple[str, ...]]:
         path, counted = self.path / "name2genre.json", self.path / "genre_dict.json"
         if not path.is_file():
             return {}
-        allowed = set(json.loads(counted.read_text(encoding="utf-8"))) if counted.is_file() else None
-        genres = json.loads(path.read_text(encoding="utf-8"))
+        allowed = set(read_json(counted)) if counted.is_file() else None
+        genres = read_json(path)
         return {name: tuple(genre for genre in own if allowed is None or genre in allowed) for name, own in genres.items()}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from malleable.datamodules.text_files import read_json_rows
 from malleable.datamodules.titles import clean_title
 
 SPLIT_FILES = {
@@ -49,23 +49,12 @@ def split_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON list or JSON lines of objects.
-
-    Raises:
-        ValueError: If it is neither.
-    """
-    text = path.read_text(encoding="utf-8")
-    try:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: expected a list of rows, got {type(rows).__name__}")
-    return rows
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield place and value of each row of a JSON array or of JSON lines; see :func:`~malleable.datamodules.text_files.read_json_rows`."""
+    return ((row.place, row.value) for row in read_json_rows(path))
 
 
-def value_of(row: Any, name: str, path: Path, number: int) -> Any:
+def value_of(row: Any, name: str, place: str) -> Any:
     """Return a field of a row.
 
     Raises:
@@ -73,5 +62,5 @@ def value_of(row: Any, name: str, path: Path, number: int) -> Any:
     """
     if not isinstance(row, dict) or name not in row:
         fields = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{path}, row {number}: no field {name!r}; it has {fields}")
+        raise ValueError(f"{place}: no field {name!r}; it has {fields}")
     return row[name]

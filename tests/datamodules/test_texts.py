@@ -13,20 +13,21 @@ from malleable.datamodules.sources.texts import TextFile, WordNetGlosses
 from malleable.datamodules.text_rows import TextRows
 from malleable.datamodules.texts import read_texts
 
-TEXTS = ["Anna has a dog.", "Tom has a cat."]
+# Blanks at the ends and what some tools take for a line end are parts of a text.
+TEXTS = ["Anna has a dog.", "  Tom has\x0c\x85\u2028\u2029 a cat. "]
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.txt", "Anna has a dog.\n\n  Tom has a cat. \n"),
+        ("a.txt", f"{TEXTS[0]}\r\n \n{TEXTS[1]}\n"),
         ("a.json", json.dumps(TEXTS)),
         ("b.json", json.dumps([{"Corpus": "C4", "Text": text} for text in TEXTS])),
-        ("a.jsonl", "\n".join(json.dumps({"text": text}) for text in TEXTS)),
+        ("a.jsonl", "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in [*TEXTS, " "])),
     ],
 )
 def test_every_kind_of_file(tmp_path, name, content):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
     assert read_texts(tmp_path / name) == TEXTS
     assert TextFile(str(tmp_path / name), limit=1).load() == TEXTS[:1]
 
@@ -43,9 +44,12 @@ def test_parquet(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", " \n", "holds no texts"),
-        ("a.json", "{", "is no JSON"),
-        ("a.json", '{"text": "x"}', "expected an array, got dict"),
-        ("a.json", '["x", {"words": "y"}]', "entry 1: expected a text or an object with one of text, Text, content"),
+        ("a.json", "{", "a.json, line 1: no JSON .*; expected a JSON array, or one JSON value a line"),
+        ("a.json", '["x"', "a.json: no JSON"),
+        ("a.json", '["x"]\n["y"]', r"a.json: no JSON .*ends in .jsonl"),
+        ("a.jsonl", '"x"\n\n{', "a.jsonl, line 3: no JSON"),
+        ("a.json", '{"texts": ["x"]}', "line 1: expected a text or an object"),
+        ("a.json", '["x", {"words": "y"}]', "entry 2: expected a text or an object with one of text, Text, content"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, name, content, message):

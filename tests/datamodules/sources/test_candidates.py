@@ -30,13 +30,13 @@ def test_rows_of_names_and_of_ids(folder):
 
 def test_a_truth_that_is_not_offered_is_an_error(folder):
     (folder / "val.json").write_text(json.dumps([ROW, ROW | {"trueSelection": "Boris"}]))
-    with pytest.raises(ValueError, match=r"val.json, row 2: trueSelection 'Boris' is not in itemList"):
+    with pytest.raises(ValueError, match=r"val.json, entry 2: trueSelection 'Boris' is not in itemList"):
         CandidateRows(str(folder)).load()
 
 
 def test_a_missing_field_and_a_missing_catalogue(folder):
     (folder / "val.json").write_text('[{"historyList": ""}]')
-    with pytest.raises(ValueError, match=r"val.json, row 1: no field 'trueSelection'"):
+    with pytest.raises(ValueError, match=r"val.json, entry 1: no field 'trueSelection'"):
         CandidateRows(str(folder)).load()
     (folder / "id2name.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no catalogue; expected id2name.txt"):

@@ -88,10 +88,10 @@ def test_lines_and_limits(tmp_path):
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([FLAT, {**FLAT, "subject": "Tim"}], r"flat.json, record 1: the subject 'Tim' does not occur in 'The dog of Anna is named'"),
-        ([{"prompt": "x"}], r"flat.json, record 0: field 'subject' is missing; is this a file of FlatCounterFact?"),
-        ([{**FLAT, "target_new": "Bello"}], r"record 0: target and true are both 'Bello'"),
-        (["text"], r"record 0: expected an object, got str"),
+        ([FLAT, {**FLAT, "subject": "Tim"}], r"flat.json, entry 2: the subject 'Tim' does not occur in 'The dog of Anna is named'"),
+        ([{"prompt": "x"}], r"flat.json, entry 1: field 'subject' is missing; is this a file of FlatCounterFact?"),
+        ([{**FLAT, "target_new": "Bello"}], r"entry 1: target and true are both 'Bello'"),
+        (["text"], r"entry 1: expected an object, got str"),
     ],
 )
 def test_wrong_records_are_named(tmp_path, records, message):
@@ -103,5 +103,5 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file of edit records"):
         QAEdit(str(tmp_path / "none.json")).load()
     (tmp_path / "half.json").write_text("[{")
-    with pytest.raises(ValueError, match="neither a JSON array nor a JSON object a line"):
+    with pytest.raises(ValueError, match="half.json: no JSON"):
         QAEdit(str(tmp_path / "half.json")).load()

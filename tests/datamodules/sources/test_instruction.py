@@ -80,9 +80,9 @@ def test_a_folder_without_catalogue_or_rows(folder, tmp_path):
     ("text", "message"),
     [
         ("[{", "train.json: no JSON"),
-        ("{}", "train.json: expected a list of rows, got dict"),
-        ('[{"input": ""}]', r"train.json, row 1: no field 'output'; it has \['input'\]"),
-        ('["x"]', "train.json, row 1: no field 'input'; it has str"),
+        ("{}", "train.json, line 1: no field 'input'"),
+        ('[{"input": ""}]', r"train.json, entry 1: no field 'output'; it has \['input'\]"),
+        ('["x"]', "train.json, entry 1: no field 'input'; it has str"),
     ],
 )
 def test_wrong_rows(folder, text, message):
