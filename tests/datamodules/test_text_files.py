@@ -102,7 +102,7 @@ def test_numbers_are_written_as_integers(value, text):
 
 @pytest.mark.parametrize("value", [1.5, 2.0**53, float("inf"), float("nan"), None, "", " ", True, np.True_, [], {}, b"x"])
 def test_what_is_no_id_is_refused(value):
-    with pytest.raises(ValueError, match="^file, line 3: "):
+    with pytest.raises(ValueError, match=r"^file, line 3: "):
         id_text(value, "file, line 3")
 
 

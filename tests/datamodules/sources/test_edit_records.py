@@ -103,5 +103,5 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file of edit records"):
         QAEdit(str(tmp_path / "none.json")).load()
     (tmp_path / "half.json").write_text("[{")
-    with pytest.raises(ValueError, match="half.json: no JSON"):
+    with pytest.raises(ValueError, match=r"half.json: no JSON"):
         QAEdit(str(tmp_path / "half.json")).load()
