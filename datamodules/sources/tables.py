@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pyarrow import parquet
 
 from malleable.datamodules.sources.base import InteractionTables, Source, items_table
+from malleable.datamodules.text_files import id_text, read_json_rows
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,9 @@ class Tables(Source):
 
     Kinds by file name: ``.csv``, ``.tsv``, ``.jsonl`` (each also ``.gz``) and ``.parquet``. Further columns are left alone. Times are
     seconds or ISO 8601; genres are lists, or text with ``|`` between them. Terms and licence are the user's own.
+
+    Ids are text and stay as they are: ``007``, ``pkg-1.0`` and ``pkg-1`` are three ids. Blanks around a cell of CSV or TSV are no part of an id.
+    Numbers of JSON lines and Parquet become their decimal digits; see :func:`~malleable.datamodules.text_files.id_text`.
 
     Args:
         interactions: File of interactions.
@@ -70,7 +74,18 @@ class Tables(Source):
         events["timestamp"] = _seconds(self.interactions, events["timestamp"])
         if "rating" in events:
             events["rating"] = _numbers(self.interactions, events["rating"])
-        return InteractionTables(events, self._load_items())
+        items = self._load_items()
+        self._check_numbers(set(events["item_id"]), set(items["item_id"]))
+        return InteractionTables(events.reset_index(drop=True), items)
+
+    def _check_numbers(self, events: set[str], items: set[str]) -> None:
+        """Refuse ids that one table writes as 1.0 and the other as 1: a program has stored a column of integers with a gap as decimal fractions."""
+        for path, ids, others in ((self.interactions, events, items), (self.items, items, events)):
+            if ids and all(key.endswith(".0") for key in ids) and (found := next((key for key in sorted(ids - others) if key[:-2] in others), None)):
+                raise ValueError(
+                    f"{path} has the item_id {found!r} where the other table has {found[:-2]!r}: write both alike; all ids of {path.name} end in .0, "
+                    "as where a column of integers was stored as floating-point numbers (in pandas, .astype('Int64') before writing prevents it)"
+                )
 
     def _load_items(self) -> pd.DataFrame:
         items = _select(self.items, ITEM_FIELDS, self.item_columns, "item_columns")
@@ -80,7 +95,7 @@ class Tables(Source):
             first = int(untitled.to_numpy().argmax())
             log.warning(
                 "%s: %d items have no title (first: %s, item_id %s); they and their interactions are dropped",
-                self.items, untitled.sum(), _where(self.items, first), items["item_id"].iloc[first],
+                self.items, untitled.sum(), _where(self.items, items, first), items["item_id"].iloc[first],
             )  # fmt: skip
         items["title"] = titles
         if repeated := int(items.duplicated("item_id").sum()):
@@ -95,29 +110,31 @@ def _check_fields(name: str, columns: Mapping[str, str], fields: tuple[str, ...]
         raise ValueError(f"{name} names the unknown field {unknown[0]!r}; the fields are {list(fields)}")
 
 
+def _kind(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+
+
 def _read(path: Path) -> pd.DataFrame:
-    kind = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+    """Read a table whose index is the number of each line or row."""
+    kind = _kind(path)
     if kind in (".csv", ".tsv"):
         # As text: an id keeps its leading zeros, and a film called "NA" its name.
-        return pd.read_csv(path, sep="," if kind == ".csv" else "\t", dtype=str, keep_default_na=False)
+        table = pd.read_csv(path, sep="," if kind == ".csv" else "\t", dtype=str, keep_default_na=False)
+        return table.set_axis(range(2, len(table) + 2))  # the first line is the header
     if kind == ".jsonl":
         return _read_jsonl(path)
     if kind == ".parquet":
-        return pd.read_parquet(path)
+        # Integers beside a gap stay integers: as floating-point numbers, large ids would be rounded.
+        table = parquet.read_table(path).to_pandas(integer_object_nulls=True)
+        return table.set_axis(range(1, len(table) + 1))
     raise ValueError(f"{path}: unknown kind of file; give .csv, .tsv, .jsonl (each may end in .gz) or .parquet")
 
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
-    import gzip
-
-    rows = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: no JSON ({error})") from error
-    return pd.DataFrame(rows, dtype=object)
+    rows = list(read_json_rows(path))
+    if wrong := next((row for row in rows if not isinstance(row.value, dict)), None):
+        raise ValueError(f"{wrong.place}: expected an object with a field for each column, got {wrong.value!r:.80}")
+    return pd.DataFrame([row.value for row in rows], index=[row.number for row in rows], dtype=object)
 
 
 def _select(path: Path, fields: tuple[str, ...], columns: Mapping[str, str], argument: str) -> pd.DataFrame:
@@ -134,10 +151,9 @@ def _select(path: Path, fields: tuple[str, ...], columns: Mapping[str, str], arg
     return pd.DataFrame(selected)
 
 
-def _where(path: Path, index: int) -> str:
-    """Say where a row stands: files of text have lines, the first of CSV is the header."""
-    kinds = {suffix: f"line {index + offset}" for suffix, offset in ((".csv", 2), (".tsv", 2), (".jsonl", 1))}
-    return next((kinds[suffix] for suffix in path.suffixes if suffix in kinds), f"row {index + 1}")
+def _where(path: Path, table: pd.DataFrame | pd.Series, position: int) -> str:
+    """Return the line of a text file, or the row of another one."""
+    return f"{'row' if _kind(path) == '.parquet' else 'line'} {table.index[position]}"
 
 
 def _text(column: pd.Series) -> pd.Series:
@@ -149,18 +165,24 @@ def _missing(value: Any) -> bool:
 
 
 def _identifiers(path: Path, table: pd.DataFrame, field: str) -> pd.Series:
-    # A column of whole numbers with a gap in it is read as 1.0, 2.0, ...
-    texts = _text(table[field]).str.strip().str.removesuffix(".0")
-    if (empty := (texts == "").to_numpy()).any():
-        raise ValueError(f"{path}, {_where(path, int(empty.argmax()))}, field {field}: it is empty; give every row an id")
-    return texts
+    column = table[field]
+    if pd.api.types.is_integer_dtype(column) and not column.isna().any():
+        return column.astype(str).astype(object)
+    if _kind(path) in (".csv", ".tsv"):
+        column = column.str.strip(" \t")
+    ids = [
+        value if type(value) is str and value.strip() else id_text(value, f"{path}, {_where(path, column, position)}, field {field}")
+        for position, value in enumerate(column.astype(object).where(column.notna(), None))
+    ]
+    return pd.Series(ids, index=column.index, dtype=object)
 
 
 def _numbers(path: Path, column: pd.Series) -> pd.Series:
     numbers = pd.to_numeric(column, errors="coerce")
     if (wrong := numbers.isna().to_numpy()).any():
         first = int(wrong.argmax())
-        raise ValueError(f"{path}, {_where(path, first)}, field rating: cannot read {column.iloc[first]!r}; give a number, or leave the column out")
+        where = f"{path}, {_where(path, column, first)}"
+        raise ValueError(f"{where}, field rating: cannot read {column.iloc[first]!r}; give a number, or leave the column out")
     return numbers.astype(float)
 
 
@@ -174,9 +196,8 @@ def _seconds(path: Path, column: pd.Series) -> pd.Series:
         numbers[rest] = (times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
     if (wrong := numbers.isna().to_numpy()).any():
         first = int(wrong.argmax())
-        raise ValueError(
-            f"{path}, {_where(path, first)}, field timestamp: cannot read {column.iloc[first]!r}; give unix seconds or ISO 8601 (2024-05-01T12:00:00)"
-        )
+        where = f"{path}, {_where(path, column, first)}"
+        raise ValueError(f"{where}, field timestamp: cannot read {column.iloc[first]!r}; give unix seconds or ISO 8601 (2024-05-01T12:00:00)")
     return numbers
 
 

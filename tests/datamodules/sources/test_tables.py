@@ -84,6 +84,82 @@ def test_whole_number_ids_beside_a_gap_stay_whole(tmp_path):
     assert source.load().interactions["user_id"].tolist() == ["1", "2"]
 
 
+IDS = ["7", "07", "007", "7.0", "pkg-1", "pkg-1.0", "1e3", "NA", "null", "nan", "Heat", "\u0661", "a\u2028b", "-0", "18446744073709551617", "TRUE"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "csv.gz"])
+def test_text_ids_are_never_altered(tmp_path, kind):
+    events = pd.DataFrame({"user_id": IDS, "item_id": IDS[::-1], "timestamp": 1})
+    items = pd.DataFrame({"item_id": IDS, "title": [f"Title {number}" for number in range(len(IDS))]})
+    for name, table in (("events", events), ("items", items)):
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "parquet":
+            table.to_parquet(path)
+        elif kind == "jsonl":
+            table.to_json(path, orient="records", lines=True, force_ascii=False)
+        else:
+            table.to_csv(path, index=False, sep="\t" if kind == "tsv" else ",")
+    tables = Tables(str(tmp_path / f"events.{kind}"), str(tmp_path / f"items.{kind}")).load()
+    assert tables.interactions["user_id"].tolist() == IDS
+    assert tables.interactions["item_id"].tolist() == IDS[::-1]
+    assert tables.items["item_id"].tolist() == IDS
+
+
+def test_blanks_around_a_cell_of_csv_are_no_part_of_an_id(tmp_path):
+    source = events_csv(tmp_path, "user_id,item_id,timestamp\n u 1,  a ,1\n")
+    assert source.load().interactions[["user_id", "item_id"]].values.tolist() == [["u 1", "a"]]
+    source.interactions = tmp_path / "events.jsonl"
+    source.interactions.write_text('{"user_id": " u", "item_id": "a", "timestamp": 1}')
+    assert source.load().interactions["user_id"].tolist() == [" u"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_large_numbers_beside_a_gap_are_exact(tmp_path, kind):
+    source = events_csv(tmp_path, "")
+    source.interactions = tmp_path / f"events.{kind}"
+    big = 2**53 + 1
+    table = pd.DataFrame({"user_id": [1, 2], "item_id": ["a", "b"], "timestamp": [1, 2], "session": pd.array([1, None], dtype="Int64")})
+    table["user_id"] = pd.array([big, big + 1], dtype="Int64")
+    table.to_parquet(source.interactions) if kind == "parquet" else table.to_json(source.interactions, orient="records", lines=True)
+    assert source.load().interactions["user_id"].tolist() == [str(big), str(big + 1)]
+    table["user_id"] = pd.array([big, None], dtype="Int64")
+    table.to_parquet(source.interactions) if kind == "parquet" else table.to_json(source.interactions, orient="records", lines=True)
+    with pytest.raises(ValueError, match=r"(row|line) 2, field user_id: the id is empty"):
+        source.load()
+
+
+@pytest.mark.parametrize("value", [1.5, 2.0**53])
+def test_numbers_that_are_no_exact_integers_are_refused_by_row(tmp_path, value):
+    source = events_csv(tmp_path, "")
+    source.interactions = tmp_path / "events.parquet"
+    pd.DataFrame({"user_id": [1.0, value], "item_id": ["a", "b"], "timestamp": [1, 2]}).to_parquet(source.interactions)
+    with pytest.raises(ValueError, match=r"events.parquet, row 2, field user_id: the number .* is no exact integer"):
+        source.load()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_column_of_integers_stored_as_fractions_is_told_from_the_others(tmp_path, swapped):
+    source = events_csv(tmp_path, "user_id,item_id,timestamp\nu,1.0,1\nu,2.0,2\n")
+    source.items.write_text("item_id,title\n1,Heat\n2,Alien\n")
+    if swapped:
+        source = events_csv(tmp_path, "user_id,item_id,timestamp\nu,1,1\nu,2,2\n")
+        source.items.write_text("item_id,title\n1.0,Heat\n2.0,Alien\n")
+    name = "items.csv" if swapped else "events.csv"
+    with pytest.raises(ValueError, match=rf"{name} has the item_id '1.0' where the other table has '1': write both alike"):
+        source.load()
+
+
+def test_blank_lines_of_json_do_not_shift_places(tmp_path):
+    source = events_csv(tmp_path, "")
+    source.interactions = tmp_path / "events.jsonl"
+    source.interactions.write_text('{"user_id": 1, "item_id": "a", "timestamp": 1}\n\n{"user_id": "", "item_id": "a", "timestamp": 1}\n')
+    with pytest.raises(ValueError, match=r"events.jsonl, line 3, field user_id: the id is empty; give every row an id"):
+        source.load()
+    source.interactions.write_text("\n[1]\n")
+    with pytest.raises(ValueError, match=r"events.jsonl, line 2: expected an object with a field for each column, got \[1\]"):
+        source.load()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -94,7 +170,7 @@ def test_whole_number_ids_beside_a_gap_stay_whole(tmp_path):
         ("user_id,item_id,timestamp\nu,a,1\nu,b,soon\n", r"events.csv, line 3, field timestamp: cannot read 'soon'; give unix seconds or ISO 8601"),
         ("user_id,item_id,timestamp\nu,a,\n", r"events.csv, line 2, field timestamp: cannot read ''"),
         ("user_id,item_id,timestamp,rating\nu,a,1,good\n", r"events.csv, line 2, field rating: cannot read 'good'; give a number"),
-        ("user_id,item_id,timestamp\nu,a,1\n,b,1\n", r"events.csv, line 3, field user_id: it is empty"),
+        ("user_id,item_id,timestamp\nu,a,1\n,b,1\n", r"events.csv, line 3, field user_id: the id is empty"),
     ],
 )
 def test_what_cannot_be_read_is_named_by_file_line_and_field(tmp_path, text, message):
