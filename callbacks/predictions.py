@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from malleable.datamodules.batch import Batch, Recommendations
+from malleable.datamodules.batch import Batch, Catalog, Recommendations
 from malleable.datamodules.files import atomic_write
 
 Described = Iterator[tuple[Sequence[Any], Sequence[Sequence[Any]]]]
@@ -37,30 +37,36 @@ class DescribesPredictions(Protocol):
 
 
 class DescribesItems:
-    """The same of :class:`~malleable.datamodules.batch.Recommendations` from a catalogue; rows have their id only.
+    """The same of :class:`~malleable.datamodules.batch.Recommendations` from a catalogue.
 
     Args:
-        titles: Titles by item id; none are written where they are unknown.
+        catalog: The items. They are written by the source's ids, or by their titles where the source has none.
+        users: User of each row by ``sample_id``; ``None`` writes none.
     """
 
-    query_fields: Sequence[str] = ()
     answer_fields: Sequence[str] = ("item_id", "title", "score")
 
-    def __init__(self, titles: Sequence[str] = ()) -> None:
-        self.titles = titles
+    def __init__(self, catalog: Catalog, users: Mapping[int, str] | None = None) -> None:
+        self.keys = catalog.keys or catalog.titles
+        self.titles = catalog.titles
+        self.users = users
+        self.query_fields: Sequence[str] = () if users is None else ("user_id",)
 
     def describe(self, batch: Batch, found: Recommendations) -> Described:
-        """Return nothing for the query, and the items of each row."""
-        for items, scores in zip(*(part.tolist() for part in found), strict=True):
-            yield (), [(item, self.titles[item] if self.titles else "", score) for item, score in zip(items, scores, strict=True) if item >= 0]
+        """Return the user where it is known, and the items of each row."""
+        for sample_id, items, scores in zip(batch.sample_id.tolist(), *(part.tolist() for part in found), strict=True):
+            query = () if self.users is None else (self.users.get(sample_id, ""),)
+            yield query, [(self.keys[item], self.titles[item], score) for item, score in zip(items, scores, strict=True) if item >= 0]
 
 
 class PredictionWriter(Callback):
     """Write what ``predict`` finds, in the order of the rows' ids and whatever the number of devices.
 
     ``predictions.csv`` has a line for each answer, ``predictions.jsonl`` one for each row, with its answers as ``items``. Of recommendations they
-    hold ``sample_id, rank, item_id, title, score``; a module that :class:`DescribesPredictions` names its own fields (a knowledge graph's:
-    ``sample_id, head, relation, tail, rank, answer, id, score, uncertainty``).
+    hold ``sample_id, user_id, rank, item_id, title, score``: ``sample_id`` is the number of the row in the file of histories, from 0,
+    ``user_id`` is there where that file has users, and ``item_id`` is the source's own id (the title where the source has none; the first id
+    where items of one title were merged). A module that :class:`DescribesPredictions` names its own fields (a knowledge graph's:
+    ``sample_id, head, relation, tail, rank, answer, score, uncertainty``).
 
     Args:
         dirpath: Folder of the files; default: the run folder.
@@ -69,7 +75,7 @@ class PredictionWriter(Callback):
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
         self.folder: Path | None = None
-        self._words: DescribesPredictions = DescribesItems()
+        self._words: DescribesPredictions | None = None
         self._lines: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -78,10 +84,20 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget earlier predictions, and find who names what is predicted."""
-        catalog = getattr(pl_module, "catalog", None) or getattr(getattr(trainer, "datamodule", None), "catalog", None)
-        items = DescribesItems(catalog.titles if catalog is not None else ())
-        self._words = pl_module if isinstance(pl_module, DescribesPredictions) else items
         self._lines = []
+        data = getattr(trainer, "datamodule", None)
+        catalog = self._catalog(getattr(pl_module, "catalog", None), getattr(data, "catalog", None))
+        if isinstance(pl_module, DescribesPredictions):
+            self._words = pl_module
+        else:
+            self._words = None if catalog is None else DescribesItems(catalog, getattr(data, "predict_users", None))
+
+    @staticmethod
+    def _catalog(own: Catalog | None, other: Catalog | None) -> Catalog | None:
+        """The module's catalogue; the data's where it is the same and only that one has ids, as checkpoints of earlier versions have none."""
+        if own is None or (not own.keys and other is not None and other.titles == own.titles):
+            return other
+        return own
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -91,6 +107,11 @@ class PredictionWriter(Callback):
             raise MisconfigurationException(
                 f"PredictionWriter writes Recommendations for a Batch, but {type(pl_module).__name__}.predict_step gave {type(outputs).__name__} "
                 f"for {type(batch).__name__}; leave PredictionWriter out"
+            )
+        if self._words is None:
+            raise MisconfigurationException(
+                f"PredictionWriter writes items by their ids, but neither {type(pl_module).__name__} nor the data module has a catalogue; "
+                "set the attribute `catalog` of one of them, or leave PredictionWriter out"
             )
         rows = zip(batch.sample_id.tolist(), self._words.describe(batch, outputs), strict=True)
         self._lines += [self._line(sample_id, query, answers) for sample_id, (query, answers) in rows if sample_id >= 0]
@@ -109,16 +130,18 @@ class PredictionWriter(Callback):
             lines: Rows in JSON, in any order.
         """
         assert self.folder is not None
+        query_fields, answer_fields = (self._words.query_fields, self._words.answer_fields) if self._words is not None else ((), ())
         rows = sorted(map(json.loads, lines), key=lambda row: int(row["sample_id"]))
         with atomic_write(self.folder / "predictions.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(("sample_id", *self._words.query_fields, "rank", *self._words.answer_fields))
+            writer.writerow(("sample_id", *query_fields, "rank", *answer_fields))
             writer.writerows((*query, *item.values()) for *query, items in map(dict.values, rows) for item in items)
         with atomic_write(self.folder / "predictions.jsonl") as path, path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         rank_zero_info(f"predictions for {len(rows)} rows: {self.folder / 'predictions.csv'}")
 
     def _line(self, sample_id: int, query: Sequence[Any], answers: Sequence[Sequence[Any]]) -> str:
+        assert self._words is not None
         items = [
             {"rank": rank} | {name: _rounded(part) for name, part in zip(self._words.answer_fields, answer, strict=True)}
             for rank, answer in enumerate(answers, start=1)

@@ -21,7 +21,7 @@ from malleable.datamodules.loader import RowView
 
 @dataclass
 class RoundFile:
-    """The rows of one round.
+    """The rows of one round: state of a run, to resume from. It names items by their positions in the catalogue, and is not meant for users.
 
     Attributes:
         positions: Rows of the pool.

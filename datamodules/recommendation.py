@@ -55,6 +55,8 @@ class RecommendationDataModule(BaseDataModule):
     Attributes:
         catalog: The items, valid after ``setup`` as are the datasets.
         answer_dataset: Training rows of a prompt and an answer, also where training shows packed histories.
+        predict_users: Users of the rows to predict for, by ``sample_id``, which is the number of the row in ``predict_file`` from 0; ``None``
+            where the file has no users.
 
     Raises:
         ValueError: If a value is out of range or the data cannot be used; the message says which.
@@ -64,6 +66,7 @@ class RecommendationDataModule(BaseDataModule):
     """Whether ``tokenizer`` may be a checkpoint."""
     catalog: Catalog
     answer_dataset: AnswerRows
+    predict_users: dict[int, str] | None = None
 
     def __init__(
         self,
@@ -210,7 +213,11 @@ class RecommendationDataModule(BaseDataModule):
 
     def _predict_rows(self, path: Path) -> AnswerRows:
         store = self._open()
-        histories = [np.array(items) for items in read_histories(path, ItemLookup(store.catalog.titles, store.keys))]
-        index = RowIndex(np.arange(len(histories)), np.array([len(items) for items in histories]))
-        table = Reach(self.split.history_length, store.pieces, self.max_prompt_length).place("predict", histories, index)
-        return AnswerRows(table, histories, store.pieces, hide_seen=self.split.repeats == "drop")
+        histories = read_histories(path, ItemLookup(store.catalog.titles, store.keys))
+        sequences = [np.array(history.items) for history in histories]
+        index = RowIndex(np.arange(len(sequences)), np.array([len(items) for items in sequences]))
+        table = Reach(self.split.history_length, store.pieces, self.max_prompt_length).place("predict", sequences, index)
+        table = replace(table, sample_id=np.array([history.number for history in histories]))
+        users = {history.number: history.user_id for history in histories if history.user_id is not None}
+        self.predict_users = users or None
+        return AnswerRows(table, sequences, store.pieces, hide_seen=self.split.repeats == "drop")

@@ -124,10 +124,10 @@ def id_text(value: Any, place: str) -> str:
         return value
     if value is None or value != value:
         raise ValueError(f"{place}: the id is empty; give every row an id")
-    if type(value).__name__.startswith("bool") or not isinstance(value, numbers.Real):
+    if type(value).__name__.startswith("bool") or not issubclass(type(value), numbers.Real):
         raise ValueError(f"{place}: an id is a text or an integer, got {value!r:.80} ({type(value).__name__})")
     # From 2**53 on, several integers share a floating-point number.
-    if not isinstance(value, numbers.Integral) and (value != value // 1 or abs(value) >= 2**53):
+    if not issubclass(type(value), numbers.Integral) and (value != value // 1 or abs(value) >= 2**53):
         raise ValueError(f"{place}: the number {value} is no exact integer; store ids as integers or as text")
     return str(int(value))
 

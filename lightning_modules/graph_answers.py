@@ -58,7 +58,7 @@ class GraphAnswers(ABC):
     """The part of a knowledge-graph embedding that answers: entities and relations are given by label or number."""
 
     query_fields: ClassVar[tuple[str, ...]] = ("head", "relation", "tail")
-    answer_fields: ClassVar[tuple[str, ...]] = ("answer", "id", "score", "uncertainty")
+    answer_fields: ClassVar[tuple[str, ...]] = ("answer", "score", "uncertainty")
     interaction: Interaction
     graph: KnowledgeGraph | None
     gamma: float | nn.Parameter
@@ -135,20 +135,21 @@ class GraphAnswers(ABC):
         return torch.stack(found)
 
     @torch.no_grad()
-    def describe(self, batch: QueryBatch, found: Recommendations) -> Iterator[tuple[Sequence[str], Sequence[Answer]]]:
-        """Name the queries of a batch, head, relation and tail, and what ``predict_step`` found for each."""
+    def describe(self, batch: QueryBatch, found: Recommendations) -> Iterator[tuple[Sequence[str], Sequence[tuple[str, float, float | None]]]]:
+        """Name the queries of a batch, head, relation and tail, and what ``predict_step`` found for each: labels, scores and deviations."""
         labels = self._labels()
         tails = [-1] * len(batch) if batch.tail is None else batch.tail.tolist()
         columns = (part.tolist() for part in (batch.head, batch.relation, *found))
         for head, relation, ids, scores, tail in zip(*columns, tails, strict=True):
             real = [number for number in ids if number >= 0]
             if relation < 0:
-                answers = [Answer(labels.relations[number], number, score) for number, score in zip(real, scores, strict=False)]
+                answers = [(labels.relations[number], score, None) for number, score in zip(real, scores, strict=False)]
                 yield (labels.entities[head], ASKED, labels.entities[tail]), answers
                 continue
             place, reciprocal = relation % len(labels.relations), relation >= len(labels.relations)
             query = labels.entities[head], labels.relations[place], ASKED
-            yield query[::-1] if reciprocal else query, self._answers(real, scores)
+            named = [(answer.label, answer.score, answer.uncertainty) for answer in self._answers(real, scores)]
+            yield query[::-1] if reciprocal else query, named
 
     @torch.no_grad()
     def uncertainty(self) -> Tensor:

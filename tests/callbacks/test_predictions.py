@@ -1,6 +1,7 @@
 import csv
 import json
 import runpy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from toy_graph import NAMES, RELATIONS, toy_triples, write_toy_graph
 from toy_shop import TITLES, ToyShop
 
 from malleable.callbacks.predictions import PredictionWriter
-from malleable.datamodules.batch import Batch, Recommendations
+from malleable.datamodules.batch import Batch, Catalog, Recommendations
 from malleable.lightning_modules.baselines import Markov
 
 
@@ -31,7 +32,7 @@ def test_files_hold_what_was_recommended(tmp_path):
     assert [row["sample_id"] for row in rows] == list(range(12))
     for row, own_items, own_scores in zip(rows, items.tolist(), scores.tolist(), strict=True):
         known = [item for item in own_items if item >= 0]
-        assert [item["item_id"] for item in row["items"]] == known
+        assert [item["item_id"] for item in row["items"]] == [TITLES[item] for item in known]  # where the source has no ids
         assert [item["title"] for item in row["items"]] == [TITLES[item] for item in known]
         assert [item["rank"] for item in row["items"]] == list(range(1, len(known) + 1))
         assert [item["score"] for item in row["items"]] == pytest.approx(own_scores[: len(known)], abs=1e-6)
@@ -42,8 +43,26 @@ def test_files_hold_what_was_recommended(tmp_path):
     assert [tuple(line.values()) for line in lines] == flat
 
 
+def test_ids_of_the_data_serve_a_checkpoint_that_has_none(tmp_path):
+    data, module = ToyShop(), Markov(ks=(2,))
+    data.setup = lambda stage: (ToyShop.setup(data, stage), setattr(data, "catalog", replace(data.catalog, keys=tuple(f"key {t}" for t in TITLES))))
+    module.catalog = Catalog(TITLES)
+    write(tmp_path, module, data)
+    items = [item for row in rows_of(tmp_path) for item in row["items"]]
+    assert items
+    assert all(item["item_id"] == f"key {item['title']}" for item in items)
+
+
+def test_without_a_catalogue_nothing_is_written(tmp_path):
+    writer, trainer, module = PredictionWriter(), Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), Markov()
+    writer.on_predict_start(trainer, module)
+    with pytest.raises(MisconfigurationException, match=r"writes items by their ids, but neither Markov nor the data module has a catalogue"):
+        writer.on_predict_batch_end(trainer, module, Recommendations(torch.zeros(1, 1).long(), torch.zeros(1, 1)), Batch(torch.tensor([0])), 0)
+
+
 def test_repeats_are_left_out_and_rows_sorted(tmp_path):
     writer, trainer, module = PredictionWriter(), Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), Markov()
+    module.catalog = Catalog(("Heat", "Alien"), keys=("007", "1.0"))
     writer.setup(trainer, module, "predict")
     writer.on_predict_start(trainer, module)
     found = Recommendations(torch.tensor([[1, -1], [1, 0], [0, 1]]), torch.tensor([[2.0, -torch.inf], [1.0, 1.0], [0.5, 0.25]]))
@@ -51,13 +70,13 @@ def test_repeats_are_left_out_and_rows_sorted(tmp_path):
     writer.on_predict_epoch_end(trainer, module)
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [row["sample_id"] for row in rows] == [2, 5]
-    assert rows[1]["items"] == [{"rank": 1, "item_id": 1, "title": "", "score": 2.0}]
+    assert rows[1]["items"] == [{"rank": 1, "item_id": "1.0", "title": "Alien", "score": 2.0}]
     lines = (tmp_path / "predictions.csv").read_text().splitlines()
     assert lines == [
         "sample_id,rank,item_id,title,score",
-        "2,1,0,,0.5",
-        "2,2,1,,0.25",
-        "5,1,1,,2.0",
+        "2,1,007,Heat,0.5",
+        "2,2,1.0,Alien,0.25",
+        "5,1,1.0,Alien,2.0",
     ]
 
 
@@ -116,7 +135,7 @@ def test_answers_of_a_graph_have_their_labels(answered):
         assert len(row["items"]) == (5 if place != 1 else len(RELATIONS) - len({r for h, r, t in known if (h, t) == (query[0], query[2])}))
     with (answered / "ranks1" / "predictions.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    assert list(lines[0]) == ["sample_id", "head", "relation", "tail", "rank", "answer", "id", "score", "uncertainty"]
+    assert list(lines[0]) == ["sample_id", "head", "relation", "tail", "rank", "answer", "score", "uncertainty"]
     flat = [{**{name: row[name] for name in row if name != "items"}, **item} for row in rows for item in row["items"]]
     assert lines == [{name: "" if value is None else str(value) for name, value in line.items()} for line in flat]
 

@@ -223,12 +223,13 @@ def test_the_sources_content_decides_the_cache(tmp_path, cache):
 def test_prediction_for_a_file_of_histories(tmp_path):
     titles = make().catalog.titles
     path = tmp_path / "histories.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in ([titles[3], titles[5].upper()], {"history": [4]}, list(titles))))
+    path.write_text("\n".join(json.dumps(row) for row in ([titles[3], titles[5].upper()], {"history": [4], "user_id": "u"}, list(titles))))
     data = make("predict", predict_file=str(path), max_prompt_length=20)
     rows = [data.predict_dataset[row] for row in range(3)]
     assert [row["sample_id"] for row in rows] == [0, 1, 2]
     assert rows[0]["seen"] == [3, 5]
-    assert rows[1]["history"] == [4]
+    assert rows[1]["history"] == [data._store.keys.index(["4"])]
+    assert data.predict_users == {1: "u"}
     assert rows[2]["seen"] == list(range(24))
     assert len(rows[2]["prompt"]) <= 20
     batch = next(iter(data.predict_dataloader()))

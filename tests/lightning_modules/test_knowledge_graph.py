@@ -224,7 +224,7 @@ class TestEvaluation:
             module.predict_heads("opposite", names[2], k=4),
         )
         for (_, answers), expected in zip((relations, tails, heads), by_label, strict=True):
-            assert answers == [answer._replace(score=pytest.approx(answer.score, rel=1e-5)) for answer in expected]
+            assert answers == [(answer.label, pytest.approx(answer.score, rel=1e-5), answer.uncertainty) for answer in expected]
         assert len(module.answer_fields) == len(tails[1][0])
 
     def test_predictions_of_what_is_not_a_number_raise(self):
