@@ -161,7 +161,7 @@ def test_rows_without_text(cache):
 
 
 def test_a_given_tokenizer_and_template():
-    template = PromptTemplate(prefix="Seen: ", item="<{title}>", separator=" ", suffix=" Next:", answer=" <{title}>")
+    template = PromptTemplate(prefix="Seen:", item=" <{title}>", separator="", suffix=" Next:", answer=" <{title}>")
     data = make(tokenizer=str(shared_data("models/stories260k")), template=template)
     tokenizer = load_tokenizer(data.catalog.tokenizer)
     row = data.test_dataset[0]
@@ -235,7 +235,7 @@ def test_prediction_for_a_file_of_histories(tmp_path):
     batch = next(iter(data.predict_dataloader()))
     assert batch.item_ids.tolist()[:3] == [[-1]] * 3
     path.write_text(json.dumps([titles[3][:-8]]))
-    with pytest.raises(ValueError, match=r"histories.jsonl, line 1: .* is neither a title nor an item id .*nearest titles: "):
+    with pytest.raises(ValueError, match=r"histories.jsonl: left out 1 items .*line 1: .* is neither a title nor an item id .*nearest titles: "):
         make("predict", predict_file=str(path))
 
 
