@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Logits in float32 at a time: 2 MiB stay in a processor's cache; on an accelerator 128 MiB, so that launches do not count.
 CHUNK = 1 << 19
@@ -24,7 +23,7 @@ def selected_token_logps(logits: Tensor, targets: Tensor, positions: Tensor | No
     allocates the gradient in the type of the logits. For bfloat16 the peak is ``2 B T V`` numbers of 2 bytes plus one part, where
     ``log_softmax`` takes the logits and about three float32 copies (14 bytes a logit instead of 4).
 
-    The gradient can be taken once; it has no derivative of its own.
+    The gradient can be differentiated again (``create_graph=True``), at the memory of ``log_softmax``.
 
     Args:
         logits: ``(B, T, V)``; float64 stays float64.
@@ -54,9 +53,11 @@ class _SelectedLogps(torch.autograd.Function):
         return logits[place, targets].to(kind) - total[place]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, total, targets, place = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Products with second derivatives are asked for: only operations that autograd records can give them.
+            return _recorded_gradient(logits, targets, place, grad), None, None
         weight = torch.zeros_like(total).index_put_((place,), grad, accumulate=True)
         result = torch.empty_like(logits)
         size, vocab = _part(logits), logits.shape[1]
@@ -68,6 +69,13 @@ class _SelectedLogps(torch.autograd.Function):
             part.view(-1).index_put_((column,), torch.where(inside, grad, 0.0), accumulate=True)
             result[start : start + size] = part
         return result, None, None
+
+
+def _recorded_gradient(logits: Tensor, targets: Tensor, place: Tensor, grad: Tensor) -> Tensor:
+    """Compute the gradient of chosen log-probabilities by operations that autograd records, ``(R, V)``."""
+    weight = torch.zeros(len(logits), dtype=grad.dtype, device=grad.device).index_put((place,), grad, accumulate=True)
+    result = -weight[:, None] * logits.to(grad.dtype).softmax(-1)
+    return result.index_put((place, targets), grad, accumulate=True).to(logits.dtype)
 
 
 def _part(logits: Tensor) -> int:

@@ -49,6 +49,11 @@ def test_gradient_in_double_precision():
     assert torch.autograd.gradcheck(lambda logits: selected_token_logps(logits, targets, positions), (logits,))
 
 
+def test_second_derivatives():
+    logits, targets, positions = inputs(torch.float64)
+    assert torch.autograd.gradgradcheck(lambda logits: selected_token_logps(logits, targets, positions), (logits,))
+
+
 def test_a_token_for_each_position_by_default():
     logits = torch.randn(B, T, V)
     targets = torch.randint(V, (B, T))
