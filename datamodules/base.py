@@ -55,6 +55,7 @@ class BaseDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self._train_loader: PhasedLoader[Any] | None = None
+        self._eval_loaders: dict[str, PhasedLoader[Any]] = {}
 
     def setup(self, stage: str) -> None:
         """Fit the Trainer's accumulation to the global batch; a subclass calls this before it sets its datasets."""
@@ -82,6 +83,7 @@ class BaseDataModule(LightningDataModule, ABC):
                 row_tokens=self.row_tokens(),
                 seed=self.seed,
                 num_workers=self.num_workers,
+                pin_memory=self._pins_memory,
             )
             if self._train_loader.num_steps == 0:
                 raise ValueError(
@@ -107,15 +109,30 @@ class BaseDataModule(LightningDataModule, ABC):
         """Return the prediction loader, in dataset order."""
         return self._eval_loader("predict")
 
+    def teardown(self, stage: str) -> None:
+        """End the worker processes."""
+        for loader in (self._train_loader, *self._eval_loaders.values()):
+            if loader is not None:
+                loader.stop_workers()
+
+    @property
+    def _pins_memory(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
     def _eval_loader(self, split: str) -> PhasedLoader[Any]:
-        return PhasedLoader(
-            self._dataset(split),
-            self.eval_batch_size,
-            collate_fn=self.collate,
-            shuffle=False,
-            drop_last=False,
-            num_workers=self.num_workers,
-        )
+        """Return the loader of a split, the same as long as the rows are, so that its workers live on."""
+        dataset, known = self._dataset(split), self._eval_loaders.get(split)
+        if known is None or known.pool is not dataset or (known.max_batch_size, known.pin_memory) != (self.eval_batch_size, self._pins_memory):
+            self._eval_loaders[split] = PhasedLoader(
+                dataset,
+                self.eval_batch_size,
+                collate_fn=self.collate,
+                shuffle=False,
+                drop_last=False,
+                num_workers=self.num_workers,
+                pin_memory=self._pins_memory,
+            )
+        return self._eval_loaders[split]
 
     def _dataset(self, split: str) -> Any:
         dataset = getattr(self, f"{split}_dataset")

@@ -12,6 +12,7 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset
 
 from malleable.datamodules.batch import Batch
+from malleable.datamodules.row_reader import RowReader, options_of
 
 log = logging.getLogger(__name__)
 
@@ -121,52 +122,66 @@ class PhasedLoader(Generic[BatchT]):
     checkpoint makes a run that was killed within an epoch go on with the very next batch.
 
     Args:
-        dataset: Rows with a length; a :class:`torch.utils.data.DataLoader` is taken apart (dataset, batch size, collation, workers). Of a
+        dataset: Rows with a length. A :class:`torch.utils.data.DataLoader` is taken apart: its batch size, shuffling, last batch, collation, pinning
+            and workers are the defaults of the other arguments; a sampler, batch sampler, generator or iterable dataset is refused. Of a
             dataset that :class:`MakesBatches`, whole batches are asked for; it needs neither collation nor workers.
-        batch_size: Rows of one forward pass on one device, at most: more devices than ``global_batch_size`` needs pass fewer each.
+        batch_size: Rows of one forward pass on one device, at most: more devices than ``global_batch_size`` needs pass fewer each; default: 1.
         global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times the number of devices.
         collate_fn: Makes a batch of rows.
-        shuffle: Draw a new order each epoch, from ``seed`` and the epoch's number alone.
-        drop_last: Leave out the rows that do not fill a global batch; otherwise repeat rows, marked by a negative ``sample_id``, so that
+        shuffle: Draw a new order each epoch, from ``seed`` and the epoch's number alone; default: True.
+        drop_last: Leave out the rows that do not fill a global batch (default); otherwise repeat rows, marked by a negative ``sample_id``, so that
             all ranks make equally many batches (on one device the last ones are short, of one row at least). A loss that leaves out
             the marked rows and divides by ``num_step_tokens`` or ``num_step_rows`` is then the mean over a short last step, too.
         row_tokens: Number of loss-bearing tokens of each row; given, every batch carries ``num_step_tokens`` and ``num_step_rows``, if it
             has such fields.
         seed: Seed of the order.
-        num_workers: Worker processes.
+        num_workers: Worker processes; default: 0.
+        pin_memory: Hand out batches in pinned memory, which copies to a GPU do not wait for; default: False.
+        worker_options: More arguments of :class:`~malleable.datamodules.row_reader.RowReader`, such as ``prefetch_factor``.
 
     Raises:
-        ValueError: If the rows of a step cannot be dealt evenly.
+        ValueError: If the rows of a step cannot be dealt evenly, or a DataLoader has what cannot be kept.
     """
 
     def __init__(
         self,
         dataset: Dataset[Any] | DataLoader[Any] | Sequence[Any],
-        batch_size: int = 1,
+        batch_size: int | None = None,
         *,
         global_batch_size: int | None = None,
         collate_fn: Callable[[Sequence[Any]], BatchT] | None = None,
-        shuffle: bool = True,
-        drop_last: bool = True,
+        shuffle: bool | None = None,
+        drop_last: bool | None = None,
         row_tokens: Sequence[int] | None = None,
         seed: int = 0,
-        num_workers: int = 0,
+        num_workers: int | None = None,
+        pin_memory: bool | None = None,
+        **worker_options: Any,
     ) -> None:
+        given = {
+            "batch_size": batch_size,
+            "collate_fn": collate_fn,
+            "shuffle": shuffle,
+            "drop_last": drop_last,
+            "num_workers": num_workers,
+            "pin_memory": pin_memory,
+        }
+        options: dict[str, Any] = {"batch_size": 1, "collate_fn": None, "shuffle": True, "drop_last": True, "num_workers": 0, "pin_memory": False}
         if isinstance(dataset, DataLoader):
-            batch_size = dataset.batch_size or batch_size
-            collate_fn = cast("Callable[[Sequence[Any]], BatchT]", dataset.collate_fn)
-            num_workers = dataset.num_workers
+            options |= options_of(dataset)
             dataset = dataset.dataset
-        if collate_fn is None and not isinstance(dataset, MakesBatches):
+        options |= {name: value for name, value in given.items() if value is not None} | worker_options
+        self.collate_fn: Any = options.pop("collate_fn")
+        if self.collate_fn is None and not isinstance(dataset, MakesBatches):
             raise ValueError("PhasedLoader needs a collate_fn that makes a Batch, e.g. malleable.datamodules.batch.collate")
         self.pool: Any = dataset
-        self.max_batch_size = batch_size
+        self.max_batch_size: int = options.pop("batch_size")
         self.global_batch_size = global_batch_size
-        self.collate_fn: Any = collate_fn
-        self.shuffle = shuffle
-        self.drop_last = drop_last
+        self.shuffle: bool = options.pop("shuffle")
+        self.drop_last: bool = options.pop("drop_last")
+        self.pin_memory: bool = options.pop("pin_memory")
         self.seed = seed
-        self.num_workers = num_workers
+        self._worker_options = options
         self._epoch = 0
         self._restored = {"epoch": -1, "position": 0}
         self._position = 0
@@ -193,6 +208,7 @@ class PhasedLoader(Generic[BatchT]):
             batch_factor: How many times the rows of a pass and of an optimizer step; the accumulation stays the same.
         """
         self.dataset: Any = rows
+        self._reader = RowReader(rows, self.collate_fn, **self._worker_options)
         self.batch_factor = batch_factor
         self._position = 0
         self.row_tokens = None if row_tokens is None else torch.as_tensor(row_tokens)
@@ -288,17 +304,18 @@ class PhasedLoader(Generic[BatchT]):
         shares = shares[start:]
         for share, batch in zip(shares, self._made(shares), strict=True):
             self._position += 1
-            yield _finish(batch, share)
+            finished = _finish(batch, share)
+            # Here and not by the DataLoader, so that the normalisers are pinned too: one pageable copy would wait for the device.
+            yield finished.pin_memory() if self.pin_memory else finished
+
+    def stop_workers(self) -> None:
+        """End the worker processes; they start again with the next batches."""
+        self._reader.stop()
 
     def _made(self, shares: Sequence[Share]) -> Iterable[BatchT]:
         if isinstance(self.dataset, MakesBatches):
             return (cast("BatchT", self.dataset.make_batch(share.rows)) for share in shares)
-        return DataLoader(
-            self.dataset,
-            batch_sampler=[share.rows.tolist() for share in shares],
-            collate_fn=self.collate_fn,
-            num_workers=self.num_workers,
-        )
+        return self._reader.read([share.rows.tolist() for share in shares])
 
 
 def _finish(batch: BatchT, share: Share) -> BatchT:

@@ -1,4 +1,8 @@
+import multiprocessing
+from types import SimpleNamespace
+
 import pytest
+import torch
 from boring import BoringDataModule, BoringModule
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -86,3 +90,33 @@ def test_an_empty_split():
 def test_a_data_module_without_collation():
     with pytest.raises(NotImplementedError, match="override `collate`"):
         BaseDataModule().collate([])
+
+
+def test_loaders_of_a_split_stay_the_same_while_the_rows_do():
+    """Their workers then live on, also where a Trainer asks for loaders anew in each epoch."""
+    data = BoringDataModule()
+    data.setup("fit")
+    first = data.val_dataloader()
+    assert data.val_dataloader() is first
+    assert data.test_dataloader() is not first
+    data.eval_batch_size = 2
+    assert data.val_dataloader().batch_size == 2
+    data.setup("fit")
+    assert data.val_dataloader().pool is data.val_dataset
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False), ("mps", False)])
+def test_batches_for_a_gpu_are_pinned(device, pinned):
+    data = BoringDataModule()
+    data.setup("fit")
+    strategy = SimpleNamespace(root_device=torch.device(device), handles_gradient_accumulation=False)
+    data.trainer = SimpleNamespace(strategy=strategy, accumulate_grad_batches=1, world_size=1)
+    assert data.train_dataloader().pin_memory is pinned
+    assert data.val_dataloader().pin_memory is pinned
+
+
+def test_workers_end_with_the_run(tmp_path):
+    data = BoringDataModule()
+    data.num_workers = 1
+    trainer(tmp_path).fit(BoringModule(), data)
+    assert not multiprocessing.active_children()

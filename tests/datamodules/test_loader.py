@@ -1,10 +1,11 @@
 """The training loader: equal global batches on any number of devices, exact resumption, marked padding."""
 
+import os
 from itertools import chain
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
 
 from malleable.datamodules import loader as module
 from malleable.datamodules.batch import QueryBatch, collate
@@ -170,11 +171,64 @@ def test_more_batches_than_rows_in_the_last_step():
     assert [int((batch.sample_id >= 0).sum()) for batch in batches[4:]] == [1, 0, 0, 0]
 
 
-def test_takes_a_data_loader_apart():
-    loader = PhasedLoader(DataLoader(ROWS, batch_size=4, collate_fn=collate))
-    assert loader.batch_size == 4
-    assert len(loader) == 5
-    assert len(next(iter(loader))) == 4
+@pytest.mark.parametrize(("shuffle", "drop_last"), [(True, True), (False, True), (True, False), (False, False)])
+def test_what_a_data_loader_says_holds(shuffle, drop_last):
+    """Batch size, order, last batch and collation are its own."""
+    loader = PhasedLoader(DataLoader(ROWS, batch_size=4, shuffle=shuffle, drop_last=drop_last, collate_fn=collate), seed=3)
+    assert ids(loader) == ids(PhasedLoader(ROWS, 4, shuffle=shuffle, drop_last=drop_last, collate_fn=collate, seed=3))
+    assert len(loader) == (5 if drop_last else 6)
+    assert (next(iter(loader)).sample_id.tolist() == [0, 1, 2, 3]) is not shuffle
+
+
+def test_arguments_win_over_a_data_loader():
+    loader = PhasedLoader(DataLoader(ROWS, batch_size=4, collate_fn=collate, num_workers=2, prefetch_factor=3), 2, drop_last=True, num_workers=0)
+    assert ids(loader) == [[row, row + 1] for row in range(0, 22, 2)]
+
+
+def test_workers_and_pinning_of_a_data_loader_are_kept(monkeypatch):
+    options = {"num_workers": 2, "prefetch_factor": 3, "worker_init_fn": print, "timeout": 5, "multiprocessing_context": "fork"}
+    loader = PhasedLoader(DataLoader(ROWS, batch_size=4, collate_fn=collate, persistent_workers=True, pin_memory=True, **options))
+    made = loader._reader.read([[0, 1]])
+    assert isinstance(made, DataLoader)
+    assert (made.num_workers, made.prefetch_factor, made.worker_init_fn, made.timeout, made.persistent_workers) == (2, 3, print, 5, True)
+    assert made.multiprocessing_context.get_start_method() == "fork"
+    assert loader.pin_memory
+
+
+class Stream(IterableDataset):
+    """Rows without a length."""
+
+    def __iter__(self):
+        return iter(ROWS)
+
+
+@pytest.mark.parametrize(("what", "arguments"), [
+    ("an IterableDataset", {"dataset": Stream()}),
+    ("a batch_sampler", {"batch_sampler": [[0, 1], [2]]}),
+    ("a batch_sampler", {"batch_size": None}),
+    ("a sampler", {"sampler": [3, 1, 2]}),
+    ("a sampler", {"sampler": WeightedRandomSampler([1.0] * 22, 22)}),
+    ("a sampler", {"sampler": RandomSampler(ROWS, replacement=True)}),
+    ("a sampler", {"sampler": RandomSampler(ROWS, num_samples=3)}),
+    ("a generator", {"shuffle": True, "generator": torch.Generator()}),
+    ("the default collate_fn", {"collate_fn": None}),
+])  # fmt: skip
+def test_what_cannot_be_kept_of_a_data_loader_is_refused(what, arguments):
+    given = DataLoader(**{"dataset": ROWS, "collate_fn": collate, **arguments})
+    with pytest.raises(ValueError, match=f"PhasedLoader cannot keep {what} of a DataLoader: .* torch.utils.data.Subset"):
+        PhasedLoader(given)
+
+
+@pytest.mark.parametrize("rows", [ROWS, Table()], ids=["rows", "batches"])
+def test_batches_are_pinned_whole(rows, monkeypatch):
+    """The normalisers, too: one pageable tensor would wait for the device."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    options = {} if isinstance(rows, Table) else {"collate_fn": collate}
+    batch = next(iter(PhasedLoader(rows, 4, row_tokens=[1] * 22, pin_memory=True, **options)))
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert {id(tensor) for tensor in tensors} <= {id(tensor) for tensor in pinned}
+    assert batch.num_step_tokens is not None
 
 
 def test_shown_rows_replace_the_old_ones():
@@ -189,8 +243,53 @@ def test_shown_rows_replace_the_old_ones():
     assert len(loader.pool) == 22
 
 
+class Processes:
+    """Rows that carry the process that read them."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return {"sample_id": index, "prompt": [1], "answers": [[2]], "item_ids": [os.getpid()]}
+
+
+def readers(loader) -> set[int]:
+    return {int(item) for batch in loader for item in batch.item_ids.flatten()}
+
+
+def test_workers_live_on_between_epochs():
+    loader = PhasedLoader(Processes(), 2, collate_fn=collate, num_workers=1)
+    first = readers(loader)
+    loader.set_epoch(1)
+    next(iter(loader))  # an epoch that is broken off
+    loader.set_epoch(2)
+    assert readers(loader) == first
+    assert os.getpid() not in first
+    loader.stop_workers()
+    assert readers(loader).isdisjoint(first)
+
+
+def test_workers_of_each_epoch():
+    loader = PhasedLoader(Processes(), 2, collate_fn=collate, num_workers=1, persistent_workers=False)
+    assert readers(loader).isdisjoint(readers(loader))
+
+
 def test_workers_change_nothing():
-    assert ids(PhasedLoader(ROWS, 4, collate_fn=collate, num_workers=2)) == ids(PhasedLoader(ROWS, 4, collate_fn=collate))
+    """Nor over epochs, shown rows and a resumption within an epoch."""
+    found = []
+    for options in ({"num_workers": 2}, {}):
+        loader, batches = PhasedLoader(ROWS, 4, collate_fn=collate, seed=1, **options), []
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            batches.append(ids(loader))
+        iterator = iter(loader)
+        next(iterator)
+        loader.load_state_dict(loader.state_dict())
+        batches.append(ids(loader))
+        loader.show(ROWS[:9])
+        batches.append(ids(loader))
+        found.append(batches)
+    assert found[0] == found[1]
 
 
 def test_bad_values(ranks):
