@@ -53,8 +53,10 @@ def find_checkpoint(ckpt_path: str, runs: Path) -> str:
     if ckpt_path == "best":
         raise MisconfigurationException(f"`best` is known only to the run itself; give the file, e.g. one of {runs}/version_0/checkpoints, or `last`")
     if ckpt_path == "last":
-        files = (path for name in ("last*.ckpt", "edited.ckpt") for path in runs.glob(f"version_*/checkpoints/{name}"))
-        found = sorted(files, key=lambda path: path.stat().st_mtime)
+        named = [path for name in ("last*.ckpt", "edited.ckpt") for path in runs.glob(f"version_*/checkpoints/{name}")]
+        # A run killed while its link to the last checkpoint moved leaves one to nowhere; the checkpoint itself is beside it.
+        beside = [path for broken in named if not broken.exists() for path in broken.parent.glob("*.ckpt")]
+        found = sorted({path for path in named + beside if path.exists()}, key=lambda path: path.stat().st_mtime)
         if not found:
             raise FileNotFoundError(f"no last checkpoint under {runs}; give the file with --ckpt_path")
         return str(found[-1])

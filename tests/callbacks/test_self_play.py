@@ -249,7 +249,7 @@ def test_a_phase_may_take_larger_steps(tmp_path):
 def test_bare_trainer_and_loader(tmp_path):
     """No data module: the reader's own DataLoader, wrapped."""
     seed_everything(7)
-    loader = PhasedLoader(DataLoader(tiny_rows(48), batch_size=4, collate_fn=collate))
+    loader = PhasedLoader(DataLoader(tiny_rows(48), batch_size=4, shuffle=True, drop_last=True, collate_fn=collate))
     loop = make_loop(loader=loader)
     module = make_module(dropout=0.0)
     module.catalog = tiny_catalog()

@@ -25,6 +25,27 @@ def test_last_is_the_latest_of_all_runs(tmp_path):
     assert find_checkpoint("last", tmp_path) == str(edited)
 
 
+def test_a_link_is_the_checkpoint_it_leads_to(tmp_path):
+    folder = tmp_path / "version_0" / "checkpoints"
+    touch(folder / "epoch=3.ckpt", time=30)
+    touch(tmp_path / "version_1" / "checkpoints" / "last.ckpt", time=20)
+    (folder / "last.ckpt").symlink_to("epoch=3.ckpt")
+    assert find_checkpoint("last", tmp_path) == str(folder / "last.ckpt")
+
+
+def test_a_link_to_nowhere_stands_for_the_newest_checkpoint_beside_it(tmp_path):
+    """A run was killed after it removed the old checkpoint, before the link led to the new one."""
+    folder = tmp_path / "version_0" / "checkpoints"
+    touch(folder / "epoch=3.ckpt", time=30)
+    newest = touch(folder / "epoch=4.ckpt", time=40)
+    (folder / "last.ckpt").symlink_to("epoch=2.ckpt")
+    assert find_checkpoint("last", tmp_path) == str(newest)
+    for path in (newest, folder / "epoch=3.ckpt"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="no last checkpoint under"):
+        find_checkpoint("last", tmp_path)
+
+
 def test_last_without_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="no last checkpoint under"):
         find_checkpoint("last", tmp_path)

@@ -1,4 +1,5 @@
 import logging
+import shutil
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from boring import BoringModule
 from launch import launch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from malleable.checkpoints import find_checkpoint
 
 CHECKPOINTS = "runs/boring/version_0/checkpoints"
 
@@ -89,6 +92,19 @@ def test_checkpoints_can_be_switched_off(run, boring):
 def test_a_checkpoint_callback_of_the_configuration_replaces_ours(run):
     trainer = run("fit", "--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.save_top_k", 0).trainer
     assert [callback.save_top_k for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)] == [0]
+
+
+def test_a_checkpoint_is_written_once(run, boring):
+    """The last one is a link, which holds in a copy of the run's folder, too."""
+    run("fit")
+    last = boring / CHECKPOINTS / "last.ckpt"
+    assert last.is_symlink()
+    assert not last.readlink().is_absolute()
+    copied = shutil.copytree(boring / "runs", boring / "copies", symlinks=True)
+    (copied / "boring/version_0").rename(copied / "boring/version_7")
+    found = find_checkpoint("last", copied / "boring")
+    assert found == str(copied / "boring/version_7/checkpoints/last.ckpt")
+    assert torch.load(found, weights_only=True)["epoch"] == torch.load(last, weights_only=True)["epoch"]
 
 
 def test_resuming_the_last_run_gives_the_uninterrupted_weights(run):
