@@ -26,7 +26,12 @@ log = logging.getLogger(__name__)
 
 def reference_logps(trainer: Trainer, module: LanguageModel, rows: Any, loader: PhasedLoader[Any], label: str) -> Tensor:
     """Summed log-probabilities of every answer of every row under the model as it stands, ``(rows, K)`` in nats."""
-    return sweep(trainer, module, rows, loader.collate_fn, 4 * loader.max_batch_size, lambda batch: answer_logps(module.model, batch), label)
+    shared_prompt = module.decoding.shared_prompt
+
+    def compute(batch: Any) -> Tensor:
+        return answer_logps(module.model, batch, shared_prompt=shared_prompt)
+
+    return sweep(trainer, module, rows, loader.collate_fn, 4 * loader.max_batch_size, compute, label)
 
 
 class ReferenceCache(Callback):

@@ -39,7 +39,8 @@ class Decoding:
         num_beams: Width of the beam in the trie of titles.
         exclude_seen: Leave out what the user already has.
         renormalize: Score within the trie, so that forced tokens cost nothing, instead of by the model's full distribution.
-        shared_prompt: Compute a prompt once for all its answers.
+        shared_prompt: Compute a prompt once for all its answers. ``None`` does so where it is exact for the model; False runs a row for each
+            answer; True refuses models for which it is not exact.
         max_new_tokens: Most tokens of a free answer.
     """
 
@@ -47,7 +48,7 @@ class Decoding:
     num_beams: int = 20
     exclude_seen: bool = True
     renormalize: bool = False
-    shared_prompt: bool = True
+    shared_prompt: bool | None = None
     max_new_tokens: int = 32
 
 

@@ -14,7 +14,7 @@ from malleable.lightning_modules.pretrained import dropout_off
 
 
 def preference_step(
-    model: nn.Module, batch: PreferenceBatch, loss: PreferenceLoss, *, sft_weight: float = 0.0, shared_prompt: bool = True
+    model: nn.Module, batch: PreferenceBatch, loss: PreferenceLoss, *, sft_weight: float = 0.0, shared_prompt: bool | None = None
 ) -> LossOutput:
     """Compute the loss of a preference batch whose reference is known.
 
@@ -25,7 +25,7 @@ def preference_step(
         batch: Pairs with ``reference_logps``.
         loss: The preference loss.
         sft_weight: Weight of the chosen answers' negative log-likelihood per token, added to the loss.
-        shared_prompt: Compute a prompt once for all its answers.
+        shared_prompt: Compute a prompt once for all its answers; ``None`` where it is exact for the model.
 
     Raises:
         MisconfigurationException: If the batch carries no reference.

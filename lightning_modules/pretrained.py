@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -254,15 +255,51 @@ def without_adapter(model: Any) -> AbstractContextManager[Any]:
 
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off; blocks that recompute their activations stay in training mode, or they would stop to."""
+    """Switch dropout off, also in layers that drop as functions of their own mode and where activations are recomputed.
+
+    A block that recomputes its activations stays in training mode, or it would not; what it checkpoints runs in evaluation mode, in this pass and
+    when it runs again in the backward pass, which may come after this context.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = bool(getattr(module, "gradient_checkpointing", False))
+    recomputing = {module: module._gradient_checkpointing_func for module in _recomputing(model)}
+    for module, mode in modes:
+        module.training = mode and module in recomputing
+    for module, checkpoint in recomputing.items():
+        module._gradient_checkpointing_func = partial(_checkpoint_without_dropout, module, checkpoint)
     try:
         yield
     finally:
+        for module, checkpoint in recomputing.items():
+            module._gradient_checkpointing_func = checkpoint
         for module, mode in modes:
             module.training = mode
+
+
+def _recomputing(model: nn.Module) -> list[Any]:
+    """Return the modules that checkpoint; decoders carry the flag of their blocks, but drop at their embeddings by their own mode."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    flagged = [
+        module for module in model.modules() if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
+    ]
+    return [module for module in flagged if isinstance(module, GradientCheckpointingLayer)] or flagged
+
+
+def _checkpoint_without_dropout(module: nn.Module, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Checkpoint a function of a module that then runs in evaluation mode, now and when it is recomputed."""
+
+    @wraps(function)
+    def run(*inputs: Any, **options: Any) -> Any:
+        modes = [(part, part.training) for part in module.modules()]
+        for part, _ in modes:
+            part.training = False
+        try:
+            return function(*inputs, **options)
+        finally:
+            for part, mode in modes:
+                part.training = mode
+
+    return checkpoint(run, *args, **kwargs)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -5,23 +5,101 @@ Shapes: B rows, T key positions, Q query positions.
 
 from __future__ import annotations
 
+from typing import Any, Literal, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
+MASKED_ATTENTION = ("sdpa", "eager")
+"""Attention implementations that take a ``(B, 1, Q, T)`` mask."""
 
-def model_mask(model: nn.Module, allowed: Tensor) -> Tensor:
+
+class Reach(NamedTuple):
+    """How far the layers of one type can attend.
+
+    Attributes:
+        layer_type: Key of their mask in the dictionary that the model takes; ``None`` where all layers share one mask.
+        kind: ``full``; ``window``: the last ``size`` positions; ``chunk``: the positions of the same block of ``size``.
+        size: Number of positions; 0 for ``full``.
+    """
+
+    layer_type: str | None
+    kind: Literal["full", "window", "chunk"] = "full"
+    size: int = 0
+
+    def sees(self, query_positions: Tensor, key_positions: Tensor) -> Tensor | None:
+        """Return which keys lie within reach, ``(B, Q, T)`` bool; ``None`` means all.
+
+        Args:
+            query_positions: ``(B, Q)`` int64, counted within each sequence.
+            key_positions: ``(B, T)`` int64.
+        """
+        query, key = query_positions[:, :, None], key_positions[:, None]
+        if self.kind == "window":
+            return key > query - self.size
+        if self.kind == "chunk":
+            return key // self.size == query // self.size
+        return None
+
+
+def mask_plans(config: Any) -> list[tuple[Reach, ...]]:
+    """List the ways in which a model of this configuration may take block masks, the most specific first.
+
+    Which one is exact must be measured (:mod:`malleable.lightning_modules.functional.pass_forms`).
+    The empty plan is the mask of "may attend" as it is.
+    """
+    types = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+
+    def reach(layer_type: str | None) -> Reach:
+        name = str(layer_type)
+        if window and ("sliding" in name or "local" in name):
+            return Reach(layer_type, "window", window)
+        if chunk and "chunk" in name:
+            return Reach(layer_type, "chunk", chunk)
+        return Reach(layer_type)
+
+    plans: list[tuple[Reach, ...]] = [tuple(reach(name) for name in types)] if types else []
+    if window:
+        plans.append((Reach(None, "window", window),))
+    # Without a window the plain mask needs no dictionary.
+    return [*plans, ()] if any(part.size for plan in plans for part in plan) else [(), *plans]
+
+
+def model_mask(
+    model: nn.Module,
+    allowed: Tensor,
+    plan: tuple[Reach, ...] = (),
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+) -> Tensor | dict[str, Tensor]:
     """Turn "may attend" into the mask that a Hugging Face decoder takes.
 
     Args:
         model: The decoder; its ``config`` names the attention implementation.
-        allowed: ``(B, Q, T)`` bool, True where a query may see a key.
+        allowed: ``(B, Q, T)`` bool, True where a query may see a key in a layer without a window.
+        plan: Reach of the layers; empty where every layer reaches all positions.
+        query_positions: ``(B, Q)`` int64, counted within each sequence; needed with a plan.
+        key_positions: ``(B, T)`` int64; default: ``query_positions``.
 
     Returns:
-        ``(B, 1, Q, T)``: boolean for SDPA, additive for eager attention.
+        ``(B, 1, Q, T)``: boolean for SDPA, additive for eager attention; a dictionary by layer type where the plan has several.
 
     Raises:
         ValueError: If the implementation takes no mask of one's own.
     """
+    masks: dict[str | None, Tensor] = {}
+    for reach in plan:
+        assert query_positions is not None
+        sees = reach.sees(query_positions, query_positions if key_positions is None else key_positions)
+        masks[reach.layer_type] = _format(model, allowed if sees is None else allowed & sees)
+    if not masks:
+        return _format(model, allowed)
+    return masks[None] if None in masks else {str(name): mask for name, mask in masks.items()}
+
+
+def _format(model: nn.Module, allowed: Tensor) -> Tensor:
+    """Return the ``(B, 1, Q, T)`` mask that the attention implementation takes."""
     implementation = getattr(model.config, "_attn_implementation", "sdpa")
     mask = allowed[:, None]
     if implementation == "sdpa":

@@ -90,7 +90,8 @@ class BeamSearch(TrieSearch):
         self.num_beams = num_beams
         self.k = k
         self.renormalize = renormalize
-        self.score = torch.where(self.live, 0.0, NEVER)
+        # Float32 whatever the default is: `torch.where` of two numbers would take it.
+        self.score = torch.zeros(self.live.shape, dtype=torch.float32, device=self.live.device).masked_fill(~self.live, NEVER)
         self.priority = self.score
         empty = self.score.new_full((len(prompt_ids), k), NEVER)
         self.best_priority, self.best_score, self.best_item = empty, empty.clone(), torch.full_like(empty, -1, dtype=torch.long)

@@ -6,12 +6,15 @@ Shapes: B rows, P prompt tokens, T new tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from malleable.lightning_modules.functional.keyed_random import keyed_uniform
+from malleable.lightning_modules.functional.pass_forms import pass_forms
 from malleable.lightning_modules.functional.tree_attention import evaluating
+from malleable.lightning_modules.functional.whole_rows import RowDecoder
 
 
 def generate_text(
@@ -63,25 +66,90 @@ def generate_text(
     stops = torch.as_tensor(eos_token_id, device=prompt_ids.device).reshape(-1)
     pad = int(stops[0]) if pad_token_id is None else pad_token_id
     written: list[Tensor] = []
-    running = torch.ones(len(prompt_ids), 1, dtype=torch.bool, device=prompt_ids.device)
+    real = running = torch.ones(len(prompt_ids), 1, dtype=torch.bool, device=prompt_ids.device)
     lengths = torch.zeros_like(running, dtype=torch.long)
-    tokens, mask, cache = prompt_ids, prompt_mask.bool(), None
+    decoder: CachedDecoder | RowDecoder | None = None
+    tokens = prompt_ids[:, :0]
     with evaluating(model):
         while len(written) < max_new_tokens and (any_rank or bool)(bool(running.any())):
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-            output = model(
-                input_ids=tokens, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            cache = output.past_key_values
-            logits = output.logits[:, -1].float()
+            if decoder is None:
+                decoder = text_decoder(model, prompt_ids, prompt_mask, max_new_tokens)
+                logits = decoder.logits
+            elif isinstance(decoder, CachedDecoder):
+                logits = decoder.extend(tokens, real)
+            else:
+                logits = decoder.extend(tokens, torch.zeros_like(tokens), len(written) - 1)
+            logits = logits[:, -1].float()
             tokens = logits.argmax(-1, keepdim=True) if temperature == 0 else _draw(logits / temperature, top_p, top_k, seeds, len(written))
             tokens = tokens.where(running, pad)
             written.append(tokens)
             lengths += running
-            mask = torch.cat([mask, running], 1)
-            running = running & ~torch.isin(tokens, stops)
+            real, running = running, running & ~torch.isin(tokens, stops)
     # ranks that kept step with others have columns of padding only
     return torch.cat(written, 1)[:, : int(lengths.max())]
+
+
+def text_decoder(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> CachedDecoder | RowDecoder:
+    """Return the fastest decoder of one continuation a row that is exact for a model.
+
+    Args:
+        model: Hugging Face causal language model.
+        prompt_ids: ``(B, P)`` int64, padded on the left.
+        prompt_mask: ``(B, P)`` bool, True on real tokens.
+        max_new_tokens: Tokens of the longest continuation.
+
+    Raises:
+        ValueError: If the model can run no batch of sequences.
+    """
+    forms, width = pass_forms(model), prompt_ids.shape[1] + max_new_tokens
+    if forms.cached.fits(width):
+        return CachedDecoder(model, prompt_ids, prompt_mask)
+    return RowDecoder(model, prompt_ids, prompt_mask, padded=forms.padded_rows(width))
+
+
+class CachedDecoder:
+    """Rows padded on the left that grow by a token at a time, under the model's own cache.
+
+    Args:
+        model: Hugging Face causal language model.
+        prompt_ids: ``(B, P)`` int64, padded on the left.
+        prompt_mask: ``(B, P)`` bool.
+
+    Attributes:
+        logits: ``(B, 1, V)``, at the prompts' last tokens.
+    """
+
+    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+        self.model, self.mask = model, prompt_mask.bool()
+        self.cache: Any = None
+        self.logits = self._run(prompt_ids)
+
+    def extend(self, tokens: Tensor, real: Tensor) -> Tensor:
+        """Feed a token of each row.
+
+        Args:
+            tokens: ``(B, 1)`` int64.
+            real: ``(B, 1)`` bool, False in rows that have ended.
+
+        Returns:
+            Logits ``(B, 1, V)``.
+        """
+        self.mask = torch.cat([self.mask, real], 1)
+        return self._run(tokens)
+
+    def _run(self, tokens: Tensor) -> Tensor:
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=self.mask.long(),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = output.past_key_values
+        logits: Tensor = output.logits[:, -1:]
+        return logits
 
 
 def _draw(logits: Tensor, top_p: float, top_k: int | None, seeds: Tensor, step: int) -> Tensor:

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from malleable.lightning_modules.functional.pass_forms import pass_forms
 from malleable.lightning_modules.functional.precision import full_precision
 from malleable.lightning_modules.functional.tree_attention import evaluating
 from malleable.lightning_modules.functional.trie_search import Decoded
+from malleable.lightning_modules.functional.whole_rows import states_at_end
 
 
 @full_precision
@@ -86,31 +88,27 @@ def embed_texts(model: nn.Module, token_ids: Sequence[Sequence[int]], *, batch_s
     for index in torch.split(order, batch_size):
         width = int(lengths[index].max())
         rows = [list(token_ids[i]) + [pad_token_id] * (width - len(token_ids[i])) for i in index.tolist()]
-        mask = torch.arange(width) < lengths[index, None]
-        parts.append(last_hidden_states(model, torch.tensor(rows).to(device), mask.to(device)))
+        parts.append(last_hidden_states(model, torch.tensor(rows, device=device), lengths[index].to(device)))
     return torch.cat(parts)[order.argsort().to(device)]
 
 
-def last_hidden_states(model: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
+def last_hidden_states(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:
     """Return the last layer's hidden state at each row's last real token, ``(B, d)`` float32.
 
     Args:
         model: Hugging Face causal language model.
-        input_ids: ``(B, T)`` int64, padded on either side.
-        mask: ``(B, T)`` bool, True on real tokens.
+        input_ids: ``(B, T)`` int64, padded on the right.
+        lengths: ``(B,)`` int64, real tokens of each row.
+
+    Raises:
+        ValueError: If the model returns no hidden states, or none that are exact in a batch.
     """
+    forms = pass_forms(model)
+    padded = forms.embedding.fits(input_ids.shape[1])
+    if not padded and not forms.unpadded:
+        raise ValueError(forms.refusal("embeddings of texts", "ground answers by the trie instead"))
     with evaluating(model):
-        output = model(
-            input_ids=input_ids,
-            attention_mask=mask.long(),
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            output_hidden_states=True,
-            use_cache=False,
-            logits_to_keep=1,
-        )
-    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-    states: Tensor = output.hidden_states[-1]
-    return states[torch.arange(len(states), device=states.device), last].float()
+        return states_at_end(model, input_ids, lengths, padded=padded).float()
 
 
 def _distances(left: Tensor, right: Tensor) -> Tensor:

@@ -14,8 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from malleable.lightning_modules.functional.attention import document_mask, model_mask
+from malleable.lightning_modules.functional.attention import Reach, document_mask, model_mask
+from malleable.lightning_modules.functional.pass_forms import pass_forms
 from malleable.lightning_modules.functional.selected_logps import selected_token_logps
+from malleable.lightning_modules.functional.whole_rows import logits_at, separate_answers, separate_documents
+
+NO_PROMPT = "every row needs at least one prompt token; give the template a prefix or a beginning-of-sequence token"
 
 
 class SharedRow(NamedTuple):
@@ -55,7 +59,7 @@ def shared_row(prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answ
     lengths = answer_mask.sum(-1)
     ends = (lengths - 1).clamp_min(0).cumsum(1)
     offsets = ends - (lengths - 1).clamp_min(0)
-    check_rows(prompt_mask.any(1), "every row needs at least one prompt token; give the template a prefix or a beginning-of-sequence token")
+    check_rows(prompt_mask.any(1), NO_PROMPT)
     check_rows(ends[:, -1] <= extra, "the answers of a row need more than num_columns; make the batch anew with `collate`, or leave it out")
 
     column = torch.arange(extra, device=prompt_ids.device).expand(rows, -1).contiguous()
@@ -97,7 +101,7 @@ def answer_token_logps(
     answer_ids: Tensor,
     answer_mask: Tensor,
     *,
-    shared_prompt: bool = True,
+    shared_prompt: bool | None = None,
     num_columns: int | None = None,
 ) -> Tensor:
     """Log-probability of every answer token, in nats.
@@ -108,29 +112,54 @@ def answer_token_logps(
         prompt_mask: ``(B, P)`` bool.
         answer_ids: ``(B, K, A)``, padded on the right.
         answer_mask: ``(B, K, A)`` bool.
-        shared_prompt: Run the prompt once for all answers; False lays out one row an answer, for models without attention masks.
+        shared_prompt: Run the prompt once for all answers. ``None`` does so where it is exact for this model; True requires it; False lays out
+            one row an answer.
         num_columns: As in :func:`shared_row`.
 
     Returns:
         ``(B, K, A)`` float32, 0 on padding.
 
     Raises:
-        ValueError: If a row has no prompt token: the first answer token would have no predictor.
+        ValueError: If a row has no prompt token: the first answer token would have no predictor. If the model cannot run the pass.
     """
-    if not shared_prompt:
-        rows, count, width = answer_ids.shape
-        separate = answer_token_logps(
-            model,
-            prompt_ids.repeat_interleave(count, 0),
-            prompt_mask.repeat_interleave(count, 0),
-            answer_ids.reshape(rows * count, 1, width),
-            answer_mask.reshape(rows * count, 1, width),
-        )
-        return separate.reshape(rows, count, width)
+    parts = (prompt_ids, prompt_mask, answer_ids, answer_mask)
+    forms = pass_forms(model)
+    columns = answer_ids.shape[1] * max(0, answer_ids.shape[2] - 1) if num_columns is None else num_columns
+    if shared_prompt is not False and forms.shared.fits(prompt_ids.shape[1] + columns):
+        return shared_logps(model, *parts, num_columns=num_columns, plan=forms.shared.plan)
+    if shared_prompt:
+        raise ValueError(forms.refusal("a prompt shared by its answers", "shared_prompt=None or False runs a row for each answer"))
+    return separate_logps(model, *parts, padded=forms.padded_rows(prompt_ids.shape[1] + answer_ids.shape[2]))
+
+
+def shared_logps(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    answer_ids: Tensor,
+    answer_mask: Tensor,
+    *,
+    num_columns: int | None = None,
+    plan: tuple[Reach, ...] = (),
+) -> Tensor:
+    """Run the shared row of :func:`answer_token_logps`.
+
+    Args:
+        model: Hugging Face causal language model.
+        prompt_ids: ``(B, P)``, padded on the left.
+        prompt_mask: ``(B, P)`` bool.
+        answer_ids: ``(B, K, A)``, padded on the right.
+        answer_mask: ``(B, K, A)`` bool.
+        num_columns: As in :func:`shared_row`.
+        plan: Reach of the model's layers.
+
+    Returns:
+        ``(B, K, A)`` float32, 0 on padding.
+    """
     row = shared_row(prompt_ids, prompt_mask, answer_ids, answer_mask, num_columns)
     logits = model(
         input_ids=row.input_ids,
-        attention_mask=model_mask(model, row.allowed),
+        attention_mask=model_mask(model, row.allowed, plan, row.position_ids),
         position_ids=row.position_ids,
         logits_to_keep=row.num_kept,
         use_cache=False,
@@ -139,7 +168,34 @@ def answer_token_logps(
     return logps.masked_fill(~answer_mask, 0.0)
 
 
-def answer_logps(model: nn.Module, batch: Any, *, shared_prompt: bool = True) -> Tensor:
+def separate_logps(
+    model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, *, padded: bool = True
+) -> Tensor:
+    """Run a row for each answer of :func:`answer_token_logps`.
+
+    Args:
+        model: Hugging Face causal language model.
+        prompt_ids: ``(B, P)``, padded on the left.
+        prompt_mask: ``(B, P)`` bool.
+        answer_ids: ``(B, K, A)``, padded on the right.
+        answer_mask: ``(B, K, A)`` bool.
+        padded: As in :func:`~malleable.lightning_modules.functional.whole_rows.logits_at`.
+
+    Returns:
+        ``(B, K, A)`` float32, 0 on padding.
+    """
+    check_rows(prompt_mask.any(1), NO_PROMPT)
+    input_ids, lengths, starts = separate_answers(prompt_ids, prompt_mask, answer_ids, answer_mask)
+    tokens = starts[:, None] - 1 + torch.arange(answer_ids.shape[2], device=starts.device)
+    # Positions behind the end of a row are masked below.
+    tokens = torch.minimum(tokens, lengths[:, None] - 1)
+    rows = torch.arange(len(tokens), device=starts.device)[:, None].expand_as(tokens)
+    logits = logits_at(model, input_ids, lengths, rows.flatten(), tokens.flatten(), padded=padded)
+    logps = selected_token_logps(logits[None], answer_ids.reshape(1, -1)).reshape(answer_ids.shape)
+    return logps.masked_fill(~answer_mask, 0.0)
+
+
+def answer_logps(model: nn.Module, batch: Any, *, shared_prompt: bool | None = None) -> Tensor:
     """Summed log-probability of every answer of an ``AnswerBatch``, ``(B, K)`` float32, in nats."""
     parts = (batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask)
     return answer_token_logps(model, *parts, shared_prompt=shared_prompt, num_columns=batch.answer_columns).sum(-1)
@@ -157,9 +213,35 @@ def packed_token_logps(model: nn.Module, input_ids: Tensor, document_ids: Tensor
     Returns:
         ``(B, T - 1)`` float32 in nats, 0 where nothing is predicted, and the ``(B, T - 1)`` mask of targets.
     """
-    mask = model_mask(model, document_mask(document_ids))
+    forms = pass_forms(model)
+    if forms.packed.fits(input_ids.shape[1]):
+        return packed_row_logps(model, input_ids, document_ids, position_ids, plan=forms.packed.plan)
+    return separate_document_logps(model, input_ids, document_ids, padded=forms.padded_rows(input_ids.shape[1]))
+
+
+def packed_row_logps(
+    model: nn.Module, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, *, plan: tuple[Reach, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """Run the packed rows of :func:`packed_token_logps` as they are, under masks of the layers' reach ``plan``."""
+    mask = model_mask(model, document_mask(document_ids), plan, position_ids)
     logits = model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
-    targets = (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] > 0)
+    targets = document_targets(document_ids)
     # The targets are moved, not the logits: a slice of the logits would be copied, forward and backward.
     logps = selected_token_logps(logits, input_ids.roll(-1, 1))[:, :-1]
     return logps.masked_fill(~targets, 0.0), targets
+
+
+def separate_document_logps(model: nn.Module, input_ids: Tensor, document_ids: Tensor, *, padded: bool = True) -> tuple[Tensor, Tensor]:
+    """Run the documents of :func:`packed_token_logps` in rows of their own; ``padded`` as in ``logits_at``."""
+    rows, lengths, place = separate_documents(input_ids, document_ids)
+    row, column = (torch.arange(rows.shape[1], device=lengths.device) < lengths[:, None] - 1).nonzero(as_tuple=True)
+    logits = logits_at(model, rows, lengths, row, column, padded=padded)
+    predictor = place[(lengths.cumsum(0) - lengths)[row] + column]
+    logps = selected_token_logps(logits[None], rows[row, column + 1][None])[0]
+    flat = logps.new_zeros(input_ids.numel()).index_put((predictor,), logps)
+    return flat.reshape(input_ids.shape)[:, :-1], document_targets(document_ids)
+
+
+def document_targets(document_ids: Tensor) -> Tensor:
+    """Return which tokens but the first are predicted within their document, ``(B, T - 1)`` bool."""
+    return (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] > 0)

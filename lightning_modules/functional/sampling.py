@@ -100,7 +100,7 @@ class WithReplacement(TrieSearch):
         self.place = self.node.expand(-1, draw.num_samples)
         self.walking = self.live.expand(-1, draw.num_samples)
         self.item = torch.full_like(self.place, -1)
-        self.score = torch.where(self.walking, 0.0, NEVER)
+        self.score = torch.zeros(self.walking.shape, dtype=torch.float32, device=self.walking.device).masked_fill(~self.walking, NEVER)
 
     def result(self) -> Decoded:
         """Return the samples."""

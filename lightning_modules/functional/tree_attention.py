@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malleable.lightning_modules.functional.attention import model_mask
+from malleable.lightning_modules.functional.attention import Reach, document_mask, model_mask
 
 
 @contextmanager
@@ -29,37 +29,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class SharedCache:
-    """Keys and values of prompt and tree, in buffers with room to grow.
+    """Keys and values of prompt and tree, in growing buffers.
 
-    It offers what Hugging Face's attention layers ask of a cache when masks and positions are given. Its buffers grow by
-    doubling, where a ``DynamicCache`` copies all keys and values at every step.
-
-    Args:
-        cache: The cache that the prompt's forward pass returned.
-        length: Prompt and longest continuation together, to check them against a sliding window.
-
-    Raises:
-        ValueError: If a layer does not keep keys and values, or if its sliding window is shorter than ``length``.
+    It offers what Hugging Face's attention layers ask of a cache when masks and positions are given. All keys stay, also those beyond a sliding
+    window: masks hide them. Its buffers grow by doubling, where a ``DynamicCache`` copies all keys and values at every step.
     """
 
     is_compileable = False
 
-    def __init__(self, cache: Any, length: int) -> None:
-        for layer in cache.layers:
-            if not isinstance(getattr(layer, "keys", None), Tensor):
-                raise ValueError(f"tree attention needs a model whose layers all keep keys and values, got a {type(layer).__name__}")
-            if layer.is_sliding and layer.sliding_window < length:
-                raise ValueError(
-                    f"prompt and title may take {length} tokens, more than the model's sliding window of {layer.sliding_window}; shorten the prompt"
-                )
-        self.keys: list[Tensor] = [layer.keys for layer in cache.layers]
-        self.values: list[Tensor] = [layer.values for layer in cache.layers]
-        self.lengths: list[int] = [layer.keys.shape[-2] for layer in cache.layers]
-        self.prompt_length = self.lengths[0]
-        self.is_sliding = [False] * len(self.keys)
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.lengths: list[int] = []
+        self.prompt_length = 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Return whether each layer drops keys beyond its window."""
+        return [False] * len(self.keys)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append ``(R, H, n, D)`` keys and values to a layer and return all of them."""
+        if layer_idx == len(self.keys):
+            self.keys.append(key_states)
+            self.values.append(value_states)
+            self.lengths.append(key_states.shape[-2])
+            self.prompt_length = self.lengths[0]
+            return key_states, value_states
         start = self.lengths[layer_idx]
         end = start + key_states.shape[-2]
         if end > self.keys[layer_idx].shape[-2]:
@@ -73,11 +69,11 @@ class SharedCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens a layer holds."""
-        return self.lengths[layer_idx]
+        return self.lengths[layer_idx] if layer_idx < len(self.lengths) else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Return the length and the offset of the keys that ``query_length`` further tokens will see."""
-        return self.lengths[layer_idx] + query_length, 0
+        return self.get_seq_length(layer_idx) + query_length, 0
 
     def select(self, rows: Tensor) -> None:
         """Keep some rows only."""
@@ -103,7 +99,7 @@ class TreeDecoder:
             4-D masks (``eager`` or ``sdpa``), which uses the ``position_ids`` it is given.
         prompt_ids: ``(R, P)`` int64, padded on the left.
         prompt_mask: ``(R, P)`` bool, True on real tokens.
-        max_new_tokens: Tokens of the longest continuation.
+        plan: Reach of the model's layers; see :func:`~malleable.lightning_modules.functional.attention.model_mask`.
 
     Attributes:
         logits: ``(R, 1, V)``, at the prompt's last token.
@@ -113,19 +109,21 @@ class TreeDecoder:
         Differs: the tree is searched, not verified; finished rows leave.
     """
 
-    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, plan: tuple[Reach, ...] = ()) -> None:
+        self.model, self.plan = model, plan
         self.prompt_mask = prompt_mask.bool()
         self.lengths = self.prompt_mask.sum(1, keepdim=True)
+        self.positions = (self.prompt_mask.cumsum(1) - 1).clamp(min=0)
+        self.cache = SharedCache()
         output = model(
             input_ids=prompt_ids,
-            attention_mask=self.prompt_mask.long(),
-            position_ids=(self.prompt_mask.cumsum(1) - 1).clamp(min=0),
+            attention_mask=model_mask(model, document_mask(self.prompt_mask.long()), plan, self.positions),
+            position_ids=self.positions,
+            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
         self.logits: Tensor = output.logits[:, -1:]
-        self.cache = SharedCache(output.past_key_values, prompt_ids.shape[1] + max_new_tokens)
         self.visible = self.prompt_mask.new_zeros(len(prompt_ids), 1, 0)
 
     def extend(self, tokens: Tensor, parent: Tensor, depth: Tensor | int, within: Tensor | None = None) -> Tensor:
@@ -146,10 +144,12 @@ class TreeDecoder:
         inherited = self.visible.gather(1, parent[..., None].expand(-1, -1, self.visible.shape[2]))
         self.visible = torch.cat([inherited, within], -1)
         visible = torch.cat([self.prompt_mask[:, None].expand(-1, count, -1), self.visible], -1)
+        position_ids = (self.lengths + depth).expand(-1, count)
+        self.positions = torch.cat([self.positions, position_ids], 1)
         output = self.model(
             input_ids=tokens,
-            attention_mask=model_mask(self.model, visible),
-            position_ids=(self.lengths + depth).expand(-1, count),
+            attention_mask=model_mask(self.model, visible, self.plan, position_ids, self.positions),
+            position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -160,6 +160,7 @@ class TreeDecoder:
         """Keep some rows only."""
         self.cache.select(rows)
         self.prompt_mask, self.lengths, self.visible = self.prompt_mask[rows], self.lengths[rows], self.visible[rows]
+        self.positions = self.positions[rows]
 
     def idle(self) -> None:
         """Run the model without effect, to keep step with ranks that still have work."""

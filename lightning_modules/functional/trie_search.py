@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from malleable.lightning_modules.functional.pass_forms import pass_forms
 from malleable.lightning_modules.functional.tree_attention import TreeDecoder
 from malleable.lightning_modules.functional.trie import Candidates, Trie
+from malleable.lightning_modules.functional.whole_rows import RowDecoder
 
 NEVER = -torch.inf
 CHUNK = 1 << 19  # logits normalised at a time: 2 MiB in float32 stay in a processor's cache
@@ -61,7 +63,7 @@ class TrieSearch(ABC):
             raise ValueError(
                 f"allowed has {len(self.view.leaf_item)} rows, but there are {len(prompt_ids)} prompts; give one row for each or for all"
             )
-        self.decoder = TreeDecoder(model, prompt_ids, prompt_mask, trie.max_length)
+        self.decoder = beam_decoder(model, prompt_ids, prompt_mask, trie.max_length)
         vocab_size = self.decoder.logits.shape[2]
         if trie.max_token >= vocab_size:
             raise ValueError(f"the titles have token {trie.max_token}, but the model knows {vocab_size} tokens; use the model's own tokenizer")
@@ -131,6 +133,24 @@ class TrieSearch(ABC):
         children = (self.trie.num_children[self.node] * self.live).sum(1)
         branching = self.live & (self.view.count(self.node) > 1)
         return [int(value) for value in torch.stack([(counts > 0).sum(), counts.max(), children.max(), branching.sum()]).tolist()]
+
+
+def beam_decoder(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> TreeDecoder | RowDecoder:
+    """Return the fastest decoder that is exact for a model.
+
+    Args:
+        model: Hugging Face causal language model.
+        prompt_ids: ``(R, P)`` int64, padded on the left.
+        prompt_mask: ``(R, P)`` bool, True on real tokens.
+        max_new_tokens: Tokens of the longest continuation.
+
+    Raises:
+        ValueError: If the model can run no batch of sequences.
+    """
+    forms, width = pass_forms(model), prompt_ids.shape[1] + max_new_tokens
+    if forms.tree.fits(width):
+        return TreeDecoder(model, prompt_ids, prompt_mask, forms.tree.plan)
+    return RowDecoder(model, prompt_ids, prompt_mask, padded=forms.padded_rows(width))
 
 
 def logsumexp(logits: Tensor) -> Tensor:
