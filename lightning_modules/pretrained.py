@@ -105,7 +105,7 @@ def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary | C
     if config.quantization and config.lora is None and config.adapter is None:
         raise ValueError("quantization needs adapters: 4-bit weights cannot be trained; set lora")
     if config.name is None:
-        with _whole_weights(zero3_config), drawn_on_cpu():
+        with whole_weights(zero3_config), drawn_on_cpu():
             model = _scratch_model(config, vocabulary)
         model = model.to(torch.get_default_device())
     else:
@@ -123,7 +123,7 @@ def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary | C
         model.enable_input_require_grads()
     if config.lora is not None or config.adapter is not None:
         # PEFT moves what is drawn to the base model's device.
-        with _whole_weights(zero3_config), drawn_on_cpu():
+        with whole_weights(zero3_config), drawn_on_cpu():
             model = _with_adapter(model, config)
     built: nn.Module = model.train()
     return built
@@ -193,7 +193,7 @@ def _partitioned_loading(zero3_config: dict[str, Any] | None) -> Iterator[None]:
 
 
 @contextmanager
-def _whole_weights(zero3_config: dict[str, Any] | None) -> Iterator[None]:
+def whole_weights(zero3_config: dict[str, Any] | None) -> Iterator[None]:
     """Initialise weights before ZeRO stage 3 cuts them up: into empty shards nothing can be drawn, or not the same on any devices."""
     if zero3_config is None:
         yield

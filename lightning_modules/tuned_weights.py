@@ -16,10 +16,11 @@ from torch import nn
 from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.identity import write_folder
 from malleable.lightning_modules.functional.defaults import float32_by_default
+from malleable.lightning_modules.functional.pass_forms import pass_forms
 from malleable.lightning_modules.model_settings import model_settings
 from malleable.lightning_modules.patches.names import canonical_name
 from malleable.lightning_modules.precision import check_training_precision
-from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model, fingerprint, save_language_model
+from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model, fingerprint, save_language_model, whole_weights
 from malleable.lightning_modules.tuning import Tuning
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class TunedWeights(LightningModule):
         if self.frozen:
             self.model.requires_grad_(False).eval()
         self._base_fingerprint = fingerprint(self.model)
+        self._check_passes(zero3)
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         log.info(
             "language model: %s, %.2f M of %.2f M parameters trained",
@@ -79,6 +81,19 @@ class TunedWeights(LightningModule):
             trainable / 1e6,
             sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters()) / 1e6,
         )
+
+    def _check_passes(self, zero3: dict[str, Any] | None) -> None:
+        """Find the form of each pass that is exact for the model, and say so where it is not the fast one."""
+        try:
+            with whole_weights(zero3):
+                forms = pass_forms(self.model)
+        except ValueError:
+            # Partitioned weights run in the engine only: the first pass measures them there, on all ranks together.
+            if zero3 is None:
+                raise
+            return
+        if summary := forms.summary():
+            log.info("passes of %s: %s", forms.model_name, summary)
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW at the module's own rate."""

@@ -161,9 +161,10 @@ class TrieView:
 
     def leaf(self, node: Tensor) -> Tensor:
         """Find the first allowed leaf at or below each node, ``(R, W)`` int64; nodes without one give some leaf."""
-        before = self.leaves_before.expand(len(node), -1).contiguous()
-        rank = before.gather(1, self.trie.first_leaf[node])
-        return (torch.searchsorted(before, rank + 1) - 1).clamp(max=self.leaf_item.shape[1] - 1)
+        before = self.leaves_before
+        rank = before.expand(len(node), -1).gather(1, self.trie.first_leaf[node])
+        # One row for all stays one row: a copy for each would be (R, L + 1) in every step.
+        return (torch.searchsorted(before[0] if len(before) == 1 else before, rank + 1) - 1).clamp(max=self.leaf_item.shape[1] - 1)
 
     def item(self, leaf: Tensor) -> Tensor:
         """Return the lowest allowed item of each leaf, ``(R, W)`` int64."""
