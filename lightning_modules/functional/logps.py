@@ -129,6 +129,10 @@ def answer_token_logps(
         return shared_logps(model, *parts, num_columns=num_columns, plan=forms.shared.plan)
     if shared_prompt:
         raise ValueError(forms.refusal("a prompt shared by its answers", "shared_prompt=None or False runs a row for each answer"))
+    if forms.shared.fits(prompt_ids.shape[1] + answer_ids.shape[2]):
+        # Masks of our own need no look at the padding, where the library's make the host wait for the device.
+        alone = [part.repeat_interleave(answer_ids.shape[1], 0) for part in parts[:2]] + [part.flatten(0, 1)[:, None] for part in parts[2:]]
+        return shared_logps(model, *alone, plan=forms.shared.plan).reshape(answer_ids.shape)
     return separate_logps(model, *parts, padded=forms.padded_rows(prompt_ids.shape[1] + answer_ids.shape[2]))
 
 
