@@ -111,11 +111,11 @@ def _limited(forms: PassForms, limit: float) -> PassForms:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Keep random generators, autocast and the default number format of the caller out, and unchanged."""
+    """Keep random generators, autocast, default device and default number format of the caller out, and unchanged."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
         torch.set_default_dtype(dtype)
@@ -157,8 +157,8 @@ def _failure(run: Run, model: nn.Module, sample: Sample, plan: tuple[Reach, ...]
     # Models refuse arguments in many ways: each means that the form cannot be used.
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-    error = float((got.float() - expected).abs().max())
-    return "" if error <= tolerance else f"differs by {error:.2g} from plain passes"
+    difference = float((got.float() - expected).abs().max())
+    return "" if difference <= tolerance else f"differs by {difference:.2g} from plain passes"
 
 
 def _draw(model: Any) -> Sample:
@@ -184,7 +184,7 @@ def _draw(model: Any) -> Sample:
         answer_ids=torch.tensor([[answer + [0] * (longest - len(answer)) for answer in row] for row in answers], device=device),
         answer_mask=torch.tensor([[[True] * len(answer) + [False] * (longest - len(answer)) for answer in row] for row in answers], device=device),
         sequences=sequences,
-        logps=torch.nn.utils.rnn.pad_sequence(logps, batch_first=True),
+        logps=torch.nn.utils.rnn.pad_sequence(list(logps), batch_first=True),
         states=None if states[0] is None else torch.cat(states),
     )
 

@@ -112,7 +112,7 @@ def _narrow(config: Any) -> None:
     config.hidden_size = config.hidden_size * 2 // heads
     config.num_attention_heads = 2
     experts = max(EXPERTS, getattr(config, "num_experts_per_tok", None) or 1) if getattr(config, "n_group", 1) in (None, 1) else math.inf
-    sizes = dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 1 if grouped else 2)
+    sizes: dict[str, Any] = dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 1 if grouped else 2)
     sizes |= dict.fromkeys(FEED_FORWARD, WIDTH)
     sizes |= {"word_embed_proj_dim": config.hidden_size, "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY}
     sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -59,7 +59,7 @@ def states_at_end(model: nn.Module, input_ids: Tensor, lengths: Tensor, *, padde
 
 def _by_length(lengths: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield each length with the ascending indices of its rows."""
-    for length in lengths.unique().tolist():
+    for length in sorted(set(lengths.tolist())):
         yield int(length), (lengths == length).nonzero()[:, 0]
 
 
@@ -145,7 +145,7 @@ def separate_documents(input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor,
     """
     real = (document_ids.flatten() > 0).nonzero()[:, 0]
     key = document_ids + torch.arange(len(document_ids), device=document_ids.device)[:, None] * (document_ids.shape[1] + 1)
-    _, lengths = key.flatten()[real].unique_consecutive(return_counts=True)
+    _, lengths = torch.unique_consecutive(key.flatten()[real], return_counts=True)
     mask = torch.arange(int(lengths.max()) if len(lengths) else 0, device=lengths.device) < lengths[:, None]
     rows = input_ids.new_zeros(mask.shape)
     rows[mask] = input_ids.flatten()[real]

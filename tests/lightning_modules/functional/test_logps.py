@@ -1,7 +1,6 @@
 """A shared row equals separate rows, and the head runs only where answers are predicted."""
 
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -97,7 +96,7 @@ def test_padding_changes_nothing(multiple, by_hand):
     """Also in a batch made by hand, which does not say how many columns its answers need."""
     model, batch = llama(), collate(EXAMPLES, pad_to_multiple_of=multiple)
     if by_hand:
-        batch = replace(batch, answer_columns=None)
+        batch = batch.replace(answer_columns=None)
     with torch.no_grad():
         expected = torch.tensor([one_by_one(model, example) for example in EXAMPLES])
         torch.testing.assert_close(answer_logps(model, batch), expected, atol=2e-5, rtol=0)
@@ -125,7 +124,7 @@ def test_empty_prompt_is_refused():
 
 def test_answers_that_were_exchanged_for_longer_ones_are_refused():
     batch, longer = collate([EXAMPLES[0]], pad_to_multiple_of=1), collate([EXAMPLES[1]], pad_to_multiple_of=1)
-    batch = replace(batch, answer_ids=longer.answer_ids.repeat(1, 3, 1), answer_mask=longer.answer_mask.repeat(1, 3, 1))
+    batch = batch.replace(answer_ids=longer.answer_ids.repeat(1, 3, 1), answer_mask=longer.answer_mask.repeat(1, 3, 1))
     with pytest.raises(ValueError, match="make the batch anew"):
         answer_logps(llama(), batch)
 
