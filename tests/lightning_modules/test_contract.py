@@ -1,150 +1,29 @@
 """What every exported module promises, whatever its method.
 
-A new module needs one line in ``CASES``: how it is made, and which rows it learns from.
+A new module needs one line in ``CASES`` of ``tests/helpers/module_cases.py``: how it is made, and which rows it learns from.
 """
 
 import inspect
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
-from tiny_data import TinyData, quiet_trainer
-from tiny_graph import TinyGraphData, collate_queries, query_rows, tiny_graph, tiny_triples
+from module_cases import CASES, LANGUAGE_MODELS, loss_of, make, make_bare
+from tiny_data import quiet_trainer
 from tiny_module import lora, save_base
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 import malleable.lightning_modules as exported
-from malleable.datamodules.batch import Vocabulary, collate
 from malleable.lightning_modules.base import BaseModule, LossOutput
-from malleable.lightning_modules.language_model import LanguageModel
-from malleable.lightning_modules.tuning import Tuning
-
-
-def answer_rows() -> list[Any]:
-    """A prompt and its true answer."""
-    return tiny_rows(16)
-
-
-def preference_rows() -> list[Any]:
-    """A true and a rejected answer with their reference."""
-    rows = tiny_rows(16)
-    return [row | {"answers": [row["answers"][0], TOKENS[(row["item_ids"][0] + 2) % 8]], "reference_logps": [-6.0, -6.0]} for row in rows]
-
-
-def graph_rows() -> list[Any]:
-    """Queries of a graph."""
-    return query_rows(tiny_triples()[:8])
-
-
-def text_rows(count: int = 16) -> list[Any]:
-    """Two documents in a row."""
-    return [{"sample_id": number, "input_ids": [2, 4 + number % 8, 5, 1, 2, 6, 1], "document_ids": [1, 1, 1, 1, 2, 2, 2]} for number in range(count)]
-
-
-class TextData(TinyData):
-    """Rows of text."""
-
-    vocabulary = Vocabulary(16, 1, 0)
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        self.train_dataset = self._train or text_rows()
-        self.val_dataset, self.test_dataset, self.predict_dataset = text_rows(6), text_rows(13), text_rows(5)
-
-    def row_tokens(self):
-        return [len(row["input_ids"]) - 2 for row in self.train_dataset]
-
-
-def likely(module: Any) -> Tensor:
-    """Log-likelihoods of rows of text."""
-    return module.eval().predict_step(collate(text_rows(6)), 0).detach()
-
-
-def ranked(module: Any) -> Tensor:
-    """Scores of all entities for some queries."""
-    return torch.cat([part.float() for part in module.eval().predict_step(collate_queries(graph_rows()[:6]))])
-
-
-def recommended(module: Any) -> Tensor:
-    """What the module makes of test rows: the tensor that a checkpoint must bring back."""
-    return torch.cat([part.float() for part in module.eval().recommend(collate(tiny_rows(6)))])
-
-
-@dataclass(frozen=True)
-class Case:
-    """How a module is made and used.
-
-    Attributes:
-        settings: Arguments of the constructor besides what the module needs.
-        rows: Training rows.
-        output: What a trained module gives.
-        needs: What the module takes from its data.
-        data: Makes a data module, with other training rows if given.
-        collate: Makes a batch of rows.
-        test_rows: Rows to test on.
-    """
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    rows: Callable[[], list[Any]] = answer_rows
-    output: Callable[[Any], Tensor] = recommended
-    needs: dict[str, Any] = field(default_factory=lambda: {"catalog": tiny_catalog()})
-    data: Callable[..., Any] = TinyData
-    collate: Callable[[Any], Any] = collate
-    test_rows: Callable[[int], list[Any]] = tiny_rows
-
-
-LANGUAGE_MODEL = {"language_model": tiny_config(), "tuning": Tuning(lr=1e-2, warmup_steps=0), "ks": (1, 3)}
-GRAPH: dict[str, Any] = {"needs": {"graph": tiny_graph()}, "data": TinyGraphData, "collate": collate_queries}
-GRAPH |= {"rows": graph_rows, "output": ranked, "test_rows": lambda count: graph_rows()[:count]}
-CASES = {
-    "CausalLM": Case(
-        {"language_model": tiny_config(), "tuning": Tuning(lr=1e-2, warmup_steps=0)},
-        text_rows,
-        likely,
-        {"vocabulary": Vocabulary(16, 1, 0)},
-        TextData,
-        test_rows=text_rows,
-    ),
-    "ComplEx": Case({"dimension": 4}, **GRAPH),
-    "DistMult": Case({"dimension": 4}, **GRAPH),
-    "DPO": Case(LANGUAGE_MODEL, preference_rows),
-    "ItemKNN": Case({"ks": (1, 3)}),
-    "Markov": Case({"ks": (1, 3)}),
-    "NFE": Case({"dimension": 4, "gamma_trainable": True}, **GRAPH),
-    "Popularity": Case({"ks": (1, 3)}),
-    "RotatE": Case({"dimension": 4}, **GRAPH),
-    "SFT": Case(LANGUAGE_MODEL),
-    "SPRec": Case(LANGUAGE_MODEL, preference_rows),
-    "TransE": Case({"dimension": 4}, **GRAPH),
-}
-LANGUAGE_MODELS = [name for name in CASES if issubclass(getattr(exported, name), LanguageModel)]
-
-
-def make(name: str, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    return getattr(exported, name)(**{**CASES[name].needs, **CASES[name].settings, **settings})
-
-
-def make_bare(name: str) -> Any:
-    """Make a module that must be told by its data what it needs."""
-    return make(name, **dict.fromkeys(CASES[name].needs))
-
-
-def loss_of(module: Any, name: str) -> LossOutput:
-    module.configure_model()
-    return module.train().compute_loss(CASES[name].collate(CASES[name].rows()[:4]))
 
 
 def test_every_exported_module_has_a_case():
     kinds = {name: getattr(exported, name) for name in exported.__all__}
     modules = {name for name, kind in kinds.items() if inspect.isclass(kind) and issubclass(kind, LightningModule) and kind is not BaseModule}
-    assert modules == set(CASES), f"give each exported module a line in CASES of {__file__}; missing or superfluous: {sorted(modules ^ set(CASES))}"
+    assert modules == set(CASES), (
+        f"give each exported module a line in CASES of tests/helpers/module_cases.py; missing or superfluous: {sorted(modules ^ set(CASES))}"
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
