@@ -49,8 +49,14 @@ def negatives(
 
 
 def draw(sampler: ItemSampler, row: Any, count: int) -> list[int]:
-    """Draw items for a row, never the true one nor its history."""
-    return sampler.draw(int(row["sample_id"]), count, {int(item) for item in (*row["item_ids"], *row.get("history", ()))})
+    """Draw items for a row: among its candidates where it has some, never the true one nor any earlier item of the user.
+
+    Items that the user meets after the target may be drawn: leaving them out would tell training of validation and test items.
+    """
+    own = (row.get(name, ()) for name in ("item_ids", "history", "earlier", "seen"))
+    candidates = row.get("candidates", ())
+    source = sampler.among(candidates) if len(candidates) else sampler
+    return source.draw(int(row["sample_id"]), count, {int(item) for items in own for item in items})
 
 
 def titles(items: list[list[int]], catalog: Catalog) -> list[list[list[int]]]:

@@ -133,7 +133,9 @@ class SelfPlayLoop(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the rows of the first phase, or of the phase that was interrupted."""
         if trainer.lr_scheduler_configs:
-            raise MisconfigurationException("SelfPlayLoop sets the learning rates itself; leave lr_scheduler out")
+            own = getattr(pl_module, "lr_scheduler", None) is None
+            remedy = f"{type(pl_module).__name__} makes a schedule of its own; use SPRec, which makes none" if own else "leave lr_scheduler out"
+            raise MisconfigurationException(f"SelfPlayLoop sets the learning rates itself; {remedy}")
         self._loader = phased_loader(trainer, self._loader, type(self).__name__)
         self._check_rows(self._loader)
         if self.state.epoch >= 0:

@@ -158,7 +158,8 @@ class QueryBatch(Batch):
 class Example(TypedDict):
     """One row before collation: the element type of every recommendation dataset.
 
-    ``answers`` holds token lists, the chosen (true) one first, each ending in the end-of-sequence token.
+    ``answers`` holds token lists, the chosen (true) one first, each ending in the end-of-sequence token. ``earlier`` holds all items of the user
+    before the target, the ones that the prompt has no room for too: none of them serves as a negative. It is not collated.
     """
 
     sample_id: int
@@ -166,6 +167,7 @@ class Example(TypedDict):
     answers: Sequence[Sequence[int]]
     item_ids: NotRequired[Sequence[int]]
     history: NotRequired[Sequence[int]]
+    earlier: NotRequired[Sequence[int]]
     seen: NotRequired[Sequence[int]]
     candidates: NotRequired[Sequence[int]]
     reference_logps: NotRequired[Sequence[float]]

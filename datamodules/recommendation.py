@@ -40,7 +40,8 @@ class RecommendationDataModule(BaseDataModule):
         split: Filters, split and history length.
         train_view: Training rows: ``answer`` (a prompt and an answer) or ``packed`` (whole histories).
         pack_length: Tokens of a packed row.
-        negatives: How wrong answers are drawn, seeded by the row; never the target nor an earlier item of the user.
+        negatives: How wrong answers are drawn, seeded by the row; never the target nor any earlier item of the user, whether the prompt shows it or
+            not. Items that the user meets after the target may be drawn: leaving them out would tell training of validation and test items.
         num_negatives: Wrong answers of a row.
         max_prompt_length: Tokens of a prompt, at most; longer histories lose their oldest items. ``None``: no limit.
         extend_catalog: Where ``tokenizer`` is a checkpoint, add items that its catalogue lacks behind its own, instead of refusing them.

@@ -170,6 +170,7 @@ class AnswerRows:
             "answers": [self.pieces.answers[item] if self.pieces is not None and item >= 0 else () for item in answers],
             "item_ids": answers,
             "history": history,
+            "earlier": before,
             "seen": before if self.hide_seen else (),
         }
         if candidates:

@@ -31,7 +31,8 @@ class Play:
         temperature: Of ``sample``.
         top_p: Of ``sample``: keep the most probable tokens up to this mass.
         max_new_tokens: Of free text.
-        exclude_seen: Never answer what the user already has.
+        exclude_seen: Never answer what the user already has, which is liked and no wrong answer; such an item is not recommended either. The
+            released code has no such rule: false.
 
     Source:
         Gao et al. (2025), SPRec, arXiv:2412.09243, Section 4.
@@ -44,7 +45,7 @@ class Play:
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 32
-    exclude_seen: bool = False
+    exclude_seen: bool = True
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""

@@ -88,6 +88,30 @@ def test_popular_items_are_drawn_more_often(module):
     assert drawn["random"][7] == pytest.approx(375, abs=80)
 
 
+@pytest.mark.parametrize("weights", [None, [8, 7, 6, 5, 4, 3, 2, 1]])
+def test_no_earlier_item_is_drawn_whether_the_prompt_shows_it_or_not(weights):
+    row = {"item_ids": [0], "history": [1], "earlier": [2, 3, 1], "seen": [4]}
+    drawn = {item for number in range(50) for item in draw(ItemSampler(range(8), weights), {**row, "sample_id": number}, 2)}
+    assert drawn == {5, 6, 7}
+
+
+def test_a_row_that_excludes_no_more_draws_the_same():
+    """A draw depends on the row's id; further items change those draws only that would have taken them."""
+    sampler = ItemSampler(range(1000), seed=3)
+    rows = [{"sample_id": number, "item_ids": [0], "history": [1]} for number in range(200)]
+    before = [draw(sampler, row, 1) for row in rows]
+    after = [draw(sampler, {**row, "earlier": [*range(2, 100), 1]}, 1) for row in rows]
+    assert all(one == other for one, other in zip(before, after, strict=True) if one[0] >= 100)
+    assert min(item for (item,) in after) >= 100
+
+
+def test_drawn_items_come_from_the_candidates_where_there_are_some():
+    row = {"sample_id": 4, "item_ids": [0], "earlier": [5], "candidates": [7, 0, 5, 6]}
+    assert sorted(draw(ItemSampler(range(8), [1.0] * 8), row, 2)) == [6, 7]
+    with pytest.raises(ValueError, match="row 4 needs 3 items besides its own 2, but only 2 exist"):
+        draw(ItemSampler(range(8)), row, 3)
+
+
 def test_more_than_there_are():
     row = {"sample_id": 4, "item_ids": [0], "history": [1, 2]}
     with pytest.raises(ValueError, match="row 4 needs 6 items besides its own 3, but only 5 exist"):

@@ -175,7 +175,7 @@ def test_all_identical_is_a_warning(tmp_path):
         {"negative_source": "popularity"},
         {"play": Play(decode="greedy", num_negatives=2)},
         {"play": Play(decode="beam_k_random", num_beams=4)},
-        {"play": Play(decode="sample", exclude_seen=True)},
+        {"play": Play(decode="sample", exclude_seen=False)},
         {"play": Play(grounding="none", max_new_tokens=6)},
         {"play": Play(grounding="embedding", max_new_tokens=6)},
         {"warmup": PhaseSettings(epochs=1, rows=16)},
@@ -190,7 +190,8 @@ def test_every_switch_runs(tmp_path, changes):
     rows = tiny_rows(48)
     for place, items, answers in zip(file.positions, file.items, file.answers, strict=True):
         assert list(rows[place]["answers"][0]) not in answers
-        if changes.get("negative_source") in ("random", "popularity") or getattr(changes.get("play"), "exclude_seen", False):
+        play = changes.get("play", Play())
+        if changes.get("negative_source") in ("random", "popularity") or (play.exclude_seen and play.grounding != "none"):
             assert not set(items) & set(rows[place]["history"])
         if changes.get("play") is None or changes["play"].grounding == "trie":
             assert min(items) >= 0
@@ -304,8 +305,12 @@ def test_refusals(tmp_path):
         run(tmp_path, make_loop(sft=PhaseSettings(batch_factor=10)))
     scheduled = make_module()
     scheduled.lr_scheduler = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer)
-    with pytest.raises(MisconfigurationException, match="sets the learning rates itself"):
+    with pytest.raises(MisconfigurationException, match="sets the learning rates itself; leave lr_scheduler out"):
         run(tmp_path, module=scheduled)
+    unscheduled = make_module()
+    unscheduled.default_lr_scheduler = scheduled.lr_scheduler
+    with pytest.raises(MisconfigurationException, match="sets the learning rates itself; SPRec makes a schedule of its own; use SPRec"):
+        run(tmp_path, module=unscheduled)
 
     class Mute(LightningModule):
         pass

@@ -36,6 +36,7 @@ def test_rows_show_the_history_and_hide_what_was_seen():
         "answers": [(103, 103, 103, 103, EOS)],
         "item_ids": [3],
         "history": [1, 2],
+        "earlier": [0, 1, 2],
         "seen": [0, 1, 2],
     }
     assert rows[2]["history"] == rows[2]["seen"] == [4]
@@ -112,6 +113,13 @@ def test_negatives_follow_the_true_answer_and_are_never_the_users_own():
     assert first["answers"] == [PIECES.answers[item] for item in first["item_ids"]]
     assert rows[0] == first
     assert type(collate([rows[0], rows[1]])) is PreferenceBatch
+
+
+@pytest.mark.parametrize("hide_seen", [True, False])
+def test_all_earlier_items_are_known_whatever_the_prompt_shows(hide_seen):
+    rows = AnswerRows(Reach(1, PIECES).place("train", SEQUENCES, index((0, 2), (1, 1))), SEQUENCES, PIECES, hide_seen=hide_seen)
+    assert [rows[0]["earlier"], rows[0]["history"]] == [SEQUENCES[0][:2].tolist(), SEQUENCES[0][1:2].tolist()]
+    assert rows[0]["seen"] == (rows[0]["earlier"] if hide_seen else ())
 
 
 def test_negatives_come_from_the_candidates_where_there_are_some():
