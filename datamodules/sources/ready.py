@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,9 @@ def split_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield place and value of each row of a JSON array or of JSON lines; see :func:`~malleable.datamodules.text_files.read_json_rows`."""
-    return ((row.place, row.value) for row in read_json_rows(path))
+def read_rows(path: Path) -> list[tuple[str, Any]]:
+    """Return place and value of each row of a JSON array or of JSON lines; see :func:`~malleable.datamodules.text_files.read_json_rows`."""
+    return [(row.place, row.value) for row in read_json_rows(path)]
 
 
 def value_of(row: Any, name: str, place: str) -> Any:
