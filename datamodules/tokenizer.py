@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from malleable.datamodules.fetch import cache_folder, resolve_model
+from malleable.datamodules.fetch import cache_folder, hub_errors, resolve_model
 from malleable.datamodules.files import atomic_write
 
 if TYPE_CHECKING:
@@ -27,26 +27,23 @@ METHOD = "byte-level BPE across words, titles weighted by their counts"
 WORD_METHOD = "byte-level BPE within words"
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer without any network traffic; one without a padding token pads with its end-of-sequence token.
+def load_tokenizer(name: str, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; one without a padding token pads with its end-of-sequence token.
 
     Args:
-        name: Hub id in the local cache, local folder, GGUF file, or a name that :func:`~malleable.datamodules.fetch.resolve_model` knows.
+        name: Hub id, local folder, GGUF file, or a name that :func:`~malleable.datamodules.fetch.resolve_model` knows.
+        local_files_only: Take a hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
 
     Raises:
-        OSError: If there is no such tokenizer on this machine.
+        OSError: If it is not found, is gated, or cannot be downloaded.
     """
     from transformers import AutoTokenizer
 
     folder, gguf_file = resolve_model(name)
     if gguf_file is not None:
         folder = str(_converted(Path(folder) / gguf_file))
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"no tokenizer found for {name!r}: give a local folder, a GGUF file or a hub id that is in the local hub cache ({error})"
-        ) from error
+    with hub_errors("tokenizer", name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=local_files_only, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -171,7 +168,7 @@ def _converted(gguf: Path) -> Path:
 
     folder = cache_folder() / "tokenizers" / f"gguf-{fingerprint(str(gguf))}"
     if not (folder / "tokenizer.json").is_file():
-        _save(AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name), folder)
+        _save(AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False), folder)
     return folder
 
 

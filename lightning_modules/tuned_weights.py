@@ -15,12 +15,14 @@ from torch import nn
 
 from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.identity import write_folder
+from malleable.lightning_modules.export import save_language_model
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.pass_forms import pass_forms
+from malleable.lightning_modules.loading import whole_weights
 from malleable.lightning_modules.model_settings import model_settings
 from malleable.lightning_modules.patches.names import canonical_name
 from malleable.lightning_modules.precision import check_training_precision
-from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model, fingerprint, save_language_model, whole_weights
+from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model, fingerprint
 from malleable.lightning_modules.tuning import Tuning
 
 log = logging.getLogger(__name__)

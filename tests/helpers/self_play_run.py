@@ -22,9 +22,10 @@ from tiny_data import TinyData, quiet_trainer
 
 from malleable.callbacks.phases import PhaseSettings
 from malleable.callbacks.self_play import SelfPlayLoop
+from malleable.lightning_modules.export import gathered_state
 from malleable.lightning_modules.language_model import Decoding
 from malleable.lightning_modules.play import Play
-from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA, gathered_state
+from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA
 from malleable.lightning_modules.sprec import SPRec
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from tiny import tiny_catalog, tiny_config
 
+from malleable.lightning_modules.export import save_language_model
 from malleable.lightning_modules.language_model import LanguageModel
-from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA, build_language_model, save_language_model
+from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA, build_language_model
 from malleable.lightning_modules.sft import SFT
 
 

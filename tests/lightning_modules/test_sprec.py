@@ -8,10 +8,10 @@ from tiny import TOKENS, tiny_rows
 from tiny_module import lora, ready, save_base
 
 from malleable.datamodules.batch import collate
+from malleable.lightning_modules.adapters import without_adapter
 from malleable.lightning_modules.functional.logps import answer_logps
 from malleable.lightning_modules.losses.preference import IPO, Sigmoid
 from malleable.lightning_modules.preference import preference_step
-from malleable.lightning_modules.pretrained import without_adapter
 from malleable.lightning_modules.sprec import SPRec
 
 

@@ -1,0 +1,194 @@
+"""Language models as folders that transformers, PEFT and vLLM load."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from malleable.datamodules.fetch import resolve_model
+from malleable.lightning_modules.adapters import target_modules
+from malleable.lightning_modules.patches.files import replacing
+
+log = logging.getLogger(__name__)
+
+_WRAPPED = "base_model.model."
+# Files of tokenizers of all kinds, by name and by ending; nothing else of a base model's folder belongs to an export.
+_TOKENIZER_FILES = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "bpe.codes",
+    "tekken.json",
+    "chat_template.json",
+    "chat_template.jinja",
+}
+_TOKENIZER_ENDINGS = (".model", ".tiktoken", ".spm")
+_TOKENIZER_FOLDER = "additional_chat_templates"
+
+
+def save_language_model(
+    model: Any, folder: Path, *, tokenizer: str | None = None, weights: Mapping[str, Tensor] | None = None, write: bool = True
+) -> None:
+    """Save the adapter (PEFT format) or the whole model (Hugging Face format).
+
+    The folder holds the configuration, the generation configuration, the weights and the tokenizer of the model itself. It takes the place of
+    an earlier one when it is complete; after a crash :func:`~malleable.lightning_modules.patches.files.recover` restores the old or the new one.
+
+    Args:
+        model: Output of :func:`~malleable.lightning_modules.pretrained.build_language_model`.
+        folder: Where to; replaced when it exists.
+        tokenizer: Folder, GGUF file or id of the tokenizer to save with it.
+        weights: Weights to save instead of those in memory, by name in ``model.state_dict()``; tensors that are missing come from memory.
+        write: False on the ranks that only take part in the gathering.
+    """
+    adapted = hasattr(model, "peft_config")
+    state = gathered_state(model, trainable_only=adapted, replaced=weights or {})
+    if not write:
+        return
+    with replacing(folder) as building:
+        building.mkdir(parents=True)
+        with _quietly():
+            if adapted:
+                _save_adapter(model, state, building)
+            else:
+                _save_model(model, state, building)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, building, folder)
+
+
+def gathered_state(model: nn.Module, trainable_only: bool = False, replaced: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Whole weights on the CPU, also when DeepSpeed or FSDP have partitioned them; every rank must call it.
+
+    Args:
+        model: A model, wrapped by PEFT or not.
+        trainable_only: Leave out frozen parameters, except embeddings that an adapter has resized, and buffers.
+        replaced: Values to take instead of the model's; they need not be gathered.
+    """
+    replaced = replaced or {}
+    resized = set()
+    if trainable_only and getattr(getattr(model, "get_base_model", lambda: model)(), "resized_embeddings", False):
+        resized = {id(parameter) for layer in _embeddings(model) for parameter in layer.parameters()}
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor) or id(tensor) in seen:
+            continue
+        if trainable_only and not tensor.requires_grad and id(tensor) not in resized:
+            continue
+        seen.add(id(tensor))
+        if name in replaced:
+            state[name] = replaced[name].detach().to("cpu", tensor.dtype)
+            continue
+        with _gathered(tensor):
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            state[name] = whole.detach().cpu().clone()
+    return state
+
+
+def _embeddings(model: Any) -> list[nn.Module]:
+    return [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+
+
+def _gathered(tensor: Tensor) -> AbstractContextManager[Any]:
+    if not hasattr(tensor, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    gathering: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor])
+    return gathering
+
+
+def _save_model(model: Any, state: dict[str, Tensor], folder: Path) -> None:
+    _make_valid(model)
+    model.save_pretrained(folder, state_dict=state)
+
+
+def _make_valid(model: Any) -> None:
+    """Correct a published generation configuration that transformers loads with a warning, but refuses to save."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        # The usual case: a temperature or top_p beside do_sample=False.
+        settings.do_sample = True
+
+
+def _save_adapter(model: Any, state: dict[str, Tensor], folder: Path) -> None:
+    base = model.get_base_model()
+    model.save_pretrained(folder, state_dict=state, save_embedding_layers=getattr(base, "resized_embeddings", False))
+    prefix = getattr(base, "text_prefix", None)
+    if prefix is None:
+        return
+    # PEFT and transformers load the base with all its modalities, where the layers have longer names.
+    own = f"{_WRAPPED}{base.base_model_prefix}."
+    file, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = {f"{_WRAPPED}{prefix}.{key.removeprefix(own)}" if key.startswith(own) else key: value for key, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    stored = json.loads(settings.read_text(encoding="utf-8"))
+    settings.write_text(json.dumps(stored | {"target_modules": sorted(target_modules(tensors))}, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _save_tokenizer(name: str, folder: Path, final: Path) -> None:
+    """Copy all files of a tokenizer as they are; one inside a GGUF file is converted."""
+    from transformers import AutoTokenizer
+
+    try:
+        source, gguf_file = resolve_model(name)
+        if gguf_file is not None:
+            AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False).save_pretrained(folder)
+            return
+        files = _tokenizer_files(Path(source).expanduser() if Path(source).expanduser().is_dir() else _snapshot(source))
+        for path, place in files.items():
+            (folder / place).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / place)
+    except (OSError, ValueError) as error:
+        log.warning("%s is saved without a tokenizer: %s cannot be read (%s); copy the tokenizer's files there", final, name, error)
+
+
+def _snapshot(name: str) -> Path:
+    """Return the folder of the hub cache that holds a tokenizer."""
+    from transformers.utils import cached_file
+
+    for file in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        if path is not None:
+            return Path(path).parent
+    raise FileNotFoundError(f"no tokenizer of {name} in the hub cache")
+
+
+def _tokenizer_files(folder: Path) -> dict[Path, str]:
+    """Return the files of a tokenizer in a folder, and their places in a copy."""
+    own = {path: path.name for path in folder.iterdir() if path.name in _TOKENIZER_FILES or path.name.endswith(_TOKENIZER_ENDINGS)}
+    templates = {path: f"{_TOKENIZER_FOLDER}/{path.name}" for path in (folder / _TOKENIZER_FOLDER).glob("*.jinja")}
+    files = {path: place for path, place in (own | templates).items() if path.is_file()}
+    if not files:
+        raise FileNotFoundError(f"no file of a tokenizer in {folder}")
+    return files
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers' own progress bars out of the Trainer's."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
