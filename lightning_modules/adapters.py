@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from malleable.datamodules.fetch import hub_errors
-from malleable.lightning_modules.loading import finish_replacement
 
 if TYPE_CHECKING:
     from malleable.lightning_modules.pretrained import LanguageModelConfig
@@ -75,7 +74,6 @@ def _stored_adapter(model: Any, config: LanguageModelConfig) -> Any:
 
     name = str(config.adapter)
     folder = Path(name).expanduser()
-    finish_replacement(name)
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"adapter '{name}' has no adapter_model.safetensors; give the folder that save_language_model or PEFT wrote")
     with hub_errors("adapter", name):
@@ -91,7 +89,7 @@ def _stored_adapter(model: Any, config: LanguageModelConfig) -> Any:
     _fit_embeddings(model, tensors)
     try:
         adapted = get_peft_model(model, settings)
-        result = set_peft_model_state_dict(adapted, tensors)
+        result: Any = set_peft_model_state_dict(adapted, tensors)
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"adapter '{name}' was made for another base model than '{config.name}': {' '.join(str(error).split())[:500]}") from error
     trained = {key for key, parameter in adapted.named_parameters() if parameter.requires_grad}

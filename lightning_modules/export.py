@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from malleable.datamodules.fetch import resolve_model
+from malleable.datamodules.files import atomic_write
 from malleable.lightning_modules.adapters import target_modules
-from malleable.lightning_modules.patches.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def save_language_model(
     """Save the adapter (PEFT format) or the whole model (Hugging Face format).
 
     The folder holds the configuration, the generation configuration, the weights and the tokenizer of the model itself. It takes the place of
-    an earlier one when it is complete; after a crash :func:`~malleable.lightning_modules.patches.files.recover` restores the old or the new one.
+    an earlier one when it is complete, so that a crash leaves the old or the new one.
 
     Args:
         model: Output of :func:`~malleable.lightning_modules.pretrained.build_language_model`.
@@ -57,15 +57,15 @@ def save_language_model(
     state = gathered_state(model, trainable_only=adapted, replaced=weights or {})
     if not write:
         return
-    with replacing(folder) as building:
-        building.mkdir(parents=True)
+    with atomic_write(folder) as building:
+        building.mkdir()
         with _quietly():
             if adapted:
                 _save_adapter(model, state, building)
             else:
                 _save_model(model, state, building)
         if tokenizer is not None:
-            _save_tokenizer(tokenizer, building, folder)
+            _save_tokenizer(tokenizer, building)
 
 
 def gathered_state(model: nn.Module, trainable_only: bool = False, replaced: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -142,7 +142,7 @@ def _save_adapter(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     settings.write_text(json.dumps(stored | {"target_modules": sorted(target_modules(tensors))}, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _save_tokenizer(name: str, folder: Path, final: Path) -> None:
+def _save_tokenizer(name: str, folder: Path) -> None:
     """Copy all files of a tokenizer as they are; one inside a GGUF file is converted."""
     from transformers import AutoTokenizer
 
@@ -156,7 +156,7 @@ def _save_tokenizer(name: str, folder: Path, final: Path) -> None:
             (folder / place).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / place)
     except (OSError, ValueError) as error:
-        log.warning("%s is saved without a tokenizer: %s cannot be read (%s); copy the tokenizer's files there", final, name, error)
+        log.warning("%s is saved without a tokenizer: %s cannot be read (%s); copy the tokenizer's files there", folder.name, name, error)
 
 
 def _snapshot(name: str) -> Path:

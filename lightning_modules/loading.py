@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from malleable.datamodules.fetch import hub_errors, resolve_model
-from malleable.lightning_modules.patches.files import recover
 
 if TYPE_CHECKING:
     from malleable.lightning_modules.pretrained import LanguageModelConfig
@@ -42,7 +41,9 @@ def load_pretrained(config: LanguageModelConfig, zero3_config: dict[str, Any] | 
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     assert config.name is not None
-    finish_replacement(config.name)
+    model: Any
+    info: dict[str, Any]
+    auto: Any = AutoModelForCausalLM
     folder, gguf_file = resolve_model(config.name)
     source: dict[str, Any] = {"local_files_only": config.local_files_only, "trust_remote_code": False}
     options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attention, "output_loading_info": True, **source}
@@ -52,27 +53,22 @@ def load_pretrained(config: LanguageModelConfig, zero3_config: dict[str, Any] | 
         raise ValueError(f"{config.name!r} is an adapter; give its base model as language_model.name and the folder as language_model.adapter")
     with hub_errors("model", config.name), _partitioned_loading(zero3_config):
         if gguf_file is not None:
-            model, info = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, **options)
+            model, info = auto.from_pretrained(folder, gguf_file=gguf_file, **options)
             whole = text = model.config
         else:
             whole = AutoConfig.from_pretrained(folder, **source)
             text = whole.get_text_config(decoder=True)
             if text is whole:
-                model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+                model, info = auto.from_pretrained(folder, **options)
             else:
                 model, info = _text_class(whole, text, config.name).from_pretrained(folder, config=text, key_mapping=_TEXT_KEYS, **options)
     _check_complete(model, set(info["missing_keys"]), whole, config.name)
     if text is not whole:
         _keep_own_names(model)
-        if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(whole), None) is not type(model):
+        built: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(whole), None)
+        if built is not type(model):
             model.text_prefix = _text_prefix(whole, model)
     return model
-
-
-def finish_replacement(name: str) -> None:
-    """Restore the local folder of an export that a crash has interrupted; on a file system that is read only there is nothing to do."""
-    with suppress(OSError):
-        recover(Path(name).expanduser())
 
 
 def _is_adapter(folder: Path) -> bool:

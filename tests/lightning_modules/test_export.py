@@ -12,10 +12,10 @@ from tiny import tiny_catalog, tiny_config
 from tiny_module import lora, save_base
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from malleable.datamodules import files
 from malleable.datamodules.tokenizer import train_tokenizer
 from malleable.lightning_modules.export import gathered_state, save_language_model
 from malleable.lightning_modules.patches.containers import open_container
-from malleable.lightning_modules.patches.files import recover
 from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model
 
 TOKENS = torch.tensor([[2, 4, 5, 1]])
@@ -131,25 +131,23 @@ def test_weights_given_take_the_place_of_those_in_memory(tmp_path):
     assert not (parameter == 7).any()
 
 
-@pytest.mark.parametrize("renames", [0, 1, 2])
-def test_a_kill_leaves_the_old_or_the_new_folder_whole(tmp_path, renames):
-    """The process ends at each rename of the replacement in turn."""
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_leaves_the_old_or_the_new_folder_whole(tmp_path, moment):
+    """The process ends right before or after the new folder takes the old one's place."""
     model = build_language_model(tiny_config(), tiny_catalog())
     save_language_model(model, tmp_path / "model")
-    before = (tmp_path / "model/model.safetensors").read_bytes()
+    old = (tmp_path / "model/model.safetensors").read_bytes()
     child = os.fork()
     if not child:
-        rename, left = os.rename, iter(range(renames))
-        os.rename = lambda *names, **options: rename(*names, **options) if next(left, None) is not None else os._exit(9)
+        replace = files._replace
+        files._replace = lambda *paths: (replace(*paths) if moment == "after" else None, os._exit(9))
         with torch.no_grad():
             next(model.parameters()).add_(1)
         save_language_model(model, tmp_path / "model")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    recover(tmp_path / "model")
-    assert ((tmp_path / "model/model.safetensors").read_bytes() == before) == (renames < 2)
+    assert ((tmp_path / "model/model.safetensors").read_bytes() == old) == (moment == "before")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.vocab_size == 16
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".model")] == []
 
 
 def test_weights_sharded_by_fsdp_are_saved_whole(tmp_path):
