@@ -202,12 +202,14 @@ class Vocabulary:
         eos_token_id: End-of-sequence token.
         pad_token_id: Padding token.
         tokenizer: Folder or id the tokenizer loads from.
+        largest_token_id: Largest token that the data's texts have; ``None``: any of the vocabulary.
     """
 
     vocab_size: int
     eos_token_id: int = 0
     pad_token_id: int = 0
     tokenizer: str | None = None
+    largest_token_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,7 @@ class Catalog:
         tokenizer: Folder or id the tokenizer loads from; ``None`` where no language model is used.
         keys: The source's own id of each item, the first one where several have the same title; empty where the source gives none.
         template: Fields of the prompt template; ``None`` where no language model is used.
+        largest_token_id: Largest token that prompts and answers have; ``None``: any of the vocabulary.
     """
 
     titles: tuple[str, ...]
@@ -237,6 +240,7 @@ class Catalog:
     tokenizer: str | None = None
     keys: tuple[str, ...] = ()
     template: dict[str, Any] | None = None
+    largest_token_id: int | None = None
 
     def __len__(self) -> int:
         """Return the number of items."""

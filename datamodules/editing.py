@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from malleable.datamodules.base import BaseDataModule
@@ -13,7 +13,7 @@ from malleable.datamodules.requests import EditRequest, checked
 from malleable.datamodules.sources.edits import EditSource, EditTables
 from malleable.datamodules.sources.texts import TextSource
 from malleable.datamodules.text_rows import TextRows
-from malleable.datamodules.tokenizer import load_tokenizer, train_tokenizer
+from malleable.datamodules.tokenizer import largest_token_id, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,7 +113,10 @@ class EditingDataModule(BaseDataModule):
         name = self._tokenizer_folder()
         tokenizer: Any = load_tokenizer(name)
         self.tokenizer = tokenizer
-        self.vocabulary = Vocabulary(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, name)
+        largest = largest_token_id(
+            tokenizer, [*tables.told, *tables.kept, *texts, *(text for request in tables.requests for text in _strings(request))]
+        )
+        self.vocabulary = Vocabulary(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, name, largest)
         self.edit_requests = checked(tables.requests, type(self.source).__name__)
         number = len(texts) - min(self.eval_documents, len(texts) // 2)
         texts, held = texts[:number], texts[number:]
@@ -176,3 +179,14 @@ class EditingDataModule(BaseDataModule):
     def _rows(self, documents: Sequence[str]) -> TextRows:
         encoded: Any = self.tokenizer(list(documents))["input_ids"]
         return TextRows(encoded, self.pack_length)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every text of a request."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, EditRequest):
+        yield from _strings(tuple(vars(value).values()))
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _strings(part)

@@ -133,6 +133,12 @@ class PromptPieces:
     candidates: Sequence[Tokens]
     eos_token_id: int
 
+    @property
+    def largest_token_id(self) -> int:
+        """Largest token of all prompts and answers."""
+        parts = [self.prefix, self.separator, self.suffix, self.candidates_prefix or (), *self.items, *self.answers, *self.candidates]
+        return max((max(ids) for ids in parts if len(ids)), default=-1)
+
     def prompt(self, history: Sequence[int], candidates: Sequence[int] = ()) -> list[int]:
         """Return the tokens of a prompt."""
         tokens = list(self.prefix)

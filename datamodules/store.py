@@ -132,10 +132,11 @@ def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any
         loaded = tokenizers.load_tokenizer(name)
         pieces = tokenize(recipe.template, data.titles, loaded)
         info = {
-            "eos_token_id": loaded.eos_token_id,
+            "eos_token_id": pieces.eos_token_id,
             "pad_token_id": loaded.pad_token_id,
             "vocab_size": len(loaded),
             "tokenizer": name,
+            "largest_token_id": max(pieces.largest_token_id, tokenizers.largest_token_id(loaded, ())),
             "template": asdict(recipe.template),
         }
     tables = {

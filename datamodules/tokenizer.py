@@ -87,6 +87,16 @@ def train_tokenizer(titles: Sequence[str], vocab_size: int = 2048, counts: Seque
     return folder
 
 
+def largest_token_id(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> int:
+    """Return the largest token of some texts, of the end of a sequence and of padding.
+
+    A model need not have embeddings for all tokens of its tokenizer, but for these.
+    """
+    special = [token for token in (tokenizer.eos_token_id, tokenizer.pad_token_id) if isinstance(token, int)]
+    encoded = tokenizer(list(texts))["input_ids"] if texts else []
+    return max([*special, *(max(ids) for ids in encoded if ids)], default=-1)
+
+
 def fingerprint(name: str) -> str:
     """Return what identifies a tokenizer: the content of its local files, or its hub id."""
     folder, gguf_file = resolve_model(name)

@@ -107,16 +107,11 @@ def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary | C
         model = model.to(torch.get_default_device())
     else:
         model = load_pretrained(config, zero3_config)
-    rows = model.config.vocab_size
-    if rows < vocabulary.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {vocabulary.vocab_size} tokens but the model '{config.name}' embeds {rows}; "
-            "use the model's own tokenizer for the data"
-        )
     if config.lora is not None or config.adapter is not None:
         # PEFT moves what is drawn to the base model's device.
         with whole_weights(zero3_config), drawn_on_cpu():
             model = with_adapter(model, config)
+    _check_tokens(model.config.vocab_size, vocabulary, config.name)
     if config.gradient_checkpointing:
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         # The name since transformers 5.23, and the one before it.
@@ -125,6 +120,32 @@ def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary | C
         base.enable_input_require_grads()
     built: nn.Module = model.train()
     return built
+
+
+def _check_tokens(rows: int, vocabulary: Vocabulary | Catalog, name: str | None) -> None:
+    """Refuse a token without an embedding; tokens that no text has, as tokenizers often have some, need none."""
+    known = vocabulary.largest_token_id
+    largest = vocabulary.vocab_size - 1 if known is None else known
+    if largest < rows:
+        return
+    if known is None:
+        raise ValueError(
+            f"the tokenizer has {vocabulary.vocab_size} tokens but the model '{name}' embeds {rows}; use the model's own tokenizer for the data"
+        )
+    raise ValueError(
+        f"the data's texts have the token {_token(vocabulary, largest)}, but the model '{name}' embeds {rows} tokens only; "
+        "use the model's own tokenizer for the data, or remove the token from texts, template and padding"
+    )
+
+
+def _token(vocabulary: Vocabulary | Catalog, token_id: int) -> str:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(vocabulary.tokenizer), local_files_only=True, trust_remote_code=False)
+        return f"{tokenizer.convert_ids_to_tokens(token_id)!r} ({token_id})"
+    except (OSError, ValueError):
+        return str(token_id)
 
 
 def _scratch_model(config: LanguageModelConfig, vocabulary: Vocabulary | Catalog) -> Any:

@@ -37,6 +37,7 @@ def test_attributes_after_setup():
     tokenizer = load_tokenizer(catalog.tokenizer)
     assert (catalog.eos_token_id, catalog.pad_token_id, catalog.vocab_size) == (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer))
     assert [tokenizer.decode(ids) for ids in catalog.token_ids] == [f"{title}</s>" for title in catalog.titles]
+    assert catalog.largest_token_id == max(max(row["prompt"] + [*row["answers"][0]]) for row in map(data.train_dataset.__getitem__, range(40)))
 
 
 def test_the_catalogue_has_the_sources_own_ids(tmp_path):

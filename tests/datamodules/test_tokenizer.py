@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from malleable.datamodules import tokenizer as module
-from malleable.datamodules.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+from malleable.datamodules.tokenizer import fingerprint, largest_token_id, load_tokenizer, train_tokenizer
 
 TITLES = ["Toy Story (1995)", "Heat (1995)", "Á köldum klaka (Cold Fever) (1994)", "Star Wars (1977)", "Star Trek (1979)"] * 3
 
@@ -112,3 +112,13 @@ def test_a_real_llama_tokenizer_loads():
     tokenizer = load_tokenizer(str(shared_data("models/stories260k")))
     assert len(tokenizer) == 512
     assert tokenizer.pad_token_id is not None
+
+
+def test_the_largest_token_of_texts_and_of_the_special_ones(tmp_path):
+    tokenizer = load_tokenizer(str(train_tokenizer(TITLES, 300)))
+    tokenizer.add_tokens(["<image>"])
+    size = len(tokenizer)
+    assert largest_token_id(tokenizer, ["Heat", ""]) == max(tokenizer("Heat")["input_ids"]) < size - 1
+    assert largest_token_id(tokenizer, ["Heat", "an <image>"]) == size - 1
+    tokenizer.pad_token = "<image>"
+    assert largest_token_id(tokenizer, []) == size - 1

@@ -9,6 +9,7 @@ from shared import shared_data
 from tiny import tiny_catalog, tiny_config
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from malleable.datamodules.tokenizer import train_tokenizer
 from malleable.lightning_modules.adapters import without_adapter
 from malleable.lightning_modules.export import gathered_state, save_language_model
 from malleable.lightning_modules.plain import from_plain, plain
@@ -160,6 +161,21 @@ def test_tokenizer_larger_than_the_model(base):
         build_language_model(LanguageModelConfig(name=base), replace(tiny_catalog(), vocab_size=99))
     with pytest.raises(ValueError, match="takes its vocabulary from the catalogue's tokenizer"):
         build_language_model(LanguageModelConfig(), replace(tiny_catalog(), vocab_size=0))
+
+
+def test_tokens_that_no_text_has_need_no_embedding(base, tmp_path):
+    """Gemma 3 1B has 262,145 tokens and 262,144 rows."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(train_tokenizer(["Heat"], 300))
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config = LanguageModelConfig(name=base)
+    unused = replace(tiny_catalog(), vocab_size=99, tokenizer=str(tmp_path / "tokenizer"), largest_token_id=15)
+    assert build_language_model(config, unused).config.vocab_size == 16
+    used = replace(unused, largest_token_id=tokenizer.convert_tokens_to_ids("<image>"))
+    with pytest.raises(ValueError, match=r"the data's texts have the token '<image>' \(\d+\), but the model .* embeds 16 tokens only"):
+        build_language_model(config, used)
 
 
 def test_four_bits_without_the_library(base, monkeypatch):
