@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from malleable.callbacks.sweep import sweep
+from malleable.callbacks.sweep import rows_per_pass, sweep
 from malleable.datamodules.batch import Catalog
 from malleable.datamodules.loader import PhasedLoader
 from malleable.datamodules.sampling import ItemSampler
@@ -24,7 +24,7 @@ def negatives(
         trainer: Shares the rows among the ranks.
         module: The recommender.
         rows: The round's rows.
-        loader: Collates rows and says how many fit a batch.
+        loader: Collates rows; its batch size serves where the data module has no ``eval_batch_size``.
         source: ``pre_round`` and ``post_sft`` ask the module; ``random`` and ``popularity`` draw items.
         play: How the module answers.
         seed: Seed and round.
@@ -41,7 +41,7 @@ def negatives(
         items = [draw(sampler, rows[index], play.num_negatives) for index in range(len(rows))]
         return items, titles(items, catalog)
     ask = partial(module.play, play=play, seed=number)
-    table = sweep(trainer, module, rows, loader.collate_fn, 4 * loader.max_batch_size, ask, f"{label}: own answers")
+    table = sweep(trainer, module, rows, loader.collate_fn, rows_per_pass(trainer, loader), ask, f"{label}: own answers")
     if play.grounding == "none":
         # (rows, 1 + tokens): the item or -1, then the free text padded with -1.
         return table[:, :1].tolist(), [[[token for token in row if token >= 0]] for row in table[:, 1:].tolist()]

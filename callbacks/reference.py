@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from malleable.callbacks.sweep import sweep
+from malleable.callbacks.sweep import rows_per_pass, sweep
 from malleable.datamodules.files import atomic_write
 from malleable.datamodules.loader import PhasedLoader, RowView
 from malleable.lightning_modules.functional.logps import answer_logps
@@ -31,7 +31,7 @@ def reference_logps(trainer: Trainer, module: LanguageModel, rows: Any, loader: 
     def compute(batch: Any) -> Tensor:
         return answer_logps(module.model, batch, shared_prompt=shared_prompt)
 
-    return sweep(trainer, module, rows, loader.collate_fn, 4 * loader.max_batch_size, compute, label)
+    return sweep(trainer, module, rows, loader.collate_fn, rows_per_pass(trainer, loader), compute, label)
 
 
 class ReferenceCache(Callback):

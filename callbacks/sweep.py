@@ -35,6 +35,12 @@ def inference(trainer: Trainer, module: LightningModule) -> Iterator[None]:
             part.training = mode
 
 
+def rows_per_pass(trainer: Trainer, loader: PhasedLoader[Any]) -> int:
+    """Rows of a pass without gradients: the data module's ``eval_batch_size``, or as many as in training where there is none."""
+    size: int | None = getattr(getattr(trainer, "datamodule", None), "eval_batch_size", None)
+    return size or loader.max_batch_size
+
+
 def sweep(
     trainer: Trainer,
     module: LightningModule,

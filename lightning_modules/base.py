@@ -190,7 +190,7 @@ class BaseModule(LightningModule, ABC):
             return output.loss * self.trainer.accumulate_grad_batches
         return output.loss
 
-    def log_loss(self, batch: Any, split: Split) -> None:
+    def log_loss(self, batch: Any, split: Split) -> LossOutput | None:
         """Add up the loss of an evaluation batch; the epoch's end logs its mean, in which each row of all ranks counts once."""
         output = self.compute_loss(batch)
         weight = (batch.sample_id >= 0).sum() if output.weight is None else torch.as_tensor(output.weight, device=output.loss.device)
@@ -201,6 +201,7 @@ class BaseModule(LightningModule, ABC):
             # A batch that only repeats rows has no mean.
             total = torch.where(weight > 0, value.detach().to(weight.dtype) * weight, 0.0)
             sums[name] = sums.get(name, 0.0) + torch.stack([total, weight])
+        return output
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         """Log the loss and feed the metrics."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import Metric
 
 from malleable.datamodules.batch import PackedBatch, Vocabulary
-from malleable.lightning_modules.base import BaseModule, LossOutput
+from malleable.lightning_modules.base import BaseModule, LossOutput, Split
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.logps import packed_token_logps
 from malleable.lightning_modules.metrics.editing import Perplexity
@@ -75,11 +74,13 @@ class CausalLM(TunedWeights, BaseModule):
         """Perplexity."""
         return {"perplexity": Perplexity()}
 
-    @torch.no_grad()
-    def evaluate(self, batch: PackedBatch, metrics: dict[str, Metric]) -> None:
-        """Add up log-likelihoods."""
-        logps, targets = packed_token_logps(self.model, batch.input_ids, batch.document_ids, batch.position_ids)
-        metrics["perplexity"].update(logps, targets & (batch.sample_id >= 0)[:, None])
+    def log_loss(self, batch: PackedBatch, split: Split) -> LossOutput | None:
+        """Add up the loss, and the perplexity from the same pass."""
+        output = super().log_loss(batch.replace(num_step_tokens=None), split)
+        assert output is not None
+        assert isinstance(output.weight, Tensor)
+        self.metrics(split)["perplexity"].update(output.loss, output.weight)
+        return output
 
     @float32_by_default()
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:

@@ -17,6 +17,8 @@ _SEEDS = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
 # What torch, Lightning and pytest set once per process.
 _ONCE = {
     "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_DEVICE_ORDER",
+    "CUDA_MODULE_LOADING",
     "KMP_DUPLICATE_LIB_OK",
     "KMP_INIT_AT_FORK",
     "PYTEST_CURRENT_TEST",
@@ -26,10 +28,10 @@ _ONCE = {
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and os.environ.get("MALLEABLE_GPU_TESTS_ON") != "cpu":
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; MALLEABLE_GPU_TESTS_ON=cpu runs the same code on a CPU"))
 
 
 @pytest.fixture(scope="session", autouse=True)

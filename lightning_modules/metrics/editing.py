@@ -94,11 +94,11 @@ class Perplexity(_Sums):
     def __init__(self) -> None:
         super().__init__(1)
 
-    def update(self, logps: Tensor, targets: Tensor) -> None:
-        """Add log-probabilities, nats, where ``targets`` is true; of one shape. One that is not a number makes the perplexity none."""
-        chosen = logps[targets].to(self.total)
-        self.total += chosen.sum()
-        self.count += chosen.numel()
+    def update(self, loss: Tensor, weight: Tensor) -> None:
+        """Add a mean negative log-likelihood, nats, over ``weight`` tokens. One that is not a number makes the perplexity none."""
+        weight = weight.to(self.total)
+        self.total = self.total - loss.detach().to(self.total) * weight
+        self.count = self.count + weight
 
     def compute(self) -> dict[str, Tensor]:
         """Return the perplexity."""

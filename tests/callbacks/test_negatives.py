@@ -1,6 +1,7 @@
 """Rejected answers of a round: asked of the model or drawn, by row and seed alone."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def make(module, source: str, play: Play, rows=None, seed: tuple[int, int] = (0,
 
 @pytest.mark.parametrize("source", ["pre_round", "post_sft"])
 def test_the_model_is_asked(module, source):
-    """Its own answers to the rows in their order, in batches four times as large as in training."""
+    """Its own answers to the rows in their order."""
     play = Play(decode="beam_k_random", num_beams=4)
     items, answers = make(module, source, play)
     assert items == module.play(collate(tiny_rows()), play, seed=1).tolist()
@@ -47,6 +48,18 @@ def test_answers_of_another_round_or_seed_differ(module):
 def test_batches_do_not_matter(module):
     play = Play(decode="sample", num_negatives=2)
     assert make(module, "pre_round", play, batch_size=1) == make(module, "pre_round", play, batch_size=8)
+
+
+@pytest.mark.parametrize(("eval_batch_size", "expected"), [(3, 3), (None, 2)])
+def test_rows_of_a_pass(module, monkeypatch, eval_batch_size, expected):
+    """The data module's batch size of evaluation; that of training where there is no data module."""
+    sizes = []
+    play = module.play
+    monkeypatch.setattr(module, "play", lambda batch, **options: sizes.append(len(batch)) or play(batch, **options))
+    if eval_batch_size is not None:
+        monkeypatch.setattr(module.trainer, "datamodule", SimpleNamespace(eval_batch_size=eval_batch_size), raising=False)
+    make(module, "pre_round", Play(), batch_size=2)
+    assert max(sizes) == expected
 
 
 def test_free_text_is_kept_as_it_is(module):

@@ -39,6 +39,17 @@ def test_training_lowers_the_loss_and_perplexity_is_its_exponential(folder):
     assert figures["test_perplexity"] == pytest.approx(math.exp(figures["test_loss"]), rel=1e-4)
 
 
+def test_evaluation_runs_the_model_once_a_batch(folder):
+    _, trainer, module = folder
+    calls = []
+    handle = module.model.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        trainer.test(module, datamodule := data(), verbose=False)
+    finally:
+        handle.remove()
+    assert len(calls) == len(datamodule.test_dataloader())
+
+
 def test_the_exported_model_is_the_trained_one(folder):
     _, trainer, module = folder
     from transformers import AutoModelForCausalLM

@@ -53,10 +53,11 @@ def test_batches_and_devices_do_not_matter():
         torch.testing.assert_close(value, whole.compute()[name])
 
 
-def test_perplexity_counts_targets_only():
+def test_perplexity_weighs_batches_by_their_tokens():
     metric = Perplexity()
-    metric.update(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[True, True, False]]))
-    metric.update(torch.tensor([[-3.0]]), torch.tensor([[True]]))
+    metric.update(torch.tensor(1.5), torch.tensor(2))  # two tokens of -1 and -2 nats
+    metric.update(torch.tensor(0.0), torch.tensor(0))
+    metric.update(torch.tensor(3.0), torch.tensor(1))
     assert float(metric.compute()["perplexity"]) == pytest.approx(math.exp(2))
 
 
