@@ -73,7 +73,8 @@ class LanguageModelConfig:
         quantization: ``4bit`` loads NF4 weights through bitsandbytes (needs a GPU and LoRA).
         gradient_checkpointing: Recompute activations in the backward pass, without re-entrance.
         local_files_only: Take a hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
-        attention: Attention implementation.
+        attention: Attention implementation. ``sdpa`` takes FlashAttention or the memory-efficient kernels; those of cuDNN are switched off, see
+            :func:`~malleable.lightning_modules.functional.attention.avoid_planned_kernels`.
         scratch: Sizes of the from-scratch model.
     """
 

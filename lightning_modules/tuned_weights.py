@@ -16,6 +16,7 @@ from torch import nn
 from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.identity import write_folder
 from malleable.lightning_modules.export import save_language_model
+from malleable.lightning_modules.functional.attention import avoid_planned_kernels
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.pass_forms import pass_forms
 from malleable.lightning_modules.loading import whole_weights
@@ -69,6 +70,7 @@ class TunedWeights(LightningModule):
         """Build the language model; a second call does nothing, and neither does a call before :attr:`words` are there."""
         if self.model is not None or self.words is None:
             return
+        avoid_planned_kernels()
         strategy: Any = getattr(getattr(self, "attached", None), "strategy", None)
         zero3 = strategy.config if getattr(strategy, "zero_stage_3", False) else None
         self.model = build_language_model(self.language_model, self.words, zero3_config=zero3)

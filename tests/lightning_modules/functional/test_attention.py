@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import tiny_catalog, tiny_config
 from torch import nn
 
+from malleable import SFT
 from malleable.lightning_modules.functional.attention import document_mask, model_mask
 
 ALLOWED = torch.tensor([[[True, False], [True, True]]])
@@ -52,3 +54,15 @@ def test_eager_attention_adds_the_mask(dtype):
 def test_other_implementations_are_refused():
     with pytest.raises(ValueError, match="attention 'flash_attention_2' takes no block mask; load the model with attn_implementation='sdpa'"):
         model_mask(decoder("flash_attention_2"), ALLOWED)
+
+
+def test_a_built_model_uses_no_kernels_that_are_planned_for_each_shape():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        SFT(tiny_config(), tiny_catalog()).configure_model()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
