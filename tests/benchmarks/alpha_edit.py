@@ -1,6 +1,6 @@
 """Target vectors of many facts at a time against one by one, at equal results; and what memory second moments take.
 
-    python tests/benchmarks/alpha_edit.py [--model NAME] [--facts 32] [--json RESULT.json]
+    python tests/benchmarks/alpha_edit.py [--model NAME] [--facts 32] [--device cuda] [--json RESULT.json]
 
 The peer is the literal search (``tests/helpers/literal_targets.py``): a fact at a time, the whole model in every pass, logits at every token,
 ``torch.optim.Adam``. Facts are of countries; the model is SmolLM2-135M-Instruct (Q4_1 dequantised) unless another is named. Memory is the
@@ -25,6 +25,7 @@ import torch
 os.environ["TQDM_DISABLE"] = "1"  # no bars of weights between the lines
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
+from devices import add_device_arguments, synchronize
 from literal_targets import literal_target
 
 from malleable.datamodules.fetch import resolve_model
@@ -42,7 +43,7 @@ LAYERS = (4, 5, 6, 7, 8)
 SETTINGS = StatisticsSettings(max_length=256, max_tokens=2048, piece=64)
 
 
-def load(name: str) -> tuple[Any, Any]:
+def load(name: str, device: str = "cpu") -> tuple[Any, Any]:
     """Load a model and its tokenizer."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -51,30 +52,35 @@ def load(name: str) -> tuple[Any, Any]:
     folder, gguf_file = resolve_model(name)
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-    return model, load_tokenizer(name)
+    return model.to(device), load_tokenizer(name)
 
 
-def compare(name: str, number: int) -> dict[str, float]:
+def compare(name: str, number: int, device: str = "cpu") -> dict[str, float]:
     """Seek the targets of facts in both ways."""
-    model, tokenizer = load(name)
+    model, tokenizer = load(name, device)
     reader, layout = Reader(tokenizer), find_layout(model)
     settings = TargetSettings(lr=0.5, steps=25)
     requests = Countries(limit=number).load().requests
     facts = [Fact.of(request) for request in requests]
+
+    def clock() -> float:
+        synchronize(device)
+        return time.perf_counter()
+
     with undisturbed(model):
         contexts = ["{}", *draw_contexts(model, tokenizer)]
         find_targets(model, layout, LAYERS[-1], reader, facts[:1], contexts, TargetSettings(steps=2))  # warm up
-        start = time.perf_counter()
+        start = clock()
         found = find_targets(model, layout, LAYERS[-1], reader, facts, contexts, settings)
-        ours = time.perf_counter() - start
-        start = time.perf_counter()
+        ours = clock() - start
+        start = clock()
         block = layout.block_of(model, LAYERS[-1])
         literal = [literal_target(model, block, reader, fact, contexts, settings) for fact in facts]
-        theirs = time.perf_counter() - start
-        start = time.perf_counter()
+        theirs = clock() - start
+        start = clock()
         for fact in facts:
             find_targets(model, layout, LAYERS[-1], reader, [fact], contexts, settings)
-        single = time.perf_counter() - start
+        single = clock() - start
     change = torch.stack([one.change for one in literal])
     differences = (found.change - change).norm(dim=1) / change.norm(dim=1).clamp_min(1e-9)
     steps = torch.tensor([one.steps for one in literal])
@@ -131,10 +137,12 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct-q4_1")
     parser.add_argument("--facts", type=int, default=32)
     parser.add_argument("--json", type=Path)
+    add_device_arguments(parser, dtype=False)
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
-    result = {**memory(options.model), **compare(options.model, options.facts)}
+    # Memory is that of a process on a CPU, whatever the device of the comparison.
+    result = {**memory(options.model), **compare(options.model, options.facts, options.device)}
     if options.json:
         options.json.write_text(json.dumps(result, indent=2))
     sys.stdout.write(f"ratio: {result['ratio']:.2f}\n")

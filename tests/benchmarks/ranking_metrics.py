@@ -1,6 +1,6 @@
 """Our ranking metrics beside torchmetrics' retrieval metrics: 4,000 queries of 100 scored candidates.
 
-    python tests/benchmarks/ranking_metrics.py [--json RESULT.json]
+    python tests/benchmarks/ranking_metrics.py [--device cuda] [--json RESULT.json]
 
 The last line is torchmetrics' time over ours, six metrics each.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from devices import add_device_arguments, synchronize
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMAP, RetrievalMRR, RetrievalNormalizedDCG, RetrievalPrecision, RetrievalRecall
 
 from malleable.lightning_modules.metrics.ranking import ScoredRankingMetrics
@@ -32,8 +33,8 @@ PEERS = {
 
 def ours(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """All metrics of :data:`PEERS` at once."""
-    metric = ScoredRankingMetrics(ks=(K,))
-    ids = torch.arange(QUERIES)
+    metric = ScoredRankingMetrics(ks=(K,)).to(scores.device)
+    ids = torch.arange(QUERIES, device=scores.device)
     for rows in ids.split(BATCH):
         metric.update(scores[rows], labels[rows], torch.ones_like(labels[rows], dtype=torch.bool), rows)
     result = metric.compute()
@@ -43,9 +44,9 @@ def ours(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
 def theirs(names: list[str], scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """The metrics of these names."""
     result = {}
-    ids = torch.arange(QUERIES)
+    ids = torch.arange(QUERIES, device=scores.device)
     for name in names:
-        metric = PEERS[name](top_k=K)
+        metric = PEERS[name](top_k=K).to(scores.device)
         for rows in ids.split(BATCH):
             metric.update(scores[rows].flatten(), labels[rows].flatten(), indexes=rows.repeat_interleave(CANDIDATES))
         result[name] = metric.compute().item()
@@ -66,11 +67,14 @@ def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    add_device_arguments(parser, dtype=False)
     arguments = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(QUERIES, CANDIDATES, generator=generator)
     labels = (torch.rand(QUERIES, CANDIDATES, generator=generator) < 0.05).long()
     labels[:, 0] = 1  # a relevant candidate in every query, so that both average the same rows
+    scores, labels = scores.to(arguments.device), labels.to(arguments.device)
+    synchronize(arguments.device)
     own_time, own = best_time(lambda: ours(scores, labels))
     ndcg_time, _ = best_time(lambda: theirs(["ndcg"], scores, labels))
     peer_time, peer = best_time(lambda: theirs(list(PEERS), scores, labels))

@@ -1,0 +1,42 @@
+"""Tests and benchmarks for a GPU run on a CPU, too, so that they work when there is one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PARTS = ["preference-16", "preference-64", "decoding-135m", "decoding-1b", "sprec", "nfe", "kg-epoch", "alpha-edit"]
+
+
+def run(*words, **variables):
+    """Run Python in a process of its own, as a user would."""
+    environment = {**os.environ, **variables}
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, timeout=900, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_of_the_benchmark(part):
+    done = run(ROOT / "tests/benchmarks/gpu_suite.py", "--device", "cpu", "--tiny", "--parts", part)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{part} (at most" in done.stdout
+    if part != "sprec":
+        assert "ratio:" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_benchmark_lists_its_parts():
+    done = run(ROOT / "tests/benchmarks/gpu_suite.py", "--list")
+    budgets = dict(line.rsplit(": ", 1) for line in done.stdout.strip().splitlines())
+    assert list(budgets) == PARTS
+    assert sum(int(seconds.removesuffix(" s")) for seconds in budgets.values()) <= 480
+
+
+@pytest.mark.slow
+def test_the_tests_for_a_gpu_pass_on_a_cpu():
+    done = run("-m", "pytest", "-q", "-m", "gpu", ROOT / "tests/gpu", "--rootdir", ROOT, MALLEABLE_GPU_TESTS_ON="cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout.splitlines()[-1]
