@@ -66,7 +66,8 @@ def sweep(
     Returns:
         ``(len(rows), ...)`` on the CPU, equal on all ranks.
     """
-    loader: PhasedLoader[Any] = PhasedLoader(rows, batch_size, collate_fn=collate_fn, shuffle=False, drop_last=False)
+    pin = trainer.strategy.root_device.type == "cuda"
+    loader: PhasedLoader[Any] = PhasedLoader(rows, batch_size, collate_fn=collate_fn, shuffle=False, drop_last=False, pin_memory=pin)
     results, start, last = [], time.monotonic(), time.monotonic()
     with inference(trainer, module):
         for number, batch in enumerate(loader, 1):

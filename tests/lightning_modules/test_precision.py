@@ -30,6 +30,7 @@ SUPPORTED = {
     ("bf16-mixed", "float32", False): (DPO,),
     ("16-mixed", "float32", False): (SPRec,),
     ("bf16-true", "float32", False): METHODS,
+    ("64-true", "float32", False): (SPRec,),
     ("32-true", "bfloat16", True): (DPO,),
     ("bf16-mixed", "bfloat16", True): (SPRec,),
     ("bf16-mixed", "float32", True): (),
