@@ -1,6 +1,6 @@
 """A small run of NFE as a script of its own: what is killed and resumed.
 
-    python graph_run.py FOLDER [--kill EPOCH:BATCH | --kill val:EPOCH] [--resume] [--every_n_train_steps N]
+    python graph_run.py FOLDER [--kill EPOCH:BATCH | --kill val:EPOCH] [--resume] [--every_n_train_steps N] [--accelerator gpu]
 
 Reads the files in ``FOLDER/../graph``. Leaves ``FOLDER/final.safetensors`` (both tables), ``FOLDER/val.json`` (every figure of every validation)
 and ``FOLDER/test.json``.
@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--kill", default="")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--every_n_train_steps", type=int)
+    parser.add_argument("--accelerator", default="cpu")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> None:
     every = {"every_n_train_steps": options.every_n_train_steps} if options.every_n_train_steps else {"save_on_train_epoch_end": True}
     report = RunReport()
     callbacks = [Kill(options.kill), report, ModelCheckpoint(options.folder / "checkpoints", save_last=True, **every)]
-    trainer = quiet_trainer(options.folder, max_epochs=6, check_val_every_n_epoch=2, callbacks=callbacks)
+    trainer = quiet_trainer(options.folder, accelerator=options.accelerator, max_epochs=6, check_val_every_n_epoch=2, callbacks=callbacks)
     # Dropout and a rate that falls each epoch: what is drawn and what was counted must go on where it stopped.
     module = NFE("nfe2", 8, 1.0, gamma_trainable=True, dropout=0.2, tuning=EmbeddingTuning(lr=0.02, lr_decay=0.8))
     data = toy_graph(options.folder.parent / "graph", cache_dir=str(options.folder / "cache"), batch_size=4, global_batch_size=8, eval_batch_size=4)
