@@ -132,7 +132,7 @@ class IPO(PairwiseLoss):
 
     Source:
         Azar et al. (2024), A General Theoretical Paradigm, arXiv:2310.12036, Eq. 17.
-        Differs: sums of log-probabilities unless ``length_norm``.
+        Differs: sums of log-probabilities unless ``length_norm``; TRL's ``ipo`` averages them over the tokens of an answer.
     """
 
     def pair_losses(self, delta: Tensor) -> Tensor:

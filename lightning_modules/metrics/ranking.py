@@ -122,7 +122,11 @@ def ndcg(ranks: Tensor, labels: Tensor, k: int, gain: Gain = "linear") -> Tensor
 
 
 def average_precision(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Precision at each relevant candidate among the first ``k``, summed, over ``min(k, relevant)``."""
+    """Precision at each relevant candidate among the first ``k``, summed, over ``min(k, relevant)``.
+
+    So a perfect list of ``k`` has the value 1 however many candidates are relevant; libraries that divide by the number of relevant ones
+    (trec_eval, ranx) have less.
+    """
     found = ranks.masked_fill(~_hits(ranks, labels, k), torch.inf).sort(1).values
     number = torch.arange(1, found.shape[1] + 1, device=found.device)
     return (number / found).sum(1) / (labels > 0).sum(1).clamp(1, k)

@@ -9,6 +9,7 @@ import json
 import logging
 import statistics
 import sys
+import time
 import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping
@@ -29,8 +30,10 @@ from malleable.datamodules.sources.fb15k237 import FB15k237
 from malleable.datamodules.sources.published import PublishedGraph
 from malleable.datamodules.sources.small_graphs import UMLS, Kinship
 from malleable.datamodules.sources.wn18rr import WN18RR
+from malleable.lightning_modules.functional import one_vs_all
 from malleable.lightning_modules.knowledge_graph import KnowledgeGraphModule
 from malleable.lightning_modules.losses.embedding import EmbeddingLoss
+from malleable.lightning_modules.metrics import link_prediction
 
 sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 literal_kg = importlib.import_module("literal_kg")
@@ -79,6 +82,10 @@ def parser_of(doc: str, name: str) -> ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=[*POINTS, *FLOWS], default=[*POINTS, *FLOWS])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for both sides")
+    parser.add_argument("--precision", default="32-true", help="of our Trainer; theirs is float32")
+    parser.add_argument("--compared", type=int, help="scores that our ranking compares at a time, instead of its default for the device")
+    parser.add_argument("--chunk", type=int, help="numbers of a chunk of our loss against all entities, instead of its default for the device")
     parser.add_argument("--json", type=Path, default=Path(f"{name}.json"))
     return parser
 
@@ -86,18 +93,34 @@ def parser_of(doc: str, name: str) -> ArgumentParser:
 def begin(options: Namespace) -> None:
     """Set threads and output."""
     torch.set_num_threads(options.threads)
+    for sizes, size in ((link_prediction.COMPARED, options.compared), (one_vs_all.CHUNK, options.chunk)):
+        if size is not None:
+            sizes[options.device] = size
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
     for name in ("pykeen", "lightning.pytorch", "malleable"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "lightning", "pykeen"))
-    log.info("%s; %s thread(s); garbage collection %s, no worker processes, on both sides", versions, options.threads, _collection())
+    kind = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} thread(s)"
+    log.info("%s; %s, %s; garbage collection %s, no worker processes, on both sides", versions, kind, options.precision, _collection())
     log.info("%s: dimension %s, %s queries a batch, %s repetitions in turn, medians", options.data, options.dimension, options.batch, options.repeats)
 
 
 def _collection() -> str:
     return "as Python sets it" if gc.isenabled() else "off"
+
+
+def now(device: str) -> float:
+    """Wait for what the device still computes; return the time."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def trainer_settings(options: Namespace) -> dict[str, Any]:
+    """Arguments of our Trainer that the options choose."""
+    return {"accelerator": "gpu" if options.device == "cuda" else "cpu", "devices": 1, "precision": options.precision}
 
 
 def opened(options: Namespace, group_queries: bool) -> KnowledgeGraphDataModule:

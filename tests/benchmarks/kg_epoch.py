@@ -18,13 +18,27 @@ of the cases with a bar.
 from __future__ import annotations
 
 import tempfile
-import time
 from argparse import Namespace
 from typing import Any
 
 import numpy as np
 import torch
-from graph_sides import FLOWS, LR, POINTS, Case, begin, give_weights, literal_kg, measure, opened, our_model, parser_of, their_model
+from graph_sides import (
+    FLOWS,
+    LR,
+    POINTS,
+    Case,
+    begin,
+    give_weights,
+    literal_kg,
+    measure,
+    now,
+    opened,
+    our_model,
+    parser_of,
+    their_model,
+    trainer_settings,
+)
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from pykeen.training import LCWATrainingLoop, TrainingCallback
@@ -40,19 +54,24 @@ BARS = {"pykeen": {"codex_s": 3.0, "wn18rr": 3.0}, "loop": {"codex_s": 2.0, "fb1
 
 
 class EpochTimer(Callback, TrainingCallback):
-    """Notes when epochs end, in Lightning's Trainer as in PyKEEN's loop."""
+    """Notes when epochs end, in Lightning's Trainer as in PyKEEN's loop.
 
-    def __init__(self) -> None:
+    Args:
+        device: Device to wait for.
+    """
+
+    def __init__(self, device: str) -> None:
         super().__init__()
+        self.device = device
         self.ends: list[float] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the time."""
-        self.ends.append(time.perf_counter())
+        self.ends.append(now(self.device))
 
     def post_epoch(self, epoch: int, epoch_loss: float, **_: Any) -> None:
         """Note the time."""
-        self.ends.append(time.perf_counter())
+        self.ends.append(now(self.device))
 
     def seconds(self) -> list[float]:
         """Seconds of each epoch but the first."""
@@ -80,11 +99,11 @@ class Ours:
 
     def __call__(self) -> list[float]:
         """Train; return seconds an epoch."""
-        timer = EpochTimer()
+        timer = EpochTimer(self.options.device)
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
                 max_epochs=1 + self.options.epochs,
-                accelerator="cpu",
+                **trainer_settings(self.options),
                 callbacks=[timer],
                 logger=CSVLogger(folder),
                 log_every_n_steps=10,
@@ -107,7 +126,7 @@ class PyKEEN:
 
     def __call__(self) -> list[float]:
         """Train; return seconds an epoch."""
-        model, timer = self.make(), EpochTimer()
+        model, timer = self.make().to(self.options.device), EpochTimer(self.options.device)
         optimizer = torch.optim.Adam(model.get_grad_params(), lr=LR)
         loop = LCWATrainingLoop(model=model, triples_factory=self.factory, optimizer=optimizer, automatic_memory_optimization=False)
         settings: Any = {"batch_size": self.options.batch, "num_workers": 0, "pin_memory": False, "use_tqdm": False, "callbacks": timer}
@@ -147,18 +166,19 @@ class Loop:
 
     def __call__(self) -> list[float]:
         """Train; return seconds an epoch."""
-        tables = [torch.nn.Parameter(table.weight.detach()) for table in self.make().tables]
+        device = self.options.device
+        tables = [torch.nn.Parameter(table.weight.detach().to(device)) for table in self.make().tables]
         optimizer = torch.optim.Adam(tables, lr=LR)
         rng, ends = np.random.default_rng(0), []
         for _ in range(1 + self.options.epochs):
             order = rng.permutation(len(self.queries))
             for start in range(0, len(order), self.options.batch):
                 optimizer.zero_grad()
-                loss = self.loss(tables, torch.from_numpy(self.queries[order[start : start + self.options.batch]]))
+                loss = self.loss(tables, torch.from_numpy(self.queries[order[start : start + self.options.batch]]).to(device))
                 loss.backward()
                 optimizer.step()
                 loss.item()
-            ends.append(time.perf_counter())
+            ends.append(now(device))
         return np.diff(ends).tolist()
 
     def loss(self, tables: list[torch.nn.Parameter], triples: Tensor) -> Tensor:

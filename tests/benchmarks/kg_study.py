@@ -166,6 +166,8 @@ class BestEpoch(Callback):
 def run(path: Path, model: str, settings: dict[str, Any], seed: int, test: bool, options: argparse.Namespace) -> dict[str, Any]:
     """Train, and test if that is asked for, unless the file holds this run already; return its figures."""
     plan = {"settings": settings, "seed": seed, "epochs": options.epochs, "every": options.every, "patience": options.patience}
+    # Runs from before there was a choice stay valid.
+    plan |= {name: value for name, value in (("device", options.device), ("precision", options.precision)) if value not in ("cpu", "32-true")}
     if path.exists() and (done := json.loads(path.read_text(encoding="utf-8")))["plan"] == plan:
         return done["figures"]
     quiet()
@@ -183,11 +185,10 @@ def trained(model: str, settings: dict[str, Any], seed: int, test: bool, options
     seed_everything(seed, verbose=False)
     source = GRAPHS[options.data](path=options.path)
     data = KnowledgeGraphDataModule(source, group_queries=True, batch_size=settings["batch"], eval_batch_size=512, seed=seed)
+    where = {"accelerator": "gpu" if options.device == "cuda" else "cpu", "devices": 1, "precision": options.precision}
     module, best = make(model, settings), BestEpoch(options.patience)
     off: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    trainer = Trainer(
-        max_epochs=options.epochs, check_val_every_n_epoch=options.every, num_sanity_val_steps=0, accelerator="cpu", callbacks=[best], **off
-    )
+    trainer = Trainer(max_epochs=options.epochs, check_val_every_n_epoch=options.every, num_sanity_val_steps=0, callbacks=[best], **where, **off)
     try:
         trainer.fit(module, datamodule=data)
     except ValueError as error:
@@ -197,7 +198,7 @@ def trained(model: str, settings: dict[str, Any], seed: int, test: bool, options
     figures: dict[str, Any] = {"val_mrr": best.mrr, "epoch": best.epoch}
     if test and best.weights:
         module.load_state_dict(best.weights)
-        (tested,) = Trainer(accelerator="cpu", **off).test(module, datamodule=data, verbose=False)
+        (tested,) = Trainer(**where, **off).test(module, datamodule=data, verbose=False)
         figures |= {name: tested[f"test_{name}"] for name in METRICS}
     return figures
 
@@ -234,6 +235,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100, help="of a run, at most")
     parser.add_argument("--every", type=int, default=5, help="epochs between validations")
     parser.add_argument("--patience", type=int, default=4, help="validations to wait for a better one")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", default="32-true", help="of the Trainer")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--folder", type=Path, default=Path("runs/kg_study"))
     options = parser.parse_args()
