@@ -73,7 +73,8 @@ class NFE2(NFE1):
 
     Source:
         As :class:`NFE1`, NFE-2.
-        Differs: one product in 3D instead of five in D.
+        Differs: one product in 3D instead of five in D. It contains the irrational c, so scores that are equal only by algebra can differ in the
+        last bit; those of entities with equal rows do not.
     """
 
     base: Base = "normal"
