@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from launch import launch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
@@ -48,6 +49,45 @@ def test_sharded_runs_equal_plain_ones(boring, run, ranks):
             assert found[name] == pytest.approx(plain[name], abs=1e-5), (version, name)
     consolidated = torch.load(boring / "runs/boring/version_3/checkpoints/consolidated-last.ckpt", weights_only=True)
     assert consolidated["state_dict"]["layer.weight"].shape == (3, 4)
+
+
+SHOP = """\
+model:
+  class_path: SFT
+  init_args:
+    language_model: {scratch: {hidden_size: 16, num_layers: 1, num_heads: 2, max_length: 128}}
+    tuning: {lr: 1.0e-2, warmup_steps: 0}
+    ks: [1, 3]
+data:
+  class_path: RecommendationDataModule
+  init_args:
+    source: {class_path: malleable.datamodules.sources.synthetic.Synthetic, init_args: {num_users: 16, num_items: 24, num_events: 6}}
+    vocab_size: 300
+trainer: {max_epochs: 1, num_sanity_val_steps: 0, enable_model_summary: false}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_consolidated_checkpoint_has_all_that_a_plain_one_has(boring, run, stage):
+    """Whose engine states and loops alone are left out; a sharded run goes on from its folder under the stored tokenizer."""
+    (boring / "boring.yaml").write_text(SHOP)
+    run("fit")
+    fit = sharded(stage, 1, ["fit"])
+    folder = "runs/boring/version_1/checkpoints/last.ckpt"
+    commands = [fit, sharded(stage, 1, ["fit", "--trainer.max_epochs", "2", "--ckpt_path", folder])]
+    launch(["-c", RUN_ALL, json.dumps(commands)], ranks=1, cwd=boring, timeout_s=300)
+    resumed = yaml.safe_load((boring / "runs/boring/version_2/config_fit.yaml").read_text())
+    assert resumed["data"]["init_args"]["tokenizer"] == folder
+    cli = run("test", "--ckpt_path", folder)
+    plain = torch.load(boring / "runs/boring/version_0/checkpoints/last.ckpt", weights_only=True)
+    consolidated = torch.load(boring / "runs/boring/version_1/checkpoints/consolidated-last.ckpt", weights_only=True)
+    assert plain.keys() - consolidated.keys() <= {"optimizer_states", "lr_schedulers", "loops"}
+    assert not consolidated.keys() - plain.keys()
+    assert consolidated["tokenizer"]["digest"] == plain["tokenizer"]["digest"]
+    assert consolidated["catalog"]["titles"] == list(cli.model.catalog.titles)
+    assert "tokenizers/stored-" in str(cli.model.catalog.tokenizer)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
