@@ -18,6 +18,7 @@ _LOOP_STATES = {"optimizer_states", "lr_schedulers", "loops", "MixedPrecision", 
 # What DeepSpeed puts beside the entries of a checkpoint.
 _ENGINE_STATES = {
     "buffer_names",
+    "checkpoint_parallel_dimensions",
     "csr_tensor_module_names",
     "data_sampler",
     "dp_world_size",

@@ -52,7 +52,7 @@ def shop(tmp_path_factory):
         return run([name, "--config", "shop.yaml", *QUIET, *map(str, files), *map(str, words)])
 
     options = ["--model.language_model.scratch.num_heads", 4, "--model.language_model.lora", '{"r": 2, "alpha": 8, "dropout": 0.0}']
-    options += ["--data.template.suffix", "=>", "--data.template.separator", ", ", "--trainer.max_epochs", 1]
+    options += ["--data.template.suffix", "=>", "--data.template.separator", "|", "--trainer.max_epochs", 1]
     cli = command("fit", "shop", *options)
     cli.trainer.save_checkpoint("saved.ckpt")
     (figures,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)

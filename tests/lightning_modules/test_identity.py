@@ -8,17 +8,35 @@ import pytest
 import small_shop
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import tiny_config
 from tiny_data import quiet_trainer
 from tiny_graph import TinyGraphData, tiny_graph
 from transformers import AutoTokenizer
 
 import malleable.lightning_modules as exported
-from malleable import DPO, NFE, SFT, ComplEx, DistMult, ItemKNN, Markov, Popularity, ReferenceCache, SPRec
+from malleable import (
+    DPO,
+    NFE,
+    SFT,
+    CausalLM,
+    ComplEx,
+    Delta,
+    DistMult,
+    EditingDataModule,
+    ItemKNN,
+    Markov,
+    Popularity,
+    PostFitEdit,
+    ReferenceCache,
+    SPRec,
+)
 from malleable.datamodules.batch import KnowledgeGraph
+from malleable.datamodules.sources import Countries
 from malleable.datamodules.tokenizer import tokenizer_digest
 from malleable.lightning_modules.base import BaseModule
 from malleable.lightning_modules.language_model import Decoding
+from malleable.lightning_modules.patches.names import canonical_tensors
 from malleable.lightning_modules.pretrained import LoRA, Scratch
 from malleable.lightning_modules.tuning import Tuning
 
@@ -210,6 +228,42 @@ def test_options_of_a_score_are_settings(trained, tmp_path):
     path, _ = trained(Markov)
     with pytest.raises(MisconfigurationException, match=r"smoothing 1.0 in the checkpoint, 0.5 here"):
         figures(make(Markov, smoothing=0.5), small_shop.shop(path.parent / "shop"), tmp_path, ckpt_path=path, weights_only=True)
+
+
+# --- texts, and edits ---
+
+
+class Nudge(PostFitEdit):
+    """Adds a little to one matrix."""
+
+    kind = "nudge"
+
+    def make_patch(self, trainer, pl_module, model):
+        name = "model.layers.0.mlp.down_proj.weight"
+        return self.patch(model, {name: Delta(torch.full_like(canonical_tensors(model)[name], 0.01))}, title="nudge")
+
+
+def facts(relation, **options):
+    return EditingDataModule(Countries(relations=[relation], limit=20), vocab_size=300, shuffles=1, pack_length=64, batch_size=4, **options)
+
+
+def test_an_edited_model_of_texts_keeps_its_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLEABLE_CACHE", str(tmp_path / "cache"))
+    module = CausalLM(tiny_config(), tuning=Tuning(lr=1e-2, warmup_steps=0))
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[Nudge(), ModelCheckpoint(tmp_path / "checkpoints", save_last=True)])
+    trainer.fit(module, facts("continent"))
+    (expected,) = quiet_trainer(tmp_path).test(module, facts("continent"), verbose=False)
+    plain, edited = (torch.load(tmp_path / f"checkpoints/{name}.ckpt", weights_only=True) for name in ("last", "edited"))
+    assert plain.keys() | {"patches"} == edited.keys()
+    assert plain["vocabulary"] == edited["vocabulary"]
+    assert plain["settings"] == edited["settings"]
+    path = shutil.copy(tmp_path / "checkpoints/edited.ckpt", tmp_path / "moved.ckpt")
+    monkeypatch.setenv("MALLEABLE_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(MisconfigurationException, match=r"tokenizer \w{12} in the checkpoint, \w{12} here.*--data.tokenizer <checkpoint>"):
+        figures(CausalLM(tiny_config()), facts("language"), tmp_path, ckpt_path=path, weights_only=True)
+    found = figures(CausalLM(tiny_config()), facts("continent", tokenizer=str(path)), tmp_path, ckpt_path=path, weights_only=True)
+    assert found == pytest.approx(expected, abs=1e-5)
+    figures(CausalLM(tiny_config()), facts("language", tokenizer=str(path)), tmp_path, ckpt_path=path, weights_only=True)
 
 
 # --- graphs ---
