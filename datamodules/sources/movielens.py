@@ -7,6 +7,7 @@ no endorsement. Cite: F. M. Harper and J. A. Konstan, "The MovieLens Datasets: H
 
 from __future__ import annotations
 
+import csv
 import functools
 import io
 import logging
@@ -113,6 +114,10 @@ def _ratings(content: bytes, separator: str) -> pd.DataFrame:
         sep="\t",
         names=["user_id", "item_id", "rating", "timestamp"],
         dtype={"user_id": str, "item_id": str, "rating": float, "timestamp": float},
+        # An id stays as it is written, also where it is "NA" or has a quote.
+        keep_default_na=False,
+        na_values={"rating": [""], "timestamp": [""]},
+        quoting=csv.QUOTE_NONE,
     )
     return table[["user_id", "item_id", "timestamp", "rating"]]
 

@@ -25,6 +25,17 @@ def test_labels_keep_their_spaces_whatever_ends_the_lines(tmp_path, name, text):
     assert list(read_labels(write(tmp_path, text, name))) == TRIPLES
 
 
+def test_labels_of_parquet_are_never_altered(tmp_path):
+    heads = ["007", "pkg-1.0", "pkg-1", " a ", "NA"]
+    table = pa.table({"head": heads, "relation": [1.0, 2.0, 3.0, 4.0, 5.0], "tail": [1, 2**53 + 1, 3, 4, 5]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    tails = ["1", str(2**53 + 1), "3", "4", "5"]
+    assert list(read_labels(tmp_path / "a.parquet")) == list(zip(heads, "12345", tails, strict=True))
+    parquet.write_table(pa.table({"head": ["a", "b"], "relation": [1.0, 1.5], "tail": ["b", "c"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b.parquet, row 2, field relation: the number 1.5 is no exact integer"):
+        list(read_labels(tmp_path / "b.parquet"))
+
+
 def test_labels_of_parquet(tmp_path):
     columns = {"tail": [t for _, _, t in TRIPLES], "head": [h for h, _, _ in TRIPLES], "relation": [r for _, r, _ in TRIPLES]}
     parquet.write_table(pa.table(columns), tmp_path / "named.parquet")

@@ -51,6 +51,13 @@ def test_the_three_forms_give_the_same_tables(folders, form):
     }
 
 
+def test_ids_stay_as_they_are(folders):
+    ids = ["007", "NA", "1.0", '"a']
+    (folders["100k"] / "u.data").write_text("".join(f"{key}\t{key}\t5\t1\n" for key in ids))
+    tables = MovieLens(path=str(folders["100k"])).load()
+    assert tables.interactions["user_id"].tolist() == tables.interactions["item_id"].tolist() == ids
+
+
 def test_an_archive_is_read_in_place(folders, tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "ml-1m.zip", "w") as archive:
         for path in folders["1m"].iterdir():
