@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -10,15 +11,21 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from malleable.datamodules.fetch import resolve_model
 from malleable.datamodules.files import atomic_write
 from malleable.lightning_modules.adapters import target_modules
+from malleable.lightning_modules.patches.stack import PatchStack
+from malleable.lightning_modules.patches.weights_folder import SECTION, write_section
 
 log = logging.getLogger(__name__)
 
+_ATTRIBUTE = "model."  # of the module whose checkpoint it is
 _WRAPPED = "base_model.model."
 # Files of tokenizers of all kinds, by name and by ending; nothing else of a base model's folder belongs to an export.
 _TOKENIZER_FILES = {
@@ -39,7 +46,13 @@ _TOKENIZER_FOLDER = "additional_chat_templates"
 
 
 def save_language_model(
-    model: Any, folder: Path, *, tokenizer: str | None = None, weights: Mapping[str, Tensor] | None = None, write: bool = True
+    model: Any,
+    folder: Path,
+    *,
+    tokenizer: str | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    patches: PatchStack | None = None,
+    write: bool = True,
 ) -> None:
     """Save the adapter (PEFT format) or the whole model (Hugging Face format).
 
@@ -51,6 +64,7 @@ def save_language_model(
         folder: Where to; replaced when it exists.
         tokenizer: Folder, GGUF file or id of the tokenizer to save with it.
         weights: Weights to save instead of those in memory, by name in ``model.state_dict()``; tensors that are missing come from memory.
+        patches: What the weights were patched with, so that ``malleable patch revert`` finds it in the folder.
         write: False on the ranks that only take part in the gathering.
     """
     adapted = hasattr(model, "peft_config")
@@ -66,6 +80,76 @@ def save_language_model(
                 _save_model(model, state, building)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, building)
+        if patches is not None and patches.patches and not adapted:
+            write_section(building / SECTION, patches)
+
+
+def export_result(model: Any, folder: Path, *, checkpoint: Path | None = None, tokenizer: str | None = None, write: bool = True) -> Path:
+    """Save the result of a run as the folder ``adapter`` or ``model``.
+
+    Args:
+        model: As it was trained.
+        folder: Where to put it.
+        checkpoint: Whose weights and patches to take; ``None`` takes the weights in memory.
+        tokenizer: As in :func:`save_language_model`.
+        write: As in :func:`save_language_model`.
+
+    Returns:
+        The folder written.
+    """
+    weights, stack = read_checkpoint(checkpoint) if checkpoint is not None else ({}, PatchStack())
+    adapted = hasattr(model, "peft_config")
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if adapted and stack.patches and frozen & set(weights):
+        log.info("the base model of the adapter was edited: both are merged into one model")
+        model = copy.deepcopy(model)
+        model.load_state_dict(weights, strict=False)
+        model, weights, stack, adapted = model.merge_and_unload(), {}, PatchStack(), False
+    path = folder / ("adapter" if adapted else "model")
+    save_language_model(model, path, tokenizer=tokenizer, weights=weights, patches=stack, write=write)
+    return path
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Return whether the weights in memory are cut into pieces while the Trainer runs."""
+    strategy: Any = trainer.strategy
+    return bool(getattr(strategy, "zero_stage_3", False)) or isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
+def registered_checkpoint(trainer: Trainer) -> Path | None:
+    """Return the checkpoint that a run registered as its result, which ``test`` measures: the best or edited one, else the last.
+
+    ``None`` if there is none, or under ZeRO stage 3, where the weights in memory are tested.
+    """
+    callback: Any = trainer.checkpoint_callback
+    name = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
+    if not name or getattr(trainer.strategy, "zero_stage_3", False):
+        return None
+    if not Path(name).exists():
+        log.warning("the checkpoint %s is not here any more: the weights in memory are exported", name)
+        return None
+    return Path(name)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], PatchStack]:
+    """Return the weights of the language model in a checkpoint of any strategy, and the patches that they have."""
+    if (path / "latest").is_file():
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        # Written by this run; DeepSpeed's own reader is the only one of its format.
+        checkpoint = {"state_dict": get_fp32_state_dict_from_zero_checkpoint(str(path), tag="checkpoint")}
+    elif path.is_dir():
+        from lightning.fabric.utilities.load import _load_distributed_checkpoint
+
+        checkpoint = _load_distributed_checkpoint(path)
+    else:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state: dict[str, Tensor] = {}
+    for key, tensor in (checkpoint.get("state_dict") or checkpoint["model"]).items():
+        name = key.removeprefix("_forward_module.")
+        if name.startswith(_ATTRIBUTE):
+            state[name.removeprefix(_ATTRIBUTE)] = tensor
+    return state, PatchStack.from_plain(checkpoint.get(SECTION), str(path))
 
 
 def gathered_state(model: nn.Module, trainable_only: bool = False, replaced: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.identity import write_folder
-from malleable.lightning_modules.export import save_language_model
+from malleable.lightning_modules.export import export_result, is_sharded, registered_checkpoint
 from malleable.lightning_modules.functional.attention import avoid_planned_kernels
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.pass_forms import pass_forms
@@ -53,6 +53,7 @@ class TunedWeights(LightningModule):
     model: Any
     check_settings: Callable[[dict[str, Any]], None]  # of the base
     _base_fingerprint: str
+    _exported: bool = False
 
     @property
     @abstractmethod
@@ -126,19 +127,46 @@ class TunedWeights(LightningModule):
         refuse_misfit(self, checkpoint, self._base_fingerprint, self.language_model.name)
 
     def on_train_end(self) -> None:
-        """Write the tuned model into the run folder: ``adapter/`` in PEFT format or ``model/`` in Hugging Face format."""
-        folder = self.trainer.log_dir
-        if folder is None or self.frozen or self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set undeclared
-            return
-        self.export(Path(folder))
+        """Export the weights in memory where no checkpoint can be read in their place: later they are no longer gathered."""
+        self._exported = False
+        if is_sharded(self.trainer) and registered_checkpoint(self.trainer) is None and (folder := self._run_folder()) is not None:
+            self.export(folder)
+            self._exported = True
 
-    def export(self, folder: Path) -> Path:
-        """Save the adapter or the whole model under ``folder``; under DeepSpeed every rank must call it."""
-        path = folder / ("adapter" if hasattr(self.model, "peft_config") else "model")
-        save_language_model(self.model, path, tokenizer=self.words.tokenizer if self.words else None, write=self.global_rank == 0)
-        if self.global_rank == 0 and self.words is not None:
+    def on_fit_end(self) -> None:
+        """Export the run's result, which is also what ``test`` measures, after all edits: ``adapter/`` (PEFT) or ``model/`` (Hugging Face).
+
+        A run that was killed between its last step and this one exports when it is resumed.
+        """
+        folder = self._run_folder()
+        if folder is None or self._exported or not self.trainer.is_global_zero:
+            return
+        path = registered_checkpoint(self.trainer)
+        if path is None:
+            log.info("no checkpoint was saved: the weights in memory are exported")
+        self.export(folder, path)
+
+    def export(self, folder: Path, checkpoint: Path | None = None) -> Path:
+        """Save the adapter or the whole model under ``folder``.
+
+        An adapter whose base model was edited is merged into it, and saved as a whole model.
+
+        Args:
+            folder: Gets the folder ``adapter`` or ``model``.
+            checkpoint: Take the weights from this checkpoint instead of memory; one rank is enough then. From memory, under DeepSpeed every
+                rank must call it.
+        """
+        write = self.global_rank == 0
+        path = export_result(self.model, folder, checkpoint=checkpoint, tokenizer=self.words.tokenizer if self.words else None, write=write)
+        if write and self.words is not None:
             write_folder(path, "catalog" if isinstance(self.words, Catalog) else "vocabulary", self.words, self.settings())
         return path
+
+    def _run_folder(self) -> Path | None:
+        """Return where to export to, ``None`` where there is nothing to export."""
+        trainer: Any = self.trainer
+        skipped = trainer.log_dir is None or self.frozen or trainer.fast_dev_run or trainer.interrupted
+        return None if skipped else Path(trainer.log_dir)
 
 
 def keep_trained(model: nn.Module, checkpoint: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ class WeightsFolder(Container):
             for file, values in changed.items():
                 write_changed(file, building / file.name, values)
             if change.stack.patches:
-                _write_section(building / SECTION, change.stack)
+                write_section(building / SECTION, change.stack)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -121,7 +121,8 @@ def _read_section(folder: Path) -> PatchStack:
     return PatchStack.checked(tuple(Patch.read(folder / id) for id in order), originals, digests, str(folder))
 
 
-def _write_section(folder: Path, stack: PatchStack) -> None:
+def write_section(folder: Path, stack: PatchStack) -> None:
+    """Write what a folder of weights remembers of its patches, into its sub-folder :data:`SECTION`."""
     folder.mkdir()
     (folder / _ORDER).write_text(json.dumps({"order": list(stack.ids), "digests": dict(stack.digests)}, indent=1) + "\n", encoding="utf-8")
     if stack.originals:

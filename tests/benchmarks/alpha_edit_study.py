@@ -2,7 +2,8 @@
 
     python tests/benchmarks/alpha_edit_study.py --data smollm2 [--json RESULT.json]
     malleable fit --config alpha_edit/tiny.yaml
-    python tests/benchmarks/alpha_edit_study.py --data tiny --model runs/alpha_edit/tiny/version_0/model
+    malleable patch revert runs/alpha_edit/tiny/version_0/model --out unedited  # the run exports the edited model
+    python tests/benchmarks/alpha_edit_study.py --data tiny --model unedited
 
 Every method is tuned with equally many settings on facts of a seed of their own, by the harmonic mean of efficacy, generalization, specificity and
 exact specificity; the chosen setting then edits the facts of three other seeds. Second moments are shared.
