@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
+from malleable.datamodules.chat import check_content, in_chat
 from malleable.datamodules.text_files import ends_in_blank
 
 if TYPE_CHECKING:
@@ -21,6 +22,15 @@ log = logging.getLogger(__name__)
 
 Tokens = tuple[int, ...]
 
+# Fields of the template `chat`.
+_CHAT = {
+    "prefix": "I enjoyed, in this order:\n",
+    "item": '"{title}"\n',
+    "separator": "",
+    "suffix": "What will I enjoy next? Answer with the title only.",
+    "candidates_prefix": "Choose one of:\n",
+    "candidate": '"{title}"\n',
+}
 # What stands after each field: there a blank between the two belongs.
 _FOLLOWED_BY = {
     "prefix": "template.item",
@@ -48,6 +58,9 @@ class PromptTemplate:
         answer: The answer; ``{title}`` is its title.
         candidates_prefix: Text before the candidates, between history and suffix, where rows have candidates; ``None`` leaves them out.
         candidate: A candidate; ``{title}`` is its title.
+        chat: The prompt is a message of the user under the tokenizer's chat template, the answer the reply, which ends as the chat template
+            says. Fields that are left out take the text of the template ``chat``.
+        system: System message of the chat; ``None``: none.
 
     Raises:
         ValueError: If a field misses its ``{title}``. If a field ends in a space, a tab or a no-break space: pieces are tokenised one by
@@ -61,9 +74,17 @@ class PromptTemplate:
     answer: str = "{title}"
     candidates_prefix: str | None = None
     candidate: str = "{title}"
+    chat: bool = False
+    system: str | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        if self.chat:
+            for field in fields(self):
+                if field.name in _CHAT and getattr(self, field.name) == field.default:
+                    object.__setattr__(self, field.name, _CHAT[field.name])
+        elif self.system is not None:
+            raise ValueError("template.system is a message of a chat: set template.chat to true, or leave template.system out")
         for name in ("item", "answer", "candidate"):
             if getattr(self, name).count("{title}") != 1:
                 raise ValueError(f"template.{name} must contain {{title}} once, got {getattr(self, name)!r}")
@@ -76,7 +97,7 @@ class PromptTemplate:
 
     @classmethod
     def named(cls, name: str) -> PromptTemplate:
-        """Return the template ``history`` (models trained on the catalogue) or ``instruction`` (pretrained language models).
+        """Return the template ``history`` (models trained on the catalogue), ``instruction`` (pretrained models) or ``chat`` (instruct models).
 
         Raises:
             ValueError: If there is no template of that name.
@@ -106,6 +127,7 @@ TEMPLATES = {
         candidates_prefix="Choose one of:\n",
         candidate='"{title}"\n',
     ),
+    "chat": PromptTemplate(chat=True),
 }
 
 
@@ -178,11 +200,7 @@ def tokenize(template: PromptTemplate, titles: Sequence[str], tokenizer: PreTrai
     Raises:
         ValueError: If the tokenizer has no end-of-sequence token, or makes nothing of a title.
     """
-    eos = tokenizer.eos_token_id
-    if not isinstance(eos, int):
-        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so that no answer could end; set its eos_token")
-    opening = tokenizer("a")["input_ids"]
-    bos = (tokenizer.bos_token_id,) if tokenizer.bos_token_id is not None and opening[0] == tokenizer.bos_token_id else ()
+    template, eos, bos = _written_out(template, titles, tokenizer)
 
     def pieces(form: str, before: str) -> list[Tokens]:
         return encode(tokenizer, [form.replace("{title}", title) for title in titles], before)
@@ -203,6 +221,23 @@ def tokenize(template: PromptTemplate, titles: Sequence[str], tokenizer: PreTrai
         candidates=[] if offered is None else pieces(template.candidate, offered or after_candidate),
         eos_token_id=eos,
     )
+
+
+def _written_out(template: PromptTemplate, titles: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[PromptTemplate, int, Tokens]:
+    """Return the template of the whole text, the token that ends an answer, and what the tokenizer puts before a text."""
+    eos: Any = tokenizer.eos_token_id
+    written = template
+    if template.chat:
+        written, own = in_chat(template, tokenizer)
+        check_content(template, written, list(titles[:2]), tokenizer)
+        eos = eos if own is None else own
+    if not isinstance(eos, int):
+        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so that no answer could end; set its eos_token")
+    if written is not template:
+        return written, eos, ()
+    opening: Any = tokenizer("a")["input_ids"]
+    bos = (tokenizer.bos_token_id,) if tokenizer.bos_token_id is not None and opening[0] == tokenizer.bos_token_id else ()
+    return template, eos, bos
 
 
 def _tail(form: str) -> str:

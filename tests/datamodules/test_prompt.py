@@ -141,5 +141,5 @@ def test_wrong_fields(fields, message):
 
 
 def test_an_unknown_name_is_an_error():
-    with pytest.raises(ValueError, match=r"unknown template 'chat'; choose one of \['history', 'instruction'\] or give its fields"):
-        PromptTemplate.named("chat")
+    with pytest.raises(ValueError, match=r"unknown template 'poem'; choose one of \['chat', 'history', 'instruction'\] or give its fields"):
+        PromptTemplate.named("poem")
