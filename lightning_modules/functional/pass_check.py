@@ -80,7 +80,7 @@ def check_passes(model: nn.Module) -> PassForms:
         model: Hugging Face causal language model without adapters.
 
     Raises:
-        ValueError: If the model cannot run a plain pass.
+        ValueError: If the model cannot run a plain pass, or is not causal.
     """
     with _undisturbed():
         try:
@@ -178,6 +178,7 @@ def _draw(model: Any) -> Sample:
     sequences = [prompt + answer for prompt, row in zip(prompts, answers, strict=True) for answer in row]
     width, longest = max(PROMPTS), max(map(max, ANSWERS))
     logps, states = zip(*(_plain_pass(model, torch.tensor([sequence], device=device)) for sequence in sequences), strict=True)
+    _check_causal(model, sequences[0], logps[0])
     return Sample(
         prompt_ids=torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device),
         prompt_mask=torch.tensor([[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts], device=device),
@@ -187,6 +188,17 @@ def _draw(model: Any) -> Sample:
         logps=torch.nn.utils.rnn.pad_sequence(list(logps), batch_first=True),
         states=None if states[0] is None else torch.cat(states),
     )
+
+
+def _check_causal(model: nn.Module, sequence: Sequence[int], logps: Tensor) -> None:
+    """Refuse a model whose logits depend on later tokens: it would read the answers that it is to predict."""
+    other = [*sequence[:-1], next(token for token in sequence[:-1] if token != sequence[-1])]
+    changed, _ = _plain_pass(model, torch.tensor([other], device=logps.device))
+    if not torch.allclose(changed[:-1], logps[:-1], atol=1e-2):
+        raise ValueError(
+            f"{type(model).__name__} attends to later tokens and cannot be trained or decoded as a causal language model; "
+            "take a decoder, or save this model with is_decoder=True in its configuration"
+        )
 
 
 def _plain_pass(model: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -34,6 +34,7 @@ def logits_at(model: nn.Module, input_ids: Tensor, lengths: Tensor, rows: Tensor
     if padded:
         mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
         return _logits_at(model, {"input_ids": input_ids, "attention_mask": mask.long()}, rows, tokens)
+    _refuse_sharded(model)
     parts, places = [], []
     for length, members in _by_length(lengths):
         place = torch.isin(rows, members).nonzero()[:, 0]
@@ -49,12 +50,28 @@ def states_at_end(model: nn.Module, input_ids: Tensor, lengths: Tensor, *, padde
     if padded:
         mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
         return _states_at_end(model, {"input_ids": input_ids, "attention_mask": mask.long()}, lengths)
+    _refuse_sharded(model)
     parts, places = [], []
     for length, members in _by_length(lengths):
         reset_rope(model)
         parts.append(_states_at_end(model, {"input_ids": input_ids[members, :length]}, lengths[members]))
         places.append(members)
     return torch.cat(parts)[torch.cat(places).argsort()]
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Refuse to run rows of equal length together where ranks that have other lengths would wait for each other's weights."""
+    if is_sharded(model):
+        raise ValueError(
+            f"{type(model).__name__} needs rows of equal length for this batch, in as many passes as there are lengths, but its weights are sharded "
+            "over ranks that must run equally often; use DDP or ZeRO-2, or shorter rows"
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether weights are partitioned by ZeRO stage 3 or FSDP."""
+    marks = ("ds_id", "_is_flat_param", "device_mesh")
+    return any(hasattr(parameter, mark) for parameter in model.parameters() for mark in marks)
 
 
 def _by_length(lengths: Tensor) -> Iterator[tuple[int, Tensor]]:
