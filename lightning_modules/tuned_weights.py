@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
 from malleable.datamodules.batch import Catalog, Vocabulary
@@ -88,7 +89,11 @@ class TunedWeights(LightningModule):
         )
 
     def _check_passes(self, zero3: dict[str, Any] | None) -> None:
-        """Find the form of each pass that is exact for the model, and say so where it is not the fast one."""
+        """Find the form of each pass that is exact for the model, and log those that are not the fast ones.
+
+        Raises:
+            MisconfigurationException: If the strategy or ``decoding.shared_prompt`` needs a form that is not exact.
+        """
         try:
             with whole_weights(zero3):
                 forms = pass_forms(self.model)
@@ -97,6 +102,12 @@ class TunedWeights(LightningModule):
             if zero3 is None:
                 raise
             return
+        if not forms.padded.limit and (zero3 is not None or isinstance(getattr(getattr(self, "attached", None), "strategy", None), FSDPStrategy)):
+            raise MisconfigurationException(
+                forms.refusal("padded batches", "it runs rows of equal length together, which needs weights that are not sharded: use DDP or ZeRO-2")
+            )
+        if getattr(getattr(self, "decoding", None), "shared_prompt", None) and not forms.shared.limit:
+            raise MisconfigurationException(forms.refusal("a prompt shared by its answers", "leave decoding.shared_prompt out, or set it to false"))
         if summary := forms.summary():
             log.info("passes of %s: %s", forms.model_name, summary)
 

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from malleable.datamodules.batch import collate
 from malleable.datamodules.loader import PhasedLoader
 from malleable.lightning_modules.dpo import DPO
 from malleable.lightning_modules.functional.logps import answer_logps
+from malleable.lightning_modules.language_model import Decoding
 from malleable.lightning_modules.tuning import Tuning
 
 
@@ -183,3 +185,14 @@ def test_ranks_that_hold_half_of_each_weight_equal_one(tmp_path):
     reference_run.main(tmp_path / "one")
     launch([reference_run.__file__, tmp_path / "two", "zero3"])
     assert_same_file(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("shared_prompt", [None, False, True])
+def test_reference_and_policy_take_one_form(shared_prompt, monkeypatch):
+    seen = []
+    monkeypatch.setattr(reference, "sweep", lambda *args: args[5]("batch"))
+    monkeypatch.setattr(reference, "rows_per_pass", lambda *_: 1)
+    monkeypatch.setattr(reference, "answer_logps", lambda model, batch, **options: seen.append(options))
+    module = DPO(tiny_config(), tiny_catalog(), decoding=Decoding(shared_prompt=shared_prompt))
+    reference.reference_logps(None, module, [], SimpleNamespace(collate_fn=None), "label")
+    assert seen == [{"shared_prompt": shared_prompt}]

@@ -92,3 +92,14 @@ def test_bad_catalogues_are_refused():
 def test_bad_filters_are_refused(allowed):
     with pytest.raises(ValueError, match=r"allowed must be a boolean tensor of shape \(3,\) or \(B, 3\)"):
         Trie.build(ALIEN).restrict(allowed)
+
+
+def test_one_filter_for_all_rows_is_not_copied_for_each(monkeypatch):
+    view = Trie.build(ALIEN).restrict(torch.tensor([True, False, True]))
+    node = torch.zeros(4, 1, dtype=torch.long)
+    expected = view.leaf(node)
+    boundaries = []
+    search = torch.searchsorted
+    monkeypatch.setattr(torch, "searchsorted", lambda first, *args, **options: boundaries.append(first.numel()) or search(first, *args, **options))
+    assert torch.equal(view.leaf(node), expected)
+    assert boundaries == [4]
