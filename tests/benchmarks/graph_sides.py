@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from devices import add_device_arguments, describe, synchronize
 from pykeen.models import ComplEx as TheirComplEx
 from pykeen.models import DistMult as TheirDistMult
 from pykeen.models import ERModel
@@ -82,7 +83,7 @@ def parser_of(doc: str, name: str) -> ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=[*POINTS, *FLOWS], default=[*POINTS, *FLOWS])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda, for both sides")
+    add_device_arguments(parser, dtype=False)
     parser.add_argument("--precision", default="32-true", help="of our Trainer; theirs is float32")
     parser.add_argument("--compared", type=int, help="scores that our ranking compares at a time, instead of its default for the device")
     parser.add_argument("--chunk", type=int, help="numbers of a chunk of our loss against all entities, instead of its default for the device")
@@ -102,8 +103,9 @@ def begin(options: Namespace) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "lightning", "pykeen"))
-    kind = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} thread(s)"
-    log.info("%s; %s, %s; garbage collection %s, no worker processes, on both sides", versions, kind, options.precision, _collection())
+    log.info(
+        "%s; %s, %s; garbage collection %s, no worker processes, on both sides", versions, describe(options.device), options.precision, _collection()
+    )
     log.info("%s: dimension %s, %s queries a batch, %s repetitions in turn, medians", options.data, options.dimension, options.batch, options.repeats)
 
 
@@ -113,8 +115,7 @@ def _collection() -> str:
 
 def now(device: str) -> float:
     """Wait for what the device still computes; return the time."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter()
 
 
