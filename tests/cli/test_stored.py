@@ -136,7 +136,7 @@ def test_new_items_are_named_and_added_on_request(shop):
 
 @pytest.mark.slow
 def test_predictions_of_a_checkpoint(shop, tmp_path):
-    (tmp_path / "histories.jsonl").write_text(json.dumps(["f3", "f4"]))
+    (tmp_path / "histories.jsonl").write_text(json.dumps({"history": [{"id": "f3"}, {"id": "f4"}]}))
     command, _ = shop
     first, other = (
         command("predict", variant, "--ckpt_path", "saved.ckpt", "--data.predict_file", tmp_path / "histories.jsonl")

@@ -104,7 +104,7 @@ def test_another_tokenizer_is_refused(command, trained, tmp_path):
     """The BPE of a shop with more users, which the same number of tokens hides."""
     path, _ = trained(SFT)
     predicted = tmp_path / "histories.csv"
-    predicted.write_text("f1,f2\n")
+    predicted.write_text("item_id\nf1,f2\n")
     data = small_shop.more_users(tmp_path / "new", predict_file=str(predicted))
     with pytest.raises(MisconfigurationException, match=r"trained on other data: .*tokenizer \w{12} in the checkpoint, \w{12} here"):
         meet(command, make(SFT), data, tmp_path, path)
@@ -189,7 +189,7 @@ def test_another_number_of_heads_is_refused(command, trained, tmp_path):
     other = tiny_config()
     other.scratch = Scratch(hidden_size=16, num_layers=1, num_heads=4, max_length=64)
     predicted = tmp_path / "histories.csv"
-    predicted.write_text("f1,f2\n")
+    predicted.write_text("item_id\nf1,f2\n")
     message = r"other settings than those of this SFT: .*language_model.scratch.num_heads 2 in the checkpoint, 4 here.*Leave these options out"
     with pytest.raises(MisconfigurationException, match=message):
         meet(command, make(SFT, language_model=other), small_shop.shop(path.parent / "shop", predict_file=str(predicted)), tmp_path, path)
