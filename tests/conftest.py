@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+import time
 
 # Before anything reads them.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+_STARTED = time.monotonic()
 # What a run is asked to set; undone after each test.
 _SEEDS = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
 # What torch, Lightning and pytest set once per process.
@@ -32,6 +34,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device; MALLEABLE_GPU_TESTS_ON=cpu runs the same code on a CPU"))
+
+
+def pytest_runtest_setup(item):
+    """Start no test after ``MALLEABLE_TEST_SECONDS`` seconds, so that a slow machine ends in time; what is left out is reported."""
+    seconds = os.environ.get("MALLEABLE_TEST_SECONDS")
+    if seconds and time.monotonic() - _STARTED > float(seconds):
+        pytest.skip(f"the {seconds} s of MALLEABLE_TEST_SECONDS are over")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -66,7 +66,7 @@ def test_a_long_history_is_cut_between_items():
 
 
 def test_rows_collate_with_positions_of_each_document():
-    batch = collate([PackedRows(arrays([0, 1], [1, 0]), pieces(), 16)[0]], pad_token_id=0)
+    batch = collate([PackedRows(arrays([0, 1], [1, 0]), pieces(), 16)[0]], pad_token_id=0, pad_to_multiple_of=1)
     assert batch.document_ids.tolist() == [[1] * 5 + [2] * 5]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4] * 2]
     assert batch.input_ids.tolist() == [[100, EOS, 101, 101, EOS, 101, 101, EOS, 100, EOS]]

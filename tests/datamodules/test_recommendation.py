@@ -265,7 +265,7 @@ def test_a_trainer_sets_it_up_once():
     [
         ({"num_negatives": 0}, "num_negatives must be >= 1, got 0; negatives='none' leaves them out"),
         ({"train_view": "packed", "tokenizer": "none"}, "train_view='packed' packs the text of titles, but tokenizer='none' has no text"),
-        ({"template": "chat"}, "unknown template 'chat'"),
+        ({"template": "story"}, "unknown template 'story'"),
         ({"batch_size": 0}, "batch_size must be >= 1"),
     ],
 )
