@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from malleable.datamodules.files import atomic_write
+from malleable.lightning_modules.frozen_ddp import leave_frozen_unwrapped
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.names import canonical_tensors
 from malleable.lightning_modules.patches.patch import Patch
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 
 SECTION = "patches"  # of a checkpoint, as in files that `malleable patch` has written
 EDITED = "edited"
-ROUNDING = 1e-2  # of a delta's norm: what nondeterministic kernels may make of it over many steps
 
 
 class PostFitEdit(Callback, ABC):
@@ -65,9 +65,9 @@ class PostFitEdit(Callback, ABC):
 
     @abstractmethod
     def make_patch(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Patch:
-        """Make the patch, equal on every rank, and leave the model as it was; :meth:`patch` puts the parts together.
+        """Make the patch and leave the model as it was; :meth:`patch` puts the parts together.
 
-        The model lies where it was trained.
+        The model lies where it was trained. Every rank calls this method; the patch of the first rank is written and applied by all.
         """
 
     def asked(self, trainer: Trainer) -> Any:
@@ -86,13 +86,15 @@ class PostFitEdit(Callback, ABC):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies that cut weights into pieces, and edits of two models in one run, before anything long begins."""
+        leave_frozen_unwrapped(trainer.strategy)
         models = sorted({edit.model for edit in _edits(trainer)})
         if len(models) > 1:
             raise MisconfigurationException(f"the edits of a run must change one model, got model={' and model='.join(models)}; run `fit` for each")
         if stage == "fit" and isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
-                f"{type(self).__name__} needs whole weights, which {type(trainer.strategy).__name__} does not keep; train first, then run `fit` with "
-                "--trainer.max_steps 0 and one device or ddp from the consolidated checkpoint"
+                f"{type(self).__name__} needs whole weights, which {type(trainer.strategy).__name__} does not keep; use one device or ddp "
+                "(--config base/ddp.yaml). To edit a model that is trained with such a strategy, train it without this callback, then run `fit` "
+                "with --trainer.max_steps 0 and one device or ddp from the consolidated checkpoint"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,7 +119,8 @@ class PostFitEdit(Callback, ABC):
         self._load_best(trainer, pl_module)
         model = self._model(pl_module)
         with _back_on(trainer.strategy.root_device, model):
-            patch = _agreed(trainer, self.make_patch(trainer, pl_module, model))
+            # One patch for all ranks: theirs may differ by rounding.
+            patch: Patch = trainer.strategy.broadcast(self.make_patch(trainer, pl_module, model))
         tensors = canonical_tensors(model)
         change = self.stack.apply(patch, tensors, allow_conflicts=True)
         change.write_into(tensors)
@@ -260,29 +263,3 @@ def _back_on(device: torch.device, model: nn.Module) -> Iterator[None]:
         model.to(before)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _agreed(trainer: Trainer, patch: Patch) -> Patch:
-    """The patch that all ranks apply: equal ones, or the first rank's where the others differ from it by rounding.
-
-    Raises:
-        RuntimeError: If they differ by more: the ranks were not asked the same.
-    """
-    own = torch.tensor(int(patch.id, 16), device=trainer.strategy.root_device)
-    ids = trainer.strategy.all_gather(own).flatten().tolist()
-    if len(set(ids)) == 1:
-        return patch
-    first: Patch = trainer.strategy.broadcast(patch)
-    differences = [_difference(first, patch, name) for name in first.deltas] if first.deltas.keys() == patch.deltas.keys() else [torch.inf]
-    largest = torch.tensor(max(differences), device=trainer.strategy.root_device)
-    largest = trainer.strategy.all_gather(largest).max()
-    if largest > ROUNDING:
-        made = ", ".join(f"{value:012x}" for value in ids)
-        raise RuntimeError(f"the ranks made different patches ({made}; deltas differ by {float(largest):.2g} of their norm); nothing was changed")
-    log.info("the ranks' patches differ by rounding (%.2g of their norm): the first one counts", largest)
-    return first
-
-
-def _difference(one: Patch, other: Patch, name: str) -> float:
-    first, second = one.deltas[name].dense(), other.deltas[name].dense()
-    return float((first - second).norm() / first.norm().clamp_min(1e-30))

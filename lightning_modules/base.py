@@ -19,6 +19,7 @@ from torchmetrics import Metric
 
 from malleable.datamodules.batch import Batch
 from malleable.datamodules.identity import KINDS, SETTINGS, check_identity, differences, put, take
+from malleable.lightning_modules.frozen_ddp import leave_frozen_unwrapped
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.plain import nested, plain
 
@@ -91,6 +92,7 @@ class BaseModule(LightningModule, ABC):
                 # The data's counts of the same items are the current ones.
                 setattr(self, name, given)
                 self.eval_metrics.clear()
+        leave_frozen_unwrapped(getattr(self.trainer, "strategy", None))
 
     def settings(self) -> dict[str, Any]:
         """Return the values of :attr:`weight_settings`, which checkpoints store."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from malleable.lightning_modules.editing.passes import at_positions
 from malleable.lightning_modules.editing.prompts import Reader, Row
+from malleable.lightning_modules.functional.ranks import shard, sum_over_ranks
 
 
 class Answers(NamedTuple):
@@ -33,6 +34,8 @@ class Answers(NamedTuple):
 def take_answers(model: Any, reader: Reader, questions: Sequence[tuple[str, str]], max_rows: int = 64) -> Answers:
     """Score answers under teacher forcing.
 
+    In a run of several ranks all of them must call it: each scores a share of the questions, and all return all scores.
+
     Args:
         model: In evaluation mode.
         reader: Makes rows of texts.
@@ -42,13 +45,13 @@ def take_answers(model: Any, reader: Reader, questions: Sequence[tuple[str, str]
     answers = [reader.answer(answer) for _, answer in questions]
     rows = [reader.question(text, answer[:-1]) for (text, _), answer in zip(questions, answers, strict=True)]
     # Rows of like lengths share a pass.
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
-    nll, accuracy = torch.zeros(len(rows)), torch.zeros(len(rows))
-    for start in range(0, len(rows), max_rows):
+    order = shard(sorted(range(len(rows)), key=lambda number: len(rows[number].ids)))
+    scores = torch.zeros(2, len(rows))
+    for start in range(0, len(order), max_rows):
         chosen = order[start : start + max_rows]
         part = score_answers(model, reader, [rows[number] for number in chosen], [answers[number] for number in chosen])
-        nll[chosen], accuracy[chosen] = part.nll.cpu(), part.accuracy.cpu()
-    return Answers(nll, accuracy)
+        scores[:, chosen] = torch.stack(part).cpu()
+    return Answers(*sum_over_ranks(scores, next(model.parameters()).device))
 
 
 def score_answers(model: Any, reader: Reader, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> Answers:

@@ -35,6 +35,7 @@ from malleable.lightning_modules.functional.null_space import (
     mean_drift,
     solve_update,
 )
+from malleable.lightning_modules.functional.ranks import on_first_rank, rank, world_size
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,9 @@ class AlphaEditor:
 
     The model is changed in place; :attr:`updates` holds by how much. Flags, mode and hooks are left as they were.
 
+    In a run of several ranks all of them call :meth:`fit_statistics`, :meth:`remember` and :meth:`edit`. Statistics are shared among the ranks; a
+    batch is edited on the first rank, and the others add its updates, so that ranks cannot disagree. Keys are held on the first rank only.
+
     Args:
         model: A Hugging Face decoder, wrapped by adapters or not; matrices that an adapter wraps are edited themselves.
         tokenizer: Its fast tokenizer.
@@ -87,8 +91,10 @@ class AlphaEditor:
         self.layers = self._layers()
         self.reader = Reader(tokenizer, self.settings.fact_token)
         self.projections: dict[int, Projection] = {layer: self.layout.projection_of(model, layer) for layer in self.layers}
+        text = torch.tensor([tokenizer("The model")["input_ids"]], device=self.device)
         with undisturbed(self.model):
-            check_additive(model, self.layout, self.layers[0], torch.tensor([tokenizer("The model")["input_ids"]], device=self.device))
+            for layer in self.layers:
+                check_additive(model, self.layout, layer, text)
         self.moments: dict[int, Tensor] = {}
         self.spectra: dict[int, Spectrum] = {}
         self.contexts: list[str] = []
@@ -100,6 +106,8 @@ class AlphaEditor:
         self._sums: dict[int, Tensor] = {}
         self._metrics: dict[int, KeyMetric] = {}
         self._batch = 0
+        # Updates of the batch that is being edited, for the other ranks.
+        self._added: dict[int, LowRank | Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -185,12 +193,28 @@ class AlphaEditor:
             self._draw_contexts()
             for layer, projection in self.projections.items():
                 self._originals.setdefault(layer, projection.weight.detach().clone())
-            edit = self._fine_tune if self.settings.method == "fine_tune" else self._edit
             records: list[Edited] = []
             for start in range(0, len(facts), size):
-                records += edit(facts[start : start + size])
+                records += self._edit_batch(facts[start : start + size])
                 log.info("batch %s: %s facts edited", self._batch, len(self.records))
             return records
+
+    def _edit_batch(self, facts: Sequence[Fact]) -> list[Edited]:
+        """Edit on the first rank, and take its updates over on the others."""
+        edit = self._fine_tune if self.settings.method == "fine_tune" else self._edit
+        self._added = {}
+
+        def make() -> tuple[list[Edited], dict[int, LowRank | Tensor]]:
+            records = edit(facts)
+            return records, {layer: _moved(update, "cpu") for layer, update in self._added.items()} if world_size() > 1 else {}
+
+        records, added = on_first_rank(make)
+        if rank() > 0:
+            for layer, update in added.items():
+                self._add(layer, _moved(update, self.device))
+        self.records += records
+        self._batch += 1
+        return records
 
     def remember(self, facts: Sequence[Fact]) -> None:
         """Keep facts that the model was given by earlier edits, made by another editor, through the edits to come.
@@ -207,11 +231,11 @@ class AlphaEditor:
             return
         with undisturbed(self.model):
             self._draw_contexts()
-            self._keep(self._read(facts, self.layers)[0])
+            on_first_rank(lambda: self._keep(self._read(facts, self.layers)[0]))
 
     def _draw_contexts(self) -> None:
         if not self.contexts:
-            drawn = draw_contexts(self.model, self.tokenizer, self.settings.seed) if self.settings.contexts else []
+            drawn = on_first_rank(lambda: draw_contexts(self.model, self.tokenizer, self.settings.seed)) if self.settings.contexts else []
             self.contexts = [PLACEHOLDER, *drawn[: self.settings.contexts]]
 
     def _keep(self, keys: Mapping[int, Tensor]) -> None:
@@ -240,13 +264,10 @@ class AlphaEditor:
     def _record(self, facts: Sequence[Fact], targets: Targets, lacking: Tensor) -> list[Edited]:
         change = targets.change.norm(dim=1) / targets.start.norm(dim=1)
         columns = [values.tolist() for values in (targets.loss, targets.nll, targets.steps, change, lacking)]
-        records = [
+        return [
             Edited(fact, self._batch, loss, nll, steps, part, tuple(lacked))
             for fact, loss, nll, steps, part, lacked in zip(facts, *columns, strict=True)
         ]
-        self.records += records
-        self._batch += 1
-        return records
 
     def _fine_tune(self, facts: Sequence[Fact]) -> list[Edited]:
         before = {layer: projection.weight.detach().float().clone() for layer, projection in self.projections.items()}
@@ -254,19 +275,18 @@ class AlphaEditor:
         losses, steps = fine_tune(self.model, weights, self.reader, facts, self.settings.tuning, self.settings.targets.max_rows or ROWS)
         for layer, projection in self.projections.items():
             self._add(layer, projection.weight.detach().float() - before[layer])
-        records = [Edited(fact, self._batch, loss, loss, steps, float("nan"), ()) for fact, loss in zip(facts, losses, strict=True)]
-        self.records += records
-        self._batch += 1
-        return records
+        return [Edited(fact, self._batch, loss, loss, steps, float("nan"), ()) for fact, loss in zip(facts, losses, strict=True)]
 
     @torch.no_grad()
     def _add(self, layer: int, update: LowRank | Tensor) -> None:
         """Write the original and the sum of all updates, rounded once."""
         projection = self.projections[layer]
         if isinstance(update, LowRank):
-            single = LowRank(update.up.float(), update.down.float())
-            self.updates[layer].append(single)
-            update = projection.oriented(single.dense())
+            update = LowRank(update.up.float(), update.down.float())
+            self.updates[layer].append(update)
+        self._added[layer] = update
+        if isinstance(update, LowRank):
+            update = projection.oriented(update.dense())
         if layer not in self._sums:
             self._sums[layer] = torch.zeros_like(self._originals[layer], dtype=torch.float)
         self._sums[layer] += update
@@ -338,3 +358,7 @@ class AlphaEditor:
             self.projections[layer].weight.copy_(original)
         self._originals, self._sums, self.keys, self.records, self._batch = {}, {}, {}, [], 0
         self.updates = {layer: [] for layer in self.layers}
+
+
+def _moved(update: LowRank | Tensor, device: torch.device | str) -> LowRank | Tensor:
+    return LowRank(*(part.to(device) for part in update)) if isinstance(update, LowRank) else update.to(device)

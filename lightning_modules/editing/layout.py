@@ -14,10 +14,14 @@ PROJECTIONS = (
     "mlp.fc_out",  # GPT-J
     "mlp.dense_4h_to_h",  # GPT-NeoX, Falcon
     "mlp.fc2",  # Phi
+    "feed_forward.down_proj",  # Jamba, Falcon-H1, Bamba
+    "feed_forward.w2",  # LFM2
     "fc2",  # OPT
 )
 # Transposed, they are made of weights `(width in, width out)`.
 CONVOLUTIONS = ("Conv1D",)
+
+OTHER_TOWERS = ("vision", "visual", "audio")
 
 
 class Projection(NamedTuple):
@@ -65,6 +69,11 @@ class Layout:
         """Number of blocks."""
         return len(model.get_submodule(self.block.removesuffix(".{}")))  # type: ignore[arg-type]
 
+    def editable_layers(self, model: nn.Module) -> list[int]:
+        """Layers that have the projection: models may mix dense layers and experts."""
+        names = dict(model.named_modules())
+        return [layer for layer in range(self.num_layers(model)) if self.projection.format(layer) in names]
+
     def projection_of(self, model: nn.Module, layer: int) -> Projection:
         """The projection of a layer; of one that an adapter wraps, the frozen matrix.
 
@@ -72,7 +81,13 @@ class Layout:
             ValueError: If its weight cannot be edited.
         """
         name = self.projection.format(layer)
-        module = model.get_submodule(name)
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"layer {layer} of {type(model).__name__} has no {name}: it may be a mixture of experts, which "
+                f"cannot be edited; layers that can be edited: {self.editable_layers(model)}. Choose some with layers=[...]"
+            ) from None
         base: Any = getattr(module, "base_layer", module)
         weight = getattr(base, "weight", None)
         if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not weight.is_floating_point() or hasattr(weight, "quant_state"):
@@ -93,12 +108,7 @@ def find_layout(model: nn.Module, block: str | None = None, projection: str | No
     """
     names = {name: module for name, module in model.named_modules() if name}
     if block is None:
-        lists = [(len(module), name) for name, module in names.items() if isinstance(module, nn.ModuleList) and ".experts" not in name]
-        if not lists:
-            raise ValueError(f"{type(model).__name__} has no list of blocks; name them, e.g. block='model.layers.{{}}'")
-        # The first of the longest: inner lists come after the one that holds them.
-        longest = max(length for length, _ in lists)
-        block = next(name for length, name in lists if length == longest) + ".{}"
+        block = _find_blocks(model, names)
     for kind, template in (("block", block), ("projection", projection)):
         if template is not None and (template.count("{}") != 1 or template.format(0) not in names):
             raise ValueError(f"{kind}={template!r} names no module of {type(model).__name__}; it must hold one {{}} for the layer's number")
@@ -111,10 +121,23 @@ def find_layout(model: nn.Module, block: str | None = None, projection: str | No
     return Layout(block, projection)
 
 
+def _find_blocks(model: nn.Module, names: dict[str, nn.Module]) -> str:
+    """Name the list of a decoder's blocks; beside it there may be experts, and towers that read images or sound."""
+    lists = [(len(module), name) for name, module in names.items() if isinstance(module, nn.ModuleList) and ".experts" not in name]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of blocks; name them, e.g. block='model.layers.{{}}'")
+    config: Any = getattr(model, "config", None)
+    number = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) if hasattr(config, "get_text_config") else None
+    own = [(length, name) for length, name in lists if length == number and not any(part in name for part in OTHER_TOWERS)]
+    # The first of the longest: inner lists come after the one that holds them.
+    longest = max(length for length, _ in own or lists)
+    return next(name for length, name in own or lists if length == longest) + ".{}"
+
+
 def _no_projection(model: nn.Module, block: str, names: dict[str, nn.Module]) -> str:
     parts = [name.removeprefix(f"{block}.") for name in names if name.startswith(f"{block}.")]
     if any("expert" in part for part in parts):
-        return f"{type(model).__name__} has mixtures of experts, whose matrices see only some tokens: they cannot be edited"
+        return f"{type(model).__name__} has mixtures of experts, whose matrices see only some tokens: they cannot be edited; take a dense model"
     return (
         f"no projection at the end of an MLP in {block} of {type(model).__name__}: it has {', '.join(parts[:12])}; "
         f"known are {', '.join(PROJECTIONS)}. Name it, e.g. projection='{block.removesuffix('.0')}.{{}}.mlp.down_proj'"

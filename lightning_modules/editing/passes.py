@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,6 +140,20 @@ def replaying(model: nn.Module, layout: Layout, last: int, hidden: Tensor, rest:
                 del block.forward
             else:
                 block.forward = forward
+
+
+@contextmanager
+def replacing(model: nn.Module, layout: Layout, layer: int, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let the model go on from something else than a block's output ``(B, T, v)``."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
+
+    handle = layout.block_of(model, layer).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

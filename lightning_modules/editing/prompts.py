@@ -153,14 +153,12 @@ class Reader:
         return Row([*ids, *answer], len(ids) - 1)
 
     def _encoded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self.tokenizer(text, return_offsets_mapping=True)
-        ids = list(encoded["input_ids"])
-        ids = ids[: len(ids) - self._added_at_the_end(ids)]
+        encoded = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+        ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+        # What the tokenizer puts behind a text (an end, a separator) would stand between prompt and answer.
+        while len(ids) > 1 and added[len(ids) - 1]:
+            ids.pop()
         return ids, encoded["offset_mapping"][: len(ids)]
-
-    def _added_at_the_end(self, ids: list[int]) -> int:
-        eos = self.tokenizer.eos_token_id
-        return int(len(ids) > 1 and ids[-1] == eos)
 
     def batch(self, rows: Sequence[Row], device: torch.device | str = "cpu") -> Rows:
         """Fill rows up on the right, whatever side the tokenizer is set to."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from malleable.datamodules.requests import PLACEHOLDER, EditRequest
-from malleable.lightning_modules.editing.answers import take_answers
-from malleable.lightning_modules.editing.prompts import Reader
+from malleable.lightning_modules.editing.answers import score_answers, take_answers
+from malleable.lightning_modules.editing.prompts import Reader, Row
+from malleable.lightning_modules.functional.answer_match import gives_answer
 from malleable.lightning_modules.functional.free_text import generate_text
+from malleable.lightning_modules.functional.ranks import merge_over_ranks, shard, sum_over_ranks
 from malleable.lightning_modules.functional.word_statistics import Tfidf
 from malleable.lightning_modules.metrics.editing import Consistency, Fluency, RequestFigures
+
+MAX_LOGITS = 1 << 26  # of a pass for perplexity, 256 MiB in single precision
 
 
 def measure(model: Any, reader: Reader, requests: Sequence[EditRequest], max_rows: int = 64) -> list[RequestFigures]:
@@ -55,29 +60,54 @@ def measure(model: Any, reader: Reader, requests: Sequence[EditRequest], max_row
     return figures
 
 
-@torch.no_grad()
-def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int = 512) -> float:
+def perplexity(model: Any, reader: Reader, texts: Sequence[str], max_length: int = 512, max_logits: int = MAX_LOGITS) -> float:
     """Perplexity of texts, a token's mean over all of them; each is read from its beginning.
+
+    Texts of like lengths share a pass, padded on the right. In a run of several ranks all of them must call it: each reads a share of the texts.
+
+    Args:
+        model: In evaluation mode.
+        reader: Makes a batch of rows.
+        texts: What is read.
+        max_length: Tokens of a text; the rest is cut off.
+        max_logits: Most logits of a pass, which bounds memory.
 
     Raises:
         ValueError: If no text has two tokens.
     """
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for text in texts:
-        ids = torch.tensor([tokenizer(text)["input_ids"][:max_length]], device=device)
-        if ids.shape[1] < 2:
-            continue
-        logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        total -= float(logps.gather(1, ids[0, 1:, None]).sum())
-        count += ids.shape[1] - 1
-    if not count:
+    encoded = [list(ids[:max_length]) for ids in reader.tokenizer(list(texts))["input_ids"]]
+    order = sorted((number for number, ids in enumerate(encoded) if len(ids) > 1), key=lambda number: len(encoded[number]))
+    if not order:
         raise ValueError("perplexity needs texts of at least two tokens")
-    return math.exp(total / count)
+    # The sum of each text by itself, so that the total does not depend on which rank read it.
+    sums = torch.zeros(len(encoded), dtype=torch.double)
+    size = max(1, max_logits // model.get_output_embeddings().weight.shape[0])
+    for chosen in _passes(shard(order), [len(ids) for ids in encoded], size):
+        rows = [Row(encoded[number][:-1], 0) for number in chosen]
+        answers = [encoded[number][1:] for number in chosen]
+        with torch.no_grad():
+            mean = score_answers(model, reader, rows, answers).nll.double().cpu()
+        sums[chosen] = mean * torch.tensor([len(answer) for answer in answers], dtype=torch.double)
+    total = sum_over_ranks(sums, next(model.parameters()).device).sum()
+    return math.exp(float(total) / sum(len(encoded[number]) - 1 for number in order))
+
+
+def _passes(order: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Cut rows that rise in length into passes of at most ``size`` tokens, padding included, or one row."""
+    part: list[int] = []
+    for number in order:
+        if part and (len(part) + 1) * lengths[number] > size:
+            yield part
+            part = []
+        part.append(number)
+    if part:
+        yield part
 
 
 def write(model: Any, tokenizer: Any, prompts: Sequence[str], length: int = 100, top_k: int = 5, seed: int = 0, max_rows: int = 32) -> list[str]:
     """Let a model write on, a draw among its likeliest tokens at a time.
+
+    In a run of several ranks all of them must call it: each writes a share of the texts, and all return all of them.
 
     Args:
         model: In evaluation mode.
@@ -91,31 +121,37 @@ def write(model: Any, tokenizer: Any, prompts: Sequence[str], length: int = 100,
     Returns:
         Beginnings with what was written after them.
     """
-    device = next(model.parameters()).device
     reader = Reader(tokenizer)
-    encoded, pad = [reader.question(prompt).ids for prompt in prompts], reader.pad
     end = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    texts = []
-    for start in range(0, len(encoded), max_rows):
-        part = encoded[start : start + max_rows]
-        width, shortest = max(len(ids) for ids in part), min(len(ids) for ids in part)
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in part], device=device)
-        mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in part], device=device)
-        seeds = torch.arange(start, start + len(part), device=device) + (seed << 32)
+    texts: dict[int, str] = {}
+    own = shard(range(len(prompts)))
+    for start in range(0, len(own), max_rows):
+        places = own[start : start + max_rows]
+        encoded = [reader.question(prompts[place]).ids for place in places]
+        ids, mask = _left_padded(encoded, reader.pad, model)
         written = generate_text(
             model,
             ids,
             mask,
-            max_new_tokens=max(1, length - shortest),
+            max_new_tokens=max(1, length - min(len(row) for row in encoded)),
             eos_token_id=end,
-            pad_token_id=pad,
+            pad_token_id=reader.pad,
             temperature=1.0,
             top_k=top_k,
-            seeds=seeds,
+            seeds=torch.tensor(places, device=ids.device) + (seed << 32),
         )
-        for prompt, own, row in zip(prompts[start : start + max_rows], part, written.tolist(), strict=True):
-            texts.append(prompt + tokenizer.decode(row[: max(1, length - len(own))], skip_special_tokens=True))
-    return texts
+        for place, row, new in zip(places, encoded, written.tolist(), strict=True):
+            texts[place] = prompts[place] + tokenizer.decode(new[: max(1, length - len(row))], skip_special_tokens=True)
+    return merge_over_ranks(texts)
+
+
+def _left_padded(rows: Sequence[Sequence[int]], pad: int, model: Any) -> tuple[Tensor, Tensor]:
+    """Token ids ``(B, P)`` and their mask, on the model's device."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    device = next(model.parameters()).device
+    return ids.to(device), mask.to(device)
 
 
 def measure_writing(
@@ -139,12 +175,14 @@ def measure_writing(
     if not owners:
         return {}
     texts = write(model, tokenizer, [prompt for _, prompt in owners], length, seed=seed, max_rows=max_rows)
-    fluent = Fluency()
+    # Every rank has all texts: nothing is to be added up, and these states lie on the CPU.
+    fluent = Fluency(sync_on_compute=False)
     fluent.update(texts)
     figures = fluent.compute()
     referred = [number for number, request in enumerate(requests) if request.generation_prompts and request.references]
     if referred:
-        consistent = Consistency(Tfidf(dict.fromkeys(text for number in referred for text in requests[number].references)))
+        words = Tfidf(dict.fromkeys(text for number in referred for text in requests[number].references))
+        consistent = Consistency(words, sync_on_compute=False)
         for number in referred:
             written = [text for (owner, _), text in zip(owners, texts, strict=True) if owner == number]
             consistent.update(written, requests[number].references)
@@ -152,24 +190,72 @@ def measure_writing(
     return {name: float(value) for name, value in figures.items()}
 
 
-def say(model: Any, reader: Reader, prompts: Sequence[str], lengths: Sequence[int], max_rows: int = 64) -> list[str]:
+def say(model: Any, reader: Reader, prompts: Sequence[str], lengths: Sequence[int], max_rows: int = 64, stops: Sequence[int] = (-1,)) -> list[str]:
     """Write out what a model finds likeliest after prompts.
+
+    In a run of several ranks all of them must call it: each answers a share of the prompts, and all return all answers.
 
     Args:
         model: In evaluation mode.
         reader: Makes rows of texts.
         prompts: Questions.
-        lengths: Tokens to write after each.
+        lengths: Most tokens to write after each.
         max_rows: Rows of a pass.
+        stops: Tokens that end an answer; default: none.
     """
-    device = next(model.parameters()).device
-    texts = []
-    for start in range(0, len(prompts), max_rows):
-        rows = [reader.question(prompt).ids for prompt in prompts[start : start + max_rows]]
-        width = max(len(row) for row in rows)
-        ids = torch.tensor([[reader.pad] * (width - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
-        part = lengths[start : start + max_rows]
-        written = generate_text(model, ids, mask, max_new_tokens=max(part), eos_token_id=-1, pad_token_id=reader.pad).tolist()
-        texts += [reader.tokenizer.decode(row[:length]).strip() for row, length in zip(written, part, strict=True)]
-    return texts
+    texts: dict[int, str] = {}
+    own = shard(range(len(prompts)))
+    for start in range(0, len(own), max_rows):
+        places = own[start : start + max_rows]
+        ids, mask = _left_padded([reader.question(prompts[place]).ids for place in places], reader.pad, model)
+        longest = max(lengths[place] for place in places)
+        written = generate_text(model, ids, mask, max_new_tokens=longest, eos_token_id=stops, pad_token_id=reader.pad).tolist()
+        for place, row in zip(places, written, strict=True):
+            end = next((number for number, token in enumerate(row) if token in stops), len(row))
+            texts[place] = reader.tokenizer.decode(row[: min(end, lengths[place])]).strip()
+    return merge_over_ranks(texts)
+
+
+def stop_tokens(tokenizer: Any) -> list[int]:
+    """Tokens that end a generated answer: the tokenizer's end and all that hold a line break; -1 where there is none."""
+    breaks = ("\n", "Ċ", "<0x0A>")  # as themselves, in byte-level vocabularies, and as bytes
+    stops = [number for token, number in tokenizer.get_vocab().items() if any(part in token for part in breaks)]
+    end = tokenizer.eos_token_id
+    return sorted({*stops, *([] if end is None else [end])}) or [-1]
+
+
+def measure_generated(
+    model: Any, reader: Reader, requests: Sequence[EditRequest], tokens: int = 20, everything: bool = False, max_rows: int = 64
+) -> tuple[list[tuple[float, float, float]], list[str]]:
+    """Let a model answer freely, without the words or the length of the true answers, and compare.
+
+    Args:
+        model: In evaluation mode.
+        reader: Makes rows of texts.
+        requests: What is asked for.
+        tokens: Most tokens of an answer, which ends earlier at the end token or a line break.
+        everything: Ask the paraphrases and neighbours, too.
+        max_rows: Rows of a pass.
+
+    Returns:
+        Efficacy, generalization and specificity of each request, ``nan`` where nothing was asked, and what was generated after its prompt.
+
+    Source:
+        Yang et al. (2025), The Mirage of Model Editing: Revisiting Evaluation in the Wild, arXiv:2502.11177.
+        Differs: the first sentence must hold the answer's words (:func:`~malleable.lightning_modules.functional.answer_match.gives_answer`), where
+        the authors let a language model judge.
+    """
+    questions: list[tuple[str, str]] = []
+    sizes = []
+    for request in requests:
+        parts = [[(request.prompt.replace(PLACEHOLDER, request.subject), request.target)], [], []]
+        if everything:
+            parts[1] = [(text, request.target) for text in request.paraphrases]
+            parts[2] = [(probe.prompt, probe.answer) for probe in request.neighbors]
+        questions += [question for part in parts for question in part]
+        sizes += [len(part) for part in parts]
+    said = say(model, reader, [prompt for prompt, _ in questions], [tokens] * len(questions), max_rows, stop_tokens(reader.tokenizer))
+    right = torch.tensor([float(gives_answer(text, answer)) for text, (_, answer) in zip(said, questions, strict=True)])
+    shares = torch.stack([part.mean() for part in torch.split(right, sizes)]).view(-1, 3).tolist() if questions else []
+    firsts = torch.tensor([0, *sizes]).cumsum(0)[:-1:3].tolist()
+    return [(efficacy, generalization, specificity) for efficacy, generalization, specificity in shares], [said[first] for first in firsts]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from malleable.datamodules.requests import PLACEHOLDER, EditRequest
 from malleable.lightning_modules.editing.layout import Layout
 from malleable.lightning_modules.editing.prompts import Reader, Row, fill
-from malleable.lightning_modules.editing.tails import Tails
+from malleable.lightning_modules.editing.tails import Tails, WholeRows, follow
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 ROWS, ROWS_ON_CPU = 256, 64
@@ -163,7 +163,7 @@ class _Search:
             about.append(Row(row.ids[: row.position + 1], row.position))
         device = next(model.parameters()).device
         # Apart: among rows with something behind the look-up token they would be filled up.
-        self.tails, self.about = (Tails(model, layout, layer, reader.batch(part, device)) for part in (rows, about))
+        self.tails, self.about = (follow(model, layout, layer, reader.batch(part, device)) for part in (rows, about))
         self.spots = torch.tensor(spots, device=device)
 
     def run(self) -> Targets:
@@ -202,7 +202,7 @@ class _Search:
             change[running] = moved * (limit / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1)[:, None]
         return Targets(start, change, loss, nll, steps)
 
-    def _only(self, running: Tensor) -> tuple[Tails, Tails, Tensor]:
+    def _only(self, running: Tensor) -> tuple[Tails | WholeRows, Tails | WholeRows, Tensor]:
         """The rows and spots of some facts."""
         rows = (running[:, None] * self.num_rows + torch.arange(self.num_rows, device=running.device)).flatten()
         order = torch.full((len(self.facts) * self.num_rows,), -1, device=running.device)
@@ -211,7 +211,7 @@ class _Search:
         kept = order[row] >= 0
         return self.tails.take(rows), self.about.take(running), torch.stack([order[row], token, target], 1)[kept]
 
-    def _unlikely(self, tails: Tails, change: Tensor, spots: Tensor) -> Tensor:
+    def _unlikely(self, tails: Tails | WholeRows, change: Tensor, spots: Tensor) -> Tensor:
         """Negative log-likelihood of each running fact ``(F,)``."""
         row, token, target = spots.T
         logps = tails.logits(change.repeat_interleave(self.num_rows, 0), row, token).float().log_softmax(-1)
@@ -231,7 +231,7 @@ class _Search:
             )
 
 
-def _said(about: Tails, change: Tensor) -> Tensor:
+def _said(about: Tails | WholeRows, change: Tensor) -> Tensor:
     """What is said of each running fact's subject, log-probabilities ``(F, V)``."""
     row = torch.arange(len(change), device=change.device)
     return about.logits(change, row, torch.zeros_like(row)).float().log_softmax(-1)

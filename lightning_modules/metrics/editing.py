@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class RequestFigures(NamedTuple):
         efficacy_accuracy: Share of the new answer's tokens that are the likeliest.
         generalization_accuracy: The same, mean over its paraphrases.
         specificity_accuracy: The same of the neighbours' own answers, mean over them.
+        efficacy_generated: Whether the text that is generated after the prompt gives the new answer, without teacher forcing.
+        generalization_generated: The same, mean over its paraphrases.
+        specificity_generated: Share of the neighbours' questions after which the generated text gives their own answer.
     """
 
     efficacy: float
@@ -38,6 +42,9 @@ class RequestFigures(NamedTuple):
     efficacy_accuracy: float
     generalization_accuracy: float
     specificity_accuracy: float
+    efficacy_generated: float = math.nan
+    generalization_generated: float = math.nan
+    specificity_generated: float = math.nan
 
 
 class _Sums(Metric):
@@ -48,8 +55,8 @@ class _Sums(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
+    def __init__(self, width: int, **options: Any) -> None:
+        super().__init__(**options)
         for name in ("total", "count"):
             self.add_state(name, torch.zeros(width, dtype=torch.double), dist_reduce_fx="sum")
 
@@ -57,8 +64,9 @@ class _Sums(Metric):
         """Add ``(N, width)``."""
         values = values.to(self.total)
         known = ~values.isnan()
-        self.total += values.nan_to_num().sum(0)
-        self.count += known.sum(0)
+        # Not in place: states reset in inference mode could not be changed outside it.
+        self.total = self.total + values.nan_to_num().sum(0)
+        self.count = self.count + known.sum(0)
 
 
 class EditingMetrics(_Sums):
@@ -68,11 +76,13 @@ class EditingMetrics(_Sums):
 
     Source:
         Meng et al. (2022), Locating and Editing Factual Associations in GPT, arXiv:2202.05262, section 3.3; published figures of zsRE are the
-        shares of right tokens, ``*_accuracy``.
+        shares of right tokens, ``*_accuracy``. ``*_generated``: Yang et al. (2025), The Mirage of Model Editing, arXiv:2502.11177, whose
+        evaluation generates until a stop token; see :func:`~malleable.lightning_modules.functional.answer_match.gives_answer` for the match.
+        Differs: its authors let a language model judge the match.
     """
 
-    def __init__(self) -> None:
-        super().__init__(len(RequestFigures._fields))
+    def __init__(self, **options: Any) -> None:
+        super().__init__(len(RequestFigures._fields), **options)
 
     def update(self, figures: Sequence[RequestFigures]) -> None:
         """Add the figures of requests, each request once."""
@@ -91,8 +101,8 @@ class EditingMetrics(_Sums):
 class Perplexity(_Sums):
     """Perplexity, a token's mean over all texts."""
 
-    def __init__(self) -> None:
-        super().__init__(1)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(1, **options)
 
     def update(self, loss: Tensor, weight: Tensor) -> None:
         """Add a mean negative log-likelihood, nats, over ``weight`` tokens. One that is not a number makes the perplexity none."""
@@ -108,8 +118,8 @@ class Perplexity(_Sums):
 class Fluency(_Sums):
     """Mean entropy of what a model writes, hundredths of a bit: falls when it repeats itself."""
 
-    def __init__(self) -> None:
-        super().__init__(1)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(1, **options)
 
     def update(self, texts: Sequence[str]) -> None:
         """Add texts, each by itself."""
@@ -126,10 +136,11 @@ class Consistency(_Sums):
 
     Args:
         tfidf: Weights of words, of all these texts.
+        **options: Of :class:`torchmetrics.Metric`, such as ``sync_on_compute``.
     """
 
-    def __init__(self, tfidf: Tfidf) -> None:
-        super().__init__(1)
+    def __init__(self, tfidf: Tfidf, **options: Any) -> None:
+        super().__init__(1, **options)
         self.tfidf = tfidf
 
     def update(self, written: Sequence[str], references: Sequence[str]) -> None:
@@ -146,10 +157,11 @@ class EditSurvival(_Sums):
 
     Args:
         num_batches: Batches of edits, B.
+        **options: Of :class:`torchmetrics.Metric`, such as ``sync_on_compute``.
     """
 
-    def __init__(self, num_batches: int) -> None:
-        super().__init__(num_batches * num_batches)
+    def __init__(self, num_batches: int, **options: Any) -> None:
+        super().__init__(num_batches * num_batches, **options)
         self.num_batches = num_batches
 
     def update(self, after: int, batch: Tensor, held: Tensor) -> None:
@@ -162,8 +174,8 @@ class EditSurvival(_Sums):
         """
         place = torch.as_tensor(batch, device=self.total.device).long() + after * self.num_batches
         held = torch.as_tensor(held).to(self.total)
-        self.total.index_add_(0, place, held)
-        self.count.index_add_(0, place, torch.ones_like(held))
+        self.total = self.total.index_add(0, place, held)
+        self.count = self.count.index_add(0, place, torch.ones_like(held))
 
     def compute(self) -> dict[str, Tensor]:
         """Return shares in percent.

@@ -1,6 +1,7 @@
 """Changes after training: seen by the test, taken back to the bit, never made twice, whole or not there."""
 
 import copy
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from post_fit_run import FactModule, asked, edit, trainer_of
 from small_facts import NEW, OTHERS, SETTINGS, share
 
-from malleable import AlphaEdit, Delta, Patch, PostFitEdit
-from malleable.callbacks.post_fit import _agreed
+from malleable import AlphaEdit, Delta, PostFitEdit
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.patch import read_patches
@@ -286,47 +286,24 @@ def test_edits_of_two_models_in_one_run_are_refused(module, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ddp
-def test_two_ranks_make_the_patch_of_one(tmp_path):
-    told = []
+@pytest.mark.parametrize("how", ["trained", "frozen"])
+def test_two_ranks_make_the_patch_and_figures_of_one(tmp_path, learnt, how):
+    found = []
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         folder.mkdir()
-        launch([HELPERS / "post_fit_run.py", folder, str(ranks)], ranks=ranks, cwd=folder)
-        told.append((folder / "id.txt").read_text())
-    assert told[0] == told[1]
-    assert told[0].endswith(" 1.0")
-
-
-class Ranks:
-    """What one of two ranks sees of the other."""
-
-    def __init__(self, trainer, ids, other):
-        self.strategy = self
-        self.root_device, self._ids, self._other = torch.device("cpu"), ids, other
-        self._gathered = 0
-
-    def all_gather(self, value):
-        self._gathered += 1
-        return torch.tensor(self._ids) if self._gathered == 1 else value[None]
-
-    def broadcast(self, patch):
-        return self._other
-
-
-def test_ranks_that_differ_by_rounding_take_the_first_ones_patch(run):
-    _, _, callback = run
-    (own,) = callback.stack.patches
-
-    def patch(scale):
-        deltas = {name: Delta(delta.dense() * scale) for name, delta in own.deltas.items()}
-        return Patch(kind="alpha_edit", deltas=deltas, base=dict(own.base))
-
-    mine, near, far = patch(1.0), patch(1.0001), patch(1.5)
-    ids = [int(one.id, 16) for one in (mine, near, far)]
-    assert _agreed(Ranks(None, [ids[0], ids[0]], mine), mine) is mine
-    assert _agreed(Ranks(None, ids[:2], near), mine) is near
-    with pytest.raises(RuntimeError, match=r"the ranks made different patches .*deltas differ by 0\.33"):
-        _agreed(Ranks(None, [ids[2], ids[0]], far), mine)
+        torch.save(learnt.state_dict(), folder / "learnt.pt")
+        launch([HELPERS / "post_fit_run.py", folder, str(ranks), how], ranks=ranks, cwd=folder, timeout_s=400)
+        found += [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+    one, first, second = found
+    assert first == second
+    assert one["id"] == first["id"]
+    assert one["said"][:2] == first["said"][:2]
+    assert one["weights"] == first["weights"]
+    for name in ("figures", "before"):
+        assert first[name] == pytest.approx(one[name], rel=1e-5, nan_ok=True)
+    assert one["figures"]["test_efficacy"] == 100
+    assert {"perplexity", "fluency", "consistency", "efficacy", "generalization", "specificity"} <= one["before"].keys()
 
 
 class Opaque:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from small_facts import KNOWN, NEW, OTHERS, SETTINGS, TEXTS, also, learnt_decode
 from torch.utils.data import DataLoader
 
 from malleable import AlphaEdit, PostFitEdit
+from malleable.callbacks.edit_protocol import Protocol
 from malleable.lightning_modules.editing.settings import EditSettings
-from malleable.lightning_modules.editing.targets import Fact
+from malleable.lightning_modules.editing.targets import Fact, TargetSettings
 
 
 class FactModule(LightningModule):
@@ -82,16 +84,26 @@ def trainer_of(folder: Path, *edits: PostFitEdit, **options: Any) -> Trainer:
     return Trainer(default_root_dir=folder, callbacks=[*edits, keep], **{"max_epochs": 1, **quiet, **options})
 
 
-def main(folder: Path, ranks: int) -> None:
-    """Fit, edit, test; write the patch's id and what the test saw."""
-    module, callback = FactModule(), edit()
-    module.learn()
-    trainer = trainer_of(folder, callback, limit_train_batches=1, devices=ranks, strategy="ddp" if ranks > 1 else "auto")
+def main(folder: Path, ranks: int, how: str) -> None:
+    """Fit, or leave a frozen model as it is, edit and test; write the patch's id and what was measured."""
+    more = {"paraphrases": ["because I know"], "generation_prompts": ["I know", "the dog"], "references": ["the dog saw the house"]}
+    facts = [{**asked(fact), "true": "dog", "neighbors": [{"prompt": "the capital of Lima", "answer": "sad"}], **more} for fact in NEW[:3]]
+    settings = EditSettings(**{**SETTINGS, "targets": TargetSettings(lr=0.5, steps=20, clamp=4.0, decay=0.01), "batch_size": 2})
+    module, callback = FactModule(), edit(requests=facts, settings=settings, protocol=Protocol(texts=7, writing=8))
+    module.load_state_dict(torch.load(folder / "learnt.pt", weights_only=True))
+    options = {"limit_train_batches": 1}
+    if how == "frozen":
+        module.model.requires_grad_(False)
+        module.configure_optimizers = lambda: None  # type: ignore[method-assign]
+        options = {"max_steps": 0}
+    trainer = trainer_of(folder, callback, devices=ranks, strategy="ddp" if ranks > 1 else "auto", **options)
     trainer.fit(module)
     (figures,) = trainer.test(module, verbose=False)
-    if trainer.is_global_zero:
-        (folder / "id.txt").write_text(f"{callback.stack.ids[0]} {figures['test_new']}")
+    weights = {name: parameter.detach().double().sum().item() for name, parameter in module.model.named_parameters()}
+    said = callback.after.answers, callback.before.answers, callback.after.requests, callback.before.requests
+    found = {"id": callback.stack.ids[0], "figures": figures, "before": callback.before.figures, "weights": weights, "said": said}
+    (folder / f"{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -31,6 +31,38 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8}),
     "olmo2": ("Olmo2", {"num_key_value_heads": 2}),
     "granite": ("Granite", {"num_key_value_heads": 2, "residual_multiplier": 0.22}),
+    "mistral_window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 6}),
+    "qwen3_5": (
+        "Qwen3_5Text",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "lfm2": ("Lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_group": 1,
+            "topk_group": 1,
+            "head_dim": 4,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
     "mixtral": ("Mixtral", {"num_key_value_heads": 2, "num_local_experts": 2}),
 }
 

@@ -18,6 +18,8 @@ EDITABLE = {
     "gpt_neox": ("gpt_neox.layers.{}", "mlp.dense_4h_to_h"),
     "gpt2": ("transformer.h.{}", "mlp.c_proj"),
     "gptj": ("transformer.h.{}", "mlp.fc_out"),
+    "qwen3_5": ("model.layers.{}", "mlp.down_proj"),
+    "lfm2": ("model.layers.{}", "feed_forward.w2"),
 }
 
 
@@ -37,6 +39,23 @@ def test_blocks_and_projections_are_found(family):
 def test_experts_are_refused():
     with pytest.raises(ValueError, match="mixtures of experts"):
         find_layout(decoder("mixtral"))
+
+
+def test_layers_of_experts_are_refused_with_the_ones_that_are_not():
+    model = decoder("deepseek_v3")
+    layout = find_layout(model)
+    assert layout.editable_layers(model) == [0]
+    assert layout.projection_of(model, 0).width == 48
+    with pytest.raises(ValueError, match=r"layer 1 of DeepseekV3ForCausalLM has no .*mixture of experts.*can be edited: \[0\]"):
+        layout.projection_of(model, 1)
+
+
+def test_towers_that_read_images_are_passed_over():
+    model = decoder()
+    model.model.vision_tower = torch.nn.ModuleList(torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 4) for _ in range(9))
+    assert find_layout(model).block == "model.layers.{}"
+    model.model.vision_tower = torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 4)
+    assert find_layout(model).block == "model.layers.{}"
 
 
 def test_unknown_names_are_refused_with_what_there_is():

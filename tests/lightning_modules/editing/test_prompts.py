@@ -1,5 +1,7 @@
 """Rows of tokens: where a fact is read, whatever the tokenizer and wherever the subject lies."""
 
+import copy
+
 import pytest
 import torch
 from small_editing import decoder, tokenizer
@@ -39,6 +41,13 @@ def test_no_end_follows_a_prompt(kind):
     row = Reader(tokenizer(kind)).row("The capital of {} is", "Peru")
     assert row.ids[-1] != 2
     assert (row.ids[0] == 1) == (kind != "bytes")
+
+
+def test_a_separator_without_an_end_token_is_cut_too():
+    cut = copy.deepcopy(tokenizer("eos"))
+    cut.eos_token = None
+    assert Reader(cut).question("Anna lives in").ids == Reader(tokenizer("eos")).question("Anna lives in").ids
+    assert Reader(cut).row("{} lives in", "Anna").ids[-1] != 2
 
 
 def test_hand_counted_positions():

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from small_editing import decoder, tokenizer
-from small_facts import KNOWN, NEW, learnt_decoder, share
+from small_facts import ANSWERS, KNOWN, NEW, PARAPHRASE, learnt_decoder, share
 
 from malleable.datamodules.requests import EditRequest, Probe
 from malleable.lightning_modules.editing.answers import take_answers
 from malleable.lightning_modules.editing.prompts import Reader
-from malleable.lightning_modules.editing.protocol import measure, measure_writing, perplexity, say, write
+from malleable.lightning_modules.editing.protocol import measure, measure_generated, measure_writing, perplexity, say, stop_tokens, write
 from malleable.lightning_modules.metrics.editing import EditingMetrics, RequestFigures
 
 
@@ -78,7 +78,7 @@ def test_shares_by_hand():
         ("Lima", "house"): math.log(0.2),
     }
     (figures,) = measure(Oracle(reader, says), reader, [REQUEST])
-    assert figures == pytest.approx((1, 2 / 3, 1 / 2, 1, 1 / 3, 1 / 2, 1, 1 / 3, 1 / 2))
+    assert figures[:9] == pytest.approx((1, 2 / 3, 1 / 2, 1, 1 / 3, 1 / 2, 1, 1 / 3, 1 / 2))
     means = summary([figures, RequestFigures(0, math.nan, 1, 0, math.nan, 1, 0, math.nan, 1)])
     assert means["efficacy"] == 50
     assert means["generalization"] == pytest.approx(200 / 3), "the record without paraphrases does not count"
@@ -114,17 +114,19 @@ def test_a_decoder_that_knows_a_fact_is_exact_about_it():
     assert summary(measure(model, reader, new))["efficacy"] == 100 * share(model, NEW) == 0
 
 
-def test_perplexity_is_the_mean_over_tokens():
-    model, cut = decoder(), tokenizer("bos")
-    texts = ["Anna lives in Lima", "I saw the big dog in the park", ""]
+@pytest.mark.parametrize("max_logits", [1, 40 * 480, 1 << 26])
+def test_perplexity_in_passes_is_the_mean_over_tokens_one_by_one(max_logits):
+    model, reader = decoder(), Reader(tokenizer("bos"))
+    texts = ["Anna lives in Lima", "I saw the big dog in the park", "", "The capital of Peru is Lima. Lima lies on the coast, and Peru"]
     losses, count = 0.0, 0
-    for text in texts[:2]:
-        ids = torch.tensor([cut(text)["input_ids"]])
-        losses += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
-        count += ids.shape[1] - 1
-    assert perplexity(model, cut, texts) == pytest.approx(math.exp(losses / count), rel=1e-4)
+    for text in texts:
+        ids = torch.tensor([reader.tokenizer(text)["input_ids"][:12]])
+        if ids.shape[1] > 1:
+            losses += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    assert perplexity(model, reader, texts, 12, max_logits) == pytest.approx(math.exp(losses / count), rel=1e-5)
     with pytest.raises(ValueError, match="two tokens"):
-        perplexity(model, cut, [""])
+        perplexity(model, reader, [""])
 
 
 def test_what_is_written_depends_on_its_place_and_seed_only():
@@ -142,6 +144,40 @@ def test_what_is_said_is_the_likeliest():
     model, reader = learnt_decoder(), Reader(tokenizer("bos"))
     prompts = [fact.prompt.format(fact.subject) for fact in KNOWN]
     assert say(model, reader, prompts, [len(reader.answer(fact.target)) for fact in KNOWN], max_rows=7) == [fact.target for fact in KNOWN]
+
+
+def test_free_answers_are_compared_with_the_new_ones():
+    model, reader = learnt_decoder(), Reader(tokenizer("bos"))
+    fact, other = KNOWN[:2]
+    known = EditRequest(
+        "1",
+        fact.prompt,
+        fact.subject,
+        fact.target,
+        paraphrases=(PARAPHRASE.format(fact.subject),),
+        neighbors=(Probe(other.prompt.format(other.subject), other.target),),
+    )
+    wrong = EditRequest("2", other.prompt, other.subject, next(answer for answer in ANSWERS if answer != other.target))
+    shares, said = measure_generated(model, reader, [known, wrong], tokens=1, everything=True)
+    assert shares[0] == (1, 1, 1)
+    assert shares[1][0] == 0
+    assert all(math.isnan(share) for share in shares[1][1:])
+    assert said == [fact.target, other.target]
+    shares, longer = measure_generated(model, reader, [known, wrong], tokens=6)
+    assert [share[0] for share in shares] == [1, 0]
+    assert all(math.isnan(share) for share in shares[0][1:])
+    assert all(text.startswith(start) for text, start in zip(longer, said, strict=True))
+
+
+def test_free_answers_end_at_line_breaks_and_the_end_token():
+    cut = tokenizer("bos")
+    stops = stop_tokens(cut)
+    assert cut.eos_token_id in stops
+    assert cut("\n", add_special_tokens=False)["input_ids"][0] in stops
+    model, reader = learnt_decoder(), Reader(cut)
+    prompt = KNOWN[0].prompt.format(KNOWN[0].subject)
+    first = reader.answer(KNOWN[0].target)[0]
+    assert say(model, reader, [prompt], [5], stops=[first]) == [""]
 
 
 def test_writing_is_measured_where_requests_begin_texts():

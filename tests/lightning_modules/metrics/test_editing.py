@@ -38,7 +38,7 @@ def test_means_are_over_requests_that_have_the_figure():
 def test_a_figure_that_nobody_has_is_not_there():
     metric = EditingMetrics()
     metric.update([RequestFigures(*(1 if name.startswith("efficacy") else math.nan for name in RequestFigures._fields))])
-    assert metric.compute().keys() == {"efficacy", "efficacy_exact", "efficacy_accuracy"}
+    assert metric.compute().keys() == {"efficacy", "efficacy_exact", "efficacy_accuracy", "efficacy_generated"}
 
 
 def test_batches_and_devices_do_not_matter():

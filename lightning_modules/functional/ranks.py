@@ -1,0 +1,83 @@
+"""Work shared over the ranks of a distributed run, with the same result on every rank.
+
+Every function is collective: all ranks call it, or none. Without an initialised process group each does what one rank would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this rank, from 0."""
+    return distributed.get_rank() if world_size() > 1 else 0
+
+
+def shard(items: Sequence[T]) -> list[T]:
+    """Items of this rank: every ``world_size``-th one."""
+    return list(items[rank() :: world_size()])
+
+
+def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
+    """Add up a tensor over the ranks.
+
+    Args:
+        values: Of one shape on all ranks; ``nan`` on one rank is ``nan`` in the sum.
+        device: Where the process group adds up: the model's device.
+
+    Returns:
+        The sum, on the device of ``values``.
+    """
+    if world_size() == 1:
+        return values
+    total = values.to(device, copy=True)
+    distributed.all_reduce(total)
+    return total.to(values.device)
+
+
+def merge_over_ranks(values: Mapping[int, T]) -> list[T]:
+    """Collect values that ranks made for the keys ``0..N-1``, each key on one rank, in the order of the keys."""
+    merged = dict(values)
+    if world_size() > 1:
+        parts: list[Any] = [None] * world_size()
+        distributed.all_gather_object(parts, merged)
+        merged = {key: value for part in parts for key, value in part.items()}
+    return [merged[key] for key in sorted(merged)]
+
+
+def on_first_rank(make: Callable[[], T]) -> T:
+    """Make a value on the first rank and give it to all.
+
+    Args:
+        make: Called on the first rank only; it must not be collective.
+
+    Raises:
+        Exception: What ``make`` raised, on the first rank; the others raise a ``RuntimeError`` with its message.
+    """
+    if world_size() == 1:
+        return make()
+    value: Any = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            value = make()
+        except Exception as raised:
+            error = raised
+    message = [value, None if error is None else f"{type(error).__name__}: {error}"]
+    distributed.broadcast_object_list(message, 0)
+    if error is not None:
+        raise error
+    if message[1] is not None:
+        raise RuntimeError(f"the first rank failed: {message[1]}")
+    return message[0]  # type: ignore[no-any-return]
