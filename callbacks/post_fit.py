@@ -85,16 +85,16 @@ class PostFitEdit(Callback, ABC):
         return Patch(kind=self.kind, deltas=deltas, base=self.stack.base(canonical_tensors(model)), requires=self.stack.ids, **about)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies that cut weights into pieces, and edits of two models in one run, before anything long begins."""
+        """Refuse strategies that shard weights, in every stage, and edits of two models in one run, before anything long begins."""
         leave_frozen_unwrapped(trainer.strategy)
         models = sorted({edit.model for edit in _edits(trainer)})
         if len(models) > 1:
             raise MisconfigurationException(f"the edits of a run must change one model, got model={' and model='.join(models)}; run `fit` for each")
-        if stage == "fit" and isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
-                f"{type(self).__name__} needs whole weights, which {type(trainer.strategy).__name__} does not keep; use one device or ddp "
-                "(--config base/ddp.yaml). To edit a model that is trained with such a strategy, train it without this callback, then run `fit` "
-                "with --trainer.max_steps 0 and one device or ddp from the consolidated checkpoint"
+                f"{type(self).__name__} cannot run `{stage}` with {type(trainer.strategy).__name__}, because it needs whole weights on every rank; use "
+                "one device or ddp (--config base/ddp.yaml). To edit a model that is trained with such a strategy, train it without this callback, "
+                "then run `fit` with --trainer.max_steps 0 and one device or ddp from the consolidated checkpoint"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

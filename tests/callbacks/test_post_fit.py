@@ -11,7 +11,7 @@ import torch
 from launch import HELPERS, launch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from post_fit_run import FactModule, asked, edit, trainer_of
 from small_facts import NEW, OTHERS, SETTINGS, share
 
@@ -212,10 +212,14 @@ def test_a_module_without_the_model_is_told(module, tmp_path):
         trainer_of(tmp_path, callback).fit(module)
 
 
-def test_weights_in_pieces_are_refused_before_training(module):
-    trainer = SimpleNamespace(strategy=FSDPStrategy(), datamodule=None, callbacks=[])
-    with pytest.raises(MisconfigurationException, match="needs whole weights, which FSDPStrategy does not keep"):
-        edit().setup(trainer, module, "fit")
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_strategies_that_shard_weights_are_refused_in_every_stage(module, stage, strategy):
+    # Made without its constructor, which wants an installed deepspeed.
+    trainer = SimpleNamespace(strategy=object.__new__(strategy), datamodule=None, callbacks=[])
+    expected = rf"AlphaEdit cannot run `{stage}` with {strategy.__name__}.*use one device or ddp \(--config base/ddp.yaml\)"
+    with pytest.raises(MisconfigurationException, match=expected):
+        edit().setup(trainer, module, stage)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +297,7 @@ def test_two_ranks_make_the_patch_and_figures_of_one(tmp_path, learnt, how):
         folder = tmp_path / str(ranks)
         folder.mkdir()
         torch.save(learnt.state_dict(), folder / "learnt.pt")
-        launch([HELPERS / "post_fit_run.py", folder, str(ranks), how], ranks=ranks, cwd=folder, timeout_s=400)
+        launch([HELPERS / "post_fit_run.py", folder, str(ranks), how], ranks=ranks, cwd=folder, timeout_s=240)
         found += [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
     one, first, second = found
     assert first == second

@@ -88,14 +88,14 @@ def main(folder: Path, ranks: int, how: str) -> None:
     """Fit, or leave a frozen model as it is, edit and test; write the patch's id and what was measured."""
     more = {"paraphrases": ["because I know"], "generation_prompts": ["I know", "the dog"], "references": ["the dog saw the house"]}
     facts = [{**asked(fact), "true": "dog", "neighbors": [{"prompt": "the capital of Lima", "answer": "sad"}], **more} for fact in NEW[:3]]
-    settings = EditSettings(**{**SETTINGS, "targets": TargetSettings(lr=0.5, steps=20, clamp=4.0, decay=0.01), "batch_size": 2})
-    module, callback = FactModule(), edit(requests=facts, settings=settings, protocol=Protocol(texts=7, writing=8))
+    settings = EditSettings(**{**SETTINGS, "targets": TargetSettings(lr=0.5, steps=10, clamp=4.0, decay=0.01), "batch_size": 2})
+    module, callback = FactModule(), edit(requests=facts, settings=settings, protocol=Protocol(texts=7, writing=8, generated_tokens=4))
     module.load_state_dict(torch.load(folder / "learnt.pt", weights_only=True))
-    options = {"limit_train_batches": 1}
+    options: dict[str, Any] = {"limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1}
     if how == "frozen":
         module.model.requires_grad_(False)
         module.configure_optimizers = lambda: None  # type: ignore[method-assign]
-        options = {"max_steps": 0}
+        options["max_steps"] = 0
     trainer = trainer_of(folder, callback, devices=ranks, strategy="ddp" if ranks > 1 else "auto", **options)
     trainer.fit(module)
     (figures,) = trainer.test(module, verbose=False)
