@@ -92,8 +92,8 @@ class PostFitEdit(Callback, ABC):
             raise MisconfigurationException(f"the edits of a run must change one model, got model={' and model='.join(models)}; run `fit` for each")
         if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
-                f"{type(self).__name__} cannot run `{stage}` with {type(trainer.strategy).__name__}, because it needs whole weights on every rank; use "
-                "one device or ddp (--config base/ddp.yaml). To edit a model that is trained with such a strategy, train it without this callback, "
+                f"{type(self).__name__} cannot run `{stage}` with {type(trainer.strategy).__name__}: it needs whole weights on every rank; use one "
+                "device or ddp (--config base/ddp.yaml). To edit a model that is trained with such a strategy, train it without this callback, "
                 "then run `fit` with --trainer.max_steps 0 and one device or ddp from the consolidated checkpoint"
             )
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from launch import launch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from post_fit_run import FactModule, edit, trainer_of
 from small_facts import KNOWN, NEW, OTHERS, PARAPHRASE, SETTINGS, TEXTS
@@ -270,3 +271,28 @@ def test_pictures_of_survival_and_of_methods_without_a_null_space(tmp_path):
     for number, one in enumerate((section, spectrum)):
         save_figure(tmp_path / f"{number}.png", one.figure, one.figure_size)
         assert (tmp_path / f"{number}.png").stat().st_size > 5_000
+
+
+SHORT = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "1"]
+SHORT += ["--data.shuffles", "1", "--data.source.init_args.limit", "4", "--data.source.init_args.relations", '["continent"]']
+SHORT += ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
+SHORT += ["--trainer.callbacks.protocol", '{"writing": 8, "texts": 8, "generated_tokens": 4}']
+SHORT += ["--trainer.callbacks.settings.layers", "[0]", "--trainer.callbacks.settings.targets.steps", "3"]
+RUN_ALL = "import json, sys; from malleable.cli import run; [run(words) for words in json.loads(sys.argv[1])]"
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_the_tiny_recipe_runs_on_two_ranks_with_a_trained_and_a_frozen_model(tmp_path):
+    recipe = ["fit", "--config", "alpha_edit/tiny.yaml", "--config", "base/ddp.yaml", *SHORT]
+    small = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_length": 256}
+    runs = [tmp_path / f"runs/alpha_edit/tiny/version_{number}" for number in (0, 1)]
+    exported = str(runs[0] / "model")
+    trained = ["--model.language_model", json.dumps({"scratch": small})]
+    frozen = ["--model.language_model", json.dumps({"name": exported}), "--data.tokenizer", exported, "--model.frozen", "true"]
+    commands = [[*recipe, *trained], [*recipe, *frozen, "--trainer.max_steps", "0", "--trainer.limit_train_batches", "0"]]
+    launch(["-c", RUN_ALL, json.dumps(commands)], ranks=2, cwd=tmp_path, timeout_s=240)
+    for folder in runs:
+        assert len(list((folder / "patches").glob("*/patch.json"))) == 1
+        figures = json.loads((folder / "report/metrics.json").read_text())
+        assert {"test_efficacy", "test_efficacy_generated", "test_perplexity_ratio", "test_fluency"} <= figures.keys()
