@@ -17,6 +17,7 @@ from torch import nn
 
 from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.lightning_modules.adapters import with_adapter
+from malleable.lightning_modules.functional.attention import MASKED_ATTENTION
 from malleable.lightning_modules.functional.defaults import drawn_on_cpu
 from malleable.lightning_modules.loading import DTYPES, load_pretrained, whole_weights
 
@@ -75,6 +76,8 @@ class LanguageModelConfig:
         local_files_only: Take a hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
         attention: Attention implementation. ``sdpa`` takes FlashAttention or the memory-efficient kernels; those of cuDNN are switched off, see
             :func:`~malleable.lightning_modules.functional.attention.avoid_planned_kernels`.
+            ``flex_attention`` and ``flash_attention_2`` are refused: a prompt shared by its answers and packed documents need a mask of their own,
+            FlashAttention takes none, and FlexAttention has no backward pass on a CPU, where forms of passes are measured. Neither is tested here.
         scratch: Sizes of the from-scratch model.
     """
 
@@ -87,6 +90,15 @@ class LanguageModelConfig:
     local_files_only: bool = False
     attention: Literal["sdpa", "eager"] = "sdpa"
     scratch: Scratch = field(default_factory=Scratch)
+
+    def __post_init__(self) -> None:
+        """Refuse attention implementations that training passes do not support.
+
+        Raises:
+            ValueError: If ``attention`` is not one that takes masks of our own.
+        """
+        if self.attention not in MASKED_ATTENTION:
+            raise ValueError(f"attention must be one of {', '.join(MASKED_ATTENTION)}, got '{self.attention}'; use sdpa")
 
 
 def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary | Catalog, *, zero3_config: dict[str, Any] | None = None) -> nn.Module:

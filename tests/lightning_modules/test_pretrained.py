@@ -194,3 +194,9 @@ def test_a_real_checkpoint():
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
     with torch.no_grad():
         assert model(ids, labels=ids).loss.item() < 1.2
+
+
+@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
+def test_attention_that_takes_no_mask_of_ours_is_refused_by_name(attention):
+    with pytest.raises(ValueError, match=f"one of sdpa, eager, got '{attention}'; use sdpa"):
+        LanguageModelConfig(attention=attention)
