@@ -137,14 +137,20 @@ def test_taking_edits_back_restores_every_bit(model, dtype):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_half_precision_rounds_the_sum_once(model):
+def test_a_half_precision_base_has_full_precision_statistics_and_rounds_the_sum_once(model):
     model.to(torch.bfloat16)
+    before = copy.deepcopy(model.state_dict())
     made = editor(model, batch_size=1)
     made.edit(NEW)
+    assert share(model, NEW) == 1
+    wide = [*made.moments.values(), *made._sums.values(), *(part for layer in made.layers for part in made.update(layer))]
+    assert all(tensor.dtype in (torch.float32, torch.float64) for tensor in wide)
     whole = made._originals[1].float() + made.update(1).dense()
     weight = made.projections[1].weight
     assert weight.dtype == torch.bfloat16
     torch.testing.assert_close(weight.float(), whole.to(torch.bfloat16).float(), rtol=1e-2, atol=1e-4)
+    made.revert()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_everything_else_is_left_as_it_was(model):
