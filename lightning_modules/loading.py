@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from malleable.datamodules.fetch import hub_errors, resolve_model
 
 if TYPE_CHECKING:
     from malleable.lightning_modules.pretrained import LanguageModelConfig
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Names of the text part in checkpoints of models with several modalities, old and new, and in the text model alone.
@@ -46,22 +49,20 @@ def load_pretrained(config: LanguageModelConfig, zero3_config: dict[str, Any] | 
     auto: Any = AutoModelForCausalLM
     folder, gguf_file = resolve_model(config.name)
     source: dict[str, Any] = {"local_files_only": config.local_files_only, "trust_remote_code": False}
-    options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attention, "output_loading_info": True, **source}
+    options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "output_loading_info": True, **source}
     if config.quantization == "4bit":
         options["quantization_config"] = _four_bits(DTYPES[config.dtype])
     if _is_adapter(Path(folder)):
         raise ValueError(f"{config.name!r} is an adapter; give its base model as language_model.name and the folder as language_model.adapter")
     with hub_errors("model", config.name), _partitioned_loading(zero3_config):
-        if gguf_file is not None:
-            model, info = auto.from_pretrained(folder, gguf_file=gguf_file, **options)
-            whole = text = model.config
+        file = {} if gguf_file is None else {"gguf_file": gguf_file}
+        whole = AutoConfig.from_pretrained(folder, **file, **source)
+        text = whole if file else whole.get_text_config(decoder=True)
+        options["attn_implementation"] = _attention(config, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None))
+        if text is whole:
+            model, info = auto.from_pretrained(folder, config=whole, **file, **options)
         else:
-            whole = AutoConfig.from_pretrained(folder, **source)
-            text = whole.get_text_config(decoder=True)
-            if text is whole:
-                model, info = auto.from_pretrained(folder, **options)
-            else:
-                model, info = _text_class(whole, text, config.name).from_pretrained(folder, config=text, key_mapping=_TEXT_KEYS, **options)
+            model, info = _text_class(whole, text, config.name).from_pretrained(folder, config=text, key_mapping=_TEXT_KEYS, **options)
     _check_complete(model, set(info["missing_keys"]), whole, config.name)
     if text is not whole:
         _keep_own_names(model)
@@ -73,6 +74,14 @@ def load_pretrained(config: LanguageModelConfig, zero3_config: dict[str, Any] | 
 
 def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def _attention(config: LanguageModelConfig, kind: Any) -> str:
+    """Return the attention implementation: eager in place of SDPA where the class has none, as state space models and some with soft-capping."""
+    if config.attention != "sdpa" or getattr(kind, "_supports_sdpa", True):
+        return config.attention
+    log.info("%s (%s) has no SDPA attention in transformers and runs with attention: eager", config.name, kind.__name__)
+    return "eager"
 
 
 def _text_class(whole: Any, text: Any, name: str) -> Any:

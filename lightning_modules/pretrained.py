@@ -75,7 +75,7 @@ class LanguageModelConfig:
         gradient_checkpointing: Recompute activations in the backward pass, without re-entrance.
         local_files_only: Take a hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
         attention: Attention implementation. ``sdpa`` takes FlashAttention or the memory-efficient kernels; those of cuDNN are switched off, see
-            :func:`~malleable.lightning_modules.functional.attention.avoid_planned_kernels`.
+            :func:`~malleable.lightning_modules.functional.attention.avoid_planned_kernels`. Architectures without SDPA run with ``eager``.
             ``flex_attention`` and ``flash_attention_2`` are refused: a prompt shared by its answers and packed documents need a mask of their own,
             FlashAttention takes none, and FlexAttention has no backward pass on a CPU, where forms of passes are measured. Neither is tested here.
         scratch: Sizes of the from-scratch model.

@@ -1,5 +1,6 @@
 """Tiny random models of every causal language model that transformers ships, and plain passes to hold other passes against."""
 
+import copy
 import inspect
 import random
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from malleable.datamodules.batch import collate
 from malleable.lightning_modules.functional.decoding import beam_search
@@ -59,8 +60,16 @@ SIZES: dict[str, Any] = {
 }
 DROPOUT = ("dropout", "_pdrop", "layerdrop")
 
+# Latent attention: rotary embeddings are as wide as the rotated part of a head, and each head has a key of its own.
+LATENT = ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu")
+
 SPECIAL: dict[str, dict[str, Any]] = {
+    **{kind: {"head_dim": 4, "num_key_value_heads": HEADS} for kind in LATENT},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "cpmant": {"dim_head": HEAD, "dim_ff": 48},
+    "ctrl": {"dff": 48},
+    "dots3_note_text": {"num_key_value_heads": HEADS},
     "falcon": {"new_decoder_architecture": True},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -74,8 +83,30 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "intermediate_size": [48] * LAYERS,
     },
     "jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["mamba", "attention"] * 2},
+    "kimi_linear": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mlp_layer_types": ["dense", *["sparse"] * 3],
+        "linear_head_dim": HEAD,
+        "linear_num_heads": HEADS,
+        "num_experts_per_token": 2,
+        "num_key_value_heads": HEADS,
+        "head_dim": 4,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "roc_bert": {"pronunciation_vocab_size": VOCAB, "shape_vocab_size": VOCAB},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_key_value_heads": HEADS,
+        "attention_hidden_size": 2 * HIDDEN,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "use_mamba_kernels": False,
+    },
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 2},
@@ -92,8 +123,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def causal_kinds() -> list[str]:
-    """Model types of all causal language models of the installed transformers."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """Model types of all causal language models of the installed transformers; of models with several modalities, the text part has its own."""
+    return [kind for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if not has_text_part(kind)]
+
+
+def has_text_part(kind: str) -> bool:
+    """Whether the configuration of a model type holds that of a text model."""
+    try:
+        config = AutoConfig.for_model(kind)
+        return type(config.get_text_config(decoder=True)) is not type(config)
+    # Some types have no default configuration.
+    except Exception:
+        return False
 
 
 def tiny_model(kind: str, **options: Any) -> Any:
@@ -104,15 +145,13 @@ def tiny_model(kind: str, **options: Any) -> Any:
     sizes = {name: value for name, value in SIZES.items() if name in names}
     sizes |= {name: 0.0 for name in names if name.endswith(DROPOUT)}
     config = AutoConfig.for_model(kind, **(sizes | SPECIAL.get(kind, {}) | settings | options))
-    torch.manual_seed(0)
-    try:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            raise
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    if (size := sum(parameter.numel() for parameter in model.parameters())) > 2_000_000:
+    attention = "sdpa" if getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", True) else "eager"
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32)
+    if (size := sum(parameter.numel() for parameter in empty.parameters())) > 2_000_000:
         raise ValueError(f"{size:,} parameters: sizes of the configuration have other names")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from architectures import tiny_model
 from image_models import image_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -64,6 +65,29 @@ def test_an_adapter_of_the_text_part_fits_the_whole_model(whole, tmp_path):
         assert torch.equal(loaded(input_ids=TOKENS).logits, expected)
         model = build_language_model(LanguageModelConfig(name=folder, adapter=str(tmp_path / name)), VOCABULARY).eval()
         assert torch.equal(model(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mpt", "gpt_neo", "bloom", "gemma2", "gpt_oss", "llama"])
+def test_architectures_without_sdpa_run_with_eager_attention(kind, tmp_path, caplog):
+    saved = tiny_model(kind)
+    saved.save_pretrained(tmp_path)
+    with caplog.at_level("INFO", logger="malleable.lightning_modules.loading"):
+        model = build_language_model(LanguageModelConfig(name=str(tmp_path)), Vocabulary(64, 2, 0)).eval()
+    expected = "sdpa" if type(saved)._supports_sdpa else "eager"
+    assert model.config._attn_implementation == expected
+    line = f"{tmp_path} ({type(saved).__name__}) has no SDPA attention in transformers and runs with attention: eager"
+    said = [record.message for record in caplog.records if record.name.startswith("malleable")]
+    assert said == ([] if expected == "sdpa" else [line])
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, saved(TOKENS).logits)
+
+
+def test_eager_attention_is_taken_as_configured(tmp_path, caplog):
+    tiny_model("llama").save_pretrained(tmp_path)
+    with caplog.at_level("INFO", logger="malleable.lightning_modules.loading"):
+        model = build_language_model(LanguageModelConfig(name=str(tmp_path), attention="eager"), Vocabulary(64, 2, 0))
+    assert model.config._attn_implementation == "eager"
+    assert not caplog.messages
 
 
 def test_a_text_part_without_a_model_of_its_own_is_refused(tmp_path):
