@@ -105,7 +105,7 @@ def last_hidden_states(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> 
     """
     forms = pass_forms(model)
     padded = forms.embedding.fits(input_ids.shape[1])
-    if not padded and not forms.unpadded:
+    if not padded and not (forms.unpadded and forms.states):
         raise ValueError(forms.refusal("embeddings of texts", "ground answers by the trie instead"))
     with evaluating(model):
         return states_at_end(model, input_ids, lengths, padded=padded).float()

@@ -146,7 +146,7 @@ def _measure(model: Any, twin: Any, tolerance: float) -> PassForms:
             if reason:
                 reasons.append((name, reason))
         unpadded = not _failure(_run_unpadded, twin, sample, (), tolerance)
-    return PassForms(type(model).__name__, **found, unpadded=unpadded, reasons=tuple(reasons))
+    return PassForms(type(model).__name__, **found, unpadded=unpadded, states=sample.states is not None, reasons=tuple(reasons))
 
 
 def _failure(run: Run, model: nn.Module, sample: Sample, plan: tuple[Reach, ...], tolerance: float) -> str:
@@ -202,14 +202,16 @@ def _check_causal(model: nn.Module, sequence: Sequence[int], logps: Tensor) -> N
 
 
 def _plain_pass(model: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Run one sequence by itself: log-probabilities ``(T - 1,)`` and, where the model returns it, the last hidden state ``(1, d)``."""
+    """Run one sequence by itself: log-probabilities ``(T - 1,)`` and, where each token has one, the last hidden state ``(1, d)``."""
     reset_rope(model)
     try:
         output = model(input_ids=input_ids, output_hidden_states=True, use_cache=False)
     except Exception:
         output = model(input_ids=input_ids, use_cache=False)
     states = getattr(output, "hidden_states", None)
-    return selected_token_logps(output.logits[:, :-1], input_ids[:, 1:])[0], None if states is None else states[-1][:, -1].float()
+    # Some return several streams of a layer, stacked.
+    state = states[-1][:, -1].float() if states is not None and states[-1].ndim == 3 else None
+    return selected_token_logps(output.logits[:, :-1], input_ids[:, 1:])[0], state
 
 
 def _run_shared(model: nn.Module, sample: Sample, plan: tuple[Reach, ...]) -> tuple[Tensor, Tensor]:
@@ -262,7 +264,7 @@ def _run_padded(model: nn.Module, sample: Sample, plan: tuple[Reach, ...]) -> tu
 
 def _run_embedding(model: nn.Module, sample: Sample, plan: tuple[Reach, ...], padded: bool = True) -> tuple[Tensor, Tensor]:
     if sample.states is None:
-        raise ValueError("the model returns no hidden states")
+        raise ValueError("the model returns no hidden state for each token")
     input_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, device=sample.states.device) for row in sample.sequences], batch_first=True)
     lengths = torch.tensor([len(row) for row in sample.sequences], device=sample.states.device)
     return states_at_end(model, input_ids, lengths, padded=padded), sample.states

@@ -64,6 +64,7 @@ class PassForms:
         padded: Whole sequences padded on the right, under a 2-D mask; logits.
         embedding: The same; hidden states.
         unpadded: Whether batches of whole sequences of equal length are exact; logits and hidden states.
+        states: Whether the model returns one hidden state for each token; models that return several streams cannot embed.
         reasons: Name of a form and why it is not exact, where running it failed.
     """
 
@@ -75,6 +76,7 @@ class PassForms:
     padded: Capability = Capability()
     embedding: Capability = Capability()
     unpadded: bool = False
+    states: bool = True
     reasons: tuple[tuple[str, str], ...] = ()
 
     def padded_rows(self, width: int) -> bool:
@@ -105,7 +107,7 @@ class PassForms:
         fallback = _spell(self.padded, "separate", "unpadded" if self.unpadded else "refused")
         table = {name: _spell(getattr(self, name), None, fallback) for name in ("shared", "packed", "tree", "cached")}
         # Embedding reads right-padded rows: its fast form is the first fallback of the others.
-        return table | {"embedding": _spell(self.embedding, "separate", "unpadded" if self.unpadded else "refused")}
+        return table | {"embedding": _spell(self.embedding, "separate", "unpadded" if self.unpadded and self.states else "refused")}
 
     def summary(self) -> str:
         """Return one line for a log: which forms are not the fast ones; empty where all are."""

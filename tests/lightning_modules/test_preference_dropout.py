@@ -15,7 +15,9 @@ from malleable.lightning_modules.losses.preference import Sigmoid
 from malleable.lightning_modules.preference import preference_step
 from malleable.lightning_modules.pretrained import dropout_off
 
-KINDS = ["opt", "falcon", "bloom", "xglm", "biogpt", "gpt2", "phi", "gpt_neox", "phi3", "stablelm", "starcoder2", "llama"]
+OTHERS = ("falcon", "xglm", "biogpt", "phi", "gpt_neox", "phi3", "stablelm", "starcoder2")
+# The first ones drop in functions, in attention, and in modules; the others repeat one of them.
+KINDS = ["opt", "bloom", "gpt2", "llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)]
 ROWS = [{"sample_id": row, "prompt": [5 + row, 6, 7], "answers": [[8, 9, 2], [10 + row, 2]]} for row in range(3)]
 
 

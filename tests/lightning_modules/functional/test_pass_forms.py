@@ -2,12 +2,15 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
 from architectures import pass_errors, plain_logps, stepwise_logps, tiny_model
+from launch import HELPERS, launch
 
 from malleable.lightning_modules.functional import pass_check, pass_forms
+from malleable.lightning_modules.functional.grounding import embed_texts
 from malleable.lightning_modules.functional.logps import answer_token_logps
 
 TOLERANCE = 1e-4
@@ -32,7 +35,11 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
+# Each of them repeats a mechanism of another one.
+REPEATED = ("gpt_neo", "gemma2", "gemma3_text", "gpt_oss", "bloom", "falcon alibi", "opt", "qwen3_5_text")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in REPEATED else kind for kind in MODELS])
 def test_every_pass_equals_plain_passes(kind):
     model = tiny_model(kind)
     forms = pass_forms.pass_forms(model).describe()
@@ -85,6 +92,13 @@ def test_a_model_that_sees_later_tokens_is_refused():
     assert pass_forms.pass_forms(tiny_model("bert", is_decoder=True)).describe()["embedding"] == "separate"
 
 
+def test_a_model_that_returns_several_streams_cannot_embed():
+    model = tiny_model("gemma3n_text")
+    assert pass_forms.pass_forms(model).describe()["shared"] == "windowed"
+    with pytest.raises(ValueError, match=r"Gemma3nForCausalLM does not compute embeddings of texts exactly .*no hidden state for each token"):
+        embed_texts(model, [[5, 6]])
+
+
 def test_forms_are_measured_once_for_a_configuration(monkeypatch):
     pass_forms.pass_forms(tiny_model("llama"))
     monkeypatch.setattr(pass_check, "check_passes", lambda _: pytest.fail("measured again"))
@@ -115,3 +129,14 @@ def test_fallbacks_have_gradients():
         grads.append([parameter.grad for parameter in model.parameters()])
     for fast, slow in zip(*grads, strict=True):
         torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mistral", "gpt_neo"])
+def test_forms_are_the_same_where_weights_are_sharded(kind, tmp_path):
+    """Models are built under ``zero.Init``, where a twin's weights would be sharded, too."""
+    tiny_model(kind).save_pretrained(tmp_path / "model")
+    launch([HELPERS / "pass_forms_run.py", tmp_path / "model", tmp_path])
+    expected = {"forms": pass_forms.pass_forms(tiny_model(kind)).describe(), "before": 1, "after": 0}
+    assert [json.loads((tmp_path / f"forms-{rank}.json").read_text()) for rank in range(2)] == [expected, expected]

@@ -143,3 +143,24 @@ def test_settings_out_of_range_are_refused(setting):
 def test_one_seed_for_each_row_is_needed():
     with pytest.raises(ValueError, match=r"seeds must hold one number for each of the 4 rows, got shape \(1,\)"):
         sample(small_lm(), Trie.build(FEW), PROMPTS, MASK, seeds=SEEDS[:1])
+
+
+@pytest.mark.parametrize("search", ["beams", "renormalised beams", "draws", "distinct draws"])
+def test_scores_are_float32_under_another_default(search):
+    """Precision plugins set the default number format."""
+
+    def run():
+        if "beams" in search:
+            return beam_search(model, trie, PROMPTS, MASK, num_beams=8, k=8, renormalize=search != "beams")
+        return sample(model, trie, PROMPTS, MASK, seeds=SEEDS, num_samples=8, temperature=2.0, distinct=search != "draws")
+
+    model, trie = small_lm(), Trie.build(TITLES)
+    expected = run()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.scores.dtype == torch.float32
+    assert torch.equal(found.item_ids, expected.item_ids)
+    assert torch.equal(found.scores, expected.scores)
