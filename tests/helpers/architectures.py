@@ -3,6 +3,7 @@
 import copy
 import inspect
 import random
+from functools import cache
 from typing import Any
 
 import torch
@@ -122,6 +123,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@cache
 def causal_kinds() -> list[str]:
     """Model types of all causal language models of the installed transformers; of models with several modalities, the text part has its own."""
     return [kind for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if not has_text_part(kind)]
