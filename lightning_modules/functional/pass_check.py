@@ -89,7 +89,8 @@ def check_passes(model: nn.Module) -> PassForms:
             log.debug("no twin of %s can be checked: %s", type(model).__name__, error)
         limit = small_windows(model.config)[1]
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        return _limited(_measure(model, model, max(MODEL_TOLERANCE, 64 * torch.finfo(dtype).eps)), limit)
+        forms = _limited(_measure(model, model, max(MODEL_TOLERANCE, 64 * torch.finfo(dtype).eps)), limit)
+        return forms if math.isinf(small_windows(model.config, rope=False)[1]) else replace(forms, tree=Capability())
 
 
 def _check_twin(model: nn.Module) -> PassForms:
@@ -100,7 +101,19 @@ def _check_twin(model: nn.Module) -> PassForms:
     if math.isinf(limit) or not names:
         return forms
     short = _limited(_measure(model, build_twin(model, model.config), TOLERANCE), limit)
+    if "tree" in names and _counts_columns(model):
+        names.remove("tree")
     return replace(forms, unpadded=forms.unpadded, **{name: getattr(short, name) for name in names})
+
+
+def _counts_columns(model: nn.Module) -> bool:
+    """Return whether masks do not express the windows of a model.
+
+    Such windows reach over columns of the cache, and a tree of beams has more columns than any of its sequences has tokens: no limit on the
+    length of a sequence makes it exact.
+    """
+    config, limit = small_windows(model.config, rope=False)
+    return math.isfinite(limit) and not _measure(model, build_twin(model, config), TOLERANCE).tree.limit
 
 
 def _limited(forms: PassForms, limit: float) -> PassForms:

@@ -22,11 +22,12 @@ WIDTH = 64  # of narrow feed-forward layers
 EXPERTS = 4
 
 
-def small_windows(config: Any) -> tuple[Any, float]:
+def small_windows(config: Any, *, rope: bool = True) -> tuple[Any, float]:
     """Shorten everything in a configuration beyond whose size layers compute another function.
 
     Args:
         config: A Hugging Face configuration; not changed.
+        rope: Shorten the length from which rotary embeddings are scaled, too.
 
     Returns:
         The changed copy, and the longest row in tokens that none of the original sizes touches; infinite where there is none.
@@ -38,8 +39,8 @@ def small_windows(config: Any) -> tuple[Any, float]:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0 and _is_window(name):
             limits.append(value)
             setattr(text, name, min(value, WINDOW))
-    rope = getattr(text, "rope_parameters", None) or {}
-    limits += [_shorten_rope(text, part) for part in (rope, *(value for value in rope.values() if isinstance(value, dict)))]
+    scaling = (getattr(text, "rope_parameters", None) or {}) if rope else {}
+    limits += [_shorten_rope(text, part) for part in (scaling, *(value for value in scaling.values() if isinstance(value, dict)))]
     return config, min(limits)
 
 

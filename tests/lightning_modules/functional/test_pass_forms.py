@@ -10,8 +10,10 @@ from architectures import pass_errors, plain_logps, stepwise_logps, tiny_model
 from launch import HELPERS, launch
 
 from malleable.lightning_modules.functional import pass_check, pass_forms
+from malleable.lightning_modules.functional.decoding import beam_search
 from malleable.lightning_modules.functional.grounding import embed_texts
 from malleable.lightning_modules.functional.logps import answer_token_logps
+from malleable.lightning_modules.functional.trie import Trie
 
 TOLERANCE = 1e-4
 # The form of an answer's prompt, and of the tree of beams.
@@ -47,7 +49,18 @@ def test_every_pass_equals_plain_passes(kind):
     errors = pass_errors(model, stepwise_logps if kind == "llama dynamic" else plain_logps)
     wrong = {name: error for name, error in errors.items() if isinstance(error, str) or error > TOLERANCE}
     assert not wrong, forms
-    assert (forms["shared"], forms["tree"]) == (MODELS[kind], MODELS[kind])
+    assert (forms["shared"], forms["tree"]) == (MODELS[kind], "separate" if kind == "gpt_neo wide" else MODELS[kind])
+
+
+def test_many_beams_of_a_window_counted_in_columns():
+    """All sequences are shorter than the window, but together the beams have more columns."""
+    model = tiny_model("gpt_neo wide")
+    titles = [[3 + first, 3 + second, 9, 2] for first in range(5) for second in range(5)]
+    prompt = torch.arange(10, 20)[None]
+    found = beam_search(model, Trie.build(titles), prompt, prompt > 0, num_beams=len(titles), k=len(titles))
+    with torch.no_grad():
+        expected = torch.stack([plain_logps(model, prompt[0].tolist(), title).sum() for title in titles])
+    torch.testing.assert_close(found.scores[0], expected[found.item_ids[0]], atol=1e-3, rtol=0)
 
 
 def test_the_model_and_its_surroundings_stay_as_they_were():
