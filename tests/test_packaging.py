@@ -121,5 +121,5 @@ def test_the_wheel_holds_code_types_and_recipes(tmp_path):
     tracked = subprocess.run(["git", "ls-files", *FOLDERS], cwd=copy, capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
         inside = name.replace("configs/cli/", "", 1) if name.startswith("configs/cli/") else name
-        if not name.endswith(".txt"):
+        if not name.endswith((".txt", ".md")):
             assert f"malleable/{inside}" in names, f"{name} is missing from the wheel"
