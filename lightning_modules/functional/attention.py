@@ -69,7 +69,7 @@ def mask_plans(config: Any) -> list[tuple[Reach, ...]]:
 def avoid_planned_kernels() -> None:
     """Switch off cuDNN's attention kernels for this process.
 
-    They are planned anew for each shape, which takes longer than the attention itself where widths change from batch to batch, as they do in
+    They are planned again for each shape, which takes longer than the attention itself where widths change from batch to batch, as they do in
     text: steps in half precision become 10 to 20 times slower. FlashAttention (rows without a mask of their own) and the memory-efficient
     kernels (any mask) need no plan. ``torch.backends.cuda.enable_cudnn_sdp(True)``, called later, switches them on again.
     """

@@ -60,7 +60,7 @@ def shared_row(prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answ
     ends = (lengths - 1).clamp_min(0).cumsum(1)
     offsets = ends - (lengths - 1).clamp_min(0)
     check_rows(prompt_mask.any(1), NO_PROMPT)
-    check_rows(ends[:, -1] <= extra, "the answers of a row need more than num_columns; make the batch anew with `collate`, or leave it out")
+    check_rows(ends[:, -1] <= extra, "the answers of a row need more than num_columns; make the batch again with `collate`, or leave it out")
 
     column = torch.arange(extra, device=prompt_ids.device).expand(rows, -1).contiguous()
     answer = torch.searchsorted(ends, column, right=True)

@@ -111,7 +111,7 @@ def _head_at(model: Any, rows: Tensor, tokens: Tensor) -> Iterator[list[bool]]:
 
 
 def reset_rope(model: nn.Module) -> None:
-    """Let rotary embeddings that were scaled for a longer sequence start anew.
+    """Let rotary embeddings that were scaled for a longer sequence return to their original scale.
 
     Under dynamic scaling their frequencies otherwise depend on the longest sequence so far.
     """

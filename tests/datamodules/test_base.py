@@ -93,7 +93,7 @@ def test_a_data_module_without_collation():
 
 
 def test_loaders_of_a_split_stay_the_same_while_the_rows_do():
-    """Their workers then live on, also where a Trainer asks for loaders anew in each epoch."""
+    """Their workers then live on, also where a Trainer asks for new loaders in each epoch."""
     data = BoringDataModule()
     data.setup("fit")
     first = data.val_dataloader()

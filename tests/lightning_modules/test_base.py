@@ -271,7 +271,7 @@ def test_a_batch_that_only_repeats_rows_has_no_loss(tmp_path):
 
 
 def test_an_interrupted_evaluation_leaves_nothing(tmp_path, monkeypatch):
-    """The next one begins anew: losses and metrics."""
+    """The next one starts with empty losses and metrics."""
     module, measured = Ragged(torch.Tensor), trainer(tmp_path)
     expected = measured.test(module, BoringDataModule(num_rows=5), verbose=False)
     forward, calls = BoringModule.forward, []

@@ -103,7 +103,7 @@ def test_padding_changes_nothing(multiple, by_hand):
 
 
 def test_rows_of_one_width_whatever_their_answers():
-    """So that kernels are not planned anew: the widths of 20 random batches are multiples of 8, and few."""
+    """So that kernels are not planned again for each shape: the widths of 20 random batches are multiples of 8, and few."""
     rng = random.Random(0)
     widths = set()
     for _ in range(20):
@@ -125,7 +125,7 @@ def test_empty_prompt_is_refused():
 def test_answers_that_were_exchanged_for_longer_ones_are_refused():
     batch, longer = collate([EXAMPLES[0]], pad_to_multiple_of=1), collate([EXAMPLES[1]], pad_to_multiple_of=1)
     batch = batch.replace(answer_ids=longer.answer_ids.repeat(1, 3, 1), answer_mask=longer.answer_mask.repeat(1, 3, 1))
-    with pytest.raises(ValueError, match="make the batch anew"):
+    with pytest.raises(ValueError, match="make the batch again"):
         answer_logps(llama(), batch)
 
 

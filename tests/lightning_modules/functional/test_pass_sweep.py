@@ -1,7 +1,7 @@
 """Every causal language model that transformers ships, pass by pass: none computes another function than plain passes.
 
 The table of the forms is in ``configs/base/MODELS.md``; ``python tests/lightning_modules/functional/test_pass_sweep.py`` runs all models and
-writes it anew. The test runs half of them.
+rewrites it. The test runs half of them.
 """
 
 import sys
