@@ -14,7 +14,7 @@ import pytest
 import torch
 
 _STARTED = time.monotonic()
-# What a run is asked to set; undone after each test.
+# Set by a seeded run; removed before each test (fixtures of a module run earlier) and after it.
 _SEEDS = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
 # What torch, Lightning and pytest set once per process.
 _ONCE = {
@@ -93,6 +93,8 @@ def no_leaks():
 
     Fixtures that use ``monkeypatch`` depend on this one, so that their changes are undone before it looks.
     """
+    for name in _SEEDS:
+        os.environ.pop(name, None)
     before = dict(os.environ)
     yield
     changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)} - _ONCE
