@@ -253,12 +253,32 @@ class PhasedLoader(Generic[BatchT]):
         return self
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many batches of the running epoch were handed out."""
-        return {"epoch": self._epoch, "position": self._position}
+        """Return how many batches of the running epoch were handed out, and what those batches depend on."""
+        return {"epoch": self._epoch, "position": self._position, **self._layout()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start that epoch, and no other, after the batches already handed out."""
+        """Start that epoch, and no other, after the batches already handed out; iteration then refuses batches of another layout."""
         self._restored = dict(state)
+
+    def _layout(self) -> dict[str, int]:
+        """Return what decides the batches of an epoch, by the words of a message."""
+        return {"rows": len(self.dataset), "rows of a step": self.rows_per_step, "batches of a step": self.accumulation, "seed": self.seed}
+
+    def _start(self) -> int:
+        """Return the number of batches of the epoch that were handed out before the run was interrupted."""
+        state, self._restored = self._restored, {"epoch": -1, "position": 0}
+        # A run that was killed after an epoch's last batch goes on with the next epoch.
+        if state["epoch"] != self._epoch:
+            return 0
+        # Checkpoints of earlier versions store the position alone.
+        other = [f"{name} {state[name]} then, {value} now" for name, value in self._layout().items() if state.get(name, value) != value]
+        if state["position"] and other:
+            raise ValueError(
+                f"the checkpoint was written within epoch {self._epoch}, after {state['position']} batches of another layout ({', '.join(other)}): "
+                "the rows that are left are unknown; resume with the batch_size, global_batch_size, devices, data and seed of that run, or "
+                "from a checkpoint written at the end of an epoch"
+            )
+        return state["position"]
 
     def _order(self) -> Tensor:
         count = len(self.dataset)
@@ -295,12 +315,13 @@ class PhasedLoader(Generic[BatchT]):
         return shares
 
     def __iter__(self) -> Iterator[BatchT]:
-        """Yield this rank's batches, from where a restored state left off."""
+        """Yield this rank's batches, from where a restored state left off.
+
+        Raises:
+            ValueError: If the restored state lies within an epoch whose batches had another layout.
+        """
         shares = self._shares()
-        # A run that was killed after an epoch's last batch goes on with the next epoch.
-        start = self._restored["position"] if self._restored["epoch"] == self._epoch else 0
-        self._restored["epoch"] = -1
-        self._position = start
+        start = self._position = self._start()
         shares = shares[start:]
         for share, batch in zip(shares, self._made(shares), strict=True):
             self._position += 1

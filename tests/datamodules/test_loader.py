@@ -105,6 +105,41 @@ def test_evaluation_sees_each_row_once_and_marks_repeats(ranks, size):
     assert sorted(row for row in seen if row >= 0) == list(range(22))
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"batch_size": 2}, "batches of a step 2 then, 4 now"),
+        ({"batch_size": 8}, "batches of a step 2 then, 1 now"),
+        ({"global_batch_size": 4}, "rows of a step 8 then, 4 now"),
+        ({"seed": 1}, "seed 0 then, 1 now"),
+        ({"dataset": ROWS[:20]}, "rows 22 then, 20 now"),
+    ],
+)
+def test_other_batches_within_an_epoch_are_refused(change, named):
+    """They would repeat some rows and leave out others."""
+    options = {"dataset": ROWS, "batch_size": 4, "global_batch_size": 8, "collate_fn": collate}
+    loader, resumed = PhasedLoader(**options), PhasedLoader(**options | change)
+    iterator = iter(loader)
+    next(iterator)
+    resumed.load_state_dict(loader.state_dict())
+    with pytest.raises(ValueError, match=rf"within epoch 0, after 1 batches of another layout \({named}.*end of an epoch"):
+        next(iter(resumed))
+    resumed.load_state_dict(loader.state_dict())
+    resumed.set_epoch(1)
+    assert ids(resumed), "at the end of an epoch anything may change"
+
+
+def test_other_devices_within_an_epoch_are_refused(ranks):
+    loader = PhasedLoader(ROWS, 4, global_batch_size=8, collate_fn=collate)
+    next(iter(loader))
+    state = loader.state_dict()
+    ranks(0, 2)
+    resumed = PhasedLoader(ROWS, 4, global_batch_size=8, collate_fn=collate)
+    resumed.load_state_dict(state)
+    with pytest.raises(ValueError, match="batches of a step 2 then, 1 now"):
+        next(iter(resumed))
+
+
 class Table:
     """Rows that are made into a batch at once."""
 
