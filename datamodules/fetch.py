@@ -28,6 +28,23 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 15.0
 
+# Files of tokenizers of all kinds, by name and by ending.
+_TOKENIZER_FILES = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "bpe.codes",
+    "tekken.json",
+    "chat_template.json",
+    "chat_template.jinja",
+}
+_TOKENIZER_ENDINGS = (".model", ".tiktoken", ".spm")
+_TOKENIZER_FOLDER = "additional_chat_templates"
+
 
 class FetchError(OSError):
     """A file can neither be found nor fetched, or is not the file it should be."""
@@ -148,6 +165,26 @@ def resolve_model(name: str) -> tuple[str, str | None]:
             raise FileNotFoundError(f"no GGUF file at {path}; give an existing file, a folder, a hub id or one of {sorted(ALIASES)}")
         return str(path.parent), path.name
     return name, None
+
+
+def tokenizer_files(folder: Path) -> dict[Path, str]:
+    """Return the files of a tokenizer in a folder, and their places in a copy."""
+    own = {path: path.name for path in folder.glob("*") if path.name in _TOKENIZER_FILES or path.name.endswith(_TOKENIZER_ENDINGS)}
+    templates = {path: f"{_TOKENIZER_FOLDER}/{path.name}" for path in (folder / _TOKENIZER_FOLDER).glob("*.jinja")}
+    return {path: place for path, place in sorted((own | templates).items()) if path.is_file()}
+
+
+def hub_snapshot(name: str) -> Path | None:
+    """Return the folder of the hub cache with the tokenizer of a repository, named by its revision; ``None`` where there is none."""
+    from transformers.utils import cached_file
+
+    for file in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"):
+        path = cached_file(
+            name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+        if path is not None:
+            return Path(path).parent
+    return None
 
 
 @contextmanager

@@ -7,6 +7,7 @@ same in ``malleable.json`` beside the tokenizer's own files.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -17,14 +18,36 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.batch import Catalog, KnowledgeGraph, Vocabulary
 from malleable.datamodules.files import atomic_write
-from malleable.datamodules.tokenizer import pack_tokenizer, tokenizer_digest, unpack_tokenizer
+from malleable.datamodules.prompt import PromptTemplate
+from malleable.datamodules.tokenizer import pack_tokenizer, rules_digest, tokenizer_digest, unpack_tokenizer
+
+log = logging.getLogger(__name__)
 
 Described = Catalog | Vocabulary | KnowledgeGraph
+
+__all__ = [
+    "KINDS",
+    "SETTINGS",
+    "as_plain",
+    "check_folder",
+    "check_identity",
+    "differences",
+    "from_plain",
+    "identity",
+    "is_stored",
+    "put",
+    "read_stored",
+    "rules_digest",
+    "stores_data",
+    "take",
+    "write_folder",
+]
 
 KINDS: dict[str, type[Any]] = {"catalog": Catalog, "vocabulary": Vocabulary, "graph": KnowledgeGraph}
 SETTINGS = "settings"
 """Entry of a checkpoint with the settings that change what its weights compute."""
 FOLDER_FILE = "malleable.json"
+TOKENS = "tokens of items"
 SHOWN = 3
 """Examples in a message, at most."""
 ADVICE = {
@@ -55,8 +78,9 @@ def identity(described: Described, *, text: bool = True) -> dict[str, Any]:
         parts["tokenizer"] = digest
     if isinstance(described, Catalog):
         if described.template is not None:
-            parts["template"] = dict(described.template)
-        parts["tokens of items"] = dict(zip(described.titles, described.token_ids, strict=False))
+            # Fields that a checkpoint of an earlier version lacks had their defaults.
+            parts["template"] = {**asdict(PromptTemplate()), **described.template}
+        parts[TOKENS] = dict(zip(described.titles, described.token_ids, strict=False))
     return parts
 
 
@@ -84,7 +108,7 @@ def check_identity(kind: str, stored: Described, given: Described, *, text: bool
     if extend and isinstance(stored, Catalog) and isinstance(given, Catalog):
         other |= {"items": given.titles[: len(stored)]}
         if text:
-            other["tokens of items"] = dict(list(other["tokens of items"].items())[: len(stored)])
+            other[TOKENS] = dict(list(other[TOKENS].items())[: len(stored)])
     if found := differences(own, other):
         what = "another graph" if kind == "graph" else "other data"
         raise MisconfigurationException(f"the checkpoint was trained on {what}: {'; '.join(found)}. {ADVICE[kind]}")
@@ -101,12 +125,19 @@ def _describe(name: str, stored: Any, given: Any) -> list[str]:
 
 
 def _describe_mapping(name: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    other = [key for key in stored if key in given and stored[key] != given[key]]
+    # Items that only one side has are named by the sequence of items.
+    names = [key for key in stored if key in given] if name == TOKENS else list(dict.fromkeys([*stored, *given]))
+    other = [key for key in names if stored.get(key) != given.get(key) and not (_is_default(stored.get(key)) and _is_default(given.get(key)))]
     if not other:
-        return []  # what only one side has is named by the sequence of items
-    examples = [f"{key!r} {_short(stored[key])} in the checkpoint, {_short(given[key])} here" for key in other[:SHOWN]]
+        return []
+    examples = [f"{key!r} {_short(stored.get(key))} in the checkpoint, {_short(given.get(key))} here" for key in other[:SHOWN]]
     more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
     return [f"{name}: {', '.join(examples)}{more}"]
+
+
+def _is_default(value: Any) -> bool:
+    """Whether a value says nothing: another version of a library may leave it out."""
+    return value in (None, False, "default") or value in ([], {}, ())
 
 
 def _describe_sequence(name: str, stored: Sequence[Any], given: Sequence[Any]) -> str:
@@ -168,6 +199,35 @@ def write_folder(folder: Path, kind: str, described: Described, settings: Mappin
     content = {kind: as_plain(described), "tokenizer_digest": digest, SETTINGS: dict(settings)}
     with atomic_write(folder / FOLDER_FILE) as temporary:
         temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def check_folder(name: str | None, given: Catalog | Vocabulary) -> None:
+    """Refuse data that is read by another tokenizer than the model in an exported folder was trained with, and warn of another template.
+
+    Items may differ: such a model is a base to go on from, and reads and writes any title.
+
+    Args:
+        name: Name of a model or an adapter; nothing is known of one that is no exported folder.
+        given: Of the data.
+
+    Raises:
+        MisconfigurationException: If the tokenizers differ.
+    """
+    path = Path(name).expanduser() if name is not None else None
+    if path is None or not (path / FOLDER_FILE).is_file():
+        return
+    entries = _entries(path)
+    kind = "catalog" if "catalog" in entries else "vocabulary"
+    stored, here = (identity(described) for described in (from_plain(kind, entries[kind]), given))
+    if entries["tokenizer_digest"] is not None:
+        stored["tokenizer"] = entries["tokenizer_digest"]
+    if found := differences(*({key: side[key] for key in ("vocab_size", "tokenizer") if side.get(key)} for side in (stored, here))):
+        raise MisconfigurationException(
+            f"the model in {path} was trained with another tokenizer than the data's: {'; '.join(found).replace('the checkpoint', path.name)}. "
+            f"Use its own: --data.tokenizer {name} (in Python, tokenizer='{name}' of the data module)"
+        )
+    if found := differences({"template": stored.get("template")}, {"template": here.get("template", stored.get("template"))}):
+        log.warning("the model in %s was trained with another prompt: %s", path, "; ".join(found).replace("the checkpoint", path.name))
 
 
 def is_stored(name: str | None) -> bool:

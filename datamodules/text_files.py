@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+BLANKS = " \t"
+"""Characters that do not belong to a cell of a table of text where they stand at its ends."""
+
 
 class JsonRow(NamedTuple):
     """A row of a file of JSON.
@@ -105,7 +108,7 @@ def _parsed(text: str, place: str, hint: str = "") -> Any:
         raise ValueError(f"{place}: no JSON ({error}){hint}") from error
 
 
-def id_text(value: Any, place: str) -> str:
+def id_text(value: Any, place: str, significand_bits: int = 52) -> str:
     """Return an id as text.
 
     Text stays as it is, to the character: ``007``, ``pkg-1.0`` and ``pkg-1`` are three ids. Integers are written in decimal.
@@ -114,6 +117,7 @@ def id_text(value: Any, place: str) -> str:
     Args:
         value: What the file has.
         place: File, line and field, for messages.
+        significand_bits: Of the floating-point format that the file stores: 52 in float64, 23 in float32.
 
     Raises:
         ValueError: If it is empty, no text and no number, or a number that is not whole or too large to be exact.
@@ -126,12 +130,20 @@ def id_text(value: Any, place: str) -> str:
         raise ValueError(f"{place}: the id is empty; give every row an id")
     if type(value).__name__.startswith("bool") or not issubclass(type(value), numbers.Real):
         raise ValueError(f"{place}: an id is a text or an integer, got {value!r:.80} ({type(value).__name__})")
-    # From 2**53 on, several integers share a floating-point number.
-    if not issubclass(type(value), numbers.Integral) and (value != value // 1 or abs(value) >= 2**53):
+    # From 2**53 on, several integers share a floating-point number; in float32 from 2**24 on.
+    if not issubclass(type(value), numbers.Integral) and (value != value // 1 or abs(value) >= 2 ** (significand_bits + 1)):
         raise ValueError(f"{place}: the number {value} is no exact integer; store ids as integers or as text")
     return str(int(value))
 
 
+def cell_text(cell: str) -> str:
+    """Return a cell of a table of text without the blanks around it: spaces and tabs, and nothing else that Unicode counts as white space.
+
+    So a label may begin or end in a no-break space. All readers of CSV, TSV and lines with tabs use it; JSON and Parquet keep every character.
+    """
+    return cell.strip(BLANKS)
+
+
 def ends_in_blank(text: str) -> bool:
     """Return whether a text ends in a space, a tab or a no-break space. Tokenizers join these to the word that follows."""
-    return text[-1:] in (" ", "\t", "\u00a0")
+    return text[-1:] in (*BLANKS, "\u00a0")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from malleable.datamodules.fetch import cache_folder, hub_errors, resolve_model
+from malleable.datamodules.fetch import cache_folder, hub_errors, hub_snapshot, resolve_model, tokenizer_files
 from malleable.datamodules.files import atomic_write
 
 if TYPE_CHECKING:
@@ -98,13 +98,16 @@ def largest_token_id(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
 
 
 def fingerprint(name: str) -> str:
-    """Return what identifies a tokenizer: the content of its local files, or its hub id."""
+    """Return what identifies a tokenizer: the content of its local files, chat templates among them, or its hub id and revision."""
     folder, gguf_file = resolve_model(name)
     if gguf_file is not None:
         stat = (Path(folder) / gguf_file).stat()
         return _digest([gguf_file, str(stat.st_size), str(stat.st_mtime_ns)])
-    files = [path for path in sorted(Path(folder).glob("*")) if path.name in _FILES]
-    return _digest([name] if not files else [hashlib.sha256(path.read_bytes()).hexdigest() for path in files])
+    files = tokenizer_files(Path(folder).expanduser())
+    if not files:
+        snapshot = hub_snapshot(folder)
+        return _digest([name] if snapshot is None else [name, snapshot.name])
+    return _digest([[place, hashlib.sha256(path.read_bytes()).hexdigest()] for path, place in files.items()])
 
 
 def tokenizer_digest(name: str) -> str | None:
@@ -157,19 +160,35 @@ def _content(name: str) -> tuple[str, dict[str, bytes]] | None:
 def _read_content(name: str, fingerprint: str) -> tuple[str, dict[str, bytes]]:
     del fingerprint  # part of the key only
     tokenizer: Any = load_tokenizer(name)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {path.name: zlib.compress(path.read_bytes()) for path in sorted(Path(folder).iterdir()) if path.is_file()}
+    return rules_digest(tokenizer), files
+
+
+def rules_digest(tokenizer: Any) -> str:
+    """Return the SHA-256 of what a loaded tokenizer does."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     # Set by whoever used the tokenizer last.
     rules = {key: value for key, value in state.items() if backend is None or key not in ("padding", "truncation")}
-    special = [tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, tokenizer.chat_template]
-    digest = hashlib.sha256(json.dumps([rules, special], sort_keys=True).encode()).hexdigest()
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = {path.name: zlib.compress(path.read_bytes()) for path in sorted(Path(folder).iterdir()) if path.is_file()}
-    return digest, files
+    parts: list[Any] = [rules, [tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, tokenizer.chat_template]]
+    if backend is None:
+        # Rules in Python: their options are all that is known of them besides the vocabulary.
+        options = {
+            key: value
+            for key, value in tokenizer.init_kwargs.items()
+            if isinstance(value, (bool, int, float, str)) and not key.endswith("_token") and key not in _NAMES
+        }
+        parts.append([type(tokenizer).__name__, options])
+    elif getattr(tokenizer, "split_special_tokens", False):
+        parts.append("split_special_tokens")
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"}
+# Options of a tokenizer that say where it comes from and how batches are made, not how a text is read.
+_NAMES = {"name_or_path", "vocab_file", "merges_file", "tokenizer_file", "spm_file", "tokenizer_class", "processor_class", "auto_map"}
+_NAMES |= {"padding_side", "truncation_side", "model_max_length", "clean_up_tokenization_spaces", "backend", "is_local", "local_files_only"}
 
 
 def _converted(gguf: Path) -> Path:

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from malleable.datamodules.fetch import resolve_model
+from malleable.datamodules.fetch import hub_snapshot, resolve_model, tokenizer_files
 from malleable.datamodules.files import atomic_write
 from malleable.lightning_modules.adapters import target_modules
 from malleable.lightning_modules.patches.stack import PatchStack
@@ -27,22 +27,6 @@ log = logging.getLogger(__name__)
 
 _ATTRIBUTE = "model."  # of the module whose checkpoint it is
 _WRAPPED = "base_model.model."
-# Files of tokenizers of all kinds, by name and by ending; nothing else of a base model's folder belongs to an export.
-_TOKENIZER_FILES = {
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "bpe.codes",
-    "tekken.json",
-    "chat_template.json",
-    "chat_template.jinja",
-}
-_TOKENIZER_ENDINGS = (".model", ".tiktoken", ".spm")
-_TOKENIZER_FOLDER = "additional_chat_templates"
 
 
 def save_language_model(
@@ -227,7 +211,7 @@ def _save_adapter(model: Any, state: dict[str, Tensor], folder: Path) -> None:
 
 
 def _save_tokenizer(name: str, folder: Path) -> None:
-    """Copy all files of a tokenizer as they are; one inside a GGUF file is converted."""
+    """Copy all files of a tokenizer as they are, and nothing else of its folder; one inside a GGUF file is converted."""
     from transformers import AutoTokenizer
 
     try:
@@ -235,33 +219,15 @@ def _save_tokenizer(name: str, folder: Path) -> None:
         if gguf_file is not None:
             AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False).save_pretrained(folder)
             return
-        files = _tokenizer_files(Path(source).expanduser() if Path(source).expanduser().is_dir() else _snapshot(source))
+        origin = Path(source).expanduser() if Path(source).expanduser().is_dir() else hub_snapshot(source)
+        files = {} if origin is None else tokenizer_files(origin)
+        if not files:
+            raise FileNotFoundError(f"no file of a tokenizer in {origin or 'the hub cache'}")
         for path, place in files.items():
             (folder / place).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / place)
     except (OSError, ValueError) as error:
         log.warning("%s is saved without a tokenizer: %s cannot be read (%s); copy the tokenizer's files there", folder.name, name, error)
-
-
-def _snapshot(name: str) -> Path:
-    """Return the folder of the hub cache that holds a tokenizer."""
-    from transformers.utils import cached_file
-
-    for file in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"):
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-        if path is not None:
-            return Path(path).parent
-    raise FileNotFoundError(f"no tokenizer of {name} in the hub cache")
-
-
-def _tokenizer_files(folder: Path) -> dict[Path, str]:
-    """Return the files of a tokenizer in a folder, and their places in a copy."""
-    own = {path: path.name for path in folder.iterdir() if path.name in _TOKENIZER_FILES or path.name.endswith(_TOKENIZER_ENDINGS)}
-    templates = {path: f"{_TOKENIZER_FOLDER}/{path.name}" for path in (folder / _TOKENIZER_FOLDER).glob("*.jinja")}
-    files = {path: place for path, place in (own | templates).items() if path.is_file()}
-    if not files:
-        raise FileNotFoundError(f"no file of a tokenizer in {folder}")
-    return files
 
 
 @contextmanager

@@ -25,21 +25,25 @@ _IGNORED = {
     "bos_token_id",
     "pretraining_tp",
 }
-_ADAPTER = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "modules_to_save",
-    "trainable_token_indices",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "bias",
-    "use_rslora",
-    "use_dora",
-)
+# Of a PEFT configuration, of whatever kind of adapter: the same. Targets are stored as the names of the layers that were found.
+_IGNORED_OF_ADAPTERS = {
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "exclude_modules",
+    "init_lora_weights",
+    "init_weights",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "runtime_config",
+    "megatron_config",
+    "megatron_core",
+}
 # Options by the name of what they set, for messages.
 _SCRATCH_OPTIONS = {
     "hidden_size": "hidden_size",
@@ -66,8 +70,8 @@ def model_settings(model: Any, *, scratch: bool) -> dict[str, Any]:
     adapters = getattr(model, "peft_config", {})
     settings["adapters"] = len(adapters)
     for adapter in adapters.values():
-        own = adapter.to_dict()
-        settings |= {f"language_model.lora.{_LORA_OPTIONS.get(name, name)}": _plain(own[name]) for name in _ADAPTER if name in own}
+        own = {name: value for name, value in adapter.to_dict().items() if name not in _IGNORED_OF_ADAPTERS and "drop" not in name}
+        settings |= {f"language_model.lora.{_LORA_OPTIONS.get(name, name)}": _plain(value) for name, value in own.items()}
     return settings
 
 

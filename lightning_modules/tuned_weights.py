@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
 from malleable.datamodules.batch import Catalog, Vocabulary
-from malleable.datamodules.identity import write_folder
+from malleable.datamodules.identity import check_folder, write_folder
 from malleable.lightning_modules.export import export_result, is_sharded, registered_checkpoint
 from malleable.lightning_modules.functional.attention import avoid_planned_kernels
 from malleable.lightning_modules.functional.defaults import float32_by_default
@@ -69,9 +69,15 @@ class TunedWeights(LightningModule):
 
     @float32_by_default()
     def configure_model(self) -> None:
-        """Build the language model; a second call does nothing, and neither does a call before :attr:`words` are there."""
+        """Build the language model; a second call does nothing, and neither does a call before :attr:`words` are there.
+
+        Raises:
+            MisconfigurationException: If the model is an exported one that was trained with another tokenizer.
+        """
         if self.model is not None or self.words is None:
             return
+        for name in (self.language_model.name, self.language_model.adapter):
+            check_folder(name, self.words)
         avoid_planned_kernels()
         strategy: Any = getattr(getattr(self, "attached", None), "strategy", None)
         zero3 = strategy.config if getattr(strategy, "zero_stage_3", False) else None

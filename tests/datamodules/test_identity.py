@@ -1,6 +1,7 @@
 """What weights depend on travels with them: tokenizer, template, items and labels, and is compared."""
 
 import shutil
+from dataclasses import asdict
 
 import pytest
 import small_shop
@@ -8,7 +9,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.batch import Catalog, KnowledgeGraph, Vocabulary
-from malleable.datamodules.identity import as_plain, check_identity, from_plain, is_stored, put, read_stored, write_folder
+from malleable.datamodules.identity import as_plain, check_identity, differences, from_plain, is_stored, put, read_stored, write_folder
+from malleable.datamodules.prompt import PromptTemplate
 from malleable.datamodules.tokenizer import load_tokenizer, pack_tokenizer, tokenizer_digest, train_tokenizer, unpack_tokenizer
 
 
@@ -96,6 +98,30 @@ A = Catalog(("A", "B", "C"), ((1,), (2,), (3,)), vocab_size=4, template={"prefix
 def test_a_difference_names_both_values_and_the_remedy(given, message):
     with pytest.raises(MisconfigurationException, match=rf"trained on other data: .*{message}.*--data.tokenizer <checkpoint>.*--extend_catalog"):
         check_identity("catalog", A, given)
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "named"),
+    [
+        ({}, {"q_proj": 64}, "'q_proj' None in the checkpoint, 64 here"),
+        ({"q_proj": 64}, {}, "'q_proj' 64 in the checkpoint, None here"),
+        ({"theta": 1.0, "type": "linear"}, {"theta": 1.0}, "'type' 'linear' in the checkpoint, None here"),
+    ],
+)
+def test_an_entry_that_one_side_lacks_is_a_difference(stored, given, named):
+    assert differences({"pattern": stored}, {"pattern": given}) == [f"pattern: {named}"]
+
+
+def test_an_entry_that_says_nothing_is_none():
+    """Versions of libraries differ in what they write out."""
+    assert not differences({"rope": {"theta": 1.0}}, {"rope": {"theta": 1.0, "type": "default", "factor": None}})
+
+
+def test_a_template_of_an_earlier_version_has_the_defaults():
+    old = Catalog(("A",), ((1,),), vocab_size=4, template={"prefix": "x"})
+    check_identity("catalog", old, Catalog(("A",), ((1,),), vocab_size=4, template=asdict(PromptTemplate(prefix="x"))))
+    with pytest.raises(MisconfigurationException, match="template: 'chat' False in the checkpoint, True here"):
+        check_identity("catalog", old, Catalog(("A",), ((1,),), vocab_size=4, template={"prefix": "x", "chat": True}))
 
 
 def test_counts_and_ids_may_differ():

@@ -1,13 +1,14 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from shared import shared_data
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, ProphetNetTokenizer
 
 from malleable.datamodules import tokenizer as module
-from malleable.datamodules.tokenizer import fingerprint, largest_token_id, load_tokenizer, train_tokenizer
+from malleable.datamodules.tokenizer import fingerprint, largest_token_id, load_tokenizer, rules_digest, tokenizer_digest, train_tokenizer
 
 TITLES = ["Toy Story (1995)", "Heat (1995)", "Á köldum klaka (Cold Fever) (1994)", "Star Wars (1977)", "Star Trek (1979)"] * 3
 
@@ -85,6 +86,57 @@ def test_the_fingerprint_follows_the_content(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"extra": 1}))
     assert fingerprint(str(folder)) != before
     assert fingerprint("org/one") != fingerprint("org/two")
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "additional_chat_templates/rag.jinja", "added_tokens.json", "spiece.model"])
+def test_the_fingerprint_is_of_every_file_that_changes_a_prompt(tmp_path, file):
+    folder = shutil.copytree(train_tokenizer(TITLES, 300), tmp_path / "tokenizer")
+    found = [fingerprint(str(folder))]
+    (folder / file).parent.mkdir(exist_ok=True)
+    for text in ("one", "other"):
+        (folder / file).write_text(text)
+        found.append(fingerprint(str(folder)))
+    assert len(set(found)) == 3
+
+
+def test_the_fingerprint_of_a_hub_id_is_of_its_revision(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "hub_snapshot", lambda name: tmp_path / "first")
+    first = fingerprint("org/one")
+    monkeypatch.setattr(module, "hub_snapshot", lambda name: tmp_path / "second")
+    assert fingerprint("org/one") != first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rules: rules | {"normalizer": {"type": "Lowercase"}},
+        lambda rules: rules | {"pre_tokenizer": rules["pre_tokenizer"] | {"add_prefix_space": True}},
+        lambda rules: rules | {"added_tokens": [token | {"lstrip": True} for token in rules["added_tokens"]]},
+        lambda rules: rules | {"model": rules["model"] | {"merges": rules["model"]["merges"][::-1]}},
+    ],
+)
+def test_the_digest_is_of_every_rule(tmp_path, change):
+    """Tokenizers of equal size and equal special tokens."""
+    folder = shutil.copytree(train_tokenizer(TITLES, 300), tmp_path / "tokenizer")
+    before, rules = tokenizer_digest(str(folder)), json.loads((folder / "tokenizer.json").read_text())
+    assert change(rules) != rules
+    (folder / "tokenizer.json").write_text(json.dumps(change(rules)))
+    assert before is not None
+    assert tokenizer_digest(str(folder)) not in (before, None)
+
+
+def test_the_digest_is_of_options_outside_the_rules(tmp_path):
+    tokenizer = load_tokenizer(str(train_tokenizer(TITLES, 300)))
+    before = rules_digest(tokenizer)
+    tokenizer.split_special_tokens = True
+    assert rules_digest(tokenizer) != before
+    words = tmp_path / "prophetnet.tokenizer"  # a tokenizer whose rules are written in Python
+    words.write_text("\n".join(["[PAD]", "[UNK]", "[SEP]", "[X_SEP]", "[CLS]", "[MASK]", "Heat", "heat"]))
+    cased, folded = (ProphetNetTokenizer(str(words), do_lower_case=folds) for folds in (False, True))
+    assert cased("Heat")["input_ids"] != folded("Heat")["input_ids"]
+    assert rules_digest(cased) != rules_digest(folded)
+    cased.save_pretrained(tmp_path / "saved")
+    assert rules_digest(ProphetNetTokenizer.from_pretrained(tmp_path / "saved")) == rules_digest(cased)
 
 
 def test_a_gguf_tokenizer_is_converted_once(tmp_path, monkeypatch):

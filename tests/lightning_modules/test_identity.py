@@ -9,10 +9,11 @@ import small_shop
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from tiny import tiny_config
 from tiny_data import quiet_trainer
 from tiny_graph import TinyGraphData, tiny_graph
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import malleable.lightning_modules as exported
 from malleable import (
@@ -37,7 +38,7 @@ from malleable.datamodules.tokenizer import tokenizer_digest
 from malleable.lightning_modules.base import BaseModule
 from malleable.lightning_modules.language_model import Decoding
 from malleable.lightning_modules.patches.names import canonical_tensors
-from malleable.lightning_modules.pretrained import LoRA, Scratch
+from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA, Scratch
 from malleable.lightning_modules.tuning import Tuning
 
 TEXT, COUNTED = (SFT, DPO, SPRec), (ItemKNN, Markov, Popularity)
@@ -166,6 +167,33 @@ def test_the_file_alone_is_enough_on_another_machine(trained, tmp_path, monkeypa
     assert aligned.catalog.titles == module.catalog.titles
 
 
+@pytest.mark.parametrize(("command", "part"), [("test", "model"), ("fit", "adapter")])
+def test_an_exported_model_refuses_another_tokenizer(command, part, trained, tmp_path, caplog):
+    """As ``language_model.name`` or ``adapter``: the folder says which tokenizer its weights were trained with."""
+    path, expected = trained(SFT)
+    base = SFT.load_from_checkpoint(path, weights_only=True).export(tmp_path)
+    config = LanguageModelConfig(name=str(base))
+    if part == "adapter":
+        trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+        tuned = make(SFT, language_model=LanguageModelConfig(name=str(base), lora=LoRA(r=2)))
+        trainer.fit(tuned, small_shop.shop(path.parent / "shop", tokenizer=str(base)))
+        bare = shutil.copytree(base, tmp_path / "bare")
+        (bare / "malleable.json").unlink()
+        config = LanguageModelConfig(name=str(bare), adapter=str(tuned.export(tmp_path)))
+    folder = str(config.adapter or config.name)
+    message = rf"the model in .*{part} was trained with another tokenizer .*tokenizer \w{{12}} in {part}, \w{{12}} here.*--data.tokenizer {folder}"
+    trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    with pytest.raises(MisconfigurationException, match=message):
+        getattr(trainer, command)(make(SFT, language_model=config), small_shop.more_users(tmp_path / "new"))
+    getattr(trainer, command)(make(SFT, language_model=config), small_shop.more_items(tmp_path / "new", tokenizer=folder, extend_catalog=True))
+    if part == "model":
+        found = figures(make(SFT, language_model=config), small_shop.shop(path.parent / "shop", tokenizer=folder), tmp_path)
+        assert found == pytest.approx(expected, abs=1e-5)
+        tokenizer = shutil.copytree(base, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("malleable.json"))
+        figures(make(SFT, language_model=config), small_shop.shop(tmp_path / "t", tokenizer=str(tokenizer), template="instruction"), tmp_path)
+        assert "was trained with another prompt: template: 'prefix' '' in model, 'The user enjoyed" in caplog.text
+
+
 def test_an_earlier_checkpoint_is_read_with_a_word(trained, tmp_path, caplog):
     path, expected = trained(SFT)
     entries = torch.load(path, weights_only=True)
@@ -214,6 +242,31 @@ def test_another_adapter_is_refused(change, message, trained, tmp_path):
     config.lora = LoRA(**{"r": 2, "alpha": 4, "dropout": 0.1, **change})
     with pytest.raises(MisconfigurationException, match=message):
         SFT.load_from_checkpoint(tmp_path / "saved.ckpt", weights_only=True, language_model=config)
+
+
+ADAPTERS = [
+    (LoraConfig, {"r": 2, "lora_alpha": 4}, {"use_rslora": True}, "use_rslora: False in the checkpoint, True here|use_rslora False .* True here"),
+    (LoraConfig, {"r": 2, "lora_alpha": 4}, {"alpha_pattern": {"q_proj": 64}}, "alpha_pattern"),
+    (LoHaConfig, {"r": 2, "alpha": 4}, {"alpha": 16}, "lora.alpha 4 in the checkpoint, 16 here"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "change", "message"), ADAPTERS)
+def test_other_settings_of_a_stored_adapter_are_refused(kind, options, change, message, trained, tmp_path):
+    """Adapters of equal shapes and weights, whose configurations make other functions of them."""
+    path, _ = trained(SFT)
+    base = SFT.load_from_checkpoint(path, weights_only=True).export(tmp_path)
+    names = []
+    for number, changed in enumerate(({}, change)):
+        settings = kind(task_type="CAUSAL_LM", target_modules=["q_proj"], **options | changed)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(tmp_path / f"adapter-{number}")
+        names.append(LanguageModelConfig(name=str(base), adapter=str(tmp_path / f"adapter-{number}")))
+    trainer = quiet_trainer(tmp_path, max_steps=1, enable_checkpointing=False)
+    trainer.fit(make(SFT, language_model=names[0]), small_shop.shop(path.parent / "shop", tokenizer=str(base)))
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    SFT.load_from_checkpoint(tmp_path / "saved.ckpt", weights_only=True, language_model=names[0])
+    with pytest.raises(MisconfigurationException, match=message):
+        SFT.load_from_checkpoint(tmp_path / "saved.ckpt", weights_only=True, language_model=names[1])
 
 
 def test_what_does_not_change_the_weights_meaning_may_change(trained, tmp_path):
