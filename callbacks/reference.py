@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +38,7 @@ def reference_logps(trainer: Trainer, module: LanguageModel, rows: Any, loader: 
 class ReferenceCache(Callback):
     """Put reference log-probabilities beside the training pairs before the first step.
 
-    The reference is the model as it stands then. The values are written once, to a file keyed by the rows' text and the model's weights;
+    The reference is the model as it stands then. The values are written once, to a file keyed by the rows' text, the model and the precision;
     a run that is resumed reads them again, because its model has moved on.
 
     Args:
@@ -82,11 +83,13 @@ class ReferenceCache(Callback):
 
     @staticmethod
     def _fingerprint(trainer: Trainer, module: LightningModule, keys: Tensor) -> str:
-        """Identity of the rows and of the weights, the same on all ranks, also where each holds a part of them."""
+        """Identity of the rows and of the model, the same on all ranks, also where each holds a part of the weights."""
         # A parameter that DeepSpeed has partitioned is empty; this rank's part is beside it.
         sums = [getattr(parameter, "ds_tensor", parameter).detach().sum(dtype=torch.float64) for parameter in module.parameters()]
         weights = trainer.strategy.reduce(torch.stack(sums), reduce_op="mean").cpu()
-        return hashlib.sha256(keys.numpy().tobytes() + weights.numpy().tobytes()).hexdigest()[:16]
+        # Equal weights give other values under other settings, such as the number of heads, and in another precision.
+        settings = json.dumps([cast("LanguageModel", module).settings(), str(trainer.precision)], sort_keys=True, default=str)
+        return hashlib.sha256(keys.numpy().tobytes() + weights.numpy().tobytes() + settings.encode()).hexdigest()[:16]
 
     def _write(self, trainer: Trainer, path: Path, keys: Tensor, values: Tensor) -> None:
         if trainer.is_global_zero:

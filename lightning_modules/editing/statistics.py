@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
 from malleable.datamodules.files import atomic_write
+from malleable.datamodules.identity import rules_digest
 from malleable.lightning_modules.editing.layout import Layout
 from malleable.lightning_modules.editing.passes import stopping
 from malleable.lightning_modules.functional.null_space import SecondMoment
+from malleable.lightning_modules.model_settings import model_settings
 
 log = logging.getLogger(__name__)
 
@@ -164,13 +166,14 @@ def _from(turn: int, rank: int, own: SecondMoment) -> SecondMoment:
 
 
 def _mark(model: nn.Module, layout: Layout, layers: Sequence[int], tokenizer: Any, texts: Sequence[str], settings: StatisticsSettings) -> str:
-    """Identity of all that the moments depend on; of weights, 64 values of each."""
+    """Identity of all that the moments depend on: model and its settings, tokenizer, text; of weights, 64 values of each."""
     digest = hashlib.sha256(layout.projection.encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].double().cpu().numpy().tobytes())
     kept = {key: value for key, value in asdict(settings).items() if key not in ("max_tokens", "save_minutes")}
-    digest.update(json.dumps([list(layers), kept, type(tokenizer).__name__, len(tokenizer)]).encode())
+    computed = model_settings(model, scratch=False)
+    digest.update(json.dumps([list(layers), kept, rules_digest(tokenizer), computed], sort_keys=True).encode())
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()

@@ -108,6 +108,21 @@ def test_another_model_or_other_pairs_have_a_file_of_their_own(tmp_path, passes,
     assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_equal_weights_under_other_settings_or_precision_have_a_file_of_their_own(tmp_path, passes):
+    """Four heads instead of two make another function of the same weights."""
+    fit(tmp_path, ReferenceCache(dirpath=str(tmp_path / "cache")))
+    other = make_module()
+    config = tiny_config()
+    config.scratch.num_heads = 4
+    heads = DPO(language_model=config, catalog=tiny_catalog(), tuning=Tuning(lr=1e-2, warmup_steps=0))
+    heads.configure_model()
+    heads.model.load_state_dict(other.model.state_dict())
+    for number, options in enumerate(({"module": heads}, {"module": other, "precision": "bf16-mixed"}), start=2):
+        watch = fit(tmp_path, ReferenceCache(dirpath=str(tmp_path / "cache")), **options)
+        assert len(files(tmp_path / "cache")) == len(passes) == number
+        assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_the_next_fit_has_a_reference_of_its_own(tmp_path, passes):
     """The same callback, a model that has moved on: the reference is the model as it stands now."""
     cache, module = ReferenceCache(), make_module()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from small_editing import SENTENCES, decoder, tokenizer
+from tokenizers import normalizers
 
 from malleable.lightning_modules.editing import statistics
 from malleable.lightning_modules.editing.layout import find_layout
@@ -82,6 +83,22 @@ def test_moments_of_something_else_are_refused(tmp_path, other):
     changed = {"model": {"model": decoder(seed=1)}, "text": {"texts": TEXTS[1:]}, "setting": {"exclude_first": True}}[other]
     with pytest.raises(ValueError, match="another model, text or setting"):
         moments(file=file, **changed)
+
+
+def test_moments_under_another_tokenizer_or_configuration_are_refused(tmp_path):
+    """Of equal size and weights."""
+    file = tmp_path / "moments.safetensors"
+    model = decoder()
+    moments(model, file=file)
+    other = tokenizer("bos")
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert len(other) == len(tokenizer("bos"))
+    options = {"layout": find_layout(model), "layers": (1, 2), "texts": TEXTS, "file": file}
+    with pytest.raises(ValueError, match="another model, text or setting"):
+        second_moments(model, tokenizer=other, **options)
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 123.0}
+    with pytest.raises(ValueError, match="another model, text or setting"):
+        second_moments(model, tokenizer=tokenizer("bos"), **options)
 
 
 def test_no_text_is_refused():
