@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+
+from malleable.datamodules.text_files import BLANKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from malleable.datamodules.prompt import PromptTemplate
 
-_BLANKS = " \t\u00a0"
+DATE = datetime(2024, 7, 26, tzinfo=UTC)
+"""The date in chat templates that state one: a prompt must not depend on the day on which data is prepared. Llama 3's own default."""
+_CALL_OF_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_BLANKS = f"{BLANKS}\u00a0"
 _CONTENT, _ANSWER = "malleablecontent", "malleableanswer"
 
 
@@ -73,7 +80,9 @@ def check_content(template: PromptTemplate, written: PromptTemplate, titles: lis
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
     try:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        written: Any = tokenizer.get_chat_template()
+        dated = _CALL_OF_DATE.sub(lambda call: repr(DATE.strftime(call[2])), written)
+        text: Any = tokenizer.apply_chat_template(messages, chat_template=dated, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # whatever the template raises
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"the chat template of {tokenizer.name_or_path!r} refuses messages of {roles}: {error}; see template.system") from error

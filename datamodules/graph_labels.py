@@ -14,7 +14,7 @@ import numpy as np
 
 from malleable.datamodules.batch import ASKED, KnowledgeGraph
 from malleable.datamodules.sources.graph import Ints
-from malleable.datamodules.text_files import open_text
+from malleable.datamodules.text_files import cell_text, open_text
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 text = line.strip("\r\n")
-                yield number, [cell.strip() for cell in (next(csv.reader([text], skipinitialspace=True)) if commas else text.split("\t"))]
+                yield number, list(map(cell_text, next(csv.reader([text], skipinitialspace=True)) if commas else text.split("\t")))
 
 
 def _find(label: str, known: dict[str, int], where: str) -> int:

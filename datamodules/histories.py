@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from malleable.datamodules.text_files import id_text, open_text, read_json_rows
+from malleable.datamodules.text_files import cell_text, id_text, open_text, read_json_rows
 from malleable.datamodules.titles import clean_title
 
 log = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def _read_json(path: Path, lookup: ItemLookup) -> Iterator[_Row]:
 def _read_csv(path: Path, lookup: ItemLookup) -> Iterator[_Row]:
     with open_text(path) as file:
         reader = csv.reader(file, skipinitialspace=True)
-        lines = [(f"{path}, line {reader.line_num}", [cell.strip(" \t") for cell in cells]) for cells in reader if any(map(str.strip, cells))]
+        lines = [(f"{path}, line {reader.line_num}", list(map(cell_text, cells))) for cells in reader if any(map(str.strip, cells))]
     if not lines:
         return
     place, cells = lines[0]

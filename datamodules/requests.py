@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from malleable.datamodules.text_files import read_json_rows
+from malleable.datamodules.text_files import id_text, read_json_rows
 
 PLACEHOLDER = "{}"
 
@@ -113,7 +113,7 @@ def request_of(fields: Mapping[str, Any], number: int) -> EditRequest:
     for name in ("target", "true"):
         if isinstance(named.get(name), Mapping):
             named[name] = named[name].get("str")
-    named["request_id"] = str(named.get("request_id", number))
+    named["request_id"] = id_text(named.get("request_id", number), "request_id")
     for name in _TEXTS:
         named[name] = _texts(name, named.get(name))
     neighbors = named.get("neighbors") or ()

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from malleable.datamodules.text_files import id_text, open_text
+from malleable.datamodules.text_files import cell_text, id_text, open_text
 
 FIELDS = {"h": "head", "r": "relation", "t": "tail"}
 SUFFIXES = (".txt", ".tsv", ".txt.gz", ".tsv.gz", ".parquet")
+_SIGNIFICAND_BITS = {"float": 23, "halffloat": 10}
 HEADERS = ({"head", "relation", "tail"}, {"h", "r", "t"}, {"subject", "predicate", "object"}, {"source", "relation", "target"})
 
 
@@ -30,7 +31,8 @@ def read_labels(path: Path, columns: str = "hrt", *, header: bool = False, names
     """Read labelled triples, lazily.
 
     Args:
-        path: Lines of three columns with tabs between them, or Parquet with three columns; labels may hold spaces.
+        path: Lines of three columns with tabs between them, or Parquet with three columns. Labels may hold spaces; in lines, blanks around one do
+            not belong to it, see :func:`~malleable.datamodules.text_files.cell_text`.
         columns: Order of the columns.
         header: The first line of a text file names the columns.
         names: Of Parquet: the column of ``head``, ``relation`` or ``tail`` that is called otherwise.
@@ -142,9 +144,9 @@ def _text_rows(path: Path, fields: Sequence[str], header: bool, counted: bool, s
         for number, line in enumerate(file, start=1):
             if number == 1 and header:
                 continue
-            row = [cell.strip() for cell in line.split("\t")]
-            if row == [""]:
+            if not line.strip():
                 continue
+            row = [cell_text(cell) for cell in line.removesuffix("\n").removesuffix("\r").split("\t")]
             if counted and expected is None:
                 expected = _id(line.strip(), None, f"{path}, line {number}, which must say how many lines follow")
                 continue
@@ -184,6 +186,7 @@ def _parquet_rows(path: Path, fields: Sequence[str], names: Mapping[str, str]) -
         if names or len(table.column_names) != len(fields):
             raise ValueError(f"{path}: columns {table.column_names}, expected {wanted}; name the right ones with column_names: {{head: ...}}")
         wanted = table.column_names
+    bits = [_SIGNIFICAND_BITS.get(str(table.schema.field(name).type), 52) for name in wanted]
     number = 0
     for batch in table.select(wanted).to_batches():
         for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
@@ -191,5 +194,8 @@ def _parquet_rows(path: Path, fields: Sequence[str], names: Mapping[str, str]) -
             place = f"{path}, row {number}"
             yield (
                 place,
-                ["" if cell is None or cell == "" else id_text(cell, f"{place}, field {field}") for cell, field in zip(row, fields, strict=True)],
+                [
+                    "" if cell is None or cell == "" else id_text(cell, f"{place}, field {field}", size)
+                    for cell, field, size in zip(row, fields, bits, strict=True)
+                ],
             )

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from malleable.datamodules.requests import PLACEHOLDER, EditRequest, Probe, checked, read_requests
 from malleable.datamodules.sources.edits import EditSource, EditTables
-from malleable.datamodules.text_files import JsonRow, read_json_rows
+from malleable.datamodules.text_files import JsonRow, id_text, read_json_rows
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class CounterFact(EditRecords):
         asked = record["requested_rewrite"]
         true = asked["target_true"]["str"]
         return EditRequest(
-            request_id=str(record["case_id"]),
+            request_id=id_text(record["case_id"], "case_id"),
             prompt=asked["prompt"],
             subject=asked["subject"],
             target=asked["target_new"]["str"],
@@ -129,7 +129,7 @@ class FlatCounterFact(EditRecords):
         """Make the request of a record."""
         paraphrase, probe = record.get("rephrase_prompt"), record.get("locality_prompt")
         return EditRequest(
-            request_id=str(record.get("case_id", number)),
+            request_id=id_text(record.get("case_id", number), "case_id"),
             prompt=_with_place(record["prompt"], record["subject"]),
             subject=record["subject"],
             target=record["target_new"],
@@ -158,7 +158,7 @@ class ZsRE(EditRecords):
         """Make the request of a record."""
         question, answer = f"{record['loc'].rstrip('?')}?", record["loc_ans"]
         return EditRequest(
-            request_id=str(record.get("case_id", number)),
+            request_id=id_text(record.get("case_id", number), "case_id"),
             prompt=_with_place(record["src"], record["subject"]),
             subject=record["subject"],
             target=record["answers"][0] if self.target == "answer" else record["alt"],
@@ -173,7 +173,7 @@ class QAEdit(EditRecords):
     def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
         """Make the request of a record."""
         return EditRequest(
-            request_id=str(record.get("id", number)),
+            request_id=id_text(record.get("id", number), "id"),
             prompt=_with_place(record["prompt"], record["subject"]),
             subject=record["subject"],
             target=record["target"],

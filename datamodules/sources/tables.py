@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pyarrow import parquet
 
 from malleable.datamodules.sources.base import InteractionTables, Source, items_table
-from malleable.datamodules.text_files import id_text, read_json_rows
+from malleable.datamodules.text_files import cell_text, id_text, read_json_rows
 
 log = logging.getLogger(__name__)
 
@@ -169,9 +170,10 @@ def _identifiers(path: Path, table: pd.DataFrame, field: str) -> pd.Series:
     if pd.api.types.is_integer_dtype(column) and not column.isna().any():
         return column.astype(str).astype(object)
     if _kind(path) in (".csv", ".tsv"):
-        column = column.str.strip(" \t")
+        column = column.map(cell_text)
+    bits = np.finfo(getattr(column.dtype, "numpy_dtype", column.dtype)).nmant if pd.api.types.is_float_dtype(column) else 52
     ids = [
-        value if type(value) is str and value.strip() else id_text(value, f"{path}, {_where(path, column, position)}, field {field}")
+        value if type(value) is str and value.strip() else id_text(value, f"{path}, {_where(path, column, position)}, field {field}", bits)
         for position, value in enumerate(column.astype(object).where(column.notna(), None))
     ]
     return pd.Series(ids, index=column.index, dtype=object)

@@ -103,3 +103,10 @@ def test_rows_of_a_chat(tmp_path):
         row = data.train_dataset[0]
         ids = row["prompt"] if view == "answer" else row["input_ids"]
         assert tokenizer.decode(ids).startswith("<|im_start|>user\nI enjoyed, in this order:\n")
+
+
+def test_a_date_in_a_chat_template_does_not_change_with_the_day():
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+    pieces = tokenize(PromptTemplate.named("chat"), TITLES, tokenizer)
+    assert tokenizer.decode(pieces.prefix).startswith("26 Jul 2024\n")

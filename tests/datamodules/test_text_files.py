@@ -132,3 +132,15 @@ def test_published_records_lose_white_space_at_the_ends(tmp_path):
     (tmp_path / "lre.json").write_text(json.dumps(relation))
     tables = LRE(str(tmp_path / "lre.json")).tables()
     assert (tables.relations[0].templates, tables.facts[0].subject, tables.facts[0].object) == (("{} speaks",), "Anna", "Danish")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(7, "7"), (7.0, "7"), ("7.0", "7.0"), ("007", "007")])
+def test_ids_of_requests_are_the_users_own(write, given, expected):
+    (request,) = read_requests(write([{**REQUEST, "request_id": given}]))
+    assert request.request_id == expected
+
+
+@pytest.mark.parametrize("given", [None, True, 1.5, "", [1]])
+def test_ids_of_requests_that_are_none(write, given):
+    with pytest.raises(ValueError, match=r"rows.json.*(line|entry) 1: request_id: "):
+        read_requests(write([{**REQUEST, "request_id": given}]))

@@ -36,6 +36,19 @@ def test_labels_of_parquet_are_never_altered(tmp_path):
         list(read_labels(tmp_path / "b.parquet"))
 
 
+def test_blanks_around_a_label_of_a_text_file_are_spaces_and_tabs_alone(tmp_path):
+    """A label that ends in a no-break space or a line separator is another label."""
+    text = " a\tr\tb \na\u00a0\tr\tb\u2028\na\x1f\tr\u3000\tb\x85\n\u00a0\n"
+    assert list(read_labels(write(tmp_path, text))) == [("a", "r", "b"), ("a\u00a0", "r", "b\u2028"), ("a\x1f", "r\u3000", "b\x85")]
+
+
+def test_numbers_of_parquet_that_their_format_cannot_tell_apart_are_refused(tmp_path):
+    columns = {"head": ["a", "b"], "relation": ["r", "r"]}
+    parquet.write_table(pa.table({**columns, "tail": pa.array([2.0**24 - 1, 2.0**24], pa.float32())}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet, row 2, field tail: the number 16777216.0 is no exact integer"):
+        list(read_labels(tmp_path / "a.parquet"))
+
+
 def test_labels_of_parquet(tmp_path):
     columns = {"tail": [t for _, _, t in TRIPLES], "head": [h for h, _, _ in TRIPLES], "relation": [r for _, r, _ in TRIPLES]}
     parquet.write_table(pa.table(columns), tmp_path / "named.parquet")

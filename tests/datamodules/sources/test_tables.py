@@ -137,6 +137,18 @@ def test_numbers_that_are_no_exact_integers_are_refused_by_row(tmp_path, value):
         source.load()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "Float32", "float16"])
+def test_narrow_numbers_are_refused_where_they_are_not_exact(tmp_path, dtype):
+    """Three ids that the file itself has made one."""
+    source = events_csv(tmp_path, "")
+    source.interactions = tmp_path / "events.parquet"
+    numbers = [2047, 2049, 2050] if dtype == "float16" else [2**24 - 1, 2**24 + 1, 2**24 + 2]
+    column = pd.Series(numbers).astype(dtype)
+    pd.DataFrame({"user_id": column, "item_id": ["a", "b", "c"], "timestamp": [1, 2, 3]}).to_parquet(source.interactions)
+    with pytest.raises(ValueError, match=r"events.parquet, row 2, field user_id: the number .* is no exact integer"):
+        source.load()
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_column_of_integers_stored_as_fractions_is_told_from_the_others(tmp_path, swapped):
     source = events_csv(tmp_path, "user_id,item_id,timestamp\nu,1.0,1\nu,2.0,2\n")
