@@ -20,7 +20,7 @@ _OLD = ".old"
 
 
 @contextmanager
-def atomic_write(path: Path, keep: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+def atomic_write(path: Path, keep: Callable[[Path], bool] | None = None, *, own_modes: bool = False) -> Iterator[Path]:
     """Yield a temporary path to write a file or a folder to; it replaces ``path`` when the block ends without an error.
 
     The temporary path has the same name as ``path`` and lies in a hidden folder ``.<name>.<random>.tmp`` beside it, on the same file
@@ -32,6 +32,7 @@ def atomic_write(path: Path, keep: Callable[[Path], bool] | None = None) -> Iter
     Args:
         path: File or folder to write. Its parent is created. A symbolic link is followed.
         keep: Called with ``path`` if it exists when the block ends; where it returns true, ``path`` stays as it is.
+        own_modes: Leave each file the permissions that the caller gave it, instead of those that the umask leaves.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,11 +40,17 @@ def atomic_write(path: Path, keep: Callable[[Path], bool] | None = None) -> Iter
     with _temporary_folder(path) as folder:
         building = folder / path.name
         yield building
-        _set_mode(building, _umask_mode(folder))
+        if not own_modes:
+            _set_mode(building, _umask_mode(folder))
         _flush(building)
         if keep is None or not path.exists() or not keep(path):
             _replace(building, path)
             _flush_one(path.parent)
+
+
+def recover(path: Path) -> None:
+    """Put back a folder that a process which was killed while it replaced it had moved aside, and remove what it left; see :func:`atomic_write`."""
+    _remove_abandoned(Path(os.path.realpath(path)))
 
 
 @contextmanager

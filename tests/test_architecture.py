@@ -16,7 +16,7 @@ ALLOWED = {
     "lightning_modules/functional": (),
     "lightning_modules/losses": ("malleable.lightning_modules.functional",),
     "lightning_modules/metrics": ("malleable.lightning_modules.functional",),
-    "lightning_modules/patches": (),
+    "lightning_modules/patches": ("malleable.datamodules.files",),  # atomic replacement, of the standard library alone
     "lightning_modules": DATA[:5],
     "datamodules": (),
     "callbacks": ("malleable.lightning_modules", *DATA),

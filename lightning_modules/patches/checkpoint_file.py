@@ -50,7 +50,7 @@ class CheckpointFile(Container):
         content.pop(SECTION, None)
         if change.stack.patches:
             content[SECTION] = change.stack.as_plain()
-        with replacing(target) as building:
+        with replacing(target, own_modes=True) as building:
             _save(content, building)
             shutil.copymode(self.path, building)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from malleable.datamodules.files import recover
 from malleable.lightning_modules.patches.checkpoint_file import CheckpointFile
 from malleable.lightning_modules.patches.container import Container
-from malleable.lightning_modules.patches.files import recover
 from malleable.lightning_modules.patches.patch import is_patch
 from malleable.lightning_modules.patches.weights_folder import WeightsFolder
 
@@ -15,7 +15,7 @@ _SHARDED = ("latest", "zero_to_fp32.py", "checkpoint", ".metadata", "meta.pt")
 
 
 def open_container(path: str | Path, prefix: str = "model.") -> Container:
-    """Open stored weights, after finishing or undoing what a killed command may have left there.
+    """Open stored weights, after undoing what a killed command may have left there.
 
     Args:
         path: A Lightning checkpoint (one file), or the folder of a PEFT adapter or a Hugging Face model (safetensors).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -68,7 +69,7 @@ class WeightsFolder(Container):
         for name, value in change.tensors.items():
             file, key = self.tensors.places[name]
             changed.setdefault(file, {})[key] = value
-        with replacing(target) as building:
+        with replacing(target, own_modes=True) as building:
             mirror(self.path, building, {SECTION, *(file.name for file in changed)}, link=target == self.path)
             for file, values in changed.items():
                 write_changed(file, building / file.name, values)
@@ -127,5 +128,6 @@ def write_section(folder: Path, stack: PatchStack) -> None:
     (folder / _ORDER).write_text(json.dumps({"order": list(stack.ids), "digests": dict(stack.digests)}, indent=1) + "\n", encoding="utf-8")
     if stack.originals:
         save_file(dict(stack.originals), folder / _ORIGINALS)
+        shutil.copymode(folder / _ORDER, folder / _ORIGINALS)  # safetensors creates files for their owner only
     for patch in stack.patches:
         patch.write(folder / patch.id)

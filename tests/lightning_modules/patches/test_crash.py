@@ -26,4 +26,4 @@ def test_killed_at_any_step_the_old_or_the_new_state_is_found_whole(tmp_path, na
     found = done.stdout.split()
     switch = found.index("new")
     assert found == ["old"] * switch + ["new"] * (len(found) - switch)
-    assert switch >= (20 if name == "model" else 3)
+    assert switch >= (15 if name == "model" else 3)

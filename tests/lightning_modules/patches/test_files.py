@@ -1,6 +1,10 @@
-import pytest
+import os
 
-from malleable.lightning_modules.patches.files import mirror, recover, replacing
+import pytest
+from tiny_patch import apply, llama, random_patch, save_checkpoint
+
+from malleable.lightning_modules.patches.containers import open_container
+from malleable.lightning_modules.patches.files import mirror, replacing
 
 
 def tree(path):
@@ -52,44 +56,35 @@ def test_what_the_system_refuses_is_told_with_the_path(tmp_path):
         fail()
 
 
-@pytest.mark.parametrize(
-    ("states", "expected"),
-    [
-        ({"building": "half"}, None),
-        ({"path": "old", "building": "half"}, "old"),
-        ({"path": "old", "ready": "new"}, "old"),
-        ({"old": "old", "ready": "new"}, "new"),
-        ({"old": "old"}, "old"),
-        ({"path": "new", "old": "old"}, "new"),
-    ],
-)
-def test_every_state_that_a_crash_can_leave_is_put_right(tmp_path, states, expected):
-    for state, text in states.items():
-        folder = tmp_path / ("folder" if state == "path" else f".folder.patching-{state}")
-        folder.mkdir()
-        (folder / "file").write_text(text)
-    recover(tmp_path / "folder")
-    assert tree(tmp_path) == ({} if expected is None else {"folder/file": expected})
-    assert all(path.name == "folder" for path in tmp_path.iterdir())
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_every_file_has_the_permissions_that_the_umask_leaves(tmp_path, umask, mode):
+    """Libraries create some for their owner only, and another user of the group would read half a patch."""
+    before = os.umask(umask)
+    try:
+        path = save_checkpoint(llama(), tmp_path / "model.ckpt")
+        llama().save_pretrained(tmp_path / "model")
+        (tmp_path / "model/model.safetensors").chmod(mode)
+        patch = random_patch(open_container(path).tensors)
+        patch.write(tmp_path / "patch")
+        apply(path, patch)
+        apply(tmp_path / "model", patch)
+    finally:
+        os.umask(before)
+    written = [*tmp_path.glob("patch/*"), path, tmp_path / "model/model.safetensors", *tmp_path.glob("model/patches/**/*.*")]
+    assert len(written) > 5
+    assert {file.stat().st_mode & 0o777 for file in written} == {mode}
 
 
-def test_a_replacement_under_way_is_let_alone(tmp_path):
-    write(tmp_path / "folder", "old")
-    with replacing(tmp_path / "folder") as building:
-        building.mkdir()
-        (building / "file").write_text("new")
-        recover(tmp_path / "folder")
-        assert tree(tmp_path / "folder") == {"file": "old"}
-    assert tree(tmp_path / "folder") == {"file": "new"}
-
-
-def test_it_works_where_there_are_no_locks(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError("no locks available")
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    write(tmp_path / "folder", "new")
-    assert tree(tmp_path) == {"folder/file": "new"}
+def test_a_private_model_stays_private(tmp_path):
+    llama().save_pretrained(tmp_path / "model", max_shard_size="12KB")
+    for file in (tmp_path / "model").iterdir():
+        file.chmod(0o600)
+    before = {file.name for file in (tmp_path / "model").iterdir()}
+    target = open_container(tmp_path / "model")
+    apply(tmp_path / "model", random_patch(target.tensors), tmp_path / "copy")
+    apply(tmp_path / "model", random_patch(target.tensors))
+    for folder in ("copy", "model"):
+        assert {(tmp_path / folder / name).stat().st_mode & 0o777 for name in before} == {0o600}
 
 
 def test_a_mirror_shares_files_or_copies_them(tmp_path):

@@ -90,8 +90,8 @@ def test_what_else_lies_in_the_folder_goes_along(folder, tmp_path):
 def test_all_patches_of_a_folder(folder, tmp_path):
     make(kind="older", created="2001-01-01T00:00:00+00:00").write(tmp_path / "z")
     (tmp_path / "other").mkdir()
-    (tmp_path / ".half.patching-building").mkdir()
-    (tmp_path / ".half.patching-building" / "patch.json").touch()
+    (tmp_path / ".half.killed.tmp/half").mkdir(parents=True)
+    (tmp_path / ".half.killed.tmp/half/patch.json").touch()
     assert [patch.kind for patch in read_patches(tmp_path)] == ["older", "alpha_edit"]
     assert is_patch(folder)
     assert not is_patch(tmp_path)
