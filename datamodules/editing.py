@@ -43,6 +43,7 @@ class EditingDataModule(BaseDataModule):
         eval_batch_size: Rows of one pass in validation and test; default: ``batch_size``.
         num_workers: Loader processes on each device.
         seed: Seed of the order of rows and of everything drawn.
+        local_files_only: Take a tokenizer's hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
 
     Attributes:
         vocabulary: What a model must know of the tokenizer, valid after ``setup`` as are all others.
@@ -79,6 +80,7 @@ class EditingDataModule(BaseDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        local_files_only: bool = False,
     ) -> None:
         super().__init__(batch_size, global_batch_size, eval_batch_size, num_workers, seed)
         for name, value in (("sentences", sentences), ("shuffles", shuffles), ("eval_documents", eval_documents)):
@@ -95,6 +97,7 @@ class EditingDataModule(BaseDataModule):
         self.pack_length = pack_length
         self.eval_documents = eval_documents
         self.keep_told = keep_told
+        self.local_files_only = local_files_only
         self._read: tuple[EditTables, list[str]] | None = None
         self._folder: str | None = None
         self._told: list[str] | None = None
@@ -111,7 +114,7 @@ class EditingDataModule(BaseDataModule):
             return
         tables, texts = self._load()
         name = self._tokenizer_folder()
-        tokenizer: Any = load_tokenizer(name)
+        tokenizer: Any = load_tokenizer(name, self.local_files_only)
         self.tokenizer = tokenizer
         largest = largest_token_id(
             tokenizer, [*tables.told, *tables.kept, *texts, *(text for request in tables.requests for text in _strings(request))]

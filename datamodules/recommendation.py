@@ -45,6 +45,7 @@ class RecommendationDataModule(BaseDataModule):
         num_negatives: Wrong answers of a row.
         max_prompt_length: Tokens of a prompt, at most; longer histories lose their oldest items. ``None``: no limit.
         extend_catalog: Where ``tokenizer`` is a checkpoint, add items that its catalogue lacks behind its own, instead of refusing them.
+        local_files_only: Take a tokenizer's hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
         predict_file: Histories to recommend for, see :func:`~malleable.datamodules.histories.read_histories`.
         cache_dir: Where the tokenised data is kept; default: ``$MALLEABLE_CACHE`` or the user's cache folder.
         batch_size: Rows of one training pass on one device, at most.
@@ -89,6 +90,7 @@ class RecommendationDataModule(BaseDataModule):
         num_workers: int = 0,
         seed: int = 0,
         extend_catalog: bool = False,
+        local_files_only: bool = False,
     ) -> None:
         super().__init__(batch_size, global_batch_size, eval_batch_size, num_workers, seed)
         if extend_catalog and not is_stored(tokenizer):
@@ -102,6 +104,7 @@ class RecommendationDataModule(BaseDataModule):
         self.vocab_size = vocab_size
         self.template = PromptTemplate.named(template) if isinstance(template, str) else template
         self.extend_catalog = extend_catalog
+        self.local_files_only = local_files_only
         self.split = split or Split()
         self.train_view = train_view
         self.pack_length = pack_length
@@ -181,6 +184,7 @@ class RecommendationDataModule(BaseDataModule):
                 vocab_size=self.vocab_size,
                 max_prompt_length=self.max_prompt_length,
                 seed=self.seed,
+                local_files_only=self.local_files_only,
                 **self._given_or_stored(),
             )
             self._store = Store.open_or_build(recipe, (self.cache_dir or cache_folder()) / "recommendation")

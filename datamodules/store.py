@@ -46,6 +46,7 @@ class Recipe:
     catalog: Catalog | None = None
     """Items of the model that the data is for, which keep their places; new ones are refused unless ``extend_catalog``."""
     extend_catalog: bool = False
+    local_files_only: bool = False
 
     def fingerprint(self) -> str:
         """Return what names the cache."""
@@ -129,7 +130,7 @@ def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any
     pieces, info = None, {}
     if recipe.tokenizer != "none":
         name = recipe.tokenizer or str(tokenizers.train_tokenizer(data.titles, recipe.vocab_size, data.popularity().tolist()))
-        loaded = tokenizers.load_tokenizer(name)
+        loaded = tokenizers.load_tokenizer(name, recipe.local_files_only)
         pieces = tokenize(recipe.template, data.titles, loaded)
         info = {
             "eos_token_id": pieces.eos_token_id,

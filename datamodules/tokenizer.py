@@ -159,7 +159,11 @@ def _content(name: str) -> tuple[str, dict[str, bytes]] | None:
 @lru_cache(maxsize=4)
 def _read_content(name: str, fingerprint: str) -> tuple[str, dict[str, bytes]]:
     del fingerprint  # part of the key only
-    tokenizer: Any = load_tokenizer(name)
+    tokenizer: Any
+    try:
+        tokenizer = load_tokenizer(name, local_files_only=True)  # the data has loaded it
+    except OSError:
+        tokenizer = load_tokenizer(name)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {path.name: zlib.compress(path.read_bytes()) for path in sorted(Path(folder).iterdir()) if path.is_file()}

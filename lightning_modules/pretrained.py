@@ -6,6 +6,7 @@ Any Hugging Face id, local folder or GGUF file, or a small Llama from scratch; f
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from malleable.lightning_modules.adapters import with_adapter
 from malleable.lightning_modules.functional.attention import MASKED_ATTENTION
 from malleable.lightning_modules.functional.defaults import drawn_on_cpu
 from malleable.lightning_modules.loading import DTYPES, load_pretrained, whole_weights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -141,6 +144,12 @@ def _check_tokens(rows: int, vocabulary: Vocabulary | Catalog, name: str | None)
     largest = vocabulary.vocab_size - 1 if known is None else known
     if largest < rows:
         return
+    if known is None and (added := _added_tokens(vocabulary, rows)):
+        log.warning(
+            "the model '%s' embeds %d tokens, and the tokenizer has %d: texts must not have the added tokens %s",
+            name, rows, vocabulary.vocab_size, ", ".join(added[:3]) + (", ..." if len(added) > 3 else ""),
+        )  # fmt: skip
+        return
     if known is None:
         raise ValueError(
             f"the tokenizer has {vocabulary.vocab_size} tokens but the model '{name}' embeds {rows}; use the model's own tokenizer for the data"
@@ -149,6 +158,21 @@ def _check_tokens(rows: int, vocabulary: Vocabulary | Catalog, name: str | None)
         f"the data's texts have the token {_token(vocabulary, largest)}, but the model '{name}' embeds {rows} tokens only; "
         "use the model's own tokenizer for the data, or remove the token from texts, template and padding"
     )
+
+
+def _added_tokens(vocabulary: Vocabulary | Catalog, rows: int) -> list[str]:
+    """Return the tokens without an embedding if all are added to the vocabulary, where only texts that spell them out have them; else none."""
+    if vocabulary.tokenizer is None or max(vocabulary.eos_token_id, vocabulary.pad_token_id) >= rows:
+        return []
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(vocabulary.tokenizer, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):
+        return []
+    added = tokenizer.added_tokens_decoder
+    missing = range(rows, vocabulary.vocab_size)
+    return [str(added[token_id]) for token_id in missing] if all(token_id in added for token_id in missing) else []
 
 
 def _token(vocabulary: Vocabulary | Catalog, token_id: int) -> str:

@@ -3,11 +3,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import small_shop
 from shared import shared_data
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, ProphetNetTokenizer
 
 from malleable.datamodules import tokenizer as module
+from malleable.datamodules.editing import EditingDataModule
+from malleable.datamodules.sources import Countries
 from malleable.datamodules.tokenizer import fingerprint, largest_token_id, load_tokenizer, rules_digest, tokenizer_digest, train_tokenizer
 
 TITLES = ["Toy Story (1995)", "Heat (1995)", "Á köldum klaka (Cold Fever) (1994)", "Star Wars (1977)", "Star Trek (1979)"] * 3
@@ -174,3 +177,26 @@ def test_the_largest_token_of_texts_and_of_the_special_ones(tmp_path):
     assert largest_token_id(tokenizer, ["Heat", "an <image>"]) == size - 1
     tokenizer.pad_token = "<image>"
     assert largest_token_id(tokenizer, []) == size - 1
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("kind", ["recommendation", "editing"])
+def test_data_modules_hand_on_whether_to_download(kind, local, tmp_path, monkeypatch):
+    """As models do; what is stored of the tokenizer is then read from the machine."""
+    folder, asked = str(train_tokenizer(TITLES, 300)), []
+
+    def from_pretrained(name, local_files_only, trust_remote_code):
+        asked.append(local_files_only)
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    options = {"tokenizer": f"org/{kind}-{local}", "local_files_only": local}
+    if kind == "recommendation":
+        data = small_shop.shop(tmp_path, cache_dir=str(tmp_path / "cache"), **options)
+    else:
+        data = EditingDataModule(Countries(relations=["continent"], limit=5), pack_length=64, **options)
+    data.prepare_data()
+    data.setup("fit")
+    assert set(asked) == {local}
+    assert tokenizer_digest(options["tokenizer"]) is not None
+    assert asked[-1] is True

@@ -9,7 +9,8 @@ from shared import shared_data
 from tiny import tiny_catalog, tiny_config
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from malleable.datamodules.tokenizer import train_tokenizer
+from malleable.datamodules.batch import Vocabulary
+from malleable.datamodules.tokenizer import load_tokenizer, train_tokenizer
 from malleable.lightning_modules.adapters import without_adapter
 from malleable.lightning_modules.export import gathered_state, save_language_model
 from malleable.lightning_modules.plain import from_plain, plain
@@ -176,6 +177,22 @@ def test_tokens_that_no_text_has_need_no_embedding(base, tmp_path):
     used = replace(unused, largest_token_id=tokenizer.convert_tokens_to_ids("<image>"))
     with pytest.raises(ValueError, match=r"the data's texts have the token '<image>' \(\d+\), but the model .* embeds 16 tokens only"):
         build_language_model(config, used)
+
+
+def test_added_tokens_need_no_embedding_where_the_texts_are_unknown(tmp_path, caplog):
+    """A vocabulary made by hand says nothing of texts."""
+    tokenizer = load_tokenizer(str(train_tokenizer(["Heat"], 300)))
+    rows = len(tokenizer)
+    save_language_model(build_language_model(tiny_config(), replace(tiny_catalog(), vocab_size=rows)), tmp_path / "base")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config = LanguageModelConfig(name=str(tmp_path / "base"))
+    by_hand = Vocabulary(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, str(tmp_path / "tokenizer"))
+    build_language_model(config, by_hand)
+    assert f"embeds {rows} tokens, and the tokenizer has {rows + 1}: texts must not have the added tokens <image>" in caplog.text
+    for wrong in (replace(by_hand, pad_token_id=rows), replace(by_hand, tokenizer=None), replace(by_hand, vocab_size=rows + 2)):
+        with pytest.raises(ValueError, match="use the model's own tokenizer"):
+            build_language_model(config, wrong)
 
 
 def test_four_bits_without_the_library(base, monkeypatch):
