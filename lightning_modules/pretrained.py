@@ -259,10 +259,15 @@ def _checkpoint_without_dropout(module: nn.Module, checkpoint: Callable[..., Any
     return checkpoint(run, *args, **kwargs)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Identity of the frozen weights: shapes, and the sum of each tensor's first values.
+FINGERPRINT = "2:"
+"""Beginning of fingerprints; those of another version cannot be compared."""
 
-    Trainable weights do not count, so an adapter's checkpoint recognises its base before and after training.
+
+def fingerprint(model: nn.Module) -> str:
+    """Identity of the frozen weights: names, shapes, and 1024 values of each tensor, spread over it, as bfloat16.
+
+    Trainable weights do not count, so an adapter's checkpoint recognises its base before and after training. A base that was edited or tuned by
+    little is another one; one that is loaded in float32 or bfloat16 is the same.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -270,5 +275,6 @@ def fingerprint(model: nn.Module) -> str:
             continue
         digest.update(f"{name.replace('.base_layer', '')}{tuple(getattr(parameter, 'ds_shape', parameter.shape))}".encode())
         if parameter.numel() and not hasattr(parameter, "ds_shape"):
-            digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().round(4).tobytes())
-    return digest.hexdigest()
+            values = parameter.detach().flatten()[:: max(1, parameter.numel() // 1024)]
+            digest.update(values.float().cpu().to(torch.bfloat16).float().numpy().tobytes())
+    return f"{FINGERPRINT}{digest.hexdigest()}"

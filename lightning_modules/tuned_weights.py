@@ -24,7 +24,7 @@ from malleable.lightning_modules.loading import whole_weights
 from malleable.lightning_modules.model_settings import model_settings
 from malleable.lightning_modules.patches.names import canonical_name
 from malleable.lightning_modules.precision import check_training_precision
-from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model, fingerprint
+from malleable.lightning_modules.pretrained import FINGERPRINT, LanguageModelConfig, build_language_model, fingerprint
 from malleable.lightning_modules.tuning import Tuning
 
 log = logging.getLogger(__name__)
@@ -222,7 +222,9 @@ def refuse_misfit(module: LightningModule, checkpoint: dict[str, Any], base_fing
     if not state:
         return
     stored_base = checkpoint.get("base_fingerprint")
-    if stored_base is not None and stored_base != base_fingerprint:
+    if stored_base is not None and not stored_base.startswith(FINGERPRINT):
+        log.warning("the checkpoint is of an earlier version: its base model cannot be compared with %r", name)
+    elif stored_base is not None and stored_base != base_fingerprint:
         raise MisconfigurationException(
             f"the checkpoint was trained on another base model than '{name}' (fingerprint {stored_base[:12]}, here {base_fingerprint[:12]}); "
             "give the base model it was trained on"

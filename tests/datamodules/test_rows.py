@@ -112,6 +112,9 @@ def test_negatives_follow_the_true_answer_and_are_never_the_users_own():
     assert sorted(first["item_ids"][1:]) == [3, 4, 5]
     assert first["answers"] == [PIECES.answers[item] for item in first["item_ids"]]
     assert rows[0] == first
+    for seed in range(20):  # item 0 is earlier than what the prompt shows
+        drawn = AnswerRows(table, SEQUENCES, PIECES, negatives=Negatives(ItemSampler(range(6), seed=seed), 1))[0]["item_ids"][1]
+        assert drawn in (3, 4, 5)
     assert type(collate([rows[0], rows[1]])) is PreferenceBatch
 
 

@@ -83,6 +83,15 @@ def test_another_base_is_refused(tmp_path):
         quiet_trainer(tmp_path).test(SFT(language_model=other), TinyData(), ckpt_path=path)
 
 
+def test_the_base_of_an_earlier_checkpoint_is_not_compared(tmp_path, caplog):
+    config = lora(save_base(tmp_path / "base"))
+    _, _, path = fit(tmp_path, config)
+    entries = torch.load(path, weights_only=True)
+    torch.save(entries | {"base_fingerprint": "0" * 64}, path)
+    SFT.load_from_checkpoint(path, weights_only=True, language_model=config)
+    assert "of an earlier version: its base model cannot be compared" in caplog.text
+
+
 def test_missing_and_unexpected_weights_are_refused(tmp_path):
     """Loading is not strict because frozen weights are left out; so the module looks itself."""
     config = lora(save_base(tmp_path / "base"))
