@@ -273,7 +273,7 @@ def _entries(path: Path) -> dict[str, Any]:
     assert file is not None
     try:
         entries: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
+    except Exception as error:  # the reader of pickles raises errors of many kinds
         raise ValueError(f"{path} is no checkpoint of tensors and plain data, from which a tokenizer could be taken ({error})") from error
     return entries
 

@@ -72,7 +72,7 @@ def on_first_rank(make: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             value = make()
-        except Exception as raised:
+        except Exception as raised:  # the other ranks wait for a message, whatever went wrong
             error = raised
     message = [value, None if error is None else f"{type(error).__name__}: {error}"]
     distributed.broadcast_object_list(message, 0)
