@@ -74,12 +74,14 @@ class PackedBatch(Batch):
         position_ids: ``(B, T)`` int64, restarting at 0 in each document.
         num_step_tokens: Scalar; targets of the whole optimizer step divided by its number of batches over all ranks.
             ``None`` normalises by this batch alone.
+        one_document: Each row is one document, padded on the right. Attention then needs no mask; False is always right.
     """
 
     input_ids: Tensor
     document_ids: Tensor
     position_ids: Tensor
     num_step_tokens: Tensor | None = None
+    one_document: bool = False
 
 
 class AnswerBatch(Batch):
@@ -321,6 +323,7 @@ def collate_packed(examples: Sequence[PackedExample], pad_token_id: int = 0, pad
         input_ids=pad([example["input_ids"] for example in examples], pad_token_id, width=width),
         document_ids=document_ids,
         position_ids=column - (starts * column).cummax(1).values,
+        one_document=all(min(example["document_ids"]) == max(example["document_ids"]) > 0 for example in examples),
     )
 
 

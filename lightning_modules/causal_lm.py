@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from malleable.datamodules.batch import PackedBatch, Vocabulary
 from malleable.lightning_modules.base import BaseModule, LossOutput, Split
 from malleable.lightning_modules.functional.defaults import float32_by_default
-from malleable.lightning_modules.functional.logps import packed_token_logps
+from malleable.lightning_modules.functional.logps import packed_batch_logps
 from malleable.lightning_modules.metrics.editing import Perplexity
 from malleable.lightning_modules.plain import from_plain
 from malleable.lightning_modules.pretrained import LanguageModelConfig
@@ -63,7 +63,7 @@ class CausalLM(TunedWeights, BaseModule):
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
         """Return the negative log-likelihood per token, in nats, over the tokens of the optimizer step."""
-        logps, targets = packed_token_logps(self.model, batch.input_ids, batch.document_ids, batch.position_ids)
+        logps, targets = packed_batch_logps(self.model, batch)
         # Rows repeated only to fill a batch count for nothing.
         targets = targets & (batch.sample_id >= 0)[:, None]
         weight = targets.sum()
@@ -85,7 +85,7 @@ class CausalLM(TunedWeights, BaseModule):
     @float32_by_default()
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Return the log-likelihood of each row, ``(B,)``, nats."""
-        logps, targets = packed_token_logps(self.model, batch.input_ids, batch.document_ids, batch.position_ids)
+        logps, targets = packed_batch_logps(self.model, batch)
         return (logps * targets).sum(1)
 
     def configure_optimizers(self) -> Any:

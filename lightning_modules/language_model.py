@@ -19,7 +19,7 @@ from malleable.lightning_modules.free_answers import nearest_items, write_answer
 from malleable.lightning_modules.functional.decoding import beam_search
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.grounding import embed_texts
-from malleable.lightning_modules.functional.logps import answer_token_logps, packed_token_logps
+from malleable.lightning_modules.functional.logps import answer_token_logps, packed_batch_logps
 from malleable.lightning_modules.functional.trie import Trie
 from malleable.lightning_modules.plain import from_plain
 from malleable.lightning_modules.play import Play, Player, row_seeds
@@ -126,7 +126,7 @@ class LanguageModel(TunedWeights, BaseModule):
         # Rows repeated only to fill a batch count for nothing.
         real = batch.sample_id >= 0
         if isinstance(batch, PackedBatch):
-            logps, targets = packed_token_logps(self.model, batch.input_ids, batch.document_ids, batch.position_ids)
+            logps, targets = packed_batch_logps(self.model, batch)
             targets = targets & real[:, None]
         else:
             targets = batch.answer_mask[:, :1] & real[:, None, None]

@@ -134,8 +134,15 @@ def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary | C
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         base.enable_input_require_grads()
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            module.warn_if_padding_and_no_attention_mask = _skip_padding_check
     built: nn.Module = model.train()
     return built
+
+
+def _skip_padding_check(input_ids: Any, attention_mask: Any) -> None:
+    """Replace the check of some models that warns of padding without a mask: rows padded on the right need none, and it waits for the device."""
 
 
 def _check_tokens(rows: int, vocabulary: Vocabulary | Catalog, name: str | None) -> None:

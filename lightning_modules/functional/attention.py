@@ -5,6 +5,9 @@ Shapes: B rows, T key positions, Q query positions.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,6 +15,34 @@ from torch import Tensor, nn
 
 MASKED_ATTENTION = ("sdpa", "eager")
 """Attention implementations that take a ``(B, 1, Q, T)`` mask."""
+
+
+CAUSAL_ATTENTION = "malleable_causal_sdpa"
+"""Name under which transformers knows SDPA without a mask; see :func:`causal_attention`."""
+
+
+@contextmanager
+def causal_attention(config: Any) -> Iterator[None]:
+    """Let SDPA layers run causal kernels without a mask; other implementations stay as they are.
+
+    Transformers builds a mask also where none is given: compiled always, and otherwise after a look at the positions, for which the host waits. It
+    builds none for an attention implementation that it has no mask function for. SDPA under another name is one; without a mask it takes
+    ``is_causal=True``, which is FlashAttention on CUDA.
+
+    Args:
+        config: The model's configuration.
+    """
+    if getattr(config, "_attn_implementation", None) != "sdpa":
+        yield
+        return
+    # Of a loaded model its library is loaded, too.
+    functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+    functions.register(CAUSAL_ATTENTION, functions["sdpa"])
+    config._attn_implementation = CAUSAL_ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
 
 
 class Reach(NamedTuple):

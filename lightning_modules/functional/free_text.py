@@ -104,7 +104,7 @@ def text_decoder(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_
     forms, width = pass_forms(model), prompt_ids.shape[1] + max_new_tokens
     if forms.cached.fits(width):
         return CachedDecoder(model, prompt_ids, prompt_mask)
-    return RowDecoder(model, prompt_ids, prompt_mask, padded=forms.padded_rows(width))
+    return RowDecoder(model, prompt_ids, prompt_mask, form=forms.row_form(width))
 
 
 class CachedDecoder:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from malleable.lightning_modules.functional.pass_forms import pass_forms
+from malleable.lightning_modules.functional.pass_forms import RowForm, pass_forms
 from malleable.lightning_modules.functional.precision import full_precision
 from malleable.lightning_modules.functional.tree_attention import evaluating
 from malleable.lightning_modules.functional.trie_search import Decoded
@@ -104,11 +104,12 @@ def last_hidden_states(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> 
         ValueError: If the model returns no hidden states, or none that are exact in a batch.
     """
     forms = pass_forms(model)
-    padded = forms.embedding.fits(input_ids.shape[1])
-    if not padded and not (forms.unpadded and forms.states):
+    width = input_ids.shape[1]
+    if not forms.states or not (forms.embedding.fits(width) or forms.unpadded):
         raise ValueError(forms.refusal("embeddings of texts", "ground answers by the trie instead"))
     with evaluating(model):
-        return states_at_end(model, input_ids, lengths, padded=padded).float()
+        form: RowForm = "causal" if forms.causal.fits(width) else "padded" if forms.embedding.fits(width) else "unpadded"
+        return states_at_end(model, input_ids, lengths, form=form).float()
 
 
 def _distances(left: Tensor, right: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ A prompt and its K answers lie in one row: ``[padding | prompt | answer 1 | ... 
 the prompt and itself, and its positions restart where the prompt ends, so the result equals K separate rows while the
 prompt is run once. The language-model head runs only where an answer token is predicted.
 
+A prompt with one answer is a whole sequence and lies in a row of its own, padded on the right, which causal
+kernels run without a mask.
+
 Shapes: B rows, P prompt tokens, K answers, A answer tokens, T = P + all answers' tokens, V vocabulary.
 """
 
@@ -14,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from malleable.lightning_modules.functional.attention import Reach, document_mask, model_mask
-from malleable.lightning_modules.functional.pass_forms import pass_forms
+from malleable.lightning_modules.functional.attention import Reach, causal_attention, document_mask, model_mask
+from malleable.lightning_modules.functional.pass_forms import RowForm, bare_model, pass_forms
 from malleable.lightning_modules.functional.selected_logps import selected_token_logps
 from malleable.lightning_modules.functional.whole_rows import logits_at, separate_answers, separate_documents
 
@@ -112,8 +115,8 @@ def answer_token_logps(
         prompt_mask: ``(B, P)`` bool.
         answer_ids: ``(B, K, A)``, padded on the right.
         answer_mask: ``(B, K, A)`` bool.
-        shared_prompt: Run the prompt once for all answers. ``None`` does so where it is exact for this model; True requires it; False lays out
-            one row an answer.
+        shared_prompt: Run the prompt once for all its answers, if it has several. ``None`` does so where it is exact for this model; True requires
+            it; False lays out one row an answer.
         num_columns: As in :func:`shared_row`.
 
     Returns:
@@ -125,15 +128,17 @@ def answer_token_logps(
     parts = (prompt_ids, prompt_mask, answer_ids, answer_mask)
     forms = pass_forms(model)
     columns = answer_ids.shape[1] * max(0, answer_ids.shape[2] - 1) if num_columns is None else num_columns
-    if shared_prompt is not False and forms.shared.fits(prompt_ids.shape[1] + columns):
-        return shared_logps(model, *parts, num_columns=num_columns, plan=forms.shared.plan)
-    if shared_prompt:
+    shareable = forms.shared.fits(prompt_ids.shape[1] + columns)
+    if shared_prompt and not shareable:
         raise ValueError(forms.refusal("a prompt shared by its answers", "shared_prompt=None or False runs a row for each answer"))
-    if forms.shared.fits(prompt_ids.shape[1] + answer_ids.shape[2]):
-        # Masks of our own need no look at the padding, where the library's make the host wait for the device.
+    if shareable and shared_prompt is not False and answer_ids.shape[1] > 1:
+        return shared_logps(model, *parts, num_columns=num_columns, plan=forms.shared.plan)
+    width = prompt_ids.shape[1] + answer_ids.shape[2]
+    if forms.shared.fits(width) and not forms.causal.fits(width):
+        # Masks of our own need no look at the positions, where the library's make the host wait for the device.
         alone = [part.repeat_interleave(answer_ids.shape[1], 0) for part in parts[:2]] + [part.flatten(0, 1)[:, None] for part in parts[2:]]
         return shared_logps(model, *alone, plan=forms.shared.plan).reshape(answer_ids.shape)
-    return separate_logps(model, *parts, padded=forms.padded_rows(prompt_ids.shape[1] + answer_ids.shape[2]))
+    return separate_logps(model, *parts, form=forms.row_form(width))
 
 
 def shared_logps(
@@ -173,7 +178,7 @@ def shared_logps(
 
 
 def separate_logps(
-    model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, *, padded: bool = True
+    model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, *, form: RowForm = "padded"
 ) -> Tensor:
     """Run a row for each answer of :func:`answer_token_logps`.
 
@@ -183,18 +188,18 @@ def separate_logps(
         prompt_mask: ``(B, P)`` bool.
         answer_ids: ``(B, K, A)``, padded on the right.
         answer_mask: ``(B, K, A)`` bool.
-        padded: As in :func:`~malleable.lightning_modules.functional.whole_rows.logits_at`.
+        form: As in :func:`~malleable.lightning_modules.functional.whole_rows.logits_at`.
 
     Returns:
         ``(B, K, A)`` float32, 0 on padding.
     """
     check_rows(prompt_mask.any(1), NO_PROMPT)
-    input_ids, lengths, starts = separate_answers(prompt_ids, prompt_mask, answer_ids, answer_mask)
+    input_ids, lengths, starts = separate_answers(prompt_ids, prompt_mask, answer_ids, answer_mask, whole=form == "unpadded")
     tokens = starts[:, None] - 1 + torch.arange(answer_ids.shape[2], device=starts.device)
     # Positions behind the end of a row are masked below.
     tokens = torch.minimum(tokens, lengths[:, None] - 1)
     rows = torch.arange(len(tokens), device=starts.device)[:, None].expand_as(tokens)
-    logits = logits_at(model, input_ids, lengths, rows.flatten(), tokens.flatten(), padded=padded)
+    logits = logits_at(model, input_ids, lengths, rows.flatten(), tokens.flatten(), form=form)
     logps = selected_token_logps(logits[None], answer_ids.reshape(1, -1)).reshape(answer_ids.shape)
     return logps.masked_fill(~answer_mask, 0.0)
 
@@ -205,7 +210,9 @@ def answer_logps(model: nn.Module, batch: Any, *, shared_prompt: bool | None = N
     return answer_token_logps(model, *parts, shared_prompt=shared_prompt, num_columns=batch.answer_columns).sum(-1)
 
 
-def packed_token_logps(model: nn.Module, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def packed_token_logps(
+    model: nn.Module, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, *, one_document: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of every token of packed documents but each document's first.
 
     Args:
@@ -213,14 +220,24 @@ def packed_token_logps(model: nn.Module, input_ids: Tensor, document_ids: Tensor
         input_ids: ``(B, T)``.
         document_ids: ``(B, T)``, 0 on padding.
         position_ids: ``(B, T)``, restarting in each document.
+        one_document: Each row is one document, padded on the right: it needs no mask. False is always right.
 
     Returns:
         ``(B, T - 1)`` float32 in nats, 0 where nothing is predicted, and the ``(B, T - 1)`` mask of targets.
     """
     forms = pass_forms(model)
+    if one_document and forms.causal.fits(input_ids.shape[1]):
+        with causal_attention(bare_model(model).config):
+            logits = model(input_ids=input_ids, use_cache=False).logits
+        return _target_logps(logits, input_ids, document_ids)
     if forms.packed.fits(input_ids.shape[1]):
         return packed_row_logps(model, input_ids, document_ids, position_ids, plan=forms.packed.plan)
-    return separate_document_logps(model, input_ids, document_ids, padded=forms.padded_rows(input_ids.shape[1]))
+    return separate_document_logps(model, input_ids, document_ids, form=forms.row_form(input_ids.shape[1]))
+
+
+def packed_batch_logps(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of every token of a ``PackedBatch``; see :func:`packed_token_logps`."""
+    return packed_token_logps(model, batch.input_ids, batch.document_ids, batch.position_ids, one_document=batch.one_document)
 
 
 def packed_row_logps(
@@ -229,17 +246,22 @@ def packed_row_logps(
     """Run the packed rows of :func:`packed_token_logps` as they are, under masks of the layers' reach ``plan``."""
     mask = model_mask(model, document_mask(document_ids), plan, position_ids)
     logits = model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+    return _target_logps(logits, input_ids, document_ids)
+
+
+def _target_logps(logits: Tensor, input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Select the log-probability of each next token of a document from ``(B, T, V)`` logits; see :func:`packed_token_logps`."""
     targets = document_targets(document_ids)
     # The targets are moved, not the logits: a slice of the logits would be copied, forward and backward.
     logps = selected_token_logps(logits, input_ids.roll(-1, 1))[:, :-1]
     return logps.masked_fill(~targets, 0.0), targets
 
 
-def separate_document_logps(model: nn.Module, input_ids: Tensor, document_ids: Tensor, *, padded: bool = True) -> tuple[Tensor, Tensor]:
-    """Run the documents of :func:`packed_token_logps` in rows of their own; ``padded`` as in ``logits_at``."""
+def separate_document_logps(model: nn.Module, input_ids: Tensor, document_ids: Tensor, *, form: RowForm = "padded") -> tuple[Tensor, Tensor]:
+    """Run the documents of :func:`packed_token_logps` in rows of their own; ``form`` as in ``logits_at``."""
     rows, lengths, place = separate_documents(input_ids, document_ids)
     row, column = (torch.arange(rows.shape[1], device=lengths.device) < lengths[:, None] - 1).nonzero(as_tuple=True)
-    logits = logits_at(model, rows, lengths, row, column, padded=padded)
+    logits = logits_at(model, rows, lengths, row, column, form=form)
     predictor = place[(lengths.cumsum(0) - lengths)[row] + column]
     logps = selected_token_logps(logits[None], rows[row, column + 1][None])[0]
     flat = logps.new_zeros(input_ids.numel()).index_put((predictor,), logps)

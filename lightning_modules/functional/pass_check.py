@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from malleable.lightning_modules.functional.attention import MASKED_ATTENTION, Reach, mask_plans
 from malleable.lightning_modules.functional.free_text import CachedDecoder
 from malleable.lightning_modules.functional.logps import packed_row_logps, separate_logps, shared_logps
-from malleable.lightning_modules.functional.pass_forms import Capability, PassForms
+from malleable.lightning_modules.functional.pass_forms import Capability, PassForms, RowForm
 from malleable.lightning_modules.functional.pass_twin import build_twin, small_windows
 from malleable.lightning_modules.functional.selected_logps import selected_token_logps
 from malleable.lightning_modules.functional.tree_attention import TreeDecoder, evaluating
@@ -272,22 +272,33 @@ def _run_cached(model: nn.Module, sample: Sample, plan: tuple[Reach, ...]) -> tu
 
 
 def _run_padded(model: nn.Module, sample: Sample, plan: tuple[Reach, ...]) -> tuple[Tensor, Tensor]:
-    return separate_logps(model, *sample.parts), sample.answer_logps
+    return separate_logps(model, *sample.parts, form="padded"), sample.answer_logps
 
 
-def _run_embedding(model: nn.Module, sample: Sample, plan: tuple[Reach, ...], padded: bool = True) -> tuple[Tensor, Tensor]:
+def _run_embedding(model: nn.Module, sample: Sample, plan: tuple[Reach, ...], form: RowForm = "padded") -> tuple[Tensor, Tensor]:
     if sample.states is None:
         raise ValueError("the model returns no hidden state for each token")
     input_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, device=sample.states.device) for row in sample.sequences], batch_first=True)
     lengths = torch.tensor([len(row) for row in sample.sequences], device=sample.states.device)
-    return states_at_end(model, input_ids, lengths, padded=padded), sample.states
+    return states_at_end(model, input_ids, lengths, form=form), sample.states
+
+
+def _run_causal(model: Any, sample: Sample, plan: tuple[Reach, ...]) -> tuple[Tensor, Tensor]:
+    if model.config._attn_implementation != "sdpa":
+        raise ValueError("attention other than SDPA has no causal kernels")
+    return _run_whole(model, sample, "causal")
 
 
 def _run_unpadded(model: nn.Module, sample: Sample, plan: tuple[Reach, ...]) -> tuple[Tensor, Tensor]:
-    got, expected = separate_logps(model, *sample.parts, padded=False), sample.answer_logps
+    return _run_whole(model, sample, "unpadded")
+
+
+def _run_whole(model: nn.Module, sample: Sample, form: RowForm) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities and hidden states."""
+    got, expected = separate_logps(model, *sample.parts, form=form), sample.answer_logps
     if sample.states is None:
         return got, expected
-    states, plain = _run_embedding(model, sample, plan, padded=False)
+    states, plain = _run_embedding(model, sample, (), form)
     return torch.cat([got.flatten(), states.flatten()]), torch.cat([expected.flatten(), plain.flatten()])
 
 
@@ -298,4 +309,5 @@ _FORMS: dict[str, Run] = {
     "cached": _run_cached,
     "padded": _run_padded,
     "embedding": _run_embedding,
+    "causal": _run_causal,
 }

@@ -8,12 +8,13 @@ that are scaled by the longest row. :func:`pass_forms` measures it once for each
 Every pass then takes the fastest form that is exact:
 
 1. the fast form, under one mask or under masks of each layer's window (``exact``, ``windowed``);
-2. whole sequences, one a row, padded on the right, without a cache (``separate``);
+2. whole sequences, one a row, padded on the right, without a cache (``separate``), by causal kernels where these are exact;
 3. the same without padding, rows of equal length together (``unpadded``).
 
+A prompt with a single answer, and rows of a single document, are whole sequences: by causal kernels the second form is the fastest one.
+
 Where none is exact, the pass raises a ``ValueError`` that names the model. Callers that run a model in a form of their own (another mask, another
-cache) can ask ``pass_forms(model)``: ``cached`` is left-padded decoding under the model's own cache, ``padded`` are right-padded rows under a 2-D
-mask.
+cache) can ask ``pass_forms(model)``: ``cached`` is left-padded decoding under the model's own cache, ``padded`` are right-padded rows.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from malleable.lightning_modules.functional.attention import Reach
+
+RowForm = Literal["causal", "padded", "unpadded"]
+"""How whole sequences run: padded on the right by causal kernels, padded on the right, or those of equal length together."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,9 @@ class PassForms:
         packed: Documents end to end in one row.
         tree: Beams that share a prompt's cache.
         cached: Left-padded rows under the model's own cache, a token at a time.
-        padded: Whole sequences padded on the right, under a 2-D mask; logits.
+        padded: Whole sequences padded on the right; logits.
         embedding: The same; hidden states.
+        causal: The same by causal kernels, without any mask; logits and hidden states.
         unpadded: Whether batches of whole sequences of equal length are exact; logits and hidden states.
         states: Whether the model returns one hidden state for each token; models that return several streams cannot embed.
         reasons: Name of a form and why it is not exact, where running it failed.
@@ -75,26 +80,26 @@ class PassForms:
     cached: Capability = Capability()
     padded: Capability = Capability()
     embedding: Capability = Capability()
+    causal: Capability = Capability()
     unpadded: bool = False
     states: bool = True
     reasons: tuple[tuple[str, str], ...] = ()
 
-    def padded_rows(self, width: int) -> bool:
+    def row_form(self, width: int) -> RowForm:
         """Choose the form of whole sequences.
 
         Args:
             width: Tokens of the longest one.
 
-        Returns:
-            True for right-padded rows, False for rows of equal length without padding.
-
         Raises:
-            ValueError: If the model can run neither.
+            ValueError: If the model can run none.
         """
+        if self.causal.fits(width):
+            return "causal"
         if self.padded.fits(width):
-            return True
+            return "padded"
         if self.unpadded:
-            return False
+            return "unpadded"
         raise ValueError(self.refusal("batches of sequences", "use another model, or batches of one sequence"))
 
     def refusal(self, what: str, instead: str) -> str:

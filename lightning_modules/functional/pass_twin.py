@@ -81,7 +81,7 @@ def build_twin(model: Any, config: Any) -> nn.Module:
     # FSDP2 puts a class of its own before the model's.
     kind: Any = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
     attention = getattr(config, "_attn_implementation", None)
-    # Other implementations need a device; under a 2-D mask they compute the same.
+    # Other implementations need a device; without a mask of ours they compute the same.
     attention = attention if attention in MASKED_ATTENTION else "sdpa"
     if large:
         with torch.device("meta"):

@@ -150,7 +150,7 @@ def beam_decoder(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_
     forms, width = pass_forms(model), prompt_ids.shape[1] + max_new_tokens
     if forms.tree.fits(width):
         return TreeDecoder(model, prompt_ids, prompt_mask, forms.tree.plan)
-    return RowDecoder(model, prompt_ids, prompt_mask, padded=forms.padded_rows(width))
+    return RowDecoder(model, prompt_ids, prompt_mask, form=forms.row_form(width))
 
 
 def logsumexp(logits: Tensor) -> Tensor:

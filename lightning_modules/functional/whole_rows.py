@@ -1,7 +1,8 @@
 """Plain passes: whole sequences, one a row, without a cache.
 
-They are the fallback of every faster pass, for models whose attention or state does not allow it. Rows are padded on the right, where causal
-attention, ALiBi, sliding windows and recurrent states are unaffected by padding, or are run without padding, those of equal length together.
+They are the fallback of every faster pass, for models whose attention or state does not allow it, and the fast form of one answer to each prompt.
+Rows are padded on the right, where causal attention, ALiBi, sliding windows and recurrent states are unaffected by padding, or are run without
+padding, those of equal length together. Neither needs an attention mask, and without one SDPA takes causal kernels (FlashAttention on CUDA).
 
 Shapes: N rows, T tokens, P positions whose logits are needed, V vocabulary, B prompts, K answers, A answer tokens, R searched rows,
 n tokens of a step.
@@ -10,14 +11,17 @@ n tokens of a step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from malleable.lightning_modules.functional.attention import causal_attention
+from malleable.lightning_modules.functional.pass_forms import RowForm, bare_model
 
-def logits_at(model: nn.Module, input_ids: Tensor, lengths: Tensor, rows: Tensor, tokens: Tensor, *, padded: bool) -> Tensor:
+
+def logits_at(model: nn.Module, input_ids: Tensor, lengths: Tensor, rows: Tensor, tokens: Tensor, *, form: RowForm) -> Tensor:
     """Compute logits at some tokens of whole sequences.
 
     Args:
@@ -26,37 +30,42 @@ def logits_at(model: nn.Module, input_ids: Tensor, lengths: Tensor, rows: Tensor
         lengths: ``(N,)`` int64, real tokens of each row.
         rows: ``(P,)`` int64, the row of each position.
         tokens: ``(P,)`` int64, the column of each position.
-        padded: Run all rows in one pass under an attention mask; False runs rows of equal length together, without padding.
+        form: Run all rows in one pass, by causal kernels (``causal``) or as the model decides (``padded``); or rows of equal length together
+            (``unpadded``).
 
     Returns:
         ``(P, V)``.
     """
-    if padded:
-        mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-        return _logits_at(model, {"input_ids": input_ids, "attention_mask": mask.long()}, rows, tokens)
+    if form != "unpadded":
+        with _kernels(model, form):
+            return _logits_at(model, input_ids, rows, tokens)
     _refuse_sharded(model)
     parts, places = [], []
     for length, members in _by_length(lengths):
         place = torch.isin(rows, members).nonzero()[:, 0]
         if len(place):
             reset_rope(model)
-            parts.append(_logits_at(model, {"input_ids": input_ids[members, :length]}, torch.searchsorted(members, rows[place]), tokens[place]))
+            parts.append(_logits_at(model, input_ids[members, :length], torch.searchsorted(members, rows[place]), tokens[place]))
             places.append(place)
     return torch.cat(parts)[torch.cat(places).argsort()]
 
 
-def states_at_end(model: nn.Module, input_ids: Tensor, lengths: Tensor, *, padded: bool) -> Tensor:
+def states_at_end(model: nn.Module, input_ids: Tensor, lengths: Tensor, *, form: RowForm) -> Tensor:
     """Compute the last layer's hidden state at the last token of whole sequences, ``(N, d)``; the arguments are those of :func:`logits_at`."""
-    if padded:
-        mask = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-        return _states_at_end(model, {"input_ids": input_ids, "attention_mask": mask.long()}, lengths)
+    if form != "unpadded":
+        with _kernels(model, form):
+            return _states_at_end(model, input_ids, lengths)
     _refuse_sharded(model)
     parts, places = [], []
     for length, members in _by_length(lengths):
         reset_rope(model)
-        parts.append(_states_at_end(model, {"input_ids": input_ids[members, :length]}, lengths[members]))
+        parts.append(_states_at_end(model, input_ids[members, :length], lengths[members]))
         places.append(members)
     return torch.cat(parts)[torch.cat(places).argsort()]
+
+
+def _kernels(model: nn.Module, form: RowForm) -> AbstractContextManager[None]:
+    return causal_attention(bare_model(model).config) if form == "causal" else nullcontext()
 
 
 def _refuse_sharded(model: nn.Module) -> None:
@@ -80,16 +89,16 @@ def _by_length(lengths: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield int(length), (lengths == length).nonzero()[:, 0]
 
 
-def _logits_at(model: nn.Module, inputs: dict[str, Tensor], rows: Tensor, tokens: Tensor) -> Tensor:
+def _logits_at(model: nn.Module, input_ids: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
     with _head_at(model, rows, tokens) as gathered:
-        logits: Tensor = model(**inputs, use_cache=False).logits
+        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
     return logits[0] if gathered else logits[rows, tokens]
 
 
-def _states_at_end(model: nn.Module, inputs: dict[str, Tensor], lengths: Tensor) -> Tensor:
+def _states_at_end(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:
     first = torch.zeros_like(lengths[:1])
     with _head_at(model, first, first):
-        states: Tensor = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
+        states: Tensor = model(input_ids=input_ids, output_hidden_states=True, use_cache=False).hidden_states[-1]
     return states[torch.arange(len(states), device=states.device), lengths - 1]
 
 
@@ -100,7 +109,8 @@ def _head_at(model: Any, rows: Tensor, tokens: Tensor) -> Iterator[list[bool]]:
 
     def gather(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         gathered.append(True)
-        return (inputs[0][rows, tokens][None],)
+        # The gradient of a selection is one kernel, where that of `inputs[0][rows, tokens]` sorts the positions.
+        return (inputs[0].flatten(0, 1).index_select(0, rows * inputs[0].shape[1] + tokens)[None],)
 
     handle = None if head is None else head.register_forward_pre_hook(gather)
     try:
@@ -125,7 +135,9 @@ def reset_rope(model: nn.Module) -> None:
                 setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").to(current, copy=True))
 
 
-def separate_answers(prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def separate_answers(
+    prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, *, whole: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Lay each answer behind its prompt into a row of its own.
 
     Args:
@@ -133,19 +145,24 @@ def separate_answers(prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor
         prompt_mask: ``(B, P)`` bool.
         answer_ids: ``(B, K, A)`` int64, padded on the right.
         answer_mask: ``(B, K, A)`` bool.
+        whole: Keep the last token of each answer, which predicts nothing: under dynamic rotary embeddings the length of a row counts.
 
     Returns:
-        Tokens ``(B * K, P + A)``, padded on the right; their ``(B * K,)`` lengths; and the ``(B * K,)`` lengths of the prompts.
+        Tokens ``(B * K, P + A - 1)``, or ``(B * K, P + A)``, padded on the right; their ``(B * K,)`` lengths; and the ``(B * K,)`` lengths of the
+        prompts.
     """
     count, width = answer_ids.shape[1:]
+    last = 0 if whole else 1
+    if not width:
+        answer_ids = answer_ids.new_zeros(*answer_ids.shape[:2], 1)
     starts = prompt_mask.sum(1)
-    column = torch.arange(prompt_ids.shape[1] + width, device=prompt_ids.device)
+    column = torch.arange(prompt_ids.shape[1] + max(0, width - last), device=prompt_ids.device)
     behind = column - starts[:, None]
     # Where each column of the row lies in the prompt, or in the answer.
     prompts = prompt_ids.gather(1, (behind + prompt_ids.shape[1]).clamp(0, prompt_ids.shape[1] - 1))
-    answers = answer_ids.gather(2, behind.clamp(0, width - 1)[:, None].expand(-1, count, -1))
+    answers = answer_ids.gather(2, behind.clamp(0, max(0, width - 1))[:, None].expand(-1, count, -1))
     input_ids = torch.where(behind[:, None] < 0, prompts[:, None], answers)
-    lengths = starts[:, None] + answer_mask.sum(-1)
+    lengths = starts[:, None] + (answer_mask.sum(-1) - last).clamp_min(0)
     return input_ids.flatten(0, 1), lengths.flatten(), starts.repeat_interleave(count)
 
 
@@ -178,14 +195,14 @@ class RowDecoder:
         model: Hugging Face causal language model.
         prompt_ids: ``(R, P)`` int64, padded on the left.
         prompt_mask: ``(R, P)`` bool.
-        padded: As in :func:`logits_at`.
+        form: As in :func:`logits_at`.
 
     Attributes:
         logits: ``(R, 1, V)``, at the prompt's last token.
     """
 
-    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, padded: bool) -> None:
-        self.model, self.padded = model, padded
+    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, form: RowForm) -> None:
+        self.model, self.form = model, form
         self.lengths = prompt_mask.sum(1)
         column = torch.arange(prompt_ids.shape[1], device=prompt_ids.device)
         place = (column + prompt_ids.shape[1] - self.lengths[:, None]).clamp_max(prompt_ids.shape[1] - 1)
@@ -227,5 +244,5 @@ class RowDecoder:
         paths = torch.nn.functional.pad(self.path, (0, 1)).gather(2, behind.clamp(0, width))
         input_ids = torch.where(behind < 0, prompts, paths).flatten(0, 1)
         lengths = (self.lengths[:, None] + self.size).flatten()
-        ends = logits_at(self.model, input_ids, lengths, torch.arange(len(input_ids), device=lengths.device), lengths - 1, padded=self.padded)
+        ends = logits_at(self.model, input_ids, lengths, torch.arange(len(input_ids), device=lengths.device), lengths - 1, form=self.form)
         return ends.reshape(rows, count, -1)

@@ -5,6 +5,7 @@ They run on the device ``meta``, whose tensors hold no data: code takes the path
 
 import pytest
 import torch
+from architectures import tiny_model
 from synchronisations import Synchronisations
 
 from malleable import DPO, SFT, CausalLM, SPRec
@@ -67,6 +68,14 @@ def test_step(name, whole_step):
 @pytest.mark.parametrize("name", ["SFT", "DPO"])
 def test_step_under_other_settings(name, options):
     module, rows = module_of(name, LanguageModelConfig(scratch=Scratch(**SIZES), **options))
+    _, waits = step_on_meta(module, collate(rows))
+    assert not waits.found, waits
+
+
+def test_step_of_a_model_that_looks_for_padding(tmp_path):
+    """GPT-2 searches its input for padding where it gets no mask."""
+    tiny_model("gpt2", pad_token_id=0).save_pretrained(tmp_path)
+    module, rows = module_of("SFT", LanguageModelConfig(name=str(tmp_path)))
     _, waits = step_on_meta(module, collate(rows))
     assert not waits.found, waits
 

@@ -135,7 +135,7 @@ def test_fallbacks_have_gradients():
     for limit in (float("inf"), 0):
         model = tiny_model("llama")
         forms = pass_forms.pass_forms(model)
-        held = {name: pass_forms.Capability(limit) for name in ("shared", "padded")}
+        held = {name: pass_forms.Capability(limit) for name in ("shared", "padded", "causal")}
         pass_forms._BY_MODEL[model] = model.config._attn_implementation, dataclasses.replace(forms, **held)
         prompt, answers = torch.tensor([[0, 5, 6], [7, 8, 9]]), torch.tensor([[[7, 8], [9, 0]], [[4, 5], [6, 7]]])
         answer_token_logps(model, prompt, prompt > 0, answers, answers > 0).square().sum().backward()
