@@ -19,6 +19,7 @@ from torch import Tensor
 from malleable.callbacks.sweep import rows_per_pass, sweep
 from malleable.datamodules.files import atomic_write
 from malleable.datamodules.loader import PhasedLoader, RowView
+from malleable.lightning_modules.compiled import compiled_passes
 from malleable.lightning_modules.functional.logps import answer_logps
 from malleable.lightning_modules.language_model import LanguageModel
 
@@ -30,7 +31,8 @@ def reference_logps(trainer: Trainer, module: LanguageModel, rows: Any, loader: 
     shared_prompt = module.decoding.shared_prompt
 
     def compute(batch: Any) -> Tensor:
-        return answer_logps(module.model, batch, shared_prompt=shared_prompt)
+        with compiled_passes():
+            return answer_logps(module.model, batch, shared_prompt=shared_prompt)
 
     return sweep(trainer, module, rows, loader.collate_fn, rows_per_pass(trainer, loader), compute, label)
 

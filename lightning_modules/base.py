@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -77,6 +78,7 @@ class BaseModule(LightningModule, ABC):
         Raises:
             MisconfigurationException: If it is nowhere, or the data's is not the module's.
         """
+        self._leave_steps_uncompiled()
         source = getattr(self.trainer, "datamodule", None)
         for name in self.needs:
             own, given = getattr(self, name), getattr(source, name, None)
@@ -93,6 +95,12 @@ class BaseModule(LightningModule, ABC):
                 setattr(self, name, given)
                 self.eval_metrics.clear()
         leave_frozen_unwrapped(getattr(self.trainer, "strategy", None))
+
+    def _leave_steps_uncompiled(self) -> None:
+        """Undo what the Trainer made of ``torch.compile(module)``: steps that log and feed metrics cannot be compiled."""
+        if self._compiler_ctx is not None:
+            log.info("torch.compile(%s): steps log and run without compilation; a language model's decoder is compiled", type(self).__name__)
+            to_uncompiled(self)
 
     def settings(self) -> dict[str, Any]:
         """Return the values of :attr:`weight_settings`, which checkpoints store."""

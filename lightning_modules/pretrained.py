@@ -18,6 +18,7 @@ from torch import nn
 
 from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.lightning_modules.adapters import with_adapter
+from malleable.lightning_modules.compiled import Compile
 from malleable.lightning_modules.functional.attention import MASKED_ATTENTION
 from malleable.lightning_modules.functional.defaults import drawn_on_cpu
 from malleable.lightning_modules.loading import DTYPES, load_pretrained, whole_weights
@@ -77,10 +78,12 @@ class LanguageModelConfig:
         quantization: ``4bit`` loads NF4 weights through bitsandbytes (needs a GPU and LoRA).
         gradient_checkpointing: Recompute activations in the backward pass, without re-entrance.
         local_files_only: Take a hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
-        attention: Attention implementation. ``sdpa`` takes FlashAttention or the memory-efficient kernels; those of cuDNN are switched off, see
+        attention: Attention implementation. ``sdpa`` runs whole sequences (one answer to a prompt, one document a row) without a mask, by
+            FlashAttention on CUDA, and rows of several sequences under a mask, by memory-efficient kernels; those of cuDNN are switched off, see
             :func:`~malleable.lightning_modules.functional.attention.avoid_planned_kernels`. Architectures without SDPA run with ``eager``.
-            ``flex_attention`` and ``flash_attention_2`` are refused: a prompt shared by its answers and packed documents need a mask of their own,
+            ``flash_attention_2`` and ``flex_attention`` are refused: a prompt shared by its answers and packed documents need a mask of their own,
             FlashAttention takes none, and FlexAttention has no backward pass on a CPU, where forms of passes are measured. Neither is tested here.
+        compile: Compile the decoder in training and validation; ``None`` does not. See :class:`~malleable.lightning_modules.compiled.Compile`.
         scratch: Sizes of the from-scratch model.
     """
 
@@ -92,6 +95,7 @@ class LanguageModelConfig:
     gradient_checkpointing: bool = False
     local_files_only: bool = False
     attention: Literal["sdpa", "eager"] = "sdpa"
+    compile: Compile | None = None
     scratch: Scratch = field(default_factory=Scratch)
 
     def __post_init__(self) -> None:

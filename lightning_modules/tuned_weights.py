@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import FSDPStrategy
-from torch import nn
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
 
 from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.identity import check_folder, write_folder
+from malleable.lightning_modules.compiled import compile_decoder, compiled_passes
 from malleable.lightning_modules.export import export_result, is_sharded, registered_checkpoint
 from malleable.lightning_modules.functional.attention import avoid_planned_kernels
 from malleable.lightning_modules.functional.defaults import float32_by_default
@@ -55,6 +56,7 @@ class TunedWeights(LightningModule):
     check_settings: Callable[[dict[str, Any]], None]  # of the base
     _base_fingerprint: str
     _exported: bool = False
+    _compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
     @property
     @abstractmethod
@@ -63,7 +65,12 @@ class TunedWeights(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a precision in which the weights cannot be trained."""
+        if self._compiler_ctx is not None:
+            # Of `torch.compile(module)` the decoder remains compiled.
+            self._compiler = self._compiler_ctx["dynamo_ctx"]
         super().setup(stage)
+        if self.model is not None:
+            self._compile()
         if stage == "fit" and not self.frozen:
             check_training_precision(self.trainer, self.language_model)
 
@@ -86,6 +93,7 @@ class TunedWeights(LightningModule):
             self.model.requires_grad_(False).eval()
         self._base_fingerprint = fingerprint(self.model)
         self._check_passes(zero3)
+        self._compile()
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         log.info(
             "language model: %s, %.2f M of %.2f M parameters trained",
@@ -93,6 +101,32 @@ class TunedWeights(LightningModule):
             trainable / 1e6,
             sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters()) / 1e6,
         )
+
+    def _compile(self) -> None:
+        """Compile the decoder where that is set.
+
+        Raises:
+            MisconfigurationException: If weights are sharded: they are gathered by hooks, which are no part of a graph.
+        """
+        compiler = self._compiler or self.language_model.compile
+        if compiler is None:
+            return
+        strategy: Any = getattr(getattr(self, "attached", None), "strategy", None)
+        if getattr(strategy, "zero_stage_3", False) or isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+            raise MisconfigurationException(
+                "language_model.compile does not work with weights that are sharded over ranks (ZeRO-3, FSDP): use DDP or ZeRO-2, or leave it out"
+            )
+        compile_decoder(self.model, compiler)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss; the decoder runs compiled where that is set."""
+        with compiled_passes():
+            return super().training_step(batch, batch_idx)  # type: ignore[no-any-return]
+
+    def log_loss(self, batch: Any, split: Any) -> Any:
+        """Add up the loss of an evaluation batch; the decoder runs compiled where that is set."""
+        with compiled_passes():
+            return super().log_loss(batch, split)  # type: ignore[misc]
 
     def _check_passes(self, zero3: dict[str, Any] | None) -> None:
         """Find the form of each pass that is exact for the model, and log those that are not the fast ones.
