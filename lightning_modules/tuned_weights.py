@@ -12,10 +12,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
+from torch import nn
 
 from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.identity import check_folder, write_folder
+from malleable.lightning_modules.base import LossOutput, Split
 from malleable.lightning_modules.compiled import compile_decoder, compiled_passes
 from malleable.lightning_modules.export import export_result, is_sharded, registered_checkpoint
 from malleable.lightning_modules.functional.attention import avoid_planned_kernels
@@ -118,15 +119,16 @@ class TunedWeights(LightningModule):
             )
         compile_decoder(self.model, compiler)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Return the loss; the decoder runs compiled where that is set."""
         with compiled_passes():
-            return super().training_step(batch, batch_idx)  # type: ignore[no-any-return]
+            return super().training_step(batch, batch_idx)
 
-    def log_loss(self, batch: Any, split: Any) -> Any:
+    def log_loss(self, batch: Any, split: Split) -> LossOutput | None:
         """Add up the loss of an evaluation batch; the decoder runs compiled where that is set."""
         with compiled_passes():
-            return super().log_loss(batch, split)  # type: ignore[misc]
+            output: LossOutput | None = super().log_loss(batch, split)  # type: ignore[misc]
+        return output
 
     def _check_passes(self, zero3: dict[str, Any] | None) -> None:
         """Find the form of each pass that is exact for the model, and log those that are not the fast ones.

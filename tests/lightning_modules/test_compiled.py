@@ -74,7 +74,7 @@ def check_equal(compiled, plain, rows):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", ["SFT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("DPO", "CausalLM"))])
 def test_one_graph_for_all_widths(name, graphs):
     compiled = built(name, LanguageModelConfig(scratch=SIZES, compile=Compile(backend="counting")))
     plain = copy.deepcopy(compiled)
