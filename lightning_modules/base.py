@@ -99,7 +99,7 @@ class BaseModule(LightningModule, ABC):
     def _leave_steps_uncompiled(self) -> None:
         """Undo what the Trainer made of ``torch.compile(module)``: steps that log and feed metrics cannot be compiled."""
         if self._compiler_ctx is not None:
-            log.info("torch.compile(%s): steps log and run without compilation; a language model's decoder is compiled", type(self).__name__)
+            log.info("torch.compile(%s): steps log and run without compilation; of a language model the decoder is compiled", type(self).__name__)
             to_uncompiled(self)
 
     def settings(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from boring import BoringDataModule, BoringModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tiny_data import TinyData, quiet_trainer
 from torch._dynamo.utils import counters
@@ -141,4 +142,12 @@ def test_fit_of_a_compiled_module(graphs, tmp_path):
     trainer.fit(torch.compile(module, backend="counting"), TinyData())
     assert trainer.global_step == 1
     assert graphs
+    assert "train_loss" in trainer.callback_metrics
+
+
+def test_fit_of_another_compiled_module(tmp_path):
+    """Modules without a decoder train as they are."""
+    trainer = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=1)
+    trainer.fit(torch.compile(BoringModule(), backend="eager"), BoringDataModule())
+    assert trainer.global_step == 2
     assert "train_loss" in trainer.callback_metrics
