@@ -11,6 +11,7 @@ from torch import Tensor
 from malleable.callbacks.figures import draw_exposure, draw_exposure_curve
 from malleable.callbacks.page import Section
 from malleable.datamodules.batch import AnswerBatch, Catalog, Recommendations
+from malleable.lightning_modules.functional.ranks import gather_over_ranks
 from malleable.lightning_modules.metrics.exposure import ExposureMetrics
 
 TOP = 12
@@ -46,14 +47,21 @@ class ExposureReport(Callback):
         if self.catalog is None or not isinstance(outputs, Recommendations) or not isinstance(batch, AnswerBatch):
             return
         if self._metric is None:
-            self._metric = ExposureMetrics(len(self.catalog), ks=(self.k or outputs.item_ids.shape[1],)).to(pl_module.device)
+            self._metric = self._make_metric(self.k or outputs.item_ids.shape[1], pl_module.device)
         self._metric.update(outputs.item_ids, batch.history, batch.sample_id)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add up over all processes."""
-        if self._metric is not None:
-            self._metric.compute()
-            self.recommended = self._metric.item_counts(self._metric.ks[0])
+        """Add up over all processes; one without a batch takes part, because the others would wait for it."""
+        width = max(gather_over_ranks(0 if self._metric is None else self._metric.ks[0]))
+        if not width:
+            return
+        metric = self._metric or self._make_metric(width, pl_module.device)
+        metric.compute()
+        self.recommended = metric.item_counts(width)
+
+    def _make_metric(self, k: int, device: torch.device) -> ExposureMetrics:
+        assert self.catalog is not None
+        return ExposureMetrics(len(self.catalog), ks=(k,)).to(device)
 
     def report_sections(self) -> list[Section]:
         """Show the most recommended titles, and how the exposure is spread."""

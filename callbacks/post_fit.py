@@ -91,8 +91,9 @@ class PostFitEdit(Callback, ABC):
         if len(models) > 1:
             raise MisconfigurationException(f"the edits of a run must change one model, got model={' and model='.join(models)}; run `fit` for each")
         if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+            command = getattr(stage, "value", stage)  # Lightning passes a member of an enumeration
             raise MisconfigurationException(
-                f"{type(self).__name__} cannot run `{stage}` with {type(trainer.strategy).__name__}: it needs whole weights on every rank; use one "
+                f"{type(self).__name__} cannot run `{command}` with {type(trainer.strategy).__name__}: it needs whole weights on every rank; use one "
                 "device or ddp (--config base/ddp.yaml). To edit a model that is trained with such a strategy, train it without this callback, "
                 "then run `fit` with --trainer.max_steps 0 and one device or ddp from the consolidated checkpoint"
             )
@@ -141,8 +142,9 @@ class PostFitEdit(Callback, ABC):
         path = getattr(checkpoint, "best_model_path", "")
         if self.start == "last" or not path or path == self.replaced:
             return
-        if not Path(path).is_file():
-            log.warning("%s: the best checkpoint %s is no file here: the last weights are edited", type(self).__name__, path)
+        if not trainer.strategy.reduce_boolean_decision(Path(path).is_file(), all=True):
+            # All ranks or none: they must edit the same weights.
+            log.warning("%s: the best checkpoint %s is not a file on every machine: the last weights are edited", type(self).__name__, path)
             return
         stored = _read(path, "edit the last weights with start='last', or keep such objects out of save_hyperparameters")
         pl_module.on_load_checkpoint(stored)

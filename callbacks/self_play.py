@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -317,13 +318,17 @@ class SelfPlayLoop(Callback):
         loader = getattr(datamodule, f"{self.compare_on}_dataloader")()
         self.state.before = measure(trainer, module, loader)
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from zero on every rank, also on one that has no rows to test."""
+        if self.state.before:
+            self._counts = torch.zeros_like(self.state.before["counts"], device=pl_module.device)
+
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Count what the final model recommends."""
-        if isinstance(outputs, Recommendations) and self.state.before:
-            counts = recommendation_counts(outputs.item_ids, batch.sample_id, len(self.state.before["counts"]))
-            self._counts = counts if self._counts is None else self._counts + counts
+        if isinstance(outputs, Recommendations) and self._counts is not None:
+            self._counts = self._counts + recommendation_counts(outputs.item_ids, batch.sample_id, len(self._counts))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up the counts of all ranks."""

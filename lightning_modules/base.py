@@ -22,6 +22,7 @@ from malleable.datamodules.batch import Batch
 from malleable.datamodules.identity import KINDS, SETTINGS, check_identity, differences, put, take
 from malleable.lightning_modules.frozen_ddp import leave_frozen_unwrapped
 from malleable.lightning_modules.functional.defaults import float32_by_default
+from malleable.lightning_modules.functional.ranks import gather_over_ranks
 from malleable.lightning_modules.plain import nested, plain
 
 log = logging.getLogger(__name__)
@@ -296,11 +297,14 @@ class BaseModule(LightningModule, ABC):
 
     def _log_mean_loss(self, split: Split) -> None:
         sums = self._loss_sums.pop(split, {})
-        if not sums:
+        # A rank without a batch takes part in the reduction, too: the others would wait for it.
+        names = list(dict.fromkeys(name for own in gather_over_ranks(list(sums)) for name in own))
+        if not names:
             return
+        nothing = torch.zeros(2, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
         # The reduction gives back the mean over ranks of both sums; their ratio is that of the sums.
-        totals, weights = self.trainer.strategy.reduce(torch.stack(list(sums.values())), reduce_op="mean").unbind(1)
-        for name, value in zip(sums, totals / weights, strict=True):
+        totals, weights = self.trainer.strategy.reduce(torch.stack([sums.get(name, nothing) for name in names]), reduce_op="mean").unbind(1)
+        for name, value in zip(names, totals / weights, strict=True):
             self.log(f"{split}_{name}", value.float(), prog_bar=name == "loss", rank_zero_only=False)
 
     def _log_metrics(self, split: Split) -> None:

@@ -103,13 +103,14 @@ def is_sharded(trainer: Trainer) -> bool:
 def registered_checkpoint(trainer: Trainer) -> Path | None:
     """Return the checkpoint that a run registered as its result, which ``test`` measures: the best or edited one, else the last.
 
-    ``None`` if there is none, or under ZeRO stage 3, where the weights in memory are tested.
+    ``None`` if there is none, or under ZeRO stage 3, where the weights in memory are tested. Every rank must call it: the first one decides
+    whether the checkpoint exists, so that all take the same way.
     """
     callback: Any = trainer.checkpoint_callback
     name = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
     if not name or getattr(trainer.strategy, "zero_stage_3", False):
         return None
-    if not Path(name).exists():
+    if not trainer.strategy.broadcast(Path(name).exists()):
         log.warning("the checkpoint %s is not here any more: the weights in memory are exported", name)
         return None
     return Path(name)

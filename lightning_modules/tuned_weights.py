@@ -65,7 +65,7 @@ class TunedWeights(LightningModule):
         """What knows the tokenizer; ``None`` until the data or a checkpoint has brought it."""
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision in which the weights cannot be trained."""
+        """Refuse a precision in which the weights cannot be trained, and a fit of nothing where the strategy needs an optimizer."""
         if self._compiler_ctx is not None:
             # Of `torch.compile(module)` the decoder remains compiled.
             self._compiler = self._compiler_ctx["dynamo_ctx"]
@@ -74,6 +74,11 @@ class TunedWeights(LightningModule):
             self._compile()
         if stage == "fit" and not self.frozen:
             check_training_precision(self.trainer, self.language_model)
+        elif stage == "fit" and getattr(self.trainer.strategy, "handles_gradient_accumulation", False):
+            raise MisconfigurationException(
+                f"{type(self).__name__}(frozen=True) cannot run `fit` with {type(self.trainer.strategy).__name__}, which needs an optimizer: use "
+                "`test`, `validate` or `predict`, or one device or ddp (--config base/ddp.yaml)"
+            )
 
     @float32_by_default()
     def configure_model(self) -> None:
@@ -139,8 +144,9 @@ class TunedWeights(LightningModule):
         try:
             with whole_weights(zero3):
                 forms = pass_forms(self.model)
-        except ValueError:
-            # Partitioned weights run in the engine only: the first pass measures them there, on all ranks together.
+        except (ValueError, RuntimeError):
+            # Of mixtures of experts no small twin is built, and partitioned weights run in the engine only: the first pass measures them there, on
+            # all ranks together.
             if zero3 is None:
                 raise
             return
@@ -192,9 +198,11 @@ class TunedWeights(LightningModule):
         A run that was killed between its last step and this one exports when it is resumed.
         """
         folder = self._run_folder()
-        if folder is None or self._exported or not self.trainer.is_global_zero:
+        if folder is None or self._exported:
             return
         path = registered_checkpoint(self.trainer)
+        if not self.trainer.is_global_zero:
+            return
         if path is None:
             log.info("no checkpoint was saved: the weights in memory are exported")
         self.export(folder, path)

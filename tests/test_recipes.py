@@ -70,6 +70,12 @@ def test_a_recipe_fits_the_signatures_and_survives_being_saved(name, tmp_path):
     assert yaml.safe_load(printed("fit", "--config", "saved.yaml")) == yaml.safe_load(first)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_makes_the_same_steps_on_any_number_of_devices(name):
+    recipe = yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+    assert recipe["model"].get("init_args", {}).get("frozen") or recipe["data"]["init_args"].get("global_batch_size")
+
+
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith(("baselines", "nfe"))])
 def test_a_recipe_trains_in_a_precision_that_loses_nothing(name):
     """Neither refused nor warned about: weights that train are float32, and so is everything that is edited."""

@@ -46,13 +46,18 @@ def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
     return total.to(values.device)
 
 
+def gather_over_ranks(value: T) -> list[T]:
+    """Collect a picklable value of each rank, in the order of the ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
 def merge_over_ranks(values: Mapping[int, T]) -> list[T]:
     """Collect values that ranks made for the keys ``0..N-1``, each key on one rank, in the order of the keys."""
-    merged = dict(values)
-    if world_size() > 1:
-        parts: list[Any] = [None] * world_size()
-        distributed.all_gather_object(parts, merged)
-        merged = {key: value for part in parts for key, value in part.items()}
+    merged = {key: value for part in gather_over_ranks(dict(values)) for key, value in part.items()}
     return [merged[key] for key in sorted(merged)]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from launch import launch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins import MixedPrecision
 from post_fit_run import FactModule, edit, trainer_of
 from small_facts import KNOWN, NEW, OTHERS, PARAPHRASE, SETTINGS, TEXTS
 
@@ -296,3 +297,27 @@ def test_the_tiny_recipe_runs_on_two_ranks_with_a_trained_and_a_frozen_model(tmp
         assert len(list((folder / "patches").glob("*/patch.json"))) == 1
         figures = json.loads((folder / "report/metrics.json").read_text())
         assert {"test_efficacy", "test_efficacy_generated", "test_perplexity_ratio", "test_fluency"} <= figures.keys()
+
+
+@pytest.mark.parametrize("precision", [pytest.param("16-mixed", marks=pytest.mark.slow), "bf16-mixed", "bf16-true"])
+def test_a_fit_in_another_precision_is_edited_as_in_float32(run, learnt, tmp_path, precision):
+    """Edits are found and measured outside autocast; weights in half precision get the sum of a layer's updates, rounded once."""
+    callback = edit(**BATCHES)
+    # Lightning takes bf16-mixed on a CPU where 16-mixed is its name.
+    plugins = {"plugins": [MixedPrecision("16-mixed", "cpu")]} if precision == "16-mixed" else {"precision": precision}
+    trainer = trainer_of(tmp_path, callback, **plugins)
+    module = copy.deepcopy(learnt)
+    trainer.fit(module)
+    (figures,) = trainer.test(module, verbose=False)
+    expected = run[3]
+    for name in ("test_efficacy", "test_efficacy_exact", "test_specificity", "test_new"):
+        assert figures[name] == expected[name], name
+    assert figures["test_perplexity_ratio"] == pytest.approx(expected["test_perplexity_ratio"], abs=0.01)
+    (patch,) = callback.stack.patches
+    weights = dict(module.model.named_parameters())
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
+    for name, delta in patch.deltas.items():
+        assert delta.dense().dtype == torch.float32
+        whole = callback.stack.originals[name].float() + delta.dense()
+        assert torch.equal(weights[name].float(), whole.to(weights[name].dtype).float()), "rounded once"
+    assert torch.get_default_dtype() == torch.float32

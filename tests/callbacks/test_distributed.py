@@ -46,3 +46,62 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     for name, table in own.items():
         assert table.sum() > 0
         assert torch.equal(table, other[name]), name
+
+
+UNEVEN = """
+import os, sys
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, IterableDataset
+from malleable.callbacks.exposure import ExposureReport
+from malleable.callbacks.self_play import SelfPlayLoop
+from malleable.lightning_modules.base import BaseModule, LossOutput
+from malleable.lightning_modules.baselines import Popularity
+from toy_shop import ToyShop
+
+
+class WithLoss(Popularity):
+    log_loss = BaseModule.log_loss
+
+    def compute_loss(self, batch):
+        return LossOutput(batch.target.float().mean(), {"squares": batch.target.float().square().mean()})
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+ranks, data = int(os.environ.get("WORLD_SIZE", 1)), ToyShop()
+data.setup("test")
+# All rows are those of the first rank; the second one sees no batch.
+rows = [data.test_dataset[index] for index in range(5)] if os.environ.get("RANK", "0") == "0" else []
+module, exposure, loop = WithLoss(data.catalog, ks=(2,)), ExposureReport(), SelfPlayLoop(rounds=1)
+module.configure_model()
+module.num_rows.fill_(1)
+loop.state.before = {"figures": {}, "counts": torch.zeros(8, dtype=torch.long)}
+trainer = Trainer(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", logger=False, enable_progress_bar=False,
+                  enable_model_summary=False, enable_checkpointing=False, callbacks=[exposure, loop])
+(figures,) = trainer.test(module, DataLoader(Stream(rows), batch_size=2, collate_fn=data.collate), verbose=False)
+found = {name: figures[name] for name in ("test_loss", "test_squares", "test_hr_2", "test_coverage_2")}
+torch.save([found, exposure.recommended, loop._counts], f"ranks{ranks}-{os.environ.get('RANK', '0')}.pt")
+"""
+
+
+@pytest.mark.ddp
+def test_a_rank_without_a_batch_takes_part_in_every_reduction(tmp_path, monkeypatch):
+    """An iterable dataset may end on one rank before its first batch; nothing waits for that rank, and all have the figures of all rows."""
+    script = tmp_path / "run.py"
+    script.write_text(UNEVEN)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script))
+    launch([script], ranks=2, cwd=tmp_path)
+    expected, *counts = torch.load(tmp_path / "ranks1-0.pt", weights_only=True)
+    assert [table.sum().item() for table in counts] == [10, 10]
+    for rank in (0, 1):
+        found, *others = torch.load(tmp_path / f"ranks2-{rank}.pt", weights_only=True)
+        assert found == pytest.approx(expected)
+        assert all(map(torch.equal, others, counts))

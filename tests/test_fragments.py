@@ -1,0 +1,118 @@
+"""The fragments of `configs/base` are run over every tiny recipe: two ranks give the figures of one process, or the run is refused by name."""
+
+import json
+import math
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+import torch
+from commands_run import run_on_ranks
+from transformers import AutoModelForCausalLM
+
+from malleable.main import main
+from malleable.recipes import FOLDER, recipe_names
+
+RECIPES = [*(name for name in recipe_names() if name.endswith("/tiny.yaml")), "baselines/movielens.yaml"]
+FRAGMENTS = sorted(path.stem for path in (FOLDER / "base").glob("*.yaml") if path.stem not in ("fit", "debug"))
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+SHOP = ["--data.source", "malleable.datamodules.sources.synthetic.Synthetic", "--data.source.num_users", "41"]
+LOOP = {"rounds": 2, "rows_per_round": 16, "warmup": {"epochs": 2, "lr": 5e-3, "view": "packed"}, "sft": {"lr": 2e-4}, "dpo": {"lr": 2e-4}}
+# An uneven number of rows to test on, and a few steps. Recipes that are not listed run as they are.
+SMALLER = {
+    "alpha_edit/tiny.yaml": [
+        *("--model.language_model.scratch.num_layers", "2", "--model.language_model.scratch.intermediate_size", "128", "--trainer.max_epochs", "1"),
+        *("--data.shuffles", "1", "--data.source.init_args.limit", "5", "--data.source.init_args.relations", '["continent"]'),
+        *("--trainer.callbacks.protocol.writing", "20", "--trainer.callbacks.settings.layers", "[0]"),
+    ],
+    "baselines/movielens.yaml": [*SHOP, "--data.split", "null", "--data.batch_size", "16", "--data.global_batch_size", "16"],
+    "dpo/tiny.yaml": SHOP,
+    "nfe/tiny.yaml": ["--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "1"],
+    "sft/tiny.yaml": [*SHOP, "--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "1"],
+    "sprec/tiny.yaml": [*SHOP, "--trainer.callbacks", json.dumps([{"class_path": "SelfPlayLoop", "init_args": LOOP}, "Floors", "RunReport"])],
+}
+REFUSED = {
+    ("alpha_edit/tiny.yaml", "deepspeed_zero2"): "AlphaEdit cannot run `fit` with CPUDeepSpeedStrategy: it needs whole weights",
+    ("alpha_edit/tiny.yaml", "deepspeed_zero3"): "AlphaEdit cannot run `fit` with CPUDeepSpeedStrategy: it needs whole weights",
+}
+
+
+def command(what, recipe, fragment, ranks):
+    words = [what, "--config", recipe, *(["--config", f"base/{fragment}.yaml"] if fragment else []), *QUIET, *SMALLER.get(recipe, [])]
+    sharded = ["--trainer.strategy.class_path", "cpu_deepspeed.CPUDeepSpeedStrategy"] if fragment.startswith("deepspeed") else []
+    return [*words, *sharded, "--trainer.devices", str(ranks)]
+
+
+def figures(folder: Path, recipe: str, version: int = 0) -> dict[str, float]:
+    run = folder / "runs" / recipe.removesuffix(".yaml") / f"version_{version}"
+    return json.loads((run / "report/metrics.json").read_text())
+
+
+def assert_same_export(found: Path, expected: Path, recipe: str) -> None:
+    """A language model is written by the first rank alone, whole, as one process writes it."""
+    ours, theirs = (folder / "runs" / recipe.removesuffix(".yaml") / "version_0/model" for folder in (found, expected))
+    assert ours.exists() == theirs.exists()
+    if not theirs.exists():
+        return
+    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+    state, other = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (ours, theirs))
+    assert state.keys() == other.keys()
+    for name, value in other.items():
+        torch.testing.assert_close(state[name], value, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """Run a recipe under each fragment on two ranks, once; return the folder and the errors."""
+    done = {}
+
+    def run(recipe):
+        if recipe not in done:
+            folder = tmp_path_factory.mktemp("ranks")
+            done[recipe] = folder, run_on_ranks(folder, {fragment: [command("fit", recipe, fragment, 2)] for fragment in FRAGMENTS})
+        return done[recipe]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Run a recipe in this process, once; return the folder."""
+    done = {}
+
+    def run(recipe):
+        if recipe not in done:
+            done[recipe] = tmp_path_factory.mktemp("alone")
+            with chdir(done[recipe]):
+                main(command("fit", recipe, "", 1))
+        return done[recipe]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("fragment", FRAGMENTS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_ranks_give_the_figures_of_one(on_two_ranks, alone, recipe, fragment):
+    """Fit, validation and test; no tiny recipe has dropout, which would differ from rank to rank."""
+    folder, errors = on_two_ranks(recipe)
+    if (recipe, fragment) in REFUSED:
+        assert all(REFUSED[recipe, fragment] in error for error in errors[fragment]), errors[fragment]
+        assert not list((folder / fragment).rglob("checkpoints")), "refused before anything long begins"
+        return
+    assert errors[fragment] == ["", ""]
+    expected, found = figures(alone(recipe), recipe), figures(folder / fragment, recipe)
+    assert any(name.startswith("test_") for name in expected)
+    assert all(value is not None and math.isfinite(value) for value in expected.values()), expected
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert_same_export(folder / fragment, alone(recipe), recipe)
+    versions = list((folder / fragment / "runs" / recipe.removesuffix(".yaml")).iterdir())
+    assert [path.name for path in versions] == ["version_0"], "all ranks write into one folder"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_debugging_runs_a_few_batches(tmp_path, recipe):
+    main(command("fit", recipe, "debug", 1))
+    assert any(name.startswith("test_") for name in figures(tmp_path, recipe))
