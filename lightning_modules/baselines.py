@@ -168,8 +168,17 @@ class Baseline(BaseModule):
         return self.recommend(batch)
 
     def setup(self, stage: str) -> None:
-        """Take the catalogue; an extended one makes room in the tables for its new items."""
+        """Take the catalogue; an extended one makes room in the tables for its new items.
+
+        Raises:
+            MisconfigurationException: If DeepSpeed is to fit what has no weights.
+        """
         super().setup(stage)
+        if stage == "fit" and getattr(self.trainer.strategy, "handles_gradient_accumulation", False):
+            raise MisconfigurationException(
+                f"{type(self).__name__} counts and has no weights to shard: it cannot run `fit` with {type(self.trainer.strategy).__name__}; "
+                "use one device or ddp (--config base/ddp.yaml)"
+            )
         if self.catalog is not None and hasattr(self, "counts"):
             for name in (*self.tables, "counts"):
                 setattr(self, name, _grown(getattr(self, name), len(self.catalog)))

@@ -25,7 +25,11 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
         DeepSpeedStrategy.parallel_devices.fset(self, devices)
 
     def setup_environment(self) -> None:
-        """Skip the check for CUDA, and partition small weights as large ones are: by default, stage 3 leaves those below 100,000 values whole."""
-        if self.zero_stage_3:
+        """Skip the check for CUDA.
+
+        With ``CPU_DEEPSPEED_PARTITION_ALL`` in the environment, small weights are partitioned as large ones are: by default, stage 3 leaves those
+        below 100,000 values whole.
+        """
+        if self.zero_stage_3 and os.environ.get("CPU_DEEPSPEED_PARTITION_ALL"):
             self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         super(DeepSpeedStrategy, self).setup_environment()

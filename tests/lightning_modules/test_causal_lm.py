@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_data import quiet_trainer
 
 from malleable import AlphaEdit, CausalLM, EditingDataModule, LanguageModelConfig, LoRA, Scratch, Tuning
@@ -107,6 +108,16 @@ def test_a_frozen_model_is_edited_without_training(folder, tmp_path):
     assert figures["test_perplexity_ratio"] > 0
     state = module.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in other.model.state_dict().items())
+
+
+def test_a_frozen_model_is_not_fitted_by_an_engine_that_needs_an_optimizer(tmp_path, monkeypatch):
+    """As DeepSpeed's does; `test` and `validate` run there."""
+    monkeypatch.setattr(SingleDeviceStrategy, "handles_gradient_accumulation", True)
+    module = CausalLM(LanguageModelConfig(name="unused"), vocabulary=Vocabulary(16, eos_token_id=1), frozen=True)
+    module.trainer = quiet_trainer(tmp_path, max_steps=0)
+    with pytest.raises(MisconfigurationException, match=r"CausalLM\(frozen=True\) cannot run `fit` with SingleDeviceStrategy.*use `test`"):
+        module.setup("fit")
+    module.setup("test")
 
 
 def test_a_frozen_model_is_not_trained(folder, tmp_path):
