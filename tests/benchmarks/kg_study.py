@@ -5,7 +5,7 @@
 Each model gets as many trials of the same space: numbers of an entity's row (whatever parts a model makes of them), rate and decay, batch, start,
 loss, dropout, a regulariser or none, for distances the margin. The trial with the best filtered MRR in validation wins, and is trained again with
 seeds that the search did not use; every run keeps its best epoch by validation, and stops when that gets old. Training groups equal queries,
-which is exact for both losses. The last lines are the table of the README: test figures, mean and standard deviation over the seeds, both
+which is exact for both losses. The last lines are the table of configs/nfe/README.md: test figures, mean and deviation over the seeds, both
 directions, pessimistic ties. A run that is already in the folder is not repeated.
 """
 
@@ -212,7 +212,7 @@ def quiet() -> None:
 
 
 def table(results: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]) -> str:
-    """The README's table."""
+    """Format the results as a Markdown table."""
     lines = ["| model | MRR | H@1 | H@10 | chosen in validation |", "| --- | ---: | ---: | ---: | --- |"]
     for model, (settings, runs) in results.items():
         cells = []

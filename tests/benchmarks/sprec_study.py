@@ -4,7 +4,7 @@
 
 For each seed one model is warmed up (sft/movielens.yaml); then the arms go on from its weights with the same rounds of the same rows:
 ``sft`` spends both phases of a round on supervised epochs, ``dpo`` rejects random titles, ``sprec`` rejects the model's own. The last lines are
-the table of the README: mean and standard deviation over the seeds. A run that is already in the folder is not repeated.
+the table of configs/sprec/README.md: mean and standard deviation over the seeds. A run that is already in the folder is not repeated.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def arm_settings(model: Path, arm: dict, options: argparse.Namespace, seed: int)
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """The README's table."""
+    """Format the results as a Markdown table."""
     lines = ["| model | NDCG@10 ↑ | HR@10 ↑ | DivRatio@10 ↑ | ORRatio@10 ↓ | MGU@10 ↓ | DGU@10 ↓ |", "| --- |" + " ---: |" * len(METRICS)]
     for name, runs in results.items():
         cells = []
