@@ -191,7 +191,7 @@ def run(words: Sequence[str]) -> MalleableCLI:
         sys.path.append(str(Path.cwd()))  # classes of the user's own files, named by path
     for name in malleable.__all__:
         getattr(malleable, name)  # short names resolve among the classes that are imported
-    parser_kwargs: dict[str, Any] = {"prog": "malleable", "description": "Train, measure and use models."}
+    parser_kwargs: dict[str, Any] = {"prog": "malleable", "description": "Train, measure and use models.", "allow_abbrev": False}
     for command in MalleableCLI.subcommands():
         # Without a usage of its own, every error would begin with a page of options.
         usage = f"malleable {command} --config RECIPE [options]"

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from traceback import walk_tb
 
 from malleable import __version__
-from malleable.recipes import recipe_names, summary
+from malleable.early import check_words
+from malleable.recipes import run_recipes
 
 log = logging.getLogger("malleable")
 
@@ -21,7 +22,7 @@ commands:
   validate   measure a checkpoint on the validation split
   test       measure a checkpoint on the test split
   predict    predict with a checkpoint
-  recipes    list the recipes that travel with the package
+  recipes    list the packaged recipes; `recipes show NAME` prints one, `recipes copy NAME [FILE]` copies it
   patch      list, show, compare, apply, revert and export patches of stored weights
 
 examples:
@@ -63,14 +64,13 @@ def _run(words: list[str]) -> None:
     elif command == "--version":
         sys.stdout.write(f"malleable {__version__}\n")
     elif command == "recipes":
-        names = recipe_names()
-        width = max(map(len, names), default=0)
-        sys.stdout.writelines(f"{name:<{width}}  {summary(name)}\n" for name in names)
+        run_recipes(words[1:])
     elif command == "patch":
         from malleable.patch import run as run_patch  # torch takes a second to import
 
         run_patch(words[1:])
     else:
+        check_words(words)
         from malleable.cli import run  # torch and Lightning take seconds to import
 
         run(words)

@@ -70,3 +70,23 @@ def test_runs_are_named_after_the_recipe(packaged):
 
 def test_the_package_has_recipes():
     assert (FOLDER / "base" / "fit.yaml").is_file()
+
+
+def test_a_recipe_is_shown(packaged, capsys):
+    main(["recipes", "show", "sprec/tiny"])
+    assert capsys.readouterr().out == "# About sprec/tiny.\n# More.\nmodel: x\n"
+
+
+@pytest.mark.parametrize(("target", "file"), [([], "tiny.yaml"), (["mine.yaml"], "mine.yaml"), (["."], "tiny.yaml")])
+def test_a_recipe_is_copied(packaged, capsys, target, file):
+    main(["recipes", "copy", "sprec/tiny.yaml", *target])
+    assert Path(file).read_text() == "# About sprec/tiny.\n# More.\nmodel: x\n"
+    assert f"malleable fit --config {file}" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match="exists; give another name"):
+        main(["recipes", "copy", "sprec/tiny.yaml", *target])
+
+
+@pytest.mark.parametrize("words", [["sho", "sprec/tiny"], ["show"], ["copy", "a", "b", "c"]])
+def test_other_words_are_refused(words):
+    with pytest.raises(ValueError, match="`show NAME` or `copy NAME"):
+        main(["recipes", *words])

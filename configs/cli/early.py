@@ -1,0 +1,83 @@
+"""Checks of a command line that need neither torch nor Lightning, so that a typing error is answered at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from malleable.recipes import find_recipe
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = (*TRAINER_COMMANDS, "recipes", "patch")
+# Top-level keys of a configuration; tests/cli/test_early.py compares them with those of the parsers.
+SECTIONS = (
+    "allow_untrained",
+    "checkpoint",
+    "ckpt_path",
+    "data",
+    "extend_catalog",
+    "model",
+    "return_predictions",
+    "seed_everything",
+    "test_after_fit",
+    "trainer",
+    "verbose",
+    "weights_only",
+)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Check the command, the names of its files, and the top-level keys of files and options.
+
+    Args:
+        words: The command and its options.
+
+    Raises:
+        ValueError: If the command or a key is unknown, or a file is not a YAML mapping; the message gives similar names.
+        FileNotFoundError: If a file of ``--config`` does not exist.
+    """
+    command, *options = words
+    if command not in COMMANDS and not command.startswith("-"):
+        raise ValueError(f"unknown command {command!r}{_similar(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
+    for name in config_names(options):
+        if not name.lstrip().startswith("{"):
+            _check_file(find_recipe(name))
+    for option in options:
+        key = option.removeprefix("--").partition("=")[0].partition(".")[0].removesuffix("+")
+        if option.startswith("--") and key not in (*SECTIONS, "config", "help", "print_config", "replace", ""):
+            raise ValueError(f"unknown option {option.partition('=')[0]}{_similar(key, SECTIONS, '--')}; `malleable {command} --help` lists all")
+
+
+def config_names(options: Sequence[str]) -> list[str]:
+    """Return the values of ``--config`` and ``-c``, in both spellings, with and without ``=``."""
+    names = []
+    for option, following in zip(options, [*options[1:], ""], strict=True):
+        flag, equals, value = option.partition("=")
+        if flag in ("--config", "-c"):
+            names.append(value if equals else following)
+    return [name for name in names if name]
+
+
+def _check_file(path: Path) -> None:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{path}{place}: not YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(content, dict | None):
+        raise ValueError(f"{path} holds a {type(content).__name__}; a configuration is a mapping with keys such as `model` and `data`")
+    unknown = [str(key) for key in content or {} if str(key).removesuffix("+") not in SECTIONS]
+    if unknown:
+        hints = "; ".join(f"{key!r}{_similar(key, SECTIONS)}" for key in unknown)
+        raise ValueError(f"{path} has unknown keys: {hints}; the keys are {', '.join(SECTIONS)}")
+
+
+def _similar(name: str, known: Sequence[str], prefix: str = "") -> str:
+    matches = get_close_matches(name, known, n=2, cutoff=0.6)
+    return f" (did you mean {' or '.join(prefix + match for match in matches)}?)" if matches else ""
