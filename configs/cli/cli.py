@@ -23,6 +23,7 @@ import malleable
 from malleable.checkpoints import as_layer, consolidate, differences, find_checkpoint, other_settings, stored_model
 from malleable.datamodules.identity import stores_data
 from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements
+from malleable.option_errors import OptionParser
 from malleable.recipes import FOLDER, recipe_name
 
 log = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ def run(words: Sequence[str]) -> MalleableCLI:
         sys.path.append(str(Path.cwd()))  # classes of the user's own files, named by path
     for name in malleable.__all__:
         getattr(malleable, name)  # short names resolve among the classes that are imported
-    parser_kwargs: dict[str, Any] = {"prog": "malleable", "description": "Train, measure and use models.", "allow_abbrev": False}
+    parser_kwargs: dict[str, Any] = {"prog": "malleable", "description": "Train, measure and use models."}
     for command in MalleableCLI.subcommands():
         # Without a usage of its own, every error would begin with a page of options.
         usage = f"malleable {command} --config RECIPE [options]"
@@ -199,7 +200,7 @@ def run(words: Sequence[str]) -> MalleableCLI:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`")  # Lightning 2.6 with torch 2.13
         warnings.filterwarnings("ignore", "The dirpath has changed")  # every command has a run folder of its own
-        cli = MalleableCLI(auto_configure_optimizers=False, parser_kwargs=parser_kwargs, args=list(words))
+        cli = MalleableCLI(auto_configure_optimizers=False, parser_class=OptionParser, parser_kwargs=parser_kwargs, args=list(words))
     if cli.trainer.log_dir and Path(cli.trainer.log_dir).is_dir():
         log.info("run folder: %s", cli.trainer.log_dir)
     atexit.register(_leave_process_group)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
-from malleable.recipes import find_recipe
+from malleable.recipes import find_recipe, similar
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (*TRAINER_COMMANDS, "recipes", "patch")
@@ -39,14 +38,14 @@ def check_words(words: Sequence[str]) -> None:
     """
     command, *options = words
     if command not in COMMANDS and not command.startswith("-"):
-        raise ValueError(f"unknown command {command!r}{_similar(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
+        raise ValueError(f"unknown command {command!r}{similar(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
     for name in config_names(options):
         if not name.lstrip().startswith("{"):
             _check_file(find_recipe(name))
     for option in options:
         key = option.removeprefix("--").partition("=")[0].partition(".")[0].removesuffix("+")
         if option.startswith("--") and key not in (*SECTIONS, "config", "help", "print_config", "replace", ""):
-            raise ValueError(f"unknown option {option.partition('=')[0]}{_similar(key, SECTIONS, '--')}; `malleable {command} --help` lists all")
+            raise ValueError(f"unknown option {option.partition('=')[0]}{similar(key, SECTIONS, '--')}; `malleable {command} --help` lists all")
 
 
 def config_names(options: Sequence[str]) -> list[str]:
@@ -74,10 +73,5 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"{path} holds a {type(content).__name__}; a configuration is a mapping with keys such as `model` and `data`")
     unknown = [str(key) for key in content or {} if str(key).removesuffix("+") not in SECTIONS]
     if unknown:
-        hints = "; ".join(f"{key!r}{_similar(key, SECTIONS)}" for key in unknown)
+        hints = "; ".join(f"{key!r}{similar(key, SECTIONS)}" for key in unknown)
         raise ValueError(f"{path} has unknown keys: {hints}; the keys are {', '.join(SECTIONS)}")
-
-
-def _similar(name: str, known: Sequence[str], prefix: str = "") -> str:
-    matches = get_close_matches(name, known, n=2, cutoff=0.6)
-    return f" (did you mean {' or '.join(prefix + match for match in matches)}?)" if matches else ""

@@ -65,8 +65,8 @@ def find_recipe(name: str) -> Path:
     for path in (Path(name), FOLDER / name, FOLDER / f"{name}.yaml"):
         if path.is_file():
             return path
-    similar = get_close_matches(name.removesuffix(".yaml"), [known.removesuffix(".yaml") for known in _packaged()], n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(f'{match}.yaml' for match in similar)}? " if similar else ""
+    matches = get_close_matches(name.removesuffix(".yaml"), [known.removesuffix(".yaml") for known in _packaged()], n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(f'{match}.yaml' for match in matches)}? " if matches else ""
     raise FileNotFoundError(f"no recipe {name!r} in {Path.cwd()} or in the package; {hint}`malleable recipes` lists all")
 
 
@@ -78,6 +78,12 @@ def recipe_name(path: Path) -> str | None:
             name = path.relative_to(folder).with_suffix("").as_posix()
             return None if name.startswith("base/") else name
     return path.stem
+
+
+def similar(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """Return a hint at known names like ``name``, each behind ``prefix``; empty if there are none."""
+    matches = get_close_matches(name, known, n=2, cutoff=0.6)
+    return f" (did you mean {' or '.join(prefix + match for match in matches)}?)" if matches else ""
 
 
 def _packaged() -> list[str]:

@@ -1,0 +1,141 @@
+"""Short messages for wrong options: the deepest cause of the parser's report, with names that are similar."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pkgutil import resolve_name
+from typing import Any, NamedTuple, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from malleable.recipes import similar
+
+_KEY = re.compile(r'Parser key "([\w.+]+)":')
+_CLASS = re.compile(r"Problem with given class_path '([\w.]+)':")
+_TYPES = re.compile(r"Subtypes: \[(.*)\]")
+_REFUSED = re.compile(r"Option '([^']+)' is not accepted")
+_NAME = re.compile(r"Expected a dot import path string: (\S+)")
+_MISSING = re.compile(r"(?:module|type object) '([\w.]+)' has no attribute '(\w+)'")
+_EXPECTED = re.compile(r"Expected an? (?:<class '(?:[\w.]*\.)?(\w+)'>|typing\.Literal\[(.*)\])")
+_UNKNOWN = re.compile(r"[Uu]nrecognized arguments: (--[\w.+]+)")
+# Lines that surround a cause: alternatives that were not meant, and values repeated.
+_AROUND = re.compile(r"Does not validate|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but")
+
+
+class Cause(NamedTuple):
+    """One reason of a parser's report.
+
+    Attributes:
+        key: Dotted name of the option that it is about.
+        text: The parser's line.
+        owner: Class path of the class whose option it is; empty for none.
+        types: Types that the option takes, as the parser names them.
+        depth: How many keys and classes it lies under.
+    """
+
+    key: str
+    text: str
+    owner: str
+    types: str
+    depth: int
+
+
+class OptionParser(LightningArgumentParser):
+    """Lightning's parser without abbreviated options, also within classes, whose errors begin with their cause."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with the deepest cause; parsers of nested classes and ``MALLEABLE_DEBUG=1`` report all."""
+        nested = not self.exit_on_error or os.environ.get("MALLEABLE_DEBUG")
+        parser = getattr(ex, "subcommand_parser", None) or self
+        super().error(message if nested else explain(message, list(parser._option_string_actions)), ex)
+
+
+def explain(message: str, options: Sequence[str] = ()) -> str:
+    """Return the deepest cause of a parser's report in one sentence.
+
+    Args:
+        message: What the parser reports: nested lines for each alternative of each type.
+        options: The parser's own options.
+    """
+    found = list(causes(message))
+    if not found:
+        return message
+    depth = max(cause.depth for cause in found)
+    first = next(cause for cause in found if cause.depth == depth)
+    alike = [cause for cause in found if (cause.key, cause.depth) == (first.key, depth)]
+    return _sentence(first, alike, message, options)
+
+
+def causes(message: str) -> Iterator[Cause]:
+    """Yield the reasons of a parser's report, in its order."""
+    above: list[tuple[int, str, str]] = []  # indentation, key, class
+    types = ""
+    for line in filter(str.strip, message.splitlines()):
+        text = line.strip().removeprefix("- ")
+        indentation = len(line) - len(line.lstrip())
+        above = [part for part in above if part[0] < indentation]
+        if match := _KEY.match(text):
+            above.append((indentation, match[1], ""))
+        elif match := _CLASS.match(text):
+            above.append((indentation, "", match[1]))
+        elif match := _TYPES.match(text):
+            types = match[1]
+        elif not _AROUND.match(text):
+            key = ".".join(key for _, key, _ in above if key)
+            owner = next((name for _, _, name in reversed(above) if name), "")
+            yield Cause(key, text, owner, types, len(above))
+
+
+def _sentence(cause: Cause, alike: Sequence[Cause], message: str, options: Sequence[str]) -> str:
+    option = f"--{cause.key}"
+    if match := _UNKNOWN.match(cause.text):
+        name = f"{option}.{match[1].removeprefix('--')}" if cause.key else match[1]
+        return f"there is no option {name}{similar(name, options)}"
+    if match := _REFUSED.match(cause.text):
+        known = _options(cause.owner)
+        name = cause.owner.rpartition(".")[2]
+        return f"{option}.{match[1]}: {name} has no option {match[1]!r}{similar(match[1], known)}; its options are {', '.join(known)}"
+    if match := _NAME.match(cause.text):
+        return f"{option}: there is no class {match[1]}{similar(match[1], _subclasses(cause.types))}; give a name of malleable or an import path"
+    if match := _MISSING.match(cause.text):
+        return f"{option}: {match[1]} has no {match[2]}{similar(match[2], _content(match[1]))}"
+    expected = list(dict.fromkeys(match[1] or match[2] for other in alike if (match := _EXPECTED.match(other.text))))
+    if expected:
+        given = re.findall(r"(?:Given value|Got value): (?!NestedArg)(.*)", message)
+        return f"{option}: expected {' or '.join(expected)}{f', got {given[0]}' if given else ''}"
+    return f"{option}: {cause.text}" if cause.key else cause.text
+
+
+def _options(class_path: str) -> list[str]:
+    try:
+        parameters = inspect.signature(resolve_name(class_path)).parameters.values()
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return []
+    return [parameter.name for parameter in parameters if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)]
+
+
+def _subclasses(types: str) -> list[str]:
+    names: list[str] = []
+    for path in re.findall(r"[\w.]+\.[A-Z]\w+", types):
+        try:
+            waiting = [resolve_name(path)]
+        except (ImportError, AttributeError, ValueError):
+            continue
+        while waiting:
+            found = waiting.pop()
+            names.append(found.__name__)
+            waiting.extend(found.__subclasses__())
+    return sorted(set(names))
+
+
+def _content(module: str) -> list[str]:
+    try:
+        return [name for name in dir(resolve_name(module)) if not name.startswith("_")]
+    except (ImportError, AttributeError, ValueError):
+        return []
