@@ -14,7 +14,7 @@ import pytest
 import torch
 
 _STARTED = time.monotonic()
-# Set by a seeded run; removed before each test (fixtures of a module run earlier) and after it.
+# Set by a seeded run; removed before the fixtures of a module, before each test and after it.
 _SEEDS = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
 # What torch, Lightning and pytest set once per process.
 _ONCE = {
@@ -55,8 +55,20 @@ def cache_of_this_session(tmp_path_factory):
     os.environ["MALLEABLE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def seeded_module():
+    """Seed what a module's fixtures draw: they run before the fixtures of its tests."""
+    seed()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
+    seed()
+
+
+def seed():
+    for name in _SEEDS:
+        os.environ.pop(name, None)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (what is drawn outside our code draws from here)
     torch.manual_seed(0)
@@ -94,13 +106,11 @@ def offline(no_leaks, request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def no_leaks():
+def no_leaks(seeded):
     """Fail a test that leaves environment variables, a process group or determinism flags behind.
 
     Fixtures that use ``monkeypatch`` depend on this one, so that their changes are undone before it looks.
     """
-    for name in _SEEDS:
-        os.environ.pop(name, None)
     before = dict(os.environ)
     yield
     changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)} - _ONCE

@@ -121,7 +121,10 @@ SMALLER = {
         *("--model.language_model.scratch.num_layers", "2", "--model.language_model.scratch.intermediate_size", "128", "--trainer.max_epochs", "1"),
         *("--data.shuffles", "1", "--data.source.init_args.limit", "6", "--data.source.init_args.relations", '["continent"]'),
         *("--trainer.callbacks.protocol.writing", "20", "--trainer.callbacks.settings.layers", "[0]"),
-    ]
+    ],
+    "dpo/tiny.yaml": ["--data.source.num_users", "40", "--trainer.check_val_every_n_epoch", "5"],
+    "sft/tiny.yaml": ["--data.source.num_users", "40", "--trainer.check_val_every_n_epoch", "5"],
+    "sprec/tiny.yaml": ["--data.source.num_users", "24", "--trainer.check_val_every_n_epoch", "10"],
 }
 
 
