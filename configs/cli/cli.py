@@ -23,7 +23,7 @@ import malleable
 from malleable.checkpoints import as_layer, consolidate, differences, find_checkpoint, other_settings, stored_model
 from malleable.datamodules.identity import stores_data
 from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements
-from malleable.option_errors import OptionParser
+from malleable.option_errors import OptionParser, print_help, take_help
 from malleable.recipes import FOLDER, recipe_name
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,10 @@ class MalleableCLI(LightningCLI):
         values of a recipe give way to them, those of the command line are refused.
         """
         words = [str(word) for word in args] if isinstance(args, list) else []
+        words, part = take_help(words)
         self.config = parser.parse_args(mark_replacements(words))
+        if part:
+            print_help(part, self.config[str(self.config.subcommand)])
         command = str(self.config.subcommand)
         config = self.config[command]
         if not config.ckpt_path:

@@ -1,14 +1,17 @@
-"""Short messages for wrong options: the deepest cause of the parser's report, with names that are similar."""
+"""Short messages for wrong options, and help for the options of nested classes."""
 
 from __future__ import annotations
 
 import inspect
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from pkgutil import resolve_name
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from malleable.recipes import similar
@@ -21,6 +24,7 @@ _NAME = re.compile(r"Expected a dot import path string: (\S+)")
 _MISSING = re.compile(r"(?:module|type object) '([\w.]+)' has no attribute '(\w+)'")
 _EXPECTED = re.compile(r"Expected an? (?:<class '(?:[\w.]*\.)?(\w+)'>|typing\.Literal\[(.*)\])")
 _UNKNOWN = re.compile(r"[Uu]nrecognized arguments: (--[\w.+]+)")
+_HELP = re.compile(r"--((?:model|data)\.[\w.]+)\.help")
 # Lines that surround a cause: alternatives that were not meant, and values repeated.
 _AROUND = re.compile(r"Does not validate|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but")
 
@@ -54,6 +58,54 @@ class OptionParser(LightningArgumentParser):
         nested = not self.exit_on_error or os.environ.get("MALLEABLE_DEBUG")
         parser = getattr(ex, "subcommand_parser", None) or self
         super().error(message if nested else explain(message, list(parser._option_string_actions)), ex)
+
+
+def take_help(words: Sequence[str]) -> tuple[list[str], str]:
+    """Take ``--data.split.help`` and its like, which the parser lists but does not understand, out of a command line.
+
+    Args:
+        words: The command and its options.
+
+    Returns:
+        The other words, and the dotted name of the option; empty if there is none, or if a class follows, which the parser does understand.
+    """
+    for place, (word, following) in enumerate(zip(words, [*words[1:], "--"], strict=True)):
+        if (match := _HELP.fullmatch(word)) and following.startswith("-"):
+            return [*words[:place], *words[place + 1 :]], match[1]
+    return list(words), ""
+
+
+def print_help(name: str, config: Namespace) -> NoReturn:
+    """Print the options of the class that a configuration has at a dotted name, and exit.
+
+    Args:
+        name: Such as ``data.split``.
+        config: The configuration of a command.
+
+    Raises:
+        ValueError: If there is no class.
+    """
+    kind: Any = None
+    value: Any = config
+    for part in name.split("."):
+        value = value.get("init_args", value).get(part) if isinstance(value, Namespace) else None
+        class_path = value.get("class_path") if isinstance(value, Namespace) else None
+        kind = resolve_name(class_path) if class_path else _annotated(kind, part)
+    if kind is None:
+        raise ValueError(f"--{name}.help: the configuration has no class there; name one: --{name}.help CLASS")
+    parser = OptionParser(usage=f"--{name}.OPTION VALUE", description=f"Options of {kind.__name__}.", add_help=False)
+    parser.add_class_arguments(kind, name)
+    parser.print_help()
+    sys.exit(0)
+
+
+def _annotated(kind: Any, parameter: str) -> Any:
+    """Return the dataclass that a parameter of a class is annotated with, ``None`` if there is none."""
+    try:
+        annotation = get_type_hints(kind.__init__)[parameter]
+    except (AttributeError, KeyError, NameError, TypeError):
+        return None
+    return next((found for found in (annotation, *get_args(annotation)) if is_dataclass(found)), None)
 
 
 def explain(message: str, options: Sequence[str] = ()) -> str:

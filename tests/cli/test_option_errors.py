@@ -1,0 +1,76 @@
+import pytest
+
+from malleable.main import main
+from malleable.option_errors import causes, explain, take_help
+
+TINY = ["fit", "--config", "sprec/tiny.yaml"]
+
+
+def error(capsys, *words):
+    with pytest.raises(SystemExit) as ended:
+        main([*TINY, *words, "--print_config"])
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--trainer.max_epochs", "x"], "--trainer.max_epochs: expected int, got x"),
+        (["--trainer.max_epoch", "3"], "there is no option --trainer.max_epoch (did you mean --trainer.max_epochs or --trainer.min_epochs?)"),
+        (["--model", "SPRecc"], "--model: there is no class SPRecc (did you mean SPRec?); give a name of malleable or an import path"),
+        (["--model.loss", "Sigmod"], "--model.loss: there is no class Sigmod (did you mean Sigmoid?); give a name of malleable or an import path"),
+        (["--model.decoding.num_beams", "x"], "--model.decoding.num_beams: expected int, got x"),
+        (["--model.language_model.scratch.hidden", "4"], "there is no option --model.language_model.scratch.hidden"),
+        (["--data.split.knd", "x"], "--data.split.knd: Split has no option 'knd' (did you mean kind?); its options are kind, min_rating, "),
+        (
+            ["--data.source", "malleable.datamodules.sources.movielens.Movielens"],
+            "--data.source: malleable.datamodules.sources.movielens has no Movielens (did you mean MovieLens?)",
+        ),
+        (
+            ["--trainer.callbacks+=SelfPlayLoop", "--trainer.callbacks.round", "3"],
+            "--trainer.callbacks.round: SelfPlayLoop has no option 'round' (did you mean rounds?); its options are rounds, rows_per_round, ",
+        ),
+    ],
+)
+def test_the_deepest_cause_is_the_message(capsys, words, expected):
+    assert error(capsys, *words).startswith(f"error: {expected}")
+
+
+def test_debugging_shows_the_whole_report(capsys, monkeypatch):
+    monkeypatch.setenv("MALLEABLE_DEBUG", "1")
+    with pytest.raises(SystemExit):
+        main([*TINY, "--model.decoding.num_beams", "x"])
+    assert "Problem with given class_path 'malleable.Decoding'" in capsys.readouterr().err
+
+
+def test_a_report_without_structure_stays_as_it_is():
+    assert explain("something is wrong") == "something is wrong"
+    assert explain("") == ""
+
+
+def test_causes_carry_their_option_and_class():
+    report = "Parser key \"model\":\n  - Problem with given class_path 'a.B':\n      Parser key \"c\":\n        Expected a <class 'int'>\n"
+    (cause,) = causes(report)
+    assert (cause.key, cause.owner, cause.text, cause.depth) == ("model.c", "a.B", "Expected a <class 'int'>", 3)
+
+
+@pytest.mark.parametrize("name", ["data.split", "data.source", "data.template", "model.decoding", "model.language_model.scratch", "model.loss"])
+def test_options_of_a_nested_class_are_listed(capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        main([*TINY, f"--{name}.help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: --{name}.OPTION VALUE")
+    assert text.count(f"  --{name}.") >= 2
+
+
+def test_help_of_an_unknown_part_says_so():
+    with pytest.raises(ValueError, match=r"--model\.nothing\.help: the configuration has no class there"):
+        main([*TINY, "--model.nothing.help"])
+
+
+def test_help_of_a_named_class_is_the_parsers():
+    words = ["fit", "--data.source.help", "MovieLens"]
+    assert take_help(words) == (words, "")
+    assert take_help(["fit", "--data.split.help", "--config", "x"]) == (["fit", "--config", "x"], "data.split")
