@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.files import atomic_write
@@ -40,6 +42,22 @@ _ENGINE_STATES = {
 }
 
 
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and then renames it.
+
+    Lightning writes to the system's temporary folder. Where that is another file system, the last step is a copy, and a process killed
+    in it leaves a part of a checkpoint under the final name.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None) -> None:
+        """Save to a file of this machine, or as Lightning does to an address."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with atomic_write(Path(path)) as partial:
+            torch.save(checkpoint, partial)
+
+
 def find_checkpoint(ckpt_path: str, runs: Path) -> str:
     """Return the checkpoint that ``ckpt_path`` means.
 
@@ -54,16 +72,22 @@ def find_checkpoint(ckpt_path: str, runs: Path) -> str:
     if ckpt_path == "best":
         raise MisconfigurationException(f"`best` is known only to the run itself; give the file, e.g. one of {runs}/version_0/checkpoints, or `last`")
     if ckpt_path == "last":
-        named = [path for name in ("last*.ckpt", "edited.ckpt") for path in runs.glob(f"version_*/checkpoints/{name}")]
-        # A run killed while its link to the last checkpoint moved leaves one to nowhere; the checkpoint itself is beside it.
-        beside = [path for broken in named if not broken.exists() for path in broken.parent.glob("*.ckpt")]
-        found = sorted({path for path in named + beside if path.exists()}, key=lambda path: path.stat().st_mtime)
+        found = sorted(_newest(runs), key=lambda path: path.stat().st_mtime)
         if not found:
             raise FileNotFoundError(f"no last checkpoint under {runs}; give the file with --ckpt_path")
         return str(found[-1])
     if "://" not in ckpt_path and not Path(ckpt_path).exists():
         raise FileNotFoundError(f"no checkpoint {ckpt_path}; give an existing file, or `last` for the latest under {runs}")
     return ckpt_path
+
+
+def _newest(runs: Path) -> Iterator[Path]:
+    """Yield the checkpoints of each run that can be its newest state."""
+    for folder in runs.glob("version_*/checkpoints"):
+        named = [path for name in ("last*.ckpt", "edited.ckpt") for path in folder.glob(name)]
+        # A run killed while `last.ckpt` was replaced leaves none, or a link to nowhere; the checkpoints of epochs are whole.
+        whole = bool(named) and all(path.exists() for path in named)
+        yield from (path for path in (named if whole else folder.glob("*.ckpt")) if path.exists())
 
 
 def consolidate(folder: str) -> str:

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import malleable
-from malleable.checkpoints import as_layer, consolidate, differences, find_checkpoint, other_settings, stored_model
+from malleable.callbacks.last_checkpoint import LastCheckpoint
+from malleable.checkpoints import AtomicCheckpointIO, as_layer, consolidate, differences, find_checkpoint, other_settings, stored_model
 from malleable.datamodules.identity import stores_data
 from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements
 from malleable.option_errors import OptionParser, print_help, take_help
@@ -161,8 +163,18 @@ class MalleableCLI(LightningCLI):
         if config.trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(TQDMProgressBar())  # the default of Lightning 2.6, rich, breaks when anything else draws
         if config.trainer.enable_checkpointing is not False and not any(isinstance(callback, Checkpoint) for callback in callbacks):
-            callbacks.append(config.checkpoint)
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+            callbacks += self._checkpoints(config.checkpoint)
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
+
+    def _checkpoints(self, checkpoint: ModelCheckpoint) -> list[ModelCheckpoint]:
+        """Return the callback of the ``checkpoint`` section, and one for the last epoch, which the monitored ones may not contain."""
+        if not checkpoint.save_last or checkpoint._every_n_train_steps or checkpoint._train_time_interval:
+            return [checkpoint]
+        checkpoint.save_last = None
+        return [checkpoint, LastCheckpoint(checkpoint.dirpath, every_n_epochs=checkpoint._every_n_epochs)]
 
     def after_fit(self) -> None:
         """Test what the run registered as its result, so that edits made after training are measured too."""

@@ -46,6 +46,13 @@ def test_a_link_to_nowhere_stands_for_the_newest_checkpoint_beside_it(tmp_path):
         find_checkpoint("last", tmp_path)
 
 
+def test_a_run_killed_while_last_was_replaced_is_found_by_its_epochs(tmp_path):
+    touch(tmp_path / "version_0/checkpoints/last.ckpt", time=10)
+    newest = touch(tmp_path / "version_1/checkpoints/epoch=4.ckpt", time=40)
+    touch(tmp_path / "version_1/checkpoints/epoch=3.ckpt", time=30)
+    assert find_checkpoint("last", tmp_path) == str(newest)
+
+
 def test_last_without_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="no last checkpoint under"):
         find_checkpoint("last", tmp_path)

@@ -9,7 +9,7 @@ from launch import launch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from malleable.checkpoints import find_checkpoint
+from malleable.checkpoints import AtomicCheckpointIO, find_checkpoint
 
 CHECKPOINTS = "runs/boring/version_0/checkpoints"
 
@@ -77,6 +77,24 @@ def test_the_saved_configuration_is_the_run(run, boring, resolved):
 def test_every_epoch_is_saved_and_the_last_is_named(run, boring):
     run("fit", "--trainer.max_epochs", 2, "--checkpoint.save_top_k", -1)
     assert names(boring / CHECKPOINTS) == ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt", "last.ckpt"]
+
+
+def test_the_last_epoch_is_saved_beside_the_monitored_one(run, boring):
+    run("fit", "--trainer.max_epochs", 3, "--checkpoint.monitor", "val_loss", "--checkpoint.mode", "max")
+    assert names(boring / CHECKPOINTS) == ["epoch=0-step=4.ckpt", "last.ckpt"]
+    assert torch.load(boring / CHECKPOINTS / "last.ckpt", weights_only=True)["epoch"] == 2
+
+
+def test_the_last_epoch_need_not_be_saved(run, boring):
+    run("fit", "--checkpoint.save_last", "null")
+    assert names(boring / CHECKPOINTS) == ["epoch=0-step=4.ckpt"]
+
+
+def test_a_checkpoint_is_written_beside_its_place(run, boring, monkeypatch):
+    """The folder for temporary files may be another file system, where the last step of Lightning's save is a copy."""
+    monkeypatch.setenv("TMPDIR", str(boring / "missing"))
+    assert isinstance(run("fit").trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+    assert (boring / CHECKPOINTS / "last.ckpt").exists()
 
 
 def test_the_best_can_be_asked_for(run):

@@ -1,0 +1,139 @@
+"""The checkpoint to resume from: of the newest epoch, or of the step at which a run was interrupted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import threading
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+log = logging.getLogger(__name__)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Writes ``last.ckpt`` after every epoch and when a fit is interrupted.
+
+    ``ModelCheckpoint(monitor=..., save_last=...)`` names the newest of the *monitored* checkpoints ``last``, which can be many epochs old. Put this
+    callback beside it. Where another checkpoint callback has just saved the same step, ``last.ckpt`` is a relative link to its file.
+
+    In one process, SIGINT and SIGTERM end a fit after the current optimizer step: the step is saved, and the log says how to resume. A
+    second signal ends it at once, as does a first one outside training steps. With several processes Lightning's own handling stays.
+    SIGTERM ends validation, test and prediction at once.
+
+    Args:
+        dirpath: Folder of the checkpoints; default: ``checkpoints`` in the run folder.
+        every_n_epochs: Epochs between two checkpoints.
+    """
+
+    def __init__(self, dirpath: str | Path | None = None, every_n_epochs: int = 1) -> None:
+        super().__init__(
+            dirpath, filename="last", save_top_k=1, every_n_epochs=every_n_epochs, save_on_train_epoch_end=True, enable_version_counter=False
+        )
+        self._received: int | None = None
+        self._in_epoch = False
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signals."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, partial(self._receive, trainer))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the end of steps from here on; checkpoint callbacks are the last to be called."""
+        self._in_epoch = True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save and end the run if a signal was received and the optimizer step is complete."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if self._received is not None and complete:
+            path = Path(self.dirpath or "") / f"last{self.FILE_EXTENSION}"
+            if not trainer.fast_dev_run:
+                self._save_checkpoint(trainer, str(path))
+                log.info("interrupted in epoch %d after step %d; to resume, add --ckpt_path %s", trainer.current_epoch, trainer.global_step, path)
+            self._end(self._received)
+        if trainer.is_last_batch:
+            self._in_epoch = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the signals back."""
+        super().on_train_end(trainer, pl_module)
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        super().on_exception(trainer, pl_module, exception)
+        self._release()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a validation of its own at SIGTERM; Lightning would go on to the end of a batch, or of the last hook."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            _end_at_sigterm()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a test at SIGTERM."""
+        _end_at_sigterm()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a prediction at SIGTERM."""
+        _end_at_sigterm()
+
+    def _receive(self, trainer: Trainer, number: int, frame: FrameType | None) -> None:
+        self._release()
+        if not self._in_epoch or trainer.validating:
+            self._end(number)
+        self._received = number
+        log.warning("received %s: the run ends after this step; once more ends it at once", signal.Signals(number).name)
+
+    def _end(self, number: int) -> NoReturn:
+        self._received = None
+        raise KeyboardInterrupt if number == signal.SIGINT else SIGTERMException(128 + number)
+
+    def _release(self) -> None:
+        for number in self._handlers:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        self._handlers.clear()
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        others = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint) and callback is not self)
+        step = trainer.global_step
+        same = [other._last_checkpoint_saved for other in others if other._last_checkpoint_saved and other._last_global_step_saved == step]
+        path = Path(filepath)
+        if same:
+            if trainer.is_global_zero:
+                _link(Path(same[0]), path)
+            trainer.strategy.barrier("last")
+            self._last_global_step_saved = step
+            self._last_checkpoint_saved = filepath
+            return
+        if trainer.is_global_zero and path.is_symlink():
+            path.unlink()  # written through, it would overwrite the other checkpoint
+        trainer.strategy.barrier("last")
+        super()._save_checkpoint(trainer, filepath)
+
+
+def _end_at_sigterm() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _link(target: Path, path: Path) -> None:
+    """Replace ``path`` by a relative link to ``target`` in one step."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.link")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, path.parent))
+    temporary.replace(path)
