@@ -60,7 +60,7 @@ class LastCheckpoint(ModelCheckpoint):
         complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if self._received is not None and complete:
             path = Path(self.dirpath or "") / f"last{self.FILE_EXTENSION}"
-            if not trainer.fast_dev_run:
+            if not getattr(trainer, "fast_dev_run", False):
                 self._save_checkpoint(trainer, str(path))
                 log.info("interrupted in epoch %d after step %d; to resume, add --ckpt_path %s", trainer.current_epoch, trainer.global_step, path)
             self._end(self._received)

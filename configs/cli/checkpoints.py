@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     in it leaves a part of a checkpoint under the final name.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save to a file of this machine, or as Lightning does to an address."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
