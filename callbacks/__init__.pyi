@@ -5,6 +5,7 @@ from malleable.callbacks.embeddings import EmbeddingReport as EmbeddingReport
 from malleable.callbacks.exposure import ExposureReport as ExposureReport
 from malleable.callbacks.floors import Floors as Floors
 from malleable.callbacks.last_checkpoint import LastCheckpoint as LastCheckpoint
+from malleable.callbacks.line_progress import LineProgress as LineProgress
 from malleable.callbacks.phases import PhaseSettings as PhaseSettings
 from malleable.callbacks.post_fit import PostFitEdit as PostFitEdit
 from malleable.callbacks.predictions import PredictionWriter as PredictionWriter

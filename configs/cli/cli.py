@@ -22,6 +22,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import malleable
 from malleable.callbacks.last_checkpoint import LastCheckpoint
+from malleable.callbacks.line_progress import LineProgress
 from malleable.checkpoints import AtomicCheckpointIO, as_layer, consolidate, differences, find_checkpoint, other_settings, stored_model
 from malleable.datamodules.identity import stores_data
 from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements
@@ -161,7 +162,8 @@ class MalleableCLI(LightningCLI):
         given = config.trainer.callbacks or []
         callbacks = list(given) if isinstance(given, list) else [given]
         if config.trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            callbacks.append(TQDMProgressBar())  # the default of Lightning 2.6, rich, breaks when anything else draws
+            # The default of Lightning 2.6, rich, breaks when anything else draws.
+            callbacks.append(TQDMProgressBar() if sys.stdout.isatty() else LineProgress())
         if config.trainer.enable_checkpointing is not False and not any(isinstance(callback, Checkpoint) for callback in callbacks):
             callbacks += self._checkpoints(config.checkpoint)
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)

@@ -1,5 +1,6 @@
 import logging
 import shutil
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from launch import launch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from malleable import LineProgress
 from malleable.checkpoints import AtomicCheckpointIO, find_checkpoint
 
 CHECKPOINTS = "runs/boring/version_0/checkpoints"
@@ -133,11 +135,13 @@ def test_resuming_the_last_run_gives_the_uninterrupted_weights(run):
     assert equal(whole, resumed)
 
 
-def test_progress_is_plain_unless_replaced(boring):
+@pytest.mark.parametrize(("terminal", "kind"), [(True, TQDMProgressBar), (False, LineProgress)])
+def test_progress_is_plain_unless_replaced(boring, monkeypatch, terminal, kind):
     from malleable.cli import run
 
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     words = ["fit", "--config", "boring.yaml", "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
-    assert isinstance(run(words).trainer.progress_bar_callback, TQDMProgressBar)
+    assert isinstance(run(words).trainer.progress_bar_callback, kind)
     own = run([*words, "--trainer.callbacks", "TQDMProgressBar", "--trainer.callbacks.refresh_rate", "7"]).trainer
     assert own.progress_bar_callback.refresh_rate == 7
 

@@ -1,0 +1,105 @@
+"""Progress for output that is no terminal: log files of schedulers, pipes and notebooks converted to text."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+
+
+class LineProgress(ProgressBar):
+    """Prints one line for each tenth of a fit, a test or a prediction, where a progress bar would print thousands.
+
+    A fit whose length is unknown (no ``max_epochs`` and no ``max_steps``) gets a line for each epoch. Lines hold the figures that are
+    logged with ``prog_bar=True``.
+
+    Args:
+        parts: Lines of a fit, a test or a prediction.
+
+    Raises:
+        ValueError: If ``parts`` is below 1.
+    """
+
+    def __init__(self, parts: int = 10) -> None:
+        super().__init__()
+        if parts < 1:
+            raise ValueError(f"parts must be >= 1, got {parts}")
+        self.parts = parts
+        self._enabled = True
+        self._printed = 0
+        self._started = 0.0
+
+    def disable(self) -> None:
+        """Print nothing."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Print again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count."""
+        self._begin()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Print a line where a part of the fit ends within an epoch."""
+        if not trainer.is_last_batch:  # else after the epoch's validation
+            self._show_fit(trainer, pl_module, batch_idx + 1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print a line where a part of the fit ends with an epoch."""
+        self._show_fit(trainer, pl_module, trainer.num_training_batches)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count."""
+        self._begin()
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Print a line where a part of the test ends."""
+        self._show("test", trainer, (batch_idx + 1) / trainer.num_test_batches[dataloader_idx])
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count."""
+        self._begin()
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Print a line where a part of the prediction ends."""
+        self._show("predict", trainer, (batch_idx + 1) / trainer.num_predict_batches[dataloader_idx])
+
+    def _begin(self) -> None:
+        self._printed = 0
+        self._started = time.monotonic()
+
+    def _show_fit(self, trainer: Trainer, pl_module: LightningModule, batches: float) -> None:
+        epoch = trainer.current_epoch
+        epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+        share = batches / trainer.num_training_batches if math.isfinite(trainer.num_training_batches) else 0.0
+        figures = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
+        text = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items())
+        if steps > 0:
+            self._show("fit", trainer, trainer.global_step / steps, f"epoch {epoch}, step {trainer.global_step} of {steps}, {text}")
+        elif epochs > 0:
+            self._show("fit", trainer, (epoch + share) / epochs, f"epoch {epoch} of {epochs}, {text}")
+        elif share == 1:
+            self._write(trainer, f"fit: epoch {epoch}, {text}")
+
+    def _show(self, name: str, trainer: Trainer, share: float, text: str = "") -> None:
+        part = int(share * self.parts + 1e-9)
+        if part < self._printed:  # another dataloader, or a fit that was made longer
+            self._printed = part
+        if part > self._printed:
+            self._printed = part
+            self._write(trainer, f"{name}: {100 * part // self.parts} %{f', {text}' if text else ''}")
+
+    def _write(self, trainer: Trainer, line: str) -> None:
+        if self._enabled and trainer.is_global_zero and not trainer.sanity_checking:
+            sys.stdout.write(f"{line.rstrip(', ')} ({time.monotonic() - self._started:.0f} s)\n")
+            sys.stdout.flush()

@@ -1,0 +1,58 @@
+import re
+
+import pytest
+from boring import BoringDataModule, BoringModule
+from lightning.pytorch import Trainer
+
+from malleable import LineProgress
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+
+
+def lines(capsys, **settings):
+    trainer = Trainer(callbacks=[LineProgress(settings.pop("parts", 10))], **QUIET, **settings)
+    trainer.fit(BoringModule(), BoringDataModule())
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("fit")], trainer
+
+
+def test_a_fit_prints_a_line_for_each_tenth(capsys):
+    found, _ = lines(capsys, max_epochs=40)
+    assert [int(re.match(r"fit: (\d+) %", line)[1]) for line in found] == list(range(10, 101, 10))
+    assert "epoch 3 of 40" in found[0]
+    assert "val_loss" in found[0]
+    assert re.search(r"\(\d+ s\)$", found[0])
+
+
+def test_a_short_fit_has_no_more_lines_than_batches(capsys):
+    assert len(lines(capsys, max_epochs=1)[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"), [({"max_steps": 8}, 8), ({"max_epochs": -1, "max_time": "00:00:00:01"}, None), ({"parts": 2, "max_epochs": 6}, 2)]
+)
+def test_other_lengths(capsys, settings, count):
+    found, _ = lines(capsys, **settings)
+    assert found
+    if count:
+        assert len(found) == count
+
+
+def test_test_and_prediction_print_lines_too(capsys):
+    _, trainer = lines(capsys, max_epochs=1)
+    trainer.test(BoringModule(), BoringDataModule(), verbose=False)
+    trainer.predict(BoringModule(), BoringDataModule(), return_predictions=False)
+    out = capsys.readouterr().out
+    assert [line.split(" (")[0] for line in out.splitlines() if line.startswith("test")] == ["test: 20 %", "test: 50 %", "test: 70 %", "test: 100 %"]
+    assert out.count("predict: ") == 4
+
+
+def test_it_can_be_switched_off(capsys):
+    progress = LineProgress()
+    progress.disable()
+    Trainer(callbacks=[progress], max_epochs=1, **QUIET).fit(BoringModule(), BoringDataModule())
+    assert "fit" not in capsys.readouterr().out
+
+
+def test_no_parts():
+    with pytest.raises(ValueError, match="parts must be >= 1, got 0"):
+        LineProgress(0)
