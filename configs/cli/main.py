@@ -87,6 +87,17 @@ def _message(error: BaseException | None) -> str | None:
     return None
 
 
+# Messages of libraries that tell a user of this command line nothing, by logger.
+_NOISE = {
+    "lightning.pytorch.utilities.rank_zero": "try installing [litlogger]",
+    "DeepSpeed": "Setting accelerator to CPU",  # at its import, which transformers does in any run
+}
+
+
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    return _NOISE[record.name] not in str(record.msg)
+
+
 @contextmanager
 def _log_to_stderr() -> Iterator[None]:
     """Show the package's messages of the first process, and warnings of all."""
@@ -96,8 +107,13 @@ def _log_to_stderr() -> Iterator[None]:
     level = log.level
     log.setLevel(logging.INFO)
     log.addHandler(handler)
+    noisy = [logging.getLogger(name) for name in _NOISE]
+    for logger in noisy:
+        logger.addFilter(_is_no_noise)
     try:
         yield
     finally:
         log.removeHandler(handler)
+        for logger in noisy:
+            logger.removeFilter(_is_no_noise)
         log.setLevel(level)

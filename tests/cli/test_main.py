@@ -103,3 +103,14 @@ def test_messages_reach_the_reader_of_the_first_process_only(capsys, monkeypatch
         assert capsys.readouterr().err == expected
     log.info("no longer shown")
     assert capsys.readouterr().err == ""
+
+
+def test_advertisements_of_libraries_are_left_out(monkeypatch):
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    shown = []
+    monkeypatch.setattr(logger, "handle", lambda record: shown.append(record.msg) if logger.filter(record) else None)
+    tip = "Tip: try installing [litlogger]"
+    monkeypatch.setattr("malleable.main._run", lambda words: (logger.warning(tip), logger.warning("no tip")))
+    main([])
+    logger.warning(tip)
+    assert shown == ["no tip", tip]
