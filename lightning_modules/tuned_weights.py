@@ -145,8 +145,8 @@ class TunedWeights(LightningModule):
             with whole_weights(zero3):
                 forms = pass_forms(self.model)
         except (ValueError, RuntimeError):
-            # Of mixtures of experts no small twin is built, and partitioned weights run in the engine only: the first pass measures them there, on
-            # all ranks together.
+            # Where no small twin stands for the model, its partitioned weights would run here, which they do in the engine only: the first pass
+            # measures them there, on all ranks together.
             if zero3 is None:
                 raise
             return
