@@ -1,5 +1,7 @@
 """Second moments over text: the same however it is cut, resumed or shared; never those of something else."""
 
+import copy
+
 import pytest
 import torch
 from small_editing import SENTENCES, decoder, tokenizer
@@ -90,7 +92,7 @@ def test_moments_under_another_tokenizer_or_configuration_are_refused(tmp_path):
     file = tmp_path / "moments.safetensors"
     model = decoder()
     moments(model, file=file)
-    other = tokenizer("bos")
+    other = copy.deepcopy(tokenizer("bos"))
     other.backend_tokenizer.normalizer = normalizers.Lowercase()
     assert len(other) == len(tokenizer("bos"))
     options = {"layout": find_layout(model), "layers": (1, 2), "texts": TEXTS, "file": file}
