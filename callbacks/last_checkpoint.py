@@ -1,4 +1,4 @@
-"""The checkpoint to resume from: of the newest epoch, or of the step at which a run was interrupted."""
+"""Checkpoint of the newest epoch, or of the step at which a run was interrupted."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class LastCheckpoint(ModelCheckpoint):
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signals."""
+        """Install the signal handlers."""
         super().on_train_start(trainer, pl_module)
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, partial(self._receive, trainer))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wait for the end of steps from here on; checkpoint callbacks are the last to be called."""
+        """Defer signals to the end of a step; checkpoint callbacks are called last, so other callbacks of this hook are not deferred."""
         self._in_epoch = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -68,12 +68,12 @@ class LastCheckpoint(ModelCheckpoint):
             self._in_epoch = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back."""
+        """Restore the default signal handlers."""
         super().on_train_end(trainer, pl_module)
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the default signal handlers."""
         super().on_exception(trainer, pl_module, exception)
         self._release()
 

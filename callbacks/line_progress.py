@@ -34,15 +34,15 @@ class LineProgress(ProgressBar):
         self._started = 0.0
 
     def disable(self) -> None:
-        """Print nothing."""
+        """Disable output."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Print again."""
+        """Enable output."""
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count."""
+        """Start counting."""
         self._begin()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -55,7 +55,7 @@ class LineProgress(ProgressBar):
         self._show_fit(trainer, pl_module, trainer.num_training_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count."""
+        """Start counting."""
         self._begin()
 
     def on_test_batch_end(
@@ -65,7 +65,7 @@ class LineProgress(ProgressBar):
         self._show("test", trainer, (batch_idx + 1) / trainer.num_test_batches[dataloader_idx])
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count."""
+        """Start counting."""
         self._begin()
 
     def on_predict_batch_end(

@@ -65,7 +65,7 @@ class PostFitEdit(Callback, ABC):
 
     @abstractmethod
     def make_patch(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Patch:
-        """Make the patch and leave the model as it was; :meth:`patch` puts the parts together.
+        """Return the patch without changing the model. Use :meth:`patch` to build it from its deltas.
 
         The model lies where it was trained. Every rank calls this method; the patch of the first rank is written and applied by all.
         """

@@ -64,6 +64,15 @@ def _exact(tails: Tails, model: Any, layout: Layout, layer: int, rows: Rows) -> 
     return bool(error.max() <= max(TOLERANCE, 8 * torch.finfo(whole.start.dtype).eps))
 
 
+@torch.no_grad()
+def _run_to(model: Any, layout: Layout, layer: int, rows: Rows) -> tuple[Tensor, Any]:
+    """Run rows up to a block; return its output ``(B, T, v)`` and the other inputs of the next block."""
+    with stopping(model, layout, layer, []) as seen:
+        seen.run(**rows.inputs())
+    assert seen.output is not None
+    return seen.output, seen.rest
+
+
 class WholeRows:
     """What follows in a decoder from a change of the residual stream behind a block, at one token of each row.
 
@@ -81,10 +90,8 @@ class WholeRows:
 
     def __init__(self, model: Any, layout: Layout, layer: int, rows: Rows) -> None:
         self.model, self.layout, self.layer, self.rows = model, layout, layer, rows
-        with torch.no_grad(), stopping(model, layout, layer, []) as seen:
-            seen.run(**rows.inputs())
-        assert seen.output is not None
-        self.start = seen.output[self._place(), rows.position]
+        hidden, _ = _run_to(model, layout, layer, rows)
+        self.start = hidden[self._place(), rows.position]
 
     def _place(self) -> Tensor:
         """Number of each row."""
@@ -128,11 +135,7 @@ class Tails:
     def __init__(self, model: Any, layout: Layout, layer: int, rows: Rows) -> None:
         self.model, self.layout, self.layer = model, layout, layer
         self.before = rows.position
-        with torch.no_grad(), stopping(model, layout, layer, []) as seen:
-            seen.run(**rows.inputs())
-        assert seen.output is not None
-        self.rest = seen.rest
-        hidden = seen.output
+        hidden, self.rest = _run_to(model, layout, layer, rows)
         lengths = rows.attention_mask.sum(1) - self.before
         column = torch.arange(int(lengths.max()), device=hidden.device)
         self.mask = column < lengths[:, None]

@@ -1,5 +1,6 @@
 """Fit, test and predict on two processes give the tables, the report and the predictions of one."""
 
+import contextlib
 import runpy
 
 import pytest
@@ -31,13 +32,18 @@ if trainer.is_global_zero:
 """
 
 
+def run_alone_and_on_two_ranks(code, folder):
+    """Run a script in a folder, in this process and on two ranks."""
+    script = folder / "run.py"
+    script.write_text(code)
+    with contextlib.chdir(folder):
+        runpy.run_path(str(script))
+    launch([script], ranks=2, cwd=folder)
+
+
 @pytest.mark.ddp
-def test_two_processes_equal_one(tmp_path, monkeypatch):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(script))
-    launch([script], ranks=2, cwd=tmp_path)
+def test_two_processes_equal_one(tmp_path):
+    run_alone_and_on_two_ranks(SCRIPT, tmp_path)
     one, two = tmp_path / "ranks1", tmp_path / "ranks2"
     for name in ("predictions.csv", "predictions.jsonl", "report/metrics.json", "report/most_recommended_titles.png"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
@@ -92,13 +98,9 @@ torch.save([found, exposure.recommended, loop._counts], f"ranks{ranks}-{os.envir
 
 
 @pytest.mark.ddp
-def test_a_rank_without_a_batch_takes_part_in_every_reduction(tmp_path, monkeypatch):
+def test_a_rank_without_a_batch_takes_part_in_every_reduction(tmp_path):
     """An iterable dataset may end on one rank before its first batch; nothing waits for that rank, and all have the figures of all rows."""
-    script = tmp_path / "run.py"
-    script.write_text(UNEVEN)
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(script))
-    launch([script], ranks=2, cwd=tmp_path)
+    run_alone_and_on_two_ranks(UNEVEN, tmp_path)
     expected, *counts = torch.load(tmp_path / "ranks1-0.pt", weights_only=True)
     assert [table.sum().item() for table in counts] == [10, 10]
     for rank in (0, 1):
