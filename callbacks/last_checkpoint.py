@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -27,8 +28,8 @@ class LastCheckpoint(ModelCheckpoint):
     callback beside it. Where another checkpoint callback has just saved the same step, ``last.ckpt`` is a relative link to its file.
 
     In one process, SIGINT and SIGTERM end a fit after the current optimizer step: the step is saved, and the log says how to resume. A
-    second signal ends it at once, as does a first one outside training steps. With several processes Lightning's own handling stays.
-    SIGTERM ends validation, test and prediction at once.
+    second signal ends it at once, as does a first one outside training steps. Several processes, and SIGTERM under SLURM, keep
+    Lightning's own handling. SIGTERM ends validation, test and prediction at once.
 
     Args:
         dirpath: Folder of the checkpoints; default: ``checkpoints`` in the run folder.
@@ -47,7 +48,8 @@ class LastCheckpoint(ModelCheckpoint):
         """Install the signal handlers."""
         super().on_train_start(trainer, pl_module)
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            # Under SLURM, SIGTERM precedes the signal at which Lightning saves and requeues the job.
+            for number in (signal.SIGINT,) if SLURMEnvironment.detect() else (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, partial(self._receive, trainer))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

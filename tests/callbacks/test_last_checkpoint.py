@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import interrupted_run
 import pytest
@@ -57,6 +58,15 @@ def test_without_a_monitor_the_newest_is_written_once():
 def test_epochs_between_two_checkpoints():
     fit(5, every_n_epochs=2)
     assert epoch_of("checkpoints/last.ckpt") == 3
+
+
+@pytest.mark.parametrize("slurm", [False, True])
+def test_signals_of_slurm_stay_with_lightning(monkeypatch, slurm):
+    handlers = {}
+    monkeypatch.setattr("lightning.fabric.plugins.environments.SLURMEnvironment.detect", lambda: slurm)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.setdefault(number, handler))
+    LastCheckpoint().on_train_start(SimpleNamespace(world_size=1), None)
+    assert handlers.keys() == ({signal.SIGINT} if slurm else {signal.SIGINT, signal.SIGTERM})
 
 
 def script(*words, timeout=60):
