@@ -1,5 +1,6 @@
 """Tests and benchmarks for a GPU run on a CPU, too, so that they work when there is one."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PARTS = ["preference-16", "preference-64", "decoding-135m", "decoding-1b", "sprec", "nfe", "kg-epoch", "alpha-edit"]
+PEERS = {"preference-16": "trl", "preference-64": "trl", "nfe": "pykeen", "kg-epoch": "pykeen"}
 
 
 def run(*words, **variables):
@@ -20,11 +22,21 @@ def run(*words, **variables):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_each_part_of_the_benchmark(part):
+    if part in PEERS and importlib.util.find_spec(PEERS[part]) is None:
+        pytest.skip(f"compares with {PEERS[part]}: pip install -e '.[bench]'")
     done = run(ROOT / "tests/benchmarks/gpu_suite.py", "--device", "cpu", "--tiny", "--parts", part)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{part} (at most" in done.stdout
     if part != "sprec":
         assert "ratio:" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("pykeen") is not None, reason="needs an environment without the packages of the benchmarks")
+def test_a_part_without_its_peer_says_what_to_install():
+    done = run(ROOT / "tests/benchmarks/gpu_suite.py", "--device", "cpu", "--tiny", "--parts", "nfe")
+    assert done.returncode == 1
+    assert "pip install -e '.[bench]'" in done.stdout
 
 
 @pytest.mark.slow

@@ -248,6 +248,8 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         seed_everything(0, verbose=False)
         with budget(10 * seconds if options.tiny else seconds):
             figures = part(options)
+    except ModuleNotFoundError as error:
+        figures = {"error": f"{error}: install the other sides of the comparisons: pip install -e '.[bench]'"}
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         figures = {"error": f"{type(error).__name__}: {error}"}
