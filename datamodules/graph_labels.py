@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from malleable.datamodules.batch import ASKED, KnowledgeGraph
 from malleable.datamodules.sources.graph import Ints
-from malleable.datamodules.text_files import cell_text, open_text
+from malleable.datamodules.table_files import read_cells
+from malleable.datamodules.text_files import file_kind, read_json
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +97,7 @@ def _pairs(path: Path, graph: KnowledgeGraph, what: str) -> Iterator[tuple[int, 
     """Yield the entity and the text of each pair; what is said of others is left out, and counted."""
     entities = {label: key for key, label in enumerate(graph.entities)}
     found, others = set(), set()
-    for label, text in _json_pairs(path, what) if path.suffix == ".json" else _text_pairs(path, what):
+    for label, text in _json_pairs(path, what) if file_kind(path) == ".json" else _text_pairs(path, what):
         key = entities.get(label)
         if key is None:
             others.add(label)
@@ -121,11 +119,7 @@ def _text_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
 
 
 def _json_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
-    try:
-        with open_text(path) as file:
-            content: Any = json.load(file)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object of entity to {what}, got {type(content).__name__}")
     for label, value in content.items():
@@ -137,12 +131,9 @@ def _json_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield number and cells of each line that is not empty."""
-    commas = ".csv" in path.suffixes
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                text = line.strip("\r\n")
-                yield number, list(map(cell_text, next(csv.reader([text], skipinitialspace=True)) if commas else text.split("\t")))
+    if file_kind(path) == ".csv":
+        return read_cells(path, ",")
+    return read_cells(path, "\t", quotes=False)
 
 
 def _find(label: str, known: dict[str, int], where: str) -> int:

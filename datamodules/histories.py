@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import json
 import logging
@@ -12,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from malleable.datamodules.text_files import cell_text, id_text, open_text, read_json_rows
+from malleable.datamodules.table_files import read_cells
+from malleable.datamodules.text_files import file_kind, id_text, read_json_rows
 from malleable.datamodules.titles import clean_title
 
 log = logging.getLogger(__name__)
@@ -126,9 +126,10 @@ def read_histories(path: Path, lookup: ItemLookup) -> list[History]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is of another kind, a line is no history, a text names two items, or no item is known; with file and line.
     """
-    if path.suffix not in _READERS:
+    kind = file_kind(path)
+    if kind not in _READERS:
         raise ValueError(f"{path} is no file of histories: give .csv (one history a line), .jsonl or .json (one list of items a row)")
-    rows = list(_READERS[path.suffix](path, lookup))
+    rows = list(_READERS[kind](path, lookup))
     if not rows:
         raise ValueError(f"{path} holds no history")
     if short := next((row for row in rows if not row.names), None):
@@ -184,9 +185,7 @@ def _read_json(path: Path, lookup: ItemLookup) -> Iterator[_Row]:
 
 
 def _read_csv(path: Path, lookup: ItemLookup) -> Iterator[_Row]:
-    with open_text(path) as file:
-        reader = csv.reader(file, skipinitialspace=True)
-        lines = [(f"{path}, line {reader.line_num}", list(map(cell_text, cells))) for cells in reader if any(map(str.strip, cells))]
+    lines = [(f"{path}, line {number}", cells) for number, cells in read_cells(path, ",") if any(map(str.strip, cells))]
     if not lines:
         return
     place, cells = lines[0]

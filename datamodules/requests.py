@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from malleable.datamodules.text_files import id_text, read_json_rows
+from malleable.datamodules.user_files import check_file
 
 PLACEHOLDER = "{}"
 
@@ -57,14 +58,14 @@ class EditRequest:
     def __post_init__(self) -> None:
         """Check the texts."""
         for name in ("prompt", "subject", "target"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"{name} must be a text, got {value!r}")
-            _refuse_blanks(name, value)
+            _check_text(name, getattr(self, name))
         if self.true is not None:
-            if not isinstance(self.true, str) or not self.true.strip():
-                raise ValueError(f"true must be a text or left out, got {self.true!r}")
-            _refuse_blanks("true", self.true)
+            _check_text("true", self.true)
+        for name in _TEXTS:
+            # A text in place of a list would become its letters.
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        if not isinstance(self.neighbors, (tuple, list)) or not all(map(_is_probe, self.neighbors)):
+            raise ValueError(f"neighbors must be prompts and answers, both texts, got {self.neighbors!r:.200}")
         for name in ("paraphrases", "generation_prompts"):
             for text in getattr(self, name):
                 _refuse_blanks(name, text)
@@ -116,11 +117,22 @@ def request_of(fields: Mapping[str, Any], number: int) -> EditRequest:
     named["request_id"] = id_text(named.get("request_id", number), "request_id")
     for name in _TEXTS:
         named[name] = _texts(name, named.get(name))
-    neighbors = named.get("neighbors") or ()
+    neighbors = named.get("neighbors")
+    neighbors = () if neighbors is None else neighbors
     if isinstance(neighbors, str) or not isinstance(neighbors, Sequence):
         raise ValueError(f"neighbors must be a list of objects with prompt and answer, got {neighbors!r:.80}")
     named["neighbors"] = tuple(_probe(item) for item in neighbors)
     return EditRequest(**named)
+
+
+def _is_probe(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(text, str) and bool(text.strip()) for text in value)
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be a text, got {value!r:.80}")
+    _refuse_blanks(name, value)
 
 
 def _refuse_blanks(name: str, text: str) -> None:
@@ -152,8 +164,7 @@ def read_requests(path: Path) -> list[EditRequest]:
         FileNotFoundError: If there is no such file.
         ValueError: If a line is wrong; the message names file, line and field.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of edit requests {path}; it holds a JSON object a line, with prompt, subject and target")
+    check_file(path, "a file of edit requests holds a JSON object a line, with prompt, subject and target")
     requests = []
     for number, place, fields in read_json_rows(path):
         try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from malleable.datamodules.text_files import read_json_rows, read_lines
+from malleable.datamodules.table_files import column_names, read_parquet
+from malleable.datamodules.text_files import file_kind, read_json_rows, read_lines
+from malleable.datamodules.user_files import check_file
 
 KINDS = (".txt", ".json", ".jsonl", ".parquet")
 FIELDS = ("text", "Text", "content")
@@ -21,11 +23,10 @@ def read_texts(path: Path) -> list[str]:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds no texts; the message names the line.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of texts {path}; give one that ends in {', '.join(KINDS)}")
+    check_file(path, f"give a file of texts that ends in {', '.join(KINDS)}")
     if path.suffix == ".parquet":
         texts = _of_parquet(path)
-    elif path.suffix in (".json", ".jsonl"):
+    elif file_kind(path) in (".json", ".jsonl"):
         texts = _of_json(path)
     else:
         texts = [line for _, line in read_lines(path)]
@@ -46,10 +47,11 @@ def _of_json(path: Path) -> list[str]:
 
 
 def _of_parquet(path: Path) -> list[str]:
-    import pyarrow.parquet as parquet
-
-    names = parquet.read_schema(path).names
+    names = column_names(path)
     name = next((name for name in FIELDS if name in names), None)
     if name is None:
         raise ValueError(f"{path} has no column {' or '.join(FIELDS)}; it has {', '.join(names)}")
-    return [text for text in parquet.read_table(path, columns=[name])[name].to_pylist() if text]
+    texts = [text for text in read_parquet(path, [name])[name].to_pylist() if text is not None]
+    if (wrong := next((text for text in texts if not isinstance(text, str)), None)) is not None:
+        raise ValueError(f"{path}, column {name}: expected texts, got {wrong!r:.80}")
+    return texts

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 _ARTICLES = r"The|An?|L[aeo]s?|L'|Une?|El|Il|Gli|Der|Die|Das|Eine?|De[nt]?|Het|Os?|Uma?"
 # "Head, The" where the title or a bracket of it ends; "Mystery, Alaska" and "Corrina, Corrina" stay as they are.
 _TRAILING_ARTICLE = re.compile(rf"(?P<start>^|\()(?P<alias>(?:a\.?k\.?a\.? )?)(?P<head>[^()]*[^()\s,]), (?P<article>{_ARTICLES})(?=\s*(?:$|[()]))")
-_TAG = re.compile(r"</?[a-zA-Z][^<>]*(?:>|$)|<!--.*?(?:-->|$)")
+# Text in angle brackets that is no tag of HTML stays, and so do `<s>` and `<q>`, which sizes and tokenizers use.
+_TAGS = (
+    "a|abbr|b|big|blockquote|body|br|button|center|cite|code|dd|del|div|dl|dt|em|font|form|h[1-6]|head|hr|html|i|iframe|img|input|ins|label|li|link|"
+    "mark|meta|nobr|ol|option|p|pre|script|section|select|small|span|strike|strong|style|sub|sup|table|tbody|td|th|thead|title|tr|tt|u|ul|wbr"
+)
+# One whose end was cut off with the end of the text has an attribute.
+_TAG = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]*|/)?>|<(?:{_TAGS})\s+[\w-]+\s*=[^<>]*$|<!--.*?(?:-->|$)", re.IGNORECASE | re.DOTALL)
 _INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\ufeff]")
 _QUOTES = str.maketrans(dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"') | dict.fromkeys("\u2018\u2019\u201a\u00b4", "'"))
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from malleable.datamodules.text_files import cell_text, id_text, open_text
+from malleable.datamodules.table_files import read_cells, read_parquet
+from malleable.datamodules.text_files import cell_text, file_kind, id_text, numbered_lines
 
 FIELDS = {"h": "head", "r": "relation", "t": "tail"}
-SUFFIXES = (".txt", ".tsv", ".txt.gz", ".tsv.gz", ".parquet")
+SUFFIXES = (".txt", ".tsv", ".csv", ".txt.gz", ".tsv.gz", ".csv.gz", ".parquet")
 _SIGNIFICAND_BITS = {"float": 23, "halffloat": 10}
 HEADERS = ({"head", "relation", "tail"}, {"h", "r", "t"}, {"subject", "predicate", "object"}, {"source", "relation", "target"})
 
@@ -27,15 +27,18 @@ def check_columns(columns: str) -> None:
         raise ValueError(f"columns must order the letters h (head), r (relation) and t (tail), e.g. hrt or htr, got {columns!r}")
 
 
-def read_labels(path: Path, columns: str = "hrt", *, header: bool = False, names: Mapping[str, str] | None = None) -> Iterator[tuple[str, str, str]]:
+def read_labels(
+    path: Path, columns: str = "hrt", *, header: bool = False, names: Mapping[str, str] | None = None, encoding: str | None = None
+) -> Iterator[tuple[str, str, str]]:
     """Read labelled triples, lazily.
 
     Args:
-        path: Lines of three columns with tabs between them, or Parquet with three columns. Labels may hold spaces; in lines, blanks around one do
-            not belong to it, see :func:`~malleable.datamodules.text_files.cell_text`.
+        path: Lines of three columns with tabs between them, CSV, or Parquet with three columns. Labels may hold spaces; in lines and cells, blanks
+            around one do not belong to it, see :func:`~malleable.datamodules.text_files.cell_text`.
         columns: Order of the columns.
         header: The first line of a text file names the columns.
         names: Of Parquet: the column of ``head``, ``relation`` or ``tail`` that is called otherwise.
+        encoding: Of text without a byte-order mark; default: UTF-8.
 
     Yields:
         Head, relation, tail.
@@ -46,7 +49,7 @@ def read_labels(path: Path, columns: str = "hrt", *, header: bool = False, names
     check_columns(columns)
     order = [columns.index(letter) for letter in "hrt"]
     place = None
-    for place, row in _rows(path, [FIELDS[letter] for letter in columns], header=header, names=names):  # noqa: B007  (tells an empty file)
+    for place, row in _rows(path, [FIELDS[letter] for letter in columns], header=header, names=names, encoding=encoding):  # noqa: B007  (tells an empty file)
         yield row[order[0]], row[order[1]], row[order[2]]
     if place is None:
         raise ValueError(f"{path} holds no triple; expected lines {_shape(columns)}")
@@ -114,7 +117,7 @@ def _shape(columns: str) -> str:
 
 
 def _id(cell: str, size: int | None, where: str) -> int:
-    key = int(cell) if cell.isascii() and cell.isdigit() else -1
+    key = int(cell) if cell.isascii() and cell.isdigit() and len(cell) < 19 else -1
     if key < 0 or (size is not None and key >= size):
         allowed = "an integer from 0 on" if size is None else f"one of the {size} ids 0 to {size - 1}"
         raise ValueError(f"{where}: {cell!r} is unknown, expected {allowed}")
@@ -129,37 +132,56 @@ def _rows(
     counted: bool = False,
     spaces: bool = False,
     names: Mapping[str, str] | None = None,
+    encoding: str | None = None,
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield where a row stands and its cells."""
-    rows = _parquet_rows(path, fields, names or {}) if path.suffix == ".parquet" else _text_rows(path, fields, header, counted, spaces)
+    if path.suffix == ".parquet":
+        rows = _parquet_rows(path, fields, names or {})
+    elif file_kind(path) == ".csv":
+        rows = _comma_rows(path, fields, header, encoding)
+    else:
+        rows = _text_rows(path, fields, header, counted, spaces, encoding)
     for place, row in rows:
         if not all(row):
             raise ValueError(f"{place}, field {fields[row.index('')]}: it is empty; expected {'<TAB>'.join(fields)}")
         yield place, row
 
 
-def _text_rows(path: Path, fields: Sequence[str], header: bool, counted: bool, spaces: bool) -> Iterator[tuple[str, list[str]]]:
+def _comma_rows(path: Path, fields: Sequence[str], header: bool, encoding: str | None) -> Iterator[tuple[str, list[str]]]:
+    rows = read_cells(path, ",", encoding)
+    if header:
+        next(rows, None)
+    for place, (number, row) in enumerate(rows):
+        where = f"{path}, line {number}"
+        if len(row) != len(fields):
+            raise ValueError(f"{where}: {len(row)} cells, expected {len(fields)}: {','.join(fields)}; a label with a comma stands in quotes")
+        if not place and not header:
+            _refuse_header(where, row)
+        yield where, row
+
+
+def _refuse_header(where: str, row: Sequence[str]) -> None:
+    if {cell.casefold() for cell in row} in HEADERS:
+        raise ValueError(f"{where} looks like a header ({', '.join(row)}); say header: true, or take the line out")
+
+
+def _text_rows(path: Path, fields: Sequence[str], header: bool, counted: bool, spaces: bool, encoding: str | None) -> Iterator[tuple[str, list[str]]]:
     width, count, expected = len(fields), 0, None
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1 and header:
-                continue
-            if not line.strip():
-                continue
-            row = [cell_text(cell) for cell in line.removesuffix("\n").removesuffix("\r").split("\t")]
-            if counted and expected is None:
-                expected = _id(line.strip(), None, f"{path}, line {number}, which must say how many lines follow")
-                continue
-            if spaces and len(row) == 1:
-                row = line.rsplit(maxsplit=width - 1)
-            if len(row) != width:
-                raise ValueError(
-                    f"{path}, line {number}: {_columns(row, line)}, expected {width}: {'<TAB>'.join(fields)}{_hint(row, number, spaces)}"
-                )
-            if number == 1 and {cell.casefold() for cell in row} in HEADERS:
-                raise ValueError(f"{path}, line 1 looks like a header ({', '.join(row)}); say header: true, or take the line out")
-            count += 1
-            yield f"{path}, line {number}", row
+    for number, line in numbered_lines(path, encoding):
+        if (number == 1 and header) or not line.strip():
+            continue
+        row = [cell_text(cell) for cell in line.removesuffix("\n").removesuffix("\r").split("\t")]
+        if counted and expected is None:
+            expected = _id(line.strip(), None, f"{path}, line {number}, which must say how many lines follow")
+            continue
+        if spaces and len(row) == 1:
+            row = line.rsplit(maxsplit=width - 1)
+        if len(row) != width:
+            raise ValueError(f"{path}, line {number}: {_columns(row, line)}, expected {width}: {'<TAB>'.join(fields)}{_hint(row, number, spaces)}")
+        if number == 1:
+            _refuse_header(f"{path}, line 1", row)
+        count += 1
+        yield f"{path}, line {number}", row
     if expected is not None and count != expected:
         raise ValueError(f"{path}, line 1 says that {expected} lines follow, but there are {count}; is the file cut, or not of format openke?")
 
@@ -175,12 +197,7 @@ def _hint(row: Sequence[str], number: int, spaces: bool) -> str:
 
 
 def _parquet_rows(path: Path, fields: Sequence[str], names: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        table: Any = parquet.read_table(path)
-    except ArrowInvalid as error:
-        raise ValueError(f"{path}: no Parquet ({error})") from error
+    table = read_parquet(path)
     wanted = [names.get(field, field) for field in fields]
     if not set(wanted) <= set(table.column_names):
         if names or len(table.column_names) != len(fields):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from malleable.datamodules.sources.base import ReadyRow, ReadyRows, Source, items_table
-from malleable.datamodules.sources.ready import TitleIndex, read_rows, split_files, value_of
-from malleable.datamodules.text_files import id_text, read_lines
+from malleable.datamodules.sources.ready import TitleIndex, at, read_rows, split_files
+from malleable.datamodules.text_files import id_text, list_of, read_lines, text_of, texts_of
 
 CATALOGUE = "id2name.txt"
 
@@ -39,7 +39,7 @@ class CandidateRows(Source):
     def load(self) -> ReadyRows:
         """Read catalogue and rows."""
         self.files()
-        pairs = [line.split("::", 1) for _, line in read_lines(self.path / CATALOGUE) if "::" in line]
+        pairs = [_pair(line, f"{self.path / CATALOGUE}, line {number}") for number, line in read_lines(self.path / CATALOGUE)]
         keys, names = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         by_key = {key: position for position, key in enumerate(keys)}
         by_name = TitleIndex(names)
@@ -49,14 +49,21 @@ class CandidateRows(Source):
         return ReadyRows(items_table(keys, names, [()] * len(names)), rows)
 
 
-def _row(row: dict[str, Any], by_key: dict[str, int], by_name: TitleIndex, place: str) -> ReadyRow:
-    if "next" in row:
-        history = [by_key.get(id_text(key, f"{place}, field history"), -1) for key in value_of(row, "history", place)]
+def _pair(line: str, place: str) -> tuple[str, str]:
+    key, found, name = line.partition("::")
+    if not found:
+        raise ValueError(f"{place}: expected id::title, got {line!r:.80}")
+    return key, name
+
+
+def _row(row: Any, by_key: dict[str, int], by_name: TitleIndex, place: str) -> ReadyRow:
+    if isinstance(row, dict) and "next" in row:
+        history = [by_key.get(id_text(key, f"{place}, field history"), -1) for key in at(place, list_of, row, "history")]
         return ReadyRow(history, by_key.get(id_text(row["next"], f"{place}, field next"), -1))
-    listed, truth = value_of(row, "historyList", place), value_of(row, "trueSelection", place)
-    offered = value_of(row, "itemList", place)
+    truth, offered = at(place, text_of, row, "trueSelection"), at(place, texts_of, row, "itemList")
     if truth not in offered:
         raise ValueError(f"{place}: trueSelection {truth!r} is not in itemList; every row must offer the truth")
-    names = listed.split("::") if isinstance(listed, str) else listed
+    joined = isinstance(row.get("historyList"), str)
+    names = row["historyList"].split("::") if joined else at(place, texts_of, row, "historyList")
     positions = [[by_name.position(name) for name in group] for group in (names, offered, [truth])]
     return ReadyRow(positions[0], positions[2][0], positions[1])

@@ -15,11 +15,11 @@ CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import ClassVar
 
 from malleable.datamodules.sources.facts import Fact, FactSource, FactTables, Relation
+from malleable.datamodules.table_files import read_table
 
 RELATIONS = (
     Relation(
@@ -90,19 +90,17 @@ class Countries(FactSource):
             FileNotFoundError: If there is no such table.
             ValueError: If a column is missing.
         """
-        if not self.path.is_file():
-            raise FileNotFoundError(f"no table of countries {self.path}")
         names = [relation.name for relation in RELATIONS]
         facts: dict[tuple[int, str], Fact] = {}
-        with self.path.open(encoding="utf-8", newline="") as file:
-            table = csv.DictReader(file)
-            columns = {"country", "capital", "continent", "currency", "language"}
-            if missing := columns - set(table.fieldnames or ()):
-                raise ValueError(f"{self.path} has no column {', '.join(sorted(missing))}; it needs {', '.join(sorted(columns))}")
-            for row in table:
-                told = [(relation, row["country"], row[relation]) for relation in ("capital", "continent", "currency", "language")]
-                for relation, subject, known in [*told, ("country", row["capital"], row["country"])]:
-                    if subject and known:
-                        number = names.index(relation)
-                        facts.setdefault((number, subject), Fact(number, subject, known))
+        header, _, columns = read_table(self.path, ",")
+        table = dict(zip(header, columns, strict=True))
+        needed = {"country", "capital", "continent", "currency", "language"}
+        if missing := needed - table.keys():
+            raise ValueError(f"{self.path} has no column {', '.join(sorted(missing))}; it needs {', '.join(sorted(needed))}")
+        for row in (dict(zip(header, cells, strict=True)) for cells in zip(*columns, strict=True)):
+            told = [(relation, row["country"], row[relation]) for relation in ("capital", "continent", "currency", "language")]
+            for relation, subject, known in [*told, ("country", row["capital"], row["country"])]:
+                if subject and known:
+                    number = names.index(relation)
+                    facts.setdefault((number, subject), Fact(number, subject, known))
         return FactTables(list(RELATIONS), list(facts.values()))

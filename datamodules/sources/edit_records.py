@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from malleable.datamodules.requests import PLACEHOLDER, EditRequest, Probe, checked, read_requests
 from malleable.datamodules.sources.edits import EditSource, EditTables
-from malleable.datamodules.text_files import JsonRow, id_text, read_json_rows
+from malleable.datamodules.text_files import JsonRow, field_of, id_text, list_of, object_of, read_json_rows, text_of, texts_of
+from malleable.datamodules.user_files import check_file
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,11 @@ class EditRecords(EditSource):
 
     @abstractmethod
     def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
-        """Make the request of a record; a ``KeyError`` names a missing field."""
+        """Make the request of a record.
+
+        Raises:
+            ValueError: If a field is missing or of another type.
+        """
 
     def load(self) -> EditTables:
         """Read the requests."""
@@ -70,10 +75,8 @@ class EditRecords(EditSource):
                 if not isinstance(record, Mapping):
                     raise ValueError(f"expected an object, got {type(record).__name__}")
                 request = self.request(_without_blanks(record), number)
-            except KeyError as error:
-                raise ValueError(f"{place}: field {error} is missing; is this a file of {type(self).__name__}?") from error
-            except (ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f"{place}: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}; is this a file of {type(self).__name__}?") from error
             if request.request_id in ids:
                 request = replace(request, request_id=f"{request.request_id}/{number}")
             ids.add(request.request_id)
@@ -101,24 +104,28 @@ class CounterFact(EditRecords):
     def load(self) -> EditTables:
         """Read snippets and requests."""
         if self.snippets is not None and not self._texts:
-            for _, _, entry in _records(self.snippets):
-                self._texts[entry["relation_id"], entry["target_id"]] += [sample["text"] for sample in entry["samples"]]
+            for _, place, entry in _records(self.snippets):
+                try:
+                    texts = [text_of(sample, "text") for sample in list_of(entry, "samples")]
+                    self._texts[text_of(entry, "relation_id"), text_of(entry, "target_id")] += texts
+                except ValueError as error:
+                    raise ValueError(f"{place}: {error}; is this attribute_snippets.json?") from error
         return super().load()
 
     def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
         """Make the request of a record."""
-        asked = record["requested_rewrite"]
-        true = asked["target_true"]["str"]
+        asked = object_of(record, "requested_rewrite")
+        new, true = object_of(asked, "target_new"), text_of(object_of(asked, "target_true"), "str")
         return EditRequest(
-            request_id=id_text(record["case_id"], "case_id"),
-            prompt=asked["prompt"],
-            subject=asked["subject"],
-            target=asked["target_new"]["str"],
+            request_id=id_text(field_of(record, "case_id"), "case_id"),
+            prompt=text_of(asked, "prompt"),
+            subject=text_of(asked, "subject"),
+            target=text_of(new, "str"),
             true=true,
-            paraphrases=tuple(record["paraphrase_prompts"]),
-            neighbors=tuple(Probe(text, true) for text in record["neighborhood_prompts"]),
-            generation_prompts=tuple(record.get("generation_prompts", ())),
-            references=tuple(self._texts.get((asked.get("relation_id", ""), asked["target_new"].get("id", "")), ())),
+            paraphrases=texts_of(record, "paraphrase_prompts"),
+            neighbors=tuple(Probe(text, true) for text in texts_of(record, "neighborhood_prompts")),
+            generation_prompts=texts_of(record, "generation_prompts") if "generation_prompts" in record else (),
+            references=tuple(self._texts.get((str(asked.get("relation_id", "")), str(new.get("id", ""))), ())),
         )
 
 
@@ -130,12 +137,12 @@ class FlatCounterFact(EditRecords):
         paraphrase, probe = record.get("rephrase_prompt"), record.get("locality_prompt")
         return EditRequest(
             request_id=id_text(record.get("case_id", number), "case_id"),
-            prompt=_with_place(record["prompt"], record["subject"]),
-            subject=record["subject"],
-            target=record["target_new"],
-            true=record["ground_truth"],
-            paraphrases=(paraphrase,) if paraphrase else (),
-            neighbors=(Probe(probe, record["locality_ground_truth"]),) if probe else (),
+            prompt=_with_place(text_of(record, "prompt"), text_of(record, "subject")),
+            subject=text_of(record, "subject"),
+            target=text_of(record, "target_new"),
+            true=text_of(record, "ground_truth"),
+            paraphrases=(text_of(record, "rephrase_prompt"),) if paraphrase else (),
+            neighbors=(Probe(text_of(record, "locality_prompt"), text_of(record, "locality_ground_truth")),) if probe else (),
         )
 
 
@@ -156,15 +163,23 @@ class ZsRE(EditRecords):
 
     def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
         """Make the request of a record."""
-        question, answer = f"{record['loc'].rstrip('?')}?", record["loc_ans"]
+        question, answer = f"{text_of(record, 'loc').rstrip('?')}?", text_of(record, "loc_ans")
         return EditRequest(
             request_id=id_text(record.get("case_id", number), "case_id"),
-            prompt=_with_place(record["src"], record["subject"]),
-            subject=record["subject"],
-            target=record["answers"][0] if self.target == "answer" else record["alt"],
-            paraphrases=(record["rephrase"],),
+            prompt=_with_place(text_of(record, "src"), text_of(record, "subject")),
+            subject=text_of(record, "subject"),
+            target=self._target(record),
+            paraphrases=(text_of(record, "rephrase"),),
             neighbors=(Probe(question, answer),) if answer else (),
         )
+
+    def _target(self, record: Mapping[str, Any]) -> str:
+        if self.target == "alt":
+            return text_of(record, "alt")
+        answers = texts_of(record, "answers")
+        if not answers:
+            raise ValueError("field answers: the list is empty; expected at least one text")
+        return answers[0]
 
 
 class QAEdit(EditRecords):
@@ -174,17 +189,17 @@ class QAEdit(EditRecords):
         """Make the request of a record."""
         return EditRequest(
             request_id=id_text(record.get("id", number), "id"),
-            prompt=_with_place(record["prompt"], record["subject"]),
-            subject=record["subject"],
-            target=record["target"],
-            paraphrases=(record["rephrase"],),
-            neighbors=tuple(Probe(item["loc"], item["loc_ans"]) for item in record["locality"]),
+            prompt=_with_place(text_of(record, "prompt"), text_of(record, "subject")),
+            subject=text_of(record, "subject"),
+            target=text_of(record, "target"),
+            paraphrases=(text_of(record, "rephrase"),),
+            neighbors=tuple(Probe(text_of(item, "loc"), text_of(item, "loc_ans")) for item in list_of(record, "locality")),
         )
 
 
 def _with_place(prompt: str, subject: str) -> str:
     """Put the placeholder where the subject stands first."""
-    before, found, after = prompt.partition(subject)
+    before, found, after = prompt.partition(subject) if subject else ("", "", "")
     if not found:
         raise ValueError(f"the subject {subject!r} does not occur in {prompt!r}")
     return f"{before}{PLACEHOLDER}{after}"
@@ -200,6 +215,5 @@ def _without_blanks(value: Any) -> Any:
 
 
 def _records(path: Path) -> list[JsonRow]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of edit records {path}; give the file as its authors publish it")
+    check_file(path, "give the file of edit records as its authors publish it")
     return list(read_json_rows(path))

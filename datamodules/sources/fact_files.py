@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from malleable.datamodules.requests import PLACEHOLDER
 from malleable.datamodules.sources.facts import Fact, FactSource, FactTables, Relation
-from malleable.datamodules.text_files import read_json, read_json_rows
+from malleable.datamodules.text_files import list_of, read_json, read_json_rows, text_of, texts_of
+from malleable.datamodules.user_files import check_file
 
 
 class LRE(FactSource):
@@ -29,13 +31,24 @@ class LRE(FactSource):
         facts: list[Fact] = []
         for path in self._files():
             content = _json(path)
-            for entry in [content] if "samples" in content else content.values():
-                if missing := {"name", "prompt_templates", "samples"} - entry.keys():
-                    raise ValueError(f"{path}: a relation has no {', '.join(sorted(missing))}")
-                templates = dict.fromkeys(text.strip() for text in [*entry["prompt_templates"], *entry.get("prompt_templates_zs", ())])
-                facts += _first((len(relations), sample["subject"].strip(), sample["object"].strip()) for sample in entry["samples"])
-                relations.append(Relation(entry["name"], tuple(templates)))
+            for number, entry in enumerate([content] if "samples" in content else content.values(), start=1):
+                try:
+                    templates, own = self._relation(entry, len(relations))
+                except ValueError as error:
+                    raise ValueError(f"{path}, relation {number}: {error}") from error
+                facts += own
+                relations.append(Relation(text_of(entry, "name"), templates))
         return FactTables(relations, facts)
+
+    @staticmethod
+    def _relation(entry: Any, number: int) -> tuple[tuple[str, ...], list[Fact]]:
+        text_of(entry, "name")
+        zero_shot = texts_of(entry, "prompt_templates_zs") if "prompt_templates_zs" in entry else ()
+        templates = tuple(dict.fromkeys(text.strip() for text in [*texts_of(entry, "prompt_templates"), *zero_shot]))
+        if not templates or any(template.count(PLACEHOLDER) != 1 for template in templates):
+            raise ValueError(f"field prompt_templates: each holds {PLACEHOLDER} once, for the subject, got {templates!r:.200}")
+        samples = list_of(entry, "samples")
+        return templates, _first((number, text_of(sample, "subject").strip(), text_of(sample, "object").strip()) for sample in samples)
 
 
 class ParaRel(FactSource):
@@ -46,27 +59,31 @@ class ParaRel(FactSource):
 
     def _files(self) -> list[Path]:
         found = [self.path / name for name in ("facts.jsonl", "patterns.json")]
-        if missing := [str(path) for path in found if not path.is_file()]:
-            raise FileNotFoundError(f"ParaRel needs {' and '.join(missing)}")
+        for path in found:
+            check_file(path, "ParaRel needs facts.jsonl and patterns.json")
         return found
 
     def tables(self) -> FactTables:
         """Read the facts; of several objects of a subject the first counts."""
         facts_file, patterns_file = self._files()
         relations = []
-        for name, patterns in _json(patterns_file).items():
-            texts = [pattern["pattern"].strip().rstrip(".").strip() for pattern in patterns]
+        content = _json(patterns_file)
+        for name in content:
+            try:
+                texts = [text_of(pattern, "pattern").strip().rstrip(".").strip() for pattern in list_of(content, name)]
+            except ValueError as error:
+                raise ValueError(f"{patterns_file}, relation {name!r}: {error}") from error
             asking = [text.removesuffix("[Y]").strip() for text in texts if text.endswith("[Y]")]
-            templates = dict.fromkeys(text.replace("[X]", "{}") for text in asking if text.count("[X]") == 1 and "[Y]" not in text)
+            templates = dict.fromkeys(text.replace("[X]", PLACEHOLDER) for text in asking if text.count("[X]") == 1 and "[Y]" not in text)
             if templates:
                 relations.append(Relation(name, tuple(templates)))
         numbers = {relation.name: number for number, relation in enumerate(relations)}
         facts = []
         for _, place, entry in read_json_rows(facts_file):
             try:
-                relation, subject, known = entry["rel"], entry["sub"].strip(), entry["obj"].strip()
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{place}: a fact is an object of rel, sub and obj ({error})") from error
+                relation, subject, known = text_of(entry, "rel"), text_of(entry, "sub").strip(), text_of(entry, "obj").strip()
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}; a fact is an object of rel, sub and obj") from error
             if relation in numbers:
                 facts.append((numbers[relation], subject, known))
         return FactTables(relations, _first(facts))

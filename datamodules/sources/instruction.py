@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from malleable.datamodules.sources.base import ReadyRow, ReadyRows, Source, items_table
-from malleable.datamodules.sources.ready import TitleIndex, read_rows, split_files, value_of
-from malleable.datamodules.text_files import id_text, read_json
+from malleable.datamodules.sources.ready import TitleIndex, at, read_object, read_rows, split_files
+from malleable.datamodules.text_files import id_text, read_json, text_of, texts_of
 
 SIDE_FILES = ("id2name.json", "name2id.json", "name2genre.json", "genre_dict.json")
 # A closing quote stands before a comma, a line's end or the end.
@@ -49,25 +49,34 @@ class InstructionRows(Source):
         rows = {}
         for split, path in split_files(self.path).items():
             rows[split] = [
-                ReadyRow(finder.find_all(value_of(row, "input", place)), finder.find(value_of(row, "output", place)))
+                ReadyRow(finder.find_all(at(place, text_of, row, "input")), finder.find(at(place, text_of, row, "output")))
                 for place, row in read_rows(path)
             ]
         return ReadyRows(items_table(list(names), list(names.values()), [genres.get(name, ()) for name in names.values()]), rows)
 
     def _names(self) -> dict[str, str]:
         if (path := self.path / "id2name.json").is_file():
-            return dict(read_json(path))
+            return {key: at(str(path), text_of, names, key) for names in [read_object(path)] for key in names}
         if (path := self.path / "name2id.json").is_file():
-            return {id_text(key, f"{path}, {name!r}"): name for name, key in read_json(path).items()}
+            return {id_text(key, f"{path}, {name!r}"): name for name, key in read_object(path).items()}
         raise FileNotFoundError(f"{self.path} holds no catalogue; expected id2name.json or name2id.json")
 
     def _genres(self) -> dict[str, tuple[str, ...]]:
         path, counted = self.path / "name2genre.json", self.path / "genre_dict.json"
         if not path.is_file():
             return {}
-        allowed = set(read_json(counted)) if counted.is_file() else None
-        genres = read_json(path)
-        return {name: tuple(genre for genre in own if allowed is None or genre in allowed) for name, own in genres.items()}
+        allowed = _names_in(counted) if counted.is_file() else None
+        genres = read_object(path)
+        own = {name: at(str(path), texts_of, genres, name) for name in genres}
+        return {name: tuple(genre for genre in found if allowed is None or genre in allowed) for name, found in own.items()}
+
+
+def _names_in(path: Path) -> set[str]:
+    """Return the texts of a list, or the keys of an object."""
+    content = read_json(path)
+    if not isinstance(content, (list, dict)) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{path}: expected a list of genres, or an object with genres as keys, got {content!r:.80}")
+    return set(content)
 
 
 class TitleFinder:

@@ -7,12 +7,13 @@ no endorsement. Cite: F. M. Harper and J. A. Konstan, "The MovieLens Datasets: H
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import logging
+import math
+import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,9 @@ import pandas as pd
 
 from malleable.datamodules.fetch import FetchError, fetch, fetch_package_files, package_is_kept
 from malleable.datamodules.sources.base import InteractionTables, Source, items_table
+from malleable.datamodules.table_files import read_cells
 from malleable.datamodules.titles import with_year
+from malleable.datamodules.user_files import reading
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ class MovieLens(Source):
 
     Raises:
         FileNotFoundError: If ``path`` holds none of these pairs.
+        ValueError: If a line has another number of fields, or a time or rating is no finite number; with file, line and field.
         FetchError: If nothing can be fetched.
     """
 
@@ -77,13 +81,13 @@ class MovieLens(Source):
 
     def load(self) -> InteractionTables:
         """Read ratings and films."""
-        contents = {name: content for path in self.files() for name, content in _contents(path).items()}
-        if "u.data" in contents:
-            return InteractionTables(_ratings(contents["u.data"], "\t"), _items_100k(contents["u.item"]))
-        if "ratings.dat" in contents:
-            return InteractionTables(_ratings(contents["ratings.dat"], "::"), _items_1m(contents["movies.dat"]))
-        inter, item = (next(content for name, content in contents.items() if name.endswith(end)) for end in (".inter", ".item"))
-        return InteractionTables(_ratings(inter.split(b"\n", 1)[1], "\t"), _items_atomic(item))
+        with _unpacked(self.files()) as files:
+            if "u.data" in files:
+                return InteractionTables(_ratings(files["u.data"], "\t"), _items_100k(files["u.item"]))
+            if "ratings.dat" in files:
+                return InteractionTables(_ratings(files["ratings.dat"], "::"), _items_1m(files["movies.dat"]))
+            inter, item = (next(path for name, path in files.items() if name.endswith(end)) for end in (".inter", ".item"))
+            return InteractionTables(_ratings(inter, "\t", header=True), _items_atomic(item))
 
 
 @functools.cache
@@ -99,50 +103,83 @@ def _files_in(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} holds no MovieLens files; expected u.data and u.item, ratings.dat and movies.dat, or *.inter and *.item")
 
 
-def _contents(path: Path) -> dict[str, bytes]:
-    if path.suffix != ".zip":
-        return {path.name: path.read_bytes()}
+@contextmanager
+def _unpacked(paths: Iterable[Path]) -> Iterator[Mapping[str, Path]]:
+    """Yield files by name, those of an archive unpacked for the time being."""
     wanted = {"u.data", "u.item", "ratings.dat", "movies.dat"}
-    with zipfile.ZipFile(path) as archive:
-        return {Path(name).name: archive.read(name) for name in archive.namelist() if Path(name).name in wanted}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for path in paths:
+            if path.suffix != ".zip":
+                files[path.name] = path
+                continue
+            with reading(path), zipfile.ZipFile(path) as archive:
+                for member in archive.namelist():
+                    if (name := Path(member).name) in wanted:
+                        files[name] = Path(folder) / name
+                        files[name].write_bytes(archive.read(member))
+        yield files
 
 
-def _ratings(content: bytes, separator: str) -> pd.DataFrame:
-    text = content.replace(separator.encode(), b"\t")
-    table = pd.read_csv(
-        io.BytesIO(text),
-        sep="\t",
-        names=["user_id", "item_id", "rating", "timestamp"],
-        dtype={"user_id": str, "item_id": str, "rating": float, "timestamp": float},
-        # An id stays as it is written, also where it is "NA" or has a quote.
-        keep_default_na=False,
-        na_values={"rating": [""], "timestamp": [""]},
-        quoting=csv.QUOTE_NONE,
-    )
-    return table[["user_id", "item_id", "timestamp", "rating"]]
+def _ratings(path: Path, separator: str, *, header: bool = False) -> pd.DataFrame:
+    rows = read_cells(path, separator, "latin-1", quotes=False)
+    names = ["user_id", "item_id", "rating", "timestamp"]
+    if header:
+        names = _header(path, rows, names)
+    events: dict[str, list[str | float]] = {name: [] for name in ("user_id", "item_id", "timestamp", "rating")}
+    for number, cells in rows:
+        row = dict(zip(names, _exactly(len(names), cells, f"{path}, line {number}"), strict=True))
+        for name, column in events.items():
+            column.append(_finite(row[name], f"{path}, line {number}, field {name}") if name in ("timestamp", "rating") else row[name])
+    if not events["user_id"]:
+        raise ValueError(f"{path} holds no rating")
+    return pd.DataFrame(events)
+
+
+def _header(path: Path, rows: Iterator[tuple[int, list[str]]], names: Iterable[str]) -> list[str]:
+    """Return the names in the first line of an atomic file, without their types."""
+    _, first = next(rows, (0, []))
+    found = [cell.partition(":")[0] for cell in first]
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"{path}, line 1: expected the names of the columns, {missing[0]}:... among them, got {first!r:.200}")
+    return found
+
+
+def _exactly(width: int, cells: list[str], place: str) -> list[str]:
+    if len(cells) != width:
+        raise ValueError(f"{place}: {len(cells)} fields, expected {width}; is the file whole?")
+    return cells
+
+
+def _finite(cell: str, place: str) -> float:
+    try:
+        value = float(cell) if "_" not in cell else math.nan
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{place}: {cell!r} is no finite number")
+    return value
 
 
 def _known(genres: Iterable[str]) -> tuple[str, ...]:
     return tuple(genre for genre in genres if genre != "unknown")
 
 
-def _lines(content: bytes, encoding: str, separator: str) -> list[list[str]]:
-    # Not `splitlines`, which also breaks at characters that occur within old titles.
-    return [line.rstrip("\r").split(separator) for line in content.decode(encoding).split("\n") if line]
-
-
-def _items_100k(content: bytes) -> pd.DataFrame:
-    lines = _lines(content, "latin-1", "|")
+def _items_100k(path: Path) -> pd.DataFrame:
+    width = 5 + len(GENRES_100K)
+    lines = [_exactly(width, cells, f"{path}, line {number}") for number, cells in read_cells(path, "|", "latin-1", quotes=False)]
     genres = [[genre for genre, flag in zip(GENRES_100K, line[5:], strict=True) if flag == "1"] for line in lines]
     return items_table([line[0] for line in lines], [line[1] for line in lines], [_known(own) for own in genres])
 
 
-def _items_1m(content: bytes) -> pd.DataFrame:
-    lines = _lines(content, "latin-1", "::")
+def _items_1m(path: Path) -> pd.DataFrame:
+    lines = [_exactly(3, cells, f"{path}, line {number}") for number, cells in read_cells(path, "::", "latin-1", quotes=False)]
     return items_table([line[0] for line in lines], [line[1] for line in lines], [_known(line[2].split("|")) for line in lines])
 
 
-def _items_atomic(content: bytes) -> pd.DataFrame:
-    lines = _lines(content, "utf-8", "\t")[1:]
-    titles = [with_year(title, year) for _, title, year, *_ in lines]
-    return items_table([line[0] for line in lines], titles, [_known(line[3].split()) for line in lines])
+def _items_atomic(path: Path) -> pd.DataFrame:
+    rows = read_cells(path, "\t", quotes=False)
+    names = _header(path, rows, ("item_id", "movie_title", "release_year", "class"))
+    lines = [dict(zip(names, _exactly(len(names), cells, f"{path}, line {number}"), strict=True)) for number, cells in rows]
+    titles = [with_year(line["movie_title"], line["release_year"]) for line in lines]
+    return items_table([line["item_id"] for line in lines], titles, [_known(line["class"].split()) for line in lines])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from malleable.datamodules.text_files import read_json_rows
+from malleable.datamodules.text_files import read_json, read_json_rows
 from malleable.datamodules.titles import clean_title
+
+Value = TypeVar("Value")
 
 SPLIT_FILES = {
     "train": ("train.json", "train.jsonl", "train_seq.jsonl"),
@@ -54,13 +56,31 @@ def read_rows(path: Path) -> list[tuple[str, Any]]:
     return [(row.place, row.value) for row in read_json_rows(path)]
 
 
-def value_of(row: Any, name: str, place: str) -> Any:
-    """Return a field of a row.
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that is one JSON object.
 
     Raises:
-        ValueError: If the row has no such field.
+        ValueError: If it is something else.
     """
-    if not isinstance(row, dict) or name not in row:
-        fields = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{place}: no field {name!r}; it has {fields}")
-    return row[name]
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
+
+
+def at(place: str, read: Callable[[Any, str], Value], row: Any, name: str) -> Value:
+    """Read a field of a row, with its place in errors.
+
+    Args:
+        place: File and line or entry.
+        read: Such as :func:`~malleable.datamodules.text_files.text_of`.
+        row: The row.
+        name: The field.
+
+    Raises:
+        ValueError: If the row has no such field, or it is of another type.
+    """
+    try:
+        return read(row, name)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import numbers
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from pyarrow import parquet
 
 from malleable.datamodules.sources.base import InteractionTables, Source, items_table
-from malleable.datamodules.text_files import cell_text, id_text, read_json_rows
+from malleable.datamodules.table_files import check_delimiter, column_names, other_delimiter, read_parquet, read_table
+from malleable.datamodules.text_files import check_encoding, file_kind, id_text, read_json_rows
+from malleable.datamodules.user_files import check_file, first_line
 
 log = logging.getLogger(__name__)
 
 INTERACTION_FIELDS = ("user_id", "item_id", "timestamp", "rating")
 ITEM_FIELDS = ("item_id", "title", "genres")
 OPTIONAL = {"rating", "genres"}
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class Tables(Source):
     """Two files: interactions (``user_id, item_id, timestamp[, rating]``) and items (``item_id, title[, genres]``).
 
-    Kinds by file name: ``.csv``, ``.tsv``, ``.jsonl`` (each also ``.gz``) and ``.parquet``. Further columns are left alone. Times are
+    Kinds by file name: ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` (each also ``.gz``) and ``.parquet``. Further columns are left alone. Times are
     seconds or ISO 8601; genres are lists, or text with ``|`` between them. Terms and licence are the user's own.
+
+    Every row of CSV and TSV has as many cells as the first line, which names the columns. A cell of CSV with a delimiter, a quote or a line feed
+    in it stands in quotes, and its quotes are doubled. The encoding is UTF-8, or that of a byte-order mark (UTF-8, UTF-16).
 
     Ids are text and stay as they are: ``007``, ``pkg-1.0`` and ``pkg-1`` are three ids. Blanks around a cell of CSV or TSV are no part of an id.
     Numbers of JSON lines and Parquet become their decimal digits; see :func:`~malleable.datamodules.text_files.id_text`.
@@ -35,6 +42,8 @@ class Tables(Source):
         items: File of items.
         interaction_columns: The file's column for each of our fields that is called otherwise, e.g. ``{user_id: uid}``.
         item_columns: The same for items.
+        delimiter: What stands between the cells of a text; default: a comma in ``.csv``, a tab in ``.tsv``.
+        encoding: Of texts without a byte-order mark, e.g. ``cp1252`` or ``latin-1``; default: UTF-8.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -47,34 +56,40 @@ class Tables(Source):
         items: str,
         interaction_columns: dict[str, str] | None = None,
         item_columns: dict[str, str] | None = None,
+        delimiter: str | None = None,
+        encoding: str | None = None,
     ) -> None:
+        check_delimiter(delimiter)
+        check_encoding(encoding)
         self.interactions = Path(interactions).expanduser()
         self.items = Path(items).expanduser()
         self.interaction_columns = interaction_columns or {}
         self.item_columns = item_columns or {}
+        self.delimiter = delimiter
+        self.encoding = encoding
         _check_fields("interaction_columns", self.interaction_columns, INTERACTION_FIELDS)
         _check_fields("item_columns", self.item_columns, ITEM_FIELDS)
 
     def files(self) -> list[Path]:
         """Return the two files."""
         for path in (self.interactions, self.items):
-            if not path.is_file():
-                raise FileNotFoundError(f"no file at {path}; give the path of a .csv, .tsv, .jsonl or .parquet file")
+            check_file(path, "give the path of a .csv, .tsv, .jsonl or .parquet file")
         return [self.interactions, self.items]
 
     def settings(self) -> dict[str, object]:
-        """Return the column maps."""
-        return {"interactions": self.interaction_columns, "items": self.item_columns}
+        """Return how the files are read."""
+        options = {"delimiter": self.delimiter, "encoding": self.encoding}
+        return {"interactions": self.interaction_columns, "items": self.item_columns} | {name: value for name, value in options.items() if value}
 
     def load(self) -> InteractionTables:
         """Read both tables."""
         self.files()
-        events = _select(self.interactions, INTERACTION_FIELDS, self.interaction_columns, "interaction_columns")
+        events = self._select(self.interactions, INTERACTION_FIELDS, self.interaction_columns, "interaction_columns")
         events["user_id"] = _identifiers(self.interactions, events, "user_id")
         events["item_id"] = _identifiers(self.interactions, events, "item_id")
         events["timestamp"] = _seconds(self.interactions, events["timestamp"])
         if "rating" in events:
-            events["rating"] = _numbers(self.interactions, events["rating"])
+            events["rating"] = _ratings(self.interactions, events["rating"])
         items = self._load_items()
         self._check_numbers(set(events["item_id"]), set(items["item_id"]))
         return InteractionTables(events.reset_index(drop=True), items)
@@ -89,9 +104,9 @@ class Tables(Source):
                 )
 
     def _load_items(self) -> pd.DataFrame:
-        items = _select(self.items, ITEM_FIELDS, self.item_columns, "item_columns")
+        items = self._select(self.items, ITEM_FIELDS, self.item_columns, "item_columns")
         items["item_id"] = _identifiers(self.items, items, "item_id")
-        titles = _text(items["title"])
+        titles = _titles(self.items, items["title"])
         if (untitled := titles.str.strip() == "").any():
             first = int(untitled.to_numpy().argmax())
             log.warning(
@@ -102,8 +117,40 @@ class Tables(Source):
         if repeated := int(items.duplicated("item_id").sum()):
             log.warning("%s: %d lines repeat an item_id; the first of each stays", self.items, repeated)
             items = items.drop_duplicates("item_id")
-        genres = [_genres(value) for value in items["genres"]] if "genres" in items else [()] * len(items)
+        genres = _genres(self.items, items["genres"]) if "genres" in items else [()] * len(items)
         return items_table(list(items["item_id"]), list(items["title"]), genres)
+
+    def _select(self, path: Path, fields: tuple[str, ...], columns: Mapping[str, str], argument: str) -> pd.DataFrame:
+        """Read the columns of fields from a file."""
+        table = self._read(path, [columns.get(field, field) for field in fields])
+        selected = {}
+        for field in fields:
+            name = columns.get(field, field)
+            if name in table:
+                selected[field] = table[name]
+            elif field not in OPTIONAL or field in columns:
+                names = table.attrs.get("names", list(table.columns))
+                hint = self._delimiter_hint(path, names)
+                raise ValueError(f"{path}: no column {name!r} for {field}, only {names}; {hint}name the right one with {argument}: {{{field}: ...}}")
+        return pd.DataFrame(selected)
+
+    def _read(self, path: Path, wanted: Iterable[str]) -> pd.DataFrame:
+        """Read a table whose index is the number of each line or row."""
+        kind = file_kind(path)
+        if kind in _DELIMITERS:
+            # As text: an id keeps its leading zeros, and a film called "NA" its name.
+            names, lines, columns = read_table(path, self.delimiter or _DELIMITERS[kind], self.encoding)
+            return pd.DataFrame(dict(zip(names, columns, strict=True)), index=lines, dtype=object)
+        if kind in (".jsonl", ".json"):
+            return _read_json(path, self.encoding)
+        if kind == ".parquet":
+            return _read_parquet(path, wanted)
+        raise ValueError(f"{path}: unknown kind of file; give .csv, .tsv, .jsonl, .json (each may end in .gz) or .parquet")
+
+    def _delimiter_hint(self, path: Path, header: list[str]) -> str:
+        delimiter = self.delimiter or _DELIMITERS.get(file_kind(path))
+        other = other_delimiter(header, delimiter) if delimiter else None
+        return f"set delimiter: {other!r} if that stands between the cells, else " if other else ""
 
 
 def _check_fields(name: str, columns: Mapping[str, str], fields: tuple[str, ...]) -> None:
@@ -111,99 +158,120 @@ def _check_fields(name: str, columns: Mapping[str, str], fields: tuple[str, ...]
         raise ValueError(f"{name} names the unknown field {unknown[0]!r}; the fields are {list(fields)}")
 
 
-def _kind(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
-
-
-def _read(path: Path) -> pd.DataFrame:
-    """Read a table whose index is the number of each line or row."""
-    kind = _kind(path)
-    if kind in (".csv", ".tsv"):
-        # As text: an id keeps its leading zeros, and a film called "NA" its name.
-        table = pd.read_csv(path, sep="," if kind == ".csv" else "\t", dtype=str, keep_default_na=False)
-        return table.set_axis(range(2, len(table) + 2))  # the first line is the header
-    if kind == ".jsonl":
-        return _read_jsonl(path)
-    if kind == ".parquet":
-        # Integers beside a gap stay integers: as floating-point numbers, large ids would be rounded.
-        table = parquet.read_table(path).to_pandas(integer_object_nulls=True)
-        return table.set_axis(range(1, len(table) + 1))
-    raise ValueError(f"{path}: unknown kind of file; give .csv, .tsv, .jsonl (each may end in .gz) or .parquet")
-
-
-def _read_jsonl(path: Path) -> pd.DataFrame:
-    rows = list(read_json_rows(path))
+def _read_json(path: Path, encoding: str | None) -> pd.DataFrame:
+    rows = list(read_json_rows(path, encoding))
     if wrong := next((row for row in rows if not isinstance(row.value, dict)), None):
         raise ValueError(f"{wrong.place}: expected an object with a field for each column, got {wrong.value!r:.80}")
     return pd.DataFrame([row.value for row in rows], index=[row.number for row in rows], dtype=object)
 
 
-def _select(path: Path, fields: tuple[str, ...], columns: Mapping[str, str], argument: str) -> pd.DataFrame:
-    table = _read(path)
-    selected = {}
-    for field in fields:
-        name = columns.get(field, field)
-        if name in table:
-            selected[field] = table[name]
-        elif field not in OPTIONAL or field in columns:
-            raise ValueError(
-                f"{path}: no column {name!r} for {field}, only {list(table.columns)}; name the right one with {argument}: {{{field}: ...}}"
-            )
-    return pd.DataFrame(selected)
+def _read_parquet(path: Path, wanted: Iterable[str]) -> pd.DataFrame:
+    names = column_names(path)
+    columns = [name for name in wanted if name in names]
+    table = read_parquet(path, columns)
+    try:
+        # Integers beside a gap stay integers: as floating-point numbers, large ids would be rounded.
+        frame = table.to_pandas(integer_object_nulls=True, ignore_metadata=True)
+    except (ValueError, TypeError, NotImplementedError, OverflowError) as error:
+        raise ValueError(f"{path}: a column of {columns} cannot be read ({first_line(error)}); store ids as text, times as numbers") from error
+    frame.attrs["names"] = names
+    return frame.set_axis(range(1, len(frame) + 1))
 
 
 def _where(path: Path, table: pd.DataFrame | pd.Series, position: int) -> str:
     """Return the line of a text file, or the row of another one."""
-    return f"{'row' if _kind(path) == '.parquet' else 'line'} {table.index[position]}"
+    return f"{'row' if file_kind(path) == '.parquet' else 'line'} {table.index[position]}"
 
 
-def _text(column: pd.Series) -> pd.Series:
-    return column.map(lambda value: "" if _missing(value) else str(value)).astype(object)
+def _place(path: Path, column: pd.Series, position: int, field: str) -> str:
+    return f"{path}, {_where(path, column, position)}, field {field}"
 
 
 def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value) or value is pd.NaT
+    return value is None or (isinstance(value, float) and value != value) or value is pd.NaT or value is pd.NA
+
+
+def _titles(path: Path, column: pd.Series) -> pd.Series:
+    titles = []
+    for position, value in enumerate(column):
+        if isinstance(value, bool) or not (_missing(value) or isinstance(value, (str, numbers.Real))):
+            raise ValueError(f"{_place(path, column, position, 'title')}: a title is a text, got {value!r:.80}")
+        titles.append("" if _missing(value) else str(value))
+    return pd.Series(titles, index=column.index, dtype=object)
 
 
 def _identifiers(path: Path, table: pd.DataFrame, field: str) -> pd.Series:
     column = table[field]
     if pd.api.types.is_integer_dtype(column) and not column.isna().any():
         return column.astype(str).astype(object)
-    if _kind(path) in (".csv", ".tsv"):
-        column = column.map(cell_text)
     bits = np.finfo(getattr(column.dtype, "numpy_dtype", column.dtype)).nmant if pd.api.types.is_float_dtype(column) else 52
+    values = column.astype(object).where(np.array([not _missing(value) for value in column], dtype=bool), None)
+    # Equal ids share one text in memory.
     ids = [
-        value if type(value) is str and value.strip() else id_text(value, f"{path}, {_where(path, column, position)}, field {field}", bits)
-        for position, value in enumerate(column.astype(object).where(column.notna(), None))
+        sys.intern(value) if type(value) is str and value.strip() else id_text(value, _place(path, column, position, field), bits)
+        for position, value in enumerate(values)
     ]
     return pd.Series(ids, index=column.index, dtype=object)
 
 
-def _numbers(path: Path, column: pd.Series) -> pd.Series:
-    numbers = pd.to_numeric(column, errors="coerce")
-    if (wrong := numbers.isna().to_numpy()).any():
+def _as_numbers(column: pd.Series) -> pd.Series:
+    """Return numbers, NaN for what is none; truth values and lists, which JSON has, are none."""
+    if column.dtype == object:
+        column = column.map(_number_or_text)
+    return pd.to_numeric(column, errors="coerce").astype(float)
+
+
+def _number_or_text(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return float("nan")
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")
+
+
+def _check_finite(path: Path, column: pd.Series, values: pd.Series, field: str, advice: str) -> None:
+    if (wrong := ~np.isfinite(values.to_numpy(float))).any():
         first = int(wrong.argmax())
-        where = f"{path}, {_where(path, column, first)}"
-        raise ValueError(f"{where}, field rating: cannot read {column.iloc[first]!r}; give a number, or leave the column out")
-    return numbers.astype(float)
+        raise ValueError(f"{_place(path, column, first, field)}: cannot read {column.iloc[first]!r:.80}; {advice}")
+
+
+def _ratings(path: Path, column: pd.Series) -> pd.Series:
+    values = _as_numbers(column)
+    _check_finite(path, column, values, "rating", "give a number, not an infinite one, or leave the column out")
+    return values
 
 
 def _seconds(path: Path, column: pd.Series) -> pd.Series:
-    if pd.api.types.is_datetime64_any_dtype(column):
-        numbers = pd.Series(float("nan"), index=column.index)
-    else:
-        numbers = pd.to_numeric(column, errors="coerce").astype(float)
-    if (rest := numbers.isna()).any():
-        times = pd.to_datetime(column[rest], utc=True, format="ISO8601", errors="coerce")
-        numbers[rest] = (times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
-    if (wrong := numbers.isna().to_numpy()).any():
-        first = int(wrong.argmax())
-        where = f"{path}, {_where(path, column, first)}"
-        raise ValueError(f"{where}, field timestamp: cannot read {column.iloc[first]!r}; give unix seconds or ISO 8601 (2024-05-01T12:00:00)")
-    return numbers
+    values = pd.Series(float("nan"), index=column.index) if pd.api.types.is_datetime64_any_dtype(column) else _as_numbers(column)
+    if (rest := values.isna()).any():
+        dates = column[rest] if column.dtype != object else column[rest].map(lambda value: None if isinstance(value, (bool, list, dict)) else value)
+        times = pd.to_datetime(dates, utc=True, format="ISO8601", errors="coerce")
+        values[rest] = (times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
+    _check_finite(path, column, values, "timestamp", "give unix seconds or ISO 8601 (2024-05-01T12:00:00)")
+    return values
 
 
-def _genres(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split("|") if part.strip())
-    return () if _missing(value) else tuple(str(part) for part in value)
+def _genres(path: Path, column: pd.Series) -> list[tuple[str, ...]]:
+    genres = []
+    unsplit: list[int] = []
+    for position, value in enumerate(column):
+        if isinstance(value, str):
+            own = tuple(part.strip() for part in value.split("|") if part.strip())
+            if len(own) == 1 and (own[0][0] in "[{(" or any(mark in own[0] for mark in ",;")):
+                unsplit.append(position)
+        elif isinstance(value, (list, tuple, np.ndarray)) and all(isinstance(part, (str, numbers.Real)) for part in value):
+            own = tuple(str(part) for part in value)
+        elif _missing(value):
+            own = ()
+        else:
+            raise ValueError(f"{_place(path, column, position, 'genres')}: genres are a list of texts, or a text with | between, got {value!r:.80}")
+        genres.append(own)
+    if unsplit:
+        log.warning(
+            "%s: the genres of %d items look like lists, and count as one genre each (first: %s, %r); write | between genres",
+            path, len(unsplit), _where(path, column, unsplit[0]), column.iloc[unsplit[0]],
+        )  # fmt: skip
+    return genres

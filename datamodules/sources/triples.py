@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from malleable.datamodules.sources.graph import GraphSource, GraphTables, Ints, number
+from malleable.datamodules.text_files import check_encoding
 from malleable.datamodules.triple_files import FIELDS, SUFFIXES, check_columns, read_ids, read_labels, read_names
 
 STEMS = {"train": ("train",), "val": ("valid", "val", "dev"), "test": ("test",)}
@@ -16,7 +17,7 @@ ID_NAMES = ("entity2id", "relation2id")
 
 
 class Triples(GraphSource):
-    """Files of triples, ``.txt``, ``.tsv`` (each also ``.gz``) or ``.parquet``. Terms and licence are the user's own.
+    """Files of triples, ``.txt``, ``.tsv``, ``.csv`` (each also ``.gz``) or ``.parquet``. Terms and licence are the user's own.
 
     Files look alike and order their columns differently, so the format is said, never guessed:
 
@@ -33,6 +34,7 @@ class Triples(GraphSource):
         holdout: Of one file: shares of its distinct triples to validate and to test with. Each of their entities and relations stays in
             training.
         seed: Seed of that split.
+        encoding: Of labels in text without a byte-order mark, e.g. ``cp1252`` or ``latin-1``; default: UTF-8.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
@@ -48,7 +50,9 @@ class Triples(GraphSource):
         column_names: dict[str, str] | None = None,
         holdout: tuple[float, float] = (0.1, 0.1),
         seed: int = 0,
+        encoding: str | None = None,
     ) -> None:
+        check_encoding(encoding)
         if format not in ("labels", "ids_hrt", "openke"):
             raise ValueError(f"format must be labels, ids_hrt or openke, got {format!r}")
         if unknown := sorted(set(column_names or {}) - set(FIELDS.values())):
@@ -63,6 +67,7 @@ class Triples(GraphSource):
         self.column_names = column_names or {}
         self.holdout = (float(holdout[0]), float(holdout[1]))
         self.seed = seed
+        self.encoding = encoding
 
     def files(self) -> list[Path]:
         """Return the files of the splits, then those of the ids."""
@@ -75,13 +80,14 @@ class Triples(GraphSource):
     def settings(self) -> dict[str, object]:
         """Return how the files are read."""
         read = {"format": self.format, "columns": self.columns, "header": self.header, "column_names": self.column_names}
+        read |= {"encoding": self.encoding} if self.encoding else {}
         if self.path.is_file():
             return read | {"holdout": self.holdout, "seed": self.seed}
         return read | {"splits": list(split_files(self.path, self._ending))}
 
     def load(self) -> GraphTables:
         """Read all files."""
-        options: Any = {"header": self.header, "names": self.column_names}
+        options: Any = {"header": self.header, "names": self.column_names, "encoding": self.encoding}
         if self.path.is_file():
             self.files()
             return hold_out(number({"train": read_labels(self.path, self.columns, **options)}), self.holdout, self.seed)

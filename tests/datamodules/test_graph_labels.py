@@ -53,7 +53,7 @@ def test_malformed_queries(tmp_path, text, message):
 
 @pytest.mark.parametrize(("read", "name"), [(read_queries, "q.csv"), (read_types, "types.json"), (read_descriptions, "texts.tsv.gz")])
 def test_a_file_that_is_not_there(tmp_path, read, name):
-    with pytest.raises(FileNotFoundError, match=rf"there is no file .*{name}; give the path of an existing one"):
+    with pytest.raises(FileNotFoundError, match=rf"there is no file .*{name}; give the path of an existing file"):
         read(tmp_path / name, GRAPH)
 
 

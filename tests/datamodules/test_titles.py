@@ -34,6 +34,12 @@ def test_trailing_articles_come_to_the_front(given, clean):
         "Good, The Bad and The Ugly",
         "I <3 You",
         "1 < 2",
+        "<M shirt",
+        "Shirt <M> blue",
+        "Shirt <S>",
+        "A <body of work",
+        "Emma <3 Anna> Lena",
+        "<Untitled>",
     ],
 )
 def test_other_commas_and_signs_stay(title):

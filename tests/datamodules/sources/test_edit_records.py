@@ -5,7 +5,7 @@ import json
 import pytest
 from shared import shared_data
 
-from malleable.datamodules.requests import Probe
+from malleable.datamodules.requests import EditRequest, Probe
 from malleable.datamodules.sources.edit_records import CounterFact, FlatCounterFact, QAEdit, RequestFile, ZsRE
 
 FLAT = {
@@ -89,7 +89,7 @@ def test_lines_and_limits(tmp_path):
     ("records", "message"),
     [
         ([FLAT, {**FLAT, "subject": "Tim"}], r"flat.json, entry 2: the subject 'Tim' does not occur in 'The dog of Anna is named'"),
-        ([{"prompt": "x"}], r"flat.json, entry 1: field 'subject' is missing; is this a file of FlatCounterFact?"),
+        ([{"prompt": "x"}], r"flat.json, entry 1: no field 'subject'; it has .*; is this a file of FlatCounterFact?"),
         ([{**FLAT, "target_new": "Bello"}], r"entry 1: target and true are both 'Bello'"),
         (["text"], r"entry 1: expected an object, got str"),
     ],
@@ -100,8 +100,42 @@ def test_wrong_records_are_named(tmp_path, records, message):
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file of edit records"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*; give the file of edit records"):
         QAEdit(str(tmp_path / "none.json")).load()
     (tmp_path / "half.json").write_text("[{")
     with pytest.raises(ValueError, match=r"half.json: no JSON"):
         QAEdit(str(tmp_path / "half.json")).load()
+
+
+@pytest.mark.parametrize("value", ["text", 1, None, {}, ["", "x"], [1], [None], [["x"]], "", [{}]])
+@pytest.mark.parametrize("field", ["paraphrases", "generation_prompts", "references", "neighbors"])
+def test_lists_of_requests_hold_texts(field, value, tmp_path):
+    fields = {"request_id": "1", "prompt": "{} speaks", "subject": "Anna", "target": "English"}
+    if value is None:
+        return
+    with pytest.raises(ValueError, match=field):
+        EditRequest(**fields, **{field: value})
+    with pytest.raises(ValueError, match=rf"r.json, entry 1: .*{'neighbor' if field == 'neighbors' else field}"):
+        RequestFile(written(tmp_path / "r.json", [fields | {field: value}])).load()
+
+
+@pytest.mark.parametrize("value", ["text", 1, None, {}, [1], [None]])
+@pytest.mark.parametrize(
+    ("source", "field"),
+    [(CounterFact, "paraphrase_prompts"), (CounterFact, "neighborhood_prompts"), (CounterFact, "generation_prompts"), (QAEdit, "locality")],
+)
+def test_lists_of_records_are_lists(tmp_path, source, field, value):
+    record = {"prompt": "Anna speaks", "subject": "Anna", "target": "English", "rephrase": "Anna says", "locality": []}
+    if source is CounterFact:
+        record = json.loads(shared_data("edit/counterfact_nested_sample.json").read_text())[0]
+    with pytest.raises(ValueError, match=rf"r.json, entry 1: .*{'loc' if field == 'locality' else field}"):
+        source(written(tmp_path / "r.json", [record | {field: value}])).load()
+
+
+@pytest.mark.parametrize("value", [1, None, [], {}, ["x"], True])
+@pytest.mark.parametrize("field", ["prompt", "subject", "target_new", "ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth"])
+def test_texts_of_records_are_texts(tmp_path, field, value):
+    if not value and field in ("rephrase_prompt", "locality_prompt"):
+        return  # there is none
+    with pytest.raises(ValueError, match=rf"r.json, entry 1: field {field}: expected a text, got"):
+        FlatCounterFact(written(tmp_path / "r.json", [FLAT | {field: value}])).load()

@@ -108,3 +108,21 @@ def test_the_real_counts():
     assert len(tables.items) == 1682
     assert tables.items["title"].nunique() == 1664
     assert len({genre for genres in tables.items["genres"] for genre in genres}) == 18
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "change", "message"),
+    [
+        ("100k", "u.data", ("\t881250949", ""), r"u.data, line 1: 3 fields, expected 4"),
+        ("100k", "u.data", ("881250949", "inf"), r"u.data, line 1, field timestamp: 'inf' is no finite number"),
+        ("1m", "ratings.dat", ("::3::", "::good::"), r"ratings.dat, line 2, field rating: 'good' is no finite number"),
+        ("1m", "movies.dat", ("::unknown", ""), r"movies.dat, line 2: 2 fields, expected 3"),
+        ("100k", "u.item", ("|1|", "|"), r"u.item, line 1: 23 fields, expected 24"),
+        ("atomic", "ml-100k.inter", ("user_id:token\titem_id:token\trating:float\ttimestamp:float\n", ""), r"inter, line 1: expected the names"),
+    ],
+)
+def test_lines_that_would_be_misread_are_refused(folders, form, name, change, message):
+    path = folders[form] / name
+    path.write_text(path.read_text("latin-1").replace(*change, 1), "latin-1")
+    with pytest.raises(ValueError, match=message):
+        MovieLens(path=str(folders[form])).load()

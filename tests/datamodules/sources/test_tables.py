@@ -222,7 +222,7 @@ def test_a_mapped_column_must_exist_even_where_it_is_optional(tmp_path):
 
 def test_an_item_without_title_is_a_counted_drop(tmp_path, caplog):
     tables = items_csv(tmp_path, "item_id,title\na,Heat\nb,\nc, \n").load()
-    assert tables.items["title"].tolist() == ["Heat", "", " "]
+    assert tables.items["title"].tolist() == ["Heat", "", ""]
     assert "items.csv: 2 items have no title (first: line 3, item_id b); they and their interactions are dropped" in caplog.text
 
 
@@ -232,10 +232,109 @@ def test_of_repeated_items_the_first_stays(tmp_path, caplog):
 
 
 def test_missing_and_unknown_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file at .*a.csv; give the path"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*a.csv; give the path"):
         Tables(str(tmp_path / "a.csv"), "b.csv").load()
     source = events_csv(tmp_path, "")
     source.interactions = tmp_path / "events.xlsx"
     source.interactions.write_text("")
     with pytest.raises(ValueError, match=r"events.xlsx: unknown kind of file; give .csv"):
+        source.load()
+
+
+EVENTS_HEAD = "user_id,item_id,timestamp,rating"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        # An unquoted comma in the first data line, which once made the first column an index.
+        (f"{EVENTS_HEAD}\nu,a,1,4,x\n", r"events.csv, line 2: 5 cells, but the first line names 4 columns"),
+        (f"{EVENTS_HEAD}\nu,a,1,4\n\nu,b,2\n", r"events.csv, line 4: 3 cells, but the first line names 4 columns"),
+        ("user_id,item_id,timestamp\nu,a,1,4\nu,b,2,4\n", r"line 2: 4 cells, but the first line names 3 columns .*every column has a name"),
+        (
+            f'{EVENTS_HEAD}\nu,"a,1,4\nv,a,1,4\nw,a",1,4\n',
+            r"events.csv, lines 2 to 4: a quote opens a cell that holds what looks like a row",
+        ),
+        (f'{EVENTS_HEAD}\nu,"a,1,4\nv,a,1,4\n', r"events.csv, lines 2 to 3: a quote opens a cell and nothing closes it"),
+        (f'{EVENTS_HEAD}\nu,"a" b,1,4\n', r"events.csv, line 2: a cell in quotes goes on behind its closing quote"),
+        (f"{EVENTS_HEAD}\nu,a,inf,4\n", r"events.csv, line 2, field timestamp: cannot read 'inf'"),
+        (f"{EVENTS_HEAD}\nu,a,1,4\nu,b,1,-Infinity\n", r"events.csv, line 3, field rating: cannot read '-Infinity'"),
+        (f"{EVENTS_HEAD}\nu,a,1e999,4\n", r"events.csv, line 2, field timestamp: cannot read '1e999'"),
+        (f"{EVENTS_HEAD}\nu,a\0,1,4\n", r"events.csv, line 2: a NUL character"),
+        ("user_id,user_id,item_id,timestamp\n", r"events.csv, line 1: two columns are named 'user_id'"),
+        ("user_id;item_id;timestamp\nu;a;1\n", r"events.csv: no column 'user_id' .*set delimiter: ';'"),
+        ("", r"events.csv is empty; its first line must name the columns"),
+        (f"{EVENTS_HEAD}\ru,a,1,4\r", r"events.csv, line 1: a carriage return within a cell"),
+    ],
+)
+def test_tables_that_would_be_misread_are_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        events_csv(tmp_path, text).load()
+
+
+def test_stray_quotes_of_tsv_swallow_nothing(tmp_path):
+    source = events_csv(tmp_path, f"{EVENTS_HEAD}\nu,a,1,4\n")
+    source.items = tmp_path / "items.tsv"
+    source.items.write_text('item_id\ttitle\na\t"Great Performances" Cats\nb\t"Heat\nc\tAlien"\nd\t"The ""Best"" Of"\n')
+    assert source.load().items["title"].tolist() == ['"Great Performances" Cats', '"Heat', 'Alien"', 'The "Best" Of']
+
+
+def test_cells_in_quotes_may_hold_commas_and_line_feeds(tmp_path):
+    tables = items_csv(tmp_path, 'item_id,about,title\na,"A film,\nlong, and loud","Heat, again"\nb,,Alien\n').load()
+    assert tables.items["title"].tolist() == ["Heat, again", "Alien"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "option"),
+    [("utf-8", None), ("utf-8-sig", None), ("utf-16", None), ("utf-16-le", "utf-16-le"), ("cp1252", "cp1252"), ("latin-1", "latin-1")],
+)
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "jsonl", "json"])
+def test_encodings(tmp_path, encoding, option, kind):
+    (tmp_path / "events.csv").write_text(f"{EVENTS_HEAD}\nu,a,1,4\n", encoding=encoding)
+    text = "\n\nitem_id,title\r\n\n a ,Misérables\r\n" if "csv" in kind else '\n{"item_id": "a", "title": "Misérables"}\n\n'
+    data = (f"[{text}]" if kind == "json" else text).encode(encoding)
+    items = tmp_path / f"items.{kind}"
+    items.write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+    assert Tables(str(tmp_path / "events.csv"), str(items), encoding=option).load().items["title"].tolist() == ["Misérables"]
+    if encoding in ("cp1252", "latin-1"):
+        with pytest.raises(ValueError, match=r"items.*line \d, byte \d+: not text in UTF-8 .*set the option `encoding`"):
+            Tables(str(tmp_path / "events.csv"), str(items)).load()
+
+
+def test_delimiters(tmp_path):
+    source = events_csv(tmp_path, "user_id;item_id;timestamp\nu;a;1\n", delimiter=";")
+    source.items.write_text("item_id;title\na;Heat, again\n")
+    assert source.load().items["title"].tolist() == ["Heat, again"]
+    for wrong in ("", ";;", '"', "\n"):
+        with pytest.raises(ValueError, match="delimiter must be one character"):
+            Tables("a.csv", "b.csv", delimiter=wrong)
+    with pytest.raises(ValueError, match="encoding 'klingon' is unknown"):
+        Tables("a.csv", "b.csv", encoding="klingon")
+
+
+@pytest.mark.parametrize("value", ["true", "[]", "{}", "null", "1" + 400 * "0"])
+@pytest.mark.parametrize("field", ["timestamp", "rating"])
+def test_values_of_json_that_are_no_numbers(tmp_path, value, field):
+    source = events_csv(tmp_path, "")
+    source.interactions = tmp_path / "events.jsonl"
+    fields = {"user_id": '"u"', "item_id": '"a"', "timestamp": "1", "rating": "4", field: value}
+    source.interactions.write_text("{" + ",".join(f'"{name}": {own}' for name, own in fields.items()) + "}")
+    with pytest.raises(ValueError, match=rf"events.jsonl, line 1, field {field}: cannot read"):
+        source.load()
+
+
+@pytest.mark.parametrize("genres", ["Crime, Drama", '["Crime", "Drama"]', "Crime; Drama"])
+def test_genres_that_look_like_lists_are_warned_of(tmp_path, caplog, genres):
+    quoted = genres.replace('"', '""')
+    tables = items_csv(tmp_path, f'item_id,title,genres\na,Heat,Crime\nb,Alien,"{quoted}"\n').load()
+    assert tables.items["genres"].tolist() == [("Crime",), (genres,)]
+    assert "the genres of 1 items look like lists, and count as one genre each (first: line 3" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["title", "genres"])
+def test_fields_of_items_of_other_types(tmp_path, field):
+    source = events_csv(tmp_path, f"{EVENTS_HEAD}\nu,a,1,4\n")
+    source.items = tmp_path / "items.jsonl"
+    source.items.write_text(json.dumps({"item_id": "a", "title": "Heat", "genres": [], field: {"x": 1}}))
+    with pytest.raises(ValueError, match=rf"items.jsonl, line 1, field {field}: "):
         source.load()

@@ -1,0 +1,183 @@
+"""Opening of files that a user gives: regular files only, with errors that name the file and say what to do. Standard library only."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import pickle
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+_PARSERS = (json.JSONDecodeError, UnicodeError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile, pickle.UnpicklingError, struct.error, EOFError)
+# Base classes of the errors of libraries that are not imported here.
+_LIBRARIES = {
+    "ArrowException": "Arrow or Parquet",
+    "SafetensorError": "safetensors",
+    "YAMLError": "YAML",
+    "ParserError": "a table of text",
+    "EmptyDataError": "a table of text",
+}
+_NAMES = {
+    "JSONDecodeError": "JSON",
+    "UnicodeDecodeError": "text",
+    "UnicodeEncodeError": "text",
+    "BadGzipFile": "gzip",
+    "BadZipFile": "zip",
+    "UnpicklingError": "a checkpoint of plain data",
+    "error": "compressed data",
+}
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space, or write elsewhere",
+    errno.EDQUOT: "the disk quota is used up: free some space, or write elsewhere",
+    errno.EFBIG: "the file is larger than this system allows (ulimit -f): raise the limit, or write elsewhere",
+    errno.EACCES: "permission denied: change the permissions, or give another path",
+    errno.EPERM: "not permitted: change the permissions, or give another path",
+    errno.EROFS: "the file system is read-only: give another path",
+    errno.ENOENT: "there is no such file or folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "it is a folder, not a file",
+    errno.EEXIST: "it exists already",
+    errno.ELOOP: "its symbolic links lead round in a circle",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EMFILE: "too many files are open (ulimit -n): raise the limit",
+    errno.ENOMEM: "there is not enough memory",
+}
+
+
+def check_file(path: Path, advice: str = "give the path of an existing file") -> None:
+    """Check, without opening it, that a path is a regular file or a link to one.
+
+    Opening a named pipe would wait for a writer, and a device has no end.
+
+    Args:
+        path: The path.
+        advice: What to do, for the message.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+        ValueError: If it is a folder, a named pipe, a socket or a device.
+        OSError: If the system does not let it be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"there is no file {path}; {advice}") from None
+    except ValueError:  # a NUL character
+        raise FileNotFoundError(f"{str(path)!r} cannot be the name of a file; {advice}") from None
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {system_problem(error)}") from error
+    if not stat.S_ISREG(mode):
+        kind = next((name for check, name in _KINDS if check(mode)), "no regular file")
+        raise ValueError(f"{path} is {kind}, not a file; {advice}")
+
+
+@contextmanager
+def reading(path: Path | str, kind: str = "") -> Iterator[None]:
+    """Turn errors of the system and of parsers while a file is read into one that names it. Other errors pass.
+
+    Args:
+        path: The file, for messages.
+        kind: What it should be, e.g. ``a Parquet file``; default: what the parser is for.
+
+    Raises:
+        ValueError: If it is damaged or of another kind.
+        OSError: If the system does not let it be read.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (problem := format_problem(error, kind)) is not None:
+            raise ValueError(f"{path} {problem}; give a whole file, for example by fetching or writing it again") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            kind_of = type(error) if type(error).__module__ == "builtins" else OSError
+            raise kind_of(f"{path} cannot be read: {system_problem(error)}") from error
+        raise
+
+
+def format_problem(error: BaseException, kind: str = "") -> str | None:
+    """Return what an error of a parser says of the file, e.g. ``is damaged, or no gzip (...)``; ``None`` for errors of other kinds.
+
+    Args:
+        error: The error.
+        kind: What the file should be; default: what the parser is for.
+    """
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    if not _is_format_error(error):
+        return None
+    names = [base.__name__ for base in type(error).__mro__]
+    found = next((_LIBRARIES[name] for name in names if name in _LIBRARIES), None) or _NAMES.get(names[0], "what it should be")
+    return f"is damaged, or no {(kind or found).removeprefix('a ')} ({first_line(error)})"
+
+
+def _is_format_error(error: BaseException) -> bool:
+    if isinstance(error, _PARSERS):
+        return True
+    if isinstance(error, OSError) and error.errno is None:
+        # What pyarrow raises for damaged data, and gzip and torch for files that end too early.
+        return type(error) is OSError and not _is_ours(error)
+    return any(base.__name__ in _LIBRARIES for base in type(error).__mro__)
+
+
+def _is_ours(error: BaseException) -> bool:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    name = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
+    return str(name).partition(".")[0] == "malleable"
+
+
+def system_problem(error: OSError) -> str:
+    """Return what an error of the system says, and what to do."""
+    return _REMEDIES.get(error.errno or 0, error.strerror or first_line(error))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, shortened; its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def check_inside(path: Path, root: Path) -> None:
+    """Check that a path is a regular file or a folder inside another folder, links followed.
+
+    Args:
+        path: The path.
+        root: The folder; of a snapshot in the cache of the Hugging Face hub, whose files are links, the whole repository.
+
+    Raises:
+        ValueError: If it leads outside, or is a named pipe, a socket or a device.
+    """
+    root = Path(os.path.realpath(root))
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(root):
+        raise ValueError(f"{path} is a link that leads outside of its folder, to {real}; put a copy of the file in its place")
+    if real.exists() and not (real.is_file() or real.is_dir()):
+        raise ValueError(f"{path} is neither a file nor a folder; remove it")
+
+
+def check_tree(folder: Path) -> None:
+    """Check every file and folder below a folder, see :func:`check_inside`.
+
+    Raises:
+        ValueError: If one leads outside, or is a named pipe, a socket or a device.
+    """
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            check_inside(Path(parent) / name, folder)
