@@ -27,6 +27,7 @@ from malleable.lightning_modules.editing.statistics import StatisticsSettings
 from malleable.lightning_modules.editing.targets import Fact
 from malleable.lightning_modules.editing.undisturbed import undisturbed
 from malleable.lightning_modules.functional.null_space import LowRank
+from malleable.lightning_modules.metrics.editing import RequestFigures
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.names import canonical_name
 from malleable.lightning_modules.patches.patch import Patch
@@ -163,6 +164,11 @@ class AlphaEdit(PostFitEdit):
     def report_columns(self) -> list[Column]:
         """What the model was like before."""
         return [Column("before the edit", "before", self.before.figures)] if self.before.figures else []
+
+    def report_rows(self) -> dict[str, list[float]]:
+        """Return the figures of each request, in percent."""
+        figures = self.after.requests
+        return {name: [100 * getattr(own, name) for own in figures] for name in RequestFigures._fields} if figures else {}
 
     def report_sections(self) -> list[Section]:
         """Facts before and after; after a fit, also the survival of edits and the spectrum."""

@@ -64,6 +64,14 @@ class HasColumns(Protocol):
         """Return the columns known by now."""
 
 
+@runtime_checkable
+class HasRows(Protocol):
+    """A callback that measured single rows of a test (or requests); asked on rank zero after test."""
+
+    def report_rows(self) -> Mapping[str, Sequence[float]]:
+        """Return the values of the tested module for each row by metric, without the split's name; ``nan`` where a row has none."""
+
+
 def number(value: Any) -> str:
     """Format a cell: four digits behind the point, fewer for large values; a dash for what is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):

@@ -90,7 +90,7 @@ class PredictionWriter(Callback):
         if isinstance(pl_module, DescribesPredictions):
             self._words = pl_module
         else:
-            self._words = None if catalog is None else DescribesItems(catalog, getattr(data, "predict_users", None))
+            self._words = None if catalog is None else DescribesItems(catalog, getattr(data, "predicted_users", None))
 
     @staticmethod
     def _catalog(own: Catalog | None, other: Catalog | None) -> Catalog | None:
@@ -103,7 +103,7 @@ class PredictionWriter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep the batch's rows, repeated ones left out."""
-        if not isinstance(outputs, Recommendations) or not isinstance(batch, Batch):
+        if not isinstance(batch, Batch) or not (isinstance(outputs, Recommendations) or isinstance(pl_module, DescribesPredictions)):
             raise MisconfigurationException(
                 f"PredictionWriter writes Recommendations for a Batch, but {type(pl_module).__name__}.predict_step gave {type(outputs).__name__} "
                 f"for {type(batch).__name__}; leave PredictionWriter out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from malleable.callbacks.figures import draw_curves, save_figure
-from malleable.callbacks.page import Column, HasColumns, HasSections, Rows, Section, figure_names, markdown, plain_table
+from malleable.callbacks.metric_notes import definitions, marked
+from malleable.callbacks.page import Column, HasColumns, HasRows, HasSections, Rows, Section, figure_names, markdown, plain_table
+from malleable.callbacks.row_recorder import RowRecorder
 from malleable.datamodules.files import atomic_write
 
 if TYPE_CHECKING:
@@ -34,7 +37,10 @@ class RunReport(Callback):
     ``metrics.json`` holds the last value of everything logged, under its own key. The page has the test metrics, the course
     of everything logged during training, and what other callbacks contribute: those with a method ``report_sections() ->
     list[Section]`` give parts of the page, those with ``report_columns() -> list[Column]`` give models to compare with,
-    which also enter ``metrics.json``. They are asked on rank zero.
+    which also enter ``metrics.json``, and those with ``report_rows()`` give values of single rows, for intervals. They are asked on rank zero.
+    A data module with ``data_summary() -> list[tuple[str, str]]`` is described on the page.
+
+    ``test_rows.safetensors`` has ``sample_id``, ``target`` and ``rank`` of each test row where the module ranks; ``malleable compare`` reads it.
 
     Args:
         dirpath: Folder of the report; default: ``report`` in the run folder.
@@ -48,6 +54,7 @@ class RunReport(Callback):
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.metrics: dict[str, float] = {}
         self.facts: dict[str, str] = {}
+        self.rows = RowRecorder()
         self.seconds = 0.0
         self._started: float | None = None
         self._last_step = -1
@@ -93,9 +100,25 @@ class RunReport(Callback):
             "training time": f"{self.seconds:.0f} s",
         }
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to collect the rows."""
+        self.rows.start(pl_module)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Count the rows of a batch."""
+        self.rows.count(batch)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the rows of all processes."""
+        self.rows.finish(trainer, pl_module)
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the metrics and what was tested."""
         self.metrics.update(_plain(trainer.callback_metrics))
+        if self.rows.number:
+            self.facts["test rows"] = f"{self.rows.number:,}"
         if trainer.ckpt_path:
             self.facts["tested checkpoint"] = f"`{trainer.ckpt_path}`"
 
@@ -106,6 +129,12 @@ class RunReport(Callback):
         contributors = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         columns = [column for callback in contributors if isinstance(callback, HasColumns) for column in callback.report_columns()]
         sections = [section for callback in contributors if isinstance(callback, HasSections) for section in callback.report_sections()]
+        for callback in contributors:
+            if isinstance(callback, HasRows):
+                self.rows.add(callback.report_rows())
+        if seed := os.environ.get("PL_GLOBAL_SEED"):
+            self.facts["seed"] = seed
+        sections += _data_sections(getattr(trainer, "datamodule", None))
         self.facts["devices"] = f"{trainer.world_size} × {trainer.strategy.root_device.type}"
         self.write(_title(trainer, pl_module), type(pl_module).__name__, columns, sections)
 
@@ -122,6 +151,7 @@ class RunReport(Callback):
         header, rows = self._comparison(name, columns)
         main = [row for row in rows if row[0] in self.headline] or rows
         sections = [*self._first_sections(header, main), *sections, *self._last_sections(header, rows if len(rows) > len(main) else [])]
+        self.rows.save(self.folder)
         everything = self.metrics | {f"{column.key}_{metric}": value for column in columns for metric, value in column.values.items()}
         finite = {key: value if math.isfinite(value) else None for key, value in everything.items()}
         for section, figure_name in zip(sections, figure_names(sections), strict=True):
@@ -135,7 +165,7 @@ class RunReport(Callback):
         rank_zero_info(f"{title}{table}\nreport: {self.folder / 'report.md'}")
 
     def _first_sections(self, header: Sequence[str], rows: Rows) -> list[Section]:
-        sections = [Section("Test metrics", table=(header, rows))] if rows else []
+        sections = [self._metrics_section("Test metrics", header, rows)] if rows else []
         panels = curve_panels(self.history)
         if panels:
             size = (4.2 * min(PANELS_A_ROW, len(panels)), 3.0 * -(-len(panels) // PANELS_A_ROW))
@@ -143,8 +173,21 @@ class RunReport(Callback):
         return sections
 
     def _last_sections(self, header: Sequence[str], rows: Rows) -> list[Section]:
-        sections = [Section("All test metrics", table=(header, rows))] if rows else []
+        sections = [self._metrics_section("All test metrics", header, rows)] if rows else []
+        tested = [key.removeprefix("test_") for key in self.metrics if key.startswith("test_")]
+        if meanings := definitions(tested):
+            sections.append(Section("What the metrics mean", table=(("metric", "better", "definition"), meanings)))
         return [*sections, Section("Run", table=(("what", "value"), list(self.facts.items())))]
+
+    def _metrics_section(self, title: str, header: Sequence[str], rows: Rows) -> Section:
+        """Return a table with arrows, and with intervals where the values of single rows are known."""
+        intervals = [self.rows.interval(row[0]) for row in rows]
+        marks = [[marked(name), *values] for name, *values in rows]
+        if not any(intervals):
+            return Section(title, table=(header, marks))
+        text = "↑: higher is better, ↓: lower. Intervals: bootstrap over the test rows, of this one run; another seed varies by more."
+        rows = [[name, own, interval, *others] for (name, own, *others), interval in zip(marks, intervals, strict=True)]
+        return Section(title, text, table=([*header[:2], "95 % interval", *header[2:]], rows))
 
     def _comparison(self, name: str, columns: Sequence[Column]) -> tuple[list[str], list[list[Any]]]:
         own = {key.removeprefix("test_"): value for key, value in self.metrics.items() if key.startswith("test_")}
@@ -170,7 +213,7 @@ def curve_panels(history: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str
         history: Steps and values by logged key.
 
     Returns:
-        Panels by metric; each holds abscissas and ordinates by split and cut-off.
+        Panels by metric; each holds abscissas and ordinates by split and cut-off. A metric without two points of one curve has no panel.
     """
     panels: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
     for name, points in history.items():
@@ -179,7 +222,7 @@ def curve_panels(history: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str
         if finite:
             label = (split.rstrip("_") + (f" @{cut[1:]}" if cut else "")).strip() or metric
             panels.setdefault(metric, {})[label] = ([step for step, _ in finite], [value for _, value in finite])
-    return panels
+    return {metric: curves for metric, curves in panels.items() if any(len(steps) > 1 for steps, _ in curves.values())}
 
 
 def draw_panels(figure: Figure, panels: Mapping[str, Mapping[str, tuple[list[int], list[float]]]]) -> None:
@@ -194,6 +237,12 @@ def draw_panels(figure: Figure, panels: Mapping[str, Mapping[str, tuple[list[int
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _data_sections(data: Any) -> list[Section]:
+    """Return the data module's own description."""
+    describe = getattr(data, "data_summary", None)
+    return [Section("Data", table=(("what", "value"), describe()))] if callable(describe) else []
 
 
 def _title(trainer: Trainer, module: LightningModule) -> str:

@@ -32,6 +32,8 @@ class BaseDataModule(LightningDataModule, ABC):
 
     drop_last: ClassVar[bool] = True
     """Whether training leaves out the rows that do not fill a global batch."""
+    predict_options: ClassVar[str] = "predict_file"
+    """Names of the arguments that say what to predict for."""
     train_dataset: Any = None
     val_dataset: Any = None
     test_dataset: Any = None
@@ -139,7 +141,7 @@ class BaseDataModule(LightningDataModule, ABC):
         if dataset is None:
             raise MisconfigurationException(
                 f"{type(self).__name__} has no {split} data: `setup` did not set `{split}_dataset`"
-                + (" (give the file to predict for: predict_file)" if split == "predict" else "")
+                + (f" (give what to predict for: {self.predict_options})" if split == "predict" else "")
             )
         if len(dataset) == 0:
             raise ValueError(f"{type(self).__name__}: the {split} split is empty; check the filters and the split settings")

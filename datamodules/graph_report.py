@@ -71,16 +71,16 @@ class GraphReport:
         """Bring back what :func:`dataclasses.asdict` made."""
         return cls(**{**plain, "twins": [Twin(**twin) for twin in plain["twins"]]})
 
-    def lines(self) -> Iterator[str]:
-        """Say the figures, worth a line each."""
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """Yield name and text of each figure worth a line."""
         counts = " / ".join(f"{count:,}" for count in self.triples.values())
-        yield f"{self.entities:,} entities, {self.relations:,} relations, {counts} triples ({' / '.join(self.triples)})"
+        yield "graph", f"{self.entities:,} entities, {self.relations:,} relations, {counts} triples ({' / '.join(self.triples)})"
         share = self.queries / max(1, 2 * self.triples["train"])
-        yield f"{self.queries:,} distinct training queries ({share:.1%} of all), at most {self.largest_answer:,} answers to one"
+        yield "queries", f"{self.queries:,} distinct training queries ({share:.1%} of all), at most {self.largest_answer:,} answers to one"
         if any(self.repeated.values()):
-            yield f"repeated lines: {_counts(self.repeated)}; each counts as often as it stands"
+            yield "repeated lines", f"{_counts(self.repeated)}; each counts as often as it occurs"
         if self.symmetric:
-            yield f"symmetric relations: {_some(self.symmetric)}"
+            yield "symmetric relations", _some(self.symmetric)
 
     def warnings(self) -> Iterator[str]:
         """Say what makes figures worth less than they seem."""

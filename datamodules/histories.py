@@ -6,7 +6,7 @@ import difflib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,6 +140,57 @@ def read_histories(path: Path, lookup: ItemLookup) -> list[History]:
     ]
     _report(path, rows, found, lookup)
     return histories
+
+
+def read_users(path: Path, known: Container[str]) -> list[tuple[int, str]]:
+    """Read a file of users.
+
+    Args:
+        path: ``.csv`` with a column ``user_id``, or without a header and with the ids first; ``.txt`` with an id a line; ``.jsonl`` or ``.json`` with
+            ids, or objects that have ``user_id``.
+        known: The users of the data.
+
+    Returns:
+        Number of the row, from 0, and user. Unknown users are left out, counted and reported.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is of another kind, an id is missing, or no user is known; with file and line.
+    """
+    if path.suffix not in (".csv", ".txt", ".jsonl", ".json"):
+        raise ValueError(f"{path} is no file of users: give `all`, or a .csv, .txt, .jsonl or .json file with one id a row")
+    rows = list(_users_of_json(path) if path.suffix.startswith(".json") else _users_of_lines(path))
+    if not rows:
+        raise ValueError(f"{path} holds no user")
+    unknown = [(place, user) for place, user in rows if user not in known]
+    if unknown:
+        place, user = unknown[0]
+        message = (
+            f"{path}: {len(unknown)} of {len(rows)} users are not in the data, or the filters of the split left them out (first: {user!r}, "
+            f"{place.rpartition(', ')[2]})"
+        )
+        if len(unknown) == len(rows):
+            raise ValueError(f"{message}. No user is left; compare the ids with those of the interactions")
+        log.warning("%s; they get no prediction", message)
+    return [(number, user) for number, (_, user) in enumerate(rows) if user in known]
+
+
+def _users_of_json(path: Path) -> Iterator[tuple[str, str]]:
+    for _, place, row in read_json_rows(path):
+        value = next((row[name] for name in USER_FIELDS if name in row), None) if isinstance(row, dict) else row
+        yield place, id_text(value, f"{place}, field user_id")
+
+
+def _users_of_lines(path: Path) -> Iterator[tuple[str, str]]:
+    with open_text(path) as file:
+        reader = csv.reader(file, skipinitialspace=True) if path.suffix == ".csv" else ([line.rstrip("\r\n")] for line in file)
+        lines = [(f"{path}, line {number}", list(map(cell_text, cells))) for number, cells in enumerate(reader, start=1) if any(cells)]
+    header = [cell.casefold() for cell in lines[0][1]] if lines else []
+    column = next((header.index(name) for name in USER_FIELDS if name in header), None)
+    for place, cells in lines if column is None else lines[1:]:
+        if not (user := cells[column or 0] if len(cells) > (column or 0) else ""):
+            raise ValueError(f"{place}, field user_id: the id is empty; give every row an id")
+        yield place, user
 
 
 def _report(path: Path, rows: Sequence[_Row], found: Sequence[Sequence[int | None]], lookup: ItemLookup) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -15,11 +14,9 @@ from malleable.datamodules.fetch import cache_folder
 from malleable.datamodules.graph_labels import read_descriptions, read_queries, read_types
 from malleable.datamodules.graph_report import GraphReport, Mask
 from malleable.datamodules.graph_store import SPLITS, GraphStore
-from malleable.datamodules.loader import world
 from malleable.datamodules.queries import Answers, GroupedQueries, QueryRows
 from malleable.datamodules.sources.graph import GraphSource, Ints
-
-log = logging.getLogger(__name__)
+from malleable.datamodules.summary import WARNING, log_summary
 
 
 class KnowledgeGraphDataModule(BaseDataModule):
@@ -97,6 +94,7 @@ class KnowledgeGraphDataModule(BaseDataModule):
         self.limits = {"train": train_limit, "val": val_limit, "test": None}
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
         self._store: GraphStore | None = None
+        self._used: dict[str, tuple[Ints, Ints]] = {}
 
     def prepare_data(self) -> None:
         """Fetch, read and number the triples into the cache, unless they are there."""
@@ -113,9 +111,10 @@ class KnowledgeGraphDataModule(BaseDataModule):
             self.types = read_types(Path(self.types_file).expanduser(), self.graph)
         if self.descriptions_file is not None:
             self.descriptions = read_descriptions(Path(self.descriptions_file).expanduser(), self.graph)
-        self._say()
         ids = np.split(np.arange(sum(map(len, store.queries.values()))), np.cumsum([len(store.queries[split]) for split in SPLITS])[:-1])
         rows = {split: self._selected(split, store.queries, own) for split, own in zip(SPLITS, ids, strict=True)}
+        self._used = rows
+        log_summary(f"graph of {type(self.source).__name__}", self.data_summary())
         grouped = self.group_queries
         self.train_dataset = GroupedQueries(*rows["train"], self.num_relations) if grouped else QueryRows(*rows["train"])
         self.val_dataset, self.test_dataset = (QueryRows(*rows[split], self.answers) for split in ("val", "test"))
@@ -170,14 +169,18 @@ class KnowledgeGraphDataModule(BaseDataModule):
             )
         return seen
 
-    def _say(self) -> None:
-        if world()[0] != 0:
-            return
-        for line in self.report.lines():
-            log.info("%s", line)
+    def data_summary(self) -> list[tuple[str, str]]:
+        """Return name and text of each fact of the graph, then its warnings; valid after ``setup``."""
+        facts = list(self.report.facts())
         if any(self.report.unseen.values()) and self.unseen_entities != "error":
-            deed = "ranked all the same" if self.unseen_entities == "keep" else "left out, so figures do not compare with published ones"
+            treatment = (
+                "they are ranked all the same"
+                if self.unseen_entities == "keep"
+                else "they are left out, so figures do not compare with published ones"
+            )
             unseen = ", ".join(f"{count:,} of {split}" for split, count in self.report.unseen.items())
-            log.info("triples with something that training lacks (%s entities): %s; they are %s", self.report.unseen_entities, unseen, deed)
-        for line in self.report.warnings():
-            log.warning("%s", line)
+            facts.append(("unseen", f"triples with something that training lacks ({self.report.unseen_entities} entities): {unseen}; {treatment}"))
+        used = {split: len(self._used[split][0]) // 2 for split in SPLITS}
+        rows = [f"{split} {used[split]:,}" + (f" of {every:,}" if used[split] < every else "") for split, every in self.report.triples.items()]
+        facts.append(("triples used", ", ".join(rows) + "; each asks for its tail and for its head"))
+        return [*facts, *((WARNING, text) for text in self.report.warnings())]

@@ -12,7 +12,7 @@ import numpy as np
 from malleable.datamodules.base import BaseDataModule
 from malleable.datamodules.batch import Batch, Catalog, collate
 from malleable.datamodules.fetch import cache_folder
-from malleable.datamodules.histories import ItemLookup, read_histories
+from malleable.datamodules.histories import ItemLookup, read_histories, read_users
 from malleable.datamodules.identity import is_stored, read_stored
 from malleable.datamodules.loader import PhasedLoader
 from malleable.datamodules.packing import PackedRows
@@ -22,6 +22,9 @@ from malleable.datamodules.sampling import ItemSampler
 from malleable.datamodules.sources.base import Source
 from malleable.datamodules.splits import SPLITS, Ints, RowIndex, Split
 from malleable.datamodules.store import Recipe, Store
+from malleable.datamodules.summary import log_summary
+
+ALL_USERS = "all"
 
 
 class RecommendationDataModule(BaseDataModule):
@@ -47,6 +50,8 @@ class RecommendationDataModule(BaseDataModule):
         extend_catalog: Where ``tokenizer`` is a checkpoint, add items that its catalogue lacks behind its own, instead of refusing them.
         local_files_only: Take a tokenizer's hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
         predict_file: Histories to recommend for, see :func:`~malleable.datamodules.histories.read_histories`.
+        predict_users: Users of the data to recommend for after their last item: ``all``, or a file of ids, see
+            :func:`~malleable.datamodules.histories.read_users`; instead of ``predict_file``.
         cache_dir: Where the tokenised data is kept; default: ``$MALLEABLE_CACHE`` or the user's cache folder.
         batch_size: Rows of one training pass on one device, at most.
         global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times devices.
@@ -57,8 +62,8 @@ class RecommendationDataModule(BaseDataModule):
     Attributes:
         catalog: The items, valid after ``setup`` as are the datasets.
         answer_dataset: Training rows of a prompt and an answer, also where training shows packed histories.
-        predict_users: Users of the rows to predict for, by ``sample_id``, which is the number of the row in ``predict_file`` from 0; ``None``
-            where the file has no users.
+        predicted_users: Users of the rows to predict for, by ``sample_id``: the number, from 0, of the row in ``predict_file``, or of the user in
+            ``predict_users``. ``None`` where there are no users.
 
     Raises:
         ValueError: If a value is out of range or the data cannot be used; the message says which.
@@ -66,9 +71,10 @@ class RecommendationDataModule(BaseDataModule):
 
     reads_checkpoints: ClassVar[bool] = True
     """Whether ``tokenizer`` may be a checkpoint."""
+    predict_options: ClassVar[str] = "predict_file, or predict_users: all"
     catalog: Catalog
     answer_dataset: AnswerRows
-    predict_users: dict[int, str] | None = None
+    predicted_users: dict[int, str] | None = None
 
     def __init__(
         self,
@@ -83,6 +89,7 @@ class RecommendationDataModule(BaseDataModule):
         num_negatives: int = 1,
         max_prompt_length: int | None = None,
         predict_file: str | None = None,
+        predict_users: str | None = None,
         cache_dir: str | None = None,
         batch_size: int = 16,
         global_batch_size: int | None = None,
@@ -99,6 +106,8 @@ class RecommendationDataModule(BaseDataModule):
             raise ValueError(f"num_negatives must be >= 1, got {num_negatives}; negatives='none' leaves them out")
         if train_view == "packed" and tokenizer == "none":
             raise ValueError("train_view='packed' packs the text of titles, but tokenizer='none' has no text; choose train_view='answer'")
+        if predict_file is not None and predict_users is not None:
+            raise ValueError("predict_file and predict_users exclude each other: give histories in a file, or users of the data")
         self.source = source
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -112,6 +121,7 @@ class RecommendationDataModule(BaseDataModule):
         self.num_negatives = num_negatives
         self.max_prompt_length = max_prompt_length
         self.predict_file = predict_file
+        self.predict_users = predict_users
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
         self._store: Store | None = None
         self._packed: PackedRows | None = None
@@ -142,8 +152,18 @@ class RecommendationDataModule(BaseDataModule):
         self.answer_dataset = rows["train"]
         self.train_dataset = self.packed_dataset if self.train_view == "packed" else rows["train"]
         self.val_dataset, self.test_dataset = rows["val"], rows["test"]
+        log_summary(f"data of {type(self.source).__name__}", self.data_summary())
         if self.predict_file is not None:
-            self.predict_dataset = self._predict_rows(Path(self.predict_file).expanduser())
+            self.predict_dataset = self._file_rows(Path(self.predict_file).expanduser())
+        elif self.predict_users is not None:
+            self.predict_dataset = self._user_rows(self.predict_users)
+
+    def data_summary(self) -> list[tuple[str, str]]:
+        """Return name and text of each fact of the data, then its warnings; valid after ``setup``."""
+        summary = self._open().summary
+        parts = {"train": self.answer_dataset, "val": self.val_dataset, "test": self.test_dataset}
+        summary.describe_rows({name: (len(rows), len(rows.table)) for name, rows in parts.items()})
+        return summary.pairs()
 
     @property
     def num_items(self) -> int:
@@ -216,13 +236,31 @@ class RecommendationDataModule(BaseDataModule):
             return np.arange(count)
         return np.sort(np.random.default_rng(self.seed).permutation(count)[:limit])
 
-    def _predict_rows(self, path: Path) -> AnswerRows:
+    def _file_rows(self, path: Path) -> AnswerRows:
         store = self._open()
         histories = read_histories(path, ItemLookup(store.catalog.titles, store.keys))
-        sequences = [np.array(history.items) for history in histories]
+        users = {history.number: history.user_id for history in histories if history.user_id is not None}
+        self.predicted_users = users or None
+        return self._rows_to_predict([np.array(history.items) for history in histories], [history.number for history in histories])
+
+    def _user_rows(self, users: str) -> AnswerRows:
+        """Rows behind the whole history of users of the data."""
+        store = self._open()
+        if not store.users:
+            raise ValueError(f"predict_users: the rows of {type(self.source).__name__} have no users; give a file of histories: predict_file")
+        if users == ALL_USERS:
+            chosen = list(enumerate(store.users))
+            places = range(len(chosen))
+        else:
+            place = {user: number for number, user in enumerate(store.users)}
+            chosen = read_users(Path(users).expanduser(), place)
+            places = [place[user] for _, user in chosen]
+        self.predicted_users = dict(chosen)
+        return self._rows_to_predict([store.sequences[place] for place in places], [number for number, _ in chosen])
+
+    def _rows_to_predict(self, sequences: Sequence[Ints], numbers: Sequence[int]) -> AnswerRows:
+        store = self._open()
         index = RowIndex(np.arange(len(sequences)), np.array([len(items) for items in sequences]))
         table = Reach(self.split.history_length, store.pieces, self.max_prompt_length).place("predict", sequences, index)
-        table = replace(table, sample_id=np.array([history.number for history in histories]))
-        users = {history.number: history.user_id for history in histories if history.user_id is not None}
-        self.predict_users = users or None
+        table = replace(table, sample_id=np.array(numbers))
         return AnswerRows(table, sequences, store.pieces, hide_seen=self.split.repeats == "drop")

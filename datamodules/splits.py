@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from malleable.datamodules.sources.base import InteractionTables, ReadyRow, ReadyRows
+from malleable.datamodules.summary import DataSummary, tied_share
 from malleable.datamodules.titles import clean_title, merge_titles
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ class Split:
     """How interactions become rows.
 
     Attributes:
-        kind: ``leave_last_out``: a user's last item is for the test, the one before it for validation.
+        kind: ``leave_last_out``: a user's last item is for the test, the one before it for validation. Of items with equal times the one
+            further down in the file is the later one.
             ``global_time``: rows are cut by the time of their target, so that nothing later trains.
         min_rating: Keep interactions rated at least so; ``None`` keeps all.
         min_user_events: Keep users with at least so many interactions.
@@ -98,6 +100,8 @@ class Interactions:
         sequences: Items of each user (or ready row), oldest first.
         train_end: ``(sequences,)`` number of leading items that belong to training.
         rows: Rows by split.
+        users: The source's id of the user of each sequence; empty for ready rows.
+        summary: What filters and cleaning left.
     """
 
     titles: list[str]
@@ -106,6 +110,8 @@ class Interactions:
     sequences: list[Ints]
     train_end: Ints
     rows: dict[str, RowIndex] = field(default_factory=dict)
+    users: list[str] = field(default_factory=list)
+    summary: DataSummary = field(default_factory=DataSummary)
 
     def popularity(self) -> Ints:
         """Count the training interactions of each item."""
@@ -120,10 +126,9 @@ def prepare(source: InteractionTables | ReadyRows, split: Split) -> Interactions
         ValueError: If no interaction or no row is left, or ratings are asked for where there are none.
     """
     data = _from_rows(source, split) if isinstance(source, ReadyRows) else _from_tables(source, split)
-    counts = {name: len(rows) for name, rows in data.rows.items()}
-    if not any(counts.values()):
+    if not any(map(len, data.rows.values())):
         raise ValueError(f"no row is left: every history has fewer than two usable items; check the data and {split}")
-    log.info("rows: %s", ", ".join(f"{name} {count}" for name, count in counts.items()))
+    data.summary.describe_genres(data.genres)
     return data
 
 
@@ -138,25 +143,27 @@ def k_core(users: Ints, items: Ints, min_user_events: int, min_item_events: int)
         keep &= enough
 
 
-def _clean_items(items: pd.DataFrame) -> tuple[list[str], list[tuple[str, ...]], list[list[str]], list[int]]:
+def _clean_items(items: pd.DataFrame, summary: DataSummary) -> tuple[list[str], list[tuple[str, ...]], list[list[str]], list[int]]:
     """Clean and merge titles: titles, genres and source ids of the catalogue, and the catalogue id of each row (-1: dropped)."""
-    titles, ids = merge_titles([clean_title(title) for title in items["title"]])
+    cleaned = [clean_title(title) for title in items["title"]]
+    titles, ids = merge_titles(cleaned)
     if dropped := ids.count(-1):
         log.warning("dropped %d items without a readable title", dropped)
-    if merged := len(items) - dropped - len(titles):
-        log.info("merged %d items into others of the same title: %d titles", merged, len(titles))
     genres: list[tuple[str, ...]] = [()] * len(titles)
     keys: list[list[str]] = [[] for _ in titles]
     for index, key, own in zip(ids, items["item_id"], items["genres"], strict=True):
         if index >= 0:
             genres[index] = tuple(dict.fromkeys([*genres[index], *own]))
             keys[index].append(key)
+    summary.describe_items(list(items["title"]), cleaned, keys, titles)
     return titles, genres, keys, ids
 
 
 def _from_tables(tables: InteractionTables, split: Split) -> Interactions:
-    titles, genres, keys, ids = _clean_items(tables.items)
-    user, item, time = _ordered_events(tables, ids, split)
+    summary = DataSummary()
+    titles, genres, keys, ids = _clean_items(tables.items, summary)
+    summary.facts |= {"source": "; ".join(tables.notes)} if tables.notes else {}
+    names, user, item, time = _ordered_events(tables, ids, split, summary)
     keep = k_core(user, item, split.min_user_events, split.min_item_events)
     if not keep.any():
         raise ValueError(
@@ -164,42 +171,50 @@ def _from_tables(tables: InteractionTables, split: Split) -> Interactions:
             f"and min_item_events={split.min_item_events} out of {len(tables.interactions)}; lower them"
         )
     user, item, time = user[keep], item[keep], time[keep]
+    summary.count(f"min_user_events {split.min_user_events}, min_item_events {split.min_item_events}", user)
+    summary.describe_times(time)
     if split.min_item_events > 1:
         kept = np.unique(item)
         titles, genres, keys = [titles[i] for i in kept], [genres[i] for i in kept], [keys[i] for i in kept]
         item = np.searchsorted(kept, item)
     starts = np.flatnonzero(np.diff(user, prepend=-1))
     sequences, times = np.split(item, starts[1:]), np.split(time, starts[1:])
-    log.info("%d users, %d interactions, %d items", len(sequences), len(item), len(titles))
-    data = Interactions(titles, genres, keys, sequences, np.zeros(len(sequences), dtype=np.int64))
+    users = [str(names[position]) for position in user[starts]]
+    data = Interactions(titles, genres, keys, sequences, np.zeros(len(sequences), dtype=np.int64), users=users, summary=summary)
     if split.kind == "leave_last_out":
         _leave_last_out(data)
     else:
         _global_time(data, times, split.fractions)
+    summary.describe_ties({name: tied_share(time, starts, data.rows[name].sequence, data.rows[name].end) for name in ("val", "test")})
     return data
 
 
-def _ordered_events(tables: InteractionTables, ids: list[int], split: Split) -> tuple[Ints, Ints, NDArray[np.float64]]:
-    """Return user, item and time of the rated, known interactions, by user, then time, then item."""
+def _ordered_events(
+    tables: InteractionTables, ids: list[int], split: Split, summary: DataSummary
+) -> tuple[Sequence[str], Ints, Ints, NDArray[np.float64]]:
+    """Return user ids, and user, item and time of the rated, known interactions, by user, then time, then row of the file."""
     events = tables.interactions
+    summary.count("read", events["user_id"])
     if split.min_rating is not None:
         if "rating" not in events:
             raise ValueError(f"min_rating={split.min_rating} needs ratings, but the interactions have no rating; leave min_rating out")
         events = events[events["rating"] >= split.min_rating]
+        summary.count(f"rated >= {split.min_rating:g}", events["user_id"])
     item = events["item_id"].map(dict(zip(tables.items["item_id"], ids, strict=True))).fillna(-1).to_numpy(np.int64)
     known = item >= 0
     if unknown := int((~known).sum()):
         log.warning("dropped %d of %d interactions with items that are not in the items table or have no title", unknown, len(item))
-    # Users in order of their own id, so that neither rows nor sequences depend on the order of the file.
-    user = pd.factorize(events["user_id"][known], sort=True)[0].astype(np.int64)
-    item, time = item[known], events["timestamp"].to_numpy(np.float64)[known]
-    order = np.lexsort((item, time, user))
+    # Users in order of their own id, so that the order of the file decides nothing but ties in time.
+    codes, names = pd.factorize(events["user_id"][known], sort=True)
+    user, item, time = codes.astype(np.int64), item[known], events["timestamp"].to_numpy(np.float64)[known]
+    summary.count("of known items", user)
+    order = np.lexsort((time, user))  # stable
     user, item, time = user[order], item[order], time[order]
     if split.repeats == "drop":
         first = ~pd.DataFrame({"user": user, "item": item}).duplicated().to_numpy()
-        log.info("dropped %d repeated interactions of a user with an item", int((~first).sum()))
         user, item, time = user[first], item[first], time[first]
-    return user, item, time
+        summary.count("first of a user and item", user)
+    return names, user, item, time
 
 
 def _leave_last_out(data: Interactions) -> None:
@@ -235,8 +250,9 @@ def _rows_between(first: Ints, last: Ints) -> RowIndex:
 
 
 def _from_rows(ready: ReadyRows, split: Split) -> Interactions:
-    titles, genres, keys, ids = _clean_items(ready.items)
-    data = Interactions(titles, genres, keys, [], np.zeros(0, dtype=np.int64))
+    summary = DataSummary()
+    titles, genres, keys, ids = _clean_items(ready.items, summary)
+    data = Interactions(titles, genres, keys, [], np.zeros(0, dtype=np.int64), summary=summary)
     train_end: list[int] = []
     for name in SPLITS:
         rows = _map_items(name, ready.rows.get(name, []), ids)

@@ -23,11 +23,12 @@ from malleable.datamodules.rows import Ragged, Reach, RowTable
 from malleable.datamodules.sampling import ItemSampler
 from malleable.datamodules.sources.base import Source
 from malleable.datamodules.splits import SPLITS, Interactions, Ints, RowIndex, Split, prepare
+from malleable.datamodules.summary import DataSummary
 
 log = logging.getLogger(__name__)
 
 # Raise it when what is stored changes its meaning.
-FORMAT = 2
+FORMAT = 3
 _NONE = np.zeros(0, dtype=np.int64)
 _NO_ROWS = RowTable(_NONE, _NONE, _NONE, _NONE, _NONE)
 
@@ -77,6 +78,8 @@ class Store:
         sequences: Items of each user or ready row, oldest first.
         train_end: Leading items of each sequence that belong to training.
         rows: Rows by split.
+        users: The source's id of the user of each sequence; empty for ready rows.
+        summary: What filters and cleaning left.
     """
 
     catalog: Catalog
@@ -85,6 +88,8 @@ class Store:
     sequences: Sequence[Ints]
     train_end: Ints
     rows: dict[str, RowTable]
+    users: list[str]
+    summary: DataSummary
 
     @classmethod
     def open_or_build(cls, recipe: Recipe, folder: Path) -> Store:
@@ -119,7 +124,9 @@ class Store:
             pieces = PromptPieces(items=items["item"], answers=answers, candidates=items["candidate"], eos_token_id=catalog.eos_token_id, **fields)
         rows = {name: _read_rows(tables[name]) if name in tables else _NO_ROWS for name in SPLITS}
         sequences = tables["sequences"]
-        return cls(catalog, items["keys"], pieces, Ragged(sequences["items"]), sequences["train_end"].to_numpy(), rows)
+        users = sequences["user"].to_pylist() if "user" in sequences.column_names else []
+        train_end = sequences["train_end"].to_numpy()
+        return cls(catalog, items["keys"], pieces, Ragged(sequences["items"]), train_end, rows, users, DataSummary(**meta["summary"]))
 
 
 def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any]]:
@@ -142,11 +149,16 @@ def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any
         }
     tables = {
         "items": _items(data, pieces),
-        "sequences": {"items": _ragged(data.sequences), "train_end": pa.array(data.train_end, pa.int32())},
+        "sequences": {
+            "items": _ragged(data.sequences),
+            "train_end": pa.array(data.train_end, pa.int32()),
+            **({"user": pa.array(data.users, pa.string())} if data.users else {}),
+        },
         **_rows(data, recipe, pieces),
     }
     fields = ("prefix", "separator", "suffix", "candidates_prefix")
-    return tables, {"tokenizer": info, "template": {name: getattr(pieces, name) for name in fields} if pieces is not None else None}
+    template = {name: getattr(pieces, name) for name in fields} if pieces is not None else None
+    return tables, {"tokenizer": info, "template": template, "summary": asdict(data.summary)}
 
 
 def _rows(data: Interactions, recipe: Recipe, pieces: PromptPieces | None) -> dict[str, dict[str, pa.Array]]:

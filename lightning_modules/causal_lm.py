@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -36,6 +37,8 @@ class CausalLM(TunedWeights, BaseModule):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("vocabulary",)
+    query_fields: ClassVar[tuple[str, ...]] = ()
+    answer_fields: ClassVar[tuple[str, ...]] = ("log_likelihood",)
 
     def __init__(
         self,
@@ -87,6 +90,10 @@ class CausalLM(TunedWeights, BaseModule):
         """Return the log-likelihood of each row, ``(B,)``, nats."""
         logps, targets = packed_batch_logps(self.model, batch)
         return (logps * targets).sum(1)
+
+    def describe(self, batch: PackedBatch, found: Tensor) -> Iterator[tuple[tuple[Any, ...], list[tuple[float]]]]:
+        """Return the log-likelihood of each row, for :class:`~malleable.callbacks.predictions.PredictionWriter`."""
+        return (((), [(value,)]) for value in found.tolist())
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, none for a frozen model.

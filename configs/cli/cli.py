@@ -16,13 +16,14 @@ import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import malleable
 from malleable.callbacks.last_checkpoint import LastCheckpoint
 from malleable.callbacks.line_progress import LineProgress
+from malleable.callbacks.predictions import DescribesPredictions, PredictionWriter
 from malleable.checkpoints import AtomicCheckpointIO, as_layer, consolidate, differences, find_checkpoint, other_settings, stored_model
 from malleable.datamodules.identity import stores_data
 from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements
@@ -166,6 +167,8 @@ class MalleableCLI(LightningCLI):
             callbacks.append(TQDMProgressBar() if sys.stdout.isatty() else LineProgress())
         if config.trainer.enable_checkpointing is not False and not any(isinstance(callback, Checkpoint) for callback in callbacks):
             callbacks += self._checkpoints(config.checkpoint)
+        if self.subcommand == "predict" and not any(isinstance(callback, (BasePredictionWriter, PredictionWriter)) for callback in callbacks):
+            callbacks += _prediction_writer(config.model)
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -197,6 +200,17 @@ def _readable(ckpt_path: str, strategy: Namespace | str) -> str:
     if stage == 3 and isinstance(strategy, Namespace):
         strategy.init_args.load_full_weights = True
     return consolidate(ckpt_path) if Path(ckpt_path).is_dir() and stage not in (1, 2) else ckpt_path
+
+
+def _prediction_writer(model: LightningModule) -> list[PredictionWriter]:
+    """Return the writer of a model's predictions; none, and a hint, for a model whose predictions it cannot name."""
+    if hasattr(model, "recommend") or isinstance(model, DescribesPredictions):
+        return [PredictionWriter()]
+    log.warning(
+        "predictions of %s are not written: it has neither `recommend` nor `describe`; add a callback that writes them "
+        "(lightning.pytorch.callbacks.BasePredictionWriter)", type(model).__name__,
+    )  # fmt: skip
+    return []
 
 
 def run(words: Sequence[str]) -> MalleableCLI:

@@ -18,10 +18,12 @@ class InteractionTables:
     Attributes:
         interactions: Columns ``user_id`` and ``item_id`` (text), ``timestamp`` (float, seconds), and ``rating`` (float) where known.
         items: Columns ``item_id`` (text), ``title`` (text as given), ``genres`` (tuple of text).
+        notes: What reading left out or changed, for the summary of the data.
     """
 
     interactions: pd.DataFrame
     items: pd.DataFrame
+    notes: tuple[str, ...] = ()
 
 
 class ReadyRow(NamedTuple):

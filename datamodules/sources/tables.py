@@ -90,9 +90,9 @@ class Tables(Source):
         events["timestamp"] = _seconds(self.interactions, events["timestamp"])
         if "rating" in events:
             events["rating"] = _ratings(self.interactions, events["rating"])
-        items = self._load_items()
+        items, notes = self._load_items()
         self._check_numbers(set(events["item_id"]), set(items["item_id"]))
-        return InteractionTables(events.reset_index(drop=True), items)
+        return InteractionTables(events.reset_index(drop=True), items, notes)
 
     def _check_numbers(self, events: set[str], items: set[str]) -> None:
         """Refuse ids that one table writes as 1.0 and the other as 1: a program has stored a column of integers with a gap as decimal fractions."""
@@ -103,7 +103,9 @@ class Tables(Source):
                     "as where a column of integers was stored as floating-point numbers (in pandas, .astype('Int64') before writing prevents it)"
                 )
 
-    def _load_items(self) -> pd.DataFrame:
+    def _load_items(self) -> tuple[pd.DataFrame, tuple[str, ...]]:
+        """Return the items, and what was left out of them."""
+        notes = []
         items = self._select(self.items, ITEM_FIELDS, self.item_columns, "item_columns")
         items["item_id"] = _identifiers(self.items, items, "item_id")
         titles = _titles(self.items, items["title"])
@@ -115,10 +117,12 @@ class Tables(Source):
             )  # fmt: skip
         items["title"] = titles
         if repeated := int(items.duplicated("item_id").sum()):
-            log.warning("%s: %d lines repeat an item_id; the first of each stays", self.items, repeated)
+            example = items["item_id"][items.duplicated("item_id")].iloc[0]
+            notes.append(f"{repeated:,} rows of {self.items.name} repeat an item_id (e.g. {example}), the first of each stays")
+            log.warning("%s: %d lines repeat an item_id (e.g. %s); the first of each stays", self.items, repeated, example)
             items = items.drop_duplicates("item_id")
         genres = _genres(self.items, items["genres"]) if "genres" in items else [()] * len(items)
-        return items_table(list(items["item_id"]), list(items["title"]), genres)
+        return items_table(list(items["item_id"]), list(items["title"]), genres), tuple(notes)
 
     def _select(self, path: Path, fields: tuple[str, ...], columns: Mapping[str, str], argument: str) -> pd.DataFrame:
         """Read the columns of fields from a file."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from malleable.lightning_modules.metrics.ranking import RESOLUTION, Ties, check_ks, tie_weight
+from malleable.lightning_modules.metrics.row_ranks import RowRanks
 
 # Scores compared at a time: what stays in a processor's cache (measured), and 256 MB on an accelerator (not measured; see `kg_ranking.py`).
 COMPARED = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -107,6 +108,7 @@ class LinkPredictionMetrics(Metric):
     higher_is_better = True
     sums: Tensor
     invalid: Tensor
+    row_ranks: RowRanks | None = None
 
     def __init__(self, num_relations: int, ks: Sequence[int] = (1, 3, 10), ties: Ties = "pessimistic") -> None:
         super().__init__()
@@ -132,10 +134,13 @@ class LinkPredictionMetrics(Metric):
             relation: ``(B,)`` relation of each query.
             sample_id: ``(B,)``; negative rows are skipped.
         """
-        real = sample_id >= 0
+        ids = sample_id
         ranks = _ranks(scores, true, known, self.ties)
         if true.row is not None:
-            real, relation = real[true.row], relation[true.row]
+            ids, relation = sample_id[true.row], relation[true.row]
+        real = ids >= 0
+        if self.row_ranks is not None:
+            self.row_ranks.add(ids, true.entity, ranks)
         columns = [torch.ones_like(ranks), 2 * ranks, (RESOLUTION / ranks).round(), *((ranks <= k).double() for k in self.ks)]
         added = torch.zeros_like(self.sums).index_add_(0, relation, torch.stack(columns, 1).long() * real[:, None])
         # Not in place: states reset in inference mode could not be changed outside it.

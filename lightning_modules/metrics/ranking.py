@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from malleable.lightning_modules.metrics.row_ranks import RowRanks
+
 Ties = Literal["optimistic", "realistic", "pessimistic"]
 Gain = Literal["linear", "exp"]
 TIE_WEIGHTS: dict[str, float] = {"optimistic": 0.0, "realistic": 0.5, "pessimistic": 1.0}
@@ -135,7 +137,8 @@ def average_precision(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
 class RankingMetrics(Metric):
     """HR, nDCG and MRR of recommended lists with one true item a row.
 
-    The state is a histogram of the true item's rank: integers, whatever the number of rows.
+    The state is a histogram of the true item's rank: integers, whatever the number of rows. The ranks of single rows are collected in addition
+    where ``row_ranks`` is set.
 
     Args:
         ks: Cut-offs; keys are ``hr_10``, ``ndcg_10``, ``mrr_10``.
@@ -149,6 +152,7 @@ class RankingMetrics(Metric):
     higher_is_better = True
     rank_counts: Tensor
     rows: Tensor
+    row_ranks: RowRanks | None = None
 
     def __init__(self, ks: Sequence[int] = (1, 5, 10)) -> None:
         super().__init__()
@@ -166,7 +170,10 @@ class RankingMetrics(Metric):
         """
         check_width(recommended, self.ks[-1])
         real = sample_id >= 0
-        ranks = rank_in_list(recommended, target)[real]
+        ranks = rank_in_list(recommended[:, : self.ks[-1]], target)
+        if self.row_ranks is not None:
+            self.row_ranks.add(sample_id, target, ranks)
+        ranks = ranks[real]
         # Not in place: states reset in inference mode could not be changed outside it.
         self.rank_counts = self.rank_counts + torch.bincount(ranks[ranks <= self.ks[-1]].long() - 1, minlength=self.ks[-1])
         self.rows = self.rows + real.sum()

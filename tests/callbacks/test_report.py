@@ -123,7 +123,7 @@ def test_long_runs_keep_a_bounded_history():
 
 
 def test_panels_join_splits_and_cut_offs():
-    point = [(1, 0.5)]
+    point = [(1, 0.5), (2, 0.25)]
     panels = curve_panels(
         {
             "train_loss": point,
@@ -132,6 +132,9 @@ def test_panels_join_splits_and_cut_offs():
             "val_hr_10": [(1, float("nan"))],
             "lr-AdamW": point,
             "train_rewards/margins": point,
+            "val_once": point[:1],
+            "val_both_5": point[:1],
+            "val_both_10": point,
         }
     )
     assert {metric: list(curves) for metric, curves in panels.items()} == {
@@ -139,4 +142,5 @@ def test_panels_join_splits_and_cut_offs():
         "hr": ["val @5"],
         "lr-AdamW": ["lr-AdamW"],
         "rewards/margins": ["train"],
+        "both": ["val @5", "val @10"],
     }

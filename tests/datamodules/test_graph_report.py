@@ -33,7 +33,7 @@ def test_counts():
     assert found.unseen_entities == 1
     # (a, r, ?), (?, r, b), (?, r, c); the first has two answers.
     assert (found.queries, found.largest_answer) == (3, 2)
-    text = "\n".join([*found.lines(), *found.warnings()])
+    text = "\n".join([*(f"{name}: {text}" for name, text in found.facts()), *found.warnings()])
     assert "4 entities, 2 relations, 3 / 2 / 1 triples (train / val / test)" in text
     assert "3 distinct training queries (50.0% of all), at most 2 answers to one" in text
     assert "repeated lines: 1 of train, 0 of val, 0 of test" in text
@@ -65,7 +65,7 @@ def test_a_symmetric_relation_is_no_leak():
     found = examined(chain("near", 20) + chain("near", 19, swap=True), test=[("e20", "near", "e19")])
     assert (found.symmetric, found.twins, found.leaked["test"]) == (["near"], [], 0)
     assert list(found.warnings()) == []
-    assert "symmetric relations: near" in "\n".join(found.lines())
+    assert dict(found.facts())["symmetric relations"] == "near"
 
 
 def test_relations_that_share_less_are_no_twins():

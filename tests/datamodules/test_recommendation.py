@@ -230,7 +230,7 @@ def test_prediction_for_a_file_of_histories(tmp_path):
     assert [row["sample_id"] for row in rows] == [0, 1, 2]
     assert rows[0]["seen"] == [3, 5]
     assert rows[1]["history"] == [data._store.keys.index(["4"])]
-    assert data.predict_users == {1: "u"}
+    assert data.predicted_users == {1: "u"}
     assert rows[2]["seen"] == list(range(24))
     assert len(rows[2]["prompt"]) <= 20
     batch = next(iter(data.predict_dataloader()))

@@ -1,7 +1,10 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from malleable.lightning_modules.metrics.significance import bootstrap_interval, paired_bootstrap, randomization_test
+from malleable.lightning_modules.metrics.significance import bootstrap_interval, paired_bootstrap, randomization_test, row_values
 
 
 def test_interval_covers_the_mean_with_the_known_width():
@@ -41,3 +44,20 @@ def test_refusals():
         randomization_test(torch.zeros(2, 2), torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"level must be in \(0, 1\), got 95"):
         bootstrap_interval(torch.zeros(3), level=95)
+
+
+def test_row_values_are_the_terms_of_the_means():
+    ranks = torch.tensor([1.0, 3.0, 11.0, torch.inf])
+    assert row_values("hr_10", ranks).tolist() == [1, 1, 0, 0]
+    assert row_values("hits_1", ranks).tolist() == [1, 0, 0, 0]
+    assert row_values("ndcg_10", ranks).tolist() == pytest.approx([1, 0.5, 0, 0])
+    assert row_values("mrr_10", ranks).tolist() == pytest.approx([1, 1 / 3, 0, 0])
+    assert row_values("mrr", ranks[:3]).tolist() == pytest.approx([1, 1 / 3, 1 / 11])
+    assert row_values("mr", ranks[:3]).tolist() == [1, 3, 11]
+    for name in ("mr_10", "hr", "ndcg", "mrr_tail", "div_ratio_10", "loss"):
+        assert row_values(name, ranks) is None
+
+
+def test_it_needs_no_torch():
+    code = "import sys, malleable.lightning_modules.metrics.significance; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
