@@ -84,8 +84,10 @@ def number(value: Any) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Rows) -> str:
-    """Write a table; the first column is text, the others are aligned to the right."""
-    lines = [_line(header), "|" + "|".join([" --- ", *[" ---: "] * (len(header) - 1)]) + "|"]
+    """Write a table; columns of numbers are aligned to the right, the first one and those of text to the left."""
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(header)
+    text = [place == 0 or (len(column) > 0 and all(isinstance(cell, str) for cell in column)) for place, column in enumerate(columns)]
+    lines = [_line(header), "|" + "|".join(" --- " if left else " ---: " for left in text) + "|"]
     return "\n".join([*lines, *(_line([number(cell) for cell in row]) for row in rows)])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from malleable.callbacks.page import number
 from malleable.datamodules.files import atomic_write
+from malleable.lightning_modules.base import BaseModule
 from malleable.lightning_modules.metrics.row_ranks import RowRanks
 from malleable.lightning_modules.metrics.significance import Floats, bootstrap_interval, row_values
 
@@ -36,7 +37,7 @@ class RowRecorder:
     def start(self, module: LightningModule) -> None:
         """Ask the first metric of ranks for those of single rows."""
         self.number, self.rows, self.values, self._count = None, {}, {}, None
-        own = module.metrics("test") if hasattr(module, "eval_metrics") else {}
+        own: dict[str, Any] = module.metrics("test") if isinstance(module, BaseModule) else {}
         metric = next((metric for metric in own.values() if hasattr(metric, "row_ranks")), None)
         self._ranks = RowRanks() if metric is not None else None
         if metric is not None:

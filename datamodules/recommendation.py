@@ -250,7 +250,7 @@ class RecommendationDataModule(BaseDataModule):
             raise ValueError(f"predict_users: the rows of {type(self.source).__name__} have no users; give a file of histories: predict_file")
         if users == ALL_USERS:
             chosen = list(enumerate(store.users))
-            places = range(len(chosen))
+            places = list(range(len(chosen)))
         else:
             place = {user: number for number, user in enumerate(store.users)}
             chosen = read_users(Path(users).expanduser(), place)

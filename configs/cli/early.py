@@ -8,7 +8,7 @@ from pathlib import Path
 from malleable.recipes import find_recipe, similar
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "recipes", "patch")
+COMMANDS = (*TRAINER_COMMANDS, "compare", "recipes", "patch")
 # Top-level keys of a configuration; tests/cli/test_early.py compares them with those of the parsers.
 SECTIONS = (
     "allow_untrained",

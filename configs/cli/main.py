@@ -23,6 +23,7 @@ commands:
   test       measure a checkpoint on the test split
   predict    predict with a checkpoint
   recipes    list the packaged recipes; `recipes show NAME` prints one, `recipes copy NAME [FILE]` copies it
+  compare    show the test metrics of several runs side by side, with paired intervals
   patch      list, show, compare, apply, revert and export patches of stored weights
 
 examples:
@@ -30,6 +31,7 @@ examples:
   malleable fit --config sprec/tiny.yaml --data.batch_size 8      change a value of it
   malleable fit --config sprec/tiny.yaml --config base/ddp.yaml   lay a second file over it
   malleable test --config sprec/tiny.yaml --ckpt_path last        measure its latest run
+  malleable compare sprec/tiny sft/tiny                           compare the latest runs of two recipes, or run folders
   malleable patch apply edits/paris model.ckpt                    apply a patch; `malleable patch revert` brings the weights back
   malleable fit --help                                            see all options
   malleable fit --model.help SPRec                                see the options of one class
@@ -65,6 +67,10 @@ def _run(words: list[str]) -> None:
         sys.stdout.write(f"malleable {__version__}\n")
     elif command == "recipes":
         run_recipes(words[1:])
+    elif command == "compare":
+        from malleable.compare import run_compare  # numpy takes a tenth of a second to import
+
+        run_compare(words[1:])
     elif command == "patch":
         from malleable.patch import run as run_patch  # torch takes a second to import
 

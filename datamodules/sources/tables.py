@@ -119,7 +119,7 @@ class Tables(Source):
         if repeated := int(items.duplicated("item_id").sum()):
             example = items["item_id"][items.duplicated("item_id")].iloc[0]
             notes.append(f"{repeated:,} rows of {self.items.name} repeat an item_id (e.g. {example}), the first of each stays")
-            log.warning("%s: %d lines repeat an item_id (e.g. %s); the first of each stays", self.items, repeated, example)
+            log.warning("%s: %d lines repeat an item_id; the first of each stays", self.items, repeated)
             items = items.drop_duplicates("item_id")
         genres = _genres(self.items, items["genres"]) if "genres" in items else [()] * len(items)
         return items_table(list(items["item_id"]), list(items["title"]), genres), tuple(notes)

@@ -25,7 +25,7 @@ def test_floors_are_what_each_baseline_measures_itself(tmp_path):
         own = {key.replace("test_", f"floor_{name}_"): value for key, value in alone.items()}
         assert own == pytest.approx({key: metrics[key] for key in own})
     assert metrics["floor_popularity_hr_3"] == metrics["test_hr_3"]
-    assert "| metric | Popularity | Popularity | ItemKNN | Markov |" in (tmp_path / "report" / "report.md").read_text()
+    assert "| metric | Popularity | 95 % interval | Popularity | ItemKNN | Markov |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_rows_are_counted_once_for_many_tests(tmp_path, monkeypatch):

@@ -1,0 +1,140 @@
+"""``malleable predict`` writes its answers without a word about writing, for histories and for users of the data."""
+
+import csv
+import json
+
+import pytest
+import small_shop
+from boring import BoringModule
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from malleable.callbacks.predictions import PredictionWriter
+from malleable.cli import _prediction_writer
+from malleable.lightning_modules.causal_lm import CausalLM
+from malleable.lightning_modules.nfe import NFE
+from malleable.lightning_modules.sft import SFT
+
+RECIPE = """\
+model: ItemKNN
+data:
+  class_path: RecommendationDataModule
+  init_args:
+    source:
+      class_path: malleable.datamodules.sources.tables.Tables
+      init_args: {interactions: events.csv, items: items.csv}
+    tokenizer: none
+"""
+GRAPH = """\
+model: {class_path: DistMult, init_args: {dimension: 4}}
+data:
+  class_path: KnowledgeGraphDataModule
+  init_args: {source: malleable.datamodules.sources.synthetic_graph.SyntheticGraph}
+"""
+
+
+class OwnWriter(BasePredictionWriter):
+    """Counts the batches that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+        self.batches = 0
+
+    def write_on_batch_end(self, *_) -> None:
+        self.batches += 1
+
+
+@pytest.fixture
+def predict(tmp_path, capsys):
+    """Predict with item neighbours of a shop, quietly, and return the command line object."""
+    from malleable.cli import run
+
+    small_shop.write(tmp_path)
+    (tmp_path / "shop.yaml").write_text(RECIPE)
+    (tmp_path / "graph.yaml").write_text(GRAPH)
+    quiet = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"]
+
+    def command(*words, recipe="shop.yaml"):
+        return run(["predict", "--config", recipe, *quiet, *map(str, words)])
+
+    return command
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_all_users_of_the_data_are_recommended_what_they_lack(predict, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        predict("--data.predict_users", "all")
+    rows = table(tmp_path / "runs" / "shop" / "version_0" / "predictions.csv")
+    assert f"predictions for 16 rows: {'runs/shop/version_0/predictions.csv'}" in caplog.text
+    had = {}
+    for user, item in small_shop.events():
+        had.setdefault(user, []).append(item)
+    # All of a user's items are history, also those that the test asks for; users come in order of their ids.
+    assert {row["user_id"] for row in rows} == set(had)
+    assert not [row for row in rows if row["item_id"] in had[row["user_id"]]]
+    assert [row["user_id"] for row in rows if row["rank"] == "1"] == sorted(had)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("users.txt", "u3\nnobody\n\nu12\n"),
+        ("users.csv", "country,user_id\nde,u3\nfr,nobody\nit,u12\n"),
+        ("plain.csv", "u3,x\nnobody,y\nu12,z\n"),
+        ("users.jsonl", '"u3"\n{"user_id": "nobody"}\n{"user_id": "u12"}\n'),
+    ],
+)
+def test_a_file_of_users(name, text, predict, tmp_path, caplog):
+    (tmp_path / name).write_text(text)
+    predict("--data.predict_users", name)
+    rows = table(tmp_path / "runs" / "shop" / "version_0" / "predictions.csv")
+    assert [(row["sample_id"], row["user_id"]) for row in rows if row["rank"] == "1"] == [("0", "u3"), ("2", "u12")]
+    assert "1 of 3 users are not in the data, or the filters of the split left them out (first: 'nobody'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("users.txt", "nobody\n", r"users.txt: 1 of 1 users are not in the data.*No user is left"),
+        ("users.txt", "", "holds no user"),
+        ("users.csv", "name,user_id\nx,\n", "line 2, field user_id: the id is empty"),
+        ("users.xlsx", "", "is no file of users: give `all`, or a .csv, .txt, .jsonl or .json"),
+        ("users.jsonl", "{}\n", "field user_id: the id is empty"),
+    ],
+)
+def test_wrong_files_of_users(name, text, message, predict, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        predict("--data.predict_users", name)
+
+
+def test_what_to_predict_for_is_asked_for(predict):
+    with pytest.raises(MisconfigurationException, match=r"give what to predict for: predict_file, or predict_users: all"):
+        predict()
+    with pytest.raises(ValueError, match="predict_file and predict_users exclude each other"):
+        predict("--data.predict_users", "all", "--data.predict_file", "x.csv")
+
+
+def test_a_graph_answers_without_a_callback_in_the_recipe(predict, tmp_path):
+    (tmp_path / "queries.csv").write_text("district 0,next,?\n")
+    predict("--allow_untrained", "--data.predict_file", "queries.csv", recipe="graph.yaml")
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "graph" / "version_0" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["head"] for row in rows] == ["district 0"]
+
+
+def test_a_writer_of_the_user_replaces_it(predict, tmp_path):
+    cli = predict("--data.predict_users", "all", f"--trainer.callbacks+={__name__}.OwnWriter")
+    (own,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, BasePredictionWriter))
+    assert own.batches == 1
+    assert not list(tmp_path.rglob("predictions.*"))
+
+
+def test_models_whose_predictions_can_be_named_have_a_writer(caplog):
+    for model in (NFE(), SFT(), CausalLM()):
+        assert [type(writer) for writer in _prediction_writer(model)] == [PredictionWriter]
+    assert _prediction_writer(BoringModule()) == []
+    assert "predictions of BoringModule are not written" in caplog.text
