@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from malleable.datamodules.table_files import read_cells
-from malleable.datamodules.text_files import file_kind, id_text, read_json_rows
+from malleable.datamodules.text_files import cell_text, file_kind, id_text, read_json_rows, read_lines
 from malleable.datamodules.titles import clean_title
 
 log = logging.getLogger(__name__)
@@ -157,9 +157,10 @@ def read_users(path: Path, known: Container[str]) -> list[tuple[int, str]]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is of another kind, an id is missing, or no user is known; with file and line.
     """
-    if path.suffix not in (".csv", ".txt", ".jsonl", ".json"):
+    kind = file_kind(path)
+    if kind not in (".csv", ".txt", ".jsonl", ".json"):
         raise ValueError(f"{path} is no file of users: give `all`, or a .csv, .txt, .jsonl or .json file with one id a row")
-    rows = list(_users_of_json(path) if path.suffix.startswith(".json") else _users_of_lines(path))
+    rows = list(_users_of_json(path) if kind.startswith(".json") else _users_of_lines(path, kind))
     if not rows:
         raise ValueError(f"{path} holds no user")
     unknown = [(place, user) for place, user in rows if user not in known]
@@ -181,10 +182,9 @@ def _users_of_json(path: Path) -> Iterator[tuple[str, str]]:
         yield place, id_text(value, f"{place}, field user_id")
 
 
-def _users_of_lines(path: Path) -> Iterator[tuple[str, str]]:
-    with open_text(path) as file:
-        reader = csv.reader(file, skipinitialspace=True) if path.suffix == ".csv" else ([line.rstrip("\r\n")] for line in file)
-        lines = [(f"{path}, line {number}", list(map(cell_text, cells))) for number, cells in enumerate(reader, start=1) if any(cells)]
+def _users_of_lines(path: Path, kind: str) -> Iterator[tuple[str, str]]:
+    rows = read_cells(path, ",") if kind == ".csv" else ((number, [cell_text(line)]) for number, line in read_lines(path))
+    lines = [(f"{path}, line {number}", cells) for number, cells in rows]
     header = [cell.casefold() for cell in lines[0][1]] if lines else []
     column = next((header.index(name) for name in USER_FIELDS if name in header), None)
     for place, cells in lines if column is None else lines[1:]:
