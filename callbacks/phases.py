@@ -62,7 +62,7 @@ class SelfPlayState:
 
     Attributes:
         epoch: The epoch whose rows are shown; -1 before the first.
-        path: File of the running round.
+        path: File of the running round, relative to the run's folder.
         digest: Checksum of that file.
         history: For each finished phase its name and the figures logged by then.
         before: Test figures and recommendation counts of the model after its warm-up.

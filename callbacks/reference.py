@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,16 +13,16 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from malleable.callbacks.run_files import run_folder, stored_copies
 from malleable.callbacks.sweep import rows_per_pass, sweep
 from malleable.datamodules.files import atomic_write
 from malleable.datamodules.loader import PhasedLoader, RowView
 from malleable.lightning_modules.compiled import compiled_passes
 from malleable.lightning_modules.functional.logps import answer_logps
 from malleable.lightning_modules.language_model import LanguageModel
+from malleable.lightning_modules.verified_file import load_verified, save_verified
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,8 @@ def reference_logps(trainer: Trainer, module: LanguageModel, rows: Any, loader: 
 class ReferenceCache(Callback):
     """Put reference log-probabilities beside the training pairs before the first step.
 
-    The reference is the model as it stands then. The values are written once, to a file keyed by the rows' text, the model and the precision;
-    a run that is resumed reads them again, because its model has moved on.
+    The reference is the model as it stands then. The values are written once, with a checksum, to a file keyed by the rows' text, the model and
+    the precision; a run that is resumed reads them again, because its model has moved on. It finds the file beside the checkpoint and copies it.
 
     Args:
         dirpath: Folder of the file; default: the run folder.
@@ -51,37 +52,56 @@ class ReferenceCache(Callback):
     def __init__(self, dirpath: str | None = None, loader: PhasedLoader[Any] | None = None) -> None:
         self.dirpath = dirpath
         self.loader = loader
-        self.path: str | None = None
+        self.name: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Remember where the values lie."""
-        return {"path": self.path}
+        """Store the file's name."""
+        return {"path": self.name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the values of the interrupted run."""
-        self.path = state_dict["path"]
+        """Continue with the values of the interrupted run."""
+        stored = state_dict["path"]
+        self.name = stored and Path(stored).name  # earlier versions stored the path
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let each fit have a reference of its own; one that is resumed learns afterwards where its values lie."""
         if stage == "fit":
-            self.path = None
+            self.name = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute or read the values and show them to the loader."""
         loader = phased_loader(trainer, self.loader, type(self).__name__)
         rows = loader.dataset
         keys = row_keys(rows)
-        if self.path is None:
-            path = self._folder(trainer) / f"reference-{self._fingerprint(trainer, pl_module, keys)}.safetensors"
-            if not trainer.strategy.broadcast(path.is_file()):
-                values = reference_logps(trainer, cast("LanguageModel", pl_module), rows, loader, "reference log-probabilities")
-                self._write(trainer, path, keys, values)
-            self.path = str(path)
-        fields = [{"reference_logps": row} for row in self._read(keys).tolist()]
+        folder = Path(self.dirpath) if self.dirpath else run_folder(trainer)
+        resumed = self.name is not None
+        if self.name is None:
+            self.name = f"reference-{self._fingerprint(trainer, pl_module, keys)}.safetensors"
+        path = folder / self.name
+        if resumed:
+            self._adopt(trainer, stored_copies(trainer, folder, self.name)[0], path)
+        elif not trainer.strategy.broadcast(path.is_file() and self._is_whole(path)):
+            values = reference_logps(trainer, cast("LanguageModel", pl_module), rows, loader, "reference log-probabilities")
+            self._write(trainer, path, keys, values)
+        fields = [{"reference_logps": row} for row in self._read(path, keys).tolist()]
         loader.show(RowView(rows, range(len(rows)), fields), loader.row_tokens)
 
-    def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+    @staticmethod
+    def _adopt(trainer: Trainer, stored: Path, path: Path) -> None:
+        """Copy the file of the interrupted run to where the next checkpoints look for it."""
+        if trainer.is_global_zero and stored.is_file() and stored.resolve() != path.resolve():
+            with atomic_write(path) as temporary:
+                shutil.copyfile(stored, temporary)
+        trainer.strategy.barrier("reference log-probabilities")
+
+    @staticmethod
+    def _is_whole(path: Path) -> bool:
+        try:
+            load_verified(path)
+        except ValueError as error:
+            log.warning("%s: the reference log-probabilities are computed again", error)
+            return False
+        return True
 
     @staticmethod
     def _fingerprint(trainer: Trainer, module: LightningModule, keys: Tensor) -> str:
@@ -96,22 +116,27 @@ class ReferenceCache(Callback):
     def _write(self, trainer: Trainer, path: Path, keys: Tensor, values: Tensor) -> None:
         if trainer.is_global_zero:
             with atomic_write(path) as temporary:
-                save_file({"row": keys, "reference_logps": values.contiguous()}, temporary)
+                save_verified({"row": keys, "reference_logps": values.contiguous()}, temporary)
         trainer.strategy.barrier("reference log-probabilities")
 
-    def _read(self, keys: Tensor) -> Tensor:
-        assert self.path is not None
-        if not Path(self.path).is_file():
+    @staticmethod
+    def _read(path: Path, keys: Tensor) -> Tensor:
+        if not path.is_file():
             raise MisconfigurationException(
-                f"the reference log-probabilities of this run are gone: {self.path} does not exist. The model has been trained since, so they "
+                f"the reference log-probabilities of this run are gone: {path} does not exist. The model has been trained since, so they "
                 "cannot be computed again; put the file back or start a new run"
             )
-        with safe_open(self.path, "pt") as file:
-            stored, values = file.get_tensor("row"), file.get_tensor("reference_logps")
+        try:
+            tensors, _ = load_verified(path)
+        except ValueError as error:
+            raise MisconfigurationException(
+                f"{error}. The model has been trained since, so the values cannot be computed again; put the original back or start a new run"
+            ) from error
+        stored, values = tensors["row"], tensors["reference_logps"]
         order = stored.argsort()
         places = torch.searchsorted(stored[order], keys).clamp_max(len(stored) - 1)
         if not torch.equal(stored[order][places], keys):
-            raise MisconfigurationException(f"{self.path} belongs to other training rows; remove it or use the data it was made with")
+            raise MisconfigurationException(f"{path} belongs to other training rows; remove it or use the data it was made with")
         chosen: Tensor = values[order][places]
         return chosen
 

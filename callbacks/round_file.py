@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,14 @@ class RoundFile:
         if file is None or (digest is not None and file.digest() != digest):
             raise MisconfigurationException(f"{path} is not the file the checkpoint was saved with; put the original back or start a new run")
         return file
+
+    @classmethod
+    def read_first(cls, paths: Sequence[Path], digest: str | None) -> RoundFile:
+        """Read the first of several copies that is whole and has the checksum; the error is that of the last one."""
+        for path in paths[:-1]:
+            with suppress(MisconfigurationException):
+                return cls.read(path, digest)
+        return cls.read(paths[-1], digest)
 
     def without_identical(self, rows: Any) -> RoundFile:
         """Leave out rows whose rejected answer is the true one or is missing."""

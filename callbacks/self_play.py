@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,6 +21,7 @@ from malleable.callbacks.phases import Phase, PhaseSettings, SelfPlayState
 from malleable.callbacks.reference import phased_loader, reference_logps
 from malleable.callbacks.restart import begin_epoch
 from malleable.callbacks.round_file import RoundFile, draw_positions
+from malleable.callbacks.run_files import run_folder, stored_copies
 from malleable.datamodules.batch import Catalog, Recommendations
 from malleable.datamodules.loader import PhasedLoader, RowView
 from malleable.lightning_modules.functional.schedule import warmup_decay
@@ -92,6 +95,8 @@ class SelfPlayLoop(Callback):
         self.phases = self.plan(rounds, {name: settings.epochs for name, settings in self.settings.items()})
         self._loader = loader
         self._cached: RoundFile | None = None
+        self._folder = Path()
+        self._copies: Callable[[str], list[Path]] = lambda name: [Path(name)]
         self._counts: Tensor | None = None
         self._titles: tuple[str, ...] = ()
         if not self.phases:
@@ -117,6 +122,8 @@ class SelfPlayLoop(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of the interrupted run and show the rows of its running phase."""
         self.state = SelfPlayState(**state_dict)
+        if self.state.path is not None:
+            self.state.path = "/".join(Path(self.state.path).parts[-2:])  # earlier versions stored it relative to the working directory
         self._cached = None
         if self._loader is not None and self.state.epoch >= 0:
             self._show_phase()
@@ -130,6 +137,8 @@ class SelfPlayLoop(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.fit_loop.max_epochs = len(self.phases)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        self._folder = run_folder(trainer)
+        self._copies = partial(stored_copies, trainer, self._folder)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the rows of the first phase, or of the phase that was interrupted."""
@@ -146,6 +155,7 @@ class SelfPlayLoop(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare the phase that was about to begin when a run was killed between its last step and its end."""
+        self._adopt(trainer)
         if self.state.epoch != trainer.current_epoch:
             self._prepare(trainer, cast("LanguageModel", pl_module), trainer.current_epoch)
             if begin_epoch(trainer):
@@ -291,21 +301,27 @@ class SelfPlayLoop(Callback):
     # --- files ---
 
     def _write(self, trainer: Trainer, phase: Phase, file: RoundFile) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "self_play"
         # The pairs get a file of their own: a checkpoint from before they were frozen still points at the drawn rows.
-        path = folder / f"round_{phase.round}{'_pairs' if phase.kind == 'dpo' and file.reference is not None else ''}.parquet"
+        self.state.path = f"self_play/round_{phase.round}{'_pairs' if phase.kind == 'dpo' and file.reference is not None else ''}.parquet"
         if trainer.is_global_zero:
-            file.write(path)
+            file.write(self._folder / self.state.path)
         trainer.strategy.barrier("round file")
-        self.state.path = trainer.strategy.broadcast(str(path))
         self.state.digest = file.digest()
         self._cached = file
 
     def _file(self) -> RoundFile:
         if self._cached is None:
             assert self.state.path is not None
-            self._cached = RoundFile.read(Path(self.state.path), self.state.digest)
+            self._cached = RoundFile.read_first(self._copies(self.state.path), self.state.digest)
         return self._cached
+
+    def _adopt(self, trainer: Trainer) -> None:
+        """Copy the running round of the interrupted run into the folder of this run, from which the next checkpoints resume."""
+        if self.state.path is None or trainer.ckpt_path is None:
+            return
+        path, file = self._folder / self.state.path, self._file()
+        if trainer.is_global_zero and self._copies(self.state.path)[0].resolve() != path.resolve():
+            file.write(path)
 
     # --- before and after ---
 

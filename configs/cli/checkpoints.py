@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.files import atomic_write
+from malleable.runs import Wanted, find_run_checkpoint
 
 # Of a whole checkpoint: what only the continuation of its run needs.
 _LOOP_STATES = {"optimizer_states", "lr_schedulers", "loops", "MixedPrecision", "AMPScalerState"}
@@ -57,36 +57,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, partial)
 
 
-def find_checkpoint(ckpt_path: str, runs: Path) -> str:
+def find_checkpoint(ckpt_path: str, runs: Path, wanted: Wanted | None = None) -> str:
     """Return the checkpoint that ``ckpt_path`` means.
 
     Args:
-        ckpt_path: A file, a folder written by a sharded strategy, an address, or ``last``: the latest, an edited one among them.
-        runs: Folder of the runs among which ``last`` is looked for, one ``version_*`` each.
+        ckpt_path: A file, a folder written by a sharded strategy, an address, or ``last`` or ``best`` as in
+            :func:`~malleable.runs.find_run_checkpoint`.
+        runs: Folder of the runs among which ``last`` and ``best`` are looked for, one ``version_*`` each.
+        wanted: Model and data that such a run must have.
 
     Raises:
         FileNotFoundError: If there is none.
-        MisconfigurationException: If ``best`` is asked for outside the run that knows it.
     """
-    if ckpt_path == "best":
-        raise MisconfigurationException(f"`best` is known only to the run itself; give the file, e.g. one of {runs}/version_0/checkpoints, or `last`")
-    if ckpt_path == "last":
-        found = sorted(_newest(runs), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise FileNotFoundError(f"no last checkpoint under {runs}; give the file with --ckpt_path")
-        return str(found[-1])
+    if ckpt_path in ("last", "best"):
+        return find_run_checkpoint(ckpt_path, runs, wanted)
     if "://" not in ckpt_path and not Path(ckpt_path).exists():
         raise FileNotFoundError(f"no checkpoint {ckpt_path}; give an existing file, or `last` for the latest under {runs}")
     return ckpt_path
-
-
-def _newest(runs: Path) -> Iterator[Path]:
-    """Yield the checkpoints of each run that can be its newest state."""
-    for folder in runs.glob("version_*/checkpoints"):
-        named = [path for name in ("last*.ckpt", "edited.ckpt") for path in folder.glob(name)]
-        # A run killed while `last.ckpt` was replaced leaves none, or a link to nowhere; the checkpoints of epochs are whole.
-        whole = bool(named) and all(path.exists() for path in named)
-        yield from (path for path in (named if whole else folder.glob("*.ckpt")) if path.exists())
 
 
 def consolidate(folder: str) -> str:

@@ -29,6 +29,7 @@ from malleable.datamodules.identity import stores_data
 from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements
 from malleable.option_errors import OptionParser, print_help, take_help
 from malleable.recipes import FOLDER, recipe_name
+from malleable.runs import ShareRunFolder, Wanted, claimed_folders
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class MalleableCLI(LightningCLI):
             if config.extend_catalog:
                 raise MisconfigurationException("--extend_catalog adds items to the catalogue of a checkpoint: give --ckpt_path")
             return
-        ckpt_path = find_checkpoint(config.ckpt_path, self.runs)
+        ckpt_path = find_checkpoint(config.ckpt_path, self.runs, Wanted.of(json.loads(json.dumps(config.as_dict(), default=str))))
         readable = ckpt_path if command == "fit" else _readable(ckpt_path, config.trainer.strategy)
         words = self._with_stored_model(parser, words, ckpt_path)
         words += self._stored_data(words, readable)
@@ -169,7 +170,7 @@ class MalleableCLI(LightningCLI):
             callbacks += self._checkpoints(config.checkpoint)
         if self.subcommand == "predict" and not any(isinstance(callback, (BasePredictionWriter, PredictionWriter)) for callback in callbacks):
             callbacks += _prediction_writer(config.model)
-        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        trainer = super().instantiate_trainer(callbacks=[ShareRunFolder(), *callbacks], **kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
@@ -180,6 +181,10 @@ class MalleableCLI(LightningCLI):
             return [checkpoint]
         checkpoint.save_last = None
         return [checkpoint, LastCheckpoint(checkpoint.dirpath, every_n_epochs=checkpoint._every_n_epochs)]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with claimed_folders(self.trainer):
+            super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
         """Test what the run registered as its result, so that edits made after training are measured too."""

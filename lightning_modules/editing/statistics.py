@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
 from malleable.datamodules.files import atomic_write
@@ -22,6 +20,7 @@ from malleable.lightning_modules.editing.layout import Layout
 from malleable.lightning_modules.editing.passes import stopping
 from malleable.lightning_modules.functional.null_space import SecondMoment
 from malleable.lightning_modules.model_settings import model_settings
+from malleable.lightning_modules.verified_file import load_verified, save_verified
 
 log = logging.getLogger(__name__)
 
@@ -182,20 +181,25 @@ def _mark(model: nn.Module, layout: Layout, layers: Sequence[int], tokenizer: An
 def _write(file: Path, mark: str, totals: dict[int, SecondMoment], pieces: int) -> None:
     about = {"mark": mark, "pieces": str(pieces), "counts": json.dumps({layer: total.count for layer, total in totals.items()})}
     with atomic_write(file) as building:
-        save_file({str(layer): total.total.cpu() for layer, total in totals.items()}, building, about)
+        save_verified({str(layer): total.total.cpu() for layer, total in totals.items()}, building, about)
 
 
 def _taken_up(file: Path, mark: str, totals: dict[int, SecondMoment]) -> int:
-    with safe_open(file, "pt") as stored:
-        about = stored.metadata() or {}
-        if about.get("mark") != mark:
-            raise ValueError(
-                f"{file} holds second moments of another model, text or setting (mark {about.get('mark', 'missing')[:12]}, here {mark[:12]}); "
-                f"remove it, give another file, or put {MARK} into the name"
-            )
-        counts = json.loads(about["counts"])
-        for layer, total in totals.items():
-            total.total.copy_(stored.get_tensor(str(layer)))
-            total.count = counts[str(layer)]
+    try:
+        stored, about = load_verified(file)
+    except ValueError as error:
+        if mark[:12] not in file.name:
+            raise ValueError(f"{error}; remove it, give another file, or put {MARK} into the name") from error
+        log.warning("%s: the second moments are taken again", error)
+        return 0
+    if about.get("mark") != mark:
+        raise ValueError(
+            f"{file} holds second moments of another model, text or setting (mark {about.get('mark', 'missing')[:12]}, here {mark[:12]}); "
+            f"remove it, give another file, or put {MARK} into the name"
+        )
+    counts = json.loads(about["counts"])
+    for layer, total in totals.items():
+        total.total.copy_(stored[str(layer)])
+        total.count = counts[str(layer)]
     log.info("second moments: %s tokens taken up from %s", next(iter(totals.values())).count, file)
     return int(about["pieces"])

@@ -1,6 +1,7 @@
 """The frozen reference: computed once, kept in a file, read again by a run that goes on, and never mistaken for another."""
 
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,6 +154,37 @@ def test_lost_values_cannot_be_computed_again(tmp_path):
     path.rename(tmp_path / "elsewhere")
     with pytest.raises(MisconfigurationException, match=r"are gone: .*reference-.* does not exist\. The model has been trained since"):
         fit(tmp_path, ReferenceCache(), ckpt_path=tmp_path / "checkpoints/saved.ckpt", max_epochs=2)
+
+
+def test_a_run_that_was_moved_reads_its_values_and_copies_them(tmp_path, passes, monkeypatch):
+    """From another working directory, to another run folder, twice."""
+    monkeypatch.chdir(tmp_path)
+    first = fit(Path("runs/a"), ReferenceCache())
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    for number, (start, folder) in enumerate((("a", "b"), ("b", "c")), start=2):
+        (Path(start) / "checkpoints").rename(Path(start) / "run/checkpoints")
+        path = tmp_path / "moved" / start / "run/checkpoints/saved.ckpt"
+        resumed = fit(Path(folder), ReferenceCache(), make_module(), ckpt_path=path, max_epochs=number)
+        assert all(torch.equal(resumed.reference[index], value) for index, value in first.reference.items())
+        shutil.rmtree(tmp_path / "moved" / start)
+    assert len(passes) == 1
+    assert len(files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("damage", ["a changed bit", "cut off"])
+def test_damaged_values_are_computed_again_or_refused(tmp_path, passes, damage):
+    cache = str(tmp_path / "cache")
+    fit(tmp_path, ReferenceCache(cache))
+    (path,) = files(tmp_path / "cache")
+    whole = path.read_bytes()
+    damaged = whole[:-1] + bytes([whole[-1] ^ 1]) if damage == "a changed bit" else whole[:-8]
+    path.write_bytes(damaged)
+    with pytest.raises(MisconfigurationException, match=r"reference-.*\.safetensors is damaged .* put the original back or start a new run"):
+        fit(tmp_path, ReferenceCache(cache), ckpt_path=tmp_path / "checkpoints/saved.ckpt", max_epochs=2)
+    fit(tmp_path, ReferenceCache(cache))
+    assert len(passes) == 2
+    assert path.read_bytes() == whole
 
 
 def test_rows_are_told_apart_by_id_prompt_and_answers():

@@ -1,13 +1,17 @@
 """The loop: its plan, its phases, its equalities with plain training, and its refusals."""
 
+import contextlib
 import logging
 import math
+import shutil
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from self_play_run import make_loop, make_module
 from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
@@ -257,6 +261,35 @@ def test_bare_trainer_and_loader(tmp_path):
     quiet_trainer(tmp_path / "bare", max_epochs=-1, callbacks=[loop]).fit(module, loader)
     with_data, *_ = run(tmp_path / "data")
     assert_equal(module, with_data)
+
+
+def test_a_run_that_was_moved_resumes_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """From another working directory; each resumed run has all that the next one needs."""
+    whole, *_ = run(tmp_path / "whole", make_loop(rounds=1))
+
+    class Stop(Callback):
+        def __init__(self, epoch):
+            self.epoch = epoch
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == self.epoch:
+                raise KeyboardInterrupt
+
+    folder, path = Path("a"), None
+    for stop, name in ((2, "b"), (3, "c"), (9, None)):
+        monkeypatch.chdir(tmp_path)
+        seed_everything(7)
+        last = ModelCheckpoint(folder / "run/checkpoints", filename="saved", save_on_train_epoch_end=True, enable_version_counter=False)
+        trainer = quiet_trainer(folder, max_epochs=-1, callbacks=[make_loop(rounds=1), Stop(stop), last])
+        module = make_module(dropout=0.0)
+        with contextlib.suppress(SystemExit):
+            trainer.fit(module, TinyData(), ckpt_path=path)
+        if name:
+            (tmp_path / folder).rename(tmp_path / f"moved-{folder}")
+            path = tmp_path / f"moved-{folder}/run/checkpoints/saved.ckpt"
+            shutil.rmtree(tmp_path / f"moved-{chr(ord(str(folder)) - 1)}", ignore_errors=True)
+            folder = Path(name)
+    assert_equal(module, whole)
 
 
 def test_sections_for_the_report(tmp_path):

@@ -131,6 +131,19 @@ def test_other_models_have_files_of_their_own_where_the_name_says_so(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("damage", [lambda content: content[:-1] + bytes([content[-1] ^ 1]), lambda content: content[:40]])
+def test_damaged_moments_are_taken_again_or_refused_by_name(tmp_path, damage):
+    whole = moments()
+    for name in ("moments-{mark}.safetensors", "moments.safetensors"):
+        moments(file=tmp_path / name)
+    for path in tmp_path.iterdir():
+        path.write_bytes(damage(path.read_bytes()))
+    healed = moments(file=tmp_path / "moments-{mark}.safetensors")
+    assert torch.equal(healed[2].total, whole[2].total)
+    with pytest.raises(ValueError, match=r"moments\.safetensors is damaged .*; remove it, give another file"):
+        moments(file=tmp_path / "moments.safetensors")
+
+
 def test_the_file_is_not_written_after_every_piece(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(statistics, "_write", lambda *arguments: written.append(arguments[-1]))

@@ -1,0 +1,224 @@
+"""Run folders are claimed once, and found by model and data."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from malleable.checkpoints import find_checkpoint
+from malleable.runs import Wanted, claim_version, claimed_folders
+
+SOURCE = {"class_path": "s.Tables", "init_args": {"file": "a.csv"}}
+SFT = {"model": {"class_path": "m.SFT"}, "data": {"class_path": "d.Data", "init_args": {"source": SOURCE}}}
+
+
+def save(path, steps=1, best=None, **content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    callbacks = {"ModelCheckpoint{}": {"best_model_path": best, "dirpath": str(path.parent), "monitor": "val_loss"}} if best else {}
+    torch.save({"global_step": steps, "callbacks": callbacks, **content}, path)
+    return path
+
+
+def configure(run, config):
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config_fit.yaml").write_text(yaml.safe_dump(config))
+
+
+def changed(config, **changes):
+    config = json.loads(json.dumps(config))
+    for name, value in changes.items():
+        (config["data"]["init_args"]["source"]["init_args"] if name == "file" else config[name])["file" if name == "file" else "class_path"] = value
+    return config
+
+
+# Claiming
+
+
+def quiet(**options):
+    return Trainer(accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, **options)
+
+
+def test_processes_that_claim_at_the_same_time_get_different_folders(tmp_path):
+    children = []
+    for _ in range(8):
+        child = os.fork()
+        if child == 0:
+            number = claim_version(tmp_path / "runs")
+            (tmp_path / f"claim-{os.getpid()}").write_text(str(number))
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    assert sorted(int(path.read_text()) for path in tmp_path.glob("claim-*")) == list(range(8))
+
+
+def test_a_claimed_number_is_larger_than_all_others(tmp_path):
+    for name in ("version_3", "version_x", "version_7_copy", "other"):
+        (tmp_path / name).mkdir()
+    assert claim_version(tmp_path) == 4
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_the_folder_exists_before_the_run_begins_and_is_its_own(tmp_path, kind):
+    if kind is TensorBoardLogger:
+        pytest.importorskip("tensorboard")
+    first, second = (quiet(logger=kind(tmp_path, name="runs")) for _ in range(2))
+    with claimed_folders(first):
+        assert (tmp_path / "runs/version_0").is_dir()
+        with claimed_folders(second):
+            assert first.log_dir == str(tmp_path / "runs/version_0")
+            assert second.log_dir == str(tmp_path / "runs/version_1")
+
+
+def test_loggers_of_one_run_share_its_folder(tmp_path):
+    trainer = quiet(logger=[CSVLogger(tmp_path, name="runs"), CSVLogger(tmp_path, name="runs"), CSVLogger(tmp_path, name="other", version="given")])
+    with claimed_folders(trainer):
+        assert [logger.version for logger in trainer.loggers] == [0, 0, "given"]
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_only_the_first_process_claims(tmp_path):
+    for node, local in ((1, 0), (0, 1)):
+        trainer = quiet(logger=CSVLogger(tmp_path, name="runs"))
+        trainer.strategy.cluster_environment = SimpleNamespace(node_rank=lambda node=node: node, local_rank=lambda local=local: local)
+        with claimed_folders(trainer):
+            assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_fails_before_it_writes_leaves_no_folder(run, boring, monkeypatch):
+    from boring import BoringDataModule
+
+    def fail(self):
+        assert (boring / "runs/boring/version_0").is_dir()
+        raise ValueError("no data")
+
+    monkeypatch.setattr(BoringDataModule, "prepare_data", fail)
+    with pytest.raises(ValueError, match="no data"):
+        run("fit")
+    assert not list((boring / "runs/boring").iterdir())
+    monkeypatch.undo()
+    monkeypatch.chdir(boring)
+    with pytest.raises(FileNotFoundError, match="no last checkpoint under runs/boring"):
+        run("test", "--ckpt_path", "last")
+
+
+# Searching
+
+
+def test_last_is_the_newest_checkpoint_of_the_run_with_the_largest_number(tmp_path):
+    """Whatever the times of files: clocks are set back, and copies are new."""
+    old = save(tmp_path / "version_2/checkpoints/last.ckpt", steps=90)
+    newest = save(tmp_path / "version_10/checkpoints/last-v1.ckpt", steps=20)
+    save(tmp_path / "version_10/checkpoints/last.ckpt", steps=10)
+    save(tmp_path / "version_10/checkpoints/epoch=9.ckpt", steps=30)
+    for path, time in ((old, 300), (newest, 100)):
+        os.utime(path, (time, time))
+    assert find_checkpoint("last", tmp_path) == str(newest)
+    edited = save(tmp_path / "version_10/checkpoints/edited.ckpt", steps=20)
+    assert find_checkpoint("last", tmp_path) == str(edited)
+    save(newest, steps=25)
+    assert find_checkpoint("last", tmp_path) == str(newest)
+
+
+def test_a_link_is_the_checkpoint_it_leads_to(tmp_path):
+    folder = tmp_path / "version_0/checkpoints"
+    save(folder / "epoch=3.ckpt", steps=3)
+    save(folder / "edited.ckpt", steps=2)
+    (folder / "last.ckpt").symlink_to("epoch=3.ckpt")
+    assert find_checkpoint("last", tmp_path) == str(folder / "last.ckpt")
+
+
+@pytest.mark.parametrize("damage", ["link to nowhere", "empty", "cut", "missing"])
+def test_whole_checkpoints_stand_for_one_that_is_not(tmp_path, damage):
+    """A run was killed after it removed the old checkpoint, or while it wrote the new one."""
+    folder = tmp_path / "version_0/checkpoints"
+    save(folder / "epoch=3.ckpt", steps=3)
+    newest = save(folder / "epoch=4.ckpt", steps=4)
+    last = folder / "last.ckpt"
+    if damage == "link to nowhere":
+        last.symlink_to("epoch=2.ckpt")
+    elif damage == "empty":
+        last.write_bytes(b"")
+    elif damage == "cut":
+        last.write_bytes(newest.read_bytes()[:-100])
+    assert find_checkpoint("last", tmp_path) == str(newest)
+    for path in (newest, folder / "epoch=3.ckpt"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="no last checkpoint under"):
+        find_checkpoint("last", tmp_path)
+
+
+def test_without_a_run(tmp_path):
+    for which in ("last", "best"):
+        with pytest.raises(FileNotFoundError, match=f"no {which} checkpoint under"):
+            find_checkpoint(which, tmp_path)
+
+
+def test_runs_of_other_models_and_data_are_left_out(tmp_path, caplog):
+    fitting = save(tmp_path / "version_0/checkpoints/last.ckpt")
+    configure(tmp_path / "version_0", SFT)
+    for number, other in enumerate((changed(SFT, model="m.DPO"), changed(SFT, file="b.csv"), changed(SFT, data="d.Other")), start=1):
+        save(tmp_path / f"version_{number}/checkpoints/last.ckpt")
+        configure(tmp_path / f"version_{number}", other)
+    configure(tmp_path / "version_9", SFT)  # a run without a checkpoint, such as a test
+    with caplog.at_level("INFO", "malleable"):
+        assert find_checkpoint("last", tmp_path, Wanted.of(SFT)) == str(fitting)
+    assert f"last is that of {tmp_path}/version_0; later runs are of another model or other data" in caplog.text
+    absolute = changed(SFT, file=str(Path("a.csv").absolute()))
+    assert find_checkpoint("last", tmp_path, Wanted.of(absolute)) == str(fitting)
+
+
+def test_the_error_names_the_nearest_run_and_how_it_differs(tmp_path):
+    path = save(tmp_path / "version_0/checkpoints/last.ckpt")
+    configure(tmp_path / "version_0", changed(SFT, file="b.csv"))
+    save(tmp_path / "version_1/checkpoints/last.ckpt")
+    configure(tmp_path / "version_1", changed(SFT, model="m.DPO", data="d.Other"))
+    message = rf"no run under .* has this model and this data; the nearest run is .*version_0: data\.source\.file b\.csv, here a\.csv\. .*{path}"
+    with pytest.raises(FileNotFoundError, match=message):
+        find_checkpoint("last", tmp_path, Wanted.of(SFT))
+
+
+def test_a_run_without_a_configuration_is_known_by_its_checkpoint(tmp_path):
+    path = save(tmp_path / "version_0/checkpoints/last.ckpt", hyper_parameters={"_class_path": "m.SFT"})
+    assert find_checkpoint("last", tmp_path, Wanted.of(SFT)) == str(path)
+    with pytest.raises(FileNotFoundError, match=r"version_0: model m\.SFT, here m\.DPO"):
+        find_checkpoint("last", tmp_path, Wanted("m.DPO"))
+
+
+def test_best_is_what_the_run_would_test(tmp_path):
+    folder = tmp_path / "version_0/checkpoints"
+    best = save(folder / "epoch=1.ckpt", steps=2)
+    save(folder / "last.ckpt", steps=5, best=str(best))
+    assert find_checkpoint("best", tmp_path) == str(best)
+    renamed = (tmp_path / "version_0").rename(tmp_path / "version_4")
+    assert find_checkpoint("best", tmp_path) == str(renamed / "checkpoints/epoch=1.ckpt")
+    resumed = tmp_path / "version_5/checkpoints"
+    save(resumed / "last.ckpt", steps=9, best=str(renamed / "checkpoints/epoch=1.ckpt"))
+    assert find_checkpoint("best", tmp_path) == str(renamed / "checkpoints/epoch=1.ckpt")
+    edited = save(resumed / "edited.ckpt", steps=9)
+    assert find_checkpoint("best", tmp_path) == str(edited)
+
+
+def test_a_best_checkpoint_that_is_gone_or_unknown(tmp_path):
+    last = save(tmp_path / "version_0/checkpoints/last.ckpt", best=str(tmp_path / "version_0/checkpoints/epoch=1.ckpt"))
+    with pytest.raises(FileNotFoundError, match=r"the best checkpoint of .*version_0 is gone: .*epoch=1\.ckpt does not exist"):
+        find_checkpoint("best", tmp_path)
+    save(last)
+    with pytest.raises(FileNotFoundError, match=r"last\.ckpt does not say which checkpoint of its run is the best one"):
+        find_checkpoint("best", tmp_path)
+
+
+def test_commands_find_the_run_of_their_model(run, boring):
+    run("fit", "--model.goal", 3)
+    run("fit", "--model", "boring.TrainingFree")
+    cli = run("test", "--ckpt_path", "last")
+    assert cli.config.test.ckpt_path == "runs/boring/version_0/checkpoints/last.ckpt"
+    assert run("test", "--ckpt_path", "best").config.test.ckpt_path.startswith("runs/boring/version_0/checkpoints/epoch=")
+    with pytest.raises(FileNotFoundError, match=r"the nearest run is runs/boring/version_1: model boring.TrainingFree, here boring.Ragged"):
+        run("test", "--ckpt_path", "last", "--model", "boring.Ragged")
