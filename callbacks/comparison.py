@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 from malleable.callbacks.figures import draw_curves, draw_exposure, draw_exposure_curve
 from malleable.callbacks.page import Section
 from malleable.callbacks.sweep import inference
+from malleable.datamodules.batch import AnswerBatch
+from malleable.lightning_modules.functional.row_digest import digest_rows
 from malleable.lightning_modules.language_model import LanguageModel
 
 CURVES = ("hr_10", "ndcg_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10")
@@ -32,21 +36,63 @@ def measure(trainer: Trainer, module: LanguageModel, loader: Any) -> dict[str, A
         loader: Batches to evaluate on, this rank's share.
 
     Returns:
-        ``figures`` by metric, and ``counts`` of recommendations, ``(N,)`` on the CPU.
+        ``figures`` by metric, ``counts`` of recommendations, ``(N,)`` on the CPU, and the ``protocol`` of :func:`protocol`.
     """
     metrics = {name: metric.to(module.device) for name, metric in module.configure_metrics().items()}
     assert module.catalog is not None
     counts = torch.zeros(len(module.catalog), dtype=torch.long, device=module.device)
+    rows = torch.zeros(2, dtype=torch.long, device=module.device)
     with inference(trainer, module):
         for batch in loader:
             moved = trainer.strategy.batch_to_device(batch)
             found = module.evaluate(moved, metrics)
             counts += recommendation_counts(found.item_ids, moved.sample_id, len(counts))
+            rows += batch_digest(moved)
     figures = {key: float(value) for metric in metrics.values() for key, value in metric.compute().items()}
-    return {"figures": figures, "counts": trainer.strategy.reduce(counts, reduce_op="sum").cpu()}
+    counts, rows = (trainer.strategy.reduce(total, reduce_op="sum").cpu() for total in (counts, rows))
+    return {"figures": figures, "counts": counts, "protocol": protocol(module, rows)}
 
 
-def self_play_sections(history: Sequence[dict[str, Any]], before: dict[str, Any], after: Tensor | None, titles: Sequence[str]) -> list[Section]:
+def batch_digest(batch: AnswerBatch) -> Tensor:
+    """Digest of what is asked in the rows of a batch, to be added up over batches and ranks, ``(2,)``."""
+    return digest_rows(batch.sample_id, [batch.target[:, None], batch.history, batch.seen, batch.candidates])
+
+
+def protocol(module: LanguageModel, rows: Tensor) -> dict[str, str]:
+    """Return all that figures depend on besides the model; figures of different protocols must not be compared.
+
+    Args:
+        module: Has ``configure_metrics`` and ``decoding``.
+        rows: Sum of :func:`batch_digest` over all rows.
+    """
+    catalog, decoding = module.catalog, module.decoding
+    assert catalog is not None
+    count, total = rows.tolist()
+    items = hashlib.sha256(json.dumps([catalog.titles, catalog.genres, catalog.popularity]).encode()).hexdigest()[:12]
+    search: dict[str, Any] = {"exclude_seen": decoding.exclude_seen, "grounding": decoding.grounding}
+    if decoding.grounding == "trie":
+        search |= {"num_beams": max(decoding.num_beams, *module.ks), "renormalize": decoding.renormalize}
+    else:
+        search |= {"max_new_tokens": decoding.max_new_tokens}
+    metrics = {name: f"{type(metric).__name__} at {list(getattr(metric, 'ks', []))}" for name, metric in module.configure_metrics().items()}
+    return {
+        "test rows": f"{count} rows ({total & (1 << 64) - 1:016x})",
+        "items and their popularity": f"{len(catalog)} items ({items})",
+        "metrics": json.dumps(metrics, sort_keys=True),
+        "decoding": json.dumps(search, sort_keys=True),
+    }
+
+
+def protocol_difference(stored: Mapping[str, str] | None, tested: Mapping[str, str]) -> str:
+    """Say in what two protocols differ; empty if they are equal."""
+    if stored is None:
+        return "an earlier version stored them without what they were measured on"
+    return "; ".join(f"{name}: {stored.get(name)} then, {value} in this test" for name, value in tested.items() if stored.get(name) != value)
+
+
+def self_play_sections(
+    history: Sequence[dict[str, Any]], before: dict[str, Any], after: Tensor | None, titles: Sequence[str], difference: str = ""
+) -> list[Section]:
     """Make the parts of a report that self-play contributes.
 
     Args:
@@ -54,6 +100,7 @@ def self_play_sections(history: Sequence[dict[str, Any]], before: dict[str, Any]
         before: What :func:`measure` found when self-play began; may be empty.
         after: Counts of recommendations of the tested model.
         titles: Titles of the items.
+        difference: In what the test differs from the protocol of ``before``, which is then not shown.
     """
     sections = []
     played = [entry for entry in history if entry["phase"] == "play"]
@@ -67,7 +114,10 @@ def self_play_sections(history: Sequence[dict[str, Any]], before: dict[str, Any]
         size = (11.0, 3.0 * -(-len(curves) // 3))
         text = "Validation after the warm-up (0) and after each round."
         sections.append(Section("Rounds", text, figure=lambda figure: _draw_rounds(figure, curves), figure_size=size))
-    if before and after is not None:
+    if difference:
+        text = f"The figures of the model before self-play are not shown beside this test: {difference}."
+        sections.append(Section("Supervised model", text))
+    elif before and after is not None:
         versions = {"before self-play": before["counts"], "after": after}
         sections.append(Section("Exposure", figure=lambda figure: draw_exposure_curve(figure.subplots(), versions)))
         bars = Section("Most recommended titles", figure=lambda figure: draw_exposure(figure.subplots(), versions, titles), figure_size=(8.0, 5.5))

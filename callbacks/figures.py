@@ -6,7 +6,9 @@ Shapes: N items of the catalogue, E entities of a graph.
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +79,42 @@ def draw_curves(
     axes.margins(x=0.02)
     if len(curves) > 1:
         axes.legend(ncols=1 if len(curves) <= 4 else 2)
+
+
+def split_curve(curve: tuple[Sequence[float], Sequence[float]], phases: Sequence[tuple[int, str]]) -> tuple[list[float], list[float]]:
+    """Put a gap into a curve wherever a phase of another name begins; its losses are other ones.
+
+    Args:
+        curve: Abscissas, ascending, and ordinates.
+        phases: First step and name of each phase, ascending. A point at ``step`` is of the phase that began before it.
+    """
+    x, y = list(curve[0]), list(curve[1])
+    borders = [step for (_, earlier), (step, name) in pairwise(phases) if name != earlier]
+    for step in borders:
+        place = bisect_right(x, step)
+        if 0 < place < len(x):
+            x.insert(place, step)
+            y.insert(place, float("nan"))
+    return x, y
+
+
+def draw_phases(axes: Axes, phases: Sequence[tuple[int, str]], end: float) -> None:
+    """Shade the phases of all names but the first, and name each once; nothing where all have one name.
+
+    Args:
+        axes: Has the curves.
+        phases: First step and name of each phase, ascending.
+        end: Last step.
+    """
+    names = list(dict.fromkeys(name for _, name in phases))
+    if len(names) < 2:
+        return
+    ends = [step for step, _ in phases[1:]] + [end]
+    for (start, name), stop in zip(phases, ends, strict=True):
+        if name != names[0] and start < stop:
+            first = name not in axes.get_legend_handles_labels()[1]
+            axes.axvspan(start, stop, color=COLORS[names.index(name) % len(COLORS)], alpha=0.12, linewidth=0, label=name if first else None)
+    axes.legend(ncols=1 if len(axes.get_legend_handles_labels()[1]) <= 4 else 2)
 
 
 def draw_exposure(axes: Axes, versions: Mapping[str, Counts], titles: Sequence[str], top: int = 12) -> None:

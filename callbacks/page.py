@@ -72,6 +72,14 @@ class HasRows(Protocol):
         """Return the values of the tested module for each row by metric, without the split's name; ``nan`` where a row has none."""
 
 
+@runtime_checkable
+class HasPhases(Protocol):
+    """A callback that trains in phases with losses of their own; asked on rank zero after fit and after test."""
+
+    def report_phases(self) -> list[tuple[int, str]]:
+        """Return the optimizer step at which each phase begins, ascending, and the name of its kind."""
+
+
 def number(value: Any) -> str:
     """Format a cell: four digits behind the point, fewer for large values; a dash for what is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):

@@ -65,7 +65,8 @@ class SelfPlayState:
         path: File of the running round, relative to the run's folder.
         digest: Checksum of that file.
         history: For each finished phase its name and the figures logged by then.
-        before: Test figures and recommendation counts of the model after its warm-up.
+        before: Test figures and recommendation counts of the model after its warm-up, and what they depend on.
+        marks: For each phase the optimizer step at which it began, and ``supervised`` or ``preference``.
     """
 
     epoch: int = -1
@@ -73,3 +74,4 @@ class SelfPlayState:
     digest: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     before: dict[str, Any] = field(default_factory=dict)
+    marks: list[list[Any]] = field(default_factory=list)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from malleable.callbacks.figures import draw_curves, save_figure
+from malleable.callbacks.figures import draw_curves, draw_phases, save_figure, split_curve
+from malleable.callbacks.logged import logged_anew
 from malleable.callbacks.metric_notes import definitions, marked
-from malleable.callbacks.page import Column, HasColumns, HasRows, HasSections, Rows, Section, figure_names, markdown, plain_table
+from malleable.callbacks.page import Column, HasColumns, HasPhases, HasRows, HasSections, Rows, Section, figure_names, markdown, plain_table
 from malleable.callbacks.row_recorder import RowRecorder
 from malleable.datamodules.files import atomic_write
 
@@ -37,7 +38,8 @@ class RunReport(Callback):
     ``metrics.json`` holds the last value of everything logged, under its own key. The page has the test metrics, the course
     of everything logged during training, and what other callbacks contribute: those with a method ``report_sections() ->
     list[Section]`` give parts of the page, those with ``report_columns() -> list[Column]`` give models to compare with,
-    which also enter ``metrics.json``, and those with ``report_rows()`` give values of single rows, for intervals. They are asked on rank zero.
+    which also enter ``metrics.json``, those with ``report_rows()`` give values of single rows, for intervals, and those with
+    ``report_phases() -> list[tuple[int, str]]`` give phases, which the curves show. They are asked on rank zero.
     A data module with ``data_summary() -> list[tuple[str, str]]`` is described on the page.
 
     ``test_rows.safetensors`` has ``sample_id``, ``target`` and ``rank`` of each test row where the module ranks; ``malleable compare`` reads it.
@@ -55,23 +57,31 @@ class RunReport(Callback):
         self.metrics: dict[str, float] = {}
         self.facts: dict[str, str] = {}
         self.rows = RowRecorder()
+        self.phases: list[tuple[int, str]] = []
         self.seconds = 0.0
         self._started: float | None = None
         self._last_step = -1
+        self._noted: dict[str, Any] = {}
+        self._fits = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the curves for a run that is resumed."""
-        return {"history": {name: [list(point) for point in points] for name, points in self.history.items()}, "seconds": self._elapsed()}
+        """Keep the curves and the last values for a run that is resumed."""
+        history = {name: [list(point) for point in points] for name, points in self.history.items()}
+        return {"history": history, "seconds": self._elapsed(), "metrics": dict(self.metrics)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curves of the interrupted run."""
         self.history = {name: [(int(step), float(value)) for step, value in points] for name, points in state_dict["history"].items()}
         self.seconds = state_dict["seconds"]
+        if self._fits:
+            # A run that was killed after its last step logs nothing more.
+            self.metrics = {name: value for name, value in state_dict.get("metrics", {}).items() if not name.startswith("test_")}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder; all ranks agree on it."""
         folder = trainer.log_dir or trainer.default_root_dir
         self.folder = Path(self.dirpath or Path(folder) / "report")
+        self._fits = stage == "fit"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -90,9 +100,17 @@ class RunReport(Callback):
         if not trainer.sanity_checking:
             self._note(trainer, validation=True)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the last values before a checkpoint is saved."""
+        self.metrics.update(_plain(trainer.callback_metrics))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the last values and the time."""
         self.metrics.update(_plain(trainer.callback_metrics))
+        self.seconds, self._started = self._elapsed(), None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what was trained, also by a run that was killed after its last step and has nothing left to train."""
         self.seconds, self._started = self._elapsed(), None
         self.facts |= {
             "optimizer steps": str(trainer.global_step),
@@ -135,6 +153,7 @@ class RunReport(Callback):
         if seed := os.environ.get("PL_GLOBAL_SEED"):
             self.facts["seed"] = seed
         sections += _data_sections(getattr(trainer, "datamodule", None))
+        self.phases = [phase for callback in contributors if isinstance(callback, HasPhases) for phase in callback.report_phases()]
         self.facts["devices"] = f"{trainer.world_size} × {trainer.strategy.root_device.type}"
         self.write(_title(trainer, pl_module), type(pl_module).__name__, columns, sections)
 
@@ -169,7 +188,7 @@ class RunReport(Callback):
         panels = curve_panels(self.history)
         if panels:
             size = (4.2 * min(PANELS_A_ROW, len(panels)), 3.0 * -(-len(panels) // PANELS_A_ROW))
-            sections.append(Section("Training", figure=lambda figure: draw_panels(figure, panels), figure_size=size))
+            sections.append(Section("Training", figure=lambda figure: draw_panels(figure, panels, self.phases), figure_size=size))
         return sections
 
     def _last_sections(self, header: Sequence[str], rows: Rows) -> list[Section]:
@@ -195,10 +214,11 @@ class RunReport(Callback):
         return ["metric", name, *(column.title for column in columns)], rows
 
     def _note(self, trainer: Trainer, validation: bool) -> None:
-        for name, value in _plain(trainer.callback_metrics).items():
+        for name, value in logged_anew(trainer.callback_metrics, self._noted).items():
             if name.startswith("val_") == validation and not name.startswith("test_"):
+                self._noted[name] = value
                 points = self.history.setdefault(name, [])
-                points.append((trainer.global_step, value))
+                points.append((trainer.global_step, float(value)))
                 if len(points) > MAX_POINTS:
                     del points[1:-1:2]
 
@@ -225,12 +245,20 @@ def curve_panels(history: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str
     return {metric: curves for metric, curves in panels.items() if any(len(steps) > 1 for steps, _ in curves.values())}
 
 
-def draw_panels(figure: Figure, panels: Mapping[str, Mapping[str, tuple[list[int], list[float]]]]) -> None:
-    """Draw each panel on axes of its own."""
+def draw_panels(figure: Figure, panels: Mapping[str, Mapping[str, tuple[list[int], list[float]]]], phases: Sequence[tuple[int, str]] = ()) -> None:
+    """Draw each panel on axes of its own.
+
+    Args:
+        figure: Where to draw.
+        panels: Output of :func:`curve_panels`.
+        phases: First optimizer step and name of each phase: curves of training are not joined across phases of other names, which are shaded.
+    """
     columns = min(PANELS_A_ROW, len(panels))
     axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
     for place, (metric, curves) in zip(axes, panels.items(), strict=False):
-        draw_curves(place, curves, title=metric)
+        split = {name: curve if name.startswith("val") else split_curve(curve, phases) for name, curve in curves.items()}
+        draw_curves(place, split, title=metric)
+        draw_phases(place, phases, max(x[-1] for x, _ in curves.values()))
     for place in axes[len(panels) :]:
         place.set_visible(False)
 

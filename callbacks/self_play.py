@@ -14,7 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from malleable.callbacks.comparison import measure, recommendation_counts, self_play_sections
+from malleable.callbacks.comparison import batch_digest, measure, protocol, protocol_difference, recommendation_counts, self_play_sections
+from malleable.callbacks.logged import logged_anew
 from malleable.callbacks.negatives import negatives
 from malleable.callbacks.page import Column, Section
 from malleable.callbacks.phases import Phase, PhaseSettings, SelfPlayState
@@ -98,7 +99,10 @@ class SelfPlayLoop(Callback):
         self._folder = Path()
         self._copies: Callable[[str], list[Path]] = lambda name: [Path(name)]
         self._counts: Tensor | None = None
+        self._test_rows: Tensor | None = None
+        self._difference = ""
         self._titles: tuple[str, ...] = ()
+        self._earlier: dict[str, Any] = {}
         if not self.phases:
             raise ValueError("the loop has no epoch: give the warm-up epochs or play at least one round")
         if self.settings["dpo"].epochs > 1:
@@ -165,6 +169,8 @@ class SelfPlayLoop(Callback):
         """Start a phase with a fresh optimizer."""
         phase = self.phases[trainer.current_epoch]
         if phase.epoch == 0:
+            self._earlier = dict(trainer.callback_metrics)
+            self.state.marks.append([trainer.global_step, "preference" if phase.kind == "dpo" else "supervised"])
             for optimizer in trainer.optimizers:
                 reset_moments(optimizer)
             rank_zero_info(f"{self._name(phase)}: {self._steps(phase)} steps on {len(self._rows())} rows")
@@ -188,7 +194,7 @@ class SelfPlayLoop(Callback):
         phase = self.phases[epoch]
         last = epoch + 1 == len(self.phases)
         if last or self.phases[epoch + 1].epoch == 0:
-            figures = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            figures = {key: float(value) for key, value in logged_anew(trainer.callback_metrics, self._earlier).items()}
             self.state.history.append({"phase": phase.kind, "round": phase.round, **figures})
         if phase.kind == "warmup" and (last or self.phases[epoch + 1].kind != "warmup"):
             self._measure_before(trainer, cast("LanguageModel", pl_module))
@@ -337,28 +343,37 @@ class SelfPlayLoop(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from zero on every rank, also on one that has no rows to test."""
         if self.state.before:
-            self._counts = torch.zeros_like(self.state.before["counts"], device=pl_module.device)
+            self._counts = torch.zeros(len(cast("LanguageModel", pl_module).catalog or ()), dtype=torch.long, device=pl_module.device)
+            self._test_rows = torch.zeros(2, dtype=torch.long, device=pl_module.device)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Count what the final model recommends."""
-        if isinstance(outputs, Recommendations) and self._counts is not None:
+        if isinstance(outputs, Recommendations) and self._counts is not None and self._test_rows is not None:
             self._counts = self._counts + recommendation_counts(outputs.item_ids, batch.sample_id, len(self._counts))
+            self._test_rows = self._test_rows + batch_digest(batch)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add up the counts of all ranks."""
-        if self._counts is not None:
-            self._titles = cast("Catalog", pl_module.catalog).titles
-            self._counts = trainer.strategy.reduce(self._counts, reduce_op="sum").cpu()
+        """Add up the counts of all ranks, and compare the test with that of the warmed-up model."""
+        if self._counts is not None and self._test_rows is not None:
+            module = cast("LanguageModel", pl_module)
+            self._titles = cast("Catalog", module.catalog).titles
+            self._counts, rows = (trainer.strategy.reduce(total, reduce_op="sum").cpu() for total in (self._counts, self._test_rows))
+            self._difference = protocol_difference(self.state.before.get("protocol"), protocol(module, rows))
 
     def report_columns(self) -> list[Column]:
-        """The warmed-up model, beside the final one."""
-        return [Column("supervised only", "before", self.state.before["figures"])] if self.state.before and self.compare_on == "test" else []
+        """The warmed-up model, beside the final one, where both were measured alike."""
+        shown = self.state.before and self.compare_on == "test" and not self._difference
+        return [Column("supervised only", "before", self.state.before["figures"])] if shown else []
+
+    def report_phases(self) -> list[tuple[int, str]]:
+        """Return the optimizer step at which each phase begins, and what it trains on."""
+        return [(step, name) for step, name in self.state.marks]
 
     def report_sections(self) -> list[Section]:
         """Curves over the rounds, and what is recommended before and after."""
-        return self_play_sections(self.state.history, self.state.before, self._counts, self._titles)
+        return self_play_sections(self.state.history, self.state.before, self._counts, self._titles, self._difference)
 
 
 def reset_moments(optimizer: Any) -> None:

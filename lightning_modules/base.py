@@ -275,9 +275,12 @@ class BaseModule(LightningModule, ABC):
         self.log_loss(batch, split)
         return self.evaluate(batch, self.metrics(split))
 
-    def _mark_repeats(self, batch: Batch, batch_idx: int, split: Split) -> Tensor:
+    def _mark_repeats(self, batch: Batch, batch_idx: int, split: Literal["train", "val", "test"]) -> Tensor:
         """Negate the ids of rows that a ``DistributedSampler`` repeated to fill the last batch."""
-        loaders = self.trainer.val_dataloaders if split == "val" else self.trainer.test_dataloaders
+        trainer = self.attached
+        if trainer is None:
+            return batch.sample_id
+        loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders, "test": trainer.test_dataloaders}[split]
         loader = loaders[0] if isinstance(loaders, list) else loaders
         if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, DistributedSampler):
             return batch.sample_id

@@ -37,9 +37,9 @@ CHUNK = 1024  # rows read at a time
 class Baseline(BaseModule):
     """A recommender whose training is one pass of counting.
 
-    ``fit`` counts the rows of its first epoch and stops. ``test``, ``validate`` and ``predict`` without a checkpoint count the
-    data module's training rows first. Every process counts the rows of all, so its tables are whole at any moment; they
-    are buffers, so checkpoints carry them.
+    ``fit``, and ``test``, ``validate`` and ``predict`` without a checkpoint, count the data module's training rows, all of them, before the first
+    batch. Without such a data module, or with ``limit_train_batches``, ``fit`` counts the batches of its first epoch. Every process counts
+    the rows of all, so its tables are whole at any moment; they are buffers, so checkpoints carry them.
 
     Args:
         catalog: The items; taken from the data module when left out.
@@ -102,12 +102,13 @@ class Baseline(BaseModule):
         return LossOutput(self.anchor * 0.0, {})
 
     def training_step(self, batch: AnswerBatch, batch_idx: int) -> Tensor:
-        """Count the rows of the first epoch, over all processes."""
-        if self.current_epoch == 0:
+        """Count the batches of the first epoch, over all processes, unless all rows were counted at the start."""
+        if self.current_epoch == 0 and self._rows() is None:
             if not isinstance(batch, AnswerBatch):
                 raise MisconfigurationException(
                     f"{type(self).__name__} counts rows of a history and a target, got {type(batch).__name__}: train_view must be 'answer'"
                 )
+            batch.sample_id = self._mark_repeats(batch, batch_idx, "train")
             for rows in zip(*(self._of_all_processes(part) for part in counted(batch)), strict=True):
                 self.count(*rows)
         return self.compute_loss(batch).loss
@@ -116,9 +117,11 @@ class Baseline(BaseModule):
         """There is no loss to log."""
 
     def on_train_start(self) -> None:
-        """Start from nothing, unless a run goes on."""
+        """Start from nothing, unless a run is resumed, and count the rows of a data module."""
         if self.global_step == 0:
             self.reset()
+            if (rows := self._rows()) is not None:
+                learn([self], rows)
 
     def on_train_epoch_end(self) -> None:
         """One pass is all there is to count."""
@@ -212,6 +215,12 @@ class Baseline(BaseModule):
         self.register_buffer("counts", torch.zeros(num_items, dtype=torch.int32, device=self.device))
         for name in self.tables:
             self.register_buffer(name, torch.zeros(num_items, num_items, dtype=torch.int32, device=self.device))
+
+    def _rows(self) -> Any:
+        """Return the training rows where all of them are to be counted: batches leave out those that fill no global batch."""
+        trainer: Any = self.attached
+        whole = trainer is not None and isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches == 1.0
+        return _answer_rows(trainer.datamodule) if whole else None
 
     def _of_all_processes(self, rows: Tensor) -> list[Tensor]:
         return [rows] if self.trainer.world_size == 1 else gather_all_tensors(rows)
@@ -353,12 +362,17 @@ def training_rows(source: Any) -> Any:
     Raises:
         MisconfigurationException: If it has none.
     """
-    rows = getattr(source, "answer_dataset", None) or getattr(source, "train_dataset", None)
-    if not rows or "answers" not in rows[0]:
+    rows = _answer_rows(source)
+    if rows is None:
         raise MisconfigurationException(
             f"{type(source).__name__} has no training rows of a history and a target; use a data module whose `train_dataset` or `answer_dataset` has"
         )
     return rows
+
+
+def _answer_rows(source: Any) -> Any:
+    rows = getattr(source, "answer_dataset", None) or getattr(source, "train_dataset", None)
+    return rows if rows and "answers" in rows[0] else None
 
 
 def _grown(table: Tensor, size: int) -> Tensor:

@@ -19,11 +19,11 @@ def keyed_uniform(seeds: Tensor, counter: Tensor) -> Tensor:
         Steele, Lea, Flood (2014), Fast Splittable Pseudorandom Number Generators: the mixing function of SplitMix64.
         Differs: used as a hash of (seed, counter).
     """
-    bits = _shift(_mix(_mix(seeds) + counter), 41)  # 23 bits and a half are exact in float32
+    bits = _shift(mix(mix(seeds) + counter), 41)  # 23 bits and a half are exact in float32
     return (bits.float() + 0.5) * 2.0**-23
 
 
-def _mix(value: Tensor) -> Tensor:
+def mix(value: Tensor) -> Tensor:
     """Scramble int64, modulo 2**64."""
     value = value + _signed(0x9E3779B97F4A7C15)
     value = (value ^ _shift(value, 30)) * _signed(0xBF58476D1CE4E5B9)

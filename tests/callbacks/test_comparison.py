@@ -68,7 +68,7 @@ def test_counts_of_all_ranks_are_added(tmp_path):
     shared = SimpleNamespace(strategy=strategy, precision_plugin=trainer.precision_plugin)
     loader = DataLoader(tiny_rows(4), batch_size=4, collate_fn=collate)
     assert torch.equal(measure(shared, module, loader)["counts"], 2 * measure(trainer, module, loader)["counts"])
-    assert summed == ["sum"]
+    assert set(summed) == {"sum"}
 
 
 def test_curves_take_the_last_figure_of_each_round():

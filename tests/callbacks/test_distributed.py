@@ -20,7 +20,7 @@ from toy_shop import ToyShop
 
 ranks, folder = int(os.environ.get("WORLD_SIZE", 1)), "ranks" + os.environ.get("WORLD_SIZE", "1")
 module = Markov(ks=(1, 3))
-data = ToyShop(num_users=11, batch_size=4 // ranks, global_batch_size=4, popularity=False)
+data = ToyShop(num_users=13, batch_size=4 // ranks, global_batch_size=4, popularity=False)
 trainer = Trainer(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_epochs=2, logger=False, enable_progress_bar=False,
                   enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder,
                   callbacks=[RunReport(), Floors(), ExposureReport(), PredictionWriter()])
@@ -28,6 +28,8 @@ trainer.fit(module, data)
 trainer.test(module, data, verbose=False)
 trainer.predict(module, data)
 if trainer.is_global_zero:
+    assert len(data.train_dataset) % 4, "the last rows fill no global batch"
+    assert int(module.num_rows) == len(data.train_dataset)
     torch.save(dict(module.named_buffers()), f"{folder}/tables.pt")
 """
 

@@ -28,6 +28,17 @@ def test_floors_are_what_each_baseline_measures_itself(tmp_path):
     assert "| metric | Popularity | 95 % interval | Popularity | ItemKNN | Markov |" in (tmp_path / "report" / "report.md").read_text()
 
 
+def test_floors_are_what_a_fit_of_each_baseline_gives(tmp_path):
+    """Also where the last training rows fill no batch."""
+    module, data = Markov(ks=(1, 3)), ToyShop(batch_size=5)
+    floors = Floors(baselines=("markov",))
+    runner = trainer(tmp_path, floors)
+    runner.fit(module, data)
+    assert len(data.train_dataset) % 5
+    (found,) = runner.test(module, data, verbose=False)
+    assert {f"test_{key}": value for key, value in floors.values["markov"].items()} == pytest.approx(found)
+
+
 def test_rows_are_counted_once_for_many_tests(tmp_path, monkeypatch):
     counted = []
     count = Baseline.count

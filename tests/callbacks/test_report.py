@@ -7,9 +7,11 @@ from boring import BoringDataModule, BoringModule
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 
+from malleable.callbacks.figures import split_curve
 from malleable.callbacks.page import Column, Section
-from malleable.callbacks.report import MAX_POINTS, RunReport, curve_panels
+from malleable.callbacks.report import MAX_POINTS, RunReport, curve_panels, draw_panels
 
 
 class Contributor(Callback):
@@ -33,6 +35,11 @@ def run(tmp_path, callbacks, test=True, **settings):
     if test:
         trainer.test(module, data, verbose=False)
     return trainer
+
+
+def quiet(folder, **settings):
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "log_every_n_steps": 1}
+    return Trainer(accelerator="cpu", default_root_dir=folder, **options, **settings)
 
 
 def test_a_report_after_fit_and_test(tmp_path, caplog):
@@ -114,12 +121,63 @@ def test_long_runs_keep_a_bounded_history():
     report = RunReport()
     trainer = type("Trainer", (), {"callback_metrics": {"train_loss": torch.tensor(1.0)}, "global_step": 0})()
     for step in range(3 * MAX_POINTS):
-        trainer.global_step = step
+        trainer.global_step, trainer.callback_metrics = step, {"train_loss": torch.tensor(1.0)}
         report._note(trainer, validation=False)
     points = report.history["train_loss"]
     assert len(points) <= MAX_POINTS
     assert points[0][0] == 0
     assert points[-1][0] == 3 * MAX_POINTS - 1
+
+
+def test_what_was_not_logged_anew_is_not_noted_again(tmp_path):
+    """One figure is logged in the first epoch only, one in every other step."""
+
+    class Module(BoringModule):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if self.current_epoch == 0:
+                self.log("early", loss.detach())
+            if batch_idx % 2:
+                self.log("odd", loss.detach())
+            return loss
+
+    report = RunReport()
+    trainer = quiet(tmp_path, callbacks=[report], max_epochs=2)
+    trainer.fit(Module(), BoringDataModule())
+    assert [step for step, _ in report.history["train_loss"]] == list(range(1, 9))
+    assert [step for step, _ in report.history["early"]] == [1, 2, 3, 4]
+    assert [step for step, _ in report.history["odd"]] == [2, 4, 6, 8]
+
+
+def test_a_run_that_was_killed_after_its_last_step_reports_as_if_it_were_not(tmp_path):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_last=True, save_on_train_epoch_end=True)
+    run(tmp_path / "whole", [RunReport(), checkpoint], test=False, enable_checkpointing=True)
+    resumed = quiet(tmp_path / "resumed", callbacks=[RunReport()], max_epochs=2)
+    resumed.fit(BoringModule(), BoringDataModule(), ckpt_path=checkpoint.last_model_path, weights_only=True)
+    whole, other = (json.loads((tmp_path / name / "report/metrics.json").read_text()) for name in ("whole", "resumed"))
+    assert whole == other
+    assert "| optimizer steps | 8 |" in (tmp_path / "resumed/report/report.md").read_text()
+
+
+def test_a_test_does_not_report_the_figures_of_training(tmp_path):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_last=True, save_on_train_epoch_end=True)
+    run(tmp_path / "whole", [RunReport(), checkpoint], test=False, enable_checkpointing=True)
+    quiet(tmp_path / "test", callbacks=[RunReport()]).test(BoringModule(), BoringDataModule(), checkpoint.last_model_path, verbose=False)
+    assert all(name.startswith("test_") for name in json.loads((tmp_path / "test/report/metrics.json").read_text()))
+
+
+def test_phases_part_the_curves_of_training(tmp_path):
+    phases = [(0, "supervised"), (4, "preference"), (6, "supervised"), (8, "supervised")]
+    assert split_curve(([1, 4, 5, 6, 7, 8], [0.0] * 6), phases)[0] == [1, 4, 4, 5, 6, 6, 7, 8]
+    figure = Figure()
+    draw_panels(figure, {"loss": {"train": ([1, 4, 5, 7], [1.0, 2.0, 3.0, 4.0])}, "hr": {"val": ([4, 8], [0.0, 1.0])}}, phases)
+    for axes in figure.axes[:2]:
+        assert axes.get_legend_handles_labels()[1][-1] == "preference"
+        (shade,) = axes.patches
+        assert shade.get_extents().width > 0
+    plain = Figure()
+    draw_panels(plain, {"loss": {"train": ([1, 4], [1.0, 2.0])}}, [(0, "supervised")])
+    assert not plain.axes[0].patches
 
 
 def test_panels_join_splits_and_cut_offs():

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -290,6 +291,40 @@ def test_a_run_that_was_moved_resumes_in_a_folder_of_its_own(tmp_path, monkeypat
             shutil.rmtree(tmp_path / f"moved-{chr(ord(str(folder)) - 1)}", ignore_errors=True)
             folder = Path(name)
     assert_equal(module, whole)
+
+
+def test_phases_note_their_own_figures_only(tmp_path):
+    loop = make_loop()
+    run(tmp_path, loop)
+    logged = {kind: {key for entry in loop.state.history if entry["phase"] == kind for key in entry} for kind in ("warmup", "sft", "dpo")}
+    assert "train_logps_chosen" in logged["dpo"]
+    assert not {key for kind in ("warmup", "sft") for key in logged[kind] if "rewards" in key or "logps" in key}
+    assert all("train_loss" in keys for keys in logged.values())
+    assert loop.report_phases() == [(0, "supervised"), (24, "supervised"), (32, "preference"), *loop.report_phases()[3:]]
+    assert [name for _, name in loop.report_phases()[3:]] == ["supervised", "preference"]
+
+
+@pytest.mark.parametrize("change", ["rows", "cut-offs", "exclusion"])
+def test_figures_of_another_protocol_are_not_shown(tmp_path, change):
+    loop = make_loop(rounds=0)
+    module, trainer, _ = run(tmp_path, loop)
+    data = TinyData()
+    if change == "rows":
+        data.test_dataloader = lambda: TinyData._eval_loader(data, "val")
+    elif change == "cut-offs":
+        module.ks = (1, 2)
+        module.eval_metrics.clear()
+    else:
+        module.decoding.exclude_seen = True
+    trainer.test(module, data, verbose=False)
+    assert loop.report_columns() == []
+    (section,) = loop.report_sections()
+    named = {
+        "rows": r"test rows: 13 rows .* then, 6 rows",
+        "cut-offs": r"metrics: .*\[1, 3\]",
+        "exclusion": 'decoding: .*"exclude_seen": false.* then',
+    }[change]
+    assert re.search(f"not shown beside this test: {named}", section.text)
 
 
 def test_sections_for_the_report(tmp_path):

@@ -97,14 +97,26 @@ def test_padding_rows_are_not_counted():
 @pytest.mark.parametrize("kind", KINDS)
 def test_test_without_a_checkpoint_equals_fit_then_test(kind, tmp_path):
     straight = trainer(tmp_path).test(kind(ks=(1, 3)), ToyShop(), verbose=False)
-    module, data = kind(ks=(1, 3)), ToyShop(batch_size=1)
+    module, data = kind(ks=(1, 3)), ToyShop(batch_size=5)
     fitting = trainer(tmp_path, max_epochs=3)
     fitting.fit(module, data)
     assert fitting.current_epoch == 1
-    assert int(module.num_rows) == len(data.train_dataset)
+    assert int(module.num_rows) == len(data.train_dataset) > fitting.global_step * 5, "the last rows fill no batch"
     assert fitting.test(module, data, verbose=False) == straight
     assert trainer(tmp_path).validate(kind(ks=(1, 3)), ToyShop(), verbose=False)[0]["val_hr_3"] == straight[0]["test_hr_3"]
     assert set(straight[0]) >= {"test_hr_1", "test_ndcg_3", "test_mrr_3", "test_div_ratio_3", "test_mgu_3", "test_arp_3"}
+
+
+def test_without_a_data_module_or_with_a_limit_batches_are_counted(tmp_path):
+    data = ToyShop(batch_size=5)
+    data.setup("fit")
+    loader = torch.utils.data.DataLoader(data.train_dataset, batch_size=5, collate_fn=collate_answers)
+    module = Markov(catalog=data.catalog)
+    trainer(tmp_path, max_epochs=2).fit(module, loader)
+    assert int(module.num_rows) == len(data.train_dataset)
+    limited = Markov()
+    trainer(tmp_path, max_epochs=1, limit_train_batches=1).fit(limited, data)
+    assert int(limited.num_rows) == 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
