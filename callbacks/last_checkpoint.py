@@ -136,6 +136,7 @@ def _link(target: Path, path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.link")
-    temporary.unlink(missing_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.link"):  # by a process that was killed
+        left.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, path.parent))
     temporary.replace(path)

@@ -13,14 +13,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from malleable.datamodules.fetch import sha256_of
 from malleable.datamodules.files import atomic_write
+from malleable.datamodules.sealed import MANIFEST, is_whole, problem, seal
 
 log = logging.getLogger(__name__)
 
 Numbers = NDArray[np.number[Any]]
-
-MANIFEST = "manifest.json"
 
 
 def digest(settings: Mapping[str, Any]) -> str:
@@ -84,32 +82,21 @@ def open_arrays(folder: Path) -> tuple[dict[str, Numbers], dict[str, Any]] | Non
 def _write(folder: Path, save: Callable[[Path], None], manifest: Mapping[str, Any]) -> None:
     """Let ``save`` fill the folder, and add the manifest with checksums."""
     # What another process has written meanwhile is the same: it stays, for others read it.
-    with atomic_write(folder, keep=lambda folder: _problem(folder) is None) as part:
+    with atomic_write(folder, keep=is_whole) as part:
         part.mkdir()
         save(part)
-        files = {str(path.relative_to(part)): sha256_of(path) for path in sorted(part.rglob("*")) if path.is_file()}
-        (part / MANIFEST).write_text(json.dumps({"files": files, **manifest}))
+        seal(part, manifest)
 
 
 def _open(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a whole cache."""
     if not folder.exists():
         return None
-    if problem := _problem(folder):
-        log.warning("the cache %s %s: building it again", folder, problem)
+    if damage := problem(folder):
+        log.warning("the cache %s %s: building it again", folder, damage)
         return None
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     return manifest
-
-
-def _problem(folder: Path) -> str | None:
-    """Say what is wrong with a cache; ``None`` where it is whole."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"is not whole ({error})"
-    broken = [name for name, sha256 in files.items() if not (folder / name).is_file() or sha256_of(folder / name) != sha256]
-    return f"is corrupt ({', '.join(broken[:3])})" if broken else None
 
 
 def _save_datasets(folder: Path, tables: Mapping[str, Mapping[str, pa.Array]]) -> None:

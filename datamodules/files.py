@@ -53,6 +53,14 @@ def recover(path: Path) -> None:
     _remove_abandoned(Path(os.path.realpath(path)))
 
 
+def recover_below(folder: Path) -> None:
+    """Do as :func:`recover` for everything below a folder, such as that of a run which was killed."""
+    for item in list(folder.rglob(".*.tmp")):
+        name = item.name[1 : -len(".tmp")].rpartition(".")[0]
+        if name:
+            recover(item.with_name(name))
+
+
 @contextmanager
 def _temporary_folder(path: Path) -> Iterator[Path]:
     """Create a folder beside ``path`` and hold its lock, which marks it as in use until this process ends."""

@@ -19,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from malleable.datamodules.batch import Catalog, KnowledgeGraph, Vocabulary
 from malleable.datamodules.files import atomic_write
 from malleable.datamodules.prompt import PromptTemplate
-from malleable.datamodules.tokenizer import pack_tokenizer, rules_digest, tokenizer_digest, unpack_tokenizer
+from malleable.datamodules.tokenizer import pack_tokenizer, rules_digest, tokenizer_digest, unpack_tokenizer, write_known
 
 log = logging.getLogger(__name__)
 
@@ -181,6 +181,11 @@ def put(entries: dict[str, Any], kind: str, described: Described) -> None:
     name = None if isinstance(described, KnowledgeGraph) else described.tokenizer
     if name is not None and (packed := pack_tokenizer(name)) is not None:
         entries["tokenizer"] = packed
+
+
+def restore_tokenizer(name: str, folder: Path) -> bool:
+    """Write a tokenizer whose files were removed after this process had read them into a folder; return whether it was read."""
+    return write_known(name, folder)
 
 
 def take(entries: Mapping[str, Any], kind: str) -> Described | None:

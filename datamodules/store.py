@@ -21,6 +21,7 @@ from malleable.datamodules.fetch import sha256_of
 from malleable.datamodules.prompt import PromptPieces, PromptTemplate, tokenize
 from malleable.datamodules.rows import Ragged, Reach, RowTable
 from malleable.datamodules.sampling import ItemSampler
+from malleable.datamodules.sealed import is_whole
 from malleable.datamodules.sources.base import Source
 from malleable.datamodules.splits import SPLITS, Interactions, Ints, RowIndex, Split, prepare
 from malleable.datamodules.summary import DataSummary
@@ -104,7 +105,12 @@ class Store:
             opened = open_tables(target)
             if opened is None:
                 raise OSError(f"the cache {target} cannot be read right after it was written; check the disk, or choose another cache_dir")
-        return cls._from_tables(*opened)
+        store = cls._from_tables(*opened)
+        if recipe.tokenizer is None and not is_whole(Path(store.catalog.tokenizer or "")):
+            # It lies beside the data and may have been removed or changed; the same titles give the same tokenizer.
+            trained = tokenizers.train_tokenizer(store.catalog.titles, recipe.vocab_size, store.catalog.popularity)
+            store.catalog = replace(store.catalog, tokenizer=str(trained))
+        return store
 
     @classmethod
     def _from_tables(cls, tables: dict[str, pa.Table], meta: dict[str, Any]) -> Store:

@@ -16,6 +16,7 @@ import torch
 
 from malleable.datamodules.fetch import cache_folder, hub_errors, hub_snapshot, resolve_model, tokenizer_files
 from malleable.datamodules.files import atomic_write
+from malleable.datamodules.sealed import is_whole, problem, seal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,8 @@ def load_tokenizer(name: str, local_files_only: bool = False) -> PreTrainedToken
     folder, gguf_file = resolve_model(name)
     if gguf_file is not None:
         folder = str(_converted(Path(folder) / gguf_file))
+    elif Path(folder).parent == cache_folder() / "tokenizers" and (damage := problem(Path(folder))):
+        raise OSError(f"the cached tokenizer {folder} {damage}; remove this folder, and run again what has made it")
     with hub_errors("tokenizer", name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=local_files_only, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
@@ -75,7 +78,7 @@ def train_tokenizer(titles: Sequence[str], vocab_size: int = 2048, counts: Seque
         raise ValueError(f"vocab_size must be >= {256 + len(special)} (every byte and {special}), got {vocab_size}")
     weighted = sorted(zip(titles, counts if counts is not None else [0] * len(titles), strict=True))
     folder = cache_folder() / "tokenizers" / f"bpe-{_digest([vocab_size, METHOD if across_words else WORD_METHOD, *weighted])}"
-    if not (folder / "tokenizer.json").is_file():
+    if not _is_there(folder):
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not across_words)
         bpe.decoder = decoders.ByteLevel()
@@ -135,25 +138,47 @@ def unpack_tokenizer(packed: Mapping[str, Any]) -> Path:
         ValueError: If what was stored is not the tokenizer of the stored digest.
     """
     folder = cache_folder() / "tokenizers" / f"stored-{packed['digest'][:16]}"
-    if folder.is_dir():
+    if _is_there(folder):
         return folder
-    with atomic_write(folder, keep=lambda folder: (folder / "tokenizer_config.json").is_file()) as temporary:
+    with atomic_write(folder, keep=is_whole) as temporary:
         temporary.mkdir()
         for file, data in packed["files"].items():
             # A name from a stranger's checkpoint must not lead out of the folder.
             (temporary / Path(file).name).write_bytes(zlib.decompress(data.numpy().tobytes()))
         if (found := tokenizer_digest(str(temporary))) != packed["digest"]:
             raise ValueError(f"the checkpoint's tokenizer is damaged: its digest is {str(found)[:12]}, stored is {packed['digest'][:12]}")
+        seal(temporary)
     return folder
 
 
 def _content(name: str) -> tuple[str, dict[str, bytes]] | None:
-    """Digest and compressed files of a tokenizer, read once as long as its files stay the same."""
+    """Digest and compressed files of a tokenizer, read once as long as its files stay the same, or as they were before they were removed."""
     try:
-        return _read_content(name, fingerprint(name))
+        _READ[name] = _read_content(name, fingerprint(name))
     except Exception as error:  # a broken tokenizer must not stop a checkpoint from being written
+        if name in _READ:
+            return _READ[name]
         log.warning("the tokenizer %r cannot be read, so it is neither stored nor compared: %s: %s", name, type(error).__name__, error)
         return None
+    return _READ[name]
+
+
+# What this process has read last, by name: a cache may be emptied while a run goes on.
+_READ: dict[str, tuple[str, dict[str, bytes]]] = {}
+
+
+def write_known(name: str, folder: Path) -> bool:
+    """Write the files of a tokenizer that this process has read and whose own files are gone.
+
+    Returns:
+        Whether there was something to write.
+    """
+    if name not in _READ:
+        return False
+    folder.mkdir(exist_ok=True)
+    for file, data in _READ[name][1].items():
+        (folder / file).write_bytes(zlib.decompress(data))
+    return True
 
 
 @lru_cache(maxsize=4)
@@ -200,15 +225,24 @@ def _converted(gguf: Path) -> Path:
     from transformers import AutoTokenizer
 
     folder = cache_folder() / "tokenizers" / f"gguf-{fingerprint(str(gguf))}"
-    if not (folder / "tokenizer.json").is_file():
+    if not _is_there(folder):
         _save(AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False), folder)
     return folder
 
 
+def _is_there(folder: Path) -> bool:
+    """Return whether a cached tokenizer need not be made; the log names one that is there and damaged."""
+    damage = problem(folder)
+    if damage and folder.exists():
+        log.warning("the cached tokenizer %s %s: making it again", folder, damage)
+    return damage is None
+
+
 def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save a tokenizer, unless another process has just done so: what it wrote is the same."""
-    with atomic_write(folder, keep=lambda folder: (folder / "tokenizer.json").is_file()) as temporary:
+    with atomic_write(folder, keep=is_whole) as temporary:
         tokenizer.save_pretrained(temporary)
+        seal(temporary)
     log.info("tokenizer of %d tokens saved to %s", len(tokenizer), folder)
 
 

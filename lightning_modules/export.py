@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from malleable.datamodules.fetch import hub_snapshot, resolve_model, tokenizer_files
 from malleable.datamodules.files import atomic_write
+from malleable.datamodules.identity import restore_tokenizer
 from malleable.lightning_modules.adapters import target_modules
 from malleable.lightning_modules.patches.stack import PatchStack
 from malleable.lightning_modules.patches.weights_folder import SECTION, write_section
@@ -228,6 +229,9 @@ def _save_tokenizer(name: str, folder: Path) -> None:
             (folder / place).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / place)
     except (OSError, ValueError) as error:
+        if restore_tokenizer(name, folder):
+            log.warning("%s: the tokenizer %s was removed while the run went on; it is saved as it was read", folder.name, name)
+            return
         log.warning("%s is saved without a tokenizer: %s cannot be read (%s); copy the tokenizer's files there", folder.name, name, error)
 
 

@@ -16,6 +16,8 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from malleable.datamodules.files import recover_below
+
 log = logging.getLogger(__name__)
 
 EDITED = "edited.ckpt"
@@ -34,7 +36,11 @@ def claimed_folders(trainer: Trainer) -> Iterator[None]:
     Args:
         trainer: Its loggers without a version get the claimed one.
     """
-    claimed = _claim(trainer) if _is_first(trainer) else []
+    claimed = []
+    if _is_first(trainer):
+        claimed = _claim(trainer)
+        for folder in claimed:
+            recover_below(folder.parent)  # what killed runs have left half-written
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from malleable.datamodules import files
-from malleable.datamodules.files import atomic_write
+from malleable.datamodules.files import atomic_write, recover_below
 
 
 def fill(folder, text="x"):
@@ -154,6 +154,17 @@ def test_a_folder_moved_aside_by_a_killed_process_is_put_back(tmp_path):
         raise RuntimeError
     assert text_of(tmp_path / "name") == {"old"}
     assert names(tmp_path) == ["name"]
+
+
+def test_leftovers_below_a_folder_are_removed(tmp_path):
+    left = tmp_path / "run/checkpoints/.last.ckpt.abc.tmp"
+    left.mkdir(parents=True)
+    (left / "last.ckpt").write_text("half")
+    with atomic_write(tmp_path / "run/report/page") as temporary:
+        temporary.write_text("whole")
+        recover_below(tmp_path)
+        assert not left.exists()
+    assert (tmp_path / "run/report/page").read_text() == "whole"
 
 
 WRITER = """

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,20 @@ def test_a_half_written_or_corrupt_cache_is_made_again(cache, caplog):
     make()
     assert "is not whole" in caplog.text
     assert caches(cache) == [folder]
+
+
+@pytest.mark.parametrize("damage", ["removed", "changed"])
+def test_a_tokenizer_lost_beside_its_data_is_made_again(cache, damage):
+    whole = make()
+    folder = Path(whole.catalog.tokenizer)
+    expected = (folder / "tokenizer.json").read_bytes()
+    if damage == "removed":
+        shutil.rmtree(folder)
+    else:
+        (folder / "tokenizer.json").write_bytes(expected.replace(b"ab", b"ba", 1))
+    again = make()
+    assert again.catalog == whole.catalog
+    assert (folder / "tokenizer.json").read_bytes() == expected
 
 
 def test_a_cache_that_does_not_stay_is_an_error(monkeypatch):

@@ -11,7 +11,17 @@ from transformers import PreTrainedTokenizerFast, ProphetNetTokenizer
 from malleable.datamodules import tokenizer as module
 from malleable.datamodules.editing import EditingDataModule
 from malleable.datamodules.sources import Countries
-from malleable.datamodules.tokenizer import fingerprint, largest_token_id, load_tokenizer, rules_digest, tokenizer_digest, train_tokenizer
+from malleable.datamodules.tokenizer import (
+    fingerprint,
+    largest_token_id,
+    load_tokenizer,
+    pack_tokenizer,
+    rules_digest,
+    tokenizer_digest,
+    train_tokenizer,
+    unpack_tokenizer,
+    write_known,
+)
 
 TITLES = ["Toy Story (1995)", "Heat (1995)", "Á köldum klaka (Cold Fever) (1994)", "Star Wars (1977)", "Star Trek (1979)"] * 3
 
@@ -39,6 +49,43 @@ def test_training_is_repeatable_and_cached(cache, monkeypatch):
     monkeypatch.setenv("MALLEABLE_CACHE", str(cache / "other"))
     assert (train_tokenizer(TITLES, 300) / "tokenizer.json").read_bytes() == first
     assert [path.name for path in cache.rglob("*.tmp")] == []
+
+
+@pytest.mark.parametrize("damage", [lambda text: text.replace('"t"', '"q"', 1), lambda text: text[:100], lambda text: None])
+def test_a_damaged_cached_tokenizer_is_named_and_made_again(cache, caplog, damage):
+    folder = train_tokenizer(TITLES, 300)
+    file = folder / "tokenizer.json"
+    whole = file.read_text()
+    if (changed := damage(whole)) is None:
+        file.unlink()
+    else:
+        assert changed != whole
+        file.write_text(changed)
+    with pytest.raises(OSError, match=rf"the cached tokenizer {folder} is corrupt \(tokenizer.json\); remove this folder"):
+        load_tokenizer(str(folder))
+    assert train_tokenizer(TITLES, 300) == folder
+    assert f"the cached tokenizer {folder} is corrupt (tokenizer.json): making it again" in caplog.text
+    assert file.read_text() == whole
+
+
+def test_a_stored_tokenizer_that_was_damaged_is_written_again(cache):
+    packed = pack_tokenizer(str(train_tokenizer(TITLES, 300)))
+    folder = unpack_tokenizer(packed)
+    whole = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").write_bytes(whole[:50])
+    assert unpack_tokenizer(packed) == folder
+    assert (folder / "tokenizer.json").read_bytes() == whole
+
+
+def test_a_tokenizer_that_is_removed_while_a_run_goes_on_is_stored_as_it_was_read(cache, tmp_path):
+    folder = train_tokenizer(TITLES, 300)
+    before = pack_tokenizer(str(folder))
+    shutil.rmtree(folder)
+    after = pack_tokenizer(str(folder))
+    assert after["digest"] == before["digest"]
+    assert write_known(str(folder), tmp_path / "copy")
+    assert tokenizer_digest(str(tmp_path / "copy")) == before["digest"]
+    assert not write_known("unknown", tmp_path / "other")
 
 
 def test_no_room_for_the_bytes_is_an_error():
