@@ -116,6 +116,7 @@ class PostFitEdit(Callback, ABC):
         same = [patch.id for patch in self.stack.patches if self.applied.get(patch.id) == asked]
         if same:
             log.info("%s: patch %s is applied already and was asked the same; revert it to edit anew", type(self).__name__, same[0])
+            self._write(trainer, next(patch for patch in self.stack.patches if patch.id == same[0]))
             return
         self._load_best(trainer, pl_module)
         model = self._model(pl_module)
@@ -132,10 +133,15 @@ class PostFitEdit(Callback, ABC):
         if folder is None:
             log.warning("%s: no run folder, the patch %s is in memory only", type(self).__name__, patch.id)
             return
-        if trainer.is_global_zero and not (folder / "patches" / patch.id).exists():
-            patch.write(folder / "patches" / patch.id)
+        self._write(trainer, patch)
         self._register(trainer, folder)
         log.info("%s: patch %s in %s", type(self).__name__, patch.id, folder / "patches" / patch.id)
+
+    def _write(self, trainer: Trainer, patch: Patch) -> None:
+        """Write the patch into the run's folder, also where the run that made it was killed and this one resumes it in a folder of its own."""
+        folder = self._folder(trainer)
+        if folder is not None and trainer.is_global_zero and not (folder / "patches" / patch.id).exists():
+            patch.write(folder / "patches" / patch.id)
 
     def _load_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoint: Any = trainer.checkpoint_callback

@@ -23,6 +23,7 @@ from malleable.callbacks.reference import phased_loader, reference_logps
 from malleable.callbacks.restart import begin_epoch
 from malleable.callbacks.round_file import RoundFile, draw_positions
 from malleable.callbacks.run_files import run_folder, stored_copies
+from malleable.callbacks.self_play_limits import check_limits
 from malleable.datamodules.batch import Catalog, Recommendations
 from malleable.datamodules.loader import PhasedLoader, RowView
 from malleable.lightning_modules.functional.schedule import warmup_decay
@@ -139,6 +140,7 @@ class SelfPlayLoop(Callback):
         if not hasattr(pl_module, "play"):
             raise MisconfigurationException(f"SelfPlayLoop needs a module that recommends, such as SPRec; {type(pl_module).__name__} has no `play`")
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_limits(trainer, len(self.phases))
             trainer.fit_loop.max_epochs = len(self.phases)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         self._folder = run_folder(trainer)

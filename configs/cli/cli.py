@@ -17,13 +17,14 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar, Timer, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import malleable
 from malleable.callbacks.last_checkpoint import LastCheckpoint
 from malleable.callbacks.line_progress import LineProgress
 from malleable.callbacks.predictions import DescribesPredictions, PredictionWriter
+from malleable.callbacks.self_play import SelfPlayLoop
 from malleable.checkpoints import AtomicCheckpointIO, as_layer, consolidate, differences, find_checkpoint, other_settings, stored_model
 from malleable.datamodules.identity import stores_data
 from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements
@@ -181,6 +182,21 @@ class MalleableCLI(LightningCLI):
             return [checkpoint]
         checkpoint.save_last = None
         return [checkpoint, LastCheckpoint(checkpoint.dirpath, every_n_epochs=checkpoint._every_n_epochs)]
+
+    def before_fit(self) -> None:
+        """Refuse a run that nothing ends.
+
+        Raises:
+            MisconfigurationException: If there is no limit, and no callback that sets one.
+        """
+        trainer: Any = self.trainer
+        if trainer.max_epochs == trainer.max_steps == -1 and not any(
+            isinstance(each, (SelfPlayLoop, Timer, EarlyStopping)) for each in trainer.callbacks
+        ):
+            raise MisconfigurationException(
+                "nothing would end this run: max_epochs is -1, which is meant for the callback SelfPlayLoop, and there is none; keep the recipe's "
+                "callbacks, or give --trainer.max_epochs, --trainer.max_steps or --trainer.max_time"
+            )
 
     def _run_subcommand(self, subcommand: str) -> None:
         with claimed_folders(self.trainer):

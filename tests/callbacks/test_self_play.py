@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from self_play_run import make_loop, make_module
 from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
@@ -356,6 +356,16 @@ def test_progress_is_told(tmp_path, caplog):
 def test_phases_that_mean_nothing(values, message):
     with pytest.raises(ValueError, match=message):
         PhaseSettings(**values)
+
+
+def test_limits_that_have_no_effect_or_end_in_mid_round_are_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match="max_epochs=3 has no effect: SelfPlayLoop sets the epochs itself, 6 with"):
+        make_loop().setup(quiet_trainer(tmp_path, max_epochs=3), make_module(), "fit")
+    with pytest.raises(MisconfigurationException, match="EarlyStopping would end the run in the middle of a round"):
+        make_loop().setup(quiet_trainer(tmp_path, max_epochs=-1, callbacks=[EarlyStopping("val_loss")]), make_module(), "fit")
+    for epochs in (-1, 6):
+        make_loop().setup(quiet_trainer(tmp_path, max_epochs=epochs), make_module(), "fit")
+    make_loop().setup(quiet_trainer(tmp_path, fast_dev_run=True), make_module(), "fit")
 
 
 def test_refusals(tmp_path):

@@ -146,6 +146,12 @@ def test_progress_is_plain_unless_replaced(boring, monkeypatch, terminal, kind):
     assert own.progress_bar_callback.refresh_rate == 7
 
 
+def test_a_run_that_nothing_ends_is_refused(run, boring):
+    with pytest.raises(MisconfigurationException, match=r"nothing would end this run: max_epochs is -1.*SelfPlayLoop.*--trainer.max_epochs"):
+        run("fit", "--trainer.max_epochs", -1)
+    assert run("fit", "--trainer.max_epochs", -1, "--trainer.max_steps", 2).trainer.global_step == 2
+
+
 # Testing after training
 
 

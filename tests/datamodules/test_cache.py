@@ -67,7 +67,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(module, "sha256_of", fail)
+    monkeypatch.setattr(module, "seal", fail)
     with pytest.raises(OSError, match="disk full"):
         write_tables(tmp_path / "tables", TABLES, {})
     assert list(tmp_path.glob("tables*")) == []

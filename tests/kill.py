@@ -1,0 +1,326 @@
+"""Kill runs with SIGKILL at random moments, resume them, and compare them with a run that nothing interrupted.
+
+    python tests/kill.py [--kills 20] [--seed 0] [--parts self_play nfe editing patches cache report]
+
+Each part is a small job that starts anew, or continues what it finds in its folder. It runs once to the end; then it is killed ``--kills``
+times, each time in a fresh folder after a random part of its time, and resumed. Weights, metrics and files must be those of the uninterrupted
+run, and no temporary file may be left. The program prints a line for each part and exits with 1 if anything differs.
+
+A job is a fork of this process, which has imported all modules and has started no thread.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
+
+import post_fit_run
+import small_shop
+import tiny_patch
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file, save_file
+from self_play_run import make_loop, make_module
+from small_facts import NEW
+from tiny_data import TinyData
+from toy_graph import toy_graph
+
+from malleable import EmbeddingReport, LastCheckpoint, ReferenceCache, RunReport  # noqa: F401  (imported before the forks)
+from malleable.callbacks.edit_protocol import Protocol
+from malleable.callbacks.page import Section
+from malleable.checkpoints import AtomicCheckpointIO
+from malleable.lightning_modules.editing.settings import EditSettings
+from malleable.lightning_modules.editing.targets import TargetSettings
+from malleable.lightning_modules.graph_settings import EmbeddingTuning
+from malleable.lightning_modules.nfe import NFE
+from malleable.lightning_modules.patches.containers import open_container
+from malleable.lightning_modules.patches.patch import Patch
+from malleable.runs import claimed_folders, find_run_checkpoint
+
+State = dict[str, str]
+
+
+# Jobs: each takes its folder, and may find there what a killed one has left.
+
+
+def self_play(folder: Path) -> None:
+    """Warm-up and one round of self-play, with a report and the export of the model."""
+    loop = make_loop(rounds=1)
+    fit_and_test(folder, make_module(), TinyData(), [loop], "val_loss", "min", max_epochs=-1)
+
+
+def nfe(folder: Path) -> None:
+    """Embeddings of a graph with a monitored checkpoint, their export, and a report."""
+    module = NFE("nfe2", 8, 1.0, gamma_trainable=True, dropout=0.2, tuning=EmbeddingTuning(lr=0.02, lr_decay=0.8))
+    data = toy_graph(folder / "graph", cache_dir=str(folder / "cache"), batch_size=4, global_batch_size=8, eval_batch_size=4)
+    fit_and_test(folder, module, data, [EmbeddingReport()], "val_mrr", "max", max_epochs=5, check_val_every_n_epoch=2)
+
+
+def editing(folder: Path) -> None:
+    """Facts edited into a model after training."""
+    facts = [post_fit_run.asked(fact) | {"true": "dog"} for fact in NEW[:3]]
+    settings = EditSettings(**{**post_fit_run.SETTINGS, "targets": TargetSettings(lr=0.5, steps=10, clamp=4.0, decay=0.01), "batch_size": 2})
+    callback = post_fit_run.edit(requests=facts, settings=settings, protocol=Protocol(texts=4, writing=0, generated="off"))
+    module = post_fit_run.FactModule()
+    module.load_state_dict(torch.load(folder.parent / "learnt.pt", weights_only=True))
+    fit_and_test(folder, module, None, [callback], "val_known", "max", max_epochs=2, limit_val_batches=1, limit_test_batches=1)
+
+
+def patches(folder: Path) -> None:
+    """Patches of a checkpoint and of a model folder, applied and reverted in turn; both have all patches at the end."""
+    for name in ("model.ckpt", "model"):
+        if not (folder / name).exists():
+            source = folder.parent / "patched" / name
+            temporary = folder / f"{name}.copy"
+            shutil.rmtree(temporary, ignore_errors=True)
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, temporary)
+            temporary.rename(folder / name)
+        edits = [Patch.read(path) for path in sorted((folder.parent / "edits").iterdir())]
+        for _ in range(4):
+            for edit in edits:
+                target = open_container(folder / name)
+                assert set(target.stack.ids) <= {edit.id for edit in edits}
+                if edit.id not in target.stack.ids:
+                    tiny_patch.apply(folder / name, edit)
+            tiny_patch.revert(folder / name)
+        for edit in edits:
+            tiny_patch.apply(folder / name, edit)
+
+
+def cache(folder: Path) -> None:
+    """Caches of a shop, with its tokenizer, and of a graph."""
+    os.environ["MALLEABLE_CACHE"] = str(folder / "cache")
+    data = small_shop.shop(folder / "shop")
+    graph = toy_graph(folder / "graph", cache_dir=str(folder / "cache"))
+    for module in (data, graph):
+        module.prepare_data()
+        module.setup("fit")
+    rows = [data.train_dataset[index] for index in range(len(data.train_dataset))]
+    content = [data.catalog.titles, data.catalog.token_ids, rows, graph.graph.entities, graph.graph.frequency]
+    (folder / "content").write_text(repr(content))
+
+
+def report(folder: Path) -> None:
+    """A page with pictures, written several times."""
+    page = RunReport(str(folder / "report"))
+    page.folder = folder / "report"
+    page.history = {f"train_{name}": [(step, step**0.5) for step in range(50)] for name in ("loss", "rate")}
+    page.metrics = {"test_hr_10": 0.5}
+    section = Section("More", figure=lambda figure: figure.subplots().plot([1, 2, 3]))
+    for _ in range(3):
+        page.write("Title", "Model", sections=[section])
+
+
+def fit_and_test(folder, module, data, callbacks, monitor, mode, **options) -> None:
+    """Train and test as ``malleable fit`` does; a run that was killed continues from its last checkpoint."""
+    seed_everything(7)
+    checkpoints = [ModelCheckpoint(monitor=monitor, mode=mode, save_on_train_epoch_end=True), LastCheckpoint()]
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=CSVLogger(folder, name="runs"),
+        callbacks=[RunReport(), *callbacks, *checkpoints],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        default_root_dir=folder,
+        **options,
+    )
+    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    try:
+        start = find_run_checkpoint("last", folder / "runs")
+    except FileNotFoundError:
+        start = None  # killed before its first checkpoint
+    with claimed_folders(trainer):
+        trainer.fit(module, data, ckpt_path=start)
+        trainer.test(module, data, verbose=False, ckpt_path=trainer.checkpoint_callback.best_model_path)
+    run = Path(trainer.log_dir)
+    save_file({name: value.clone().contiguous() for name, value in module.state_dict().items()}, run / "weights.safetensors")
+
+
+# Comparison
+
+
+def state_of(folder: Path) -> State:
+    """Return a digest of each file that a job leaves, and the values of those that have times or paths in them."""
+    runs = sorted((folder / "runs").glob("version_*"), key=lambda path: int(path.name.partition("_")[2]))
+    root = runs[-1] if runs else folder
+    state = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.is_file() and not re.search(r"^(metrics\.csv|hparams\.yaml|checkpoints/|graph/|shop/|cache/|self_play/)", name):
+            state[name] = digest_of(path)
+    for path in sorted((folder / "cache").glob("*/*")):
+        state[f"cache/{path.parent.name}"] = "whole"
+    return state
+
+
+def digest_of(path: Path) -> str:
+    """Return the digest of a file's content without times and paths."""
+    if path.name.endswith(".md"):
+        text = re.sub(r"\| (training time|tested checkpoint) \|.*", "", path.read_text())
+        return hashlib.sha256(text.encode()).hexdigest()
+    if path.name == "metrics.json":
+        return json.dumps(json.loads(path.read_text()), sort_keys=True)
+    if path.suffix == ".safetensors":
+        digest = hashlib.sha256()
+        for name, value in sorted(load_file(path).items()):
+            digest.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else repr((name, value)).encode())
+        return digest.hexdigest()
+    if path.suffix == ".ckpt":
+        target = open_container(path)
+        digest = hashlib.sha256(str(target.stack.ids).encode())
+        for name in target.tensors:
+            digest.update(target.tensors[name].numpy().tobytes())
+        return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Return the temporary files below a folder."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob(".*"))
+    return [name for name in found if name.endswith((".tmp", ".link"))]
+
+
+# Processes
+
+
+@contextlib.contextmanager
+def started(job: Callable[[Path], None], folder: Path) -> Iterator[int]:
+    """Run a job in a fork of this process; its output goes to a file beside the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    child = os.fork()
+    if child == 0:
+        output = os.open(folder.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        status = 1
+        try:
+            os.environ["MALLEABLE_CACHE"] = str(folder.parent / "shared_cache")
+            job(folder)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    yield child
+
+
+def finish(job: Callable[[Path], None], folder: Path) -> float:
+    """Run a job to its end and return its seconds.
+
+    Raises:
+        RuntimeError: If it fails; the message ends with its output.
+    """
+    begin = time.monotonic()
+    with started(job, folder) as child:
+        _, status = os.waitpid(child, 0)
+    if status:
+        raise RuntimeError(f"{folder.name} ended with status {status}:\n{folder.with_suffix('.log').read_text()[-3000:]}")
+    return time.monotonic() - begin
+
+
+def killed(job: Callable[[Path], None], folder: Path, seconds: float) -> bool:
+    """Kill a job after some seconds; return False where it was faster."""
+    with started(job, folder) as child:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if os.waitpid(child, os.WNOHANG)[0]:
+                return False
+            time.sleep(0.002)
+        os.kill(child, signal.SIGKILL)
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def prepare(root: Path) -> None:
+    """Make what the jobs share: a model that has learnt facts, models to patch and patches."""
+
+    def learn(folder: Path) -> None:
+        module = post_fit_run.FactModule()
+        module.learn()
+        torch.save(module.state_dict(), root / "learnt.pt")
+        tiny_patch.llama().save_pretrained(root / "patched" / "model", max_shard_size="12KB")
+        tiny_patch.save_checkpoint(tiny_patch.llama(), root / "patched" / "model.ckpt")
+        tensors = open_container(root / "patched" / "model").tensors
+        tiny_patch.random_patch(tensors, (tiny_patch.DOWN, tiny_patch.UP), title="one").write(root / "edits" / "1")
+        tiny_patch.random_patch(tensors, (tiny_patch.QUERY,), seed=1, title="two").write(root / "edits" / "2")
+
+    finish(learn, root / "shared")
+
+
+def try_part(job: Callable[[Path], None], root: Path, kills: int, draws: random.Random) -> list[str]:
+    """Kill a job so many times; return what was wrong."""
+    seconds = finish(job, root / "whole")
+    expected = state_of(root / "whole")
+    problems, done = [], 0
+    while done < kills:
+        folder = root / f"kill-{done}"
+        after = draws.uniform(0, seconds)
+        if not killed(job, folder, after):
+            shutil.rmtree(folder)
+            seconds *= 0.95  # the machine is faster than it was
+            continue
+        done += 1
+        try:
+            finish(job, folder)
+        except RuntimeError as error:
+            problems.append(f"killed after {after:.2f} s: {error}")
+            continue
+        found = state_of(folder)
+        changed = [name for name in sorted(expected.keys() | found.keys()) if found.get(name) != expected.get(name)]
+        problems += [f"killed after {after:.2f} s: {name}: {str(found.get(name))[:500]}, not {str(expected.get(name))[:500]}" for name in changed]
+        problems += [f"killed after {after:.2f} s: {name} is left behind" for name in leftovers(folder)]
+        if not changed:
+            shutil.rmtree(folder)
+    return problems
+
+
+JOBS = {job.__name__: job for job in (self_play, nfe, editing, patches, cache, report)}
+
+
+def main(arguments: list[str]) -> int:
+    """Run as the module's docstring says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="kills of each part")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--parts", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder, kept if something is wrong")
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    root = options.folder or Path(tempfile.mkdtemp(prefix="malleable-kill-"))
+    wrong = 0
+    for name in options.parts:
+        begin, folder = time.monotonic(), root / name
+        prepare(folder)
+        problems = try_part(JOBS[name], folder, options.kills, random.Random(f"{options.seed} {name}"))
+        wrong += len(problems)
+        sys.stdout.write(f"{name}: {options.kills} kills, {len(problems)} problems, {time.monotonic() - begin:.0f} s\n")
+        sys.stdout.write("".join(f"  {problem}\n" for problem in problems))
+        sys.stdout.flush()
+    if wrong == 0 and options.folder is None:
+        shutil.rmtree(root)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
