@@ -87,7 +87,16 @@ class AlphaEdit(PostFitEdit):
         self.records: list[Edited] = []
         self.before, self.after = Findings(), Findings()
         self._edited: list[EditRequest] = []
-        self._sections: list[Section] = []
+        self._course: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return also what the report says of the edit itself, which a run that is resumed after it does not repeat."""
+        return {**super().state_dict(), "course": self._course}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load also what the report says of the edit itself."""
+        super().load_state_dict(state_dict)
+        self._course = dict(state_dict.get("course", {}))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find requests, text and tokenizer, and whether the model can be edited at all, before any long work."""
@@ -126,7 +135,12 @@ class AlphaEdit(PostFitEdit):
             editor.revert()
         if drift:
             self.after.figures["drift"] = sum(drift.values()) / len(drift)
-        self._sections = [*survival_section(survival), *spectrum_section(_directions(editor), _rule(self.settings))]
+        self._course = {
+            "survival": survival,
+            "directions": _directions(editor),
+            "rule": _rule(self.settings),
+            "drift": self.after.figures.get("drift"),
+        }
         settings = {**asdict(self.settings), "layers": list(editor.layers), "contexts_drawn": editor.contexts}
         about = [{**_plain(request), "outcome": self._outcome(number)} for number, request in enumerate(requests)]
         title = f"{len(requests)} facts, {self.settings.method}, layers {editor.layers[0]} to {editor.layers[-1]}"
@@ -142,15 +156,16 @@ class AlphaEdit(PostFitEdit):
         references = {request.question: request.references for request in self._requests(trainer)} if given else {}
         requests = [replace(request, references=references.get(request.question, ())) for request in patched] or self._requests(trainer)
         model, tokenizer, measured = self._model(pl_module), self._tokenizer(trainer, pl_module), self._measured(trainer)
-        known = self._edited == requests and tuple(self.applied) == self.stack.ids
-        drift = self.after.figures.get("drift")
+        own = tuple(self.applied) == self.stack.ids
+        known = self._edited == requests and own
+        drift = self._course.get("drift") if known or (own and len(self.stack.ids) == 1) else None
         self.after = examine(model, tokenizer, requests, measured, self.protocol)
         if not patched:
             self.before = Findings()
         elif not known or not self.before.requests:
             with self.originals(model):
                 self.before = examine(model, tokenizer, requests, measured, self.protocol)
-        if known and drift is not None:
+        if drift is not None:
             self.after.figures["drift"] = drift
         self._edited = requests
 
@@ -171,8 +186,12 @@ class AlphaEdit(PostFitEdit):
         return {name: [100 * getattr(own, name) for own in figures] for name in RequestFigures._fields} if figures else {}
 
     def report_sections(self) -> list[Section]:
-        """Facts before and after; after a fit, also the survival of edits and the spectrum."""
-        return [*edit_sections(self._edited, self.before, self.after), *self._sections]
+        """Facts before and after, and of an edit made by this callback the survival of edits and the spectrum."""
+        sections = edit_sections(self._edited, self.before, self.after)
+        if self._course and next(reversed(self.applied), None) in self.stack.ids:
+            directions = {layer: UsedDirections(*found) for layer, found in self._course["directions"].items()}
+            sections += [*survival_section(self._course["survival"]), *spectrum_section(directions, self._course["rule"])]
+        return sections
 
     def _patched(self) -> list[EditRequest]:
         """The requests of all patches, but those that a later patch answered anew."""
@@ -258,9 +277,9 @@ def _unasked(earlier: Sequence[EditRequest], later: Sequence[EditRequest]) -> li
     return [request for request in earlier if request.question not in anew]
 
 
-def _directions(editor: AlphaEditor) -> dict[int, UsedDirections]:
-    retained = {layer: editor.retained(layer) for layer in editor.spectra}
-    return {layer: UsedDirections(spectrum.values.cpu(), retained[layer]) for layer, spectrum in editor.spectra.items()}
+def _directions(editor: AlphaEditor) -> dict[int, list[Any]]:
+    """Return the fields of :class:`UsedDirections` of each layer, as plain data."""
+    return {layer: [spectrum.values.cpu(), editor.retained(layer)] for layer, spectrum in editor.spectra.items()}
 
 
 def _rule(settings: EditSettings) -> str:

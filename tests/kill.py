@@ -52,9 +52,10 @@ from malleable.lightning_modules.graph_settings import EmbeddingTuning
 from malleable.lightning_modules.nfe import NFE
 from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.patch import Patch
-from malleable.runs import claimed_folders, find_run_checkpoint
+from malleable.runs import RunFolder, claimed_folders, find_run_checkpoint
 
 State = dict[str, str]
+SHARED = Path(tempfile.gettempdir()) / f"malleable-kill-{os.getpid()}"  # what jobs read: the same in all forks
 
 
 # Jobs: each takes its folder, and may find there what a killed one has left.
@@ -79,7 +80,7 @@ def editing(folder: Path) -> None:
     settings = EditSettings(**{**post_fit_run.SETTINGS, "targets": TargetSettings(lr=0.5, steps=10, clamp=4.0, decay=0.01), "batch_size": 2})
     callback = post_fit_run.edit(requests=facts, settings=settings, protocol=Protocol(texts=4, writing=0, generated="off"))
     module = post_fit_run.FactModule()
-    module.load_state_dict(torch.load(folder.parent / "learnt.pt", weights_only=True))
+    module.load_state_dict(torch.load(SHARED / "learnt.pt", weights_only=True))
     fit_and_test(folder, module, None, [callback], "val_known", "max", max_epochs=2, limit_val_batches=1, limit_test_batches=1)
 
 
@@ -87,12 +88,12 @@ def patches(folder: Path) -> None:
     """Patches of a checkpoint and of a model folder, applied and reverted in turn; both have all patches at the end."""
     for name in ("model.ckpt", "model"):
         if not (folder / name).exists():
-            source = folder.parent / "patched" / name
+            source = SHARED / "patched" / name
             temporary = folder / f"{name}.copy"
             shutil.rmtree(temporary, ignore_errors=True)
             (shutil.copytree if source.is_dir() else shutil.copy)(source, temporary)
             temporary.rename(folder / name)
-        edits = [Patch.read(path) for path in sorted((folder.parent / "edits").iterdir())]
+        edits = [Patch.read(path) for path in sorted((SHARED / "edits").iterdir())]
         for _ in range(4):
             for edit in edits:
                 target = open_container(folder / name)
@@ -136,7 +137,7 @@ def fit_and_test(folder, module, data, callbacks, monitor, mode, **options) -> N
         accelerator="cpu",
         devices=1,
         logger=CSVLogger(folder, name="runs"),
-        callbacks=[RunReport(), *callbacks, *checkpoints],
+        callbacks=[RunFolder(), RunReport(), *callbacks, *checkpoints],
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -178,6 +179,8 @@ def digest_of(path: Path) -> str:
     if path.name.endswith(".md"):
         text = re.sub(r"\| (training time|tested checkpoint) \|.*", "", path.read_text())
         return hashlib.sha256(text.encode()).hexdigest()
+    if path.name == "patch.json":
+        return json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "created"}, sort_keys=True)
     if path.name == "metrics.json":
         return json.dumps(json.loads(path.read_text()), sort_keys=True)
     if path.suffix == ".safetensors":
@@ -251,20 +254,24 @@ def killed(job: Callable[[Path], None], folder: Path, seconds: float) -> bool:
         return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-def prepare(root: Path) -> None:
+def prepare(parts: list[str]) -> None:
     """Make what the jobs share: a model that has learnt facts, models to patch and patches."""
 
     def learn(folder: Path) -> None:
         module = post_fit_run.FactModule()
         module.learn()
-        torch.save(module.state_dict(), root / "learnt.pt")
-        tiny_patch.llama().save_pretrained(root / "patched" / "model", max_shard_size="12KB")
-        tiny_patch.save_checkpoint(tiny_patch.llama(), root / "patched" / "model.ckpt")
-        tensors = open_container(root / "patched" / "model").tensors
-        tiny_patch.random_patch(tensors, (tiny_patch.DOWN, tiny_patch.UP), title="one").write(root / "edits" / "1")
-        tiny_patch.random_patch(tensors, (tiny_patch.QUERY,), seed=1, title="two").write(root / "edits" / "2")
+        torch.save(module.state_dict(), folder / "learnt.pt")
 
-    finish(learn, root / "shared")
+    def make_patches(folder: Path) -> None:
+        tiny_patch.llama().save_pretrained(folder / "patched" / "model", max_shard_size="12KB")
+        tiny_patch.save_checkpoint(tiny_patch.llama(), folder / "patched" / "model.ckpt")
+        tensors = open_container(folder / "patched" / "model").tensors
+        tiny_patch.random_patch(tensors, (tiny_patch.DOWN, tiny_patch.UP), title="one").write(folder / "edits" / "1")
+        tiny_patch.random_patch(tensors, (tiny_patch.QUERY,), seed=1, title="two").write(folder / "edits" / "2")
+
+    for part, job in (("editing", learn), ("patches", make_patches)):
+        if part in parts:
+            finish(job, SHARED)
 
 
 def try_part(job: Callable[[Path], None], root: Path, kills: int, draws: random.Random) -> list[str]:
@@ -309,14 +316,16 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     root = options.folder or Path(tempfile.mkdtemp(prefix="malleable-kill-"))
     wrong = 0
+    prepare(options.parts)
     for name in options.parts:
-        begin, folder = time.monotonic(), root / name
-        prepare(folder)
-        problems = try_part(JOBS[name], folder, options.kills, random.Random(f"{options.seed} {name}"))
+        begin = time.monotonic()
+        problems = try_part(JOBS[name], root / name, options.kills, random.Random(f"{options.seed} {name}"))
         wrong += len(problems)
         sys.stdout.write(f"{name}: {options.kills} kills, {len(problems)} problems, {time.monotonic() - begin:.0f} s\n")
         sys.stdout.write("".join(f"  {problem}\n" for problem in problems))
         sys.stdout.flush()
+    shutil.rmtree(SHARED, ignore_errors=True)
+    SHARED.with_suffix(".log").unlink(missing_ok=True)
     if wrong == 0 and options.folder is None:
         shutil.rmtree(root)
     return int(wrong > 0)

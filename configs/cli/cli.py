@@ -30,7 +30,7 @@ from malleable.datamodules.identity import stores_data
 from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements
 from malleable.option_errors import OptionParser, print_help, take_help
 from malleable.recipes import FOLDER, recipe_name
-from malleable.runs import ShareRunFolder, Wanted, claimed_folders
+from malleable.runs import RunFolder, Wanted, claimed_folders
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class MalleableCLI(LightningCLI):
             callbacks += self._checkpoints(config.checkpoint)
         if self.subcommand == "predict" and not any(isinstance(callback, (BasePredictionWriter, PredictionWriter)) for callback in callbacks):
             callbacks += _prediction_writer(config.model)
-        trainer = super().instantiate_trainer(callbacks=[ShareRunFolder(), *callbacks], **kwargs)
+        trainer = super().instantiate_trainer(callbacks=[RunFolder(), *callbacks], **kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from malleable.datamodules.files import recover_below
 
@@ -30,7 +32,7 @@ EDITED = "edited.ckpt"
 def claimed_folders(trainer: Trainer) -> Iterator[None]:
     """Give the run a ``version_N`` folder that no other run has, before its data is prepared.
 
-    The first process of the run makes the folder; :class:`ShareRunFolder` tells the others. A run that ends without having written
+    The first process of the run makes the folder; :class:`RunFolder` tells the others. A run that ends without having written
     anything leaves no folder.
 
     Args:
@@ -49,14 +51,38 @@ def claimed_folders(trainer: Trainer) -> Iterator[None]:
                 folder.rmdir()
 
 
-class ShareRunFolder(Callback):
-    """Gives the loggers of all processes the version that the first process claimed."""
+class RunFolder(Callback):
+    """Makes one run folder of those of all processes, and lets a resumed run compare its checkpoints with those of the interrupted one."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Broadcast the versions."""
+        """Give the loggers of all processes the version that the first process claimed."""
         for logger in trainer.loggers:
             if isinstance(logger, (CSVLogger, TensorBoardLogger)):
                 logger._version = trainer.strategy.broadcast(logger._version)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let monitored checkpoints of the interrupted run count.
+
+        Lightning forgets their scores where the folder is another one, so that the best epoch since the interruption would become the best of all.
+        """
+        if trainer.state.fn != TrainerFn.FITTING or not trainer.ckpt_path or "://" in str(trainer.ckpt_path):
+            return
+        folder = Path(trainer.ckpt_path).absolute().parent
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            if state and isinstance(callback, ModelCheckpoint) and state.get("dirpath") != callback.dirpath:
+                checkpoint["callbacks"][callback.state_key] = {
+                    **state,
+                    **{key: _moved(state[key], folder) for key in ("best_model_path", "kth_best_model_path", "last_model_path") if state.get(key)},
+                    "best_k_models": {_moved(path, folder): score for path, score in state.get("best_k_models", {}).items()},
+                    "dirpath": callback.dirpath,
+                }
+
+
+def _moved(path: str, folder: Path) -> str:
+    """Return the checkpoint of that name beside the one that is resumed, if there is one: the run's folder may have been renamed."""
+    beside = folder / Path(path).name
+    return str(beside) if beside.exists() else path
 
 
 def claim_version(root: Path) -> int:

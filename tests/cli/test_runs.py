@@ -222,3 +222,14 @@ def test_commands_find_the_run_of_their_model(run, boring):
     assert run("test", "--ckpt_path", "best").config.test.ckpt_path.startswith("runs/boring/version_0/checkpoints/epoch=")
     with pytest.raises(FileNotFoundError, match=r"the nearest run is runs/boring/version_1: model boring.TrainingFree, here boring.Ragged"):
         run("test", "--ckpt_path", "last", "--model", "boring.Ragged")
+
+
+def test_a_resumed_run_keeps_the_best_checkpoint_of_the_interrupted_one(run, boring):
+    """Also where the folder was renamed; the monitored figure gets worse with every epoch."""
+    monitor = ["--checkpoint.monitor", "epoch", "--checkpoint.mode", "min"]
+    run("fit", "--trainer.max_epochs", 1, *monitor)
+    (boring / "runs/boring/version_0").rename(boring / "runs/boring/version_4")
+    best = run("fit", "--trainer.max_epochs", 3, "--ckpt_path", "last", *monitor).trainer.checkpoint_callback
+    assert best.best_model_path.endswith("runs/boring/version_4/checkpoints/epoch=0-step=4.ckpt")
+    assert float(best.best_model_score) == 0
+    assert [path.name for path in (boring / "runs/boring/version_5/checkpoints").iterdir()] == ["last.ckpt"]
