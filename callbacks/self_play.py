@@ -293,6 +293,12 @@ class SelfPlayLoop(Callback):
         rows = self._current_rows(self._loader, phase)
         tokens = rows.row_tokens() if hasattr(rows, "row_tokens") else [len(rows[index]["answers"][0]) for index in range(len(rows))]
         self._loader.show(rows, tokens, self.settings[phase.kind].batch_factor)
+        if phase.kind == "warmup" and not self._loader.num_steps:
+            # Lightning would end such a run without an error, and export the weights as they were built.
+            raise MisconfigurationException(
+                f"the {len(rows)} rows of the warm-up do not fill one optimizer step of {self._loader.rows_per_step}; lower global_batch_size and "
+                f"batch_size{', or pack_length: rows are whole histories packed together' if self.settings['warmup'].view == 'packed' else ''}"
+            )
 
     def _rows(self) -> Any:
         assert self._loader is not None

@@ -84,7 +84,7 @@ class DataSummary:
         if not having:
             return
         counts = Counter(genre for own in having for genre in own)
-        self.facts["genres"] = f"{len(counts):,} of {len(having):,} items, most frequent: {', '.join(name for name, _ in counts.most_common(3))}"
+        self.facts["genres"] = f"{len(counts):,} of {len(having):,} items, most frequent: {'; '.join(name for name, _ in counts.most_common(3))}"
         unsplit = [genre for own in having for genre in own if UNSPLIT.search(genre)]
         if len(unsplit) >= UNSPLIT_SHARE * len(having):
             self.warnings.append(

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from malleable.callbacks.metric_notes import marked
 from malleable.callbacks.page import number, plain_table
+from malleable.datamodules.user_files import reading
 from malleable.lightning_modules.metrics.significance import paired_bootstrap, row_values
 
 METRICS_FILE = "metrics.json"
 ROWS_FILE = "test_rows.safetensors"
-HEADLINE_CUTS = ("_10", "")
 SHOWN = 3
 
 
@@ -31,13 +31,13 @@ class Run:
         name: Heading of its column.
         metrics: Test metrics, without the split's name.
         rows: ``sample_id``, ``target`` and ``rank`` of each test row; empty where they are not stored.
-        data: The data section of its configuration, without what changes no row; ``None`` where there is none.
+        protocol: The settings that decide what is tested, by dotted name; ``None`` where there is no configuration.
     """
 
     name: str
     metrics: Mapping[str, float]
     rows: Mapping[str, NDArray[Any]]
-    data: Mapping[str, Any] | None
+    protocol: Mapping[str, Any] | None
 
 
 def run_compare(words: Sequence[str]) -> None:
@@ -80,7 +80,7 @@ def load_run(name: str, runs: Path = Path("runs")) -> Run:
         raise ValueError(f"{path} is no report of a run ({error}); test the run again") from error
     if not own:
         raise ValueError(f"{path} has no test metrics; run `malleable test` on the run's checkpoint")
-    return Run(name, own, _rows(folder / ROWS_FILE), _data(folder.parent))
+    return Run(folder.parent.as_posix().removeprefix(f"{runs}/"), own, _rows(folder / ROWS_FILE), _protocol(folder.parent))
 
 
 def find_report(name: str, runs: Path) -> Path:
@@ -94,7 +94,8 @@ def find_report(name: str, runs: Path) -> Path:
         return place.parent
     recipe = runs / name.removesuffix(".yaml")
     versions = sorted(recipe.glob("version_*"), key=lambda path: (len(path.name), path.name), reverse=True)
-    found = [folder for base in (place, place / "report", *(version / "report" for version in versions)) if (folder := base) and _is_report(folder)]
+    places = [place, place / "report", recipe / "report", *(version / "report" for version in versions)]
+    found = [folder for folder in places if (folder / METRICS_FILE).is_file()]
     if not found:
         raise FileNotFoundError(
             f"no report of a run {name!r}: neither {place / 'report' / METRICS_FILE} nor {recipe}/version_*/report/{METRICS_FILE} is there; "
@@ -141,17 +142,13 @@ def difference(metric: str, first: Run, other: Run) -> str:
 
 def why_unpaired(first: Run, other: Run) -> str | None:
     """Return why rows of two runs cannot be paired; ``None`` if they can."""
-    if first.data is not None and other.data is not None and (changed := _changed(first.data, other.data)):
+    if first.protocol is not None and other.protocol is not None and (changed := _changed(first.protocol, other.protocol)):
         return f"measured on other data or under another protocol ({', '.join(changed[:SHOWN])}{', ...' if len(changed) > SHOWN else ''})"
     if not first.rows or not other.rows:
         return "the ranks of its test rows, or of the first run's, are not stored; test the run again with the callback RunReport"
     if any(not np.array_equal(first.rows[name], other.rows[name]) for name in ("sample_id", "target")):
         return "it was tested on other rows"
     return None
-
-
-def _is_report(folder: Path) -> bool:
-    return (folder / METRICS_FILE).is_file()
 
 
 def _is_main(name: str) -> bool:
@@ -162,32 +159,41 @@ def _is_main(name: str) -> bool:
 def _rows(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         return {}
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    try:
+    with reading(path):
         rows = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); test the run again") from error
     return rows if {"sample_id", "target", "rank"} <= rows.keys() and len(rows["rank"]) else {}
 
 
 # Options of data modules that change neither the rows of the test nor what they are compared with.
 _NEUTRAL = {
-    "batch_size", "cache_dir", "eval_batch_size", "extend_catalog", "global_batch_size", "group_queries", "local_files_only", "max_prompt_length",
-    "negatives", "num_negatives", "num_workers", "pack_length", "predict_file", "predict_users", "seed", "template", "tokenizer", "train_limit",
-    "train_view", "val_limit", "vocab_size",
+    "batch_size", "cache_dir", "eval_batch_size", "extend_catalog", "global_batch_size", "group_queries", "history_length", "local_files_only",
+    "max_prompt_length", "negatives", "num_negatives", "num_workers", "pack_length", "predict_file", "predict_users", "seed", "template", "tokenizer",
+    "train_limit", "train_view", "val_limit", "vocab_size",
 }  # fmt: skip
+# What an absent `split` means; tests compare it with the class, which takes half a second to import.
+SPLIT_DEFAULTS: dict[str, Any] = {
+    "kind": "leave_last_out", "min_rating": None, "min_user_events": 5, "min_item_events": 1, "fractions": [0.8, 0.1, 0.1], "repeats": "drop",
+    "candidates": None, "test_limit": None,
+}  # fmt: skip
+# Options of modules that belong to the protocol.
+_PROTOCOL = ("exclude_seen", "decoding.exclude_seen", "decoding.grounding", "ranking.ties")
 
 
-def _data(folder: Path) -> dict[str, Any] | None:
-    """Return the settings of the data that decide what is tested, by dotted name."""
-    for name in ("config_test.yaml", "config_fit.yaml"):
-        if (folder / name).is_file():
-            content = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
-            if isinstance(content, dict) and isinstance(content.get("data"), dict):
-                return dict(_leaves(content["data"]))
-    return None
+def _protocol(folder: Path) -> dict[str, Any] | None:
+    """Return the settings of data and model that decide what is tested, by dotted name."""
+    path = next((path for name in ("config_test.yaml", "config_fit.yaml") if (path := folder / name).is_file()), None)
+    content = None if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
+    data = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(data, dict):
+        return None
+    found = dict(_leaves(data))
+    if "split" in found:
+        del found["split"]
+        found |= {f"split.{name}": value for name, value in SPLIT_DEFAULTS.items()}
+    model = dict(_leaves(content["model"])) if isinstance(content.get("model"), dict) else {}
+    return found | {f"model.{name.rpartition('.')[2]}": model[name] for name in _PROTOCOL if name in model}
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -203,4 +209,6 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _changed(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
-    return [f"{key}: {one.get(key)} and {two.get(key)}" for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key)]
+    """Name the settings that differ; those of the model count where both have them."""
+    names = [name for name in sorted(one.keys() | two.keys()) if not name.startswith("model.") or (name in one and name in two)]
+    return [f"{name}: {one.get(name)} and {two.get(name)}" for name in names if one.get(name) != two.get(name)]

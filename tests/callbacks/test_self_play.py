@@ -379,6 +379,8 @@ def test_refusals(tmp_path):
         SelfPlayLoop(dpo=PhaseSettings(epochs=3))
     with pytest.raises(ValueError, match="a round needs 64 rows but there are 48"):
         run(tmp_path, make_loop(rows_per_round=64))
+    with pytest.raises(MisconfigurationException, match="the 2 rows of the warm-up do not fill one optimizer step of"):
+        run(tmp_path, make_loop(warmup=PhaseSettings(epochs=1, rows=2)))
     with pytest.raises(MisconfigurationException, match="a round of 32 rows does not fill one optimizer step of 40 in the sft phase"):
         run(tmp_path, make_loop(sft=PhaseSettings(batch_factor=10)))
     scheduled = make_module()

@@ -1,20 +1,22 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from malleable.compare import difference, load_run, run_compare
+from malleable.compare import SPLIT_DEFAULTS, difference, load_run, run_compare
+from malleable.datamodules.splits import Split
 from malleable.lightning_modules.metrics.significance import paired_bootstrap, row_values
 from malleable.main import main
 
 RANKS = {"a": np.array([1, 2, 30, 4] * 10), "b": np.array([1, 1, 3, 40] * 10)}
 
 
-def write_run(folder, ranks, split="leave_last_out", target=None, seed=1):
+def write_run(folder, ranks, split=None, target=None, seed=1, grounding="trie"):
     """A run folder as a test leaves it."""
     ranks = np.where(ranks > 10, np.inf, ranks).astype(np.float32)
     report = folder / "report"
@@ -26,8 +28,10 @@ def write_run(folder, ranks, split="leave_last_out", target=None, seed=1):
         {"sample_id": np.arange(len(ranks)), "target": np.arange(len(ranks)) if target is None else target, "rank": ranks},
         report / "test_rows.safetensors",
     )
-    data = {"class_path": "RecommendationDataModule", "init_args": {"source": {"class_path": "X"}, "split": {"kind": split}, "seed": seed}}
-    (folder / "config_fit.yaml").write_text(yaml.safe_dump({"data": data}))
+    split = None if split is None else {**SPLIT_DEFAULTS, **split}
+    data = {"class_path": "RecommendationDataModule", "init_args": {"source": {"class_path": "X"}, "split": split, "seed": seed}}
+    model = {"class_path": "SFT", "init_args": {"decoding": {"grounding": grounding}, "ks": [10]}} if grounding else "ItemKNN"
+    (folder / "config_fit.yaml").write_text(yaml.safe_dump({"data": data, "model": model}))
     return str(folder)
 
 
@@ -60,7 +64,9 @@ def test_a_certain_difference_is_marked(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"split": "global_time"}, "measured on other data or under another protocol (split.kind: leave_last_out and global_time)"),
+        ({"split": {"kind": "global_time"}}, "measured on other data or under another protocol (split.kind: leave_last_out and global_time)"),
+        ({"split": {"candidates": 20}}, "measured on other data or under another protocol (split.candidates: None and 20)"),
+        ({"grounding": "embedding"}, "measured on other data or under another protocol (model.grounding: trie and embedding)"),
         ({"target": np.zeros(40, dtype=int)}, "it was tested on other rows"),
     ],
 )
@@ -71,6 +77,20 @@ def test_runs_of_other_data_or_protocols_are_marked_and_not_paired(change, reaso
     assert f"{names[1]}: {reason}" in text
     assert "not paired" in text
     assert "[" not in text.partition("\n\n")[0]
+
+
+def test_what_changes_no_row_of_the_test_does_not_matter(tmp_path, capsys):
+    names = [
+        write_run(tmp_path / "a", RANKS["a"]),
+        write_run(tmp_path / "b", RANKS["b"], {"history_length": 3, "val_limit": 4}, seed=2, grounding=""),
+    ]
+    run_compare(names)
+    assert "difference (95 %)" in capsys.readouterr().out
+
+
+def test_the_known_defaults_are_those_of_the_class():
+    defaults = asdict(Split())
+    assert {name: list(defaults[name]) if name == "fractions" else defaults[name] for name in SPLIT_DEFAULTS} == SPLIT_DEFAULTS
 
 
 def test_runs_without_stored_rows_are_still_listed(tmp_path, capsys):
@@ -85,6 +105,8 @@ def test_a_recipe_means_its_latest_run(tmp_path, monkeypatch):
     for version in (2, 9, 10):
         write_run(tmp_path / "runs" / "sprec" / "tiny" / f"version_{version}", np.full(5, version))
     assert load_run("sprec/tiny.yaml").rows["rank"].tolist() == [10] * 5
+    assert load_run("sprec/tiny.yaml").name == "sprec/tiny/version_10"
+    assert load_run("sprec/tiny/version_9").rows["rank"].tolist() == [9] * 5
     assert load_run("runs/sprec/tiny/version_2").rows["rank"].tolist() == [2] * 5
 
 
@@ -110,7 +132,7 @@ def test_a_damaged_report_is_named(text, tmp_path):
         load_run(folder)
     (tmp_path / "a" / "report" / "metrics.json").write_text('{"test_hr_10": 1}')
     (tmp_path / "a" / "report" / "test_rows.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"test_rows\.safetensors cannot be read"):
+    with pytest.raises(ValueError, match=r"test_rows\.safetensors is damaged"):
         load_run(folder)
 
 

@@ -35,7 +35,7 @@ def test_items_name_what_was_merged_cleaned_and_dropped():
         "1 without a readable title dropped"
     )
     assert found.facts["source"] == "2 rows repeat an item_id"
-    assert found.facts["genres"] == "2 of 5 items, most frequent: x, y"
+    assert found.facts["genres"] == "2 of 5 items, most frequent: x; y"
 
 
 @pytest.mark.parametrize(
