@@ -224,8 +224,9 @@ class SelfPlayLoop(Callback):
 
     def _check_rows(self, loader: PhasedLoader[Any]) -> None:
         """Refuse rounds longer than the data or shorter than an optimizer step, before the warm-up is spent."""
-        rows = len(draw_positions(len(loader.pool), self.rows_per_round, 1, self.seed))
-        for kind in {phase.kind for phase in self.phases if phase.round}:
+        kinds = {phase.kind for phase in self.phases if phase.round}
+        rows = len(draw_positions(len(loader.pool), self.rows_per_round, 1, self.seed)) if kinds else 0
+        for kind in kinds:
             if rows < self._rows_per_step(loader, kind):
                 raise MisconfigurationException(
                     f"a round of {rows} rows does not fill one optimizer step of {self._rows_per_step(loader, kind)} in the {kind} phase; "

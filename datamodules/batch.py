@@ -161,7 +161,8 @@ class Example(TypedDict):
     """One row before collation: the element type of every recommendation dataset.
 
     ``answers`` holds token lists, the chosen (true) one first, each ending in the end-of-sequence token. ``earlier`` holds all items of the user
-    before the target, the ones that the prompt has no room for too: none of them serves as a negative. It is not collated.
+    before the target, the ones that the prompt has no room for too: none of them serves as a negative. It is not collated. Where a row has no
+    ``seen``, its ``history`` stands for it.
     """
 
     sample_id: int
@@ -353,7 +354,8 @@ def collate_answers(examples: Sequence[Example], pad_token_id: int = 0, pad_to_m
         answer_mask=torch.arange(answer_ids.shape[2]) < lengths[..., None],
         item_ids=pad(items, -1),
         history=pad([example.get("history", ()) for example in examples], -1, "left"),
-        seen=pad([example.get("seen", ()) for example in examples], -1),
+        # Rows of others need not list what was seen; an empty list says that everything may be recommended again.
+        seen=pad([example.get("seen", example.get("history", ())) for example in examples], -1),
         candidates=pad(candidates, -1) if any(len(row) for row in candidates) else None,
         answer_columns=padded_width(int((lengths - 1).clamp_min(0).sum(1).max()), pad_to_multiple_of),
     )

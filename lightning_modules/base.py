@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -28,6 +30,8 @@ from malleable.lightning_modules.plain import nested, plain
 log = logging.getLogger(__name__)
 
 Split = Literal["val", "test"]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class LossOutput(NamedTuple):
@@ -43,6 +47,17 @@ class LossOutput(NamedTuple):
     loss: Tensor
     extras: dict[str, Tensor]
     weight: Tensor | int | None = None
+
+
+def needs_weights(method: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a method of a :class:`BaseModule` that computes with its weights: before ``configure_model`` it raises an error that says so."""
+
+    @functools.wraps(method)
+    def checked(*args: P.args, **options: P.kwargs) -> T:
+        args[0].check_built()  # type: ignore[attr-defined]
+        return method(*args, **options)
+
+    return checked
 
 
 class BaseModule(LightningModule, ABC):
@@ -102,6 +117,24 @@ class BaseModule(LightningModule, ABC):
         if self._compiler_ctx is not None:
             log.info("torch.compile(%s): steps log and run without compilation; of a language model the decoder is compiled", type(self).__name__)
             to_uncompiled(self)
+
+    @property
+    def is_built(self) -> bool:
+        """Whether ``configure_model`` has made the weights."""
+        return True
+
+    def check_built(self) -> None:
+        """Check that there are weights.
+
+        Raises:
+            MisconfigurationException: If ``configure_model`` has not been called, or had nothing to build from.
+        """
+        if not self.is_built:
+            missing = [name for name in self.needs if getattr(self, name) is None]
+            first = f"pass {missing[0]}=... and call" if missing else "call"
+            raise MisconfigurationException(
+                f"{type(self).__name__} has no weights yet: {first} configure_model(), or load a checkpoint; a Trainer does so before it runs"
+            )
 
     def settings(self) -> dict[str, Any]:
         """Return the values of :attr:`weight_settings`, which checkpoints store."""

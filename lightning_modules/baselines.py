@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, Example, Recommendations, collate_answers
-from malleable.lightning_modules.base import BaseModule, LossOutput, Split
+from malleable.lightning_modules.base import BaseModule, LossOutput, Split, needs_weights
 from malleable.lightning_modules.functional.baselines import (
     cosine_similarity,
     count_items,
@@ -144,6 +144,12 @@ class Baseline(BaseModule):
         """Count first, where no checkpoint did."""
         self._ensure_counted()
 
+    @property
+    def is_built(self) -> bool:
+        """Whether ``configure_model`` has made the tables."""
+        return hasattr(self, "counts")
+
+    @needs_weights
     @torch.no_grad()
     def recommend(self, batch: AnswerBatch, k: int | None = None) -> Recommendations:
         """Find the k best items of each row.
@@ -389,5 +395,5 @@ def _items_only(row: Example) -> Example:
         "answers": [()],
         "item_ids": list(row.get("item_ids", (-1,)))[:1],
         "history": row.get("history", ()),
-        "seen": row.get("seen", ()),
+        "seen": row.get("seen", row.get("history", ())),
     }

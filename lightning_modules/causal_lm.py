@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from malleable.datamodules.batch import PackedBatch, Vocabulary
-from malleable.lightning_modules.base import BaseModule, LossOutput, Split
+from malleable.lightning_modules.base import BaseModule, LossOutput, Split, needs_weights
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.logps import packed_batch_logps
 from malleable.lightning_modules.metrics.editing import Perplexity
@@ -64,6 +64,7 @@ class CausalLM(TunedWeights, BaseModule):
         """The vocabulary."""
         return self.vocabulary
 
+    @needs_weights
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
         """Return the negative log-likelihood per token, in nats, over the tokens of the optimizer step."""
         logps, targets = packed_batch_logps(self.model, batch)
@@ -85,6 +86,7 @@ class CausalLM(TunedWeights, BaseModule):
         self.metrics(split)["perplexity"].update(output.loss, output.weight)
         return output
 
+    @needs_weights
     @float32_by_default()
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Return the log-likelihood of each row, ``(B,)``, nats."""

@@ -6,7 +6,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, PreferenceBatch
-from malleable.lightning_modules.base import LossOutput
+from malleable.lightning_modules.base import LossOutput, needs_weights
 from malleable.lightning_modules.language_model import Decoding, LanguageModel
 from malleable.lightning_modules.losses.described import object_from_plain
 from malleable.lightning_modules.losses.preference import PreferenceLoss, Sigmoid
@@ -56,6 +56,7 @@ class DPO(LanguageModel):
         self.sft_weight = sft_weight
         self.remember()
 
+    @needs_weights
     def compute_loss(self, batch: PreferenceBatch | AnswerBatch | PackedBatch) -> LossOutput:
         """Return the preference loss; in validation and test, where nothing is rejected, the true answers' likelihood."""
         if isinstance(batch, PreferenceBatch) and (self.training or batch.reference_logps is not None):

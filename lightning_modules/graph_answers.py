@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -215,7 +216,9 @@ class GraphAnswers(ABC):
         return folder
 
     def _labels(self) -> KnowledgeGraph:
-        assert self.graph is not None
+        if self.graph is None:
+            name = type(self).__name__
+            raise MisconfigurationException(f"{name} has no labels yet: pass graph=... and call configure_model(), or load a checkpoint")
         return self.graph
 
     def _ids(self, names: Sequence[Name], relation: bool = False) -> Tensor:

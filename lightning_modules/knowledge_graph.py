@@ -121,16 +121,20 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         log.info("%s: %s entities x %s, %s relations x %s", type(self).__name__, sizes[0], widths[0], sizes[1], widths[1])
 
     @property
+    def is_built(self) -> bool:
+        """Whether ``configure_model`` has made the tables."""
+        return self.entity is not None
+
+    @property
     def tables(self) -> tuple[nn.Embedding, nn.Embedding]:
         """Tables of entities and relations.
 
         Raises:
             MisconfigurationException: If they have not been made yet.
         """
-        if self.entity is None or self.relation is None:
-            raise MisconfigurationException(
-                f"{type(self).__name__} has no tables yet: pass graph=... and call configure_model(), or load a checkpoint"
-            )
+        self.check_built()
+        assert self.entity is not None
+        assert self.relation is not None
         return self.entity, self.relation
 
     @full_precision

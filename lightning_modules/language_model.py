@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, Recommendations
-from malleable.lightning_modules.base import BaseModule, LossOutput
+from malleable.lightning_modules.base import BaseModule, LossOutput, needs_weights
 from malleable.lightning_modules.free_answers import nearest_items, write_answers
 from malleable.lightning_modules.functional.decoding import beam_search
 from malleable.lightning_modules.functional.defaults import float32_by_default
@@ -118,6 +118,7 @@ class LanguageModel(TunedWeights, BaseModule):
         sharded = getattr(strategy, "zero_stage_3", False) or isinstance(strategy, FSDPStrategy)
         return partial(strategy.reduce_boolean_decision, all=False) if sharded else None
 
+    @needs_weights
     def answer_loss(self, batch: AnswerBatch | PackedBatch) -> LossOutput:
         """Negative log-likelihood of the true answers, over the answer tokens of the optimizer step.
 
@@ -136,6 +137,7 @@ class LanguageModel(TunedWeights, BaseModule):
         count = weight.clamp_min(1) if batch.num_step_tokens is None else batch.num_step_tokens
         return LossOutput(-(logps * targets).sum() / count, {}, weight)
 
+    @needs_weights
     @torch.no_grad()
     def recommend(self, batch: AnswerBatch, k: int | None = None) -> Recommendations:
         """Find the k most probable titles of each row.
@@ -164,6 +166,7 @@ class LanguageModel(TunedWeights, BaseModule):
         )
         return Recommendations(*found)
 
+    @needs_weights
     @torch.no_grad()
     def play(self, batch: AnswerBatch, play: Play, seed: int = 0) -> Tensor:
         """Answer each row as self-play asks.

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, PreferenceBatch
-from malleable.lightning_modules.base import LossOutput
+from malleable.lightning_modules.base import LossOutput, needs_weights
 from malleable.lightning_modules.language_model import Decoding, LanguageModel
 from malleable.lightning_modules.losses.described import object_from_plain
 from malleable.lightning_modules.losses.preference import PreferenceLoss, Sigmoid
@@ -57,6 +57,7 @@ class SPRec(LanguageModel):
         self.sft_weight = sft_weight
         self.remember()
 
+    @needs_weights
     def compute_loss(self, batch: PreferenceBatch | AnswerBatch | PackedBatch) -> LossOutput:
         """Return the loss that fits the batch."""
         if isinstance(batch, PreferenceBatch):

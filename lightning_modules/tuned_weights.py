@@ -60,6 +60,11 @@ class TunedWeights(LightningModule):
     _compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
     @property
+    def is_built(self) -> bool:
+        """Whether ``configure_model`` has made the weights."""
+        return self.model is not None
+
+    @property
     @abstractmethod
     def words(self) -> Vocabulary | Catalog | None:
         """What knows the tokenizer; ``None`` until the data or a checkpoint has brought it."""

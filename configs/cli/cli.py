@@ -30,6 +30,7 @@ from malleable.datamodules.identity import stores_data
 from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements
 from malleable.option_errors import OptionParser, print_help, take_help
 from malleable.recipes import FOLDER, recipe_name
+from malleable.unused import check_unused
 from malleable.runs import RunFolder, Wanted, claimed_folders
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class MalleableCLI(LightningCLI):
     """
 
     config: Namespace
+    _words: list[str]
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser whose ``--config`` knows the packaged recipes."""
@@ -66,6 +68,7 @@ class MalleableCLI(LightningCLI):
         """
         words = [str(word) for word in args] if isinstance(args, list) else []
         words, part = take_help(words)
+        self._words = words
         self.config = parser.parse_args(mark_replacements(words))
         if part:
             print_help(part, self.config[str(self.config.subcommand)])
@@ -145,6 +148,7 @@ class MalleableCLI(LightningCLI):
         """Refuse what cannot be meant, and give the run its folder."""
         command = str(self.subcommand)
         config = self.config[command]
+        check_unused(self._words, config)
         if command != "fit" and not config.ckpt_path and not config.allow_untrained:
             self._refuse_untrained(config.model.class_path)
         if config.trainer.logger is None or config.trainer.logger is True:

@@ -368,6 +368,10 @@ def test_limits_that_have_no_effect_or_end_in_mid_round_are_refused(tmp_path):
     make_loop().setup(quiet_trainer(tmp_path, fast_dev_run=True), make_module(), "fit")
 
 
+def test_a_loop_without_rounds_needs_no_rows_for_them(tmp_path):
+    run(tmp_path, make_loop(rounds=0, rows_per_round=10_000, warmup=PhaseSettings(epochs=1)))
+
+
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="rounds must be >= 0, got -1"):
         SelfPlayLoop(rounds=-1)

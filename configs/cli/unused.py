@@ -1,0 +1,171 @@
+"""Options that have no effect in combination with others: refused on the command line, warned of in files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import Namespace
+
+from malleable.early import config_names
+from malleable.layers import given_options, is_given
+from malleable.recipes import find_recipe
+
+log = logging.getLogger(__name__)
+
+
+class Rule(NamedTuple):
+    """When an option has no effect.
+
+    Attributes:
+        option: Dotted name, without the parts ``init_args``. Of callbacks: ``trainer.callbacks.SelfPlayLoop.play.temperature``.
+        unused: Whether a configuration makes it so; it gets values by dotted name.
+        reason: What takes its place, for the message.
+    """
+
+    option: str
+    unused: Callable[[Values], bool]
+    reason: str
+
+
+class Values:
+    """Values of a configuration by dotted name, without the parts ``init_args``; ``None`` where there is nothing."""
+
+    def __init__(self, config: Namespace) -> None:
+        callbacks = config.trainer.get("callbacks") if isinstance(config.get("trainer"), Namespace) else None
+        self.callbacks = {
+            str(callback.class_path).rpartition(".")[2]: callback
+            for callback in (callbacks if isinstance(callbacks, list) else [callbacks])
+            if isinstance(callback, Namespace) and "class_path" in callback
+        }
+        self.config = config
+
+    def __call__(self, name: str) -> Any:
+        """Return a value."""
+        place: Any = self.config
+        parts = name.split(".")
+        if parts[:2] == ["trainer", "callbacks"] and len(parts) > 2:
+            place, parts = self.callbacks.get(parts[2]), parts[3:]
+        for part in parts:
+            if isinstance(place, Namespace) and isinstance(place.get("init_args"), Namespace) and part in place.init_args:
+                place = place.init_args
+            place = place.get(part) if isinstance(place, Namespace | Mapping) else None
+        return place
+
+    def packs(self) -> bool:
+        """Whether any part of training sees packed histories."""
+        phases = (self(f"trainer.callbacks.SelfPlayLoop.{phase}.view") for phase in ("warmup", "sft", "dpo"))
+        return self("data.train_view") in ("packed", None) or "packed" in phases
+
+
+LOOP = "trainer.callbacks.SelfPlayLoop"
+
+
+def _no_text(value: Values) -> bool:
+    return value("data.tokenizer") == "none"
+
+
+def _no_sampling(value: Values) -> bool:
+    return value(f"{LOOP}.play.decode") in ("greedy", "beam_k_random")
+
+
+def _loops(value: Values) -> bool:
+    return "SelfPlayLoop" in value.callbacks
+
+
+def _has(name: str) -> Callable[[Values], bool]:
+    return lambda value: value(name) is not None
+
+
+def _is(name: str, expected: str) -> Callable[[Values], bool]:
+    return lambda value: value(name) == expected
+
+
+def _narrow_beam(value: Values) -> bool:
+    beams, ks = value("model.decoding.num_beams"), value("model.ks")
+    return bool(beams and ks) and beams < max(ks)
+
+
+RULES = (
+    Rule("data.vocab_size", _has("data.tokenizer"), "the tokenizer is given by data.tokenizer"),
+    Rule("data.num_negatives", _is("data.negatives", "none"), "data.negatives is none"),
+    Rule("data.pack_length", lambda value: not value.packs(), "nothing is packed: data.train_view is answer, and no phase has view: packed"),
+    Rule("data.max_prompt_length", _no_text, "data.tokenizer is none, so there are no prompts"),
+    Rule("data.template", _no_text, "data.tokenizer is none, so there are no prompts"),
+    Rule("data.split.fractions", _is("data.split.kind", "leave_last_out"), "data.split.kind is leave_last_out"),
+    Rule("model.decoding.num_beams", _is("model.decoding.grounding", "embedding"), "model.decoding.grounding is embedding"),
+    Rule("model.decoding.num_beams", _narrow_beam, "a beam is at least as wide as the largest of model.ks, whose lists it fills"),
+    Rule("model.decoding.renormalize", _is("model.decoding.grounding", "embedding"), "model.decoding.grounding is embedding"),
+    Rule("model.decoding.max_new_tokens", _is("model.decoding.grounding", "trie"), "model.decoding.grounding is trie"),
+    Rule("model.language_model.scratch", _has("model.language_model.name"), "the model is given by model.language_model.name"),
+    Rule("model.tuning.lr", _has("model.optimizer"), "the optimizer is given by model.optimizer"),
+    Rule("model.tuning.weight_decay", _has("model.optimizer"), "the optimizer is given by model.optimizer"),
+    Rule("model.tuning.warmup_steps", _has("model.lr_scheduler"), "the schedule is given by model.lr_scheduler"),
+    Rule("model.tuning.decay", _has("model.lr_scheduler"), "the schedule is given by model.lr_scheduler"),
+    Rule("model.tuning.lr", _loops, "SelfPlayLoop sets it: lr of its phases"),
+    Rule("model.tuning.warmup_steps", _loops, "SelfPlayLoop sets it: warmup_steps of its phases"),
+    Rule("model.tuning.decay", _loops, "SelfPlayLoop sets it: decay of its phases"),
+    Rule(
+        "trainer.max_epochs",
+        lambda value: _loops(value) and value("trainer.max_epochs") != -1,
+        "SelfPlayLoop sets it: rounds, and epochs of its phases",
+    ),
+    Rule(f"{LOOP}.play.temperature", _no_sampling, "play.decode is not sample"),
+    Rule(f"{LOOP}.play.top_p", _no_sampling, "play.decode is not sample"),
+    Rule(f"{LOOP}.play.max_new_tokens", _is(f"{LOOP}.play.grounding", "trie"), "play.grounding is trie"),
+    Rule("checkpoint.mode", lambda value: value("checkpoint.monitor") is None, "nothing is monitored: give checkpoint.monitor, too"),
+)
+
+
+def check_unused(words: Sequence[str], config: Namespace) -> None:
+    """Refuse options of a command line that have no effect, and warn of those in files.
+
+    Args:
+        words: The command and its options.
+        config: The configuration that they come to.
+
+    Raises:
+        ValueError: If an option of the command line has no effect; the message says why.
+    """
+    options = given_options(words)
+    files = list(_file_options(words))
+    values = Values(config)
+    for rule in RULES:
+        # The last callback's options go by the short name on a command line.
+        name = rule.option.replace(f"{LOOP}.", "trainer.callbacks.") if rule.option.startswith(LOOP) else rule.option
+        given = is_given_itself(name, options)
+        in_file = next((file for file, found in files if is_given_itself(rule.option, found)), None)
+        if not (given or in_file) or not rule.unused(values):
+            continue
+        if given:
+            raise ValueError(f"--{name} has no effect: {rule.reason}; leave it out")
+        log.warning("%s: %s has no effect: %s", in_file, rule.option, rule.reason)
+
+
+def is_given_itself(name: str, options: set[str]) -> bool:
+    """Whether options set a value or a part of it; what it is part of may have other reasons to be set."""
+    return is_given(name, {option for option in options if option == name or option.startswith(f"{name}.")})
+
+
+def _file_options(words: Sequence[str]) -> Iterator[tuple[str, set[str]]]:
+    for name in config_names(list(words)):
+        if name.lstrip().startswith("{"):
+            continue
+        content = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8-sig"))
+        if isinstance(content, dict):
+            yield name, set(_names(content))
+
+
+def _names(tree: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        name = prefix if key == "init_args" else f"{prefix}{str(key).removesuffix('+')}."
+        if prefix == "trainer." and str(key).startswith("callbacks"):
+            for callback in value if isinstance(value, list) else [value]:
+                if isinstance(callback, dict) and "class_path" in callback:
+                    yield from _names(callback.get("init_args") or {}, f"trainer.callbacks.{str(callback['class_path']).rpartition('.')[2]}.")
+        elif isinstance(value, dict):
+            yield from _names(value, name)
+        elif key != "class_path":
+            yield name.removesuffix(".")
