@@ -15,6 +15,7 @@ from malleable.lightning_modules.precision import check_training_precision
 from malleable.lightning_modules.pretrained import LanguageModelConfig
 from malleable.main import main
 from malleable.recipes import FOLDER, recipe_names
+from malleable.unused import check_unused
 
 FRAGMENTS = sorted(path.relative_to(FOLDER).as_posix() for path in (FOLDER / "base").glob("*.yaml"))
 RECIPES = recipe_names()
@@ -64,8 +65,10 @@ def test_a_fragment_lies_over_any_recipe(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_fits_the_signatures_and_survives_being_saved(name, tmp_path):
+def test_a_recipe_fits_the_signatures_and_survives_being_saved(name, tmp_path, caplog):
     first = printed("fit", "--config", name)
+    check_unused(["fit", "--config", name], yaml.safe_load(first))
+    assert "has no effect" not in caplog.text
     (tmp_path / "saved.yaml").write_text(first)
     assert yaml.safe_load(printed("fit", "--config", "saved.yaml")) == yaml.safe_load(first)
 

@@ -30,8 +30,8 @@ from malleable.datamodules.identity import stores_data
 from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements
 from malleable.option_errors import OptionParser, print_help, take_help
 from malleable.recipes import FOLDER, recipe_name
-from malleable.unused import check_unused
 from malleable.runs import RunFolder, Wanted, claimed_folders
+from malleable.unused import check_unused
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,9 @@ class MalleableCLI(LightningCLI):
         """Refuse what cannot be meant, and give the run its folder."""
         command = str(self.subcommand)
         config = self.config[command]
-        check_unused(self._words, config)
+        plain = json.loads(json.dumps(config.as_dict(), default=str))
+        # A checkpoint's tokenizer takes the place of options that the recipe needs for its fit.
+        check_unused(self._words, plain, files=command == "fit" and not config.ckpt_path)
         if command != "fit" and not config.ckpt_path and not config.allow_untrained:
             self._refuse_untrained(config.model.class_path)
         if config.trainer.logger is None or config.trainer.logger is True:

@@ -184,9 +184,8 @@ _PROTOCOL = ("exclude_seen", "decoding.exclude_seen", "decoding.grounding", "ran
 def _protocol(folder: Path) -> dict[str, Any] | None:
     """Return the settings of data and model that decide what is tested, by dotted name."""
     path = next((path for name in ("config_test.yaml", "config_fit.yaml") if (path := folder / name).is_file()), None)
-    content = None if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
-    data = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(data, dict):
+    content: Any = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(data := content.get("data"), dict):
         return None
     found = dict(_leaves(data))
     if "split" in found:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,8 @@ import yaml
 from jsonargparse import ActionConfigFile, Namespace
 
 from malleable.recipes import find_recipe
+
+log = logging.getLogger(__name__)
 
 _FLAG = re.compile(r"--([\w.]+)(?:=(.*))?", re.DOTALL)
 
@@ -89,10 +93,18 @@ def drop_replaced(config: Namespace, layer: Mapping[str, Any]) -> None:
         new = _content(value)
         name = new.get("class_path")
         if name and "class_path" in old and not _same_class(old.class_path, name):
+            _log_dropped(str(key), old.class_path, name, tuple(vars(old.get("init_args") or Namespace())))
             for stale in ("init_args", "dict_kwargs"):
                 old.pop(stale, None)
         else:
             drop_replaced(old, new)
+
+
+@functools.cache  # options are parsed several times
+def _log_dropped(key: str, old: str, new: str, names: tuple[str, ...]) -> None:
+    if names:
+        classes = [path.rpartition(".")[2] for path in (old, new)]
+        log.info("%s: %s replaces %s, whose settings are dropped: %s", key, classes[1], classes[0], ", ".join(names))
 
 
 def _content(value: Any) -> Mapping[str, Any]:

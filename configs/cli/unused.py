@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import yaml
-from jsonargparse import Namespace
 
 from malleable.early import config_names
-from malleable.layers import given_options, is_given
+from malleable.layers import given_options
 from malleable.recipes import find_recipe
 
 log = logging.getLogger(__name__)
@@ -31,27 +30,29 @@ class Rule(NamedTuple):
 
 
 class Values:
-    """Values of a configuration by dotted name, without the parts ``init_args``; ``None`` where there is nothing."""
+    """Values of a configuration by dotted name, without the parts ``init_args``; ``None`` where there is nothing.
 
-    def __init__(self, config: Namespace) -> None:
-        callbacks = config.trainer.get("callbacks") if isinstance(config.get("trainer"), Namespace) else None
-        self.callbacks = {
-            str(callback.class_path).rpartition(".")[2]: callback
-            for callback in (callbacks if isinstance(callbacks, list) else [callbacks])
-            if isinstance(callback, Namespace) and "class_path" in callback
-        }
+    Args:
+        config: The configuration of a command, as plain data.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
+        callbacks = (config.get("trainer") or {}).get("callbacks") or []
+        listed = [callback for callback in (callbacks if isinstance(callbacks, list) else [callbacks]) if isinstance(callback, Mapping)]
+        self.callbacks = {_class_name(callback): callback for callback in listed}
 
     def __call__(self, name: str) -> Any:
         """Return a value."""
         place: Any = self.config
         parts = name.split(".")
-        if parts[:2] == ["trainer", "callbacks"] and len(parts) > 2:
+        if parts[:2] == ["trainer", "callbacks"]:
             place, parts = self.callbacks.get(parts[2]), parts[3:]
         for part in parts:
-            if isinstance(place, Namespace) and isinstance(place.get("init_args"), Namespace) and part in place.init_args:
-                place = place.init_args
-            place = place.get(part) if isinstance(place, Namespace | Mapping) else None
+            if not isinstance(place, Mapping):
+                return None
+            inner = place.get("init_args")
+            place = inner.get(part) if isinstance(inner, Mapping) and part in inner else place.get(part)
         return place
 
     def packs(self) -> bool:
@@ -85,7 +86,7 @@ def _is(name: str, expected: str) -> Callable[[Values], bool]:
 
 def _narrow_beam(value: Values) -> bool:
     beams, ks = value("model.decoding.num_beams"), value("model.ks")
-    return bool(beams and ks) and beams < max(ks)
+    return bool(beams and ks and beams < max(ks))
 
 
 RULES = (
@@ -119,53 +120,59 @@ RULES = (
 )
 
 
-def check_unused(words: Sequence[str], config: Namespace) -> None:
-    """Refuse options of a command line that have no effect, and warn of those in files.
+def check_unused(words: Sequence[str], config: Mapping[str, Any], files: bool = True) -> None:
+    """Refuse options of a command line that have no effect, and warn of those in its files.
 
     Args:
         words: The command and its options.
-        config: The configuration that they come to.
+        config: The configuration that they come to, as plain data.
+        files: Warn of options in files.
 
     Raises:
         ValueError: If an option of the command line has no effect; the message says why.
     """
-    options = given_options(words)
-    files = list(_file_options(words))
-    values = Values(config)
+    options, values = given_options(words), Values(config)
+    in_files = list(_file_options(words)) if files else []
     for rule in RULES:
-        # The last callback's options go by the short name on a command line.
-        name = rule.option.replace(f"{LOOP}.", "trainer.callbacks.") if rule.option.startswith(LOOP) else rule.option
-        given = is_given_itself(name, options)
-        in_file = next((file for file, found in files if is_given_itself(rule.option, found)), None)
-        if not (given or in_file) or not rule.unused(values):
+        # On a command line an option of a callback is one of the callback named last.
+        name = rule.option.replace(f"{LOOP}.", "trainer.callbacks.")
+        given = _sets(name, options)
+        file = next((file for file, found in in_files if _sets(rule.option, found)), None)
+        if not (given or file) or not rule.unused(values):
             continue
         if given:
             raise ValueError(f"--{name} has no effect: {rule.reason}; leave it out")
-        log.warning("%s: %s has no effect: %s", in_file, rule.option, rule.reason)
+        log.warning("%s: %s has no effect: %s", file, rule.option, rule.reason)
 
 
-def is_given_itself(name: str, options: set[str]) -> bool:
+def _sets(name: str, options: set[str]) -> bool:
     """Whether options set a value or a part of it; what it is part of may have other reasons to be set."""
-    return is_given(name, {option for option in options if option == name or option.startswith(f"{name}.")})
+    return any(option == name or option.startswith(f"{name}.") for option in options)
 
 
 def _file_options(words: Sequence[str]) -> Iterator[tuple[str, set[str]]]:
     for name in config_names(list(words)):
-        if name.lstrip().startswith("{"):
-            continue
-        content = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8-sig"))
-        if isinstance(content, dict):
+        content = {} if name.lstrip().startswith("{") else yaml.safe_load(find_recipe(name).read_text(encoding="utf-8-sig"))
+        # A saved configuration lists every option, used or not.
+        if isinstance(content, dict) and "ckpt_path" not in content:
             yield name, set(_names(content))
 
 
-def _names(tree: Any, prefix: str = "") -> Iterator[str]:
+def _names(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all values; a callback's begin with its class."""
     for key, value in tree.items():
-        name = prefix if key == "init_args" else f"{prefix}{str(key).removesuffix('+')}."
-        if prefix == "trainer." and str(key).startswith("callbacks"):
-            for callback in value if isinstance(value, list) else [value]:
-                if isinstance(callback, dict) and "class_path" in callback:
-                    yield from _names(callback.get("init_args") or {}, f"trainer.callbacks.{str(callback['class_path']).rpartition('.')[2]}.")
-        elif isinstance(value, dict):
-            yield from _names(value, name)
+        name = f"{prefix}{str(key).removesuffix('+')}"
+        if key == "init_args" and isinstance(value, Mapping):
+            yield from _names(value, prefix)
+        elif name == "trainer.callbacks" and isinstance(value, list):
+            for callback in value:
+                if isinstance(callback, Mapping) and isinstance(callback.get("init_args"), Mapping):
+                    yield from _names(callback["init_args"], f"{name}.{_class_name(callback)}.")
+        elif isinstance(value, Mapping):
+            yield from _names(value, f"{name}.")
         elif key != "class_path":
-            yield name.removesuffix(".")
+            yield name
+
+
+def _class_name(value: Mapping[str, Any]) -> str:
+    return str(value.get("class_path")).rpartition(".")[2]
