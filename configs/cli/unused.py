@@ -86,7 +86,7 @@ def _is(name: str, expected: str) -> Callable[[Values], bool]:
 
 def _narrow_beam(value: Values) -> bool:
     beams, ks = value("model.decoding.num_beams"), value("model.ks")
-    return bool(beams and ks and beams < max(ks))
+    return beams is not None and bool(ks) and bool(beams < max(ks))
 
 
 RULES = (
