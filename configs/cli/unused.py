@@ -65,7 +65,7 @@ LOOP = "trainer.callbacks.SelfPlayLoop"
 
 
 def _no_text(value: Values) -> bool:
-    return value("data.tokenizer") == "none"
+    return bool(value("data.tokenizer") == "none")
 
 
 def _no_sampling(value: Values) -> bool:
