@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from malleable.datamodules.escape import for_markdown, for_terminal
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -21,7 +23,7 @@ class Section:
     Attributes:
         title: Heading.
         text: Markdown.
-        table: Header and rows.
+        table: Header and rows; cells are shown as they are, Markdown in them is not interpreted.
         figure: Draws on a figure, e.g. ``lambda figure: draw_curves(figure.subplots(), curves)``.
         figure_size: Width and height of the figure in inches.
     """
@@ -101,7 +103,7 @@ def markdown_table(header: Sequence[str], rows: Rows) -> str:
 
 def plain_table(header: Sequence[str], rows: Rows) -> str:
     """Write a table for a terminal."""
-    cells = [list(header), *([number(cell) for cell in row] for row in rows)]
+    cells = [[for_terminal(cell) for cell in row] for row in (header, *([number(cell) for cell in row] for row in rows))]
     widths = [max(len(row[place]) for row in cells) for place in range(len(header))]
     return "\n".join(
         "  ".join(
@@ -123,18 +125,17 @@ def figure_names(sections: Sequence[Section]) -> list[str]:
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
     """Write a page of sections; figures lie beside it, under :func:`figure_names`."""
-    parts = [f"# {title}"]
+    parts = [f"# {for_markdown(title)}"]
     for section, figure_name in zip(sections, figure_names(sections), strict=True):
-        parts.append(f"## {section.title}")
+        parts.append(f"## {for_markdown(section.title)}")
         if section.text:
             parts.append(section.text)
         if section.figure is not None:
-            parts.append(f"![{section.title}]({figure_name})")
+            parts.append(f"![{for_markdown(section.title)}]({figure_name})")
         if section.table is not None:
             parts.append(markdown_table(*section.table))
     return "\n\n".join(parts) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
-    escaped = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells]
-    return "| " + " | ".join(escaped) + " |"
+    return "| " + " | ".join(for_markdown(str(cell)) for cell in cells) + " |"

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from malleable.datamodules.files import atomic_write
+from malleable.datamodules.plain_checkpoint import read_plain
 from malleable.lightning_modules.frozen_ddp import leave_frozen_unwrapped
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.names import canonical_tensors
@@ -252,11 +252,9 @@ def _mark(asked: Any) -> str:
 
 def _read(path: str | Path, advice: str) -> dict[str, Any]:
     try:
-        stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise MisconfigurationException(
-            f"the checkpoint {path} holds more than tensors and plain data, which is not loaded unasked; {advice} ({error})"
-        ) from error
+        stored = read_plain(path, mmap=False)
+    except ValueError as error:
+        raise MisconfigurationException(f"{error}; {advice}") from error
     return stored
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from malleable.datamodules.batch import Batch, Catalog, Recommendations
+from malleable.datamodules.escape import for_csv
 from malleable.datamodules.files import atomic_write
 
 Described = Iterator[tuple[Sequence[Any], Sequence[Sequence[Any]]]]
@@ -67,6 +68,8 @@ class PredictionWriter(Callback):
     ``user_id`` is there where that file has users, and ``item_id`` is the source's own id (the title where the source has none; the first id
     where items of one title were merged). A module that :class:`DescribesPredictions` names its own fields (a knowledge graph's:
     ``sample_id, head, relation, tail, rank, answer, score, uncertainty``).
+
+    In CSV, a text that a spreadsheet would take for a formula stands behind an apostrophe.
 
     Args:
         dirpath: Folder of the files; default: the run folder.
@@ -135,7 +138,7 @@ class PredictionWriter(Callback):
         with atomic_write(self.folder / "predictions.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("sample_id", *query_fields, "rank", *answer_fields))
-            writer.writerows((*query, *item.values()) for *query, items in map(dict.values, rows) for item in items)
+            writer.writerows(map(for_csv, (*query, *item.values())) for *query, items in map(dict.values, rows) for item in items)
         with atomic_write(self.folder / "predictions.jsonl") as path, path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         rank_zero_info(f"predictions for {len(rows)} rows: {self.folder / 'predictions.csv'}")

@@ -132,7 +132,9 @@ class ReferenceCache(Callback):
             raise MisconfigurationException(
                 f"{error}. The model has been trained since, so the values cannot be computed again; put the original back or start a new run"
             ) from error
-        stored, values = tensors["row"], tensors["reference_logps"]
+        stored, values = tensors.get("row", torch.zeros(0)), tensors.get("reference_logps", torch.zeros(0))
+        if stored.dtype != torch.int64 or stored.ndim != 1 or not len(stored) or not values.is_floating_point() or len(values) != len(stored):
+            raise MisconfigurationException(f"{path} holds no reference log-probabilities; put the original back or start a new run")
         order = stored.argsort()
         places = torch.searchsorted(stored[order], keys).clamp_max(len(stored) - 1)
         if not torch.equal(stored[order][places], keys):

@@ -138,7 +138,7 @@ class RunReport(Callback):
         if self.rows.number:
             self.facts["test rows"] = f"{self.rows.number:,}"
         if trainer.ckpt_path:
-            self.facts["tested checkpoint"] = f"`{trainer.ckpt_path}`"
+            self.facts["tested checkpoint"] = str(trainer.ckpt_path)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the report; by now all callbacks have ended."""

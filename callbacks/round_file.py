@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from malleable.datamodules.batch import Catalog
 from malleable.datamodules.files import atomic_write
 from malleable.datamodules.loader import RowView
+from malleable.datamodules.table_files import read_parquet
 
 
 @dataclass
@@ -60,11 +61,13 @@ class RoundFile:
         Raises:
             MisconfigurationException: If the file is missing, cannot be read, or does not have the checksum that the checkpoint remembers.
         """
-        if not path.is_file():
+        if not path.exists():
             raise MisconfigurationException(f"the interrupted round is gone: {path} does not exist; put the file back or start a new run")
         file: RoundFile | None = None
-        with suppress(pa.ArrowInvalid, TypeError):  # cut off, or another table
-            file = cls(**pq.read_table(path).to_pydict())
+        with suppress(ValueError, TypeError, OverflowError):  # cut off, or another table
+            stored = cls(**read_parquet(path).to_pydict())
+            stored.table()
+            file = stored
         if file is None or (digest is not None and file.digest() != digest):
             raise MisconfigurationException(f"{path} is not the file the checkpoint was saved with; put the original back or start a new run")
         return file

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from malleable.datamodules.files import atomic_write
+from malleable.datamodules.user_files import check_file, check_model_folder, first_line, is_ours
 
 log = logging.getLogger(__name__)
 
@@ -156,15 +157,35 @@ def resolve_model(name: str) -> tuple[str, str | None]:
 
     Raises:
         FileNotFoundError: If a GGUF file does not exist.
+        ValueError: If a file in a local folder is a link that leads outside, a named pipe or a device, or a GGUF file is none.
     """
     if name in ALIASES:
         return ALIASES[name]()
     if name.endswith(".gguf"):
         path = Path(name).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"no GGUF file at {path}; give an existing file, a folder, a hub id or one of {sorted(ALIASES)}")
+        check_file(path, f"give an existing GGUF file, a folder, a hub id or one of {sorted(ALIASES)}")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"{path} is no GGUF file: it does not begin with GGUF; fetch it again")
         return str(path.parent), path.name
+    if (folder := Path(name).expanduser()).is_dir():
+        check_model_folder(folder)
     return name, None
+
+
+@contextmanager
+def gguf_errors(path: Path) -> Iterator[None]:
+    """Turn whatever error the reader of GGUF files raises into one that names the file.
+
+    Raises:
+        ValueError: If it is damaged, or of an architecture that transformers does not read.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise ValueError(f"{path} is damaged: its header asks for more memory than there is; fetch it again") from error
+    except Exception as error:  # it checks no length and no type
+        raise ValueError(f"{path} cannot be read as a GGUF file ({type(error).__name__}: {first_line(error)}); fetch it again") from error
 
 
 def tokenizer_files(folder: Path) -> dict[Path, str]:
@@ -200,11 +221,21 @@ def hub_errors(kind: str, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError) as error:
-        remedy = _remedy(name, error)
+    except Exception as error:
+        if isinstance(error, FetchError) or is_ours(error):
+            raise
+        remedy = _remedy(name, error) if isinstance(error, (OSError, ValueError)) else None
+        if remedy is None and _is_damaged(name, error):
+            remedy = f"the folder is not complete, damaged, or of another kind ({type(error).__name__}: {first_line(error)}); fetch it again"
         if remedy is None:
             raise
         raise FetchError(f"cannot load the {kind} {name!r}: {remedy}") from error
+
+
+def _is_damaged(name: str, error: Exception) -> bool:
+    """Whether an error is about the content of a local folder, whose values libraries do not check."""
+    foreign = isinstance(error, (ImportError, MemoryError)) or "CUDA" in str(error) or type(error).__name__ == "OutOfMemoryError"
+    return Path(name).expanduser().is_dir() and not foreign
 
 
 def _remedy(name: str, error: BaseException) -> str | None:

@@ -48,6 +48,36 @@ def atomic_write(path: Path, keep: Callable[[Path], bool] | None = None, *, own_
             _flush_one(path.parent)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file or folder while it is read, changed and written by :func:`atomic_write`: one process at a time.
+
+    What is locked is what lies at ``path``. A process that has waited while another one replaced that locks its successor. File systems without
+    locks do not exclude anyone.
+
+    Args:
+        path: File or folder, which must exist.
+    """
+    while True:
+        descriptor = os.open(os.path.realpath(path), os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(descriptor, path):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Return whether an open file is the one at a path, and not one that was there before."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def recover(path: Path) -> None:
     """Put back a folder that a process which was killed while it replaced it had moved aside, and remove what it left; see :func:`atomic_write`."""
     _remove_abandoned(Path(os.path.realpath(path)))

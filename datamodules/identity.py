@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.batch import Catalog, KnowledgeGraph, Vocabulary
 from malleable.datamodules.files import atomic_write
+from malleable.datamodules.plain_checkpoint import read_plain
 from malleable.datamodules.prompt import PromptTemplate
+from malleable.datamodules.text_files import read_json
 from malleable.datamodules.tokenizer import pack_tokenizer, rules_digest, tokenizer_digest, unpack_tokenizer, write_known
+from malleable.datamodules.user_files import first_line
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +149,8 @@ def _describe_sequence(name: str, stored: Sequence[Any], given: Sequence[Any]) -
     new, missing = [item for item in given if item not in ours], [item for item in stored if item not in theirs]
     parts = [f"{len(items)} {word} ({_examples(items)})" for word, items in (("new", new), ("missing", missing)) if items]
     if not parts:
-        place = next(index for index, (one, other) in enumerate(zip(stored, given, strict=False)) if one != other)
+        pairs = enumerate(zip(stored, given, strict=False))
+        place = next((index for index, (one, other) in pairs if one != other), min(len(stored), len(given)) - 1)
         parts = [f"in another order, first at position {place}: {stored[place]!r} and {given[place]!r}"]
     return f"{name}: {len(stored)} in the checkpoint, {len(given)} here, {', '.join(parts)}"
 
@@ -172,7 +177,21 @@ def from_plain(kind: str, stored: Mapping[str, Any]) -> Described:
     known = {field.name for field in fields(KINDS[kind])}
     values = {name: _tuples(value) for name, value in stored.items() if name in known}
     described: Described = KINDS[kind](**values)
+    hints = get_type_hints(KINDS[kind])
+    for name, value in vars(described).items():
+        if not _fits(value, hints[name]):
+            raise TypeError(f"{name} is {value!r:.80}")
     return described
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type that a field of a description says."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(part, inner[0]) for part in value)
+    if origin is UnionType:
+        return any(_fits(value, one) for one in inner)
+    return isinstance(value, origin or hint) and not (hint is int and isinstance(value, bool))
 
 
 def put(entries: dict[str, Any], kind: str, described: Described) -> None:
@@ -192,9 +211,12 @@ def take(entries: Mapping[str, Any], kind: str) -> Described | None:
     """Take a description out of a checkpoint; its tokenizer is written into the cache folder and named by that path."""
     if kind not in entries:
         return None
-    described = from_plain(kind, entries[kind])
-    if not isinstance(described, KnowledgeGraph) and "tokenizer" in entries:
-        described = replace(described, tokenizer=str(unpack_tokenizer(entries["tokenizer"])))
+    try:
+        described = from_plain(kind, entries[kind])
+        if not isinstance(described, KnowledgeGraph) and "tokenizer" in entries:
+            described = replace(described, tokenizer=str(unpack_tokenizer(entries["tokenizer"])))
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError, zlib.error) as error:
+        raise ValueError(f"the checkpoint's entry {kind!r} or its tokenizer is damaged ({type(error).__name__}: {first_line(error)})") from error
     return described
 
 
@@ -256,7 +278,10 @@ def read_stored(name: str) -> Catalog | Vocabulary:
     """
     path = Path(name).expanduser()
     entries = _entries(path)
-    described = take(entries, "catalog") or take(entries, "vocabulary")
+    try:
+        described = take(entries, "catalog") or take(entries, "vocabulary")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     if described is None or isinstance(described, KnowledgeGraph):
         raise ValueError(f"{name} has neither a catalogue nor a vocabulary; give a checkpoint of a language model or recommender, or a tokenizer")
     if (path / FOLDER_FILE).is_file():
@@ -272,15 +297,13 @@ def read_stored(name: str) -> Catalog | Vocabulary:
 def _entries(path: Path) -> dict[str, Any]:
     """What a checkpoint or exported folder stores."""
     if (path / FOLDER_FILE).is_file():
-        folder: dict[str, Any] = json.loads((path / FOLDER_FILE).read_text(encoding="utf-8"))
+        folder = read_json(path / FOLDER_FILE)
+        if not isinstance(folder, dict) or not isinstance(folder.get("tokenizer_digest", ""), (str, NoneType)):
+            raise ValueError(f"{path / FOLDER_FILE} is damaged; export the model again")
         return folder
     file = path if path.is_file() else _sharded(path)
     assert file is not None
-    try:
-        entries: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # the reader of pickles raises errors of many kinds
-        raise ValueError(f"{path} is no checkpoint of tensors and plain data, from which a tokenizer could be taken ({error})") from error
-    return entries
+    return read_plain(file)
 
 
 def _with_own_tokenizer(path: Path, described: Catalog | Vocabulary, digest: str | None) -> Catalog | Vocabulary:

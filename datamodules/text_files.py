@@ -211,10 +211,13 @@ def read_json(path: Path, encoding: str | None = None) -> Any:
         ValueError: If it is no JSON, or larger or nested more deeply than the limits.
     """
     with open_text(path, encoding, JSON_LIMIT) as file:
-        text = file.read(JSON_LIMIT + 1)
-    if len(text) > JSON_LIMIT:
-        raise ValueError(f"{path} is larger than {JSON_LIMIT >> 30} GiB; write one JSON value a line, in a file that ends in .jsonl")
-    return parse_json(text, str(path))
+        parts: list[str] = []
+        # Asked for all at once, Python takes memory for the limit.
+        while part := file.read(_CHUNK):
+            parts.append(part)
+            if len(parts) * _CHUNK > JSON_LIMIT:
+                raise ValueError(f"{path} is larger than {JSON_LIMIT >> 30} GiB; write one JSON value a line, in a file that ends in .jsonl")
+    return parse_json("".join(parts), str(path))
 
 
 def parse_json(text: str, place: str, hint: str = "") -> Any:

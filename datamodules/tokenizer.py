@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from malleable.datamodules.fetch import cache_folder, hub_errors, hub_snapshot, resolve_model, tokenizer_files
+from malleable.datamodules.fetch import cache_folder, gguf_errors, hub_errors, hub_snapshot, resolve_model, tokenizer_files
 from malleable.datamodules.files import atomic_write
 from malleable.datamodules.sealed import is_whole, problem, seal
 
@@ -47,6 +47,7 @@ def load_tokenizer(name: str, local_files_only: bool = False) -> PreTrainedToken
         raise OSError(f"the cached tokenizer {folder} {damage}; remove this folder, and run again what has made it")
     with hub_errors("tokenizer", name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=local_files_only, trust_remote_code=False)
+        tokenizer("a")  # settings that are damaged show at the first text
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -226,7 +227,9 @@ def _converted(gguf: Path) -> Path:
 
     folder = cache_folder() / "tokenizers" / f"gguf-{fingerprint(str(gguf))}"
     if not _is_there(folder):
-        _save(AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False), folder)
+        with gguf_errors(gguf):
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
+        _save(tokenizer, folder)
     return folder
 
 

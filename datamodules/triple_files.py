@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from malleable.datamodules.table_files import read_cells, read_parquet
+from malleable.datamodules.table_files import column_names, read_cells, read_parquet
 from malleable.datamodules.text_files import cell_text, file_kind, id_text, numbered_lines
 
 FIELDS = {"h": "head", "r": "relation", "t": "tail"}
@@ -197,6 +197,7 @@ def _hint(row: Sequence[str], number: int, spaces: bool) -> str:
 
 
 def _parquet_rows(path: Path, fields: Sequence[str], names: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+    column_names(path)  # refuses repeated ones
     table = read_parquet(path)
     wanted = [names.get(field, field) for field in fields]
     if not set(wanted) <= set(table.column_names):

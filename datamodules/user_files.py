@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import stat
 import struct
 import zipfile
@@ -102,7 +103,7 @@ def reading(path: Path | str, kind: str = "") -> Iterator[None]:
     except Exception as error:
         if (problem := format_problem(error, kind)) is not None:
             raise ValueError(f"{path} {problem}; give a whole file, for example by fetching or writing it again") from error
-        if isinstance(error, OSError) and error.errno is not None:
+        if _system_number(error):
             kind_of = type(error) if type(error).__module__ == "builtins" else OSError
             raise kind_of(f"{path} cannot be read: {system_problem(error)}") from error
         raise
@@ -117,7 +118,7 @@ def format_problem(error: BaseException, kind: str = "") -> str | None:
     """
     if isinstance(error, RecursionError):
         return "is nested too deeply"
-    if not _is_format_error(error):
+    if not _is_format_error(error) or _system_number(error):
         return None
     names = [base.__name__ for base in type(error).__mro__]
     found = next((_LIBRARIES[name] for name in names if name in _LIBRARIES), None) or _NAMES.get(names[0], "what it should be")
@@ -129,11 +130,12 @@ def _is_format_error(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno is None:
         # What pyarrow raises for damaged data, and gzip and torch for files that end too early.
-        return type(error) is OSError and not _is_ours(error)
+        return type(error) is OSError and not is_ours(error)
     return any(base.__name__ in _LIBRARIES for base in type(error).__mro__)
 
 
-def _is_ours(error: BaseException) -> bool:
+def is_ours(error: BaseException) -> bool:
+    """Return whether an error was raised by this package, on purpose or not."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -141,9 +143,18 @@ def _is_ours(error: BaseException) -> bool:
     return str(name).partition(".")[0] == "malleable"
 
 
-def system_problem(error: OSError) -> str:
-    """Return what an error of the system says, and what to do."""
-    return _REMEDIES.get(error.errno or 0, error.strerror or first_line(error))
+def _system_number(error: BaseException) -> int | None:
+    """Return the number of the system's error; libraries in Rust write it into the message."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error)) if _is_format_error(error) else None
+    return int(found[1]) if found else None
+
+
+def system_problem(error: BaseException) -> str | None:
+    """Return what an error of the system says, and what to do; ``None`` for another error."""
+    number = _system_number(error)
+    return None if number is None else _REMEDIES.get(number, getattr(error, "strerror", None) or os.strerror(number))
 
 
 def first_line(error: BaseException) -> str:
@@ -181,3 +192,33 @@ def check_tree(folder: Path) -> None:
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             check_inside(Path(parent) / name, folder)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Check a folder of a model, an adapter or a tokenizer before a library reads it.
+
+    Raises:
+        ValueError: If a file of it is a link that leads outside, a named pipe or a device, or an index names a file in another folder.
+    """
+    for path in folder.iterdir():
+        check_inside(path, folder)
+        if path.name.endswith(".index.json") and path.is_file():
+            shard_names(path)
+
+
+def shard_names(index: Path) -> list[str]:
+    """Return the names of the files in the index of a model in several files.
+
+    Raises:
+        ValueError: If it is damaged, or a name leads into another folder.
+    """
+    with reading(index, "JSON"):
+        content = json.loads(index.read_text(encoding="utf-8"))
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{index} is damaged: it maps no weights to files")
+    names = sorted(set(shards.values()))
+    wrong = next((name for name in names if name in ("", "..") or Path(name).name != name or "\0" in name), None)
+    if wrong is not None:
+        raise ValueError(f"{index} names {wrong!r:.200}, which is no file of its own folder; put all files of the model into one folder")
+    return names

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from malleable.datamodules.fetch import hub_errors
+from malleable.datamodules.text_files import read_json
+from malleable.datamodules.user_files import check_model_folder, first_line, reading
+from malleable.lightning_modules.patches.safetensors_file import open_tensors
 
 if TYPE_CHECKING:
     from malleable.lightning_modules.pretrained import LanguageModelConfig
@@ -70,14 +73,14 @@ def _routers(model: nn.Module) -> list[str] | None:
 
 
 def _stored_adapter(model: Any, config: LanguageModelConfig) -> Any:
-    from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+    from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
 
     name = str(config.adapter)
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
-        raise ValueError(f"adapter '{name}' has no adapter_model.safetensors; give the folder that save_language_model or PEFT wrote")
-    with hub_errors("adapter", name):
-        settings = PeftConfig.from_pretrained(name, local_files_only=config.local_files_only)
+    if folder.is_dir():
+        _check_folder(folder)
+    with hub_errors("adapter", name), reading(folder):
+        settings = _settings(name, config)
         tensors: dict[str, Tensor] = load_peft_weights(name, device="cpu", local_files_only=config.local_files_only)
     if settings.is_prompt_learning:
         raise ValueError(f"adapter '{name}' adds tokens to each prompt ({settings.peft_type.value}); give one that changes weights, such as LoRA")
@@ -90,7 +93,7 @@ def _stored_adapter(model: Any, config: LanguageModelConfig) -> Any:
     try:
         adapted = get_peft_model(model, settings)
         result: Any = set_peft_model_state_dict(adapted, tensors)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"adapter '{name}' was made for another base model than '{config.name}': {' '.join(str(error).split())[:500]}") from error
     trained = {key for key, parameter in adapted.named_parameters() if parameter.requires_grad}
     missing, unexpected = sorted(trained & set(result.missing_keys)), sorted(result.unexpected_keys)
@@ -100,6 +103,32 @@ def _stored_adapter(model: Any, config: LanguageModelConfig) -> Any:
             f"it lacks {missing[:2]} and has {unexpected[:2]} ({len(missing)} and {len(unexpected)} in all)"
         )
     return adapted
+
+
+def _settings(name: str, config: LanguageModelConfig) -> Any:
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(name, local_files_only=config.local_files_only)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"adapter_config.json of adapter '{name}' is damaged ({type(error).__name__}: {first_line(error)})") from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that PEFT does not read, or reads with an error of its own.
+
+    Raises:
+        ValueError: If it is damaged or no adapter.
+    """
+    check_model_folder(folder)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"adapter '{folder}' has no {name}; give the folder that save_language_model or PEFT wrote")
+    settings = read_json(folder / "adapter_config.json")
+    if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
+        raise ValueError(f"{folder / 'adapter_config.json'} holds no settings of an adapter; give the folder that save_language_model or PEFT wrote")
+    with open_tensors(folder / "adapter_model.safetensors") as stored:
+        stored.keys()
 
 
 def _for_text_part(model: Any, settings: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor
@@ -26,6 +26,7 @@ from malleable.lightning_modules.frozen_ddp import leave_frozen_unwrapped
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.ranks import gather_over_ranks
 from malleable.lightning_modules.plain import nested, plain
+from malleable.lightning_modules.stored_weights import CheckedLoading
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def needs_weights(method: Callable[P, T]) -> Callable[P, T]:
     return checked
 
 
-class BaseModule(LightningModule, ABC):
+class BaseModule(CheckedLoading, ABC):
     """The steps of all methods; a subclass writes :meth:`compute_loss` and, to be tested, :meth:`evaluate`.
 
     Order of hooks: ``__init__`` (typed attributes, no weights), ``setup`` (:attr:`needs` are filled from the data module),

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from malleable.datamodules.fetch import hub_snapshot, resolve_model, tokenizer_files
 from malleable.datamodules.files import atomic_write
 from malleable.datamodules.identity import restore_tokenizer
+from malleable.datamodules.plain_checkpoint import read_plain
 from malleable.lightning_modules.adapters import target_modules
 from malleable.lightning_modules.patches.stack import PatchStack
 from malleable.lightning_modules.patches.weights_folder import SECTION, write_section
@@ -129,7 +129,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], PatchStack]:
 
         checkpoint = _load_distributed_checkpoint(path)
     else:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = read_plain(path)
     state: dict[str, Tensor] = {}
     for key, tensor in (checkpoint.get("state_dict") or checkpoint["model"]).items():
         name = key.removeprefix("_forward_module.")

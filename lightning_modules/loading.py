@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from malleable.datamodules.fetch import hub_errors, resolve_model
+from malleable.datamodules.fetch import gguf_errors, hub_errors, resolve_model
+from malleable.datamodules.user_files import reading
 
 if TYPE_CHECKING:
     from malleable.lightning_modules.pretrained import LanguageModelConfig
@@ -54,7 +55,8 @@ def load_pretrained(config: LanguageModelConfig, zero3_config: dict[str, Any] | 
         options["quantization_config"] = _four_bits(DTYPES[config.dtype])
     if _is_adapter(Path(folder)):
         raise ValueError(f"{config.name!r} is an adapter; give its base model as language_model.name and the folder as language_model.adapter")
-    with hub_errors("model", config.name), _partitioned_loading(zero3_config):
+    damaged = nullcontext() if gguf_file is None else gguf_errors(Path(folder) / gguf_file)
+    with hub_errors("model", config.name), damaged, reading(folder), _partitioned_loading(zero3_config):
         file = {} if gguf_file is None else {"gguf_file": gguf_file}
         whole = AutoConfig.from_pretrained(folder, **file, **source)
         text = whole if file else whole.get_text_config(decoder=True)

@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from malleable.lightning_modules.patches.fingerprint import raw
+from malleable.lightning_modules.patches.safetensors_file import open_tensors
 
 CHECKSUM = "sha256"
 
@@ -36,12 +36,9 @@ def load_verified(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: If the file is not whole, or its content is not what was written.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-            about = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+    with open_tensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        about = dict(file.metadata() or {})
     checksum = about.pop(CHECKSUM, None)
     if checksum is not None and checksum != _checksum(tensors, about):
         raise ValueError(f"{path} is damaged (its checksum is another one)")

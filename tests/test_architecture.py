@@ -10,14 +10,32 @@ FOLDERS = ("lightning_modules", "datamodules", "callbacks", "configs")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 # The vocabulary of data that others may speak: batches, the loader they come from, and pure helpers.
-DATA = tuple(f"malleable.datamodules.{name}" for name in ("batch", "fetch", "files", "identity", "requests", "loader", "sampling", "texts"))
+DATA = tuple(
+    f"malleable.datamodules.{name}"
+    for name in (
+        "batch",
+        "fetch",
+        "files",
+        "identity",
+        "requests",
+        "user_files",
+        "plain_checkpoint",
+        "text_files",
+        "escape",
+        "table_files",
+        "loader",
+        "sampling",
+        "texts",
+    )
+)
 # Longest folder first: what each may import of ours besides what lies in its own folder.
 ALLOWED = {
     "lightning_modules/functional": (),
     "lightning_modules/losses": ("malleable.lightning_modules.functional",),
     "lightning_modules/metrics": ("malleable.lightning_modules.functional",),
-    "lightning_modules/patches": ("malleable.datamodules.files",),  # atomic replacement, of the standard library alone
-    "lightning_modules": DATA[:5],
+    # Atomic replacement and checked reading, of the standard library and torch alone.
+    "lightning_modules/patches": tuple(f"malleable.datamodules.{name}" for name in ("files", "user_files", "text_files", "plain_checkpoint")),
+    "lightning_modules": DATA[:8],
     "datamodules": (),
     "callbacks": ("malleable.lightning_modules", *DATA),
     "configs": ("malleable",),

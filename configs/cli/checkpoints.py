@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.files import atomic_write
+from malleable.datamodules.plain_checkpoint import read_plain
+from malleable.datamodules.user_files import first_line
 from malleable.runs import Wanted, find_run_checkpoint
+from malleable.yaml_files import read_yaml
 
 # Of a whole checkpoint: what only the continuation of its run needs.
 _LOOP_STATES = {"optimizer_states", "lr_schedulers", "loops", "MixedPrecision", "AMPScalerState"}
@@ -54,24 +57,34 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         with atomic_write(Path(path)) as partial:
-            torch.save(checkpoint, partial)
+            try:
+                torch.save(checkpoint, partial)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(f"{path} was not written, and what was there is unchanged: is the disk full? ({first_line(error)})") from error
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a file of this machine as tensors and plain data."""
+        return read_plain(path, mmap=False)
 
 
 def find_checkpoint(ckpt_path: str, runs: Path, wanted: Wanted | None = None) -> str:
     """Return the checkpoint that ``ckpt_path`` means.
 
     Args:
-        ckpt_path: A file, a folder written by a sharded strategy, an address, or ``last`` or ``best`` as in
+        ckpt_path: A file, a folder written by a sharded strategy, or ``last`` or ``best`` as in
             :func:`~malleable.runs.find_run_checkpoint`.
         runs: Folder of the runs among which ``last`` and ``best`` are looked for, one ``version_*`` each.
         wanted: Model and data that such a run must have.
 
     Raises:
         FileNotFoundError: If there is none.
+        MisconfigurationException: If the path is an address.
     """
     if ckpt_path in ("last", "best"):
         return find_run_checkpoint(ckpt_path, runs, wanted)
-    if "://" not in ckpt_path and not Path(ckpt_path).exists():
+    if "://" in ckpt_path:
+        raise MisconfigurationException(f"--ckpt_path {ckpt_path} is an address; download the file, check where it comes from, and give its path")
+    if not Path(ckpt_path).exists():
         raise FileNotFoundError(f"no checkpoint {ckpt_path}; give an existing file, or `last` for the latest under {runs}")
     return ckpt_path
 
@@ -101,14 +114,16 @@ def stored_model(ckpt_path: str) -> dict[str, Any] | None:
     """
     path = Path(ckpt_path)
     if path.is_file():
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
-        if "_class_path" in values:
+        values = read_plain(path).get("hyper_parameters") or {}
+        if isinstance(values.get("_class_path"), str):
             return {"class_path": values["_class_path"], "init_args": {key: value for key, value in values.items() if not key.startswith("_")}}
     for folder in path.parents[:2]:
         saved = folder / "config_fit.yaml"
         if saved.is_file():
-            model: dict[str, Any] | None = yaml.safe_load(saved.read_text(encoding="utf-8")).get("model")
-            return model
+            model = read_yaml(saved).get("model")
+            if not isinstance(model, dict) or not isinstance(model.get("class_path"), str) or not isinstance(model.get("init_args", {}), dict):
+                return None
+            return {"class_path": model["class_path"], "init_args": model.get("init_args", {})}
     return None
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -28,6 +28,7 @@ from malleable.callbacks.self_play import SelfPlayLoop
 from malleable.checkpoints import AtomicCheckpointIO, as_layer, consolidate, differences, find_checkpoint, other_settings, stored_model
 from malleable.datamodules.identity import stores_data
 from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements
+from malleable.lightning_modules.stored_weights import foreign_classes
 from malleable.option_errors import OptionParser, print_help, take_help
 from malleable.recipes import FOLDER, recipe_name
 from malleable.runs import RunFolder, Wanted, claimed_folders
@@ -74,6 +75,8 @@ class MalleableCLI(LightningCLI):
             print_help(part, self.config[str(self.config.subcommand)])
         command = str(self.config.subcommand)
         config = self.config[command]
+        if config.get("weights_only") is False:
+            raise MisconfigurationException("--weights_only false would run code from a checkpoint; they are read as tensors and plain data only")
         if not config.ckpt_path:
             if config.extend_catalog:
                 raise MisconfigurationException("--extend_catalog adds items to the catalogue of a checkpoint: give --ckpt_path")
@@ -93,6 +96,11 @@ class MalleableCLI(LightningCLI):
         if not stored:
             return words
         arguments = stored["init_args"]
+        if foreign := foreign_classes(arguments, set(_texts(self.config[command].as_dict()))):
+            raise MisconfigurationException(
+                f"{ckpt_path}, or the config_fit.yaml of its run, names {foreign[0]}, which is not of malleable, and importing it could run code; if "
+                "you trust it, name it in the recipe or on the command line"
+            )
         if stored["class_path"] == model.class_path:
             start = words.index(command) + 1
             words = [*words[:start], "--config", json.dumps({"model": stored}, default=str), *words[start:]]
@@ -263,6 +271,14 @@ def run(words: Sequence[str]) -> MalleableCLI:
         log.info("run folder: %s", cli.trainer.log_dir)
     atexit.register(_leave_process_group)
     return cli
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _leave_process_group() -> None:

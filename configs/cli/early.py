@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from malleable.recipes import find_recipe, similar
+from malleable.yaml_files import read_yaml
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (*TRAINER_COMMANDS, "compare", "recipes", "patch")
@@ -59,19 +60,7 @@ def config_names(options: Sequence[str]) -> list[str]:
 
 
 def _check_file(path: Path) -> None:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"{path}{place}: not YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(content, dict | None):
-        raise ValueError(f"{path} holds a {type(content).__name__}; a configuration is a mapping with keys such as `model` and `data`")
-    unknown = [str(key) for key in content or {} if str(key).removesuffix("+") not in SECTIONS]
+    unknown = [str(key) for key in read_yaml(path) if str(key).removesuffix("+") not in SECTIONS]
     if unknown:
         hints = "; ".join(f"{key!r}{similar(key, SECTIONS)}" for key in unknown)
         raise ValueError(f"{path} has unknown keys: {hints}; the keys are {', '.join(SECTIONS)}")

@@ -11,10 +11,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-import yaml
 from jsonargparse import ActionConfigFile, Namespace
 
 from malleable.recipes import find_recipe
+from malleable.yaml_files import parse_yaml, read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +27,12 @@ class RecipeFile(ActionConfigFile):
     def __call__(self, parser: argparse.ArgumentParser, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Lay the file over what was given before."""
         text = str(values)
-        if not text.lstrip().startswith("{"):
+        if text.lstrip().startswith("{"):
+            content = parse_yaml(text, "--config") or {}
+        else:
             values = str(find_recipe(text))
-            text = Path(values).read_text(encoding="utf-8")
-        drop_replaced(cfg, yaml.safe_load(text) or {})
+            content = read_yaml(Path(values))
+        drop_replaced(cfg, content)
         self.apply_config(parser, cfg, self.dest, values)
 
 
@@ -44,8 +46,8 @@ class Replace(argparse.Action):
         """Drop what the announced option makes stale."""
         key, _, text = values.partition("=")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = parse_yaml(text, key)
+        except ValueError:
             return  # the option itself will say what is wrong with it
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -110,7 +112,7 @@ def _log_dropped(key: str, old: str, new: str, names: tuple[str, ...]) -> None:
 def _content(value: Any) -> Mapping[str, Any]:
     """Read a value the way the parser does: a mapping, a class's name, or a file with either."""
     if isinstance(value, str) and Path(value).is_file():
-        value = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        value = read_yaml(Path(value))
     if isinstance(value, str):
         return {"class_path": value}
     return value if isinstance(value, Mapping) else {}

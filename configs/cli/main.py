@@ -7,9 +7,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from json import JSONDecodeError
 from traceback import walk_tb
 
 from malleable import __version__
+from malleable.datamodules.escape import for_terminal
+from malleable.datamodules.user_files import first_line, format_problem, system_problem
 from malleable.early import check_words
 from malleable.recipes import run_recipes
 
@@ -55,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> None:
         message = _message(error)
         if args is not None or os.environ.get("MALLEABLE_DEBUG") or message is None:
             raise
-        sys.stderr.write(f"malleable: error: {message}\n")
+        sys.stderr.write(for_terminal(f"malleable: error: {message}\n", keep="\n"))
         sys.exit(1)
 
 
@@ -82,15 +85,39 @@ def _run(words: list[str]) -> None:
         run(words)
 
 
+_DEBUG = "MALLEABLE_DEBUG=1 shows where"
+
+
 def _message(error: BaseException | None) -> str | None:
-    """Return what an error says to the user, ``None`` for one that nobody raised on purpose: a bug keeps its traceback."""
+    """Return what an error says to the user, ``None`` for a bug, which keeps its traceback.
+
+    Errors that this package or Lightning raises on purpose, and those of the system and of parsers, become one message.
+    """
     while error is not None:
-        *_, (frame, _) = walk_tb(error.__traceback__)
-        ours = str(frame.f_globals.get("__name__")).partition(".")[0] == "malleable"
-        if type(error).__name__ == "MisconfigurationException" or (ours and isinstance(error, (ValueError, OSError, ImportError))):
-            return str(error)
+        if message := _known(error):
+            return message
         error = error.__cause__  # the parser wraps what a constructor raises
     return None
+
+
+def _known(error: BaseException) -> str | None:
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    ours = str(frame.f_globals.get("__name__")).partition(".")[0] == "malleable"
+    problem = system_problem(error)
+    if problem is not None:
+        files = [str(name) for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name is not None]
+        return f"{' and '.join(files)}: {problem}" if files else f"{problem} ({first_line(error)}; {_DEBUG})"
+    if type(error).__name__ == "MisconfigurationException" or (ours and isinstance(error, (ValueError, OSError, ImportError)) and not _is_raw(error)):
+        return str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({first_line(error)}): lower batch_size, use a smaller model or file, or a machine with more memory"
+    damaged = None if isinstance(error, RecursionError) else format_problem(error)
+    return None if damaged is None else f"a file {damaged}; {_DEBUG}"
+
+
+def _is_raw(error: BaseException) -> bool:
+    """Whether an error comes from a parser of the standard library, which knows no path."""
+    return isinstance(error, (UnicodeError, JSONDecodeError))
 
 
 # Messages of libraries that tell a user of this command line nothing, by logger.
@@ -104,10 +131,18 @@ def _is_no_noise(record: logging.LogRecord) -> bool:
     return _NOISE[record.name] not in str(record.msg)
 
 
+class _Plain(logging.Formatter):
+    """Messages in which labels of files cannot command the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return for_terminal(super().format(record), keep="\n\t")
+
+
 @contextmanager
 def _log_to_stderr() -> Iterator[None]:
     """Show the package's messages of the first process, and warnings of all."""
     handler = logging.StreamHandler()
+    handler.setFormatter(_Plain())
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))) == "0"
     handler.setLevel(logging.INFO if first else logging.WARNING)
     level = log.level

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from malleable.datamodules.escape import for_terminal
+from malleable.datamodules.files import locked, recover
 from malleable.lightning_modules.patches.container import Container
 from malleable.lightning_modules.patches.containers import is_weights_folder, open_container
 from malleable.lightning_modules.patches.delta import Delta
@@ -26,6 +30,7 @@ def run(words: Sequence[str]) -> None:
     """
     options = _parser().parse_args(list(words))
     text = options.run(options)
+    text = for_terminal(text, keep="\n")
     sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
 
 
@@ -62,7 +67,12 @@ def _diff(options: argparse.Namespace) -> str:
 
 
 def _apply(options: argparse.Namespace) -> str:
-    patch, target = Patch.read(options.patch), _open(options)
+    patch = Patch.read(options.patch)
+    with _locked(options):
+        return _apply_to(options, patch, _open(options))
+
+
+def _apply_to(options: argparse.Namespace, patch: Patch, target: Container) -> str:
     change = target.stack.apply(patch, target.tensors, allow_conflicts=options.allow_conflicts, force=options.force)
     lines = [str(conflict) for conflict in change.conflicts]
     if change.unchecked:
@@ -75,9 +85,13 @@ def _apply(options: argparse.Namespace) -> str:
 
 
 def _revert(options: argparse.Namespace) -> str:
-    target = _open(options)
     if options.all and options.ids:
         raise ValueError("--all reverts every patch; give no ids with it")
+    with _locked(options):
+        return _revert_from(options, _open(options))
+
+
+def _revert_from(options: argparse.Namespace, target: Container) -> str:
     latest = _latest(target.stack, options.target).id
     gone = [target.stack.find(id).id for id in (target.stack.ids if options.all else options.ids or [latest])]
     change = target.stack.revert(gone, target.tensors, force=options.force)
@@ -94,6 +108,13 @@ def _export(options: argparse.Namespace) -> str:
         return f"wrote {where} with {_count(len(target.stack.patches), 'patch')} folded in: it keeps no originals, so they cannot be reverted there"
     patch = _pick(target.stack, options)
     return f"wrote patch {patch.id} to {patch.write(options.out)}"
+
+
+def _locked(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """Keep other commands from changing the target between reading and writing it."""
+    path = Path(os.path.realpath(options.target))
+    recover(path)
+    return locked(path) if path.exists() else nullcontext()
 
 
 def _open(options: argparse.Namespace) -> Container:

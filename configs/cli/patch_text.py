@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from malleable.datamodules.escape import for_terminal
 from malleable.lightning_modules.patches.container import Container
 from malleable.lightning_modules.patches.patch import Patch
 
@@ -18,7 +19,7 @@ _BLOCK = 1 << 20  # values in memory at once, widened
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return rows in aligned columns; the last one may be of any width."""
-    cells = [list(head), *([_cell(value) for value in row] for row in rows)]
+    cells = [[for_terminal(cell) for cell in row] for row in (head, *([_cell(value) for value in row] for row in rows))]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     return "".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in cells)
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from malleable.datamodules.files import recover_below
+from malleable.datamodules.plain_checkpoint import read_plain
+from malleable.yaml_files import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -148,8 +149,9 @@ class Wanted(NamedTuple):
         Args:
             config: Plain data with the keys ``model`` and ``data``.
         """
-        model, data = config.get("model") or {}, config.get("data") or {}
-        return cls(model.get("class_path"), data.get("class_path"), (data.get("init_args") or {}).get("source"))
+        model, data = (part if isinstance(part := config.get(key), Mapping) else {} for key in ("model", "data"))
+        arguments = data.get("init_args")
+        return cls(model.get("class_path"), data.get("class_path"), arguments.get("source") if isinstance(arguments, Mapping) else None)
 
     def differences(self, stored: Wanted) -> list[str]:
         """Name what a stored configuration has differently; what it does not say is not compared."""
@@ -223,8 +225,8 @@ def _best(newest: Path, runs: Path) -> Path:
     """Return the checkpoint that a run would test, by what its newest one says."""
     if newest.name == EDITED or newest.is_dir():
         return newest
-    states = torch.load(newest, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
-    found = [state for key, state in states.items() if key.startswith("ModelCheckpoint") and state.get("best_model_path")]
+    states = read_plain(newest).get("callbacks") or {}
+    found = [state for key, state in states.items() if str(key).startswith("ModelCheckpoint") and state.get("best_model_path")]
     if not found:
         raise FileNotFoundError(f"{newest} does not say which checkpoint of its run is the best one; give the file with --ckpt_path")
     state = max(found, key=lambda state: state.get("monitor") is not None)
@@ -242,13 +244,12 @@ def _best(newest: Path, runs: Path) -> Path:
 
 def _stored(run: Path, checkpoint: Path) -> Wanted:
     """Return what a run was made of, by its configuration or else by its checkpoint."""
-    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-        config = yaml.safe_load((run / "config_fit.yaml").read_text(encoding="utf-8"))
-        if isinstance(config, dict):
+    with suppress(OSError, ValueError):
+        if config := read_yaml(run / "config_fit.yaml"):
             return Wanted.of(config)
     if checkpoint.is_dir():
         return Wanted()
-    values = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
+    values = read_plain(checkpoint).get("hyper_parameters") or {}
     return Wanted(values.get("_class_path"))
 
 

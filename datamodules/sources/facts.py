@@ -140,7 +140,7 @@ class FactSource(EditSource):
             objects[fact.relation].add(fact.object)
         facts = [fact for fact in facts if len(objects[fact.relation]) > 1]
         if not facts:
-            raise ValueError(f"{type(self).__name__}: no facts are left of {', '.join(wanted)}")
+            raise ValueError(f"{type(self).__name__}: no facts of {', '.join(wanted)} are left of {self.path}; each relation needs two objects")
         if self.limit is not None and self.limit > len(facts):
             raise ValueError(f"limit={self.limit}, but {type(self).__name__} has only {len(facts)} facts of {', '.join(wanted)}")
         return FactTables(tables.relations, facts)

@@ -6,6 +6,7 @@ import logging
 import numbers
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -252,8 +253,9 @@ def _seconds(path: Path, column: pd.Series) -> pd.Series:
     values = pd.Series(float("nan"), index=column.index) if pd.api.types.is_datetime64_any_dtype(column) else _as_numbers(column)
     if (rest := values.isna()).any():
         dates = column[rest] if column.dtype != object else column[rest].map(lambda value: None if isinstance(value, (bool, list, dict)) else value)
-        times = pd.to_datetime(dates, utc=True, format="ISO8601", errors="coerce")
-        values[rest] = (times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
+        with suppress(ValueError, OverflowError, TypeError):  # years that no time has
+            times = pd.to_datetime(dates, utc=True, format="ISO8601", errors="coerce")
+            values[rest] = (times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
     _check_finite(path, column, values, "timestamp", "give unix seconds or ISO 8601 (2024-05-01T12:00:00)")
     return values
 

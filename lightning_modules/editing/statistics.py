@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 
 from malleable.datamodules.files import atomic_write
 from malleable.datamodules.identity import rules_digest
+from malleable.datamodules.user_files import first_line
 from malleable.lightning_modules.editing.layout import Layout
 from malleable.lightning_modules.editing.passes import stopping
 from malleable.lightning_modules.functional.null_space import SecondMoment
@@ -197,9 +198,12 @@ def _taken_up(file: Path, mark: str, totals: dict[int, SecondMoment]) -> int:
             f"{file} holds second moments of another model, text or setting (mark {about.get('mark', 'missing')[:12]}, here {mark[:12]}); "
             f"remove it, give another file, or put {MARK} into the name"
         )
-    counts = json.loads(about["counts"])
-    for layer, total in totals.items():
-        total.total.copy_(stored[str(layer)])
-        total.count = counts[str(layer)]
+    try:
+        counts, pieces = json.loads(about["counts"]), int(about["pieces"])
+        for layer, total in totals.items():
+            total.total.copy_(stored[str(layer)])
+            total.count = int(counts[str(layer)])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {first_line(error)}); remove it, and it is made again") from error
     log.info("second moments: %s tokens taken up from %s", next(iter(totals.values())).count, file)
-    return int(about["pieces"])
+    return pieces

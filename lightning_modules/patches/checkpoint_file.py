@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from malleable.datamodules.plain_checkpoint import read_plain
 from malleable.lightning_modules.patches.container import Container
 from malleable.lightning_modules.patches.files import replacing
 from malleable.lightning_modules.patches.names import canonical_names, untied
@@ -33,6 +34,8 @@ class CheckpointFile(Container):
         self.path = path
         self._content = _load(path)
         state = {key: value for key, value in self._content["state_dict"].items() if isinstance(value, Tensor)}
+        if sparse := [key for key, value in state.items() if value.layout != torch.strided or value.is_meta or value.is_quantized]:
+            raise ValueError(f"{path} holds sparse, quantised or empty tensors, such as {sparse[0]!r}, which cannot be patched")
         keys = canonical_names(state, prefix)
         if not keys:
             raise ValueError(f"{path} holds no tensor under {prefix!r} but e.g. {sorted(state)[:3]}; give the --prefix under which the model lies")
@@ -63,10 +66,7 @@ def _save(content: dict[str, Any], file: Path) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # many kinds, from many libraries
-        raise ValueError(f"{path} does not open as a checkpoint of plain data: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+    content = read_plain(path)
+    if "state_dict" not in content:
         raise ValueError(f"{path} is no Lightning checkpoint: it has no 'state_dict'")
     return content

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+from malleable.datamodules.text_files import parse_json
+
 FORMAT = 1
 _FIELDS: dict[str, type] = {
     "id": str,
@@ -52,10 +54,7 @@ def parse_manifest(text: str) -> dict[str, Any]:
     Raises:
         ValueError: If the text is no JSON, of another format version, or lacks a field.
     """
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON: {error}") from error
+    fields = parse_json(text, "it is not JSON")
     if not isinstance(fields, dict):
         raise ValueError(f"it must be a JSON object, got {type(fields).__name__}")
     if fields.get("format") != FORMAT:
@@ -71,7 +70,7 @@ def _check_contents(fields: Mapping[str, Any]) -> None:
     for name, item in (*(("requests", item) for item in fields["requests"]), *fields["figures"].items(), *fields["tensors"].items()):
         if not isinstance(item, dict):
             raise ValueError(f"{name!r} must hold objects, got {item!r:.60}")
-    for name, item in (*(("requires", item) for item in fields["requires"]), *fields["base"].items()):
+    for name, item in (*(("requires", item) for item in fields["requires"]), *fields["base"].items(), *fields["libraries"].items()):
         if not isinstance(item, str):
             raise ValueError(f"{name!r} must be a text, got {item!r:.60}")
     try:

@@ -10,14 +10,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from malleable.datamodules.text_files import open_text
+from malleable.datamodules.user_files import check_tree
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.files import mirror, replacing
 from malleable.lightning_modules.patches.fingerprint import raw
 from malleable.lightning_modules.patches.manifest import dump_manifest, parse_manifest, plain, to_json
+from malleable.lightning_modules.patches.safetensors_file import load_tensors
 
 MANIFEST = "patch.json"
 DELTAS = "deltas.safetensors"
@@ -132,14 +134,13 @@ class Patch:
 
         Raises:
             FileNotFoundError: If it is none.
-            ValueError: If a file of it is damaged, or the two do not belong together; the message names the file.
+            ValueError: If a file of it is damaged, a link that leads outside, a named pipe or a device, or the two do not belong together; the
+                message names the file.
         """
         if not is_patch(folder):
             raise FileNotFoundError(f"{folder} is no patch: it has no {MANIFEST}; give the folder that holds one")
-        try:
-            tensors = load_file(folder / DELTAS) if (folder / DELTAS).exists() else {}
-        except SafetensorError as error:
-            raise ValueError(f"{folder / DELTAS} is damaged: {error}") from error
+        check_tree(folder)
+        tensors = load_tensors(folder / DELTAS) if (folder / DELTAS).exists() else {}
         return cls.from_parts(_text(folder / MANIFEST), tensors, str(folder), folder)
 
     @classmethod
@@ -185,10 +186,8 @@ def read_patches(folder: Path) -> list[Patch]:
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text: {error}") from error
+    with open_text(path) as file:
+        return file.read()
 
 
 def _deltas(forms: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Delta]:

@@ -179,6 +179,9 @@ class PatchStack:
             originals, digests = section["originals"], section["digests"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"the patches in {source} are damaged: no {error}") from error
+        tensors = [*(own for _, own in parts), originals]
+        if not all(isinstance(text, str) for text, _ in parts) or not all(map(_are_tensors, tensors)) or not isinstance(digests, dict):
+            raise ValueError(f"the patches in {source} are damaged: an entry is of another type")
         patches = tuple(Patch.from_parts(manifest, tensors, f"{source}, patch {place}") for place, (manifest, tensors) in enumerate(parts))
         return cls.checked(patches, originals, digests, source)
 
@@ -198,6 +201,10 @@ class PatchStack:
         if damaged:
             raise ValueError(f"the patches in {source} are damaged: the stored originals of {_few(damaged)} are not what the patches were made on")
         return cls(patches, originals, digests)
+
+
+def _are_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
 
 
 def _patched(name: str, original: Tensor, patches: Iterable[Patch]) -> Tensor:

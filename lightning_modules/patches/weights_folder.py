@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from malleable.datamodules.text_files import read_json
+from malleable.datamodules.user_files import check_tree, shard_names
 from malleable.lightning_modules.patches.container import Container
 from malleable.lightning_modules.patches.files import mirror, replacing
 from malleable.lightning_modules.patches.names import canonical_names
 from malleable.lightning_modules.patches.patch import Patch
-from malleable.lightning_modules.patches.safetensors_file import write_changed
+from malleable.lightning_modules.patches.safetensors_file import load_tensors, open_tensors, write_changed
 from malleable.lightning_modules.patches.stack import Change, PatchStack
 
 SECTION = "patches"
 _ORDER = "stack.json"
 _ORIGINALS = "originals.safetensors"
+_ID = re.compile("[0-9a-f]{12}")
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -35,7 +38,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         file, key = self.places[name]
-        with safe_open(file, "pt") as stored:
+        with open_tensors(file) as stored:
             tensor: Tensor = stored.get_tensor(key)
         return tensor
 
@@ -53,12 +56,13 @@ class WeightsFolder(Container):
         path: The folder.
 
     Raises:
-        ValueError: If its weights are of another format, or damaged.
+        ValueError: If its weights are of another format, or damaged, or a file is a link that leads outside, a named pipe or a device.
     """
 
     tensors: StoredTensors
 
     def __init__(self, path: Path) -> None:
+        check_tree(path)
         self.path = path
         files = {key: file for file in _weight_files(path) for key in _keys(file)}
         self.tensors = StoredTensors({name: (files[key], key) for name, key in canonical_names(files).items()})
@@ -78,19 +82,26 @@ class WeightsFolder(Container):
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    for single in ("adapter_model.safetensors", "model.safetensors"):
-        if (folder / single).is_file():
-            return [folder / single]
-    index = folder / "model.safetensors.index.json"
+    """Return the files that transformers and PEFT load."""
+    if (folder / "adapter_config.json").is_file():
+        if (folder / "adapter_model.safetensors").is_file():
+            return [folder / "adapter_model.safetensors"]
+        raise ValueError(f"{folder} is an adapter without adapter_model.safetensors; load it and save it with save_pretrained of PEFT")
+    named = read_json(folder / "config.json")
+    explicit = named.get("transformers_weights") if isinstance(named, dict) else None
+    if explicit is not None and (not isinstance(explicit, str) or Path(explicit).name != explicit or not (folder / explicit).is_file()):
+        raise ValueError(f"{folder / 'config.json'}, field transformers_weights: {explicit!r:.200} is no file of the folder")
+    if explicit and not explicit.endswith(".index.json"):
+        return [folder / explicit]
+    if not explicit and (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / (explicit or "model.safetensors.index.json")
     if not index.is_file():
         raise ValueError(
             f"{folder} has no safetensors weights (model.safetensors, its sharded form, or adapter_model.safetensors); "
             "load what it holds and save it with save_pretrained of transformers or PEFT"
         )
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged: it maps no weights to files") from error
+    names = shard_names(index)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is incomplete: its index names {missing[0]} ({len(missing)} such files missing); download it again")
@@ -98,27 +109,23 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _keys(file: Path) -> list[str]:
-    try:
-        with safe_open(file, "pt") as stored:
-            return list(stored.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    with open_tensors(file) as stored:
+        return list(stored.keys())
 
 
 def _read_section(folder: Path) -> PatchStack:
     if not folder.exists():
         return PatchStack()
+    if not (folder / _ORDER).exists():
+        raise ValueError(f"{folder} was not written by malleable: it has no {_ORDER}; move it elsewhere, that name is needed for patches")
     try:
-        section = json.loads((folder / _ORDER).read_text(encoding="utf-8"))
-        order, digests = list(section["order"]), dict(section["digests"])
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} was not written by malleable: it has no {_ORDER}; move it elsewhere, that name is needed for patches") from error
-    except (ValueError, KeyError, TypeError) as error:
+        section = read_json(folder / _ORDER)
+    except ValueError as error:
         raise ValueError(f"{folder / _ORDER} is damaged: {error}") from error
-    try:
-        originals = load_file(folder / _ORIGINALS) if digests else {}
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{folder / _ORIGINALS} is damaged: {error}") from error
+    order, digests = (section.get(name) for name in ("order", "digests")) if isinstance(section, dict) else (None, None)
+    if not isinstance(order, list) or not all(isinstance(id, str) and _ID.fullmatch(id) for id in order) or not isinstance(digests, dict):
+        raise ValueError(f"{folder / _ORDER} is damaged: expected an object with order, a list of ids, and digests, an object")
+    originals = load_tensors(folder / _ORIGINALS) if digests else {}
     return PatchStack.checked(tuple(Patch.read(folder / id) for id in order), originals, digests, str(folder))
 
 

@@ -20,7 +20,7 @@ def test_tables_escape_bars():
     assert markdown_table(("title", "n"), [("Tea | green", 3)]).splitlines() == [
         "| title | n |",
         "| --- | ---: |",
-        "| Tea \\| green | 3 |",
+        "| Tea &#124; green | 3 |",
     ]
 
 

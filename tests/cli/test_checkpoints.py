@@ -1,6 +1,7 @@
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.checkpoints import differences, find_checkpoint, stored_model
 
@@ -16,10 +17,12 @@ def test_a_missing_file(tmp_path):
         find_checkpoint("nowhere.ckpt", tmp_path)
 
 
-def test_addresses_and_files_are_left_alone(tmp_path):
+@pytest.mark.parametrize("address", ["http://a/last.ckpt", "https://a/b.ckpt", "file:///a.ckpt", "s3://bucket/a.ckpt"])
+def test_addresses_are_refused_and_files_are_left_alone(tmp_path, address):
     file = str(touch(tmp_path / "a.ckpt"))
     assert find_checkpoint(file, tmp_path) == file
-    assert find_checkpoint("s3://bucket/a.ckpt", tmp_path) == "s3://bucket/a.ckpt"
+    with pytest.raises(MisconfigurationException, match=f"--ckpt_path {address} is an address; download the file"):
+        find_checkpoint(address, tmp_path)
 
 
 def test_the_model_stored_in_a_file(tmp_path):

@@ -1,9 +1,17 @@
+import gzip
+import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
+import zipfile
 
+import pyarrow
 import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
 
 import malleable
 from malleable.main import main
@@ -114,3 +122,60 @@ def test_advertisements_of_libraries_are_left_out(monkeypatch):
     main([])
     logger.warning(tip)
     assert shown == ["no tip", tip]
+
+
+def raising(error):
+    def fail(words):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied", "/x/runs"), "/x/runs: permission denied: change the permissions, or give another path"),
+        (OSError(28, "No space left on device"), "the disk is full: free some space, or write elsewhere"),
+        (FileNotFoundError(2, "No such file or directory", "a.csv"), "a.csv: there is no such file or folder"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "a file is damaged, or no text"),
+        (zipfile.BadZipFile("File is not a zip file"), "a file is damaged, or no zip"),
+        (gzip.BadGzipFile("Not a gzipped file"), "a file is damaged, or no gzip"),
+        (pickle.UnpicklingError("x"), "a file is damaged, or no checkpoint of plain data"),
+        (json.JSONDecodeError("Expecting value", "", 0), "a file is damaged, or no JSON"),
+        (yaml.YAMLError("x"), "a file is damaged, or no YAML"),
+        (pyarrow.ArrowInvalid("x"), "a file is damaged, or no Arrow or Parquet"),
+        (SafetensorError("x"), "a file is damaged, or no safetensors"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory (CUDA out of memory.): lower batch_size"),
+    ],
+)
+def test_errors_of_the_system_and_of_parsers_are_one_message(monkeypatch, capsys, error, message):
+    monkeypatch.setattr("malleable.main._run", raising(error))
+    monkeypatch.setattr(sys, "argv", ["malleable", "fit"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    text = capsys.readouterr().err
+    assert (ended.value.code, text.count("\n")) == (1, 1)
+    assert text.startswith(f"malleable: error: {message}")
+    monkeypatch.setenv("MALLEABLE_DEBUG", "1")
+    with pytest.raises(type(error)):
+        main()
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), AttributeError("x"), IndexError("x"), AssertionError("x"), RecursionError("x")])
+def test_errors_of_programming_keep_their_traceback(monkeypatch, error):
+    monkeypatch.setattr("malleable.main._run", raising(error))
+    monkeypatch.setattr(sys, "argv", ["malleable", "fit"])
+    with pytest.raises(type(error)):
+        main()
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_message(monkeypatch, boring, capsys):
+    (boring / "runs").write_text("a file in the place of the folder")
+    words = ["--trainer.fast_dev_run", "false", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    monkeypatch.setattr(sys, "argv", ["malleable", "fit", "--config", "boring.yaml", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "runs" in capsys.readouterr().err.splitlines()[-1]

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from tiny_patch import DOWN, UP, llama, random_patch, save_checkpoint
 from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.patch import Patch
 from malleable.main import main
+from malleable.patch import run
 
 EMPTY = torch.empty(0, 4)
 REQUEST = {"prompt": "{} lies in", "subject": "Łódź", "target": " Poland"}
@@ -255,3 +257,52 @@ def test_it_imports_neither_lightning_nor_transformers(target):
     code = f"{listed}; sys.exit(' '.join({heavy!r} & sys.modules.keys()) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, f"{target} holds no patches\n"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["checkpoint", "folder"])
+def test_patches_applied_at_the_same_time_are_all_there(tmp_path, kind):
+    """Reading, changing and writing is one step for other processes."""
+    model = llama()
+    target = tmp_path / "model"
+    if kind == "folder":
+        model.save_pretrained(target)
+    else:
+        torch.save({"state_dict": {f"model.{name}": value for name, value in model.state_dict().items()}}, target)
+    patches = [random_patch(open_container(target).tensors, seed=seed) for seed in range(4)]
+    for number, patch in enumerate(patches):
+        patch.write(tmp_path / f"patch{number}")
+    code = "import sys; from malleable.patch import run; run(sys.argv[1:])"
+    words = [["apply", str(tmp_path / f"patch{number}"), str(target), "--allow_conflicts"] for number in range(4)]
+    running = [subprocess.Popen([sys.executable, "-c", code, *own], stdout=subprocess.DEVNULL) for own in words]
+    assert [process.wait(120) for process in running] == [0] * 4
+    assert sorted(open_container(target).stack.ids) == sorted(patch.id for patch in patches)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", *(f"patch{number}" for number in range(4))}
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_links_and_pipes_in_a_patch_are_refused(tmp_path, kind):
+    model = llama()
+    model.save_pretrained(tmp_path / "model")
+    random_patch(open_container(tmp_path / "model").tensors).write(tmp_path / "patch")
+    if kind == "link":
+        (tmp_path / "secret").write_text("x")
+        (tmp_path / "patch" / "notes").symlink_to(tmp_path / "secret")
+    else:
+        (tmp_path / "patch" / "deltas.safetensors").unlink()
+        os.mkfifo(tmp_path / "patch" / "deltas.safetensors")
+    with pytest.raises(ValueError, match=r"a link that leads outside|neither a file nor a folder"):
+        run(["apply", str(tmp_path / "patch"), str(tmp_path / "model")])
+
+
+def test_files_of_a_patch_have_the_permissions_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        llama().save_pretrained(tmp_path / "model")
+        random_patch(open_container(tmp_path / "model").tensors).write(tmp_path / "patch")
+        run(["apply", str(tmp_path / "patch"), str(tmp_path / "model")])
+    finally:
+        os.umask(before)
+    files = [path for name in ("patch", "model/patches") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert len(files) == 6
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}

@@ -3,12 +3,13 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from malleable.datamodules import files
-from malleable.datamodules.files import atomic_write, recover_below
+from malleable.datamodules.files import atomic_write, locked, recover_below
 
 
 def fill(folder, text="x"):
@@ -120,7 +121,7 @@ def test_keep_decides_on_what_another_process_has_written_meanwhile(tmp_path, ki
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from malleable.datamodules.files import atomic_write
+from malleable.datamodules.files import atomic_write, locked
 with atomic_write(Path(sys.argv[1])) as temporary:
     temporary.mkdir()
     (temporary / "a").write_text("half")
@@ -170,7 +171,7 @@ def test_leftovers_below_a_folder_are_removed(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from malleable.datamodules.files import atomic_write
+from malleable.datamodules.files import atomic_write, locked
 path, kind, text = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 for _ in range(40):
     with atomic_write(path) as temporary:
@@ -196,3 +197,31 @@ def test_two_processes_may_write_at_once(tmp_path, kind):
     assert [writer.returncode for writer in writers] == [0, 0]
     assert len(text_of(path)) == 1
     assert names(tmp_path) == ["name"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_reading_changing_and_writing_is_one_step_under_the_lock(tmp_path, kind):
+    path = tmp_path / "count"
+    place = path / "number" if kind == "folder" else path
+
+    def write(number):
+        with atomic_write(path) as building:
+            if kind == "folder":
+                building.mkdir()
+            (building / "number" if kind == "folder" else building).write_text(str(number))
+
+    def work():
+        for _ in range(5):
+            with locked(path):
+                number = int(place.read_text())
+                time.sleep(0.001)
+                write(number + 1)
+
+    write(0)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert place.read_text() == "20"
+    assert list(tmp_path.iterdir()) == [path]

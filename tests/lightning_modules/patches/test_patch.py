@@ -129,7 +129,7 @@ def test_a_wrong_manifest_is_refused_by_name(folder, changes, message):
         Patch.read(folder)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "it is not JSON"), ("[]", "must be a JSON object, got list"), (b"\xff", "is no text")])
+@pytest.mark.parametrize(("text", "message"), [("{", "it is not JSON"), ("[]", "must be a JSON object, got list"), (b"\xff", "not text in UTF-8")])
 def test_a_manifest_that_is_no_manifest(folder, text, message):
     (folder / "patch.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=rf"edit/patch\.json.*{message}"):

@@ -6,6 +6,7 @@ from peft import PeftModel
 from tiny_patch import DOWN, QUERY, UP, apply, llama, random_patch, revert, with_lora
 from transformers import AutoModelForCausalLM
 
+from malleable.datamodules.fetch import resolve_model
 from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.names import canonical_tensors
 from malleable.lightning_modules.patches.patch import Patch
@@ -104,16 +105,52 @@ def test_elsewhere_leaves_the_target_alone_and_shares_nothing(folder, tmp_path):
     assert not torch.equal(load(out)[DOWN], load(folder)[DOWN])
 
 
-def test_files_that_are_links_into_a_cache_stay_whole_there(tmp_path):
-    llama().save_pretrained(tmp_path / "blobs")
-    (tmp_path / "model").mkdir()
-    for path in (tmp_path / "blobs").iterdir():
-        (tmp_path / "model" / path.name).symlink_to(f"../blobs/{path.name}")
-    before = tree(tmp_path / "blobs")
+def test_files_that_are_links_into_the_cache_of_the_hub_stay_whole_there(tmp_path):
+    folder = tmp_path / "models--x" / "snapshots" / "1"
+    llama().save_pretrained(folder.parents[1] / "blobs")
+    folder.mkdir(parents=True)
+    for path in (folder.parents[1] / "blobs").iterdir():
+        (folder / path.name).symlink_to(f"../../blobs/{path.name}")
+    before = tree(folder.parents[1] / "blobs")
+    apply(folder, random_patch(open_container(folder).tensors))
+    assert tree(folder.parents[1] / "blobs") == before
+    assert (folder / "config.json").is_symlink()
+    assert not torch.equal(load(folder)[DOWN], load(folder.parents[1] / "blobs")[DOWN])
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "model.safetensors", "sub/notes.txt"])
+def test_links_out_of_the_folder_are_refused(tmp_path, name):
+    llama().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "sub").mkdir()
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "model" / name).unlink(missing_ok=True)
+    (tmp_path / "model" / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"is a link that leads outside of its folder"):
+        open_container(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "sub/model.safetensors", "/etc/passwd", "", ".."])
+def test_shards_in_other_folders_are_refused(tmp_path, name):
+    llama().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "sub").mkdir()
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "sub" / "model.safetensors")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match=r"index.json names .* which is no file of its own folder"):
+        open_container(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"index.json names .* which is no file of its own folder"):
+        resolve_model(str(tmp_path / "model"))
+
+
+def test_the_file_that_transformers_loads_is_patched(tmp_path):
+    """Of several files of weights in a folder: the one that the configuration names, and no adapter without its configuration."""
+    llama().save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"transformers_weights": "own.safetensors"}))
+    (tmp_path / "model" / "own.safetensors").write_bytes((tmp_path / "model" / "model.safetensors").read_bytes())
+    (tmp_path / "model" / "adapter_model.safetensors").write_bytes((tmp_path / "model" / "model.safetensors").read_bytes())
+    before = load(tmp_path / "model")[DOWN].clone()
     apply(tmp_path / "model", random_patch(open_container(tmp_path / "model").tensors))
-    assert tree(tmp_path / "blobs") == before
-    assert (tmp_path / "model" / "config.json").is_symlink()
-    assert not torch.equal(load(tmp_path / "model")[DOWN], load(tmp_path / "blobs")[DOWN])
+    assert not torch.equal(load(tmp_path / "model")[DOWN], before)
 
 
 def damage_index(folder):
@@ -147,7 +184,7 @@ def test_what_is_damaged_is_refused_by_name(tmp_path, change, message):
     ("name", "text", "message"),
     [
         ("stack.json", b"{", r"stack\.json is damaged"),
-        ("stack.json", b'{"order": []}', r"stack\.json is damaged: 'digests'"),
+        ("stack.json", b'{"order": []}', r"stack\.json is damaged: expected an object with order"),
         ("originals.safetensors", b"half", r"originals\.safetensors is damaged"),
         ("{id}/patch.json", b"{}", r"patch\.json: it has format version None"),
     ],

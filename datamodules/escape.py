@@ -1,0 +1,48 @@
+"""Labels of users and strangers in reports, tables and terminals: shown as they are, never taken for commands."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Any
+
+_MARKDOWN = re.compile(r"[\\`*\[\]<>&|]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])|(?<=\w):(?=//)|(?<=www)\.", re.IGNORECASE)
+_FORMULA = "=+-@\t\r"
+# Marks that change the direction of the text around them.
+_DIRECTIONS = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
+
+
+def for_terminal(text: str, keep: str = "") -> str:
+    r"""Write control characters of a text, such as those that move the cursor or change its direction, as ``\u001b``.
+
+    Args:
+        text: The text.
+        keep: Control characters that stay, such as line feeds.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_visible(character) if _controls(character) and character not in keep else character for character in text)
+
+
+def for_markdown(text: str) -> str:
+    """Write a text so that Markdown and HTML show its characters: no tag, link, picture, column or emphasis."""
+    return _MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", for_terminal(text.replace("\r\n", " ").replace("\n", " ")))
+
+
+def for_csv(cell: Any) -> Any:
+    """Write a text that a spreadsheet would take for a formula behind an apostrophe; numbers, also those written as text, stay."""
+    if not isinstance(cell, str) or cell[:1] not in _FORMULA or not cell:
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
+
+
+def _controls(character: str) -> bool:
+    return unicodedata.category(character) == "Cc" or character in _DIRECTIONS
+
+
+def _visible(character: str) -> str:
+    return f"\\u{ord(character):04x}"
