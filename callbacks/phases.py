@@ -66,6 +66,7 @@ class SelfPlayState:
         digest: Checksum of that file.
         history: For each finished phase its name and the figures logged by then.
         before: Test figures and recommendation counts of the model after its warm-up, and what they depend on.
+        figures: Last value of what was logged in the running phase.
         marks: For each phase the optimizer step at which it began, and ``supervised`` or ``preference``.
     """
 
@@ -75,3 +76,4 @@ class SelfPlayState:
     history: list[dict[str, Any]] = field(default_factory=list)
     before: dict[str, Any] = field(default_factory=dict)
     marks: list[list[Any]] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)

@@ -94,6 +94,8 @@ class RunReport(Callback):
         if due and step != self._last_step:
             self._last_step = step
             self._note(trainer, validation=False)
+        if trainer.is_last_batch:
+            self.metrics.update(_plain(trainer.callback_metrics))  # a checkpoint may be saved now
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the metrics."""
@@ -119,7 +121,8 @@ class RunReport(Callback):
         }
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to collect the rows."""
+        """Begin to collect the rows, and forget the figures of an earlier test."""
+        self.metrics = {name: value for name, value in self.metrics.items() if not name.startswith("test_")}
         self.rows.start(pl_module)
 
     def on_test_batch_end(

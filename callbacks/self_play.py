@@ -20,7 +20,7 @@ from malleable.callbacks.negatives import negatives
 from malleable.callbacks.page import Column, Section
 from malleable.callbacks.phases import Phase, PhaseSettings, SelfPlayState
 from malleable.callbacks.reference import phased_loader, reference_logps
-from malleable.callbacks.restart import begin_epoch
+from malleable.callbacks.restart import finish_epoch
 from malleable.callbacks.round_file import RoundFile, draw_positions
 from malleable.callbacks.run_files import run_folder, stored_copies
 from malleable.callbacks.self_play_limits import check_limits
@@ -160,18 +160,15 @@ class SelfPlayLoop(Callback):
             self._prepare(trainer, cast("LanguageModel", pl_module), 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prepare the phase that was about to begin when a run was killed between its last step and its end."""
+        """Finish an epoch that was interrupted between its last step and its end: its end prepares the next phase."""
         self._adopt(trainer)
-        if self.state.epoch != trainer.current_epoch:
-            self._prepare(trainer, cast("LanguageModel", pl_module), trainer.current_epoch)
-            if begin_epoch(trainer):
-                self.on_train_epoch_start(trainer, pl_module)
+        finish_epoch(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a phase with a fresh optimizer."""
         phase = self.phases[trainer.current_epoch]
         if phase.epoch == 0:
-            self._earlier = dict(trainer.callback_metrics)
+            self._earlier, self.state.figures = dict(trainer.callback_metrics), {}
             self.state.marks.append([trainer.global_step, "preference" if phase.kind == "dpo" else "supervised"])
             for optimizer in trainer.optimizers:
                 reset_moments(optimizer)
@@ -190,14 +187,22 @@ class SelfPlayLoop(Callback):
                 group["lr"] = rate
         pl_module.log("train_lr", rate, batch_size=1)
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the phase's figures before a checkpoint is saved after its last step."""
+        if trainer.is_last_batch:
+            self._note(trainer)
+
+    def _note(self, trainer: Trainer) -> None:
+        self.state.figures |= {key: float(value) for key, value in logged_anew(trainer.callback_metrics, self._earlier).items()}
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the phase's figures, then prepare the next one: the Trainer asks for its rows before the epoch starts."""
         epoch = trainer.current_epoch
         phase = self.phases[epoch]
         last = epoch + 1 == len(self.phases)
         if last or self.phases[epoch + 1].epoch == 0:
-            figures = {key: float(value) for key, value in logged_anew(trainer.callback_metrics, self._earlier).items()}
-            self.state.history.append({"phase": phase.kind, "round": phase.round, **figures})
+            self._note(trainer)
+            self.state.history.append({"phase": phase.kind, "round": phase.round, **self.state.figures})
         if phase.kind == "warmup" and (last or self.phases[epoch + 1].kind != "warmup"):
             self._measure_before(trainer, cast("LanguageModel", pl_module))
         if not last and not trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from malleable.callbacks.restart import finish_epoch
 from malleable.datamodules.files import recover_below
 from malleable.datamodules.plain_checkpoint import read_plain
 from malleable.yaml_files import read_yaml
@@ -60,6 +61,10 @@ class RunFolder(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, (CSVLogger, TensorBoardLogger)):
                 logger._version = trainer.strategy.broadcast(logger._version)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish an epoch that was interrupted between its last step and its end."""
+        finish_epoch(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let monitored checkpoints of the interrupted run count.

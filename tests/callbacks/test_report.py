@@ -166,6 +166,18 @@ def test_a_test_does_not_report_the_figures_of_training(tmp_path):
     assert all(name.startswith("test_") for name in json.loads((tmp_path / "test/report/metrics.json").read_text()))
 
 
+def test_a_second_test_reports_its_own_figures(tmp_path):
+    class Module(BoringModule):
+        def test_step(self, batch, batch_idx):
+            self.log("test_once", 1.0)
+            return super().test_step(batch, batch_idx)
+
+    trainer = quiet(tmp_path, callbacks=[RunReport()])
+    for module, once in ((Module(), True), (BoringModule(), False)):
+        trainer.test(module, BoringDataModule(), verbose=False)
+        assert ("test_once" in json.loads((tmp_path / "report/metrics.json").read_text())) == once
+
+
 def test_phases_part_the_curves_of_training(tmp_path):
     phases = [(0, "supervised"), (4, "preference"), (6, "supervised"), (8, "supervised")]
     assert split_curve(([1, 4, 5, 6, 7, 8], [0.0] * 6), phases)[0] == [1, 4, 4, 5, 6, 6, 7, 8]

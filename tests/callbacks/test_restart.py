@@ -4,7 +4,7 @@ from boring import BoringDataModule, BoringModule
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from malleable.callbacks.restart import begin_epoch
+from malleable.callbacks.restart import finish_epoch
 
 ROWS = (12, 20, 8)  # of each epoch: 3, 5 and 2 batches
 
@@ -15,6 +15,8 @@ class Lengths(Callback):
     def __init__(self):
         self.epoch = 0
         self.began = []
+        self.ended = []
+        self.validated = []
         self.batches = []
 
     def state_dict(self):
@@ -35,10 +37,8 @@ class Lengths(Callback):
         self.show(trainer, self.epoch)
 
     def on_train_start(self, trainer, pl_module):
-        if self.epoch != trainer.current_epoch:
-            self.show(trainer, trainer.current_epoch)
-        if begin_epoch(trainer):
-            self.on_train_epoch_start(trainer, pl_module)
+        finish_epoch(trainer)
+        finish_epoch(trainer)
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.began.append(trainer.current_epoch)
@@ -46,7 +46,11 @@ class Lengths(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.batches.append((trainer.current_epoch, batch_idx))
 
+    def on_validation_end(self, trainer, pl_module):
+        self.validated.append((trainer.current_epoch, trainer.global_step, float(trainer.callback_metrics["val_loss"])))
+
     def on_train_epoch_end(self, trainer, pl_module):
+        self.ended.append((trainer.current_epoch, trainer.global_step))
         if trainer.current_epoch + 1 < len(ROWS):
             self.show(trainer, trainer.current_epoch + 1)
 
@@ -61,12 +65,14 @@ def fit(folder, epochs, ckpt_path=None, every=None):
     return lengths, module.layer.weight, trainer.global_step
 
 
-@pytest.mark.parametrize("step", [2, 3, 6, 8])
+@pytest.mark.parametrize("step", [2, 3, 6, 8, 10])
 def test_resuming_at_any_step_equals_going_on(tmp_path, step):
-    # Steps 3 and 8 are the last of their epochs; the epoch after 3 is longer, the one after 8 shorter.
+    # Steps 3, 8 and 10 are the last of their epochs; the epoch after 3 is longer, the one after 8 shorter.
     whole, expected, total = fit(tmp_path, 3, every=1)
     resumed, found, steps = fit(tmp_path, 3, ckpt_path=tmp_path / f"step={step}.ckpt")
     assert (total, steps) == (10, 10)
     assert resumed.batches == whole.batches[step:]
     assert resumed.began == [epoch for epoch in whole.began if epoch > whole.batches[step - 1][0]]
+    assert resumed.ended == [(epoch, end) for epoch, end in whole.ended if end >= step]
+    assert resumed.validated == [found for found in whole.validated if found[1] >= step]
     assert torch.equal(found, expected)

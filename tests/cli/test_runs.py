@@ -2,12 +2,14 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from launch import launch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -106,6 +108,19 @@ def test_a_run_that_fails_before_it_writes_leaves_no_folder(run, boring, monkeyp
     monkeypatch.chdir(boring)
     with pytest.raises(FileNotFoundError, match="no last checkpoint under runs/boring"):
         run("test", "--ckpt_path", "last")
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_commands_of_two_processes_that_are_started_together_have_folders_of_their_own(boring):
+    words = ["fit", "--config", "boring.yaml", "--config", "base/ddp.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda seed: launch(["-m", "malleable", *words, "--seed_everything", str(seed)], cwd=boring), (1, 2)))
+    runs = sorted((boring / "runs/boring").iterdir())
+    assert [path.name for path in runs] == ["version_0", "version_1"]
+    assert {yaml.safe_load((path / "config_fit.yaml").read_text())["seed_everything"] for path in runs} == {1, 2}
+    for path in runs:
+        assert {each.name for each in path.iterdir()} == {"checkpoints", "config_fit.yaml", "hparams.yaml", "metrics.csv"}
 
 
 # Searching

@@ -118,6 +118,7 @@ def main(arguments: list[str]) -> None:
     (figures,) = trainer.test(module, data, verbose=False)
     if trainer.is_global_zero:
         (options.folder / "test.json").write_text(json.dumps(figures))
+        (options.folder / "history.json").write_text(json.dumps([loop.state.history, loop.state.before["figures"], loop.state.marks]))
 
 
 if __name__ == "__main__":
