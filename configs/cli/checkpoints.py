@@ -85,7 +85,7 @@ def find_checkpoint(ckpt_path: str, runs: Path, wanted: Wanted | None = None) ->
     if "://" in ckpt_path:
         raise MisconfigurationException(f"--ckpt_path {ckpt_path} is an address; download the file, check where it comes from, and give its path")
     if not Path(ckpt_path).exists():
-        raise FileNotFoundError(f"no checkpoint {ckpt_path}; give an existing file, or `last` for the latest under {runs}")
+        raise FileNotFoundError(f"no checkpoint {ckpt_path}; give an existing file, or `last` or `best` of the latest run under {runs}")
     return ckpt_path
 
 

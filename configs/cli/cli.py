@@ -170,7 +170,7 @@ class MalleableCLI(LightningCLI):
         if getattr(resolve_name(class_path), "trains", True):
             raise MisconfigurationException(
                 f"`{self.subcommand}` would measure {class_path.rpartition('.')[2]} with the weights it is built with; "
-                f"give --ckpt_path (a file, or `last` for the latest run under {self.runs}), or --allow_untrained if that is meant"
+                f"give --ckpt_path (a file, or `last` or `best` of the latest run under {self.runs}), or --allow_untrained if that is meant"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

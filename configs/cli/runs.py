@@ -167,8 +167,9 @@ class Wanted(NamedTuple):
         ]
         if not found and stored.source and self.source:
             then, now = dict(_leaves(stored.source)), dict(_leaves(self.source))
-            changed = [key for key in sorted(then.keys() | now.keys()) if not _same(then.get(key), now.get(key))]
-            found += [f"data.source{key} {then.get(key)}, here {now.get(key)}" for key in changed]
+            # An option that only one side knows is of another version of the package.
+            changed = [key for key in sorted(then.keys() & now.keys()) if not _same(then[key], now[key])]
+            found += [f"data.source{key} {then[key]}, here {now[key]}" for key in changed]
         return found
 
 
