@@ -169,7 +169,7 @@ def test_a_test_does_not_report_the_figures_of_training(tmp_path):
 def test_a_second_test_reports_its_own_figures(tmp_path):
     class Module(BoringModule):
         def test_step(self, batch, batch_idx):
-            self.log("test_once", 1.0)
+            self.log("test_once", 1.0, batch_size=1)
             return super().test_step(batch, batch_idx)
 
     trainer = quiet(tmp_path, callbacks=[RunReport()])
