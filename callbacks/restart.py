@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Trainer
 
 
@@ -16,7 +18,8 @@ def finish_epoch(trainer: Trainer) -> None:
     epoch_loop, batches = loop.epoch_loop, loop.epoch_loop.batch_progress
     if not (loop.restarted_mid_epoch and epoch_loop.restarted_on_train_batch_end and batches.is_last_batch):
         return
-    for counts in (loop.epoch_progress.current, loop.epoch_progress.total):
+    progress: Any = loop.epoch_progress  # whose counts are declared as those of a simpler kind
+    for counts in (progress.current, progress.total):
         # Lightning has counted the epoch as finished.
         counts.processed -= 1
         counts.completed -= 1
