@@ -14,6 +14,7 @@ from malleable import __version__
 from malleable.datamodules.escape import for_terminal
 from malleable.datamodules.user_files import first_line, format_problem, system_problem
 from malleable.early import check_words
+from malleable.memory import memory_problem
 from malleable.recipes import run_recipes
 
 log = logging.getLogger("malleable")
@@ -109,8 +110,8 @@ def _known(error: BaseException) -> str | None:
         return f"{' and '.join(files)}: {problem}" if files else f"{problem} ({first_line(error)}; {_DEBUG})"
     if type(error).__name__ == "MisconfigurationException" or (ours and isinstance(error, (ValueError, OSError, ImportError)) and not _is_raw(error)):
         return str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory ({first_line(error)}): lower batch_size, use a smaller model or file, or a machine with more memory"
+    if message := memory_problem(error):
+        return message
     damaged = None if isinstance(error, RecursionError) else format_problem(error)
     return None if damaged is None else f"a file {damaged}; {_DEBUG}"
 
