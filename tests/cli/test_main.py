@@ -147,7 +147,7 @@ def raising(error):
         (SafetensorError("x"), "a file is damaged, or no safetensors"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (MemoryError(), "out of memory"),
-        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory (CUDA out of memory.): lower batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory on the device (CUDA out of memory.): lower data.batch_size"),
     ],
 )
 def test_errors_of_the_system_and_of_parsers_are_one_message(monkeypatch, capsys, error, message):
