@@ -13,20 +13,22 @@ from malleable.datamodules.batch import ASKED, KnowledgeGraph
 from malleable.datamodules.sources.graph import Ints
 from malleable.datamodules.table_files import read_cells
 from malleable.datamodules.text_files import file_kind, read_json
+from malleable.datamodules.triple_files import header_order
 
 log = logging.getLogger(__name__)
 
 FORM = f"head<TAB>relation<TAB>tail with {ASKED} for the one that is asked (.csv: commas for tabs; a last {ASKED} may be left out)"
 
 
-def read_queries(path: Path, graph: KnowledgeGraph) -> Ints:
+def read_queries(path: Path, graph: KnowledgeGraph, delimiter: str | None = None) -> Ints:
     """Read queries by label.
 
     Args:
         path: A query a line, its cells separated by tabs, or by commas if it ends in ``.csv``; also ``.gz``. ``head<TAB>relation<TAB>?`` or
             ``head<TAB>relation`` asks for tails, ``?<TAB>relation<TAB>tail`` for heads, ``head<TAB>?<TAB>tail`` for relations. A first line
-            ``head<TAB>relation<TAB>tail`` is a header.
+            ``head<TAB>relation<TAB>tail`` is a header, which may name the columns in another order, and others.
         graph: The vocabulary.
+        delimiter: What stands between the cells; default: a comma in ``.csv``, else a tab.
 
     Returns:
         ``(Q, 3)`` int64 of head, relation, -1, or head, -1, tail; a query for heads is that of the tail and the reciprocal relation.
@@ -38,10 +40,13 @@ def read_queries(path: Path, graph: KnowledgeGraph) -> Ints:
     relations = {label: key for key, label in enumerate(graph.relations)}
     fields = {"head": entities, "relation": relations, "tail": entities}
     queries = []
-    for number, cells in _lines(path):
-        if number == 1 and [cell.casefold() for cell in cells] == list(fields):
+    order: list[int] | None = None
+    for place, (number, cells) in enumerate(_lines(path, delimiter)):
+        if not place and (order := header_order(cells)) is not None:
             continue
         where = f"{path}, line {number}"
+        if order is not None and len(cells) > max(order):
+            cells = [cells[column] for column in order]
         query = [*cells, ASKED] if len(cells) == 2 else cells
         if len(query) != 3 or query.count(ASKED) != 1:
             raise ValueError(f"{where}: {cells} is no query, expected {FORM}")
@@ -129,11 +134,10 @@ def _json_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
         yield from ((label, text) for text in texts)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _lines(path: Path, delimiter: str | None = None) -> Iterator[tuple[int, list[str]]]:
     """Yield number and cells of each line that is not empty."""
-    if file_kind(path) == ".csv":
-        return read_cells(path, ",")
-    return read_cells(path, "\t", quotes=False)
+    delimiter = delimiter or ("," if file_kind(path) == ".csv" else "\t")
+    return read_cells(path, delimiter, quotes=delimiter != "\t")
 
 
 def _find(label: str, known: dict[str, int], where: str) -> int:

@@ -119,7 +119,7 @@ class KnowledgeGraphDataModule(BaseDataModule):
         self.train_dataset = GroupedQueries(*rows["train"], self.num_relations) if grouped else QueryRows(*rows["train"])
         self.val_dataset, self.test_dataset = (QueryRows(*rows[split], self.answers) for split in ("val", "test"))
         if self.predict_file is not None:
-            queries = read_queries(Path(self.predict_file).expanduser(), self.graph)
+            queries = read_queries(Path(self.predict_file).expanduser(), self.graph, getattr(self.source, "delimiter", None))
             self.predict_dataset = QueryRows(queries, np.arange(len(queries)), self.answers)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,8 @@ from malleable.datamodules.text_files import cell_text, file_kind, id_text, numb
 FIELDS = {"h": "head", "r": "relation", "t": "tail"}
 SUFFIXES = (".txt", ".tsv", ".csv", ".txt.gz", ".tsv.gz", ".csv.gz", ".parquet")
 _SIGNIFICAND_BITS = {"float": 23, "halffloat": 10}
-HEADERS = ({"head", "relation", "tail"}, {"h", "r", "t"}, {"subject", "predicate", "object"}, {"source", "relation", "target"})
+HEADERS = (("head", "relation", "tail"), ("h", "r", "t"), ("subject", "predicate", "object"), ("source", "relation", "target"))
+_DELIMITERS = {".csv": ","}
 
 
 def check_columns(columns: str) -> None:
@@ -27,18 +29,41 @@ def check_columns(columns: str) -> None:
         raise ValueError(f"columns must order the letters h (head), r (relation) and t (tail), e.g. hrt or htr, got {columns!r}")
 
 
+def header_order(header: Sequence[str], names: Mapping[str, str] | None = None) -> list[int] | None:
+    """Return the columns of head, relation and tail in a header; ``None`` if it does not name all three.
+
+    Args:
+        header: Names of the columns, in any order and among others.
+        names: The column of ``head``, ``relation`` or ``tail`` that is called otherwise than in :data:`HEADERS`, upper and lower case alike.
+    """
+    known = [name.casefold() for name in header]
+    for form in HEADERS:
+        wanted = [(names or {}).get(field, name).casefold() for field, name in zip(FIELDS.values(), form, strict=True)]
+        if set(wanted) <= set(known):
+            return [known.index(name) for name in wanted]
+    return None
+
+
 def read_labels(
-    path: Path, columns: str = "hrt", *, header: bool = False, names: Mapping[str, str] | None = None, encoding: str | None = None
+    path: Path,
+    columns: str | None = None,
+    *,
+    header: bool = False,
+    names: Mapping[str, str] | None = None,
+    encoding: str | None = None,
+    delimiter: str | None = None,
 ) -> Iterator[tuple[str, str, str]]:
     """Read labelled triples, lazily.
 
     Args:
         path: Lines of three columns with tabs between them, CSV, or Parquet with three columns. Labels may hold spaces; in lines and cells, blanks
             around one do not belong to it, see :func:`~malleable.datamodules.text_files.cell_text`.
-        columns: Order of the columns.
-        header: The first line of a text file names the columns.
-        names: Of Parquet: the column of ``head``, ``relation`` or ``tail`` that is called otherwise.
+        columns: Order of the columns; default: what the header says, else head, relation, tail.
+        header: The first line of a text file names the columns: head, relation and tail (or as in :data:`HEADERS`) in any order, and others, which
+            are left alone. A header of three other names is skipped.
+        names: The column of ``head``, ``relation`` or ``tail`` that is called otherwise.
         encoding: Of text without a byte-order mark; default: UTF-8.
+        delimiter: What stands between the cells of text; default: a comma in ``.csv``, else a tab.
 
     Yields:
         Head, relation, tail.
@@ -46,10 +71,12 @@ def read_labels(
     Raises:
         ValueError: If a line has another number of columns or an empty one, or the file has none; with file and line.
     """
+    by_name, columns = columns is None, columns or "hrt"
     check_columns(columns)
     order = [columns.index(letter) for letter in "hrt"]
     place = None
-    for place, row in _rows(path, [FIELDS[letter] for letter in columns], header=header, names=names, encoding=encoding):  # noqa: B007  (tells an empty file)
+    options: Any = {"header": header, "names": names, "encoding": encoding, "delimiter": delimiter, "by_name": by_name}
+    for place, row in _rows(path, [FIELDS[letter] for letter in columns], **options):  # noqa: B007  (tells an empty file)
         yield row[order[0]], row[order[1]], row[order[2]]
     if place is None:
         raise ValueError(f"{path} holds no triple; expected lines {_shape(columns)}")
@@ -133,42 +160,64 @@ def _rows(
     spaces: bool = False,
     names: Mapping[str, str] | None = None,
     encoding: str | None = None,
+    delimiter: str | None = None,
+    by_name: bool = False,
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield where a row stands and its cells."""
+    kind = file_kind(path)
     if path.suffix == ".parquet":
         rows = _parquet_rows(path, fields, names or {})
-    elif file_kind(path) == ".csv":
-        rows = _comma_rows(path, fields, header, encoding)
+    elif header or delimiter or kind in _DELIMITERS:
+        cells = _cell_rows(path, delimiter or _DELIMITERS.get(kind, "\t"), encoding)
+        rows = _headed_rows(cells, fields, names, by_name) if header else _bare_rows(cells, fields)
     else:
-        rows = _text_rows(path, fields, header, counted, spaces, encoding)
+        rows = _text_rows(path, fields, counted, spaces, encoding)
     for place, row in rows:
         if not all(row):
             raise ValueError(f"{place}, field {fields[row.index('')]}: it is empty; expected {'<TAB>'.join(fields)}")
         yield place, row
 
 
-def _comma_rows(path: Path, fields: Sequence[str], header: bool, encoding: str | None) -> Iterator[tuple[str, list[str]]]:
-    rows = read_cells(path, ",", encoding)
-    if header:
-        next(rows, None)
-    for place, (number, row) in enumerate(rows):
-        where = f"{path}, line {number}"
-        if len(row) != len(fields):
-            raise ValueError(f"{where}: {len(row)} cells, expected {len(fields)}: {','.join(fields)}; a label with a comma stands in quotes")
-        if not place and not header:
+def _cell_rows(path: Path, delimiter: str, encoding: str | None) -> Iterator[tuple[str, list[str]]]:
+    for number, row in read_cells(path, delimiter, encoding, quotes=delimiter != "\t"):
+        yield f"{path}, line {number}", row
+
+
+def _bare_rows(rows: Iterator[tuple[str, list[str]]], fields: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    for place, (where, row) in enumerate(rows):
+        _check_width(where, row, len(fields), fields)
+        if not place:
             _refuse_header(where, row)
         yield where, row
 
 
+def _headed_rows(
+    rows: Iterator[tuple[str, list[str]]], fields: Sequence[str], names: Mapping[str, str] | None, by_name: bool
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield the cells of the fields, found by the names of the header where ``by_name``."""
+    where, header = next(rows, ("", []))
+    order = header_order(header, names) if by_name else None
+    if order is None and header and (len(header) != len(fields) or names):
+        raise ValueError(f"{where}: the columns are {header}, expected {', '.join(fields)}; name the right ones with column_names: {{head: ...}}")
+    for where, row in rows:
+        _check_width(where, row, len(header), header)
+        yield where, row if order is None else [row[column] for column in order]
+
+
+def _check_width(where: str, row: Sequence[str], width: int, fields: Sequence[str]) -> None:
+    if len(row) != width:
+        raise ValueError(f"{where}: {len(row)} cells, expected {width}: {','.join(fields)}; a label with a comma stands in quotes")
+
+
 def _refuse_header(where: str, row: Sequence[str]) -> None:
-    if {cell.casefold() for cell in row} in HEADERS:
+    if header_order(row) is not None:
         raise ValueError(f"{where} looks like a header ({', '.join(row)}); say header: true, or take the line out")
 
 
-def _text_rows(path: Path, fields: Sequence[str], header: bool, counted: bool, spaces: bool, encoding: str | None) -> Iterator[tuple[str, list[str]]]:
+def _text_rows(path: Path, fields: Sequence[str], counted: bool, spaces: bool, encoding: str | None) -> Iterator[tuple[str, list[str]]]:
     width, count, expected = len(fields), 0, None
     for number, line in numbered_lines(path, encoding):
-        if (number == 1 and header) or not line.strip():
+        if not line.strip():
             continue
         row = [cell_text(cell) for cell in line.removesuffix("\n").removesuffix("\r").split("\t")]
         if counted and expected is None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from malleable.datamodules.sources.graph import GraphSource, GraphTables, Ints, number
+from malleable.datamodules.table_files import check_delimiter
 from malleable.datamodules.text_files import check_encoding
 from malleable.datamodules.triple_files import FIELDS, SUFFIXES, check_columns, read_ids, read_labels, read_names
 
@@ -28,12 +29,14 @@ class Triples(GraphSource):
     Args:
         path: Folder of these files; or one file of labels, whose triples are split here.
         format: The format.
-        columns: Order of the columns if the files have another: letters of ``hrt``.
-        header: The first line of each file of labels names its columns.
-        column_names: Of Parquet: the file's column for ``head``, ``relation`` or ``tail`` that is called otherwise.
+        columns: Order of the columns if the files have another, whatever a header says: letters of ``hrt``.
+        header: The first line of each file of labels names its columns: ``head``, ``relation`` and ``tail`` in any order, and others, which are left
+            alone.
+        column_names: The file's column for ``head``, ``relation`` or ``tail`` that is called otherwise.
         holdout: Of one file: shares of its distinct triples to validate and to test with. Each of their entities and relations stays in
             training.
         seed: Seed of that split.
+        delimiter: What stands between the cells of labels in text; default: a comma in ``.csv``, else a tab.
         encoding: Of labels in text without a byte-order mark, e.g. ``cp1252`` or ``latin-1``; default: UTF-8.
 
     Raises:
@@ -51,8 +54,10 @@ class Triples(GraphSource):
         holdout: tuple[float, float] = (0.1, 0.1),
         seed: int = 0,
         encoding: str | None = None,
+        delimiter: str | None = None,
     ) -> None:
         check_encoding(encoding)
+        check_delimiter(delimiter)
         if format not in ("labels", "ids_hrt", "openke"):
             raise ValueError(f"format must be labels, ids_hrt or openke, got {format!r}")
         if unknown := sorted(set(column_names or {}) - set(FIELDS.values())):
@@ -62,12 +67,14 @@ class Triples(GraphSource):
         self.path = Path(path).expanduser()
         self.format = format
         self.columns = columns or ("htr" if format == "openke" else "hrt")
+        self.label_columns = columns
         check_columns(self.columns)
         self.header = header
         self.column_names = column_names or {}
         self.holdout = (float(holdout[0]), float(holdout[1]))
         self.seed = seed
         self.encoding = encoding
+        self.delimiter = delimiter
 
     def files(self) -> list[Path]:
         """Return the files of the splits, then those of the ids."""
@@ -81,19 +88,21 @@ class Triples(GraphSource):
         """Return how the files are read."""
         read = {"format": self.format, "columns": self.columns, "header": self.header, "column_names": self.column_names}
         read |= {"encoding": self.encoding} if self.encoding else {}
+        read |= {"delimiter": self.delimiter} if self.delimiter else {}
+        read |= {"by_name": True} if self.header and self.label_columns is None else {}
         if self.path.is_file():
             return read | {"holdout": self.holdout, "seed": self.seed}
         return read | {"splits": list(split_files(self.path, self._ending))}
 
     def load(self) -> GraphTables:
         """Read all files."""
-        options: Any = {"header": self.header, "names": self.column_names, "encoding": self.encoding}
+        options: Any = {"header": self.header, "names": self.column_names, "encoding": self.encoding, "delimiter": self.delimiter}
         if self.path.is_file():
             self.files()
-            return hold_out(number({"train": read_labels(self.path, self.columns, **options)}), self.holdout, self.seed)
+            return hold_out(number({"train": read_labels(self.path, self.label_columns, **options)}), self.holdout, self.seed)
         files = split_files(self.path, self._ending)
         if self.format == "labels":
-            return number({split: read_labels(path, self.columns, **options) for split, path in files.items()})
+            return number({split: read_labels(path, self.label_columns, **options) for split, path in files.items()})
         counted = self.format == "openke"
         entities, relations = (read_names(path, counted=counted) for path in self._id_files())
         triples: dict[str, Ints] = {

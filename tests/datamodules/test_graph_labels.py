@@ -21,6 +21,11 @@ def test_queries_for_relations(tmp_path):
     assert read_queries(tmp_path / "q.tsv", GRAPH).tolist() == [[0, -1, 1], [0, 0, -1]]
 
 
+def test_a_header_of_queries_may_order_its_columns_otherwise(tmp_path):
+    (tmp_path / "q.csv").write_text("asked by;tail;relation;head\nx;?;flows through;Berlin\ny;Germany;capital of;?\n")
+    assert read_queries(tmp_path / "q.csv", GRAPH, ";").tolist() == [[0, 1, -1], [1, 2, -1]]
+
+
 @pytest.mark.parametrize("name", ["q.csv", "q.csv.gz"])
 def test_queries_between_commas_below_a_header(tmp_path, name):
     text = b'Head,relation,tail\n"Spree, the",flows through,?\n?, capital of, Germany\nBerlin,?,Germany\n'

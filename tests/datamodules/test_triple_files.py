@@ -155,3 +155,35 @@ def test_names(tmp_path):
 def test_malformed_names_are_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read_names(write(tmp_path, text, "entity2id.txt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "options"),
+    [
+        ("g.csv", "head,relation,tail\na,likes,b\n", {}),
+        ("g.csv", "tail,weight,Head,relation\nb,0.5,a,likes\n", {}),
+        ("g.tsv", "relation\ttail\thead\nlikes\tb\ta\n", {}),
+        ("g.txt", "object;predicate;subject\nb;likes;a\n", {"delimiter": ";"}),
+        ("g.csv", 'to,from,kind,note\nb,a,likes,"x, y"\n', {"names": {"head": "from", "relation": "kind", "tail": "to"}}),
+        ("g.csv", "head,relation,tail\nlikes,a,b\n", {"columns": "rht"}),
+        ("g.csv", "one,two,three\na,likes,b\n", {}),
+    ],
+)
+def test_columns_go_by_the_names_of_a_header(name, text, options, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert list(read_labels(tmp_path / name, header=True, **options)) == [("a", "likes", "b")]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("one,two,three,four\na,likes,b,c\n", {}, r"line 1: the columns are .*name the right ones with column_names"),
+        ("head,relation,tail\na,likes,b\n", {"names": {"tail": "goal"}}, r"line 1: the columns are .*column_names"),
+        ("head,relation,tail,x\na,likes,b\n", {}, r"line 2: 3 cells, expected 4"),
+        ("head,relation,tail\na,,b\n", {}, r"line 2, field relation: it is empty"),
+    ],
+)
+def test_headers_that_name_too_little(text, options, message, tmp_path):
+    (tmp_path / "g.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(read_labels(tmp_path / "g.csv", header=True, **options))
