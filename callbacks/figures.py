@@ -154,8 +154,7 @@ def draw_exposure_curve(axes: Axes, versions: Mapping[str, Counts]) -> None:
     for index, (name, share) in enumerate(_shares(versions).items()):
         taken = 100 * share.sort(descending=True).values.cumsum(0)
         axes.plot(range(1, len(taken) + 1), taken.tolist(), color=COLORS[index % len(COLORS)], label=name)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _set_log_scale(axes)
     axes.set_ylim(0, 102)
     axes.set(title="Concentration of exposure", xlabel="n most frequent items", ylabel="share they take (%)")
     axes.legend(loc="lower right")
@@ -181,10 +180,18 @@ def draw_uncertainty(axes: Axes, degree: Tensor, uncertainty: Tensor, correlatio
     bins = [part for part in torch.split(order, torch.bucketize(scale, edges).bincount(minlength=BINS).tolist()) if len(part)]
     medians = [[float(values[part].float().median()) for part in bins] for values in (degree, uncertainty)]
     axes.plot(*medians, color=COLORS[1], marker="o", markersize=4, label="median of like degrees")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _set_log_scale(axes)
     axes.set(title=f"Uncertainty of entities (Spearman {correlation:+.2f})", xlabel="training triples of the entity", ylabel="mean deviation")
     axes.legend()
+
+
+def _set_log_scale(axes: Axes) -> None:
+    """Scale the abscissa by its logarithm, with numbers written plainly: 3, not 3 × 10⁰."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # shows some between two powers of ten, none over many
 
 
 def short_title(title: str, length: int = TITLE_LENGTH) -> str:

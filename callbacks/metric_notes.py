@@ -65,6 +65,17 @@ def marked(metric: str) -> str:
     return f"{metric} {arrow(metric)}".rstrip()
 
 
+def is_secondary(key: str, headline: Iterable[str]) -> bool:
+    """Return whether a logged key is of a known metric that is not a main one at any cut-off; losses and whatever else is logged are not.
+
+    Args:
+        key: Such as ``val_gini_10``.
+        headline: The main metrics, such as ``hr_10``.
+    """
+    name = _name(key.removeprefix("val_").removeprefix("train_"))
+    return name in NOTES and name not in {"loss", "perplexity", *map(_name, headline)}
+
+
 def definitions(metrics: Iterable[str]) -> list[list[str]]:
     """Return a row for each kind of metric: name with ``@k`` for a cut-off, direction, definition; unknown ones are left out."""
     names = dict.fromkeys((f"{_name(metric)}{'@k' if _name(metric) != metric else ''}", _name(metric)) for metric in metrics)

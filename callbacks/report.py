@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from malleable.callbacks.figures import draw_curves, draw_phases, save_figure, split_curve
 from malleable.callbacks.logged import logged_anew
-from malleable.callbacks.metric_notes import definitions, marked
+from malleable.callbacks.metric_notes import definitions, is_secondary, marked
 from malleable.callbacks.page import Column, HasColumns, HasPhases, HasRows, HasSections, Rows, Section, figure_names, markdown, plain_table
 from malleable.callbacks.row_recorder import RowRecorder
 from malleable.datamodules.files import atomic_write
@@ -188,7 +188,7 @@ class RunReport(Callback):
 
     def _first_sections(self, header: Sequence[str], rows: Rows) -> list[Section]:
         sections = [self._metrics_section("Test metrics", header, rows)] if rows else []
-        panels = curve_panels(self.history)
+        panels = curve_panels({name: points for name, points in self.history.items() if not is_secondary(name, self.headline)})
         if panels:
             size = (4.2 * min(PANELS_A_ROW, len(panels)), 3.0 * -(-len(panels) // PANELS_A_ROW))
             sections.append(Section("Training", figure=lambda figure: draw_panels(figure, panels, self.phases), figure_size=size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from malleable.recipes import find_recipe, similar
@@ -52,7 +53,7 @@ def check_words(words: Sequence[str]) -> None:
 def config_names(options: Sequence[str]) -> list[str]:
     """Return the values of ``--config`` and ``-c``, in both spellings, with and without ``=``."""
     names = []
-    for option, following in zip(options, [*options[1:], ""], strict=True):
+    for option, following in zip_longest(options, options[1:], fillvalue=""):
         flag, equals, value = option.partition("=")
         if flag in ("--config", "-c"):
             names.append(value if equals else following)

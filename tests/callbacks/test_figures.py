@@ -80,3 +80,13 @@ def test_refusals():
         draw_exposure(axes(), {"a": [1], "b": [1, 2]}, TITLES)
     with pytest.raises(ValueError, match="there is no version to draw"):
         draw_exposure_curve(axes(), {})
+
+
+def test_a_short_logarithmic_axis_has_plain_numbers():
+    figure = Figure()
+    axes = figure.subplots()
+    draw_uncertainty(axes, torch.tensor([3, 4, 5, 6, 8, 9] * 3), torch.rand(18, generator=torch.Generator().manual_seed(0)), -0.5)
+    figure.canvas.draw()
+    labels = [label.get_text() for label in (*axes.get_xticklabels(), *axes.get_xticklabels(minor=True)) if label.get_text()]
+    assert labels
+    assert all(label.isdigit() for label in labels)

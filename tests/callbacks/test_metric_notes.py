@@ -1,6 +1,6 @@
 import pytest
 
-from malleable.callbacks.metric_notes import NOTES, arrow, definitions, marked
+from malleable.callbacks.metric_notes import NOTES, arrow, definitions, is_secondary, marked
 from malleable.callbacks.report import HEADLINE
 from malleable.lightning_modules.metrics.editing import RequestFigures
 from malleable.lightning_modules.metrics.exposure import ExposureMetrics
@@ -32,3 +32,11 @@ def test_a_cut_off_is_defined_once():
     rows = definitions(["hr_5", "hr_10", "mrr", "mrr_10", "mystery"])
     assert [row[0] for row in rows] == ["hr@k", "mrr", "mrr@k"]
     assert rows[0][1] == "higher is better"
+
+
+def test_curves_of_main_metrics_and_of_what_is_no_metric_are_drawn():
+    drawn = [
+        name for name in ("train_loss", "val_loss", "val_hr_5", "val_gini_10", "train_rewards_margins", "lr") if not is_secondary(name, HEADLINE)
+    ]
+    assert drawn == ["train_loss", "val_loss", "val_hr_5", "train_rewards_margins", "lr"]
+    assert not is_secondary("val_gini_10", ("gini_5",))

@@ -5,12 +5,14 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_catalog
 from tiny_data import TinyData, quiet_trainer
+from tiny_graph import TinyGraphData
 
 from malleable.callbacks.report import RunReport
 from malleable.callbacks.row_recorder import ROWS_FILE
 from malleable.lightning_modules.baselines import ItemKNN
 from malleable.lightning_modules.metrics.row_ranks import RowRanks
 from malleable.lightning_modules.metrics.significance import row_values
+from malleable.lightning_modules.point_embeddings import DistMult
 
 
 def test_the_ranks_of_a_test_give_its_metrics(tmp_path):
@@ -28,6 +30,17 @@ def test_the_ranks_of_a_test_give_its_metrics(tmp_path):
     assert "| hr_10 ↑ |" in page
     assert f"| test rows | {len(data.test_dataset)} |" in page
     assert "## What the metrics mean" in page
+
+
+def test_the_ranks_of_a_graph_give_its_metrics(tmp_path):
+    trainer = quiet_trainer(tmp_path, callbacks=[RunReport()], enable_checkpointing=False)
+    trainer.test(DistMult(dimension=4), TinyGraphData(), verbose=False)
+    folder = tmp_path / "run" / "report"
+    rows, metrics = load_file(folder / ROWS_FILE), json.loads((folder / "metrics.json").read_text())
+    for name in ("mr", "mrr", "hits_1", "hits_3", "hits_10"):
+        assert row_values(name, rows["rank"]).mean() == pytest.approx(metrics[f"test_{name}"], abs=1e-5)
+    assert len(rows["sample_id"].unique()) == len(rows["sample_id"])
+    assert "| mr ↓ |" in (folder / "report.md").read_text()
 
 
 def test_repeats_are_left_out_and_rows_are_ordered():

@@ -74,3 +74,8 @@ def test_options_are_not_abbreviated(boring, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config", "boring.yaml", "--trainer.max_epoch", "3"])
     assert "max_epoch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["fit"], ["fit", "--config"], ["--print_shtab=bash"]])
+def test_a_command_without_options_or_values_is_no_error_here(words):
+    check_words(words)
