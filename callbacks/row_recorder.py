@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,15 @@ from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from malleable.callbacks.page import number
+from malleable.datamodules.batch import AnswerBatch, Catalog
 from malleable.datamodules.files import atomic_write
 from malleable.lightning_modules.base import BaseModule
+from malleable.lightning_modules.functional.row_digest import digest_rows
 from malleable.lightning_modules.metrics.row_ranks import RowRanks
 from malleable.lightning_modules.metrics.significance import Floats, bootstrap_interval, row_values
 
 ROWS_FILE = "test_rows.safetensors"
+DIGEST = "asked"  # entry of the file's metadata: digest of targets, seen items, candidates and titles
 
 
 class RowRecorder:
@@ -31,6 +35,7 @@ class RowRecorder:
         self.number: int | None = None
         self.rows: dict[str, Tensor] = {}
         self.values: dict[str, Floats] = {}
+        self.digest = ""
         self._ranks: RowRanks | None = None
         self._count: Tensor | None = None
 
@@ -44,16 +49,21 @@ class RowRecorder:
             metric.row_ranks = self._ranks
 
     def count(self, batch: Any) -> None:
-        """Count the rows of a batch, repeats left out."""
+        """Count the rows of a batch, repeats left out, and add up a digest of what they ask."""
         sample_id = getattr(batch, "sample_id", None)
         if isinstance(sample_id, Tensor):
-            number = (sample_id >= 0).sum()
-            self._count = number if self._count is None else self._count + number
+            asked = [batch.target[:, None], batch.seen, batch.candidates] if isinstance(batch, AnswerBatch) else []
+            total = digest_rows(sample_id, asked)
+            self._count = total if self._count is None else self._count + total
 
     def finish(self, trainer: Trainer, module: LightningModule) -> None:
         """Gather from all ranks; each must call it."""
-        count = torch.zeros((), dtype=torch.long, device=module.device) if self._count is None else self._count
-        self.number = int(trainer.strategy.reduce(count, reduce_op="sum")) or None
+        count = torch.zeros(2, dtype=torch.long, device=module.device) if self._count is None else self._count
+        number, total = trainer.strategy.reduce(count, reduce_op="sum").tolist()
+        self.number = number or None
+        catalog = getattr(module, "catalog", None)
+        items = json.dumps(catalog.titles if isinstance(catalog, Catalog) else [])
+        self.digest = hashlib.sha256(f"{total} {items}".encode()).hexdigest()[:16]
         if self._ranks is not None:
             self.rows = self._ranks.gather(module.device)
             self._ranks = None
@@ -67,7 +77,7 @@ class RowRecorder:
         """Write the rows into the folder of a report; nothing where there are none."""
         if self.rows:
             with atomic_write(folder / ROWS_FILE) as path:
-                save_file(self.rows, path)
+                save_file(self.rows, path, metadata={DIGEST: self.digest})
 
     def interval(self, metric: str) -> str | None:
         """Return the 95 % interval of a metric, a bootstrap over the test rows; ``None`` where its rows are not known."""
@@ -77,4 +87,4 @@ class RowRecorder:
         if values is None or not len(values):
             return None
         _, low, high = bootstrap_interval(values)
-        return f"{number(low)} – {number(high)}"
+        return f"{low:.4f} – {high:.4f}" if high < 10 else f"{low:.2f} – {high:.2f}"

@@ -19,7 +19,9 @@ from malleable.datamodules.user_files import reading
 from malleable.lightning_modules.metrics.significance import paired_bootstrap, row_values
 
 METRICS_FILE = "metrics.json"
+# As in malleable.callbacks.row_recorder, which imports torch.
 ROWS_FILE = "test_rows.safetensors"
+DIGEST = "asked"
 SHOWN = 3
 
 
@@ -31,12 +33,14 @@ class Run:
         name: Heading of its column.
         metrics: Test metrics, without the split's name.
         rows: ``sample_id``, ``target`` and ``rank`` of each test row; empty where they are not stored.
+        digest: Of what the test rows ask; empty where it is not stored.
         protocol: The settings that decide what is tested, by dotted name; ``None`` where there is no configuration.
     """
 
     name: str
     metrics: Mapping[str, float]
     rows: Mapping[str, NDArray[Any]]
+    digest: str
     protocol: Mapping[str, Any] | None
 
 
@@ -80,7 +84,7 @@ def load_run(name: str, runs: Path = Path("runs")) -> Run:
         raise ValueError(f"{path} is no report of a run ({error}); test the run again") from error
     if not own:
         raise ValueError(f"{path} has no test metrics; run `malleable test` on the run's checkpoint")
-    return Run(folder.parent.as_posix().removeprefix(f"{runs}/"), own, _rows(folder / ROWS_FILE), _protocol(folder.parent))
+    return Run(folder.parent.as_posix().removeprefix(f"{runs}/"), own, *_rows(folder / ROWS_FILE), _protocol(folder.parent))
 
 
 def find_report(name: str, runs: Path) -> Path:
@@ -146,8 +150,8 @@ def why_unpaired(first: Run, other: Run) -> str | None:
         return f"measured on other data or under another protocol ({', '.join(changed[:SHOWN])}{', ...' if len(changed) > SHOWN else ''})"
     if not first.rows or not other.rows:
         return "the ranks of its test rows, or of the first run's, are not stored; test the run again with the callback RunReport"
-    if any(not np.array_equal(first.rows[name], other.rows[name]) for name in ("sample_id", "target")):
-        return "it was tested on other rows"
+    if first.digest != other.digest or any(not np.array_equal(first.rows[name], other.rows[name]) for name in ("sample_id", "target")):
+        return "it was tested on other rows, or with other candidates, seen items or titles"
     return None
 
 
@@ -156,14 +160,16 @@ def _is_main(name: str) -> bool:
     return not (stem and cut.isdigit()) or cut == "10" or stem == "hits"
 
 
-def _rows(path: Path) -> dict[str, NDArray[Any]]:
+def _rows(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
+    """Return the columns of a file of test rows, and the digest in it; nothing where there is no such file."""
     if not path.is_file():
-        return {}
-    from safetensors.numpy import load_file
+        return {}, ""
+    from safetensors import safe_open
 
-    with reading(path):
-        rows = load_file(path)
-    return rows if {"sample_id", "target", "rank"} <= rows.keys() and len(rows["rank"]) else {}
+    with reading(path), safe_open(path, framework="numpy") as file:
+        rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        digest = (file.metadata() or {}).get(DIGEST, "")
+    return (rows, digest) if {"sample_id", "target", "rank"} <= rows.keys() and len(rows["rank"]) else ({}, "")
 
 
 # Options of data modules that change neither the rows of the test nor what they are compared with.

@@ -57,7 +57,7 @@ def test_a_report_after_fit_and_test(tmp_path, caplog):
     assert page.startswith("# BoringModule on BoringDataModule\n\n## Test metrics")
     assert "| metric | BoringModule | Always 2 |" in page
     assert "| optimizer steps | 8 |" in page
-    assert "| x\\|y | 0.5000 |" in page
+    assert "| x&#124;y | 0.5000 |" in page
     assert "![Training](training.png)" in page
     assert "mean_output" in caplog.text
     assert f"report: {folder / 'report.md'}" in caplog.text

@@ -8,6 +8,8 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
+from malleable import compare
+from malleable.callbacks.row_recorder import DIGEST, ROWS_FILE
 from malleable.compare import SPLIT_DEFAULTS, difference, load_run, run_compare
 from malleable.datamodules.splits import Split
 from malleable.lightning_modules.metrics.significance import paired_bootstrap, row_values
@@ -16,7 +18,7 @@ from malleable.main import main
 RANKS = {"a": np.array([1, 2, 30, 4] * 10), "b": np.array([1, 1, 3, 40] * 10)}
 
 
-def write_run(folder, ranks, split=None, target=None, seed=1, grounding="trie"):
+def write_run(folder, ranks, split=None, target=None, seed=1, grounding="trie", digest="x"):
     """A run folder as a test leaves it."""
     ranks = np.where(ranks > 10, np.inf, ranks).astype(np.float32)
     report = folder / "report"
@@ -26,7 +28,8 @@ def write_run(folder, ranks, split=None, target=None, seed=1, grounding="trie"):
     (report / "metrics.json").write_text(json.dumps({**values, **extra}))
     save_file(
         {"sample_id": np.arange(len(ranks)), "target": np.arange(len(ranks)) if target is None else target, "rank": ranks},
-        report / "test_rows.safetensors",
+        report / ROWS_FILE,
+        metadata={DIGEST: digest},
     )
     split = None if split is None else {**SPLIT_DEFAULTS, **split}
     data = {"class_path": "RecommendationDataModule", "init_args": {"source": {"class_path": "X"}, "split": split, "seed": seed}}
@@ -67,7 +70,8 @@ def test_a_certain_difference_is_marked(tmp_path, capsys):
         ({"split": {"kind": "global_time"}}, "measured on other data or under another protocol (split.kind: leave_last_out and global_time)"),
         ({"split": {"candidates": 20}}, "measured on other data or under another protocol (split.candidates: None and 20)"),
         ({"grounding": "embedding"}, "measured on other data or under another protocol (model.grounding: trie and embedding)"),
-        ({"target": np.zeros(40, dtype=int)}, "it was tested on other rows"),
+        ({"target": np.zeros(40, dtype=int)}, "it was tested on other rows, or with other candidates, seen items or titles"),
+        ({"digest": "other"}, "it was tested on other rows, or with other candidates, seen items or titles"),
     ],
 )
 def test_runs_of_other_data_or_protocols_are_marked_and_not_paired(change, reason, tmp_path, capsys):
@@ -86,6 +90,10 @@ def test_what_changes_no_row_of_the_test_does_not_matter(tmp_path, capsys):
     ]
     run_compare(names)
     assert "difference (95 %)" in capsys.readouterr().out
+
+
+def test_files_have_the_names_that_the_report_gives_them():
+    assert (compare.ROWS_FILE, compare.DIGEST) == (ROWS_FILE, DIGEST)
 
 
 def test_the_known_defaults_are_those_of_the_class():
