@@ -187,6 +187,24 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
             raise ValueError(f"{path} is damaged, or no Parquet file ({first_line(error)}); write it again") from error
 
 
+def column_values(column: Any, place: str) -> list[Any]:
+    """Return the values of a column of Parquet as Python objects.
+
+    Args:
+        column: A ``pyarrow`` array.
+        place: File and column, for messages.
+
+    Raises:
+        ValueError: If Python has no such value, e.g. for years beyond 9999.
+    """
+    with reading(place, "Parquet file"):
+        try:
+            values: list[Any] = column.to_pylist()
+        except (OverflowError, ValueError, TypeError, NotImplementedError) as error:
+            raise ValueError(f"{place}: its values cannot be read ({first_line(error)}); store texts, or ids as integers") from error
+    return values
+
+
 def column_names(path: Path) -> list[str]:
     """Return the names of the columns of a Parquet file.
 

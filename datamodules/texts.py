@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from malleable.datamodules.table_files import column_names, read_parquet
+from malleable.datamodules.table_files import column_names, column_values, read_parquet
 from malleable.datamodules.text_files import file_kind, read_json_rows, read_lines
 from malleable.datamodules.user_files import check_file
 
@@ -51,7 +51,7 @@ def _of_parquet(path: Path) -> list[str]:
     name = next((name for name in FIELDS if name in names), None)
     if name is None:
         raise ValueError(f"{path} has no column {' or '.join(FIELDS)}; it has {', '.join(names)}")
-    texts = [text for text in read_parquet(path, [name])[name].to_pylist() if text is not None]
+    texts = [text for text in column_values(read_parquet(path, [name])[name], f"{path}, column {name}") if text is not None]
     if (wrong := next((text for text in texts if not isinstance(text, str)), None)) is not None:
         raise ValueError(f"{path}, column {name}: expected texts, got {wrong!r:.80}")
     return texts

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from malleable.datamodules.table_files import column_names, read_cells, read_parquet
+from malleable.datamodules.table_files import column_names, column_values, read_cells, read_parquet
 from malleable.datamodules.text_files import cell_text, file_kind, id_text, numbered_lines
 
 FIELDS = {"h": "head", "r": "relation", "t": "tail"}
@@ -256,7 +256,8 @@ def _parquet_rows(path: Path, fields: Sequence[str], names: Mapping[str, str]) -
     bits = [_SIGNIFICAND_BITS.get(str(table.schema.field(name).type), 52) for name in wanted]
     number = 0
     for batch in table.select(wanted).to_batches():
-        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        columns = [column_values(column, f"{path}, column {name}") for column, name in zip(batch.columns, wanted, strict=True)]
+        for row in zip(*columns, strict=True):
             number += 1
             place = f"{path}, row {number}"
             yield (

@@ -206,6 +206,11 @@ def check_model_folder(folder: Path) -> None:
             shard_names(path)
 
 
+def is_file_name(name: str) -> bool:
+    """Return whether a text can be the name of a file, without a folder."""
+    return name not in ("", "..") and Path(name).name == name and "\0" not in name and len(os.fsencode(name)) < 256
+
+
 def shard_names(index: Path) -> list[str]:
     """Return the names of the files in the index of a model in several files.
 
@@ -218,7 +223,7 @@ def shard_names(index: Path) -> list[str]:
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{index} is damaged: it maps no weights to files")
     names = sorted(set(shards.values()))
-    wrong = next((name for name in names if name in ("", "..") or Path(name).name != name or "\0" in name), None)
+    wrong = next((name for name in names if not is_file_name(name)), None)
     if wrong is not None:
         raise ValueError(f"{index} names {wrong!r:.200}, which is no file of its own folder; put all files of the model into one folder")
     return names

@@ -1,4 +1,4 @@
-"""A short form of tests/fuzz.py: a few dozen damaged files for each file of each reader."""
+"""A short form of tests/fuzz.py: a few dozen damaged files for each reader."""
 
 import os
 import subprocess

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from malleable.datamodules.text_files import read_json
-from malleable.datamodules.user_files import check_tree, shard_names
+from malleable.datamodules.user_files import check_tree, is_file_name, shard_names
 from malleable.lightning_modules.patches.container import Container
 from malleable.lightning_modules.patches.files import mirror, replacing
 from malleable.lightning_modules.patches.names import canonical_names
@@ -89,7 +89,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{folder} is an adapter without adapter_model.safetensors; load it and save it with save_pretrained of PEFT")
     named = read_json(folder / "config.json")
     explicit = named.get("transformers_weights") if isinstance(named, dict) else None
-    if explicit is not None and (not isinstance(explicit, str) or Path(explicit).name != explicit or not (folder / explicit).is_file()):
+    if explicit is not None and (not isinstance(explicit, str) or not is_file_name(explicit) or not (folder / explicit).is_file()):
         raise ValueError(f"{folder / 'config.json'}, field transformers_weights: {explicit!r:.200} is no file of the folder")
     if explicit and not explicit.endswith(".index.json"):
         return [folder / explicit]
