@@ -208,7 +208,13 @@ def check_model_folder(folder: Path) -> None:
 
 def is_file_name(name: str) -> bool:
     """Return whether a text can be the name of a file, without a folder."""
-    return name not in ("", "..") and Path(name).name == name and "\0" not in name and len(os.fsencode(name)) < 256
+    return (
+        name not in ("", "..")
+        and Path(name).name == name
+        and "\0" not in name
+        and len(name.encode(errors="replace")) < 256
+        and not any("\ud800" <= part <= "\udfff" for part in name)
+    )
 
 
 def shard_names(index: Path) -> list[str]:

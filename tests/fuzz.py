@@ -153,6 +153,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for files that are not handled")
     options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a changed name of a tokenizer is one of the hub
     import lightning  # noqa: F401  (before the first child is forked)
 
     total: collections.Counter[str] = collections.Counter()

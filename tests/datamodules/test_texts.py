@@ -5,7 +5,9 @@ import json
 import tarfile
 
 import pyarrow as arrow
+import pyarrow as pa
 import pyarrow.parquet as parquet
+import pyarrow.parquet as pq
 import pytest
 
 from malleable.datamodules.batch import collate
@@ -115,3 +117,11 @@ def test_glosses_as_published():
     texts = WordNetGlosses(limit=10).load()
     assert len(texts) == 10
     assert all(":" in text for text in texts)
+
+
+@pytest.mark.parametrize("kind", ["list", "number", "late"])
+def test_columns_of_parquet_that_are_no_texts(tmp_path, kind):
+    columns = {"list": pa.array([["x"]]), "number": pa.array([1]), "late": pa.array([10**15], pa.timestamp("s"))}
+    pq.write_table(pa.table({"text": columns[kind]}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=r"t.parquet, column text: (expected texts|its values cannot be read)"):
+        read_texts(tmp_path / "t.parquet")

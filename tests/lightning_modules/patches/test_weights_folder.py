@@ -129,7 +129,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path, name):
         open_container(tmp_path / "model")
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "sub/model.safetensors", "/etc/passwd", "", ".."])
+@pytest.mark.parametrize("name", ["../model.safetensors", "sub/model.safetensors", "/etc/passwd", "", "..", "x" * 300, "\ud800"])
 def test_shards_in_other_folders_are_refused(tmp_path, name):
     llama().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "sub").mkdir()
