@@ -297,8 +297,9 @@ def read_stored(name: str) -> Catalog | Vocabulary:
 def _entries(path: Path) -> dict[str, Any]:
     """What a checkpoint or exported folder stores."""
     if (path / FOLDER_FILE).is_file():
-        folder = read_json(path / FOLDER_FILE)
-        if not isinstance(folder, dict) or not isinstance(folder.get("tokenizer_digest", ""), (str, NoneType)):
+        folder: dict[str, Any] = read_json(path / FOLDER_FILE)
+        known = isinstance(folder, dict) and any(isinstance(folder.get(kind), dict) for kind in KINDS)
+        if not known or not isinstance(folder.get("tokenizer_digest", 0), (str, NoneType)):
             raise ValueError(f"{path / FOLDER_FILE} is damaged; export the model again")
         return folder
     file = path if path.is_file() else _sharded(path)
