@@ -93,7 +93,7 @@ def _stored_adapter(model: Any, config: LanguageModelConfig) -> Any:
     try:
         adapted = get_peft_model(model, settings)
         result: Any = set_peft_model_state_dict(adapted, tensors)
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError, StopIteration) as error:
         raise ValueError(f"adapter '{name}' was made for another base model than '{config.name}': {' '.join(str(error).split())[:500]}") from error
     trained = {key for key, parameter in adapted.named_parameters() if parameter.requires_grad}
     missing, unexpected = sorted(trained & set(result.missing_keys)), sorted(result.unexpected_keys)
@@ -167,7 +167,7 @@ def _train_in_float32(model: Any) -> None:
 
     for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
         for layer in wrapper.modules_to_save.values():
-            dtype = next(layer.parameters()).dtype
+            dtype = next((parameter.dtype for parameter in layer.parameters()), torch.float32)
             if dtype != torch.float32:
                 layer.float()
                 layer.register_forward_pre_hook(_to_float32)
