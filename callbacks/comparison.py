@@ -62,18 +62,20 @@ def protocol(module: LanguageModel, rows: Tensor) -> dict[str, str]:
     """Return all that figures depend on besides the model; figures of different protocols must not be compared.
 
     Args:
-        module: Has ``configure_metrics`` and ``decoding``.
+        module: Has ``configure_metrics``, and ``decoding`` if it decodes.
         rows: Sum of :func:`batch_digest` over all rows.
     """
-    catalog, decoding = module.catalog, module.decoding
+    catalog, decoding = module.catalog, getattr(module, "decoding", None)
     assert catalog is not None
     count, total = rows.tolist()
     items = hashlib.sha256(json.dumps([catalog.titles, catalog.genres, catalog.popularity]).encode()).hexdigest()[:12]
-    search: dict[str, Any] = {"exclude_seen": decoding.exclude_seen, "grounding": decoding.grounding}
-    if decoding.grounding == "trie":
-        search |= {"num_beams": max(decoding.num_beams, *module.ks), "renormalize": decoding.renormalize}
-    else:
-        search |= {"max_new_tokens": decoding.max_new_tokens}
+    search: dict[str, Any] = {}  # of a module that decodes; counting baselines do not
+    if decoding is not None:
+        search = {"exclude_seen": decoding.exclude_seen, "grounding": decoding.grounding}
+        if decoding.grounding == "trie":
+            search |= {"num_beams": max(decoding.num_beams, *module.ks), "renormalize": decoding.renormalize}
+        else:
+            search |= {"max_new_tokens": decoding.max_new_tokens}
     metrics = {name: f"{type(metric).__name__} at {list(getattr(metric, 'ks', []))}" for name, metric in module.configure_metrics().items()}
     return {
         "test rows": f"{count} rows ({total & (1 << 64) - 1:016x})",
@@ -109,6 +111,15 @@ def self_play_sections(
         rows = [[entry["round"], *(entry[name] for name in names)] for entry in played]
         text = "What was rejected: `frac_identical` of the answers were the true title, `distinct_negs` of all were different ones."
         sections.append(Section("Rejected answers", text, table=(["round", *names], rows)))
+    compared = [entry for entry in history if entry["phase"] == "decoding"]
+    if compared:
+        names = [name for name in compared[0] if name not in ("phase", "round", "titles")]
+        rows = [[entry["round"], entry["titles"], *(entry[name] for name in names)] for entry in compared]
+        text = (
+            "What the model answered before each round, greedy and sampled, beside the true titles of the same rows. Self-play on sampled answers "
+            "changes little where they are spread like the true ones; greedy answers are more concentrated."
+        )
+        sections.append(Section("Greedy and sampled answers", text, table=(["round", "titles", *names], rows)))
     curves = round_curves(history)
     if curves:
         size = (11.0, 3.0 * -(-len(curves) // 3))

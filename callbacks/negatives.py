@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 
+from malleable.callbacks.round_file import RoundFile, answer_statistics
 from malleable.callbacks.sweep import rows_per_pass, sweep
 from malleable.datamodules.batch import Catalog
-from malleable.datamodules.loader import PhasedLoader
+from malleable.datamodules.loader import PhasedLoader, RowView
 from malleable.datamodules.sampling import ItemSampler
 from malleable.lightning_modules.language_model import LanguageModel
 from malleable.lightning_modules.play import Play
@@ -46,6 +48,46 @@ def negatives(
         # (rows, 1 + tokens): the item or -1, then the free text padded with -1.
         return table[:, :1].tolist(), [[[token for token in row if token >= 0]] for row in table[:, 1:].tolist()]
     return table.tolist(), titles(table.tolist(), catalog)
+
+
+def compare_decoding(
+    trainer: Trainer,
+    module: LanguageModel,
+    loader: PhasedLoader[Any],
+    file: RoundFile,
+    count: int,
+    source: str,
+    play: Play,
+    seed: tuple[int, int],
+    label: str,
+) -> dict[str, dict[str, float]]:
+    """Describe how concentrated greedy and sampled answers of the module are, beside the true titles.
+
+    Args:
+        trainer: Shares the rows among the ranks.
+        module: The recommender.
+        loader: Has the rows of the round, and collates them.
+        file: The round, with its answers.
+        count: Number of rows to compare on, the first of the round.
+        source: As of :func:`negatives`, ``pre_round`` or ``post_sft``.
+        play: How the round's answers were made. The mode that it does not use needs another pass.
+        seed: Seed and round.
+        label: Prefix of the progress lines.
+
+    Returns:
+        :func:`answer_statistics` of ``true``, ``greedy`` and ``sample`` titles.
+    """
+    assert file.items is not None
+    assert module.catalog is not None
+    rows = RowView(loader.pool, file.positions[:count])
+    answers = {"true": [list(rows[index]["item_ids"])[:1] for index in range(len(rows))]}
+    modes: tuple[Literal["greedy", "sample"], ...] = ("greedy", "sample")
+    for mode in modes:
+        other = replace(play, decode=mode, num_negatives=1)
+        same = other == play
+        answers[mode] = file.items[: len(rows)] if same else negatives(trainer, module, rows, loader, source, other, seed, f"{label}, {mode}")[0]
+    popularity = module.catalog.popularity
+    return {name: answer_statistics([item for row in table for item in row], popularity) for name, table in answers.items()}
 
 
 def draw(sampler: ItemSampler, row: Any, count: int) -> list[int]:

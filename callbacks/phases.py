@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from torch import Tensor
+
 
 @dataclass
 class PhaseSettings:
@@ -77,3 +79,13 @@ class SelfPlayState:
     before: dict[str, Any] = field(default_factory=dict)
     marks: list[list[Any]] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
+
+
+def reset_moments(optimizer: Any) -> None:
+    """Forget an optimizer's moments in place, so that it goes on like a new one; works on what DeepSpeed wraps, too."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif name == "step":
+                state[name] = 0

@@ -136,6 +136,25 @@ class RoundFile:
         return figures
 
 
+def answer_statistics(items: Sequence[int], popularity: Sequence[int] = ()) -> dict[str, float]:
+    """Describe how concentrated answers are.
+
+    Args:
+        items: The answers; negative values are no item and are left out.
+        popularity: Training interactions of each item of the catalogue; empty if unknown.
+
+    Returns:
+        ``distinct`` (number of different items), ``top_3_share`` (share of the three most frequent items) and, where the popularity is known,
+        ``mean_popularity`` (mean number of training interactions).
+    """
+    known = [item for item in items if item >= 0]
+    counts = Counter(known)
+    figures = {"distinct": float(len(counts)), "top_3_share": sum(count for _, count in counts.most_common(3)) / max(1, len(known))}
+    if popularity:
+        figures["mean_popularity"] = sum(popularity[item] for item in known) / max(1, len(known))
+    return figures
+
+
 def draw_positions(pool: int, count: int | None, number: int, seed: int) -> list[int]:
     """Draw the rows of a round without replacement across rounds, until the pool cannot fill another.
 

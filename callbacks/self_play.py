@@ -16,9 +16,9 @@ from torch import Tensor
 
 from malleable.callbacks.comparison import batch_digest, measure, protocol, protocol_difference, recommendation_counts, self_play_sections
 from malleable.callbacks.logged import logged_anew
-from malleable.callbacks.negatives import negatives
+from malleable.callbacks.negatives import compare_decoding, negatives
 from malleable.callbacks.page import Column, Section
-from malleable.callbacks.phases import Phase, PhaseSettings, SelfPlayState
+from malleable.callbacks.phases import Phase, PhaseSettings, SelfPlayState, reset_moments
 from malleable.callbacks.reference import phased_loader, reference_logps
 from malleable.callbacks.restart import finish_epoch
 from malleable.callbacks.round_file import RoundFile, draw_positions
@@ -55,6 +55,9 @@ class SelfPlayLoop(Callback):
         keep_identical: What to do with rows whose rejected answer is the true one: they have no gradient.
         compare_on: Split on which the warmed-up model is measured for the report's before and after; ``none`` leaves it out.
         loader: The training loader, where there is no data module of ours.
+        diagnostic_rows: Rows of each round on which greedy and sampled answers are compared with the true titles in the log and the report: number
+            of distinct titles, share of the three most frequent, mean popularity. The mode that :attr:`play` does not use needs a pass of its own;
+            0 leaves the comparison out. Applies to answers of the module with ``grounding='trie'``.
         seed: Seed of everything drawn.
 
     Source:
@@ -75,6 +78,7 @@ class SelfPlayLoop(Callback):
         keep_identical: Literal["drop", "keep"] = "drop",
         compare_on: Literal["test", "val", "none"] = "test",
         loader: PhasedLoader[Any] | None = None,
+        diagnostic_rows: int = 256,
         seed: int = 0,
     ) -> None:
         if rounds < 0:
@@ -83,6 +87,8 @@ class SelfPlayLoop(Callback):
             raise ValueError(f"rows_per_round must be >= 1 or null, got {rows_per_round}")
         self.rounds = rounds
         self.rows_per_round = rows_per_round
+        if diagnostic_rows < 0:
+            raise ValueError(f"diagnostic_rows must be >= 0, got {diagnostic_rows}")
         self.settings = {
             "warmup": warmup or PhaseSettings(epochs=4, lr=3e-4),
             "sft": sft or PhaseSettings(),
@@ -92,6 +98,7 @@ class SelfPlayLoop(Callback):
         self.play = play or Play()
         self.keep_identical = keep_identical
         self.compare_on = compare_on
+        self.diagnostic_rows = diagnostic_rows
         self.seed = seed
         self.state = SelfPlayState()
         self.phases = self.plan(rounds, {name: settings.epochs for name, settings in self.settings.items()})
@@ -117,8 +124,6 @@ class SelfPlayLoop(Callback):
         """List what each epoch of the run is: a pure function of the settings."""
         order = [("warmup", 0)] + [(kind, number) for number in range(1, rounds + 1) for kind in ("sft", "dpo")]
         return [Phase(kind, number, epoch) for kind, number in order for epoch in range(epochs[kind])]
-
-    # --- wiring ---
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain data."""
@@ -208,8 +213,6 @@ class SelfPlayLoop(Callback):
         if not last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._prepare(trainer, cast("LanguageModel", pl_module), epoch + 1)
 
-    # --- phases ---
-
     def _prepare(self, trainer: Trainer, module: LanguageModel, epoch: int) -> None:
         """Make the rows of an epoch and show them; all ranks do the same."""
         agreed = trainer.strategy.broadcast(epoch)
@@ -256,11 +259,19 @@ class SelfPlayLoop(Callback):
         rows = RowView(loader.pool, file.positions)
         seed = (self.seed, phase.round)
         file.items, file.answers = negatives(trainer, module, rows, loader, self.negative_source, self.play, seed, self._name(phase))
-        figures = file.figures(rows, module.catalog)
-        rank_zero_info(f"round {phase.round}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
+        self._record(trainer, phase, "play", file.figures(rows, module.catalog))
+        if self.diagnostic_rows and self.play.grounding == "trie" and self.negative_source in ("pre_round", "post_sft"):
+            found = compare_decoding(trainer, module, loader, file, self.diagnostic_rows, self.negative_source, self.play, seed, self._name(phase))
+            for titles, figures in found.items():
+                self._record(trainer, phase, "decoding", figures, titles)
+
+    def _record(self, trainer: Trainer, phase: Phase, kind: str, figures: dict[str, float], titles: str = "") -> None:
+        """Log figures of a round, and keep them for the report."""
+        heading = f"round {phase.round}{titles and f', {titles} titles'}"
+        rank_zero_info(f"{heading}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
         for logger in trainer.loggers:
-            logger.log_metrics({f"selfplay/{name}": value for name, value in figures.items()}, step=trainer.global_step)
-        self.state.history.append({"phase": "play", "round": phase.round, **figures})
+            logger.log_metrics({f"selfplay/{titles and titles + '/'}{name}": value for name, value in figures.items()}, step=trainer.global_step)
+        self.state.history.append({"phase": kind, "round": phase.round, **({"titles": titles} if titles else {}), **figures})
 
     def _freeze(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase) -> None:
         """Complete the round's pairs: late negatives, identical rows, and the reference as the model stands now."""
@@ -318,8 +329,6 @@ class SelfPlayLoop(Callback):
     def _name(phase: Phase) -> str:
         return "warm-up" if phase.kind == "warmup" else f"round {phase.round} {phase.kind}"
 
-    # --- files ---
-
     def _write(self, trainer: Trainer, phase: Phase, file: RoundFile) -> None:
         # The pairs get a file of their own: a checkpoint from before they were frozen still points at the drawn rows.
         self.state.path = f"self_play/round_{phase.round}{'_pairs' if phase.kind == 'dpo' and file.reference is not None else ''}.parquet"
@@ -342,8 +351,6 @@ class SelfPlayLoop(Callback):
         path, file = self._folder / self.state.path, self._file()
         if trainer.is_global_zero and self._copies(self.state.path)[0].resolve() != path.resolve():
             file.write(path)
-
-    # --- before and after ---
 
     def _measure_before(self, trainer: Trainer, module: LanguageModel) -> None:
         """Measure the warmed-up model, the "supervised only" row of the report."""
@@ -388,13 +395,3 @@ class SelfPlayLoop(Callback):
     def report_sections(self) -> list[Section]:
         """Curves over the rounds, and what is recommended before and after."""
         return self_play_sections(self.state.history, self.state.before, self._counts, self._titles, self._difference)
-
-
-def reset_moments(optimizer: Any) -> None:
-    """Forget an optimizer's moments in place, so that it goes on like a new one; works on what DeepSpeed wraps, too."""
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                value.zero_()
-            elif name == "step":
-                state[name] = 0

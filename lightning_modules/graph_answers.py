@@ -207,7 +207,8 @@ class GraphAnswers(ABC):
             for kind, table, names in kinds
             for name, part in zip(names, table.weight.chunk(len(names), 1), strict=True)
         }
-        settings = {"class": type(self).__name__, "interaction": repr(self.interaction), "gamma": str(float(self.gamma))}
+        gamma = self.gamma.item() if isinstance(self.gamma, Tensor) else self.gamma
+        settings = {"class": type(self).__name__, "interaction": repr(self.interaction), "gamma": str(gamma)}
         labels = {"entities": self._labels().entities, "relations": self._labels().relations}
         with atomic_write(folder) as temporary:
             temporary.mkdir()

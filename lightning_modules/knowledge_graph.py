@@ -117,7 +117,8 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
             for table in (entity, relation)
         )
         if self.gamma_trainable:
-            self.gamma = nn.Parameter(torch.tensor(float(self.gamma), device=self.device))
+            # One dimension: DeepSpeed cannot shard a parameter without any.
+            self.gamma = nn.Parameter(torch.full((1,), float(self.gamma), device=self.device))
         log.info("%s: %s entities x %s, %s relations x %s", type(self).__name__, sizes[0], widths[0], sizes[1], widths[1])
 
     @property

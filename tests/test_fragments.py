@@ -30,6 +30,12 @@ SMALLER = {
     "nfe/tiny.yaml": ["--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "1"],
     "sft/tiny.yaml": [*SHOP, "--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "1"],
 }
+# Recipes with other settings, by recipe and name.
+VARIANTS = {
+    "nfe/tiny.yaml, trainable margin": ["--model.gamma_trainable", "true"],
+    "sft/tiny.yaml, compiled": ["--model.language_model.compile.backend", "aot_eager"],
+    "sft/tiny.yaml, adapter": ["--model.language_model.lora.r", "2"],
+}
 REFUSED = {
     ("baselines/movielens.yaml", "deepspeed_zero2"): "ItemKNN counts and has no weights to shard: it cannot run `fit` with CPUDeepSpeedStrategy",
     ("baselines/movielens.yaml", "deepspeed_zero3"): "ItemKNN counts and has no weights to shard: it cannot run `fit` with CPUDeepSpeedStrategy",
@@ -39,19 +45,24 @@ REFUSED = {
 
 
 def command(what, recipe, fragment, ranks):
-    words = [what, "--config", recipe, *(["--config", f"base/{fragment}.yaml"] if fragment else []), *QUIET, *SMALLER.get(recipe, [])]
+    name = recipe.partition(",")[0]
+    over = ["--config", f"base/{fragment}.yaml"] if fragment else []
+    words = [what, "--config", name, *over, *QUIET, *SMALLER.get(name, []), *VARIANTS.get(recipe, [])]
     sharded = ["--trainer.strategy.class_path", "cpu_deepspeed.CPUDeepSpeedStrategy"] if fragment.startswith("deepspeed") else []
     return [*words, *sharded, "--trainer.devices", str(ranks)]
 
 
+def run_folder(folder: Path, recipe: str, version: int = 0) -> Path:
+    return folder / "runs" / recipe.partition(",")[0].removesuffix(".yaml") / f"version_{version}"
+
+
 def figures(folder: Path, recipe: str, version: int = 0) -> dict[str, float]:
-    run = folder / "runs" / recipe.removesuffix(".yaml") / f"version_{version}"
-    return json.loads((run / "report/metrics.json").read_text())
+    return json.loads((run_folder(folder, recipe, version) / "report/metrics.json").read_text())
 
 
 def assert_same_export(found: Path, expected: Path, recipe: str) -> None:
     """A language model is written by the first rank alone, whole, as one process writes it."""
-    ours, theirs = (folder / "runs" / recipe.removesuffix(".yaml") / "version_0/model" for folder in (found, expected))
+    ours, theirs = (run_folder(folder, recipe) / "model" for folder in (found, expected))
     assert ours.exists() == theirs.exists()
     if not theirs.exists():
         return
@@ -94,7 +105,7 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize("fragment", FRAGMENTS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *VARIANTS])
 def test_two_ranks_give_the_figures_of_one(on_two_ranks, alone, recipe, fragment):
     """Fit, validation and test; no tiny recipe has dropout, which would differ from rank to rank."""
     folder, errors = on_two_ranks(recipe)
@@ -108,7 +119,7 @@ def test_two_ranks_give_the_figures_of_one(on_two_ranks, alone, recipe, fragment
     assert all(value is not None and math.isfinite(value) for value in expected.values()), expected
     assert found == pytest.approx(expected, abs=1e-4)
     assert_same_export(folder / fragment, alone(recipe), recipe)
-    versions = list((folder / fragment / "runs" / recipe.removesuffix(".yaml")).iterdir())
+    versions = list(run_folder(folder / fragment, recipe).parent.iterdir())
     assert [path.name for path in versions] == ["version_0"], "all ranks write into one folder"
 
 

@@ -92,6 +92,18 @@ def test_sections_of_a_whole_run():
     assert [axes.get_title() for axes in figure.axes] == ["hr_10", "or_ratio_10"]
 
 
+def test_greedy_and_sampled_answers_make_a_table():
+    entries = [
+        {"phase": "decoding", "round": 1, "titles": titles, "distinct": distinct, "top_3_share": share}
+        for titles, distinct, share in (("true", 8.0, 0.5), ("greedy", 2.0, 1.0), ("sample", 7.0, 0.6))
+    ]
+    (section,) = self_play_sections(entries, {}, None, TITLES)
+    assert section.title == "Greedy and sampled answers"
+    header, rows = section.table
+    assert header == ["round", "titles", "distinct", "top_3_share"]
+    assert rows == [[1, "true", 8.0, 0.5], [1, "greedy", 2.0, 1.0], [1, "sample", 7.0, 0.6]]
+
+
 def test_sections_take_what_there_is():
     """Nothing of what was not done: no rounds, no test, no measurement before."""
     assert self_play_sections([], {}, None, TITLES) == []

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tiny import TOKENS, tiny_catalog, tiny_rows
 
-from malleable.callbacks.round_file import RoundFile, draw_positions
+from malleable.callbacks.round_file import RoundFile, answer_statistics, draw_positions
 from malleable.datamodules.batch import PreferenceBatch, collate
 from malleable.datamodules.loader import RowView
 
@@ -190,6 +190,19 @@ def test_concentrated_answers_by_hand():
     assert "mean_pop_neg" not in figures, "nothing is known of popularity"
     unknown = file.figures(tiny_rows(), replace(tiny_catalog(), popularity=()))
     assert unknown == figures
+
+
+def test_statistics_of_answers_by_hand():
+    """Ten answers, one of them no item: three distinct and the fourth; the first three make up 8 of 9."""
+    popularity = [10, 20, 30, 40]
+    items = [0, 0, 0, 0, 1, 1, 2, 2, 3, -1]
+    assert answer_statistics(items, popularity) == {
+        "distinct": 4.0,
+        "top_3_share": pytest.approx(8 / 9),
+        "mean_popularity": pytest.approx((4 * 10 + 2 * 20 + 2 * 30 + 40) / 9),
+    }
+    assert answer_statistics(items) == {"distinct": 4.0, "top_3_share": pytest.approx(8 / 9)}
+    assert answer_statistics([-1], popularity) == {"distinct": 0.0, "top_3_share": 0.0, "mean_popularity": 0.0}
 
 
 def test_no_answer_is_an_item():

@@ -18,10 +18,10 @@ from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 from torch.utils.data import DataLoader
 
-from malleable.callbacks.phases import Phase, PhaseSettings
+from malleable.callbacks.phases import Phase, PhaseSettings, reset_moments
 from malleable.callbacks.reference import ReferenceCache
-from malleable.callbacks.round_file import RoundFile
-from malleable.callbacks.self_play import SelfPlayLoop, reset_moments
+from malleable.callbacks.round_file import RoundFile, answer_statistics
+from malleable.callbacks.self_play import SelfPlayLoop
 from malleable.datamodules.batch import PreferenceBatch, collate
 from malleable.datamodules.loader import PhasedLoader
 from malleable.lightning_modules.dpo import DPO
@@ -331,9 +331,44 @@ def test_sections_for_the_report(tmp_path):
     loop = make_loop()
     module, trainer, _ = run(tmp_path, loop)
     trainer.test(module, TinyData(), verbose=False)
-    assert [section.title for section in loop.report_sections()] == ["Rejected answers", "Exposure", "Most recommended titles"]
+    assert [section.title for section in loop.report_sections()] == [
+        "Rejected answers",
+        "Greedy and sampled answers",
+        "Exposure",
+        "Most recommended titles",
+    ]
     assert loop.report_columns()[0].values["hr_3"] > 0
     assert make_loop().report_columns() == []
+
+
+@pytest.mark.parametrize("play", [Play(), Play(decode="sample"), Play(decode="beam_k_random", num_beams=3)])
+def test_greedy_and_sampled_answers_stand_beside_the_true_titles(tmp_path, play, caplog):
+    loop = make_loop(play=play, diagnostic_rows=20)
+    with caplog.at_level(logging.INFO):
+        module, *_ = run(tmp_path, loop)
+    found = {(entry["round"], entry["titles"]): entry for entry in loop.state.history if entry["phase"] == "decoding"}
+    assert set(found) == {(number, titles) for number in (1, 2) for titles in ("true", "greedy", "sample")}
+    assert "round 2, greedy titles: distinct" in caplog.text
+    for number in (1, 2):
+        file = RoundFile.read(next(tmp_path.rglob(f"round_{number}.parquet")))
+        pool = [loop._loader.pool[position] for position in file.positions[:20]]
+        expected = answer_statistics([row["item_ids"][0] for row in pool], module.catalog.popularity)
+        assert found[number, "true"] == {"phase": "decoding", "round": number, "titles": "true", **expected}
+        if play.decode != "beam_k_random":
+            own = answer_statistics([row[0] for row in file.items[:20]], module.catalog.popularity)
+            assert found[number, play.decode] == {"phase": "decoding", "round": number, "titles": play.decode, **own}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"diagnostic_rows": 0}, {"negative_source": "random"}, {"play": Play(grounding="none", max_new_tokens=4)}, {"diagnostic_rows": 8}]
+)
+def test_comparing_decoding_changes_no_weights(tmp_path, changes):
+    reference, changed = make_loop(**(changes | {"diagnostic_rows": 32})), make_loop(**changes)
+    first, *_ = run(tmp_path / "reference", reference)
+    second, *_ = run(tmp_path / "changed", changed)
+    assert_equal(first, second)
+    compared = any(entry["phase"] == "decoding" for entry in changed.state.history)
+    assert compared == (changes == {"diagnostic_rows": 8})
 
 
 def test_progress_is_told(tmp_path, caplog):
@@ -377,6 +412,8 @@ def test_refusals(tmp_path):
         SelfPlayLoop(rounds=-1)
     with pytest.raises(ValueError, match="rows_per_round must be >= 1 or null, got 0"):
         SelfPlayLoop(rows_per_round=0)
+    with pytest.raises(ValueError, match="diagnostic_rows must be >= 0, got -1"):
+        SelfPlayLoop(diagnostic_rows=-1)
     with pytest.raises(ValueError, match="the loop has no epoch"):
         SelfPlayLoop(rounds=0, warmup=PhaseSettings(epochs=0))
     with pytest.warns(UserWarning, match="3 preference epochs a round"):
