@@ -45,7 +45,9 @@ def test_pipes_devices_and_folders_are_refused_before_they_are_opened(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "data", [b"abc", gzip.compress(b"abc" * 999)[:-9], gzip.compress(b"x" * 99)[:20], gzip.compress(b"abc" * 999)[:-8] + b"12345678"]
+    "data",
+    [b"abc", gzip.compress(b"abc" * 999)[:-9], gzip.compress(b"x" * 99)[:20], gzip.compress(b"abc" * 999)[:-8] + b"12345678"],
+    ids=["text", "without end", "cut", "other checksum"],
 )
 def test_damaged_gzip(tmp_path, data):
     (tmp_path / "a.csv.gz").write_bytes(data)
