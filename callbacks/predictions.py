@@ -138,7 +138,9 @@ class PredictionWriter(Callback):
         with atomic_write(self.folder / "predictions.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("sample_id", *query_fields, "rank", *answer_fields))
-            writer.writerows(map(for_csv, (*query, *item.values())) for *query, items in map(dict.values, rows) for item in items)
+            for *query, items in map(dict.values, rows):
+                # Ids stay as they are, because they are joined with tables of the user.
+                writer.writerows([*query, *(for_csv(part) if name == "title" else part for name, part in item.items())] for item in items)
         with atomic_write(self.folder / "predictions.jsonl") as path, path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         rank_zero_info(f"predictions for {len(rows)} rows: {self.folder / 'predictions.csv'}")

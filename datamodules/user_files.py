@@ -121,7 +121,7 @@ def format_problem(error: BaseException, kind: str = "") -> str | None:
     if not _is_format_error(error) or _system_number(error):
         return None
     names = [base.__name__ for base in type(error).__mro__]
-    found = next((_LIBRARIES[name] for name in names if name in _LIBRARIES), None) or _NAMES.get(names[0], "what it should be")
+    found = next((_LIBRARIES[name] for name in names if name in _LIBRARIES), None) or _NAMES.get(names[0], "file of the expected kind")
     return f"is damaged, or no {(kind or found).removeprefix('a ')} ({first_line(error)})"
 
 

@@ -79,7 +79,8 @@ def _stored_adapter(model: Any, config: LanguageModelConfig) -> Any:
     folder = Path(name).expanduser()
     if folder.is_dir():
         _check_folder(folder)
-    with hub_errors("adapter", name), reading(folder):
+    local = reading(folder) if folder.is_dir() else nullcontext()  # errors of the hub are no damaged files
+    with hub_errors("adapter", name), local:
         settings = _settings(name, config)
         tensors: dict[str, Tensor] = load_peft_weights(name, device="cpu", local_files_only=config.local_files_only)
     if settings.is_prompt_learning:

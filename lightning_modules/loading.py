@@ -56,7 +56,8 @@ def load_pretrained(config: LanguageModelConfig, zero3_config: dict[str, Any] | 
     if _is_adapter(Path(folder)):
         raise ValueError(f"{config.name!r} is an adapter; give its base model as language_model.name and the folder as language_model.adapter")
     damaged = nullcontext() if gguf_file is None else gguf_errors(Path(folder) / gguf_file)
-    with hub_errors("model", config.name), damaged, reading(folder), _partitioned_loading(zero3_config):
+    local = reading(folder) if Path(folder).is_dir() else nullcontext()  # errors of the hub are no damaged files
+    with hub_errors("model", config.name), damaged, local, _partitioned_loading(zero3_config):
         file = {} if gguf_file is None else {"gguf_file": gguf_file}
         whole = AutoConfig.from_pretrained(folder, **file, **source)
         text = whole if file else whole.get_text_config(decoder=True)

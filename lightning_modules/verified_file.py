@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from malleable.datamodules.user_files import first_line
 from malleable.lightning_modules.patches.fingerprint import raw
 from malleable.lightning_modules.patches.safetensors_file import open_tensors
 
@@ -36,9 +37,12 @@ def load_verified(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: If the file is not whole, or its content is not what was written.
     """
-    with open_tensors(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        about = dict(file.metadata() or {})
+    try:
+        with open_tensors(path) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            about = dict(file.metadata() or {})
+    except ValueError as error:  # callers say what to do
+        raise ValueError(f"{path} is damaged ({first_line(error.__cause__ or error)})") from error
     checksum = about.pop(CHECKSUM, None)
     if checksum is not None and checksum != _checksum(tensors, about):
         raise ValueError(f"{path} is damaged (its checksum is another one)")

@@ -238,7 +238,7 @@ def test_texts_of_a_file(learnt, tmp_path):
     for callback in (given, read):
         trainer_of(tmp_path / "run", callback, max_steps=0).fit(copy.deepcopy(learnt))
     assert given.applied == read.applied
-    with pytest.raises(FileNotFoundError, match="no file of texts"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file none\.txt; give a file of texts"):
         trainer_of(tmp_path, edit(texts="none.txt")).fit(copy.deepcopy(learnt))
     with pytest.raises(MisconfigurationException, match=r"AlphaEdit needs texts=\.\.\. \(a file or a list\)"):
         trainer_of(tmp_path, edit(texts=None)).fit(copy.deepcopy(learnt))

@@ -153,7 +153,7 @@ def test_resolve_model_leaves_ids_and_folders_alone(name):
 def test_resolve_model_splits_a_gguf_file(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert resolve_model(str(tmp_path / "model.gguf")) == (str(tmp_path), "model.gguf")
-    with pytest.raises(FileNotFoundError, match=r"no GGUF file at .*other.gguf; give an existing file"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*other.gguf; give an existing GGUF file"):
         resolve_model(str(tmp_path / "other.gguf"))
 
 

@@ -314,11 +314,11 @@ def test_rows_marked_already_stay_marked(tmp_path):
     module = ready(BoringModule())
     batch = BoringBatch(torch.tensor([0, -1, 2]), torch.ones(3, 4))
     for split in ("val", "test"):
-        module.trainer = SimpleNamespace(val_dataloaders=DataLoader([0.0]), test_dataloaders=[DataLoader([0.0])])
+        module.trainer = SimpleNamespace(train_dataloader=None, val_dataloaders=DataLoader([0.0]), test_dataloaders=[DataLoader([0.0])])
         assert module._mark_repeats(batch, 0, split).tolist() == [0, -1, 2]
         sampler = DistributedSampler(range(5), num_replicas=2, rank=1, shuffle=False)
         loader = DataLoader(range(5), batch_size=3, sampler=sampler)
-        module.trainer = SimpleNamespace(val_dataloaders=loader, test_dataloaders=[loader])
+        module.trainer = SimpleNamespace(train_dataloader=None, val_dataloaders=loader, test_dataloaders=[loader])
         # Rank 1 has rows 1 and 3 of five, then the repeated row 0.
         assert module._mark_repeats(BoringBatch(torch.tensor([1, 3, 0]), torch.ones(3, 4)), 0, split).tolist() == [1, 3, -1]
         assert module._mark_repeats(batch, 0, split).tolist() == [0, -1, -3]

@@ -52,7 +52,7 @@ class TestTables:
         assert module.tables[0].weight is before
 
     def test_must_be_there(self):
-        with pytest.raises(MisconfigurationException, match=r"NFE has no tables yet: pass graph=\.\.\. and call configure_model\(\), or load"):
+        with pytest.raises(MisconfigurationException, match=r"NFE has no weights yet: pass graph=\.\.\. and call configure_model\(\), or load"):
             NFE().compute_loss(collate_queries(ROWS))
 
     @pytest.mark.parametrize(
