@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands_run import run_on_ranks
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from malleable.main import main
@@ -34,7 +35,7 @@ SMALLER = {
 VARIANTS = {
     "nfe/tiny.yaml, trainable margin": ["--model.gamma_trainable", "true"],
     "sft/tiny.yaml, compiled": ["--model.language_model.compile.backend", "aot_eager"],
-    "sft/tiny.yaml, adapter": ["--model.language_model.lora.r", "2"],
+    "sft/tiny.yaml, adapter": ["--model.language_model.lora", "{r: 2, dropout: 0.0}"],
 }
 REFUSED = {
     ("baselines/movielens.yaml", "deepspeed_zero2"): "ItemKNN counts and has no weights to shard: it cannot run `fit` with CPUDeepSpeedStrategy",
@@ -61,16 +62,23 @@ def figures(folder: Path, recipe: str, version: int = 0) -> dict[str, float]:
 
 
 def assert_same_export(found: Path, expected: Path, recipe: str) -> None:
-    """A language model is written by the first rank alone, whole, as one process writes it."""
-    ours, theirs = (run_folder(folder, recipe) / "model" for folder in (found, expected))
-    assert ours.exists() == theirs.exists()
-    if not theirs.exists():
-        return
-    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
-    state, other = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (ours, theirs))
-    assert state.keys() == other.keys()
-    for name, value in other.items():
-        torch.testing.assert_close(state[name], value, atol=1e-4, rtol=0)
+    """A language model or its adapter is written by the first rank alone, whole, as one process writes it."""
+    for name in ("model", "adapter"):
+        ours, theirs = (run_folder(folder, recipe) / name for folder in (found, expected))
+        assert ours.exists() == theirs.exists()
+        if not theirs.exists():
+            continue
+        assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+        state, other = (weights(folder) for folder in (ours, theirs))
+        assert state.keys() == other.keys()
+        for key, value in other.items():
+            torch.testing.assert_close(state[key], value, atol=1e-4, rtol=0)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    if folder.name == "adapter":
+        return load_file(folder / "adapter_model.safetensors")
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
 @pytest.fixture(scope="module")
