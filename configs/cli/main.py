@@ -55,6 +55,12 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         with _log_to_stderr():
             _run(words)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if args is not None:
+            raise
+        # Whoever reads the output, such as `head`, has ended; what is left to write goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         message = _message(error)
         if args is not None or os.environ.get("MALLEABLE_DEBUG") or message is None:

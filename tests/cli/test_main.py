@@ -179,3 +179,9 @@ def test_a_run_folder_that_cannot_be_written_is_one_message(monkeypatch, boring,
         main()
     assert ended.value.code == 1
     assert "runs" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_end_of_a_pipe_is_no_error():
+    command = f"{sys.executable} -c 'from malleable.main import main; main()' recipes | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
