@@ -13,7 +13,7 @@ import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO, cast
+from typing import Any, BinaryIO, NamedTuple, TextIO, TypeVar, cast
 
 from malleable.datamodules.user_files import check_file, reading
 
@@ -38,6 +38,8 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _CONVERT = "save it as UTF-8, or set the option `encoding` where the source has one (cp1252, latin-1, utf-16, ...)"
+
+_Kind = TypeVar("_Kind")
 
 
 class JsonRow(NamedTuple):
@@ -285,10 +287,7 @@ def text_of(fields: Any, name: str) -> str:
     Raises:
         ValueError: If there is no such field, or it is no text.
     """
-    value = field_of(fields, name)
-    if not isinstance(value, str):
-        raise ValueError(f"field {name}: expected a text, got {value!r:.80}")
-    return value
+    return _typed(fields, name, str, "a text")
 
 
 def texts_of(fields: Any, name: str) -> tuple[str, ...]:
@@ -309,10 +308,7 @@ def list_of(fields: Any, name: str) -> list[Any]:
     Raises:
         ValueError: If there is no such field, or it is no list.
     """
-    value = field_of(fields, name)
-    if not isinstance(value, list):
-        raise ValueError(f"field {name}: expected a list, got {value!r:.80}")
-    return value
+    return _typed(fields, name, list, "a list")
 
 
 def object_of(fields: Any, name: str) -> dict[str, Any]:
@@ -321,9 +317,13 @@ def object_of(fields: Any, name: str) -> dict[str, Any]:
     Raises:
         ValueError: If there is no such field, or it is no object.
     """
+    return _typed(fields, name, dict, "an object")
+
+
+def _typed(fields: Any, name: str, kind: type[_Kind], described: str) -> _Kind:
     value = field_of(fields, name)
-    if not isinstance(value, dict):
-        raise ValueError(f"field {name}: expected an object, got {value!r:.80}")
+    if not isinstance(value, kind):
+        raise ValueError(f"field {name}: expected {described}, got {value!r:.80}")
     return value
 
 

@@ -404,7 +404,9 @@ def test_limits_that_have_no_effect_or_end_in_mid_round_are_refused(tmp_path):
 
 
 def test_a_loop_without_rounds_needs_no_rows_for_them(tmp_path):
-    run(tmp_path, make_loop(rounds=0, rows_per_round=10_000, warmup=PhaseSettings(epochs=1)))
+    _, trainer, steps = run(tmp_path, make_loop(rounds=0, rows_per_round=10_000, warmup=PhaseSettings(epochs=1)))
+    assert {kind for kind, *_ in steps} == {"warmup"}
+    assert trainer.current_epoch == 1
 
 
 def test_refusals(tmp_path):
