@@ -13,35 +13,12 @@ from traceback import walk_tb
 from malleable import __version__
 from malleable.datamodules.escape import for_terminal
 from malleable.datamodules.user_files import first_line, format_problem, system_problem
-from malleable.early import check_words
+from malleable.early import TRAINER_COMMANDS, check_words
+from malleable.help_pages import HELP, command_help
 from malleable.memory import memory_problem
 from malleable.recipes import run_recipes
 
 log = logging.getLogger("malleable")
-
-HELP = """usage: malleable <command> [options]
-
-commands:
-  fit        train, then test if the recipe says `test_after_fit: true`
-  validate   measure a checkpoint on the validation split
-  test       measure a checkpoint on the test split
-  predict    predict with a checkpoint
-  recipes    list the packaged recipes; `recipes show NAME` prints one, `recipes copy NAME [FILE]` copies it
-  compare    show the test metrics of several runs side by side, with paired intervals
-  patch      list, show, compare, apply, revert and export patches of stored weights
-
-examples:
-  malleable fit --config sprec/tiny.yaml                          run a recipe: a file here, or one of the package
-  malleable fit --config sprec/tiny.yaml --data.batch_size 8      change a value of it
-  malleable fit --config sprec/tiny.yaml --config base/ddp.yaml   lay a second file over it
-  malleable test --config sprec/tiny.yaml --ckpt_path last        measure its latest run
-  malleable compare sprec/tiny sft/tiny                           compare the latest runs of two recipes, or run folders
-  malleable patch apply edits/paris model.ckpt                    apply a patch; `malleable patch revert` brings the weights back
-  malleable fit --help                                            see all options
-  malleable fit --model.help SPRec                                see the options of one class
-
-Set MALLEABLE_DEBUG=1 to see the traceback of an error.
-"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -85,11 +62,13 @@ def _run(words: list[str]) -> None:
         from malleable.patch import run as run_patch  # torch takes a second to import
 
         run_patch(words[1:])
+    elif command in TRAINER_COMMANDS and words[1:] in (["--help"], ["-h"]):
+        sys.stdout.write(command_help(command))
     else:
         check_words(words)
         from malleable.cli import run  # torch and Lightning take seconds to import
 
-        run(words)
+        run(words[:-1] if words[1:] == ["--help", "all"] else words)
 
 
 _DEBUG = "MALLEABLE_DEBUG=1 shows where"
