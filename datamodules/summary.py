@@ -88,8 +88,8 @@ class DataSummary:
         unsplit = [genre for own in having for genre in own if UNSPLIT.search(genre)]
         if len(unsplit) >= UNSPLIT_SHARE * len(having):
             self.warnings.append(
-                f"{len(unsplit):,} genres look like lists that were not split, e.g. {unsplit[0]!r:.60}: write `Drama|Comedy`, or a list in JSON "
-                "lines or Parquet; MGU and DGU count each such text as a genre of its own"
+                f"{len(unsplit):,} genres look like lists that were not split, e.g. {unsplit[0]!r:.60}: set genre_delimiter of Tables, write "
+                "`Drama|Comedy`, or a list in JSON lines or Parquet; MGU and DGU count each such text as a genre of its own"
             )
 
     def describe_times(self, times: Floats) -> None:

@@ -30,7 +30,7 @@ class Tables(Source):
     """Two files: interactions (``user_id, item_id, timestamp[, rating]``) and items (``item_id, title[, genres]``).
 
     Kinds by file name: ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` (each also ``.gz``) and ``.parquet``. Further columns are left alone. Times are
-    seconds or ISO 8601; genres are lists, or text with ``|`` between them. Terms and licence are the user's own.
+    seconds or ISO 8601; genres are lists, or text with a delimiter between them. Terms and licence are the user's own.
 
     Every row of CSV and TSV has as many cells as the first line, which names the columns. A cell of CSV with a delimiter, a quote or a line feed
     in it stands in quotes, and its quotes are doubled. The encoding is UTF-8, or that of a byte-order mark (UTF-8, UTF-16).
@@ -45,6 +45,7 @@ class Tables(Source):
         item_columns: The same for items.
         delimiter: What stands between the cells of a text; default: a comma in ``.csv``, a tab in ``.tsv``.
         encoding: Of texts without a byte-order mark, e.g. ``cp1252`` or ``latin-1``; default: UTF-8.
+        genre_delimiter: What stands between the genres of a text, e.g. ``", "`` or ``;``.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -59,8 +60,11 @@ class Tables(Source):
         item_columns: dict[str, str] | None = None,
         delimiter: str | None = None,
         encoding: str | None = None,
+        genre_delimiter: str = "|",
     ) -> None:
         check_delimiter(delimiter)
+        if not genre_delimiter:
+            raise ValueError("genre_delimiter must not be empty; where a text is one genre, name a character that no genre has")
         check_encoding(encoding)
         self.interactions = Path(interactions).expanduser()
         self.items = Path(items).expanduser()
@@ -68,6 +72,7 @@ class Tables(Source):
         self.item_columns = item_columns or {}
         self.delimiter = delimiter
         self.encoding = encoding
+        self.genre_delimiter = genre_delimiter
         _check_fields("interaction_columns", self.interaction_columns, INTERACTION_FIELDS)
         _check_fields("item_columns", self.item_columns, ITEM_FIELDS)
 
@@ -79,7 +84,8 @@ class Tables(Source):
 
     def settings(self) -> dict[str, object]:
         """Return how the files are read."""
-        options = {"delimiter": self.delimiter, "encoding": self.encoding}
+        genres = self.genre_delimiter if self.genre_delimiter != "|" else None
+        options = {"delimiter": self.delimiter, "encoding": self.encoding, "genre_delimiter": genres}
         return {"interactions": self.interaction_columns, "items": self.item_columns} | {name: value for name, value in options.items() if value}
 
     def load(self) -> InteractionTables:
@@ -122,7 +128,7 @@ class Tables(Source):
             notes.append(f"{repeated:,} rows of {self.items.name} repeat an item_id (e.g. {example}), the first of each stays")
             log.warning("%s: %d lines repeat an item_id; the first of each stays", self.items, repeated)
             items = items.drop_duplicates("item_id")
-        genres = _genres(self.items, items["genres"]) if "genres" in items else [()] * len(items)
+        genres = _genres(self.items, items["genres"], self.genre_delimiter) if "genres" in items else [()] * len(items)
         return items_table(list(items["item_id"]), list(items["title"]), genres), tuple(notes)
 
     def _select(self, path: Path, fields: tuple[str, ...], columns: Mapping[str, str], argument: str) -> pd.DataFrame:
@@ -260,24 +266,16 @@ def _seconds(path: Path, column: pd.Series) -> pd.Series:
     return values
 
 
-def _genres(path: Path, column: pd.Series) -> list[tuple[str, ...]]:
+def _genres(path: Path, column: pd.Series, delimiter: str) -> list[tuple[str, ...]]:
     genres = []
-    unsplit: list[int] = []
     for position, value in enumerate(column):
         if isinstance(value, str):
-            own = tuple(part.strip() for part in value.split("|") if part.strip())
-            if len(own) == 1 and (own[0][0] in "[{(" or any(mark in own[0] for mark in ",;")):
-                unsplit.append(position)
+            own = tuple(part.strip() for part in value.split(delimiter) if part.strip())
         elif isinstance(value, (list, tuple, np.ndarray)) and all(isinstance(part, (str, numbers.Real)) for part in value):
             own = tuple(str(part) for part in value)
         elif _missing(value):
             own = ()
         else:
-            raise ValueError(f"{_place(path, column, position, 'genres')}: genres are a list of texts, or a text with | between, got {value!r:.80}")
+            raise ValueError(f"{_place(path, column, position, 'genres')}: genres are a list of texts, or a text, got {value!r:.80}")
         genres.append(own)
-    if unsplit:
-        log.warning(
-            "%s: the genres of %d items look like lists, and count as one genre each (first: %s, %r); write | between genres",
-            path, len(unsplit), _where(path, column, unsplit[0]), column.iloc[unsplit[0]],
-        )  # fmt: skip
     return genres

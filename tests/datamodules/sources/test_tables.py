@@ -32,8 +32,8 @@ def events_csv(tmp_path: Path, text: str, **options) -> Tables:
     return Tables(str(tmp_path / "events.csv"), str(tmp_path / "items.csv"), **options)
 
 
-def items_csv(tmp_path: Path, text: str) -> Tables:
-    source = events_csv(tmp_path, "user_id,item_id,timestamp\nu,a,1\n")
+def items_csv(tmp_path: Path, text: str, **options) -> Tables:
+    source = events_csv(tmp_path, "user_id,item_id,timestamp\nu,a,1\n", **options)
     (tmp_path / "items.csv").write_text(text)
     return source
 
@@ -323,12 +323,15 @@ def test_values_of_json_that_are_no_numbers(tmp_path, value, field):
         source.load()
 
 
-@pytest.mark.parametrize("genres", ["Crime, Drama", '["Crime", "Drama"]', "Crime; Drama"])
-def test_genres_that_look_like_lists_are_warned_of(tmp_path, caplog, genres):
-    quoted = genres.replace('"', '""')
-    tables = items_csv(tmp_path, f'item_id,title,genres\na,Heat,Crime\nb,Alien,"{quoted}"\n').load()
-    assert tables.items["genres"].tolist() == [("Crime",), (genres,)]
-    assert "the genres of 1 items look like lists, and count as one genre each (first: line 3" in caplog.text
+def test_genres_are_split_at_a_delimiter_of_choice(tmp_path):
+    rows = 'item_id,title,genres\na,Heat,Crime\nb,Alien,"Horror, Sci-Fi,"\nc,Brazil,Comedy|Drama\n'
+    source = items_csv(tmp_path, rows, genre_delimiter=",")
+    assert source.load().items["genres"].tolist() == [("Crime",), ("Horror", "Sci-Fi"), ("Comedy|Drama",)]
+    default = items_csv(tmp_path, rows)
+    assert default.load().items["genres"].tolist() == [("Crime",), ("Horror, Sci-Fi,",), ("Comedy", "Drama")]
+    assert source.settings() != default.settings()
+    with pytest.raises(ValueError, match="genre_delimiter must not be empty"):
+        Tables("a.csv", "b.csv", genre_delimiter="")
 
 
 @pytest.mark.parametrize("field", ["title", "genres"])
