@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from malleable.datamodules.batch import Batch, Catalog, Recommendations
-from malleable.datamodules.escape import for_csv
-from malleable.datamodules.files import atomic_write
+from malleable.datamodules.files.atomic import atomic_write
+from malleable.datamodules.files.escape import for_csv
 
 Described = Iterator[tuple[Sequence[Any], Sequence[Sequence[Any]]]]
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from malleable.callbacks.run_files import run_folder, stored_copies
 from malleable.callbacks.sweep import rows_per_pass, sweep
-from malleable.datamodules.files import atomic_write
-from malleable.datamodules.loader import PhasedLoader, RowView
-from malleable.lightning_modules.compiled import compiled_passes
-from malleable.lightning_modules.functional.logps import answer_logps
-from malleable.lightning_modules.language_model import LanguageModel
+from malleable.datamodules.files.atomic import atomic_write
+from malleable.datamodules.loading import PhasedLoader, RowView
+from malleable.lightning_modules.functional.language.logps import answer_logps
+from malleable.lightning_modules.language.compiled import compiled_passes
+from malleable.lightning_modules.language.language_model import LanguageModel
 from malleable.lightning_modules.verified_file import load_verified, save_verified
 
 log = logging.getLogger(__name__)

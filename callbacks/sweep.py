@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from malleable.datamodules.batch import Batch
-from malleable.datamodules.loader import PhasedLoader
+from malleable.datamodules.loading import PhasedLoader
 from malleable.lightning_modules.functional.defaults import float32_by_default
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 
 from malleable.datamodules.batch import Batch
-from malleable.datamodules.loader import PhasedLoader, deal
+from malleable.datamodules.loading import PhasedLoader, deal
 
 log = logging.getLogger(__name__)
 

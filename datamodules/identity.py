@@ -18,12 +18,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.batch import Catalog, KnowledgeGraph, Vocabulary
-from malleable.datamodules.files import atomic_write
-from malleable.datamodules.plain_checkpoint import read_plain
-from malleable.datamodules.prompt import PromptTemplate
-from malleable.datamodules.text_files import read_json
-from malleable.datamodules.tokenizer import pack_tokenizer, rules_digest, tokenizer_digest, unpack_tokenizer, write_known
-from malleable.datamodules.user_files import first_line
+from malleable.datamodules.files.atomic import atomic_write
+from malleable.datamodules.files.plain_checkpoint import read_plain
+from malleable.datamodules.files.text_files import read_json
+from malleable.datamodules.files.user_files import first_line
+from malleable.datamodules.language.tokenizer import pack_tokenizer, rules_digest, tokenizer_digest, unpack_tokenizer, write_known
+from malleable.datamodules.recommendation.prompt import PromptTemplate
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from malleable.datamodules.plain_checkpoint import read_plain
-from malleable.datamodules.user_files import first_line
+from malleable.datamodules.files.plain_checkpoint import read_plain
+from malleable.datamodules.files.user_files import first_line
 
 _PACKAGES = {"malleable", "lightning", "torch", "torchmetrics"}
 _PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")

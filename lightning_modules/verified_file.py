@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from malleable.datamodules.user_files import first_line
+from malleable.datamodules.files.user_files import first_line
 from malleable.lightning_modules.patches.fingerprint import raw
 from malleable.lightning_modules.patches.safetensors_file import open_tensors
 

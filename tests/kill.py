@@ -43,13 +43,13 @@ from tiny_data import TinyData
 from toy_graph import toy_graph
 
 from malleable import EmbeddingReport, LastCheckpoint, ReferenceCache, RunReport  # noqa: F401  (imported before the forks)
-from malleable.callbacks.edit_protocol import Protocol
-from malleable.callbacks.page import Section
+from malleable.callbacks.editing.edit_protocol import Protocol
+from malleable.callbacks.report.page import Section
 from malleable.checkpoints import AtomicCheckpointIO
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.targets import TargetSettings
-from malleable.lightning_modules.graph_settings import EmbeddingTuning
-from malleable.lightning_modules.nfe import NFE
+from malleable.lightning_modules.graphs.nfe import NFE
+from malleable.lightning_modules.graphs.settings import EmbeddingTuning
 from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.patch import Patch
 from malleable.runs import RunFolder, claimed_folders, find_run_checkpoint

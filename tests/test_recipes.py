@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from malleable.lightning_modules.language.config import LanguageModelConfig
+from malleable.lightning_modules.language.precision import check_training_precision
 from malleable.lightning_modules.plain import from_plain
-from malleable.lightning_modules.precision import check_training_precision
-from malleable.lightning_modules.pretrained import LanguageModelConfig
 from malleable.main import main
 from malleable.recipes import FOLDER, recipe_names
 from malleable.unused import check_unused

@@ -11,9 +11,9 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from malleable.datamodules.files import atomic_write
-from malleable.datamodules.plain_checkpoint import read_plain
-from malleable.datamodules.user_files import first_line
+from malleable.datamodules.files.atomic import atomic_write
+from malleable.datamodules.files.plain_checkpoint import read_plain
+from malleable.datamodules.files.user_files import first_line
 from malleable.runs import Wanted, find_run_checkpoint
 from malleable.yaml_files import read_yaml
 

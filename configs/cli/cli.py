@@ -24,7 +24,7 @@ import malleable
 from malleable.callbacks.last_checkpoint import LastCheckpoint
 from malleable.callbacks.line_progress import LineProgress
 from malleable.callbacks.predictions import DescribesPredictions, PredictionWriter
-from malleable.callbacks.self_play import SelfPlayLoop
+from malleable.callbacks.self_play.loop import SelfPlayLoop
 from malleable.checkpoints import AtomicCheckpointIO, as_layer, consolidate, differences, find_checkpoint, other_settings, stored_model
 from malleable.datamodules.identity import stores_data
 from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements

@@ -13,13 +13,13 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from malleable.callbacks.metric_notes import marked
-from malleable.callbacks.page import number, plain_table
-from malleable.datamodules.user_files import reading
+from malleable.callbacks.report.metric_notes import marked
+from malleable.callbacks.report.page import number, plain_table
+from malleable.datamodules.files.user_files import reading
 from malleable.lightning_modules.metrics.significance import paired_bootstrap, row_values
 
 METRICS_FILE = "metrics.json"
-# As in malleable.callbacks.row_recorder, which imports torch.
+# As in malleable.callbacks.report.row_recorder, which imports torch.
 ROWS_FILE = "test_rows.safetensors"
 DIGEST = "asked"
 SHOWN = 3

@@ -11,8 +11,8 @@ from json import JSONDecodeError
 from traceback import walk_tb
 
 from malleable import __version__
-from malleable.datamodules.escape import for_terminal
-from malleable.datamodules.user_files import first_line, format_problem, system_problem
+from malleable.datamodules.files.escape import for_terminal
+from malleable.datamodules.files.user_files import first_line, format_problem, system_problem
 from malleable.early import TRAINER_COMMANDS, check_words
 from malleable.help_pages import HELP, command_help
 from malleable.memory import memory_problem

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from malleable.datamodules.escape import for_terminal
-from malleable.datamodules.files import locked, recover
+from malleable.datamodules.files.atomic import locked, recover
+from malleable.datamodules.files.escape import for_terminal
 from malleable.lightning_modules.patches.container import Container
 from malleable.lightning_modules.patches.containers import is_weights_folder, open_container
 from malleable.lightning_modules.patches.delta import Delta

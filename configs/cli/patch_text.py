@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malleable.datamodules.escape import for_terminal
+from malleable.datamodules.files.escape import for_terminal
 from malleable.lightning_modules.patches.container import Container
 from malleable.lightning_modules.patches.patch import Patch
 

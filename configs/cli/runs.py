@@ -18,8 +18,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from malleable.callbacks.restart import finish_epoch
-from malleable.datamodules.files import recover_below
-from malleable.datamodules.plain_checkpoint import read_plain
+from malleable.datamodules.files.atomic import recover_below
+from malleable.datamodules.files.plain_checkpoint import read_plain
 from malleable.yaml_files import read_yaml
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from malleable.datamodules.text_files import open_text
-from malleable.datamodules.user_files import check_file, first_line
+from malleable.datamodules.files.text_files import open_text
+from malleable.datamodules.files.user_files import check_file, first_line
 
 SIZE_LIMIT = 1 << 22
 """Bytes of a YAML file, at most."""

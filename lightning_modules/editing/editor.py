@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from malleable.datamodules.requests import PLACEHOLDER
+from malleable.datamodules.editing.requests import PLACEHOLDER
 from malleable.lightning_modules.editing.fine_tune import fine_tune
 from malleable.lightning_modules.editing.layout import Layout, Projection, find_layout
 from malleable.lightning_modules.editing.passes import check_additive, stopping
@@ -22,7 +22,7 @@ from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
 from malleable.lightning_modules.editing.targets import ROWS, Fact, Targets, find_targets
 from malleable.lightning_modules.editing.undisturbed import undisturbed
-from malleable.lightning_modules.functional.null_space import (
+from malleable.lightning_modules.functional.editing.null_space import (
     Covariance,
     KeyMetric,
     LowRank,

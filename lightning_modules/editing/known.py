@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from malleable.datamodules.requests import PLACEHOLDER, EditRequest
+from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest
 from malleable.lightning_modules.editing.answers import take_answers
 from malleable.lightning_modules.editing.prompts import Reader
 

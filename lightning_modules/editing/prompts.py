@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from malleable.datamodules.requests import PLACEHOLDER
+from malleable.datamodules.editing.requests import PLACEHOLDER
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malleable.datamodules.requests import PLACEHOLDER, EditRequest
+from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest
 from malleable.lightning_modules.editing.answers import score_answers, take_answers
 from malleable.lightning_modules.editing.prompts import Reader, Row
-from malleable.lightning_modules.functional.answer_match import gives_answer
-from malleable.lightning_modules.functional.free_text import generate_text
+from malleable.lightning_modules.functional.editing.answer_match import gives_answer
+from malleable.lightning_modules.functional.editing.word_statistics import Tfidf
+from malleable.lightning_modules.functional.language.free_text import generate_text
 from malleable.lightning_modules.functional.ranks import merge_over_ranks, shard, sum_over_ranks
-from malleable.lightning_modules.functional.word_statistics import Tfidf
 from malleable.lightning_modules.metrics.editing import Consistency, Fluency, RequestFigures
 
 MAX_LOGITS = 1 << 26  # of a pass for perplexity, 256 MiB in single precision
@@ -242,8 +242,8 @@ def measure_generated(
 
     Source:
         Yang et al. (2025), The Mirage of Model Editing: Revisiting Evaluation in the Wild, arXiv:2502.11177.
-        Differs: the first sentence must hold the answer's words (:func:`~malleable.lightning_modules.functional.answer_match.gives_answer`), where
-        the authors let a language model judge.
+        Differs: the first sentence must hold the answer's words
+        (:func:`~malleable.lightning_modules.functional.editing.answer_match.gives_answer`), where the authors let a language model judge.
     """
     questions: list[tuple[str, str]] = []
     sizes = []

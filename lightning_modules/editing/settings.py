@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from malleable.lightning_modules.editing.fine_tune import FineTuneSettings
 from malleable.lightning_modules.editing.prompts import FactToken
 from malleable.lightning_modules.editing.targets import TargetSettings
-from malleable.lightning_modules.functional.null_space import Threshold
+from malleable.lightning_modules.functional.editing.null_space import Threshold
 
 Method = Literal["alpha_edit", "memit", "ridge", "fine_tune"]
 

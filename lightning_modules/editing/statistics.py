@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from malleable.datamodules.files import atomic_write
+from malleable.datamodules.files.atomic import atomic_write
+from malleable.datamodules.files.user_files import first_line
 from malleable.datamodules.identity import rules_digest
-from malleable.datamodules.user_files import first_line
 from malleable.lightning_modules.editing.layout import Layout
 from malleable.lightning_modules.editing.passes import stopping
-from malleable.lightning_modules.functional.null_space import SecondMoment
-from malleable.lightning_modules.model_settings import model_settings
+from malleable.lightning_modules.functional.editing.null_space import SecondMoment
+from malleable.lightning_modules.language.model_settings import model_settings
 from malleable.lightning_modules.verified_file import load_verified, save_verified
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malleable.datamodules.requests import PLACEHOLDER, EditRequest
+from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest
 from malleable.lightning_modules.editing.layout import Layout
 from malleable.lightning_modules.editing.prompts import Reader, Row, fill
 from malleable.lightning_modules.editing.tails import Tails, WholeRows, follow

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from malleable.lightning_modules.functional.word_statistics import Tfidf, fluency
+from malleable.lightning_modules.functional.editing.word_statistics import Tfidf, fluency
 
 SHARES = ("efficacy", "generalization", "specificity")
 
@@ -77,7 +77,7 @@ class EditingMetrics(_Sums):
     Source:
         Meng et al. (2022), Locating and Editing Factual Associations in GPT, arXiv:2202.05262, section 3.3; published figures of zsRE are the
         shares of right tokens, ``*_accuracy``. ``*_generated``: Yang et al. (2025), The Mirage of Model Editing, arXiv:2502.11177, whose
-        evaluation generates until a stop token; see :func:`~malleable.lightning_modules.functional.answer_match.gives_answer` for the match.
+        evaluation generates until a stop token; see :func:`~malleable.lightning_modules.functional.editing.answer_match.gives_answer` for the match.
         Differs: its authors let a language model judge the match.
     """
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from malleable.datamodules.plain_checkpoint import read_plain
+from malleable.datamodules.files.plain_checkpoint import read_plain
 from malleable.lightning_modules.patches.container import Container
 from malleable.lightning_modules.patches.files import replacing
 from malleable.lightning_modules.patches.names import canonical_names, untied

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from malleable.datamodules.files import recover
+from malleable.datamodules.files.atomic import recover
 from malleable.lightning_modules.patches.checkpoint_file import CheckpointFile
 from malleable.lightning_modules.patches.container import Container
 from malleable.lightning_modules.patches.patch import is_patch

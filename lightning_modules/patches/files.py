@@ -8,12 +8,14 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from malleable.datamodules.files import atomic_write
+from malleable.datamodules.files.atomic import atomic_write
 
 
 @contextmanager
 def replacing(path: Path, *, own_modes: bool = False) -> Iterator[Path]:
-    """Yield a temporary path to write a file or folder to, which takes the place of ``path``; see :func:`~malleable.datamodules.files.atomic_write`.
+    """Yield a temporary path to write a file or folder to, which replaces ``path``.
+
+    See :func:`~malleable.datamodules.files.atomic.atomic_write`.
 
     Raises:
         OSError: If the system does not let it be written; nothing has changed then.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from malleable.datamodules.text_files import parse_json
+from malleable.datamodules.files.text_files import parse_json
 
 FORMAT = 1
 _FIELDS: dict[str, type] = {

@@ -13,8 +13,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from malleable.datamodules.text_files import open_text
-from malleable.datamodules.user_files import check_tree
+from malleable.datamodules.files.text_files import open_text
+from malleable.datamodules.files.user_files import check_tree
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.files import mirror, replacing
 from malleable.lightning_modules.patches.fingerprint import raw

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from malleable.datamodules.user_files import check_file, reading
+from malleable.datamodules.files.user_files import check_file, reading
 from malleable.lightning_modules.patches.fingerprint import raw
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from malleable.datamodules.text_files import read_json
-from malleable.datamodules.user_files import check_tree, is_file_name, shard_names
+from malleable.datamodules.files.text_files import read_json
+from malleable.datamodules.files.user_files import check_tree, is_file_name, shard_names
 from malleable.lightning_modules.patches.container import Container
 from malleable.lightning_modules.patches.files import mirror, replacing
 from malleable.lightning_modules.patches.names import canonical_names

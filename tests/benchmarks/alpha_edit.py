@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 from devices import add_device_arguments, synchronize
 from literal_targets import literal_target
 
-from malleable.datamodules.fetch import resolve_model
-from malleable.datamodules.sources.countries import Countries
-from malleable.datamodules.tokenizer import load_tokenizer
+from malleable.datamodules.files.fetch import resolve_model
+from malleable.datamodules.language.tokenizer import load_tokenizer
+from malleable.datamodules.sources.editing.countries import Countries
 from malleable.lightning_modules.editing.layout import find_layout
 from malleable.lightning_modules.editing.prompts import Reader, draw_contexts
 from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments

@@ -27,12 +27,12 @@ os.environ["TQDM_DISABLE"] = "1"  # no bars of weights between the lines
 
 import torch
 
-from malleable.callbacks.edit_protocol import Protocol, edit_in_batches, examine
-from malleable.datamodules.editing import EditingDataModule
-from malleable.datamodules.fetch import resolve_model
-from malleable.datamodules.requests import EditRequest
-from malleable.datamodules.sources.countries import Countries
-from malleable.datamodules.sources.texts import WordNetGlosses
+from malleable.callbacks.editing.edit_protocol import Protocol, edit_in_batches, examine
+from malleable.datamodules.editing.datamodule import EditingDataModule
+from malleable.datamodules.editing.requests import EditRequest
+from malleable.datamodules.files.fetch import resolve_model
+from malleable.datamodules.sources.editing.countries import Countries
+from malleable.datamodules.sources.editing.texts import WordNetGlosses
 from malleable.lightning_modules.editing.editor import AlphaEditor
 from malleable.lightning_modules.editing.fine_tune import FineTuneSettings
 from malleable.lightning_modules.editing.known import KnownFacts, known_requests
@@ -40,7 +40,7 @@ from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
 from malleable.lightning_modules.editing.targets import TargetSettings
 from malleable.lightning_modules.editing.undisturbed import undisturbed
-from malleable.lightning_modules.functional.null_space import SecondMoment, Threshold
+from malleable.lightning_modules.functional.editing.null_space import SecondMoment, Threshold
 
 log = logging.getLogger("alpha_edit_study")
 

@@ -77,8 +77,8 @@ def decode(options: argparse.Namespace, shape: dict[str, int]) -> dict[str, Any]
     """Beam search among titles against ``generate``, constrained and free, with widths that are new and widths that were seen."""
     import decoding
 
-    from malleable.lightning_modules.functional.attention import avoid_planned_kernels
-    from malleable.lightning_modules.functional.trie import Trie
+    from malleable.lightning_modules.functional.language.attention import avoid_planned_kernels
+    from malleable.lightning_modules.functional.language.trie import Trie
 
     avoid_planned_kernels()
     counts = {"batch_size": 2, "num_prompts": 4, "num_items": 50, "num_beams": 3, "k": 3} if options.tiny else {"num_beams": 10, "num_prompts": 48}
@@ -163,7 +163,7 @@ def alpha_edit(options: argparse.Namespace) -> dict[str, Any]:
     import alpha_edit as program
     import decoding
 
-    from malleable.datamodules.sources.countries import Countries
+    from malleable.datamodules.sources.editing.countries import Countries
     from malleable.lightning_modules.editing.layout import find_layout
     from malleable.lightning_modules.editing.prompts import Reader
     from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments

@@ -46,8 +46,8 @@ from pykeen.triples import CoreTriplesFactory
 from torch import Tensor
 
 from malleable import KnowledgeGraphDataModule, PhasedLoader
-from malleable.datamodules.queries import GroupedQueries, QueryRows
-from malleable.datamodules.sources.graph import Ints
+from malleable.datamodules.graphs.queries import GroupedQueries, QueryRows
+from malleable.datamodules.sources.graphs.base import Ints
 from malleable.lightning_modules.losses.embedding import EmbeddingLoss, KvsAll
 
 BARS = {"pykeen": {"codex_s": 3.0, "wn18rr": 3.0}, "loop": {"codex_s": 2.0, "fb15k237": 3.0}}

@@ -44,10 +44,10 @@ from pykeen.triples import CoreTriplesFactory
 from torch import Tensor
 
 from malleable import KnowledgeGraphDataModule, PhasedLoader
-from malleable.datamodules.queries import QueryRows
-from malleable.datamodules.sources.graph import Ints
-from malleable.lightning_modules.functional.interaction import score_all
-from malleable.lightning_modules.knowledge_graph import KnowledgeGraphModule
+from malleable.datamodules.graphs.queries import QueryRows
+from malleable.datamodules.sources.graphs.base import Ints
+from malleable.lightning_modules.functional.graphs.interaction import score_all
+from malleable.lightning_modules.graphs.knowledge_graph import KnowledgeGraphModule
 from malleable.lightning_modules.metrics.link_prediction import Tails, filtered_ranks
 from malleable.lightning_modules.metrics.ranking import Ties
 

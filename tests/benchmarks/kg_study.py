@@ -29,10 +29,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from malleable import NFE, ComplEx, DistMult, KnowledgeGraphDataModule, RotatE, TransE
-from malleable.datamodules.sources.codex import CoDExS
-from malleable.datamodules.sources.small_graphs import UMLS, Kinship
-from malleable.lightning_modules.functional.flows import NFE1, NFE2, NFE3
-from malleable.lightning_modules.functional.points import ComplexDiagonal, Diagonal, Rotation, Translation
+from malleable.datamodules.sources.graphs.codex import CoDExS
+from malleable.datamodules.sources.graphs.small_graphs import UMLS, Kinship
+from malleable.lightning_modules.functional.graphs.flows import NFE1, NFE2, NFE3
+from malleable.lightning_modules.functional.graphs.points import ComplexDiagonal, Diagonal, Rotation, Translation
 from malleable.lightning_modules.losses.embedding import DURA, F2, N3, BCESum, Softmax
 
 GRAPHS: dict[str, Callable[..., Any]] = {"umls": UMLS, "kinship": Kinship, "codex_s": CoDExS}

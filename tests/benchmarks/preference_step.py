@@ -43,8 +43,8 @@ from trl import DPOConfig, DPOTrainer
 
 from malleable import DPO, Catalog, PhasedLoader, ReferenceCache, collate
 from malleable.datamodules.batch import Example
-from malleable.lightning_modules.pretrained import LanguageModelConfig
-from malleable.lightning_modules.tuning import Tuning
+from malleable.lightning_modules.language.config import LanguageModelConfig
+from malleable.lightning_modules.language.tuning import Tuning
 
 log = logging.getLogger("preference_step")
 

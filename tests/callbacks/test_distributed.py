@@ -11,11 +11,11 @@ SCRIPT = """
 import os
 import torch
 from lightning.pytorch import Trainer
-from malleable.callbacks.exposure import ExposureReport
-from malleable.callbacks.floors import Floors
+from malleable.callbacks.report.exposure import ExposureReport
+from malleable.callbacks.report.floors import Floors
 from malleable.callbacks.predictions import PredictionWriter
-from malleable.callbacks.report import RunReport
-from malleable.lightning_modules.baselines import Markov
+from malleable.callbacks.report.report import RunReport
+from malleable.lightning_modules.recommendation.baselines import Markov
 from toy_shop import ToyShop
 
 ranks, folder = int(os.environ.get("WORLD_SIZE", 1)), "ranks" + os.environ.get("WORLD_SIZE", "1")
@@ -61,10 +61,10 @@ import os, sys
 import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, IterableDataset
-from malleable.callbacks.exposure import ExposureReport
-from malleable.callbacks.self_play import SelfPlayLoop
+from malleable.callbacks.report.exposure import ExposureReport
+from malleable.callbacks.self_play.loop import SelfPlayLoop
 from malleable.lightning_modules.base import BaseModule, LossOutput
-from malleable.lightning_modules.baselines import Popularity
+from malleable.lightning_modules.recommendation.baselines import Popularity
 from toy_shop import ToyShop
 
 

@@ -14,7 +14,7 @@ from toy_shop import TITLES, ToyShop
 
 from malleable.callbacks.predictions import PredictionWriter
 from malleable.datamodules.batch import Batch, Catalog, Recommendations
-from malleable.lightning_modules.baselines import Markov
+from malleable.lightning_modules.recommendation.baselines import Markov
 
 
 def write(tmp_path, module, data):
@@ -93,8 +93,8 @@ import torch
 from tiny_data import quiet_trainer
 from toy_graph import toy_graph
 from malleable.callbacks.predictions import PredictionWriter
-from malleable.lightning_modules.graph_settings import LinkRanking
-from malleable.lightning_modules.nfe import NFE
+from malleable.lightning_modules.graphs.settings import LinkRanking
+from malleable.lightning_modules.graphs.nfe import NFE
 
 ranks = int(os.environ.get("WORLD_SIZE", 1))
 folder = Path(f"ranks{ranks}")

@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader
 from malleable.callbacks import reference
 from malleable.callbacks.reference import ReferenceCache, row_keys
 from malleable.datamodules.batch import collate
-from malleable.datamodules.loader import PhasedLoader
-from malleable.lightning_modules.dpo import DPO
-from malleable.lightning_modules.functional.logps import answer_logps
-from malleable.lightning_modules.language_model import Decoding
-from malleable.lightning_modules.tuning import Tuning
+from malleable.datamodules.loading import PhasedLoader
+from malleable.lightning_modules.functional.language.logps import answer_logps
+from malleable.lightning_modules.language.language_model import Decoding
+from malleable.lightning_modules.language.tuning import Tuning
+from malleable.lightning_modules.recommendation.dpo import DPO
 
 
 class Watch(Callback):

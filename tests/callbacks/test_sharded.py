@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tiny import tiny_catalog, tiny_config
 from transformers import AutoModelForCausalLM
 
-from malleable.lightning_modules.export import save_language_model
-from malleable.lightning_modules.pretrained import build_language_model
+from malleable.lightning_modules.language.config import build_language_model
+from malleable.lightning_modules.language.export import save_language_model
 
 SCRIPT = HELPERS / "self_play_run.py"
 RECIPE = ["-m", "malleable", "fit", "--config", "sprec/tiny.yaml"]

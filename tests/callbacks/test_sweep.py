@@ -12,9 +12,9 @@ from torch import nn
 
 from malleable.callbacks import sweep as module
 from malleable.callbacks.sweep import inference, sweep
-from malleable.datamodules import loader
+from malleable.datamodules import loading as loader
 from malleable.datamodules.batch import collate
-from malleable.lightning_modules.sft import SFT
+from malleable.lightning_modules.recommendation.sft import SFT
 
 
 def ids_and_tens(batch):

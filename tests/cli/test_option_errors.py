@@ -24,8 +24,8 @@ def error(capsys, *words):
         (["--model.language_model.scratch.hidden", "4"], "there is no option --model.language_model.scratch.hidden"),
         (["--data.split.knd", "x"], "--data.split.knd: Split has no option 'knd' (did you mean kind?); its options are kind, min_rating, "),
         (
-            ["--data.source", "malleable.datamodules.sources.movielens.Movielens"],
-            "--data.source: malleable.datamodules.sources.movielens has no Movielens (did you mean MovieLens?)",
+            ["--data.source", "malleable.datamodules.sources.recommendation.movielens.Movielens"],
+            "--data.source: malleable.datamodules.sources.recommendation.movielens has no Movielens (did you mean MovieLens?)",
         ),
         (
             ["--trainer.callbacks+=SelfPlayLoop", "--trainer.callbacks.round", "3"],

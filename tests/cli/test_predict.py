@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from malleable.callbacks.predictions import PredictionWriter
 from malleable.cli import _prediction_writer
-from malleable.lightning_modules.causal_lm import CausalLM
-from malleable.lightning_modules.nfe import NFE
-from malleable.lightning_modules.sft import SFT
+from malleable.lightning_modules.graphs.nfe import NFE
+from malleable.lightning_modules.language.causal_lm import CausalLM
+from malleable.lightning_modules.recommendation.sft import SFT
 
 RECIPE = """\
 model: ItemKNN
@@ -21,7 +21,7 @@ data:
   class_path: RecommendationDataModule
   init_args:
     source:
-      class_path: malleable.datamodules.sources.tables.Tables
+      class_path: malleable.datamodules.sources.recommendation.tables.Tables
       init_args: {interactions: events.csv, items: items.csv}
     tokenizer: none
 """
@@ -29,7 +29,7 @@ GRAPH = """\
 model: {class_path: DistMult, init_args: {dimension: 4}}
 data:
   class_path: KnowledgeGraphDataModule
-  init_args: {source: malleable.datamodules.sources.synthetic_graph.SyntheticGraph}
+  init_args: {source: malleable.datamodules.sources.graphs.synthetic.SyntheticGraph}
 """
 
 

@@ -25,7 +25,7 @@ RECIPE = {
     "data": {
         "class_path": "RecommendationDataModule",
         "init_args": {
-            "source": {"class_path": "malleable.datamodules.sources.tables.Tables", "init_args": {"interactions": "", "items": ""}},
+            "source": {"class_path": "malleable.datamodules.sources.recommendation.tables.Tables", "init_args": {"interactions": "", "items": ""}},
             "vocab_size": 300,
             "template": "history",
             "split": {"history_length": 3},
@@ -109,7 +109,7 @@ def test_a_run_goes_on_with_its_settings_on_more_users(shop):
     ],
 )
 def test_an_option_that_contradicts_the_checkpoint_is_refused(shop, tmp_path, option, value, message):
-    from malleable.datamodules.tokenizer import train_tokenizer
+    from malleable.datamodules.language.tokenizer import train_tokenizer
 
     command, _ = shop
     value = train_tokenizer(["other", "titles"], 300) if value == "small" else value

@@ -10,8 +10,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.batch import Catalog, KnowledgeGraph, Vocabulary
 from malleable.datamodules.identity import as_plain, check_identity, differences, from_plain, is_stored, put, read_stored, write_folder
-from malleable.datamodules.prompt import PromptTemplate
-from malleable.datamodules.tokenizer import load_tokenizer, pack_tokenizer, tokenizer_digest, train_tokenizer, unpack_tokenizer
+from malleable.datamodules.language.tokenizer import load_tokenizer, pack_tokenizer, tokenizer_digest, train_tokenizer, unpack_tokenizer
+from malleable.datamodules.recommendation.prompt import PromptTemplate
 
 
 def prepared(data, stage="test"):
@@ -220,7 +220,7 @@ def test_an_earlier_checkpoint_without_its_tokenizer(checkpoint, tmp_path, cache
     torch.save(entries, path)
     assert read_stored(path).tokenizer is not None  # it is still on this machine
     shutil.rmtree(cache)
-    monkeypatch.setattr("malleable.datamodules.tokenizer._READ", {})  # as in another process
+    monkeypatch.setattr("malleable.datamodules.language.tokenizer._READ", {})  # as in another process
     with pytest.raises(ValueError, match="written by an earlier version, without its tokenizer"):
         read_stored(path)
 

@@ -14,10 +14,10 @@ from tiny_data import quiet_trainer
 from tiny_graph import TinyGraphData, collate_queries, grouped_rows, query_rows, tiny_graph, tiny_triples
 from toy_graph import write_toy_graph
 
-from malleable.lightning_modules.graph_settings import EmbeddingTuning, Init
+from malleable.lightning_modules.graphs.nfe import NFE
+from malleable.lightning_modules.graphs.point_embeddings import ComplEx, DistMult, RotatE, TransE
+from malleable.lightning_modules.graphs.settings import EmbeddingTuning, Init
 from malleable.lightning_modules.losses.embedding import DURA, BCESum, KvsAll, NegativeSampling, Softmax
-from malleable.lightning_modules.nfe import NFE
-from malleable.lightning_modules.point_embeddings import ComplEx, DistMult, RotatE, TransE
 
 pytestmark = pytest.mark.gpu
 

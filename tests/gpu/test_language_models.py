@@ -12,7 +12,7 @@ from tiny_module import lora, save_base
 
 from malleable import DPO, SFT, CausalLM, ReferenceCache, SPRec
 from malleable.datamodules.batch import Vocabulary, collate
-from malleable.lightning_modules.tuning import Tuning
+from malleable.lightning_modules.language.tuning import Tuning
 
 pytestmark = pytest.mark.gpu
 

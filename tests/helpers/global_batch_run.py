@@ -18,9 +18,9 @@ from tiny_data import TinyData, quiet_trainer
 from torch.utils.data import DataLoader
 
 from malleable.datamodules.batch import collate
-from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA
-from malleable.lightning_modules.sft import SFT
-from malleable.lightning_modules.tuning import Tuning
+from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA
+from malleable.lightning_modules.language.tuning import Tuning
+from malleable.lightning_modules.recommendation.sft import SFT
 
 # Batch sizes of one device.
 SIZES = {1: {"full": (8, 2), "lora": (4,)}, 2: {"full": (2,), "lora": (2,)}}

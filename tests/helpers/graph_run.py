@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from tiny_data import quiet_trainer
 from toy_graph import toy_graph
 
-from malleable.callbacks.report import RunReport
-from malleable.lightning_modules.graph_settings import EmbeddingTuning
-from malleable.lightning_modules.nfe import NFE
+from malleable.callbacks.report.report import RunReport
+from malleable.lightning_modules.graphs.nfe import NFE
+from malleable.lightning_modules.graphs.settings import EmbeddingTuning
 
 
 class Kill(Callback):

@@ -13,8 +13,8 @@ from torch import Tensor
 import malleable.lightning_modules as exported
 from malleable.datamodules.batch import Vocabulary, collate
 from malleable.lightning_modules.base import LossOutput
-from malleable.lightning_modules.language_model import LanguageModel
-from malleable.lightning_modules.tuning import Tuning
+from malleable.lightning_modules.language.language_model import LanguageModel
+from malleable.lightning_modules.language.tuning import Tuning
 
 
 def answer_rows() -> list[Any]:

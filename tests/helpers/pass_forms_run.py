@@ -16,9 +16,9 @@ from self_play_run import strategy_of
 from tiny_data import TinyData, quiet_trainer
 
 from malleable.callbacks.reference import ReferenceCache
-from malleable.lightning_modules.dpo import DPO
-from malleable.lightning_modules.functional import pass_forms
-from malleable.lightning_modules.pretrained import LanguageModelConfig
+from malleable.lightning_modules.functional.language import pass_forms
+from malleable.lightning_modules.language.config import LanguageModelConfig
+from malleable.lightning_modules.recommendation.dpo import DPO
 
 
 class Record(Callback):

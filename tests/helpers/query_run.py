@@ -18,8 +18,8 @@ from tiny_data import quiet_trainer
 from torch import Tensor, nn
 
 from malleable.datamodules.batch import QueryBatch
-from malleable.datamodules.knowledge_graph import KnowledgeGraphDataModule
-from malleable.datamodules.sources.triples import Triples
+from malleable.datamodules.graphs.datamodule import KnowledgeGraphDataModule
+from malleable.datamodules.sources.graphs.triples import Triples
 from malleable.lightning_modules.base import BaseModule, LossOutput
 
 

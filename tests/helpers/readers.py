@@ -78,8 +78,8 @@ def tables(kind: str) -> None:
             write_table(folder / f"items.{kind}", ITEMS)
 
         def read(folder):
-            from malleable.datamodules.sources.tables import Tables
-            from malleable.datamodules.splits import Split, prepare
+            from malleable.datamodules.recommendation.splits import Split, prepare
+            from malleable.datamodules.sources.recommendation.tables import Tables
 
             loaded = Tables(str(folder / f"events.{kind}"), str(folder / f"items.{kind}")).load()
             try:
@@ -97,7 +97,7 @@ def movielens(name: str, *files: str) -> None:
     @reader(f"movielens {name}", *files)
     class _:
         def make(folder):
-            from malleable.datamodules.sources.movielens import GENRES_100K
+            from malleable.datamodules.sources.recommendation.movielens import GENRES_100K
 
             ratings = "".join(f"{n % 3}\t{n % 2 + 10}\t{n % 5 + 1}\t88125094{n}\n" for n in range(8))
             contents = {
@@ -112,7 +112,7 @@ def movielens(name: str, *files: str) -> None:
                 (folder / file).write_text(contents[file])
 
         def read(folder):
-            from malleable.datamodules.sources.movielens import MovieLens
+            from malleable.datamodules.sources.recommendation.movielens import MovieLens
 
             return MovieLens(path=str(folder)).load()
 
@@ -133,7 +133,7 @@ class _Instruction:
         (folder / "genre_dict.json").write_text(json.dumps(["Crime"]))
 
     def read(folder):
-        from malleable.datamodules.sources.instruction import InstructionRows
+        from malleable.datamodules.sources.recommendation.instruction import InstructionRows
 
         return InstructionRows(str(folder)).load()
 
@@ -147,7 +147,7 @@ class _Candidates:
         (folder / "id2name.txt").write_text("0::Heat\n1::Alien\n2::Brazil\n3::Dune\n")
 
     def read(folder):
-        from malleable.datamodules.sources.candidates import CandidateRows
+        from malleable.datamodules.sources.recommendation.candidates import CandidateRows
 
         return CandidateRows(str(folder)).load()
 
@@ -159,7 +159,7 @@ def histories(name: str, text: str) -> None:
             (folder / f"h.{name}").write_text(text)
 
         def read(folder):
-            from malleable.datamodules.histories import ItemLookup, read_histories
+            from malleable.datamodules.recommendation.histories import ItemLookup, read_histories
 
             return read_histories(folder / f"h.{name}", ItemLookup(["Heat (1995)", "Alien (1979)", "Dune"], [["1"], ["2"], ["3"]]))
 
@@ -186,7 +186,7 @@ def triples(name: str, file: str, **options: Any) -> None:
             (folder / file).write_bytes(gzip.compress(data) if file.endswith(".gz") else data)
 
         def read(folder):
-            from malleable.datamodules.sources.triples import Triples
+            from malleable.datamodules.sources.graphs.triples import Triples
 
             return Triples(str(folder / file), **options).load()
 
@@ -203,7 +203,7 @@ class _Ids:
         (folder / "relation2id.txt").write_text("2\nr\t0\ns\t1\n")
 
     def read(folder):
-        from malleable.datamodules.sources.triples import Triples
+        from malleable.datamodules.sources.graphs.triples import Triples
 
         return Triples(str(folder), format="openke").load()
 
@@ -215,7 +215,7 @@ def labels(name: str, file: str, text: str) -> None:
             (folder / file).write_text(text)
 
         def read(folder):
-            from malleable.datamodules import graph_labels
+            from malleable.datamodules.graphs import labels as graph_labels
 
             return getattr(graph_labels, f"read_{name}")(folder / file, GRAPH)
 
@@ -259,7 +259,7 @@ def records(name: str, record: dict[str, Any], file: str = "r.json") -> None:
             (folder / file).write_text(lines(rows[:1]) if file.endswith("jsonl") else json.dumps(rows[:1]))
 
         def read(folder):
-            from malleable.datamodules.sources import edit_records
+            from malleable.datamodules.sources.editing import edit_records
 
             return getattr(edit_records, name)(str(folder / file)).load()
 
@@ -279,7 +279,7 @@ class _Snippets:
         (folder / "s.json").write_text(json.dumps([{"relation_id": "P1", "target_id": "Q1", "samples": [{"name": "A", "text": "A speaks."}]}]))
 
     def read(folder):
-        from malleable.datamodules.sources.edit_records import CounterFact
+        from malleable.datamodules.sources.editing.edit_records import CounterFact
 
         return CounterFact(str(folder / "r.json"), snippets=str(folder / "s.json")).load()
 
@@ -291,7 +291,7 @@ class _LRE:
         (folder / "l.json").write_text(json.dumps({"name": "x", "prompt_templates": ["{} is", "{} was"], "samples": samples}))
 
     def read(folder):
-        from malleable.datamodules.sources.fact_files import LRE
+        from malleable.datamodules.sources.editing.fact_files import LRE
 
         return LRE(str(folder / "l.json"), limit=1).load()
 
@@ -303,7 +303,7 @@ class _ParaRel:
         (folder / "patterns.json").write_text(json.dumps({"P1": [{"pattern": "[X] is [Y]."}, {"pattern": "[X] was [Y]"}]}))
 
     def read(folder):
-        from malleable.datamodules.sources.fact_files import ParaRel
+        from malleable.datamodules.sources.editing.fact_files import ParaRel
 
         return ParaRel(str(folder), limit=1).load()
 
@@ -315,7 +315,7 @@ class _Countries:
         (folder / "c.csv").write_text(f"country,capital,continent,currency,language\n{rows}")
 
     def read(folder):
-        from malleable.datamodules.sources.countries import Countries
+        from malleable.datamodules.sources.editing.countries import Countries
 
         return Countries(str(folder / "c.csv")).load()
 
@@ -331,7 +331,7 @@ def texts(file: str) -> None:
                 write_table(folder / file, rows)
 
         def read(folder):
-            from malleable.datamodules.texts import read_texts
+            from malleable.datamodules.language.texts import read_texts
 
             return read_texts(folder / file)
 
@@ -349,7 +349,7 @@ class _Glosses:
                 archive.add(folder / "data", f"package/dict/data.{part}")
 
     def read(folder):
-        from malleable.datamodules.sources.texts import WordNetGlosses
+        from malleable.datamodules.sources.editing.texts import WordNetGlosses
 
         return WordNetGlosses(str(folder / "w.tgz")).load()
 
@@ -410,7 +410,7 @@ class _Checkpoint:
 
     def read(folder):
         from malleable.checkpoints import AtomicCheckpointIO, stored_model
-        from malleable.lightning_modules.export import read_checkpoint
+        from malleable.lightning_modules.language.export import read_checkpoint
         from malleable.lightning_modules.patches.containers import open_container
 
         container = open_container(folder / "c.ckpt")
@@ -487,8 +487,8 @@ class _Adapter:
         from tiny import tiny_catalog, tiny_config
         from tiny_module import save_base
 
-        from malleable.lightning_modules.export import save_language_model
-        from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA, build_language_model
+        from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, build_language_model
+        from malleable.lightning_modules.language.export import save_language_model
 
         save_base(folder / "base")
         tuned = build_language_model(LanguageModelConfig(name=str(folder / "base"), lora=LoRA(r=2)), tiny_catalog())
@@ -498,7 +498,7 @@ class _Adapter:
     def read(folder):
         from tiny import tiny_catalog
 
-        from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model
+        from malleable.lightning_modules.language.config import LanguageModelConfig, build_language_model
 
         return build_language_model(LanguageModelConfig(name=str(folder / "base"), adapter=str(folder / "adapter")), tiny_catalog())
 
@@ -513,7 +513,7 @@ class _Model:
     def read(folder):
         from tiny import tiny_catalog
 
-        from malleable.lightning_modules.pretrained import LanguageModelConfig, build_language_model
+        from malleable.lightning_modules.language.config import LanguageModelConfig, build_language_model
 
         return build_language_model(LanguageModelConfig(name=str(folder / "base")), tiny_catalog())
 
@@ -526,7 +526,7 @@ class _Tokenizer:
         tokenizer().save_pretrained(folder / "t")
 
     def read(folder):
-        from malleable.datamodules.tokenizer import load_tokenizer
+        from malleable.datamodules.language.tokenizer import load_tokenizer
 
         return load_tokenizer(str(folder / "t"))("A text.")
 
@@ -552,7 +552,7 @@ class _GGUF:
     def read(folder):
         import os
 
-        from malleable.datamodules.tokenizer import load_tokenizer
+        from malleable.datamodules.language.tokenizer import load_tokenizer
 
         os.environ["MALLEABLE_CACHE"] = str(folder / "cache")
         return load_tokenizer(str(folder / "g.gguf"))("ab")
@@ -578,13 +578,13 @@ class _Reference:
 class _Statistics:
     def make(folder):
         from malleable.lightning_modules.editing.statistics import _write
-        from malleable.lightning_modules.functional.null_space import SecondMoment
+        from malleable.lightning_modules.functional.editing.null_space import SecondMoment
 
         _write(folder / "s.safetensors", "mark", {1: SecondMoment(3), 2: SecondMoment(3)}, 2)
 
     def read(folder):
         from malleable.lightning_modules.editing.statistics import _taken_up
-        from malleable.lightning_modules.functional.null_space import SecondMoment
+        from malleable.lightning_modules.functional.editing.null_space import SecondMoment
 
         return _taken_up(folder / "s.safetensors", "mark", {1: SecondMoment(3), 2: SecondMoment(3)})
 
@@ -592,12 +592,12 @@ class _Statistics:
 @reader("round", "r.parquet")
 class _Round:
     def make(folder):
-        from malleable.callbacks.round_file import RoundFile
+        from malleable.callbacks.self_play.round_file import RoundFile
 
         RoundFile([0, 1], [5, 6], [[1], [2]], [[[3, 4]], [[5]]], [[0.5, 0.1], [0.2, 0.3]]).write(folder / "r.parquet")
 
     def read(folder):
-        from malleable.callbacks.round_file import RoundFile
+        from malleable.callbacks.self_play.round_file import RoundFile
 
         return RoundFile.read(folder / "r.parquet").digest()
 
@@ -605,12 +605,12 @@ class _Round:
 @reader("cache of tables", "t/manifest.json", "t/items/data-00000-of-00001.arrow", "t/items/state.json", "t/items/dataset_info.json")
 class _TableCache:
     def make(folder):
-        from malleable.datamodules.cache import write_tables
+        from malleable.datamodules.files.cache import write_tables
 
         write_tables(folder / "t", {"items": {"id": pa.array([1, 2, 3])}}, {"x": 1})
 
     def read(folder):
-        from malleable.datamodules.cache import open_tables
+        from malleable.datamodules.files.cache import open_tables
 
         return open_tables(folder / "t")
 
@@ -620,12 +620,12 @@ class _ArrayCache:
     def make(folder):
         import numpy as np
 
-        from malleable.datamodules.cache import write_arrays
+        from malleable.datamodules.files.cache import write_arrays
 
         write_arrays(folder / "a", {"x": np.arange(5)}, {"x": 1})
 
     def read(folder):
-        from malleable.datamodules.cache import open_arrays
+        from malleable.datamodules.files.cache import open_arrays
 
         return open_arrays(folder / "a")
 
@@ -637,11 +637,11 @@ model:
 data:
   class_path: KnowledgeGraphDataModule
   init_args:
-    source: {class_path: malleable.datamodules.sources.small_graphs.Nations}
+    source: {class_path: malleable.datamodules.sources.graphs.small_graphs.Nations}
 trainer:
   max_epochs: 1
   callbacks:
-  - class_path: malleable.callbacks.report.RunReport
+  - class_path: malleable.callbacks.report.report.RunReport
 """
 
 

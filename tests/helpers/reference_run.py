@@ -19,7 +19,7 @@ from tiny_data import TinyData, quiet_trainer
 from malleable.callbacks.reference import ReferenceCache
 from malleable.callbacks.sweep import sweep
 from malleable.datamodules.batch import collate
-from malleable.lightning_modules.dpo import DPO
+from malleable.lightning_modules.recommendation.dpo import DPO
 
 
 def pairs(count: int, step: int = 2) -> list[dict]:

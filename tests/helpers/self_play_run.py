@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from tiny import tiny_config
 from tiny_data import TinyData, quiet_trainer
 
-from malleable.callbacks.phases import PhaseSettings
-from malleable.callbacks.self_play import SelfPlayLoop
-from malleable.lightning_modules.export import gathered_state
-from malleable.lightning_modules.language_model import Decoding
-from malleable.lightning_modules.play import Play
-from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA
-from malleable.lightning_modules.sprec import SPRec
+from malleable.callbacks.self_play.loop import SelfPlayLoop
+from malleable.callbacks.self_play.phases import PhaseSettings
+from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA
+from malleable.lightning_modules.language.export import gathered_state
+from malleable.lightning_modules.language.language_model import Decoding
+from malleable.lightning_modules.language.play import Play
+from malleable.lightning_modules.recommendation.sprec import SPRec
 
 
 class Kill(Callback):

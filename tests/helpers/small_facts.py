@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from malleable.lightning_modules.editing.prompts import Reader
 from malleable.lightning_modules.editing.targets import Fact, TargetSettings
-from malleable.lightning_modules.functional.null_space import Threshold
+from malleable.lightning_modules.functional.editing.null_space import Threshold
 
 FIRST = ("Andes", "Bordeaux", "Danielle", "Darrieux", "French", "Lima")
 LAST = ("Peru", "Tom", "Zürich", "capital", "coast", "dog")

@@ -1,7 +1,7 @@
 """Small things that many tests share: a catalogue, rows, a language model of a few thousand weights."""
 
 from malleable.datamodules.batch import Catalog, Example
-from malleable.lightning_modules.pretrained import LanguageModelConfig, Scratch
+from malleable.lightning_modules.language.config import LanguageModelConfig, Scratch
 
 EOS = 1
 TITLES = ("Alien", "Aliens", "Brazil", "Casablanca", "Dune", "Fargo", "Heat", "Jaws")

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from tiny import tiny_catalog, tiny_config
 
-from malleable.lightning_modules.export import save_language_model
-from malleable.lightning_modules.language_model import LanguageModel
-from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA, build_language_model
-from malleable.lightning_modules.sft import SFT
+from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, build_language_model
+from malleable.lightning_modules.language.export import save_language_model
+from malleable.lightning_modules.language.language_model import LanguageModel
+from malleable.lightning_modules.recommendation.sft import SFT
 
 
 def ready(kind: type[LanguageModel] = SFT, seed: int = 0, **settings: Any) -> Any:

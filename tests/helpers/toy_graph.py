@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from malleable.datamodules.knowledge_graph import KnowledgeGraphDataModule
-from malleable.datamodules.sources.triples import Triples
+from malleable.datamodules.graphs.datamodule import KnowledgeGraphDataModule
+from malleable.datamodules.sources.graphs.triples import Triples
 
 NAMES = tuple(f"person {number}" for number in range(12))
 RELATIONS = ("knows", "next to", "older than")

@@ -33,13 +33,13 @@ from malleable import (
     SPRec,
 )
 from malleable.datamodules.batch import KnowledgeGraph
+from malleable.datamodules.language.tokenizer import tokenizer_digest
 from malleable.datamodules.sources import Countries
-from malleable.datamodules.tokenizer import tokenizer_digest
 from malleable.lightning_modules.base import BaseModule
-from malleable.lightning_modules.language_model import Decoding
+from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
+from malleable.lightning_modules.language.language_model import Decoding
+from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.patches.names import canonical_tensors
-from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA, Scratch
-from malleable.lightning_modules.tuning import Tuning
 
 TEXT, COUNTED = (SFT, DPO, SPRec), (ItemKNN, Markov, Popularity)
 COMMANDS = ("fit", "validate", "test", "predict")

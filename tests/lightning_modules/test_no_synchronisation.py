@@ -10,8 +10,8 @@ from synchronisations import Synchronisations
 
 from malleable import DPO, SFT, CausalLM, SPRec
 from malleable.datamodules.batch import Catalog, Vocabulary, collate
+from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
 from malleable.lightning_modules.losses.preference import SDPO
-from malleable.lightning_modules.pretrained import LanguageModelConfig, LoRA, Scratch
 
 CATALOG = Catalog(titles=("A", "B"), token_ids=((5, 1), (6, 1)), popularity=(1, 1), vocab_size=40, eos_token_id=1)
 SIZES = {"hidden_size": 16, "num_layers": 2, "num_heads": 2}

@@ -8,7 +8,7 @@ from tiny_graph import tiny_graph
 
 import malleable
 from malleable.datamodules.batch import collate
-from malleable.lightning_modules.play import Play
+from malleable.lightning_modules.language.play import Play
 
 BATCH = collate(tiny_rows(2))
 PACKED = collate([{"sample_id": 0, "input_ids": [2, 4, 1], "document_ids": [1, 1, 1]}])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from module_cases import CASES, make
 
-from malleable.lightning_modules.baselines import Baseline, learn
+from malleable.lightning_modules.recommendation.baselines import Baseline, learn
 
 STORED = Path(__file__).with_name("stored_results.json")
 STEPS = 3

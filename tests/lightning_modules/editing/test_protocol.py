@@ -7,7 +7,7 @@ import torch
 from small_editing import decoder, tokenizer
 from small_facts import ANSWERS, KNOWN, NEW, PARAPHRASE, learnt_decoder, share
 
-from malleable.datamodules.requests import EditRequest, Probe
+from malleable.datamodules.editing.requests import EditRequest, Probe
 from malleable.lightning_modules.editing.answers import take_answers
 from malleable.lightning_modules.editing.prompts import Reader
 from malleable.lightning_modules.editing.protocol import measure, measure_generated, measure_writing, perplexity, say, stop_tokens, write

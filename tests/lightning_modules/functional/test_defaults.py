@@ -3,7 +3,7 @@ import torch
 from tiny import tiny_catalog, tiny_config
 
 from malleable.lightning_modules.functional.defaults import drawn_on_cpu, float32_by_default
-from malleable.lightning_modules.pretrained import LoRA, build_language_model
+from malleable.lightning_modules.language.config import LoRA, build_language_model
 
 
 @pytest.fixture

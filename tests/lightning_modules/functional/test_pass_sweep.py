@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "helpers"))  # run 
 
 from architectures import causal_kinds, pass_errors, tiny_model
 
-from malleable.lightning_modules.functional.pass_forms import pass_forms
+from malleable.lightning_modules.functional.language.pass_forms import pass_forms
 
 TOLERANCE = 3e-4  # weights of the sweep are wide: some models round by more than 1e-4
 TABLE = Path(__file__).resolve().parents[3] / "configs" / "base" / "MODELS.md"

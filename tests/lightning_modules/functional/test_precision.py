@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from malleable.lightning_modules.functional.flows import NFE1, NFE2, NFE3, AffinePoint, Sigma
-from malleable.lightning_modules.functional.grounding import nearest_titles
-from malleable.lightning_modules.functional.interaction import score_all, score_pairs
-from malleable.lightning_modules.functional.points import ComplexDiagonal, Diagonal, Rotation, Translation
+from malleable.lightning_modules.functional.graphs.flows import NFE1, NFE2, NFE3, AffinePoint, Sigma
+from malleable.lightning_modules.functional.graphs.interaction import score_all, score_pairs
+from malleable.lightning_modules.functional.graphs.points import ComplexDiagonal, Diagonal, Rotation, Translation
+from malleable.lightning_modules.functional.language.grounding import nearest_titles
 from malleable.lightning_modules.functional.precision import exact_products, full, full_precision
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from malleable.lightning_modules.functional.flows import NFE1
-from malleable.lightning_modules.functional.interaction import Vectors, score_all
+from malleable.lightning_modules.functional.graphs.flows import NFE1
+from malleable.lightning_modules.functional.graphs.interaction import Vectors, score_all
 from malleable.lightning_modules.losses.described import object_from_plain
 from malleable.lightning_modules.losses.embedding import (
     DURA,

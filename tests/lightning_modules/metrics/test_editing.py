@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from malleable.lightning_modules.functional.word_statistics import Tfidf
+from malleable.lightning_modules.functional.editing.word_statistics import Tfidf
 from malleable.lightning_modules.metrics.editing import Consistency, EditingMetrics, EditSurvival, Fluency, Perplexity, RequestFigures
 
 ROWS = [

@@ -10,7 +10,7 @@ from torchmetrics.utilities.data import dim_zero_sum
 
 import malleable.callbacks
 import malleable.lightning_modules
-from malleable.lightning_modules.functional.word_statistics import Tfidf
+from malleable.lightning_modules.functional.editing.word_statistics import Tfidf
 from malleable.lightning_modules.metrics import editing, exposure, link_prediction, ranking
 
 TEXT = "the cat sat on the mat and the cat sat"

@@ -6,7 +6,7 @@ from peft import PeftModel
 from tiny_patch import DOWN, QUERY, UP, apply, llama, random_patch, revert, with_lora
 from transformers import AutoModelForCausalLM
 
-from malleable.datamodules.fetch import resolve_model
+from malleable.datamodules.files.fetch import resolve_model
 from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.names import canonical_tensors
 from malleable.lightning_modules.patches.patch import Patch

@@ -1,0 +1,161 @@
+"""What the embeddings of a knowledge graph hold: written to files, and shown in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional import spearman_corrcoef
+
+from malleable.callbacks.report.figures import draw_uncertainty
+from malleable.callbacks.report.page import Section
+from malleable.datamodules.batch import KnowledgeGraph
+from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics
+
+MEDIAN = "The median (smallest to largest) of the entities' mean deviation is"
+CLEAR = 1.0  # the difference of a pattern worth showing
+PATTERNS = {"symmetric": "{}", "inverse": "{} ↔ {}", "composed": "{}, then {} ≈ {}"}
+
+
+@runtime_checkable
+class EmbedsGraph(Protocol):
+    """A module with embeddings of a graph."""
+
+    graph: KnowledgeGraph | None
+
+    def uncertainty(self) -> Tensor:
+        """Return the deviation of each entity, ``(E,)``; a ``ValueError`` says why there is none."""
+
+    def relation_patterns(self, k: int, among: Sequence[int] | None) -> Sequence[tuple[str, tuple[str, ...], float]]:
+        """Return kind, relations and difference of the k clearest patterns of each kind; a ``NotImplementedError`` says why there are none."""
+
+    def metrics(self, split: Any) -> dict[str, Metric]:
+        """Return the metrics of a split."""
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the embeddings with their labels, on rank zero."""
+
+
+class EmbeddingReport(Callback):
+    """Export the embeddings of a graph after training, and show in the report what they say.
+
+    The report has uncertainty against degree, the clearest patterns of relations, and after a test the figures of the relations predicted best
+    and worst. It works with every module that :class:`EmbedsGraph`, and is silent with others. Where the test after training is of another
+    checkpoint than the last one, its embeddings take the place of the exported ones.
+
+    Args:
+        dirpath: Folder of the exported embeddings; default: ``embeddings`` in the run folder.
+        k: Rows of a table, of each kind.
+        max_relations: Look for patterns among so many relations, the most frequent ones: time grows with the cube of their number.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(self, dirpath: str | None = None, k: int = 10, max_relations: int = 256) -> None:
+        for name, value in (("k", k), ("max_relations", max_relations)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        self.dirpath = dirpath
+        self.k = k
+        self.max_relations = max_relations
+        self.folder: Path | None = None
+        self._trained = False
+        self._sections: list[Section] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder; all ranks agree on it."""
+        self.folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "embeddings")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export, and note what there is to say."""
+        self._trained = True
+        self._look(trainer, pl_module, tested=False)
+        if self.report_sections():
+            rank_zero_info(f"embeddings: {self.folder}")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what there is to say of the tested weights, and export them if they were trained here."""
+        self._look(trainer, pl_module, tested=True)
+
+    def report_sections(self) -> list[Section]:
+        """Return the sections of the last fit or test."""
+        return self._sections
+
+    def _look(self, trainer: Trainer, module: LightningModule, tested: bool) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run or not isinstance(module, EmbedsGraph) or module.graph is None:  # type: ignore[attr-defined]
+            return
+        assert self.folder is not None
+        if self._trained and (not tested or trainer.ckpt_path):
+            module.export(self.folder)
+        self._sections = [uncertainty_section(module, module.graph), patterns_section(module, module.graph, self.k, self.max_relations)]
+        metrics = [metric for metric in module.metrics("test").values() if isinstance(metric, LinkPredictionMetrics)] if tested else []
+        self._sections += [relations_section(metric, module.graph, self.k) for metric in metrics]
+
+
+def uncertainty_section(module: EmbedsGraph, graph: KnowledgeGraph) -> Section:
+    """Show the uncertainty of entities against the number of their training triples."""
+    title = "Uncertainty of entities"
+    try:
+        uncertainty = module.uncertainty().cpu()
+    except ValueError as error:
+        return Section(title, f"{error}.")
+    if not graph.degree:
+        return Section(title, f"{MEDIAN} {_spread(uncertainty)}. The graph does not tell in how many training triples an entity occurs.")
+    degree = torch.tensor(graph.degree)
+    seen = degree > 0
+    text = f"{MEDIAN} {_spread(uncertainty[seen])} over the {int(seen.sum()):,} entities of the training triples"
+    if not seen.all():
+        text += f"; {_spread(uncertainty[~seen])} over the {int((~seen).sum()):,} that only validation or test have, left out below"
+    correlation = float(spearman_corrcoef(uncertainty[seen].double(), degree[seen].double()))
+    text += f". Its rank correlation (Spearman) with the number of an entity's training triples is {correlation:+.2f}."
+    return Section(title, text, figure=lambda figure: draw_uncertainty(figure.subplots(), degree[seen], uncertainty[seen], correlation))
+
+
+def patterns_section(module: EmbedsGraph, graph: KnowledgeGraph, k: int, max_relations: int) -> Section:
+    """List the clearest patterns of relations."""
+    title, count = "Patterns of relations", len(graph.relations)
+    chosen = list(range(count))
+    text = f"Read off the maps that the relations make of entities: 0 is the exact pattern, 2 nothing in common; listed is what is below {CLEAR:g}."
+    if count > max_relations:
+        frequency = torch.tensor(graph.frequency or [0] * count)
+        chosen = frequency.argsort(descending=True, stable=True)[:max_relations].tolist()
+        text += f" Looked for among the {max_relations} most frequent of {count:,} relations."
+    try:
+        patterns = module.relation_patterns(k, chosen)
+    except NotImplementedError as error:
+        return Section(title, f"{error}.")
+    rows = [(PATTERNS[kind].format(*relations), kind, difference) for kind, relations, difference in patterns]
+    clear = [row for row in rows if row[2] < CLEAR]
+    if not clear:
+        nearest = "".join(f", the nearest is: {name} ({kind}, {value:.2f})" for name, kind, value in sorted(rows, key=lambda row: row[2])[:1])
+        return Section(title, f"{text} There is none{nearest}.")
+    return Section(title, text, (("relations", "pattern", "difference"), clear))
+
+
+def relations_section(metric: LinkPredictionMetrics, graph: KnowledgeGraph, k: int) -> Section:
+    """List the relations predicted best and worst, with the figures of both directions."""
+    figures, count = metric.relation_figures, len(graph.relations)
+    hits = [f"hits_{k}" for k in sorted({metric.ks[0], metric.ks[-1]})]
+    names = ("queries", "mrr", *hits)
+    sums = (figures["mrr"].nan_to_num() * figures["queries"]).view(2, count).sum(0)
+    queries = figures["queries"].view(2, count).sum(0)
+    tested = queries.nonzero()[:, 0]
+    order = tested[(sums / queries)[tested].argsort(descending=True, stable=True)].tolist()
+    columns = [figures[name][direction * count : (direction + 1) * count].tolist() for direction in range(2) for name in names]
+    rows: list[list[Any]] = [[graph.relations[relation], *(column[relation] for column in columns)] for relation in order]
+    if len(rows) > 2 * k:
+        rows[k:-k] = [[f"… {len(rows) - 2 * k:,} between"] + [None] * len(columns)]
+    header = ["relation", *(f"{name} ({direction})" for direction in ("tail", "head") for name in names)]
+    text = f"{len(order):,} of {count:,} relations are tested, sorted by the MRR of both directions: (h, r, ?) asks a tail, (?, r, t) a head."
+    return Section("Figures of relations", text, (header, rows))
+
+
+def _spread(values: Tensor) -> str:
+    return f"{values.median():.3g} ({values.min():.3g} to {values.max():.3g})"

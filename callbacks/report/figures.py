@@ -1,0 +1,210 @@
+"""Drawings that reports share. Each draws on axes it is given and changes no global state.
+
+Shapes: N items of the catalogue, E entities of a graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from malleable.datamodules.files.atomic import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+STYLE: Any = {  # matplotlib types the keys one by one
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.labelsize": 10,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "figure.dpi": 150,
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "legend.fontsize": 9,
+    "legend.framealpha": 0.85,
+    "legend.edgecolor": "none",
+    "lines.linewidth": 1.8,
+}
+TITLE_LENGTH = 38
+MAX_DOTS = 20_000  # of a scatter plot
+BINS = 12  # of an abscissa
+
+Counts = Tensor | Sequence[float]
+
+
+def save_figure(path: Path, draw: Callable[[Figure], None], size: tuple[float, float] = (8.0, 4.5)) -> None:
+    """Draw a figure of ``size`` inches and write it as PNG, whole or not at all."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # titles of every script; a box stands for what no font has
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary)
+
+
+def draw_curves(
+    axes: Axes, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str = "", x_label: str = "optimizer step", y_label: str = ""
+) -> None:
+    """Draw lines.
+
+    Args:
+        axes: Where to draw.
+        curves: Abscissas and ordinates by name.
+        title: Heading.
+        x_label: Label of the abscissa.
+        y_label: Label of the ordinate.
+    """
+    for index, (name, (x, y)) in enumerate(curves.items()):
+        marker = "o" if len(x) <= 30 else ""
+        axes.plot(x, y, color=COLORS[index % len(COLORS)], marker=marker, markersize=4, label=name)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.margins(x=0.02)
+    if len(curves) > 1:
+        axes.legend(ncols=1 if len(curves) <= 4 else 2)
+
+
+def split_curve(curve: tuple[Sequence[float], Sequence[float]], phases: Sequence[tuple[int, str]]) -> tuple[list[float], list[float]]:
+    """Put a gap into a curve wherever a phase of another name begins; its losses are other ones.
+
+    Args:
+        curve: Abscissas, ascending, and ordinates.
+        phases: First step and name of each phase, ascending. A point at ``step`` is of the phase that began before it.
+    """
+    x, y = list(curve[0]), list(curve[1])
+    borders = [step for (_, earlier), (step, name) in pairwise(phases) if name != earlier]
+    for step in borders:
+        place = bisect_right(x, step)
+        if 0 < place < len(x):
+            x.insert(place, step)
+            y.insert(place, float("nan"))
+    return x, y
+
+
+def draw_phases(axes: Axes, phases: Sequence[tuple[int, str]], end: float) -> None:
+    """Shade the phases of all names but the first, and name each once; nothing where all have one name.
+
+    Args:
+        axes: Has the curves.
+        phases: First step and name of each phase, ascending.
+        end: Last step.
+    """
+    names = list(dict.fromkeys(name for _, name in phases))
+    if len(names) < 2:
+        return
+    ends = [step for step, _ in phases[1:]] + [end]
+    for (start, name), stop in zip(phases, ends, strict=True):
+        if name != names[0] and start < stop:
+            first = name not in axes.get_legend_handles_labels()[1]
+            axes.axvspan(start, stop, color=COLORS[names.index(name) % len(COLORS)], alpha=0.12, linewidth=0, label=name if first else None)
+    axes.legend(ncols=1 if len(axes.get_legend_handles_labels()[1]) <= 4 else 2)
+
+
+def draw_exposure(axes: Axes, versions: Mapping[str, Counts], titles: Sequence[str], top: int = 12) -> None:
+    """Draw how often the most recommended titles were recommended, as horizontal bars, one colour a version.
+
+    Args:
+        axes: Where to draw.
+        versions: Recommendation counts of each item, ``(N,)``, by name of the version; shares of each version are drawn.
+        titles: Titles of the N items.
+        top: Number of titles: those with the largest share in any version, ordered by the first version.
+    """
+    shares = _shares(versions)
+    stacked = torch.stack(list(shares.values()))
+    chosen = stacked.amax(0).argsort(descending=True, stable=True)[:top]
+    chosen = chosen[stacked[0, chosen].argsort(descending=True, stable=True)]
+    height = 0.8 / len(shares)
+    for index, (name, share) in enumerate(shares.items()):
+        places = [place + (index - (len(shares) - 1) / 2) * height for place in range(len(chosen))]
+        axes.barh(places, (100 * share[chosen]).tolist(), height, color=COLORS[index % len(COLORS)], label=name)
+    axes.set_yticks(range(len(chosen)), [short_title(titles[item]) for item in chosen.tolist()])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("share (%)")
+    axes.set_title("Most recommended titles", pad=24 if len(shares) > 1 else None)
+    if len(shares) > 1:
+        # Between title and axes, because bars may be long anywhere.
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=len(shares), borderaxespad=0.2)
+
+
+def draw_exposure_curve(axes: Axes, versions: Mapping[str, Counts]) -> None:
+    """Draw what share of the recommendations the n most recommended items take, for every n.
+
+    Args:
+        axes: Where to draw.
+        versions: Counts of each item, ``(N,)``, by name; training interactions or histories may stand beside recommendations.
+    """
+    for index, (name, share) in enumerate(_shares(versions).items()):
+        taken = 100 * share.sort(descending=True).values.cumsum(0)
+        axes.plot(range(1, len(taken) + 1), taken.tolist(), color=COLORS[index % len(COLORS)], label=name)
+    _set_log_scale(axes)
+    axes.set_ylim(0, 102)
+    axes.set(title="Concentration of exposure", xlabel="n most frequent items", ylabel="share they take (%)")
+    axes.legend(loc="lower right")
+
+
+def draw_uncertainty(axes: Axes, degree: Tensor, uncertainty: Tensor, correlation: float) -> None:
+    """Draw the uncertainty of entities against their number of triples, and its median among entities of like numbers.
+
+    Args:
+        axes: Where to draw.
+        degree: ``(E,)``, positive.
+        uncertainty: ``(E,)``.
+        correlation: Their rank correlation, for the title.
+    """
+    # Evenly spread over the degrees, so that the few frequent entities stay.
+    order = degree.argsort(stable=True)
+    drawn = order[torch.linspace(0, len(order) - 1, min(len(order), MAX_DOTS)).long()]
+    size, alpha = (16, 0.5) if len(drawn) <= 1000 else (4, 0.15)
+    axes.scatter(degree[drawn].tolist(), uncertainty[drawn].tolist(), size, COLORS[0], alpha=alpha, linewidths=0)
+    axes.scatter([], [], 16, COLORS[0], label="entity")  # in the legend the dots would be too faint to see
+    scale = degree.double().log()
+    edges = torch.linspace(float(scale.min()), float(scale.max()), BINS + 1, dtype=torch.double)[1:-1]
+    bins = [part for part in torch.split(order, torch.bucketize(scale, edges).bincount(minlength=BINS).tolist()) if len(part)]
+    medians = [[float(values[part].float().median()) for part in bins] for values in (degree, uncertainty)]
+    axes.plot(*medians, color=COLORS[1], marker="o", markersize=4, label="median of like degrees")
+    _set_log_scale(axes)
+    axes.set(title=f"Uncertainty of entities (Spearman {correlation:+.2f})", xlabel="training triples of the entity", ylabel="mean deviation")
+    axes.legend()
+
+
+def _set_log_scale(axes: Axes) -> None:
+    """Scale the abscissa by its logarithm, with numbers written plainly: 3, not 3 × 10⁰."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # shows some between two powers of ten, none over many
+
+
+def short_title(title: str, length: int = TITLE_LENGTH) -> str:
+    """Leave out the middle of a long title, and keep dollar signs from being read as mathematics."""
+    end = 7  # a year in brackets
+    cut = title if len(title) <= length else f"{title[: length - end - 1].rstrip()}…{title[-end:]}"
+    return cut.replace("$", r"\$")
+
+
+def _shares(versions: Mapping[str, Counts]) -> dict[str, Tensor]:
+    if not versions:
+        raise ValueError("there is no version to draw; give counts by name")
+    counts = {name: torch.as_tensor(values).double() for name, values in versions.items()}
+    if len({len(values) for values in counts.values()}) != 1:
+        raise ValueError(f"all versions must count the same items, got { ({name: len(values) for name, values in counts.items()}) }")
+    return {name: values / values.sum().clamp_min(1) for name, values in counts.items()}

@@ -1,0 +1,282 @@
+"""The report every run ends in: figures as JSON, a page, and pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from malleable.callbacks.report.figures import draw_curves, draw_phases, save_figure, split_curve
+from malleable.callbacks.report.logged import logged_anew
+from malleable.callbacks.report.metric_notes import definitions, is_secondary, marked
+from malleable.callbacks.report.page import Column, HasColumns, HasPhases, HasRows, HasSections, Rows, Section, figure_names, markdown, plain_table
+from malleable.callbacks.report.row_recorder import RowRecorder
+from malleable.datamodules.files.atomic import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_POINTS = 2048
+PANELS_A_ROW = 3
+RECOMMENDATION = ("hr_10", "ndcg_10", "mrr_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10", "coverage_10")
+LINK_PREDICTION = ("mrr", "mr", "hits_1", "hits_3", "hits_10", "mrr_tail", "mrr_head")
+EDITING = ("efficacy", "generalization", "specificity", "efficacy_exact", "specificity_exact", "fluency", "consistency", "perplexity")
+HEADLINE = RECOMMENDATION + LINK_PREDICTION + EDITING
+
+
+class RunReport(Callback):
+    """Write ``report/metrics.json``, ``report/report.md`` and PNG figures into the run folder, after fit and again after test.
+
+    ``metrics.json`` holds the last value of everything logged, under its own key. The page has the test metrics, the course
+    of everything logged during training, and what other callbacks contribute: those with a method ``report_sections() ->
+    list[Section]`` give parts of the page, those with ``report_columns() -> list[Column]`` give models to compare with,
+    which also enter ``metrics.json``, those with ``report_rows()`` give values of single rows, for intervals, and those with
+    ``report_phases() -> list[tuple[int, str]]`` give phases, which the curves show. They are asked on rank zero.
+    A data module with ``data_summary() -> list[tuple[str, str]]`` is described on the page.
+
+    ``test_rows.safetensors`` has ``sample_id``, ``target`` and ``rank`` of each test row where the module ranks; ``malleable compare`` reads it.
+
+    Args:
+        dirpath: Folder of the report; default: ``report`` in the run folder.
+        headline: Metrics, without the split's name, that the log and the top of the page show; all where the run has none of them.
+    """
+
+    def __init__(self, dirpath: str | None = None, headline: Sequence[str] = HEADLINE) -> None:
+        self.dirpath = dirpath
+        self.headline = tuple(headline)
+        self.folder: Path | None = None
+        self.history: dict[str, list[tuple[int, float]]] = {}
+        self.metrics: dict[str, float] = {}
+        self.facts: dict[str, str] = {}
+        self.rows = RowRecorder()
+        self.phases: list[tuple[int, str]] = []
+        self.seconds = 0.0
+        self._started: float | None = None
+        self._last_step = -1
+        self._noted: dict[str, Any] = {}
+        self._fits = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the curves and the last values for a run that is resumed."""
+        history = {name: [list(point) for point in points] for name, points in self.history.items()}
+        return {"history": history, "seconds": self._elapsed(), "metrics": dict(self.metrics)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the curves of the interrupted run."""
+        self.history = {name: [(int(step), float(value)) for step, value in points] for name, points in state_dict["history"].items()}
+        self.seconds = state_dict["seconds"]
+        if self._fits:
+            # A run that was killed after its last step logs nothing more.
+            self.metrics = {name: value for name, value in state_dict.get("metrics", {}).items() if not name.startswith("test_")}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder; all ranks agree on it."""
+        folder = trainer.log_dir or trainer.default_root_dir
+        self.folder = Path(self.dirpath or Path(folder) / "report")
+        self._fits = stage == "fit"
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note what was logged, as often as the Trainer logs and at the end of an epoch."""
+        step = trainer.global_step
+        due = step % max(1, trainer.log_every_n_steps) == 0 or trainer.is_last_batch  # type: ignore[attr-defined]
+        if due and step != self._last_step:
+            self._last_step = step
+            self._note(trainer, validation=False)
+        if trainer.is_last_batch:
+            self.metrics.update(_plain(trainer.callback_metrics))  # a checkpoint may be saved now
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the metrics."""
+        if not trainer.sanity_checking:
+            self._note(trainer, validation=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the last values before a checkpoint is saved."""
+        self.metrics.update(_plain(trainer.callback_metrics))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the last values and the time."""
+        self.metrics.update(_plain(trainer.callback_metrics))
+        self.seconds, self._started = self._elapsed(), None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what was trained, also by a run that was killed after its last step and has nothing left to train."""
+        self.seconds, self._started = self._elapsed(), None
+        self.facts |= {
+            "optimizer steps": str(trainer.global_step),
+            "epochs": str(trainer.current_epoch),
+            "training time": f"{self.seconds:.0f} s",
+        }
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to collect the rows, and forget the figures of an earlier test."""
+        self.metrics = {name: value for name, value in self.metrics.items() if not name.startswith("test_")}
+        self.rows.start(pl_module)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Count the rows of a batch."""
+        self.rows.count(batch)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the rows of all processes."""
+        self.rows.finish(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the metrics and what was tested."""
+        self.metrics.update(_plain(trainer.callback_metrics))
+        if self.rows.number:
+            self.facts["test rows"] = f"{self.rows.number:,}"
+        if trainer.ckpt_path:
+            self.facts["tested checkpoint"] = str(trainer.ckpt_path)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the report; by now all callbacks have ended."""
+        if stage not in ("fit", "test") or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        contributors = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        columns = [column for callback in contributors if isinstance(callback, HasColumns) for column in callback.report_columns()]
+        sections = [section for callback in contributors if isinstance(callback, HasSections) for section in callback.report_sections()]
+        for callback in contributors:
+            if isinstance(callback, HasRows):
+                self.rows.add(callback.report_rows())
+        if seed := os.environ.get("PL_GLOBAL_SEED"):
+            self.facts["seed"] = seed
+        sections += _data_sections(getattr(trainer, "datamodule", None))
+        self.phases = [phase for callback in contributors if isinstance(callback, HasPhases) for phase in callback.report_phases()]
+        self.facts["devices"] = f"{trainer.world_size} × {trainer.strategy.root_device.type}"
+        self.write(_title(trainer, pl_module), type(pl_module).__name__, columns, sections)
+
+    def write(self, title: str, name: str, columns: Sequence[Column] = (), sections: Sequence[Section] = ()) -> None:
+        """Write all files, each whole or not at all, and log the main figures.
+
+        Args:
+            title: Heading of the page.
+            name: Name of the tested model.
+            columns: Models to compare with.
+            sections: Parts that others contribute.
+        """
+        assert self.folder is not None
+        header, rows = self._comparison(name, columns)
+        main = [row for row in rows if row[0] in self.headline] or rows
+        sections = [*self._first_sections(header, main), *sections, *self._last_sections(header, rows if len(rows) > len(main) else [])]
+        self.rows.save(self.folder)
+        everything = self.metrics | {f"{column.key}_{metric}": value for column in columns for metric, value in column.values.items()}
+        finite = {key: value if math.isfinite(value) else None for key, value in everything.items()}
+        for section, figure_name in zip(sections, figure_names(sections), strict=True):
+            if section.figure is not None:
+                save_figure(self.folder / figure_name, section.figure, section.figure_size)
+        with atomic_write(self.folder / "report.md") as path:
+            path.write_text(markdown(title, sections), encoding="utf-8")
+        with atomic_write(self.folder / "metrics.json") as path:
+            path.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
+        table = "\n" + plain_table(header, main) if main else ""
+        rank_zero_info(f"{title}{table}\nreport: {self.folder / 'report.md'}")
+
+    def _first_sections(self, header: Sequence[str], rows: Rows) -> list[Section]:
+        sections = [self._metrics_section("Test metrics", header, rows)] if rows else []
+        panels = curve_panels({name: points for name, points in self.history.items() if not is_secondary(name, self.headline)})
+        if panels:
+            size = (4.2 * min(PANELS_A_ROW, len(panels)), 3.0 * -(-len(panels) // PANELS_A_ROW))
+            sections.append(Section("Training", figure=lambda figure: draw_panels(figure, panels, self.phases), figure_size=size))
+        return sections
+
+    def _last_sections(self, header: Sequence[str], rows: Rows) -> list[Section]:
+        sections = [self._metrics_section("All test metrics", header, rows)] if rows else []
+        tested = [key.removeprefix("test_") for key in self.metrics if key.startswith("test_")]
+        if meanings := definitions(tested):
+            sections.append(Section("What the metrics mean", table=(("metric", "better", "definition"), meanings)))
+        return [*sections, Section("Run", table=(("what", "value"), list(self.facts.items())))]
+
+    def _metrics_section(self, title: str, header: Sequence[str], rows: Rows) -> Section:
+        """Return a table with arrows, and with intervals where the values of single rows are known."""
+        intervals = [self.rows.interval(row[0]) for row in rows]
+        marks = [[marked(name), *values] for name, *values in rows]
+        if not any(intervals):
+            return Section(title, table=(header, marks))
+        text = "↑: higher is better, ↓: lower. Intervals: bootstrap over the test rows, of this one run; another seed varies by more."
+        rows = [[name, own, interval, *others] for (name, own, *others), interval in zip(marks, intervals, strict=True)]
+        return Section(title, text, table=([*header[:2], "95 % interval", *header[2:]], rows))
+
+    def _comparison(self, name: str, columns: Sequence[Column]) -> tuple[list[str], list[list[Any]]]:
+        own = {key.removeprefix("test_"): value for key, value in self.metrics.items() if key.startswith("test_")}
+        rows = [[metric, value, *(column.values.get(metric) for column in columns)] for metric, value in own.items()]
+        return ["metric", name, *(column.title for column in columns)], rows
+
+    def _note(self, trainer: Trainer, validation: bool) -> None:
+        for name, value in logged_anew(trainer.callback_metrics, self._noted).items():
+            if name.startswith("val_") == validation and not name.startswith("test_"):
+                self._noted[name] = value
+                points = self.history.setdefault(name, [])
+                points.append((trainer.global_step, float(value)))
+                if len(points) > MAX_POINTS:
+                    del points[1:-1:2]
+
+    def _elapsed(self) -> float:
+        return self.seconds + (time.monotonic() - self._started if self._started is not None else 0.0)
+
+
+def curve_panels(history: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+    """Sort curves into panels: the same metric of all splits and cut-offs lies in one.
+
+    Args:
+        history: Steps and values by logged key.
+
+    Returns:
+        Panels by metric; each holds abscissas and ordinates by split and cut-off. A metric without two points of one curve has no panel.
+    """
+    panels: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
+    for name, points in history.items():
+        finite = [(step, value) for step, value in points if math.isfinite(value)]
+        split, metric, cut = re.fullmatch(r"(train_|val_)?(.+?)(_\d+)?", name).groups(default="")  # type: ignore[union-attr]
+        if finite:
+            label = (split.rstrip("_") + (f" @{cut[1:]}" if cut else "")).strip() or metric
+            panels.setdefault(metric, {})[label] = ([step for step, _ in finite], [value for _, value in finite])
+    return {metric: curves for metric, curves in panels.items() if any(len(steps) > 1 for steps, _ in curves.values())}
+
+
+def draw_panels(figure: Figure, panels: Mapping[str, Mapping[str, tuple[list[int], list[float]]]], phases: Sequence[tuple[int, str]] = ()) -> None:
+    """Draw each panel on axes of its own.
+
+    Args:
+        figure: Where to draw.
+        panels: Output of :func:`curve_panels`.
+        phases: First optimizer step and name of each phase: curves of training are not joined across phases of other names, which are shaded.
+    """
+    columns = min(PANELS_A_ROW, len(panels))
+    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
+    for place, (metric, curves) in zip(axes, panels.items(), strict=False):
+        split = {name: curve if name.startswith("val") else split_curve(curve, phases) for name, curve in curves.items()}
+        draw_curves(place, split, title=metric)
+        draw_phases(place, phases, max(x[-1] for x, _ in curves.values()))
+    for place in axes[len(panels) :]:
+        place.set_visible(False)
+
+
+def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _data_sections(data: Any) -> list[Section]:
+    """Return the data module's own description."""
+    describe = getattr(data, "data_summary", None)
+    return [Section("Data", table=(("what", "value"), describe()))] if callable(describe) else []
+
+
+def _title(trainer: Trainer, module: LightningModule) -> str:
+    source = getattr(trainer, "datamodule", None)
+    origin = getattr(source, "source", None) or source
+    return type(module).__name__ + (f" on {type(origin).__name__}" if origin is not None else "")

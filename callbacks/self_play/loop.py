@@ -1,0 +1,397 @@
+"""The loop that makes a recommender play against itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from malleable.callbacks.reference import phased_loader, reference_logps
+from malleable.callbacks.report.comparison import batch_digest, measure, protocol, protocol_difference, recommendation_counts, self_play_sections
+from malleable.callbacks.report.logged import logged_anew
+from malleable.callbacks.report.page import Column, Section
+from malleable.callbacks.restart import finish_epoch
+from malleable.callbacks.run_files import run_folder, stored_copies
+from malleable.callbacks.self_play.limits import check_limits
+from malleable.callbacks.self_play.negatives import compare_decoding, negatives
+from malleable.callbacks.self_play.phases import Phase, PhaseSettings, SelfPlayState, reset_moments
+from malleable.callbacks.self_play.round_file import RoundFile, draw_positions
+from malleable.datamodules.batch import Catalog, Recommendations
+from malleable.datamodules.loading import PhasedLoader, RowView
+from malleable.lightning_modules.functional.schedule import warmup_decay
+from malleable.lightning_modules.language.language_model import LanguageModel
+from malleable.lightning_modules.language.play import Play
+
+log = logging.getLogger(__name__)
+
+
+class SelfPlayLoop(Callback):
+    """Alternate supervised and preference phases, with the model's own answers as rejected ones.
+
+    A warm-up of supervised epochs is followed by ``rounds`` rounds. A round draws rows without replacement, asks the model what it would recommend,
+    trains on the true titles (``sft``), freezes the reference by caching its log-probabilities, and trains true against own titles (``dpo``). Each
+    phase starts with a fresh optimizer and its own rate. The loop sets the number of epochs itself.
+
+    A round's rows, negatives and reference lie in ``self_play/round_<n>.parquet`` and ``round_<n>_pairs.parquet`` in the run folder; with the
+    state in the checkpoint a run killed anywhere goes on to the same result.
+
+    Args:
+        rounds: Number of rounds, the paper's K; 0 is the warm-up alone.
+        rows_per_round: Rows drawn for a round; ``None`` takes all rows every round.
+        warmup: The initial supervised phase.
+        sft: The supervised phase of a round.
+        dpo: The preference phase of a round.
+        negative_source: ``pre_round`` asks the model that enters the round (the released code), ``post_sft`` the model after the supervised phase;
+            ``random`` and ``popularity`` draw items instead of asking: the controls.
+        play: How the model answers.
+        keep_identical: What to do with rows whose rejected answer is the true one: they have no gradient.
+        compare_on: Split on which the warmed-up model is measured for the report's before and after; ``none`` leaves it out.
+        loader: The training loader, where there is no data module of ours.
+        diagnostic_rows: Rows of each round on which greedy and sampled answers are compared with the true titles in the log and the report: number
+            of distinct titles, share of the three most frequent, mean popularity. The mode that :attr:`play` does not use needs a pass of its own;
+            0 leaves the comparison out. Applies to answers of the module with ``grounding='trie'``.
+        seed: Seed of everything drawn.
+
+    Source:
+        Gao et al. (2025), SPRec, arXiv:2412.09243, Algorithm 1, and its released code.
+        Differs: rows are drawn without replacement until the pool is used up, and negatives are real items; ``keep_identical='keep'`` and
+        ``Play(grounding='none')`` give the released behaviour.
+    """
+
+    def __init__(
+        self,
+        rounds: int = 5,
+        rows_per_round: int | None = 2048,
+        warmup: PhaseSettings | None = None,
+        sft: PhaseSettings | None = None,
+        dpo: PhaseSettings | None = None,
+        negative_source: Literal["pre_round", "post_sft", "random", "popularity"] = "pre_round",
+        play: Play | None = None,
+        keep_identical: Literal["drop", "keep"] = "drop",
+        compare_on: Literal["test", "val", "none"] = "test",
+        loader: PhasedLoader[Any] | None = None,
+        diagnostic_rows: int = 256,
+        seed: int = 0,
+    ) -> None:
+        if rounds < 0:
+            raise ValueError(f"rounds must be >= 0, got {rounds}")
+        if rows_per_round is not None and rows_per_round < 1:
+            raise ValueError(f"rows_per_round must be >= 1 or null, got {rows_per_round}")
+        self.rounds = rounds
+        self.rows_per_round = rows_per_round
+        if diagnostic_rows < 0:
+            raise ValueError(f"diagnostic_rows must be >= 0, got {diagnostic_rows}")
+        self.settings = {
+            "warmup": warmup or PhaseSettings(epochs=4, lr=3e-4),
+            "sft": sft or PhaseSettings(),
+            "dpo": dpo or PhaseSettings(),
+        }
+        self.negative_source = negative_source
+        self.play = play or Play()
+        self.keep_identical = keep_identical
+        self.compare_on = compare_on
+        self.diagnostic_rows = diagnostic_rows
+        self.seed = seed
+        self.state = SelfPlayState()
+        self.phases = self.plan(rounds, {name: settings.epochs for name, settings in self.settings.items()})
+        self._loader = loader
+        self._cached: RoundFile | None = None
+        self._folder = Path()
+        self._copies: Callable[[str], list[Path]] = lambda name: [Path(name)]
+        self._counts: Tensor | None = None
+        self._test_rows: Tensor | None = None
+        self._difference = ""
+        self._titles: tuple[str, ...] = ()
+        self._earlier: dict[str, Any] = {}
+        if not self.phases:
+            raise ValueError("the loop has no epoch: give the warm-up epochs or play at least one round")
+        if self.settings["dpo"].epochs > 1:
+            rank_zero_warn(
+                f"{self.settings['dpo'].epochs} preference epochs a round: with beta <= 1/2 the exact optimum of a round moves away from the data, "
+                "so long phases drift; watch div_ratio, or_ratio and the chosen log-probabilities"
+            )
+
+    @staticmethod
+    def plan(rounds: int, epochs: dict[str, int]) -> list[Phase]:
+        """List what each epoch of the run is: a pure function of the settings."""
+        order = [("warmup", 0)] + [(kind, number) for number in range(1, rounds + 1) for kind in ("sft", "dpo")]
+        return [Phase(kind, number, epoch) for kind, number in order for epoch in range(epochs[kind])]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain data."""
+        return dict(vars(self.state))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of the interrupted run and show the rows of its running phase."""
+        self.state = SelfPlayState(**state_dict)
+        if self.state.path is not None:
+            self.state.path = "/".join(Path(self.state.path).parts[-2:])  # earlier versions stored it relative to the working directory
+        self._cached = None
+        if self._loader is not None and self.state.epoch >= 0:
+            self._show_phase()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the combination, and tell the Trainer how many epochs there are."""
+        if stage != "fit":
+            return
+        if not hasattr(pl_module, "play"):
+            raise MisconfigurationException(f"SelfPlayLoop needs a module that recommends, such as SPRec; {type(pl_module).__name__} has no `play`")
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_limits(trainer, len(self.phases))
+            trainer.fit_loop.max_epochs = len(self.phases)
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        self._folder = run_folder(trainer)
+        self._copies = partial(stored_copies, trainer, self._folder)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the rows of the first phase, or of the phase that was interrupted."""
+        if trainer.lr_scheduler_configs:
+            own = getattr(pl_module, "lr_scheduler", None) is None
+            remedy = f"{type(pl_module).__name__} makes a schedule of its own; use SPRec, which makes none" if own else "leave lr_scheduler out"
+            raise MisconfigurationException(f"SelfPlayLoop sets the learning rates itself; {remedy}")
+        self._loader = phased_loader(trainer, self._loader, type(self).__name__)
+        self._check_rows(self._loader)
+        if self.state.epoch >= 0:
+            self._show_phase()
+        elif trainer.ckpt_path is None:
+            self._prepare(trainer, cast("LanguageModel", pl_module), 0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish an epoch that was interrupted between its last step and its end: its end prepares the next phase."""
+        self._adopt(trainer)
+        finish_epoch(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a phase with a fresh optimizer."""
+        phase = self.phases[trainer.current_epoch]
+        if phase.epoch == 0:
+            self._earlier, self.state.figures = dict(trainer.callback_metrics), {}
+            self.state.marks.append([trainer.global_step, "preference" if phase.kind == "dpo" else "supervised"])
+            for optimizer in trainer.optimizers:
+                reset_moments(optimizer)
+            rank_zero_info(f"{self._name(phase)}: {self._steps(phase)} steps on {len(self._rows())} rows")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the learning rate of the step."""
+        phase = self.phases[trainer.current_epoch]
+        settings = self.settings[phase.kind]
+        loader = self._loader
+        assert loader is not None
+        step = phase.epoch * loader.num_steps + batch_idx // loader.accumulation
+        rate = settings.lr * warmup_decay(step, self._steps(phase), settings.warmup_steps, settings.decay)
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        pl_module.log("train_lr", rate, batch_size=1)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the phase's figures before a checkpoint is saved after its last step."""
+        if trainer.is_last_batch:
+            self._note(trainer)
+
+    def _note(self, trainer: Trainer) -> None:
+        self.state.figures |= {key: float(value) for key, value in logged_anew(trainer.callback_metrics, self._earlier).items()}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the phase's figures, then prepare the next one: the Trainer asks for its rows before the epoch starts."""
+        epoch = trainer.current_epoch
+        phase = self.phases[epoch]
+        last = epoch + 1 == len(self.phases)
+        if last or self.phases[epoch + 1].epoch == 0:
+            self._note(trainer)
+            self.state.history.append({"phase": phase.kind, "round": phase.round, **self.state.figures})
+        if phase.kind == "warmup" and (last or self.phases[epoch + 1].kind != "warmup"):
+            self._measure_before(trainer, cast("LanguageModel", pl_module))
+        if not last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._prepare(trainer, cast("LanguageModel", pl_module), epoch + 1)
+
+    def _prepare(self, trainer: Trainer, module: LanguageModel, epoch: int) -> None:
+        """Make the rows of an epoch and show them; all ranks do the same."""
+        agreed = trainer.strategy.broadcast(epoch)
+        if agreed != epoch:
+            raise RuntimeError(f"rank {trainer.global_rank} is about to enter epoch {epoch}, rank 0 epoch {agreed}; the ranks fell out of step")
+        loader, phase = self._loader, self.phases[epoch]
+        assert loader is not None
+        if phase.epoch == 0:
+            if phase.kind == "warmup":
+                self.state.path = None
+            elif self._starts_round(epoch):
+                self._draw(trainer, module, loader, phase)
+            if phase.kind == "dpo":
+                self._freeze(trainer, module, loader, phase)
+        self.state.epoch = epoch
+        self._show_phase()
+
+    def _check_rows(self, loader: PhasedLoader[Any]) -> None:
+        """Refuse rounds longer than the data or shorter than an optimizer step, before the warm-up is spent."""
+        kinds = {phase.kind for phase in self.phases if phase.round}
+        rows = len(draw_positions(len(loader.pool), self.rows_per_round, 1, self.seed)) if kinds else 0
+        for kind in kinds:
+            if rows < self._rows_per_step(loader, kind):
+                raise MisconfigurationException(
+                    f"a round of {rows} rows does not fill one optimizer step of {self._rows_per_step(loader, kind)} in the {kind} phase; "
+                    "raise rows_per_round, or lower the global batch size or the phase's batch_factor"
+                )
+
+    def _rows_per_step(self, loader: PhasedLoader[Any], kind: str) -> int:
+        return loader.rows_per_step // loader.batch_factor * self.settings[kind].batch_factor
+
+    def _starts_round(self, epoch: int) -> bool:
+        return epoch == 0 or self.phases[epoch - 1].round != self.phases[epoch].round
+
+    def _draw(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase) -> None:
+        """Draw the round's rows and, unless they come later, its negatives."""
+        positions = draw_positions(len(loader.pool), self.rows_per_round, phase.round, self.seed)
+        file = RoundFile(positions, [int(loader.pool[position]["sample_id"]) for position in positions])
+        if self.negative_source != "post_sft" and self.settings["dpo"].epochs:
+            self._play(trainer, module, loader, phase, file)
+        self._write(trainer, phase, file)
+
+    def _play(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> None:
+        rows = RowView(loader.pool, file.positions)
+        seed = (self.seed, phase.round)
+        file.items, file.answers = negatives(trainer, module, rows, loader, self.negative_source, self.play, seed, self._name(phase))
+        self._record(trainer, phase, "play", file.figures(rows, module.catalog))
+        if self.diagnostic_rows and self.play.grounding == "trie" and self.negative_source in ("pre_round", "post_sft"):
+            found = compare_decoding(trainer, module, loader, file, self.diagnostic_rows, self.negative_source, self.play, seed, self._name(phase))
+            for titles, figures in found.items():
+                self._record(trainer, phase, "decoding", figures, titles)
+
+    def _record(self, trainer: Trainer, phase: Phase, kind: str, figures: dict[str, float], titles: str = "") -> None:
+        """Log figures of a round, and keep them for the report."""
+        heading = f"round {phase.round}{titles and f', {titles} titles'}"
+        rank_zero_info(f"{heading}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
+        for logger in trainer.loggers:
+            logger.log_metrics({f"selfplay/{titles and titles + '/'}{name}": value for name, value in figures.items()}, step=trainer.global_step)
+        self.state.history.append({"phase": kind, "round": phase.round, **({"titles": titles} if titles else {}), **figures})
+
+    def _freeze(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase) -> None:
+        """Complete the round's pairs: late negatives, identical rows, and the reference as the model stands now."""
+        file = self._file()
+        if file.answers is None:
+            self._play(trainer, module, loader, phase, file)
+        if self.keep_identical == "drop":
+            file = self._distinct(loader, phase, file)
+        file.reference = reference_logps(trainer, module, file.pairs(loader.pool), loader, f"{self._name(phase)}, reference").tolist()
+        self._write(trainer, phase, file)
+
+    def _distinct(self, loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> RoundFile:
+        """Leave out rows whose rejected answer is the true one, unless too few others are left for a single step."""
+        kept = file.without_identical(RowView(loader.pool, file.positions))
+        if len(kept.positions) >= self._rows_per_step(loader, "dpo"):
+            return kept
+        rank_zero_warn(
+            f"round {phase.round}: the model recommends the true item in all but {len(kept.positions)} of {len(file.positions)} rows, "
+            "too few for a step; identical rows stay, without effect. More rounds on these rows teach nothing"
+        )
+        return file
+
+    def _current_rows(self, loader: PhasedLoader[Any], phase: Phase) -> Any:
+        if phase.kind == "dpo":
+            return self._file().pairs(loader.pool)
+        if phase.kind == "sft":
+            return RowView(loader.pool, self._file().positions)
+        settings = self.settings["warmup"]
+        rows = loader.pool if settings.view == "answer" else loader.view(settings.view)
+        return rows if settings.rows is None else RowView(rows, draw_positions(len(rows), settings.rows, 0, self.seed))
+
+    def _show_phase(self) -> None:
+        """Let the loader show the rows of the running phase."""
+        assert self._loader is not None
+        phase = self.phases[self.state.epoch]
+        rows = self._current_rows(self._loader, phase)
+        tokens = rows.row_tokens() if hasattr(rows, "row_tokens") else [len(rows[index]["answers"][0]) for index in range(len(rows))]
+        self._loader.show(rows, tokens, self.settings[phase.kind].batch_factor)
+        if phase.kind == "warmup" and not self._loader.num_steps:
+            # Lightning would end such a run without an error, and export the weights as they were built.
+            raise MisconfigurationException(
+                f"the {len(rows)} rows of the warm-up do not fill one optimizer step of {self._loader.rows_per_step}; lower global_batch_size and "
+                f"batch_size{', or pack_length: rows are whole histories packed together' if self.settings['warmup'].view == 'packed' else ''}"
+            )
+
+    def _rows(self) -> Any:
+        assert self._loader is not None
+        return self._loader.dataset
+
+    def _steps(self, phase: Phase) -> int:
+        assert self._loader is not None
+        return self.settings[phase.kind].epochs * self._loader.num_steps
+
+    @staticmethod
+    def _name(phase: Phase) -> str:
+        return "warm-up" if phase.kind == "warmup" else f"round {phase.round} {phase.kind}"
+
+    def _write(self, trainer: Trainer, phase: Phase, file: RoundFile) -> None:
+        # The pairs get a file of their own: a checkpoint from before they were frozen still points at the drawn rows.
+        self.state.path = f"self_play/round_{phase.round}{'_pairs' if phase.kind == 'dpo' and file.reference is not None else ''}.parquet"
+        if trainer.is_global_zero:
+            file.write(self._folder / self.state.path)
+        trainer.strategy.barrier("round file")
+        self.state.digest = file.digest()
+        self._cached = file
+
+    def _file(self) -> RoundFile:
+        if self._cached is None:
+            assert self.state.path is not None
+            self._cached = RoundFile.read_first(self._copies(self.state.path), self.state.digest)
+        return self._cached
+
+    def _adopt(self, trainer: Trainer) -> None:
+        """Copy the running round of the interrupted run into the folder of this run, from which the next checkpoints resume."""
+        if self.state.path is None or trainer.ckpt_path is None:
+            return
+        path, file = self._folder / self.state.path, self._file()
+        if trainer.is_global_zero and self._copies(self.state.path)[0].resolve() != path.resolve():
+            file.write(path)
+
+    def _measure_before(self, trainer: Trainer, module: LanguageModel) -> None:
+        """Measure the warmed-up model, the "supervised only" row of the report."""
+        datamodule = getattr(trainer, "datamodule", None)
+        if self.compare_on == "none" or datamodule is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        rank_zero_info(f"measuring the supervised model on the {self.compare_on} split")
+        loader = getattr(datamodule, f"{self.compare_on}_dataloader")()
+        self.state.before = measure(trainer, module, loader)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from zero on every rank, also on one that has no rows to test."""
+        if self.state.before:
+            self._counts = torch.zeros(len(cast("LanguageModel", pl_module).catalog or ()), dtype=torch.long, device=pl_module.device)
+            self._test_rows = torch.zeros(2, dtype=torch.long, device=pl_module.device)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Count what the final model recommends."""
+        if isinstance(outputs, Recommendations) and self._counts is not None and self._test_rows is not None:
+            self._counts = self._counts + recommendation_counts(outputs.item_ids, batch.sample_id, len(self._counts))
+            self._test_rows = self._test_rows + batch_digest(batch)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add up the counts of all ranks, and compare the test with that of the warmed-up model."""
+        if self._counts is not None and self._test_rows is not None:
+            module = cast("LanguageModel", pl_module)
+            self._titles = cast("Catalog", module.catalog).titles
+            self._counts, rows = (trainer.strategy.reduce(total, reduce_op="sum").cpu() for total in (self._counts, self._test_rows))
+            self._difference = protocol_difference(self.state.before.get("protocol"), protocol(module, rows))
+
+    def report_columns(self) -> list[Column]:
+        """The warmed-up model, beside the final one, where both were measured alike."""
+        shown = self.state.before and self.compare_on == "test" and not self._difference
+        return [Column("supervised only", "before", self.state.before["figures"])] if shown else []
+
+    def report_phases(self) -> list[tuple[int, str]]:
+        """Return the optimizer step at which each phase begins, and what it trains on."""
+        return [(step, name) for step, name in self.state.marks]
+
+    def report_sections(self) -> list[Section]:
+        """Curves over the rounds, and what is recommended before and after."""
+        return self_play_sections(self.state.history, self.state.before, self._counts, self._titles, self._difference)

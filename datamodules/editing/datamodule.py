@@ -1,0 +1,195 @@
+"""Facts to be edited, and text: sentences that tell the facts, and what else a model should go on saying."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from malleable.datamodules.base import BaseDataModule
+from malleable.datamodules.batch import Batch, Vocabulary, collate
+from malleable.datamodules.editing.requests import EditRequest, checked
+from malleable.datamodules.identity import is_stored, read_stored
+from malleable.datamodules.language.text_rows import TextRows
+from malleable.datamodules.language.tokenizer import largest_token_id, load_tokenizer, train_tokenizer
+from malleable.datamodules.sources.editing.base import EditSource, EditTables
+from malleable.datamodules.sources.editing.texts import TextSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class EditingDataModule(BaseDataModule):
+    """Edit requests, and rows of text for the language model that they are to be made in.
+
+    A model trains on sentences that tell the facts, several to a document in ever other company, and on texts. Validation asks for told
+    facts again, in documents of their own; the test measures the text that edits should leave alone, which no training row holds where there are
+    texts.
+
+    Args:
+        source: Where the requests come from.
+        texts: Plain texts beside them.
+        tokenizer: Hub id, folder, GGUF file or known name, or a checkpoint, or the folder ``model/`` or ``adapter/`` of a run, whose tokenizer it
+            is; ``None`` trains a BPE on sentences and texts.
+        vocab_size: Tokens of that BPE.
+        sentences: Sentences of a document.
+        shuffles: Documents that tell each sentence in one epoch.
+        pack_length: Tokens of a row.
+        eval_documents: Documents, and texts, to validate and test with.
+        keep_told: Count sentences that no request changes among what a model should go on saying; without them neighbours are left to the
+            edits' own care.
+        batch_size: Rows of one training pass on one device, at most.
+        global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times devices.
+        eval_batch_size: Rows of one pass in validation and test; default: ``batch_size``.
+        num_workers: Loader processes on each device.
+        seed: Seed of the order of rows and of everything drawn.
+        local_files_only: Take a tokenizer's hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
+
+    Attributes:
+        vocabulary: What a model must know of the tokenizer, valid after ``setup`` as are all others.
+        tokenizer: The tokenizer.
+        edit_requests: What is to be edited.
+        edit_texts: What a model should go on saying: the texts trained on, and sentences that no request changes.
+        measured_texts: What perplexity is measured on: the texts held out, or such sentences where there are no texts.
+
+    Raises:
+        ValueError: If a value is out of range or the data cannot be used; the message says which.
+    """
+
+    reads_checkpoints: ClassVar[bool] = True
+    """Whether ``tokenizer`` may be a checkpoint."""
+    vocabulary: Vocabulary
+    tokenizer: PreTrainedTokenizerBase
+    edit_requests: list[EditRequest]
+    edit_texts: list[str]
+    measured_texts: list[str]
+
+    def __init__(
+        self,
+        source: EditSource,
+        texts: TextSource | None = None,
+        tokenizer: str | None = None,
+        vocab_size: int = 1024,
+        sentences: int = 8,
+        shuffles: int = 10,
+        pack_length: int = 256,
+        eval_documents: int = 100,
+        keep_told: bool = True,
+        batch_size: int = 16,
+        global_batch_size: int | None = None,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        local_files_only: bool = False,
+    ) -> None:
+        super().__init__(batch_size, global_batch_size, eval_batch_size, num_workers, seed)
+        for name, value in (("sentences", sentences), ("shuffles", shuffles), ("eval_documents", eval_documents)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if pack_length < 2:
+            raise ValueError(f"pack_length must be >= 2, got {pack_length}")
+        self.source = source
+        self.texts = texts
+        self.tokenizer_name = tokenizer
+        self.vocab_size = vocab_size
+        self.sentences = sentences
+        self.shuffles = shuffles
+        self.pack_length = pack_length
+        self.eval_documents = eval_documents
+        self.keep_told = keep_told
+        self.local_files_only = local_files_only
+        self._read: tuple[EditTables, list[str]] | None = None
+        self._folder: str | None = None
+        self._told: list[str] | None = None
+        self._train_rows: TextRows | None = None
+
+    def prepare_data(self) -> None:
+        """Fetch what is fetched and train the tokenizer, unless they are there."""
+        self._tokenizer_folder()
+
+    def setup(self, stage: str) -> None:
+        """Read requests and texts, and make the rows."""
+        super().setup(stage)
+        if self._told is not None:
+            return
+        tables, texts = self._load()
+        name = self._tokenizer_folder()
+        tokenizer: Any = load_tokenizer(name, self.local_files_only)
+        self.tokenizer = tokenizer
+        largest = largest_token_id(
+            tokenizer, [*tables.told, *tables.kept, *texts, *(text for request in tables.requests for text in _strings(request))]
+        )
+        self.vocabulary = Vocabulary(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, name, largest)
+        self.edit_requests = checked(tables.requests, type(self.source).__name__)
+        number = len(texts) - min(self.eval_documents, len(texts) // 2)
+        texts, held = texts[:number], texts[number:]
+        kept = self._documents(tables.kept, 1, self.seed) if self.keep_told else []
+        self.edit_texts = kept + texts
+        self.measured_texts = held or kept[: self.eval_documents]
+        told = self._documents(tables.told, self.shuffles, self.seed + 1)
+        if not told and not texts:
+            raise ValueError(f"{type(self.source).__name__} tells no facts, and there are no texts: give some with texts=...")
+        again = self._documents(tables.told, 1, self.seed + 2)[: self.eval_documents]
+        self._told = told + texts
+        self.val_dataset = self._rows(again or held)
+        self.test_dataset = self._rows(self.measured_texts)
+
+    @property
+    def train_dataset(self) -> TextRows | None:
+        """Rows to train on, made at first use: edits of a published model need none."""
+        if self._train_rows is None and self._told is not None:
+            self._train_rows = self._rows(self._told)
+        return self._train_rows
+
+    def row_tokens(self) -> Sequence[int]:
+        """Return the targets of each training row."""
+        assert self.train_dataset is not None
+        return cast("Sequence[int]", self.train_dataset.row_tokens())
+
+    def collate(self, rows: Sequence[Any]) -> Batch:
+        """Make a batch of rows."""
+        return collate(rows, self.vocabulary.pad_token_id)
+
+    def _load(self) -> tuple[EditTables, list[str]]:
+        if self._read is None:
+            self._read = self.source.load(), self.texts.load() if self.texts is not None else []
+        return self._read
+
+    def _tokenizer_folder(self) -> str:
+        if self._folder is None:
+            self._folder = self._find_tokenizer()
+        return self._folder
+
+    def _find_tokenizer(self) -> str:
+        if is_stored(self.tokenizer_name):
+            stored = read_stored(str(self.tokenizer_name))
+            if stored.tokenizer is None:
+                raise ValueError(f"{self.tokenizer_name} was trained without a tokenizer; give one with tokenizer=...")
+            return stored.tokenizer
+        if self.tokenizer_name is not None:
+            return self.tokenizer_name
+        tables, texts = self._load()
+        return str(train_tokenizer([*tables.told, *texts], self.vocab_size, across_words=False))
+
+    def _documents(self, sentences: Sequence[str], shuffles: int, seed: int) -> list[str]:
+        documents = []
+        for turn in range(shuffles):
+            order = list(sentences)
+            random.Random(f"{seed} {turn}").shuffle(order)
+            documents += [" ".join(order[start : start + self.sentences]) for start in range(0, len(order), self.sentences)]
+        return documents
+
+    def _rows(self, documents: Sequence[str]) -> TextRows:
+        encoded: Any = self.tokenizer(list(documents))["input_ids"]
+        return TextRows(encoded, self.pack_length)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every text of a request."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, EditRequest):
+        yield from _strings(tuple(vars(value).values()))
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _strings(part)

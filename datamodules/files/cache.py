@@ -1,0 +1,112 @@
+"""A folder of memory-mapped tables or arrays, written once, verified when opened, and shared by all ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from malleable.datamodules.files.atomic import atomic_write
+from malleable.datamodules.files.sealed import MANIFEST, is_whole, problem, seal
+
+log = logging.getLogger(__name__)
+
+Numbers = NDArray[np.number[Any]]
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Return a short fingerprint of plain settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def write_tables(folder: Path, tables: Mapping[str, Mapping[str, pa.Array]], meta: Mapping[str, Any]) -> None:
+    """Write tables, and a manifest with their checksums, whole or not at all.
+
+    Args:
+        folder: Where the tables shall lie; replaced unless it is whole.
+        tables: Columns by table; a table without rows is not kept.
+        meta: Plain data to keep beside them.
+    """
+    # `datasets` cannot read a table without rows.
+    tables = {name: columns for name, columns in tables.items() if any(len(column) for column in columns.values())}
+    _write(folder, lambda part: _save_datasets(part, tables), {"tables": list(tables), "meta": meta})
+
+
+def open_tables(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]] | None:
+    """Open verified tables.
+
+    Returns:
+        Tables by name, memory-mapped, and the plain data kept beside them; ``None`` (with a warning if there is something) where
+        there is no whole cache.
+    """
+    from datasets import load_from_disk
+
+    manifest = _open(folder)
+    if manifest is None:
+        return None
+    # `Dataset.data` keeps the memory map; its columns are read directly, which is 100 times faster than decoding rows.
+    return {name: load_from_disk(str(folder / name)).data.table for name in manifest["tables"]}, manifest["meta"]
+
+
+def write_arrays(folder: Path, arrays: Mapping[str, Numbers], meta: Mapping[str, Any]) -> None:
+    """Write arrays of numbers as :func:`write_tables` writes tables: for what is indexed by position, all over the place.
+
+    Args:
+        folder: Where the arrays shall lie; replaced unless it is whole.
+        arrays: Arrays by name.
+        meta: Plain data to keep beside them.
+    """
+
+    def save(part: Path) -> None:
+        for name, array in arrays.items():
+            np.save(part / f"{name}.npy", array, allow_pickle=False)
+
+    _write(folder, save, {"arrays": list(arrays), "meta": meta})
+
+
+def open_arrays(folder: Path) -> tuple[dict[str, Numbers], dict[str, Any]] | None:
+    """Open verified arrays, memory-mapped and read-only; ``None`` as in :func:`open_tables`."""
+    manifest = _open(folder)
+    if manifest is None:
+        return None
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in manifest["arrays"]}, manifest["meta"]
+
+
+def _write(folder: Path, save: Callable[[Path], None], manifest: Mapping[str, Any]) -> None:
+    """Let ``save`` fill the folder, and add the manifest with checksums."""
+    # What another process has written meanwhile is the same: it stays, for others read it.
+    with atomic_write(folder, keep=is_whole) as part:
+        part.mkdir()
+        save(part)
+        seal(part, manifest)
+
+
+def _open(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a whole cache."""
+    if not folder.exists():
+        return None
+    if damage := problem(folder):
+        log.warning("the cache %s %s: building it again", folder, damage)
+        return None
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return manifest
+
+
+def _save_datasets(folder: Path, tables: Mapping[str, Mapping[str, pa.Array]]) -> None:
+    from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        for name, columns in tables.items():
+            Dataset.from_dict(dict(columns)).save_to_disk(str(folder / name))
+    finally:
+        if not silent:
+            enable_progress_bars()

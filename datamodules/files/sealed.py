@@ -1,0 +1,49 @@
+"""Folders with a list of their files' checksums: what is not as it was written is found before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from malleable.datamodules.files.fetch import sha256_of
+
+MANIFEST = "manifest.json"
+SEAL = "seal"
+
+
+def seal(folder: Path, manifest: Mapping[str, Any] | None = None) -> None:
+    """Write the checksums of all files of a folder into its manifest.
+
+    Args:
+        folder: Complete but for the manifest.
+        manifest: Plain data to store beside the checksums.
+    """
+    files = {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    content = json.loads(json.dumps({"files": files, **(manifest or {})}))  # as it is read again
+    (folder / MANIFEST).write_text(json.dumps({SEAL: _digest(content), **content}))
+
+
+def problem(folder: Path) -> str | None:
+    """Return what is wrong with a sealed folder; ``None`` where every file is as it was written."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+        seal, files = content.pop(SEAL), content["files"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"is not whole ({error})"
+    if seal != _digest(content):
+        return f"is corrupt ({MANIFEST})"
+    broken = [name for name, sha256 in files.items() if not (folder / name).is_file() or sha256_of(folder / name) != sha256]
+    return f"is corrupt ({', '.join(broken[:3])})" if broken else None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Return the checksum of the manifest itself, whose entries are read as they are."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether a folder is sealed and every file is as it was written."""
+    return problem(folder) is None

@@ -1,0 +1,186 @@
+"""Knowledge graphs: triples become queries, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from malleable.datamodules.base import BaseDataModule
+from malleable.datamodules.batch import KnowledgeGraph
+from malleable.datamodules.files.fetch import cache_folder
+from malleable.datamodules.graphs.labels import read_descriptions, read_queries, read_types
+from malleable.datamodules.graphs.queries import Answers, GroupedQueries, QueryRows
+from malleable.datamodules.graphs.report import GraphReport, Mask
+from malleable.datamodules.graphs.store import SPLITS, GraphStore
+from malleable.datamodules.recommendation.summary import WARNING, log_summary
+from malleable.datamodules.sources.graphs.base import GraphSource, Ints
+
+
+class KnowledgeGraphDataModule(BaseDataModule):
+    """Queries ``(h, r, ?)`` for models that rank all entities.
+
+    Each triple ``(h, r, t)`` asks two queries, ``(h, r)`` for ``t`` and ``(t, r + R)`` for ``h``, in training, validation and test. The
+    vocabulary is that of all splits, so that entities that training never saw are ranked, too. ``prepare_data`` numbers the triples and
+    collects all known answers of every query (the filter) once into a memory-mapped cache, which all ranks share; ``setup`` reports what the
+    graph is like and warns of relations that give the answers away.
+
+    A short last batch of training is kept: a loss that is the mean over its queries (``num_step_tokens``) stays so on any number of devices.
+
+    Args:
+        source: Where the triples come from.
+        group_queries: Train with each distinct query once, with all its tails: less work for the same sum over triples, but other batches.
+        unseen_entities: What becomes of validation and test triples with an entity or a relation that training lacks. Published figures
+            ``keep`` them.
+        types_file: Types of entities, see :func:`~malleable.datamodules.graphs.labels.read_types`.
+        descriptions_file: Texts of entities, see :func:`~malleable.datamodules.graphs.labels.read_descriptions`.
+        predict_file: Queries to answer, see :func:`~malleable.datamodules.graphs.labels.read_queries`.
+        train_limit: Draw at most so many training triples, e.g. to measure speed.
+        val_limit: Draw at most so many validation triples.
+        cache_dir: Where the numbered data is kept; default: ``$MALLEABLE_CACHE`` or the user's cache folder.
+        batch_size: Queries of one training pass on one device, at most.
+        global_batch_size: Queries of one optimizer step over all devices; default: ``batch_size`` times devices.
+        eval_batch_size: Queries of one pass in validation, test and prediction; default: ``batch_size``.
+        seed: Seed of the order of queries and of everything drawn.
+
+    Attributes:
+        graph: The vocabulary, valid after ``setup`` as are all others.
+        answers: All known answers of every query.
+        report: What the graph is like.
+        types: Types of each entity; empty without a file.
+        descriptions: Text of each entity; empty without a file.
+
+    Raises:
+        ValueError: If a value is out of range or the data cannot be used; the message says which.
+    """
+
+    drop_last: ClassVar[bool] = False
+    graph: KnowledgeGraph
+    answers: Answers
+    report: GraphReport
+    types: tuple[tuple[str, ...], ...] = ()
+    descriptions: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        source: GraphSource,
+        group_queries: bool = False,
+        unseen_entities: Literal["keep", "drop", "error"] = "keep",
+        types_file: str | None = None,
+        descriptions_file: str | None = None,
+        predict_file: str | None = None,
+        train_limit: int | None = None,
+        val_limit: int | None = None,
+        cache_dir: str | None = None,
+        batch_size: int = 128,
+        global_batch_size: int | None = None,
+        eval_batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, global_batch_size, eval_batch_size, seed=seed)
+        if unseen_entities not in ("keep", "drop", "error"):
+            raise ValueError(f"unseen_entities must be keep, drop or error, got {unseen_entities!r}")
+        for name, limit in (("train_limit", train_limit), ("val_limit", val_limit)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be >= 1, got {limit}")
+        self.source = source
+        self.group_queries = group_queries
+        self.unseen_entities = unseen_entities
+        self.types_file = types_file
+        self.descriptions_file = descriptions_file
+        self.predict_file = predict_file
+        self.limits = {"train": train_limit, "val": val_limit, "test": None}
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
+        self._store: GraphStore | None = None
+        self._used: dict[str, tuple[Ints, Ints]] = {}
+
+    def prepare_data(self) -> None:
+        """Fetch, read and number the triples into the cache, unless they are there."""
+        self._open()
+
+    def setup(self, stage: str) -> None:
+        """Open the cache, set the graph and the datasets, and report."""
+        super().setup(stage)
+        if self.train_dataset is not None:
+            return
+        store = self._open()
+        self.graph, self.answers, self.report = store.graph, store.answers, store.report
+        if self.types_file is not None:
+            self.types = read_types(Path(self.types_file).expanduser(), self.graph)
+        if self.descriptions_file is not None:
+            self.descriptions = read_descriptions(Path(self.descriptions_file).expanduser(), self.graph)
+        ids = np.split(np.arange(sum(map(len, store.queries.values()))), np.cumsum([len(store.queries[split]) for split in SPLITS])[:-1])
+        rows = {split: self._selected(split, store.queries, own) for split, own in zip(SPLITS, ids, strict=True)}
+        self._used = rows
+        log_summary(f"graph of {type(self.source).__name__}", self.data_summary())
+        grouped = self.group_queries
+        self.train_dataset = GroupedQueries(*rows["train"], self.num_relations) if grouped else QueryRows(*rows["train"])
+        self.val_dataset, self.test_dataset = (QueryRows(*rows[split], self.answers) for split in ("val", "test"))
+        if self.predict_file is not None:
+            queries = read_queries(Path(self.predict_file).expanduser(), self.graph, getattr(self.source, "delimiter", None))
+            self.predict_dataset = QueryRows(queries, np.arange(len(queries)), self.answers)
+
+    @property
+    def num_entities(self) -> int:
+        """Entities of the graph, valid after ``setup``."""
+        return self.graph.num_entities
+
+    @property
+    def num_relations(self) -> int:
+        """Relations with their reciprocals, valid after ``setup``."""
+        return self.graph.num_relations
+
+    def row_tokens(self) -> Sequence[int]:
+        """Return the number of true tails of each training row."""
+        tokens: Sequence[int] = self.train_dataset.row_tokens()
+        return tokens
+
+    def _open(self) -> GraphStore:
+        if self._store is None:
+            self._store = GraphStore.open_or_build(self.source, (self.cache_dir or cache_folder()) / "knowledge_graph")
+        return self._store
+
+    def _selected(self, split: str, queries: dict[str, Ints], ids: Ints) -> tuple[Ints, Ints]:
+        """Return the queries of a split that are used, ``(Q, 3)``, and their ids, which no choice changes."""
+        own = queries[split]
+        chosen = np.ones(len(own) // 2, dtype=bool)
+        if split != "train" and self.unseen_entities != "keep":
+            chosen &= self._seen(split, queries)
+        limit = self.limits[split]
+        if limit is not None and limit < chosen.sum():
+            kept = np.random.default_rng(self.seed).permutation(np.flatnonzero(chosen))[:limit]
+            chosen = np.isin(np.arange(len(chosen)), kept)
+        # Where all are used, the memory map serves as it is.
+        return (own, ids) if chosen.all() else (own[np.repeat(chosen, 2)], ids[np.repeat(chosen, 2)])
+
+    def _seen(self, split: str, queries: dict[str, Ints]) -> Mask:
+        """Which triples of a split have only entities and relations that training has."""
+        heads, relations, tails = queries[split][::2].T
+        entities = np.array(self.graph.degree) > 0
+        seen: Mask = entities[heads] & entities[tails] & np.isin(relations, queries["train"][::2, 1])
+        if self.unseen_entities == "error" and not seen.all():
+            first = int(seen.argmin())
+            labels = self.graph.entities[heads[first]], self.graph.relations[relations[first]], self.graph.entities[tails[first]]
+            raise ValueError(
+                f"{int((~seen).sum())} of {len(seen)} {split} triples have an entity or a relation that training lacks, the first is {labels}; "
+                "mend the split, or set unseen_entities to keep or drop"
+            )
+        return seen
+
+    def data_summary(self) -> list[tuple[str, str]]:
+        """Return name and text of each fact of the graph, then its warnings; valid after ``setup``."""
+        facts = list(self.report.facts())
+        if any(self.report.unseen.values()) and self.unseen_entities != "error":
+            treatment = (
+                "they are ranked all the same"
+                if self.unseen_entities == "keep"
+                else "they are left out, so figures do not compare with published ones"
+            )
+            unseen = ", ".join(f"{count:,} of {split}" for split, count in self.report.unseen.items())
+            facts.append(("unseen", f"triples with something that training lacks ({self.report.unseen_entities} entities): {unseen}; {treatment}"))
+        used = {split: len(self._used[split][0]) // 2 for split in SPLITS}
+        rows = [f"{split} {used[split]:,}" + (f" of {every:,}" if used[split] < every else "") for split, every in self.report.triples.items()]
+        facts.append(("triples used", ", ".join(rows) + "; each asks for its tail and for its head"))
+        return [*facts, *((WARNING, text) for text in self.report.warnings())]

@@ -1,0 +1,147 @@
+"""Files that name entities of a graph: queries to answer, types, descriptions."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from malleable.datamodules.batch import ASKED, KnowledgeGraph
+from malleable.datamodules.files.table_files import read_cells
+from malleable.datamodules.files.text_files import file_kind, read_json
+from malleable.datamodules.graphs.triple_files import header_order
+from malleable.datamodules.sources.graphs.base import Ints
+
+log = logging.getLogger(__name__)
+
+FORM = f"head<TAB>relation<TAB>tail with {ASKED} for the one that is asked (.csv: commas for tabs; a last {ASKED} may be left out)"
+
+
+def read_queries(path: Path, graph: KnowledgeGraph, delimiter: str | None = None) -> Ints:
+    """Read queries by label.
+
+    Args:
+        path: A query a line, its cells separated by tabs, or by commas if it ends in ``.csv``; also ``.gz``. ``head<TAB>relation<TAB>?`` or
+            ``head<TAB>relation`` asks for tails, ``?<TAB>relation<TAB>tail`` for heads, ``head<TAB>?<TAB>tail`` for relations. A first line
+            ``head<TAB>relation<TAB>tail`` is a header, which may name the columns in another order, and others.
+        graph: The vocabulary.
+        delimiter: What stands between the cells; default: a comma in ``.csv``, else a tab.
+
+    Returns:
+        ``(Q, 3)`` int64 of head, relation, -1, or head, -1, tail; a query for heads is that of the tail and the reciprocal relation.
+
+    Raises:
+        ValueError: If a line is no query or names something unknown; with file, line and the nearest labels.
+    """
+    entities = {label: key for key, label in enumerate(graph.entities)}
+    relations = {label: key for key, label in enumerate(graph.relations)}
+    fields = {"head": entities, "relation": relations, "tail": entities}
+    queries = []
+    order: list[int] | None = None
+    for place, (number, cells) in enumerate(_lines(path, delimiter)):
+        if not place and (order := header_order(cells)) is not None:
+            continue
+        where = f"{path}, line {number}"
+        if order is not None and len(cells) > max(order):
+            cells = [cells[column] for column in order]
+        query = [*cells, ASKED] if len(cells) == 2 else cells
+        if len(query) != 3 or query.count(ASKED) != 1:
+            raise ValueError(f"{where}: {cells} is no query, expected {FORM}")
+        columns = zip(query, fields.items(), strict=True)
+        head, relation, tail = (-1 if label == ASKED else _find(label, known, f"{where}, field {field}") for label, (field, known) in columns)
+        queries.append((tail, relation + len(relations), -1) if head < 0 else (head, relation, tail))
+    if not queries:
+        raise ValueError(f"{path} holds no query; expected lines of {FORM}")
+    return np.array(queries, dtype=np.int64)
+
+
+def read_types(path: Path, graph: KnowledgeGraph) -> tuple[tuple[str, ...], ...]:
+    """Read the types of entities.
+
+    Args:
+        path: Lines ``entity<TAB>type``, one for each type of an entity (also ``.gz``); or ``.json``, an object of entity to a list of types.
+        graph: The vocabulary.
+
+    Returns:
+        Types of each entity, empty where none is known.
+
+    Raises:
+        ValueError: If a line is no such pair, or no entity of the graph is named.
+    """
+    types: list[list[str]] = [[] for _ in graph.entities]
+    for key, kind in _pairs(path, graph, "type"):
+        types[key].append(kind)
+    return tuple(tuple(dict.fromkeys(own)) for own in types)
+
+
+def read_descriptions(path: Path, graph: KnowledgeGraph) -> tuple[str, ...]:
+    """Read a text for each entity.
+
+    Args:
+        path: Lines ``entity<TAB>text`` (also ``.gz``), or ``.json``, an object of entity to text.
+        graph: The vocabulary.
+
+    Returns:
+        The text of each entity, empty where none is known.
+
+    Raises:
+        ValueError: If a line is no such pair, an entity has two texts, or no entity of the graph is named.
+    """
+    texts = [""] * graph.num_entities
+    for key, text in _pairs(path, graph, "description"):
+        if texts[key]:
+            raise ValueError(f"{path}: {graph.entities[key]!r} has two descriptions; leave one")
+        texts[key] = text
+    return tuple(texts)
+
+
+def _pairs(path: Path, graph: KnowledgeGraph, what: str) -> Iterator[tuple[int, str]]:
+    """Yield the entity and the text of each pair; what is said of others is left out, and counted."""
+    entities = {label: key for key, label in enumerate(graph.entities)}
+    found, others = set(), set()
+    for label, text in _json_pairs(path, what) if file_kind(path) == ".json" else _text_pairs(path, what):
+        key = entities.get(label)
+        if key is None:
+            others.add(label)
+        else:
+            found.add(key)
+            yield key, text
+    if not found:
+        raise ValueError(
+            f"{path} names no entity of the graph (e.g. {graph.entities[0]!r}), but {len(others)} others: {', '.join(sorted(others)[:3])}"
+        )
+    log.info("%s: a %s for %d of %d entities; %d others are not in the graph", path, what, len(found), len(entities), len(others))
+
+
+def _text_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
+    for number, cells in _lines(path):
+        if len(cells) != 2 or not all(cells):
+            raise ValueError(f"{path}, line {number}: {'<TAB>'.join(cells)[:80]!r}, expected entity<TAB>{what}")
+        yield cells[0], cells[1]
+
+
+def _json_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object of entity to {what}, got {type(content).__name__}")
+    for label, value in content.items():
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{path}, entity {label!r}: {str(value)[:80]} is no {what}; expected text or a list of texts")
+        yield from ((label, text) for text in texts)
+
+
+def _lines(path: Path, delimiter: str | None = None) -> Iterator[tuple[int, list[str]]]:
+    """Yield number and cells of each line that is not empty."""
+    delimiter = delimiter or ("," if file_kind(path) == ".csv" else "\t")
+    return read_cells(path, delimiter, quotes=delimiter != "\t")
+
+
+def _find(label: str, known: dict[str, int], where: str) -> int:
+    if label in known:
+        return known[label]
+    near: Sequence[str] = difflib.get_close_matches(label, list(known), n=3, cutoff=0.5)
+    raise ValueError(f"{where}: {label!r} is not in the graph" + (f"; nearest: {', '.join(map(repr, near))}" if near else ""))

@@ -1,0 +1,84 @@
+"""The numbered queries, the filter and the report of a graph: built once into the cache, memory-mapped by every rank."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from malleable.datamodules.batch import KnowledgeGraph
+from malleable.datamodules.files.cache import Numbers, digest, open_arrays, write_arrays
+from malleable.datamodules.files.fetch import sha256_of
+from malleable.datamodules.graphs.queries import Answers, Lists
+from malleable.datamodules.graphs.report import GraphReport, both_directions, report
+from malleable.datamodules.sources.graphs.base import GraphSource, GraphTables, Ints
+
+log = logging.getLogger(__name__)
+
+# Raise it when what is stored changes its meaning.
+FORMAT = 1
+SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class GraphStore:
+    """Opened data.
+
+    Attributes:
+        graph: The vocabulary.
+        queries: ``(2 N, 3)`` int32 of head, relation, target by split: both directions of the first triple, then of the second, ...
+        answers: The filter, of all splits.
+        report: What the graph is like.
+    """
+
+    graph: KnowledgeGraph
+    queries: dict[str, Ints]
+    answers: Answers
+    report: GraphReport
+
+    @classmethod
+    def open_or_build(cls, source: GraphSource, folder: Path) -> GraphStore:
+        """Open the cache of a source below ``folder``, building it where it is missing or not whole."""
+        target = folder / fingerprint(source)
+        opened = open_arrays(target)
+        if opened is None:
+            started = time.monotonic()
+            write_arrays(target, *build(source.load()))
+            log.info("graph prepared in %.1f s: %s", time.monotonic() - started, target)
+            opened = open_arrays(target)
+            if opened is None:
+                raise OSError(f"the cache {target} cannot be read right after it was written; check the disk, or choose another cache_dir")
+        arrays, meta = opened
+        # Plain views: every operation on a `memmap` would make another one, which is slow.
+        plain: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
+        frequency = np.bincount(plain["train"][::2, 1], minlength=len(meta["relations"]))
+        graph = KnowledgeGraph(tuple(meta["entities"]), tuple(meta["relations"]), tuple(plain["degree"].tolist()), tuple(frequency.tolist()))
+        answers = Answers(plain["answer_keys"], Lists(plain["answer_offsets"], plain["answer_tails"]), graph.num_relations)
+        return cls(graph, {split: plain[split] for split in SPLITS}, answers, GraphReport.from_plain(meta["report"]))
+
+
+def fingerprint(source: GraphSource) -> str:
+    """Return what names the cache of a source."""
+    return digest(
+        {"format": FORMAT, "source": [type(source).__qualname__, source.settings(), [sha256_of(path) for path in source.files()]]},
+    )
+
+
+def build(tables: GraphTables) -> tuple[dict[str, Numbers], dict[str, Any]]:
+    """Make the arrays and the plain data of a graph."""
+    none = np.zeros((0, 3), dtype=np.int64)
+    num_relations = len(tables.relations)
+    queries = {split: both_directions(tables.triples.get(split, none), num_relations) for split in SPLITS}
+    answers = Answers.of(np.concatenate(list(queries.values())), 2 * num_relations)
+    arrays: dict[str, Any] = {split: rows.astype(np.int32) for split, rows in queries.items()}
+    arrays |= {"answer_keys": answers.keys, "answer_offsets": answers.tails.offsets, "answer_tails": answers.tails.values.astype(np.int32)}
+    heads, _, tails = tables.triples["train"].T
+    count = len(tables.entities)
+    # A loop is one triple of its entity.
+    loops = np.bincount(heads[heads == tails], minlength=count)
+    arrays["degree"] = np.bincount(heads, minlength=count) + np.bincount(tails, minlength=count) - loops
+    return arrays, {"entities": tables.entities, "relations": tables.relations, "report": asdict(report(tables))}

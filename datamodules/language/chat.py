@@ -1,0 +1,99 @@
+"""Prompts of instruct models: a template as a user message under the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from malleable.datamodules.files.text_files import BLANKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from malleable.datamodules.recommendation.prompt import PromptTemplate
+
+DATE = datetime(2024, 7, 26, tzinfo=UTC)
+"""The date in chat templates that state one: a prompt must not depend on the day on which data is prepared. Llama 3's own default."""
+_CALL_OF_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_BLANKS = f"{BLANKS}\u00a0"
+_CONTENT, _ANSWER = "malleablecontent", "malleableanswer"
+
+
+def in_chat(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptTemplate, int | None]:
+    """Write out the chat template of a tokenizer around a prompt template.
+
+    Args:
+        template: Its prompt is the user message, its answer the reply.
+        tokenizer: Has the chat template.
+
+    Returns:
+        The template of the whole text, beginning-of-sequence token included, and the token that ends a reply; ``None`` where the chat
+        template has none of its own, and the end-of-sequence token does.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template, or one that has no place for the messages.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so template 'chat' cannot be used; "
+            "choose template 'instruction', or an instruct model with its tokenizer"
+        )
+    messages = [{"role": "system", "content": template.system}] if template.system is not None else []
+    messages.append({"role": "user", "content": _CONTENT})
+    prompt = _rendered(tokenizer, messages, add_generation_prompt=True)
+    reply = _rendered(tokenizer, [*messages, {"role": "assistant", "content": _ANSWER}])
+    if prompt.count(_CONTENT) != 1 or reply.count(_ANSWER) != 1:
+        raise ValueError(f"the chat template of {tokenizer.name_or_path!r} does not show each message once; choose template 'instruction'")
+    opening, closing = prompt.split(_CONTENT)
+    end, end_token = _end_of_turn(tokenizer, reply.split(_ANSWER)[1])
+    # What stands between the generation prompt and a reply, as the empty thoughts of Qwen 3 do, is part of the prompt.
+    between = reply.split(_ANSWER)[0].removeprefix(prompt) if reply.startswith(prompt) else ""
+    closing += between
+    stem = closing.rstrip(_BLANKS)
+    written = replace(
+        template,
+        chat=False,
+        system=None,
+        prefix=opening + template.prefix,
+        suffix=template.suffix + stem,
+        answer=closing[len(stem) :] + template.answer + end,
+    )
+    return written, end_token
+
+
+def check_content(template: PromptTemplate, written: PromptTemplate, titles: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that changes messages, by which the text written here would not be the one it makes.
+
+    Raises:
+        ValueError: If it does.
+    """
+    messages = [{"role": "system", "content": template.system}] if template.system is not None else []
+    expected = _rendered(tokenizer, [*messages, {"role": "user", "content": template.text(titles)}], add_generation_prompt=True)
+    if not written.text(titles).startswith(expected.rstrip(_BLANKS)):
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} changes the text of a message; let template.prefix begin and template.suffix end "
+            "with a word, or choose template 'instruction'"
+        )
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+    try:
+        written: Any = tokenizer.get_chat_template()
+        dated = _CALL_OF_DATE.sub(lambda call: repr(DATE.strftime(call[2])), written)
+        text: Any = tokenizer.apply_chat_template(messages, chat_template=dated, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # whatever the template raises
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the chat template of {tokenizer.name_or_path!r} refuses messages of {roles}: {error}; see template.system") from error
+    return str(text)
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, rest: str) -> tuple[str, int | None]:
+    """Return the text between a reply and the token that ends it, and the token."""
+    special = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for token_id in tokenizer(rest, add_special_tokens=False)["input_ids"]:
+        if token_id in special:
+            # A blank before it, as Llama 2 has one, would be a token of its own at the end of each title.
+            return rest[: rest.index(special[token_id])].rstrip(), token_id
+    return "", None

@@ -1,0 +1,50 @@
+"""Documents packed into rows of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from malleable.datamodules.batch import PackedExample
+from malleable.datamodules.language.packing import Window, fit
+from malleable.datamodules.recommendation.splits import Ints
+
+
+class TextRows:
+    """Documents packed into rows; longer ones are cut.
+
+    Args:
+        documents: Tokens of each.
+        pack_length: Tokens of a row.
+        first_id: ``sample_id`` of the first row.
+
+    Raises:
+        ValueError: If no document has two tokens: there would be nothing to predict.
+    """
+
+    def __init__(self, documents: Sequence[Sequence[int]], pack_length: int, first_id: int = 0) -> None:
+        parts = [document[start : start + pack_length] for document in documents for start in range(0, len(document), pack_length)]
+        self.documents = [part for part in parts if len(part) > 1]
+        if not self.documents:
+            raise ValueError("there is no text of at least two tokens to make rows of")
+        self.rows = fit([Window(number, 0, 1, len(document)) for number, document in enumerate(self.documents)], pack_length)
+        self.first_id = first_id
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> PackedExample:
+        """Return a row; documents are numbered from 1."""
+        input_ids: list[int] = []
+        document_ids: list[int] = []
+        for number, window in enumerate(self.rows[index], start=1):
+            document = self.documents[window.sequence]
+            input_ids += document
+            document_ids += [number] * len(document)
+        return {"sample_id": self.first_id + index, "input_ids": input_ids, "document_ids": document_ids}
+
+    def row_tokens(self) -> Ints:
+        """Return the targets of each row: every token but the first of a document."""
+        return np.array([sum(window.length - 1 for window in row) for row in self.rows], dtype=np.int64)

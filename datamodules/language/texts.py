@@ -1,0 +1,57 @@
+"""Plain texts from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from malleable.datamodules.files.table_files import column_names, column_values, read_parquet
+from malleable.datamodules.files.text_files import file_kind, read_json_rows, read_lines
+from malleable.datamodules.files.user_files import check_file
+
+KINDS = (".txt", ".json", ".jsonl", ".parquet")
+FIELDS = ("text", "Text", "content")
+
+
+def read_texts(path: Path) -> list[str]:
+    """Read texts as they are: blanks at their ends stay, those of white space only are left out.
+
+    Args:
+        path: A text file, a paragraph a line (see :func:`~malleable.datamodules.files.text_files.read_lines` for what ends a line); a JSON array or
+            JSON lines, of texts or of objects with ``text``; or a Parquet file with that column.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no texts; the message names the line.
+    """
+    check_file(path, f"give a file of texts that ends in {', '.join(KINDS)}")
+    if path.suffix == ".parquet":
+        texts = _of_parquet(path)
+    elif file_kind(path) in (".json", ".jsonl"):
+        texts = _of_json(path)
+    else:
+        texts = [line for _, line in read_lines(path)]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(f"{path} holds no texts")
+    return texts
+
+
+def _of_json(path: Path) -> list[str]:
+    texts = []
+    for _, place, entry in read_json_rows(path):
+        found = entry if isinstance(entry, str) else next((entry[name] for name in FIELDS if isinstance(entry, dict) and name in entry), None)
+        if not isinstance(found, str):
+            raise ValueError(f"{place}: expected a text or an object with one of {', '.join(FIELDS)}, got {entry!r:.80}")
+        texts.append(found)
+    return texts
+
+
+def _of_parquet(path: Path) -> list[str]:
+    names = column_names(path)
+    name = next((name for name in FIELDS if name in names), None)
+    if name is None:
+        raise ValueError(f"{path} has no column {' or '.join(FIELDS)}; it has {', '.join(names)}")
+    texts = [text for text in column_values(read_parquet(path, [name])[name], f"{path}, column {name}") if text is not None]
+    if (wrong := next((text for text in texts if not isinstance(text, str)), None)) is not None:
+        raise ValueError(f"{path}, column {name}: expected texts, got {wrong!r:.80}")
+    return texts

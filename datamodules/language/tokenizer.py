@@ -1,0 +1,253 @@
+"""Tokenizers: pretrained ones by name, and a small one trained on the catalogue for models that start from nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from malleable.datamodules.files.atomic import atomic_write
+from malleable.datamodules.files.fetch import cache_folder, gguf_errors, hub_errors, hub_snapshot, resolve_model, tokenizer_files
+from malleable.datamodules.files.sealed import is_whole, problem, seal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+PAD, EOS, BOS = "<pad>", "</s>", "<s>"
+METHOD = "byte-level BPE across words, titles weighted by their counts"
+WORD_METHOD = "byte-level BPE within words"
+
+
+def load_tokenizer(name: str, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; one without a padding token pads with its end-of-sequence token.
+
+    Args:
+        name: Hub id, local folder, GGUF file, or a name that :func:`~malleable.datamodules.files.fetch.resolve_model` knows.
+        local_files_only: Take a hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
+
+    Raises:
+        OSError: If it is not found, is gated, or cannot be downloaded.
+    """
+    from transformers import AutoTokenizer
+
+    folder, gguf_file = resolve_model(name)
+    if gguf_file is not None:
+        folder = str(_converted(Path(folder) / gguf_file))
+    elif Path(folder).parent == cache_folder() / "tokenizers" and (damage := problem(Path(folder))):
+        raise OSError(f"the cached tokenizer {folder} {damage}; remove this folder, and run again what has made it")
+    with hub_errors("tokenizer", name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=local_files_only, trust_remote_code=False)
+        tokenizer("a")  # settings that are damaged show at the first text
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def train_tokenizer(titles: Sequence[str], vocab_size: int = 2048, counts: Sequence[int] | None = None, across_words: bool = True) -> Path:
+    """Train a byte-level BPE on titles and keep it in the cache; equal titles, counts and size give the same folder.
+
+    Across words, what is read and written most often is whole titles, so popular ones become a token or two, and a history costs half the tokens
+    that word pieces would take. Within words, a text is read as pretrained models read it.
+
+    Args:
+        titles: Texts to train on.
+        vocab_size: Number of tokens, the 256 bytes and 3 special tokens included.
+        counts: How often each title occurs in the training histories; titles count once more than that.
+        across_words: Whether tokens may span words.
+
+    Returns:
+        Folder in the Hugging Face format.
+
+    Raises:
+        ValueError: If ``vocab_size`` has no room for the bytes and the special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [PAD, EOS, BOS]
+    if vocab_size < 256 + len(special):
+        raise ValueError(f"vocab_size must be >= {256 + len(special)} (every byte and {special}), got {vocab_size}")
+    weighted = sorted(zip(titles, counts if counts is not None else [0] * len(titles), strict=True))
+    folder = cache_folder() / "tokenizers" / f"bpe-{_digest([vocab_size, METHOD if across_words else WORD_METHOD, *weighted])}"
+    if not _is_there(folder):
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not across_words)
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        bpe.train_from_iterator((title for title, count in weighted for _ in range(1 + count)), trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=EOS, bos_token=BOS)
+        _save(tokenizer, folder)
+    return folder
+
+
+def largest_token_id(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> int:
+    """Return the largest token of some texts, of the end of a sequence and of padding.
+
+    A model need not have embeddings for all tokens of its tokenizer, but for these.
+    """
+    special = [token for token in (tokenizer.eos_token_id, tokenizer.pad_token_id) if isinstance(token, int)]
+    encoded = tokenizer(list(texts))["input_ids"] if texts else []
+    return max([*special, *(max(ids) for ids in encoded if ids)], default=-1)
+
+
+def fingerprint(name: str) -> str:
+    """Return what identifies a tokenizer: the content of its local files, chat templates among them, or its hub id and revision."""
+    folder, gguf_file = resolve_model(name)
+    if gguf_file is not None:
+        stat = (Path(folder) / gguf_file).stat()
+        return _digest([gguf_file, str(stat.st_size), str(stat.st_mtime_ns)])
+    files = tokenizer_files(Path(folder).expanduser())
+    if not files:
+        snapshot = hub_snapshot(folder)
+        return _digest([name] if snapshot is None else [name, snapshot.name])
+    return _digest([[place, hashlib.sha256(path.read_bytes()).hexdigest()] for path, place in files.items()])
+
+
+def tokenizer_digest(name: str) -> str | None:
+    """Return the SHA-256 of what a tokenizer does: its rules, special tokens and chat template; ``None``, with a warning, if it cannot be read.
+
+    Equal for a tokenizer and its saved copy, in whatever files and under whatever name either lies.
+    """
+    content = _content(name)
+    return content[0] if content is not None else None
+
+
+def pack_tokenizer(name: str) -> dict[str, Any] | None:
+    """Return a tokenizer as data for a checkpoint, its compressed files as ``uint8`` tensors; ``None``, with a warning, if it cannot be read."""
+    content = _content(name)
+    if content is None:
+        return None
+    digest, files = content
+    return {"name": name, "digest": digest, "files": {file: torch.tensor(bytearray(data), dtype=torch.uint8) for file, data in files.items()}}
+
+
+def unpack_tokenizer(packed: Mapping[str, Any]) -> Path:
+    """Write a packed tokenizer into the cache folder, unless it is there, and return its folder.
+
+    Raises:
+        ValueError: If what was stored is not the tokenizer of the stored digest.
+    """
+    folder = cache_folder() / "tokenizers" / f"stored-{packed['digest'][:16]}"
+    if _is_there(folder):
+        return folder
+    with atomic_write(folder, keep=is_whole) as temporary:
+        temporary.mkdir()
+        for file, data in packed["files"].items():
+            # A name from a stranger's checkpoint must not lead out of the folder.
+            (temporary / Path(file).name).write_bytes(zlib.decompress(data.numpy().tobytes()))
+        if (found := tokenizer_digest(str(temporary))) != packed["digest"]:
+            raise ValueError(f"the checkpoint's tokenizer is damaged: its digest is {str(found)[:12]}, stored is {packed['digest'][:12]}")
+        seal(temporary)
+    return folder
+
+
+def _content(name: str) -> tuple[str, dict[str, bytes]] | None:
+    """Digest and compressed files of a tokenizer, read once as long as its files stay the same, or as they were before they were removed."""
+    try:
+        _READ[name] = _read_content(name, fingerprint(name))
+    except Exception as error:  # a broken tokenizer must not stop a checkpoint from being written
+        if name in _READ:
+            return _READ[name]
+        log.warning("the tokenizer %r cannot be read, so it is neither stored nor compared: %s: %s", name, type(error).__name__, error)
+        return None
+    return _READ[name]
+
+
+# What this process has read last, by name: a cache may be emptied while a run goes on.
+_READ: dict[str, tuple[str, dict[str, bytes]]] = {}
+
+
+def write_known(name: str, folder: Path) -> bool:
+    """Write the files of a tokenizer that this process has read and whose own files are gone.
+
+    Returns:
+        Whether there was something to write.
+    """
+    if name not in _READ:
+        return False
+    folder.mkdir(exist_ok=True)
+    for file, data in _READ[name][1].items():
+        (folder / file).write_bytes(zlib.decompress(data))
+    return True
+
+
+@lru_cache(maxsize=4)
+def _read_content(name: str, fingerprint: str) -> tuple[str, dict[str, bytes]]:
+    del fingerprint  # part of the key only
+    tokenizer: Any
+    try:
+        tokenizer = load_tokenizer(name, local_files_only=True)  # the data has loaded it
+    except OSError:
+        tokenizer = load_tokenizer(name)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {path.name: zlib.compress(path.read_bytes()) for path in sorted(Path(folder).iterdir()) if path.is_file()}
+    return rules_digest(tokenizer), files
+
+
+def rules_digest(tokenizer: Any) -> str:
+    """Return the SHA-256 of what a loaded tokenizer does."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    # Set by whoever used the tokenizer last.
+    rules = {key: value for key, value in state.items() if backend is None or key not in ("padding", "truncation")}
+    parts: list[Any] = [rules, [tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, tokenizer.chat_template]]
+    if backend is None:
+        # Rules in Python: their options are all that is known of them besides the vocabulary.
+        options = {
+            key: value
+            for key, value in tokenizer.init_kwargs.items()
+            if isinstance(value, (bool, int, float, str)) and not key.endswith("_token") and key not in _NAMES
+        }
+        parts.append([type(tokenizer).__name__, options])
+    elif getattr(tokenizer, "split_special_tokens", False):
+        parts.append("split_special_tokens")
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+# Options of a tokenizer that say where it comes from and how batches are made, not how a text is read.
+_NAMES = {"name_or_path", "vocab_file", "merges_file", "tokenizer_file", "spm_file", "tokenizer_class", "processor_class", "auto_map"}
+_NAMES |= {"padding_side", "truncation_side", "model_max_length", "clean_up_tokenization_spaces", "backend", "is_local", "local_files_only"}
+
+
+def _converted(gguf: Path) -> Path:
+    """Convert the tokenizer inside a GGUF file once: reading it takes seconds."""
+    from transformers import AutoTokenizer
+
+    folder = cache_folder() / "tokenizers" / f"gguf-{fingerprint(str(gguf))}"
+    if not _is_there(folder):
+        with gguf_errors(gguf):
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
+        _save(tokenizer, folder)
+    return folder
+
+
+def _is_there(folder: Path) -> bool:
+    """Return whether a cached tokenizer need not be made; the log names one that is there and damaged."""
+    damage = problem(folder)
+    if damage and folder.exists():
+        log.warning("the cached tokenizer %s %s: making it again", folder, damage)
+    return damage is None
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer, unless another process has just done so: what it wrote is the same."""
+    with atomic_write(folder, keep=is_whole) as temporary:
+        tokenizer.save_pretrained(temporary)
+        seal(temporary)
+    log.info("tokenizer of %d tokens saved to %s", len(tokenizer), folder)
+
+
+def _digest(parts: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]

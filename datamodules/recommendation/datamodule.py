@@ -1,0 +1,266 @@
+"""Recommendation by titles: interactions become prompts, answers and packed histories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from malleable.datamodules.base import BaseDataModule
+from malleable.datamodules.batch import Batch, Catalog, collate
+from malleable.datamodules.files.fetch import cache_folder
+from malleable.datamodules.identity import is_stored, read_stored
+from malleable.datamodules.language.packing import PackedRows
+from malleable.datamodules.loading import PhasedLoader
+from malleable.datamodules.recommendation.histories import ItemLookup, read_histories, read_users
+from malleable.datamodules.recommendation.prompt import PromptTemplate
+from malleable.datamodules.recommendation.rows import AnswerRows, Negatives, Reach
+from malleable.datamodules.recommendation.sampling import ItemSampler
+from malleable.datamodules.recommendation.splits import SPLITS, Ints, RowIndex, Split
+from malleable.datamodules.recommendation.store import Recipe, Store
+from malleable.datamodules.recommendation.summary import log_summary
+from malleable.datamodules.sources.recommendation.base import Source
+
+ALL_USERS = "all"
+
+
+class RecommendationDataModule(BaseDataModule):
+    """Rows for recommenders that read and write titles.
+
+    Each training position of a user gives a row: a prompt with the items before it, and its title as the answer. ``prepare_data``
+    cleans, splits and tokenises once into a memory-mapped cache, which all ranks share.
+
+    Args:
+        source: Where the interactions come from.
+        tokenizer: Hub id, folder, GGUF file or known name; ``None`` trains a BPE on the catalogue's titles; ``none`` makes rows of
+            items without any text. A checkpoint, or the folder ``model/`` or ``adapter/`` of a run, gives the tokenizer, the template
+            and the catalogue that its weights were trained with: items keep their places there.
+        vocab_size: Tokens of the BPE trained on the catalogue.
+        template: The prompt: ``history``, ``instruction`` or its fields; default: the checkpoint's where ``tokenizer`` is one, else ``history``.
+        split: Filters, split and history length.
+        train_view: Training rows: ``answer`` (a prompt and an answer) or ``packed`` (whole histories).
+        pack_length: Tokens of a packed row.
+        negatives: How wrong answers are drawn, seeded by the row; never the target nor any earlier item of the user, whether the prompt shows it or
+            not. Items that the user meets after the target may be drawn: leaving them out would tell training of validation and test items.
+        num_negatives: Wrong answers of a row.
+        max_prompt_length: Tokens of a prompt, at most; longer histories lose their oldest items. ``None``: no limit.
+        extend_catalog: Where ``tokenizer`` is a checkpoint, add items that its catalogue lacks behind its own, instead of refusing them.
+        local_files_only: Take a tokenizer's hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
+        predict_file: Histories to recommend for, see :func:`~malleable.datamodules.recommendation.histories.read_histories`.
+        predict_users: Users of the data to recommend for after their last item: ``all``, or a file of ids, see
+            :func:`~malleable.datamodules.recommendation.histories.read_users`; instead of ``predict_file``.
+        cache_dir: Where the tokenised data is kept; default: ``$MALLEABLE_CACHE`` or the user's cache folder.
+        batch_size: Rows of one training pass on one device, at most.
+        global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times devices.
+        eval_batch_size: Rows of one pass in validation, test and prediction; default: ``batch_size``.
+        num_workers: Loader processes on each device.
+        seed: Seed of the order of rows and of everything drawn.
+
+    Attributes:
+        catalog: The items, valid after ``setup`` as are the datasets.
+        answer_dataset: Training rows of a prompt and an answer, also where training shows packed histories.
+        predicted_users: Users of the rows to predict for, by ``sample_id``: the number, from 0, of the row in ``predict_file``, or of the user in
+            ``predict_users``. ``None`` where there are no users.
+
+    Raises:
+        ValueError: If a value is out of range or the data cannot be used; the message says which.
+    """
+
+    reads_checkpoints: ClassVar[bool] = True
+    """Whether ``tokenizer`` may be a checkpoint."""
+    predict_options: ClassVar[str] = "predict_file, or predict_users: all"
+    catalog: Catalog
+    answer_dataset: AnswerRows
+    predicted_users: dict[int, str] | None = None
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: str | None = None,
+        vocab_size: int = 2048,
+        template: str | PromptTemplate | None = None,
+        split: Split | None = None,
+        train_view: Literal["answer", "packed"] = "answer",
+        pack_length: int = 512,
+        negatives: Literal["none", "random", "popularity"] = "none",
+        num_negatives: int = 1,
+        max_prompt_length: int | None = None,
+        predict_file: str | None = None,
+        predict_users: str | None = None,
+        cache_dir: str | None = None,
+        batch_size: int = 16,
+        global_batch_size: int | None = None,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        extend_catalog: bool = False,
+        local_files_only: bool = False,
+    ) -> None:
+        super().__init__(batch_size, global_batch_size, eval_batch_size, num_workers, seed)
+        if extend_catalog and not is_stored(tokenizer):
+            raise ValueError(f"extend_catalog needs the catalogue that is extended: tokenizer=<checkpoint>, got tokenizer={tokenizer!r}")
+        if num_negatives < 1:
+            raise ValueError(f"num_negatives must be >= 1, got {num_negatives}; negatives='none' leaves them out")
+        if train_view == "packed" and tokenizer == "none":
+            raise ValueError("train_view='packed' packs the text of titles, but tokenizer='none' has no text; choose train_view='answer'")
+        if predict_file is not None and predict_users is not None:
+            raise ValueError("predict_file and predict_users exclude each other: give histories in a file, or users of the data")
+        self.source = source
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.template = PromptTemplate.named(template) if isinstance(template, str) else template
+        self.extend_catalog = extend_catalog
+        self.local_files_only = local_files_only
+        self.split = split or Split()
+        self.train_view = train_view
+        self.pack_length = pack_length
+        self.negatives = negatives
+        self.num_negatives = num_negatives
+        self.max_prompt_length = max_prompt_length
+        self.predict_file = predict_file
+        self.predict_users = predict_users
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
+        self._store: Store | None = None
+        self._packed: PackedRows | None = None
+
+    def prepare_data(self) -> None:
+        """Fetch, clean, split and tokenise into the cache, unless it is there."""
+        self._open()
+
+    def setup(self, stage: str) -> None:
+        """Open the cache and set the catalogue and the datasets."""
+        super().setup(stage)
+        if self.train_dataset is not None:
+            return
+        store = self._open()
+        self.catalog = store.catalog
+        negatives = self._negatives()
+        rows = {
+            name: AnswerRows(
+                store.rows[name],
+                store.sequences,
+                store.pieces,
+                hide_seen=self.split.repeats == "drop",
+                negatives=negatives,
+                select=self._selected(name, len(store.rows[name])),
+            )
+            for name in SPLITS
+        }
+        self.answer_dataset = rows["train"]
+        self.train_dataset = self.packed_dataset if self.train_view == "packed" else rows["train"]
+        self.val_dataset, self.test_dataset = rows["val"], rows["test"]
+        log_summary(f"data of {type(self.source).__name__}", self.data_summary())
+        if self.predict_file is not None:
+            self.predict_dataset = self._file_rows(Path(self.predict_file).expanduser())
+        elif self.predict_users is not None:
+            self.predict_dataset = self._user_rows(self.predict_users)
+
+    def data_summary(self) -> list[tuple[str, str]]:
+        """Return name and text of each fact of the data, then its warnings; valid after ``setup``."""
+        summary = self._open().summary
+        parts = {"train": self.answer_dataset, "val": self.val_dataset, "test": self.test_dataset}
+        summary.describe_rows({name: (len(rows), len(rows.table)) for name, rows in parts.items()})
+        return summary.pairs()
+
+    @property
+    def num_items(self) -> int:
+        """Items of the catalogue, valid after ``setup``."""
+        return len(self.catalog)
+
+    @property
+    def packed_dataset(self) -> PackedRows:
+        """The training part of all histories in packed rows, laid out at first use; ``train_limit`` does not apply."""
+        if self._packed is None:
+            store = self._open()
+            if store.pieces is None:
+                raise ValueError("packed histories need text, but tokenizer='none' has none; give a tokenizer")
+            sequences = [items[:end] for items, end in zip(store.sequences, store.train_end, strict=True) if end > 1]
+            self._packed = PackedRows(sequences, store.pieces, self.pack_length)
+        return self._packed
+
+    def row_tokens(self) -> Sequence[int]:
+        """Return the loss-bearing tokens of each training row."""
+        tokens: Sequence[int] = self.train_dataset.row_tokens()
+        return tokens
+
+    def collate(self, rows: Sequence[Any]) -> Batch:
+        """Make a batch of rows."""
+        return collate(rows, self.catalog.pad_token_id)
+
+    def train_dataloader(self) -> PhasedLoader[Any]:
+        """Return the training loader, which also knows the other view of the same data."""
+        loader = super().train_dataloader()
+        loader.views = {"answer": self.answer_dataset, "packed": lambda: self.packed_dataset}
+        return loader
+
+    def _open(self) -> Store:
+        if self._store is None:
+            recipe = Recipe(
+                source=self.source,
+                split=replace(self.split, train_limit=None, val_limit=None, test_limit=None),
+                vocab_size=self.vocab_size,
+                max_prompt_length=self.max_prompt_length,
+                seed=self.seed,
+                local_files_only=self.local_files_only,
+                **self._given_or_stored(),
+            )
+            self._store = Store.open_or_build(recipe, (self.cache_dir or cache_folder()) / "recommendation")
+        return self._store
+
+    def _given_or_stored(self) -> dict[str, Any]:
+        """Tokenizer, template and catalogue: those given, or those of the checkpoint that is given as the tokenizer."""
+        if not is_stored(self.tokenizer):
+            return {"tokenizer": self.tokenizer, "template": self.template or PromptTemplate()}
+        assert self.tokenizer is not None
+        stored = read_stored(self.tokenizer)
+        if not isinstance(stored, Catalog):
+            return {"tokenizer": stored.tokenizer, "template": self.template or PromptTemplate()}
+        template = PromptTemplate(**stored.template) if stored.template is not None else self.template or PromptTemplate()
+        if self.template not in (None, template):
+            raise ValueError(f"template is {self.template} here, but {template} in {self.tokenizer}; leave template out, or start from other weights")
+        self.template = template
+        return {"tokenizer": stored.tokenizer or "none", "template": template, "catalog": stored, "extend_catalog": self.extend_catalog}
+
+    def _negatives(self) -> Negatives | None:
+        if self.negatives == "none":
+            return None
+        weights = self.catalog.popularity if self.negatives == "popularity" else None
+        return Negatives(ItemSampler(range(len(self.catalog)), weights, self.seed), self.num_negatives)
+
+    def _selected(self, name: str, count: int) -> Ints:
+        limit = getattr(self.split, f"{name}_limit")
+        if limit is None or limit >= count:
+            return np.arange(count)
+        return np.sort(np.random.default_rng(self.seed).permutation(count)[:limit])
+
+    def _file_rows(self, path: Path) -> AnswerRows:
+        store = self._open()
+        histories = read_histories(path, ItemLookup(store.catalog.titles, store.keys))
+        users = {history.number: history.user_id for history in histories if history.user_id is not None}
+        self.predicted_users = users or None
+        return self._rows_to_predict([np.array(history.items) for history in histories], [history.number for history in histories])
+
+    def _user_rows(self, users: str) -> AnswerRows:
+        """Rows behind the whole history of users of the data."""
+        store = self._open()
+        if not store.users:
+            raise ValueError(f"predict_users: the rows of {type(self.source).__name__} have no users; give a file of histories: predict_file")
+        if users == ALL_USERS:
+            chosen = list(enumerate(store.users))
+            places = list(range(len(chosen)))
+        else:
+            place = {user: number for number, user in enumerate(store.users)}
+            chosen = read_users(Path(users).expanduser(), place)
+            places = [place[user] for _, user in chosen]
+        self.predicted_users = dict(chosen)
+        return self._rows_to_predict([store.sequences[place] for place in places], [number for number, _ in chosen])
+
+    def _rows_to_predict(self, sequences: Sequence[Ints], numbers: Sequence[int]) -> AnswerRows:
+        store = self._open()
+        index = RowIndex(np.arange(len(sequences)), np.array([len(items) for items in sequences]))
+        table = Reach(self.split.history_length, store.pieces, self.max_prompt_length).place("predict", sequences, index)
+        table = replace(table, sample_id=np.array(numbers))
+        return AnswerRows(table, sequences, store.pieces, hide_seen=self.split.repeats == "drop")

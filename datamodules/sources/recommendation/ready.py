@@ -1,0 +1,86 @@
+"""Reading of formats whose rows come with a ready split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from malleable.datamodules.files.text_files import read_json, read_json_rows
+from malleable.datamodules.recommendation.titles import clean_title
+
+Value = TypeVar("Value")
+
+SPLIT_FILES = {
+    "train": ("train.json", "train.jsonl", "train_seq.jsonl"),
+    "val": ("val.json", "val.jsonl", "valid.json", "valid.jsonl"),
+    "test": ("test.json", "test.jsonl"),
+}
+
+
+class TitleIndex:
+    """Finds titles as given, or as they are once cleaned.
+
+    Args:
+        names: Titles; what is found is their position.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        numbered = list(enumerate(names))[::-1]
+        self.positions = {clean_title(name): position for position, name in numbered} | {name: position for position, name in numbered}
+
+    def position(self, name: str) -> int:
+        """Return the position of a title, -1 where there is none."""
+        position = self.positions.get(name)
+        return position if position is not None else self.positions.get(clean_title(name), -1)
+
+
+def split_files(folder: Path) -> dict[str, Path]:
+    """Find the file of each split.
+
+    Raises:
+        FileNotFoundError: If there is none at all.
+    """
+    found = {}
+    for split, names in SPLIT_FILES.items():
+        paths = [folder / name for name in names if (folder / name).is_file()]
+        if paths:
+            found[split] = paths[0]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no rows; expected files such as {', '.join(names[0] for names in SPLIT_FILES.values())}")
+    return found
+
+
+def read_rows(path: Path) -> list[tuple[str, Any]]:
+    """Return place and value of each row of a JSON array or of JSON lines; see :func:`~malleable.datamodules.files.text_files.read_json_rows`."""
+    return [(row.place, row.value) for row in read_json_rows(path)]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that is one JSON object.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
+
+
+def at(place: str, read: Callable[[Any, str], Value], row: Any, name: str) -> Value:
+    """Read a field of a row, with its place in errors.
+
+    Args:
+        place: File and line or entry.
+        read: Such as :func:`~malleable.datamodules.files.text_files.text_of`.
+        row: The row.
+        name: The field.
+
+    Raises:
+        ValueError: If the row has no such field, or it is of another type.
+    """
+    try:
+        return read(row, name)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error

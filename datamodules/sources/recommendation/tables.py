@@ -1,0 +1,281 @@
+"""The user's own tables of interactions and items: CSV, TSV, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import logging
+import numbers
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from malleable.datamodules.files.table_files import check_delimiter, column_names, other_delimiter, read_parquet, read_table
+from malleable.datamodules.files.text_files import check_encoding, file_kind, id_text, read_json_rows
+from malleable.datamodules.files.user_files import check_file, first_line
+from malleable.datamodules.sources.recommendation.base import InteractionTables, Source, items_table
+
+log = logging.getLogger(__name__)
+
+INTERACTION_FIELDS = ("user_id", "item_id", "timestamp", "rating")
+ITEM_FIELDS = ("item_id", "title", "genres")
+OPTIONAL = {"rating", "genres"}
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+class Tables(Source):
+    """Two files: interactions (``user_id, item_id, timestamp[, rating]``) and items (``item_id, title[, genres]``).
+
+    Kinds by file name: ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` (each also ``.gz``) and ``.parquet``. Further columns are left alone. Times are
+    seconds or ISO 8601; genres are lists, or text with a delimiter between them. Terms and licence are the user's own.
+
+    Every row of CSV and TSV has as many cells as the first line, which names the columns. A cell of CSV with a delimiter, a quote or a line feed
+    in it stands in quotes, and its quotes are doubled. The encoding is UTF-8, or that of a byte-order mark (UTF-8, UTF-16).
+
+    Ids are text and stay as they are: ``007``, ``pkg-1.0`` and ``pkg-1`` are three ids. Blanks around a cell of CSV or TSV are no part of an id.
+    Numbers of JSON lines and Parquet become their decimal digits; see :func:`~malleable.datamodules.files.text_files.id_text`.
+
+    Args:
+        interactions: File of interactions.
+        items: File of items.
+        interaction_columns: The file's column for each of our fields that is called otherwise, e.g. ``{user_id: uid}``.
+        item_columns: The same for items.
+        delimiter: What stands between the cells of a text; default: a comma in ``.csv``, a tab in ``.tsv``.
+        encoding: Of texts without a byte-order mark, e.g. ``cp1252`` or ``latin-1``; default: UTF-8.
+        genre_delimiter: What stands between the genres of a text, e.g. ``", "`` or ``;``.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a column is missing, or a value cannot be read; with file, line and field.
+    """
+
+    def __init__(
+        self,
+        interactions: str,
+        items: str,
+        interaction_columns: dict[str, str] | None = None,
+        item_columns: dict[str, str] | None = None,
+        delimiter: str | None = None,
+        encoding: str | None = None,
+        genre_delimiter: str = "|",
+    ) -> None:
+        check_delimiter(delimiter)
+        if not genre_delimiter:
+            raise ValueError("genre_delimiter must not be empty; where a text is one genre, name a character that no genre has")
+        check_encoding(encoding)
+        self.interactions = Path(interactions).expanduser()
+        self.items = Path(items).expanduser()
+        self.interaction_columns = interaction_columns or {}
+        self.item_columns = item_columns or {}
+        self.delimiter = delimiter
+        self.encoding = encoding
+        self.genre_delimiter = genre_delimiter
+        _check_fields("interaction_columns", self.interaction_columns, INTERACTION_FIELDS)
+        _check_fields("item_columns", self.item_columns, ITEM_FIELDS)
+
+    def files(self) -> list[Path]:
+        """Return the two files."""
+        for path in (self.interactions, self.items):
+            check_file(path, "give the path of a .csv, .tsv, .jsonl or .parquet file")
+        return [self.interactions, self.items]
+
+    def settings(self) -> dict[str, object]:
+        """Return how the files are read."""
+        genres = self.genre_delimiter if self.genre_delimiter != "|" else None
+        options = {"delimiter": self.delimiter, "encoding": self.encoding, "genre_delimiter": genres}
+        return {"interactions": self.interaction_columns, "items": self.item_columns} | {name: value for name, value in options.items() if value}
+
+    def load(self) -> InteractionTables:
+        """Read both tables."""
+        self.files()
+        events = self._select(self.interactions, INTERACTION_FIELDS, self.interaction_columns, "interaction_columns")
+        events["user_id"] = _identifiers(self.interactions, events, "user_id")
+        events["item_id"] = _identifiers(self.interactions, events, "item_id")
+        events["timestamp"] = _seconds(self.interactions, events["timestamp"])
+        if "rating" in events:
+            events["rating"] = _ratings(self.interactions, events["rating"])
+        items, notes = self._load_items()
+        self._check_numbers(set(events["item_id"]), set(items["item_id"]))
+        return InteractionTables(events.reset_index(drop=True), items, notes)
+
+    def _check_numbers(self, events: set[str], items: set[str]) -> None:
+        """Refuse ids that one table writes as 1.0 and the other as 1: a program has stored a column of integers with a gap as decimal fractions."""
+        for path, ids, others in ((self.interactions, events, items), (self.items, items, events)):
+            if ids and all(key.endswith(".0") for key in ids) and (found := next((key for key in sorted(ids - others) if key[:-2] in others), None)):
+                raise ValueError(
+                    f"{path} has the item_id {found!r} where the other table has {found[:-2]!r}: write both alike; all ids of {path.name} end in .0, "
+                    "as where a column of integers was stored as floating-point numbers (in pandas, .astype('Int64') before writing prevents it)"
+                )
+
+    def _load_items(self) -> tuple[pd.DataFrame, tuple[str, ...]]:
+        """Return the items, and what was left out of them."""
+        notes = []
+        items = self._select(self.items, ITEM_FIELDS, self.item_columns, "item_columns")
+        items["item_id"] = _identifiers(self.items, items, "item_id")
+        titles = _titles(self.items, items["title"])
+        if (untitled := titles.str.strip() == "").any():
+            first = int(untitled.to_numpy().argmax())
+            log.warning(
+                "%s: %d items have no title (first: %s, item_id %s); they and their interactions are dropped",
+                self.items, untitled.sum(), _where(self.items, items, first), items["item_id"].iloc[first],
+            )  # fmt: skip
+        items["title"] = titles
+        if repeated := int(items.duplicated("item_id").sum()):
+            example = items["item_id"][items.duplicated("item_id")].iloc[0]
+            notes.append(f"{repeated:,} rows of {self.items.name} repeat an item_id (e.g. {example}), the first of each stays")
+            log.warning("%s: %d lines repeat an item_id; the first of each stays", self.items, repeated)
+            items = items.drop_duplicates("item_id")
+        genres = _genres(self.items, items["genres"], self.genre_delimiter) if "genres" in items else [()] * len(items)
+        return items_table(list(items["item_id"]), list(items["title"]), genres), tuple(notes)
+
+    def _select(self, path: Path, fields: tuple[str, ...], columns: Mapping[str, str], argument: str) -> pd.DataFrame:
+        """Read the columns of fields from a file."""
+        table = self._read(path, [columns.get(field, field) for field in fields])
+        selected = {}
+        for field in fields:
+            name = columns.get(field, field)
+            if name in table:
+                selected[field] = table[name]
+            elif field not in OPTIONAL or field in columns:
+                names = table.attrs.get("names", list(table.columns))
+                hint = self._delimiter_hint(path, names)
+                raise ValueError(f"{path}: no column {name!r} for {field}, only {names}; {hint}name the right one with {argument}: {{{field}: ...}}")
+        return pd.DataFrame(selected)
+
+    def _read(self, path: Path, wanted: Iterable[str]) -> pd.DataFrame:
+        """Read a table whose index is the number of each line or row."""
+        kind = file_kind(path)
+        if kind in _DELIMITERS:
+            # As text: an id keeps its leading zeros, and a film called "NA" its name.
+            names, lines, columns = read_table(path, self.delimiter or _DELIMITERS[kind], self.encoding)
+            return pd.DataFrame(dict(zip(names, columns, strict=True)), index=lines, dtype=object)
+        if kind in (".jsonl", ".json"):
+            return _read_json(path, self.encoding)
+        if kind == ".parquet":
+            return _read_parquet(path, wanted)
+        raise ValueError(f"{path}: unknown kind of file; give .csv, .tsv, .jsonl, .json (each may end in .gz) or .parquet")
+
+    def _delimiter_hint(self, path: Path, header: list[str]) -> str:
+        delimiter = self.delimiter or _DELIMITERS.get(file_kind(path))
+        other = other_delimiter(header, delimiter) if delimiter else None
+        return f"set delimiter: {other!r} if that stands between the cells, else " if other else ""
+
+
+def _check_fields(name: str, columns: Mapping[str, str], fields: tuple[str, ...]) -> None:
+    if unknown := sorted(set(columns) - set(fields)):
+        raise ValueError(f"{name} names the unknown field {unknown[0]!r}; the fields are {list(fields)}")
+
+
+def _read_json(path: Path, encoding: str | None) -> pd.DataFrame:
+    rows = list(read_json_rows(path, encoding))
+    if wrong := next((row for row in rows if not isinstance(row.value, dict)), None):
+        raise ValueError(f"{wrong.place}: expected an object with a field for each column, got {wrong.value!r:.80}")
+    return pd.DataFrame([row.value for row in rows], index=[row.number for row in rows], dtype=object)
+
+
+def _read_parquet(path: Path, wanted: Iterable[str]) -> pd.DataFrame:
+    names = column_names(path)
+    columns = [name for name in wanted if name in names]
+    table = read_parquet(path, columns)
+    try:
+        # Integers beside a gap stay integers: as floating-point numbers, large ids would be rounded.
+        frame = table.to_pandas(integer_object_nulls=True, ignore_metadata=True)
+    except (ValueError, TypeError, NotImplementedError, OverflowError) as error:
+        raise ValueError(f"{path}: a column of {columns} cannot be read ({first_line(error)}); store ids as text, times as numbers") from error
+    frame.attrs["names"] = names
+    return frame.set_axis(range(1, len(frame) + 1))
+
+
+def _where(path: Path, table: pd.DataFrame | pd.Series, position: int) -> str:
+    """Return the line of a text file, or the row of another one."""
+    return f"{'row' if file_kind(path) == '.parquet' else 'line'} {table.index[position]}"
+
+
+def _place(path: Path, column: pd.Series, position: int, field: str) -> str:
+    return f"{path}, {_where(path, column, position)}, field {field}"
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value) or value is pd.NaT or value is pd.NA
+
+
+def _titles(path: Path, column: pd.Series) -> pd.Series:
+    titles = []
+    for position, value in enumerate(column):
+        if isinstance(value, bool) or not (_missing(value) or isinstance(value, (str, numbers.Real))):
+            raise ValueError(f"{_place(path, column, position, 'title')}: a title is a text, got {value!r:.80}")
+        titles.append("" if _missing(value) else str(value))
+    return pd.Series(titles, index=column.index, dtype=object)
+
+
+def _identifiers(path: Path, table: pd.DataFrame, field: str) -> pd.Series:
+    column = table[field]
+    if pd.api.types.is_integer_dtype(column) and not column.isna().any():
+        return column.astype(str).astype(object)
+    bits = np.finfo(getattr(column.dtype, "numpy_dtype", column.dtype)).nmant if pd.api.types.is_float_dtype(column) else 52
+    values = column.astype(object).where(np.array([not _missing(value) for value in column], dtype=bool), None)
+    # Equal ids share one text in memory.
+    ids = [
+        sys.intern(value) if type(value) is str and value.strip() else id_text(value, _place(path, column, position, field), bits)
+        for position, value in enumerate(values)
+    ]
+    return pd.Series(ids, index=column.index, dtype=object)
+
+
+def _as_numbers(column: pd.Series) -> pd.Series:
+    """Return numbers, NaN for what is none; truth values and lists, which JSON has, are none."""
+    if column.dtype == object:
+        column = column.map(_number_or_text)
+    return pd.to_numeric(column, errors="coerce").astype(float)
+
+
+def _number_or_text(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return float("nan")
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")
+
+
+def _check_finite(path: Path, column: pd.Series, values: pd.Series, field: str, advice: str) -> None:
+    if (wrong := ~np.isfinite(values.to_numpy(float))).any():
+        first = int(wrong.argmax())
+        raise ValueError(f"{_place(path, column, first, field)}: cannot read {column.iloc[first]!r:.80}; {advice}")
+
+
+def _ratings(path: Path, column: pd.Series) -> pd.Series:
+    values = _as_numbers(column)
+    _check_finite(path, column, values, "rating", "give a number, not an infinite one, or leave the column out")
+    return values
+
+
+def _seconds(path: Path, column: pd.Series) -> pd.Series:
+    values = pd.Series(float("nan"), index=column.index) if pd.api.types.is_datetime64_any_dtype(column) else _as_numbers(column)
+    if (rest := values.isna()).any():
+        dates = column[rest] if column.dtype != object else column[rest].map(lambda value: None if isinstance(value, (bool, list, dict)) else value)
+        with suppress(ValueError, OverflowError, TypeError):  # years that no time has
+            times = pd.to_datetime(dates, utc=True, format="ISO8601", errors="coerce")
+            values[rest] = (times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
+    _check_finite(path, column, values, "timestamp", "give unix seconds or ISO 8601 (2024-05-01T12:00:00)")
+    return values
+
+
+def _genres(path: Path, column: pd.Series, delimiter: str) -> list[tuple[str, ...]]:
+    genres = []
+    for position, value in enumerate(column):
+        if isinstance(value, str):
+            own = tuple(part.strip() for part in value.split(delimiter) if part.strip())
+        elif isinstance(value, (list, tuple, np.ndarray)) and all(isinstance(part, (str, numbers.Real)) for part in value):
+            own = tuple(str(part) for part in value)
+        elif _missing(value):
+            own = ()
+        else:
+            raise ValueError(f"{_place(path, column, position, 'genres')}: genres are a list of texts, or a text, got {value!r:.80}")
+        genres.append(own)
+    return genres

@@ -1,0 +1,1 @@
+"""Algebra and text statistics of model editing."""

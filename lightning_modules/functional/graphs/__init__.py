@@ -1,0 +1,1 @@
+"""Scores and flows of knowledge-graph embeddings."""

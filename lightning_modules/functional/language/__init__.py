@@ -1,0 +1,1 @@
+"""Passes, log-probabilities and decoding of language models."""

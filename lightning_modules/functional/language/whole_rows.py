@@ -1,0 +1,248 @@
+"""Plain passes: whole sequences, one a row, without a cache.
+
+They are the fallback of every faster pass, for models whose attention or state does not allow it, and the fast form of one answer to each prompt.
+Rows are padded on the right, where causal attention, ALiBi, sliding windows and recurrent states are unaffected by padding, or are run without
+padding, those of equal length together. Neither needs an attention mask, and without one SDPA takes causal kernels (FlashAttention on CUDA).
+
+Shapes: N rows, T tokens, P positions whose logits are needed, V vocabulary, B prompts, K answers, A answer tokens, R searched rows,
+n tokens of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from malleable.lightning_modules.functional.language.attention import causal_attention
+from malleable.lightning_modules.functional.language.pass_forms import RowForm, bare_model
+
+
+def logits_at(model: nn.Module, input_ids: Tensor, lengths: Tensor, rows: Tensor, tokens: Tensor, *, form: RowForm) -> Tensor:
+    """Compute logits at some tokens of whole sequences.
+
+    Args:
+        model: Hugging Face causal language model.
+        input_ids: ``(N, T)`` int64, padded on the right.
+        lengths: ``(N,)`` int64, real tokens of each row.
+        rows: ``(P,)`` int64, the row of each position.
+        tokens: ``(P,)`` int64, the column of each position.
+        form: Run all rows in one pass, by causal kernels (``causal``) or as the model decides (``padded``); or rows of equal length together
+            (``unpadded``).
+
+    Returns:
+        ``(P, V)``.
+    """
+    if form != "unpadded":
+        with _kernels(model, form):
+            return _logits_at(model, input_ids, rows, tokens)
+    _refuse_sharded(model)
+    parts, places = [], []
+    for length, members in _by_length(lengths):
+        place = torch.isin(rows, members).nonzero()[:, 0]
+        if len(place):
+            reset_rope(model)
+            parts.append(_logits_at(model, input_ids[members, :length], torch.searchsorted(members, rows[place]), tokens[place]))
+            places.append(place)
+    return torch.cat(parts)[torch.cat(places).argsort()]
+
+
+def states_at_end(model: nn.Module, input_ids: Tensor, lengths: Tensor, *, form: RowForm) -> Tensor:
+    """Compute the last layer's hidden state at the last token of whole sequences, ``(N, d)``; the arguments are those of :func:`logits_at`."""
+    if form != "unpadded":
+        with _kernels(model, form):
+            return _states_at_end(model, input_ids, lengths)
+    _refuse_sharded(model)
+    parts, places = [], []
+    for length, members in _by_length(lengths):
+        reset_rope(model)
+        parts.append(_states_at_end(model, input_ids[members, :length], lengths[members]))
+        places.append(members)
+    return torch.cat(parts)[torch.cat(places).argsort()]
+
+
+def _kernels(model: nn.Module, form: RowForm) -> AbstractContextManager[None]:
+    return causal_attention(bare_model(model).config) if form == "causal" else nullcontext()
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Refuse to run rows of equal length together where ranks that have other lengths would wait for each other's weights."""
+    if is_sharded(model):
+        raise ValueError(
+            f"{type(model).__name__} needs rows of equal length for this batch, in as many passes as there are lengths, but its weights are sharded "
+            "over ranks that must run equally often; use DDP or ZeRO-2, or shorter rows"
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether weights are partitioned by ZeRO stage 3 or FSDP."""
+    marks = ("ds_id", "_is_flat_param", "device_mesh")
+    return any(hasattr(parameter, mark) for parameter in model.parameters() for mark in marks)
+
+
+def _by_length(lengths: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield each length with the ascending indices of its rows."""
+    for length in sorted(set(lengths.tolist())):
+        yield int(length), (lengths == length).nonzero()[:, 0]
+
+
+def _logits_at(model: nn.Module, input_ids: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    with _head_at(model, rows, tokens) as gathered:
+        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    return logits[0] if gathered else logits[rows, tokens]
+
+
+def _states_at_end(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    first = torch.zeros_like(lengths[:1])
+    with _head_at(model, first, first):
+        states: Tensor = model(input_ids=input_ids, output_hidden_states=True, use_cache=False).hidden_states[-1]
+    return states[torch.arange(len(states), device=states.device), lengths - 1]
+
+
+@contextmanager
+def _head_at(model: Any, rows: Tensor, tokens: Tensor) -> Iterator[list[bool]]:
+    """Run the language-model head at these positions only; what is yielded stays empty where the head is no module."""
+    head, gathered = model.get_output_embeddings(), []
+
+    def gather(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        gathered.append(True)
+        # The gradient of a selection is one kernel, where that of `inputs[0][rows, tokens]` sorts the positions.
+        return (inputs[0].flatten(0, 1).index_select(0, rows * inputs[0].shape[1] + tokens)[None],)
+
+    handle = None if head is None else head.register_forward_pre_hook(gather)
+    try:
+        yield gathered
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def reset_rope(model: nn.Module) -> None:
+    """Let rotary embeddings that were scaled for a longer sequence return to their original scale.
+
+    Under dynamic scaling their frequencies otherwise depend on the longest sequence so far.
+    """
+    for module in model.modules():
+        original = getattr(module, "original_max_seq_len", None)
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            if original is not None and getattr(module, name) is not original:
+                prefix = name.removesuffix("max_seq_len_cached")
+                setattr(module, name, original)
+                current = getattr(module, f"{prefix}inv_freq")
+                setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").to(current, copy=True))
+
+
+def separate_answers(
+    prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, *, whole: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay each answer behind its prompt into a row of its own.
+
+    Args:
+        prompt_ids: ``(B, P)`` int64, padded on the left.
+        prompt_mask: ``(B, P)`` bool.
+        answer_ids: ``(B, K, A)`` int64, padded on the right.
+        answer_mask: ``(B, K, A)`` bool.
+        whole: Keep the last token of each answer, which predicts nothing: under dynamic rotary embeddings the length of a row counts.
+
+    Returns:
+        Tokens ``(B * K, P + A - 1)``, or ``(B * K, P + A)``, padded on the right; their ``(B * K,)`` lengths; and the ``(B * K,)`` lengths of the
+        prompts.
+    """
+    count, width = answer_ids.shape[1:]
+    last = 0 if whole else 1
+    if not width:
+        answer_ids = answer_ids.new_zeros(*answer_ids.shape[:2], 1)
+    starts = prompt_mask.sum(1)
+    column = torch.arange(prompt_ids.shape[1] + max(0, width - last), device=prompt_ids.device)
+    behind = column - starts[:, None]
+    # Where each column of the row lies in the prompt, or in the answer.
+    prompts = prompt_ids.gather(1, (behind + prompt_ids.shape[1]).clamp(0, prompt_ids.shape[1] - 1))
+    answers = answer_ids.gather(2, behind.clamp(0, max(0, width - 1))[:, None].expand(-1, count, -1))
+    input_ids = torch.where(behind[:, None] < 0, prompts[:, None], answers)
+    lengths = starts[:, None] + (answer_mask.sum(-1) - last).clamp_min(0)
+    return input_ids.flatten(0, 1), lengths.flatten(), starts.repeat_interleave(count)
+
+
+def separate_documents(input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay the documents of packed rows into rows of their own.
+
+    Args:
+        input_ids: ``(B, T)`` int64.
+        document_ids: ``(B, T)`` int64, 0 on padding.
+
+    Returns:
+        Tokens ``(N, longest)``, padded on the right; their ``(N,)`` lengths; and where each real token lies in the flattened batch, ``(tokens,)``
+        int64, document after document.
+    """
+    real = (document_ids.flatten() > 0).nonzero()[:, 0]
+    key = document_ids + torch.arange(len(document_ids), device=document_ids.device)[:, None] * (document_ids.shape[1] + 1)
+    _, lengths = torch.unique_consecutive(key.flatten()[real], return_counts=True)
+    mask = torch.arange(int(lengths.max()) if len(lengths) else 0, device=lengths.device) < lengths[:, None]
+    rows = input_ids.new_zeros(mask.shape)
+    rows[mask] = input_ids.flatten()[real]
+    return rows, lengths, real
+
+
+class RowDecoder:
+    """The interface of :class:`~malleable.lightning_modules.functional.language.tree_attention.TreeDecoder`, by plain passes.
+
+    The whole sequence of every token is run again, so that a step costs as much as all steps before it.
+
+    Args:
+        model: Hugging Face causal language model.
+        prompt_ids: ``(R, P)`` int64, padded on the left.
+        prompt_mask: ``(R, P)`` bool.
+        form: As in :func:`logits_at`.
+
+    Attributes:
+        logits: ``(R, 1, V)``, at the prompt's last token.
+    """
+
+    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, form: RowForm) -> None:
+        self.model, self.form = model, form
+        self.lengths = prompt_mask.sum(1)
+        column = torch.arange(prompt_ids.shape[1], device=prompt_ids.device)
+        place = (column + prompt_ids.shape[1] - self.lengths[:, None]).clamp_max(prompt_ids.shape[1] - 1)
+        self.prompt_ids = prompt_ids.gather(1, place)
+        # Tokens between the prompt and each token of the last call, ``(R, n, X)``, padded on the right, and how many of them are real.
+        self.path = self.prompt_ids.new_zeros(len(prompt_ids), 1, 0)
+        self.size = self.prompt_ids.new_zeros(len(prompt_ids), 1)
+        self.logits = self._run()
+
+    def extend(self, tokens: Tensor, parent: Tensor, depth: Tensor | int, within: Tensor | None = None) -> Tensor:
+        """Feed the next tokens; see :meth:`TreeDecoder.extend`."""
+        own, added = tokens[..., None], torch.ones_like(tokens)
+        if within is not None:
+            # The tokens of this call that lie on the path of each one come first, in their order.
+            order = within.long().sort(dim=2, descending=True, stable=True).indices
+            added = within.sum(2)
+            own = tokens[:, None].expand(-1, tokens.shape[1], -1).gather(2, order)[..., : int(added.max())]
+        inherited = self.path.gather(1, parent[..., None].expand(-1, -1, self.path.shape[2]))
+        size = self.size.gather(1, parent)
+        place = size[..., None] + torch.arange(own.shape[2], device=own.device)
+        self.path = torch.nn.functional.pad(inherited, (0, own.shape[2])).scatter(2, place, own)
+        self.size = size + added
+        return self._run()
+
+    def select(self, rows: Tensor) -> None:
+        """Keep some rows only."""
+        self.lengths, self.prompt_ids, self.path, self.size = self.lengths[rows], self.prompt_ids[rows], self.path[rows], self.size[rows]
+
+    def idle(self) -> None:
+        """Run the model without effect, to keep step with ranks that still have work."""
+        self.model(input_ids=self.prompt_ids.new_zeros(1, 1), use_cache=False)
+
+    def _run(self) -> Tensor:
+        """Return logits ``(R, n, V)`` at the ends of the paths."""
+        rows, count, width = self.path.shape
+        column = torch.arange(self.prompt_ids.shape[1] + width, device=self.path.device)
+        behind = (column - self.lengths[:, None])[:, None].expand(-1, count, -1)
+        prompts = torch.nn.functional.pad(self.prompt_ids, (0, width))[:, None]
+        paths = torch.nn.functional.pad(self.path, (0, 1)).gather(2, behind.clamp(0, width))
+        input_ids = torch.where(behind < 0, prompts, paths).flatten(0, 1)
+        lengths = (self.lengths[:, None] + self.size).flatten()
+        ends = logits_at(self.model, input_ids, lengths, torch.arange(len(input_ids), device=lengths.device), lengths - 1, form=self.form)
+        return ends.reshape(rows, count, -1)

@@ -1,0 +1,1 @@
+"""Counting baselines and digests of recommendation rows."""

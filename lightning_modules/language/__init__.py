@@ -1,0 +1,1 @@
+"""Language models: configuration, weights, decoding."""

@@ -1,0 +1,74 @@
+"""Compiled training and evaluation passes of language models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from malleable.lightning_modules.functional.language.pass_forms import bare_model
+
+
+@dataclass
+class Compile:
+    """How ``torch.compile`` compiles the decoder of a language model: embeddings, layers and last norm, without the language-model head.
+
+    Training, validation and reference passes run compiled. Decoding under a cache, edits and exports run the same weights without compilation, and
+    names of parameters do not change. Under gradient checkpointing, preference losses switch dropout off block by block, which cuts the graph
+    between blocks; supervised losses have one graph.
+
+    Attributes:
+        backend: Name of the compiler. ``inductor`` needs a C++ compiler on a CPU and Triton on a GPU.
+        mode: Mode of ``inductor``. ``reduce-overhead`` adds CUDA graphs and the modes ``max-autotune`` try several kernels; they have not been
+            tested here.
+        dynamic: Compile one graph for all sizes of a batch (true), one graph for each size (false), or one for the first size and one for those
+            that vary (``None``).
+    """
+
+    backend: str = "inductor"
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    dynamic: bool | None = None
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a function."""
+        mode = {} if self.mode == "default" else {"mode": self.mode}
+        return torch.compile(function, backend=self.backend, dynamic=self.dynamic, **mode)  # type: ignore[call-overload, no-any-return]
+
+
+_ACTIVE: ContextVar[bool] = ContextVar("compiled passes", default=False)
+
+
+@contextmanager
+def compiled_passes() -> Iterator[None]:
+    """Run compiled decoders compiled; outside of this context they run as they are."""
+    token = _ACTIVE.set(True)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def compile_decoder(model: nn.Module, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Compile the decoder of a language model in place; a second call does nothing.
+
+    It runs compiled in :func:`compiled_passes` only: Dynamo ignores hooks that are registered later, as edits do, and compiles a cache again for each
+    of its lengths.
+
+    Args:
+        model: Hugging Face causal language model, bare or under PEFT.
+        compiler: Compiles a function.
+    """
+    decoder = bare_model(model).base_model
+    if decoder._compiled_call_impl is not None:
+        return
+    plain, compiled = decoder._call_impl, compiler(decoder._call_impl)
+
+    def call(*args: Any, **options: Any) -> Any:
+        return (compiled if _ACTIVE.get() and not options.get("use_cache") else plain)(*args, **options)
+
+    decoder._compiled_call_impl = call

@@ -1,0 +1,72 @@
+"""The preference objective that every pairwise method shares: one pass over a shared row, a loss object, the figures to log."""
+
+from __future__ import annotations
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from malleable.datamodules.batch import PreferenceBatch
+from malleable.lightning_modules.base import LossOutput
+from malleable.lightning_modules.functional.language.logps import answer_token_logps
+from malleable.lightning_modules.language.config import dropout_off
+from malleable.lightning_modules.losses.preference import PreferenceLoss
+
+
+def preference_step(
+    model: nn.Module, batch: PreferenceBatch, loss: PreferenceLoss, *, sft_weight: float = 0.0, shared_prompt: bool | None = None
+) -> LossOutput:
+    """Compute the loss of a preference batch whose reference is known.
+
+    Dropout is off, as it was when the reference was taken: policy and reference then start equal.
+
+    Args:
+        model: The policy.
+        batch: Pairs with ``reference_logps``.
+        loss: The preference loss.
+        sft_weight: Weight of the chosen answers' negative log-likelihood per token, added to the loss.
+        shared_prompt: Compute a prompt once for all its answers; ``None`` where it is exact for the model.
+
+    Raises:
+        MisconfigurationException: If the batch carries no reference.
+    """
+    if batch.reference_logps is None:
+        raise MisconfigurationException(
+            "the batch has no reference log-probabilities: add the callback ReferenceCache (SelfPlayLoop brings its own), "
+            "or let your loader yield PreferenceBatch(reference_logps=...)"
+        )
+    with dropout_off(model):
+        parts = (batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask)
+        tokens = answer_token_logps(model, *parts, shared_prompt=shared_prompt, num_columns=batch.answer_columns)
+    policy, lengths = tokens.sum(-1), batch.answer_mask.sum(-1)
+    # An answer that is both chosen and rejected gets one value, or rounding would leave it a gradient that Adam blows up.
+    same = ((batch.answer_ids == batch.answer_ids[:, :1]) | ~batch.answer_mask).all(-1) & (lengths == lengths[:, :1])
+    policy = torch.where(same, policy[:, :1], policy)
+    output = loss(policy, torch.where(same, batch.reference_logps[:, :1], batch.reference_logps), lengths)
+    # Rows repeated only to fill a batch count for nothing.
+    real = (batch.sample_id >= 0).to(policy.dtype)
+    weight = real.sum()
+    total = (output.losses * real).sum() / weight.clamp_min(1)
+    if sft_weight:
+        total = total - sft_weight * (tokens[:, 0].sum(-1) * real).sum() / (lengths[:, 0] * real).sum().clamp_min(1)
+    return LossOutput(total, preference_figures(policy.detach(), output.rewards, real), weight)
+
+
+def preference_figures(policy: Tensor, rewards: Tensor, real: Tensor) -> dict[str, Tensor]:
+    """Means of rewards and log-probabilities, under the names the field uses.
+
+    Args:
+        policy: ``(B, K)`` log-probabilities.
+        rewards: ``(B, K)``.
+        real: ``(B,)``, 1 in rows that count, else 0.
+    """
+    chosen, rejected = rewards[:, 0], rewards[:, 1:]
+    figures = {
+        "rewards_chosen": chosen,
+        "rewards_rejected": rejected.mean(1),
+        "rewards_margins": (chosen[:, None] - rejected).mean(1),
+        "rewards_accuracies": (chosen[:, None] > rejected).float().mean(1),
+        "logps_chosen": policy[:, 0],
+        "logps_rejected": policy[:, 1:].mean(1),
+    }
+    return {name: (values * real).sum() / real.sum().clamp_min(1) for name, values in figures.items()}

@@ -1,0 +1,69 @@
+"""Direct preference optimisation of a recommending language model."""
+
+from __future__ import annotations
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+
+from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, PreferenceBatch
+from malleable.lightning_modules.base import LossOutput, needs_weights
+from malleable.lightning_modules.language.config import LanguageModelConfig
+from malleable.lightning_modules.language.language_model import Decoding, LanguageModel
+from malleable.lightning_modules.language.preference import preference_step
+from malleable.lightning_modules.language.tuning import Tuning
+from malleable.lightning_modules.losses.described import object_from_plain
+from malleable.lightning_modules.losses.preference import PreferenceLoss, Sigmoid
+
+
+class DPO(LanguageModel):
+    """Raise the true next title above rejected ones, relative to a frozen reference.
+
+    The reference is the model as it stands when training starts; its log-probabilities come with the batches
+    (:class:`~malleable.callbacks.ReferenceCache` puts them there), so that no second model is held.
+
+    Args:
+        language_model: Which model and how it is tuned.
+        catalog: The items; taken from the data module when left out.
+        loss: The preference loss; default: the sigmoid loss with beta 0.1.
+        sft_weight: Weight of the chosen answers' likelihood beside the preference loss; 0 is plain DPO.
+        decoding: How titles are decoded.
+        tuning: Rates of the default optimizer and schedule; default rate 2e-5.
+        ks: Cut-offs of the metrics.
+        optimizer: Makes the optimizer instead.
+        lr_scheduler: Makes the schedule instead.
+
+    Source:
+        Rafailov et al. (2023), Direct Preference Optimization, arXiv:2305.18290, Eq. 7.
+        Differs: prompt, chosen and rejected share one row, and dropout is off, so that policy and reference start equal.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModelConfig | None = None,
+        catalog: Catalog | None = None,
+        loss: PreferenceLoss | None = None,
+        sft_weight: float = 0.0,
+        decoding: Decoding | None = None,
+        tuning: Tuning | None = None,
+        ks: tuple[int, ...] = (1, 5, 10),
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(language_model, catalog, decoding, tuning or Tuning(lr=2e-5), ks, optimizer, lr_scheduler)
+        if sft_weight < 0:
+            raise ValueError(f"sft_weight must be >= 0, got {sft_weight}")
+        self.loss: PreferenceLoss = object_from_plain(PreferenceLoss, loss) or Sigmoid(beta=0.1)
+        self.sft_weight = sft_weight
+        self.remember()
+
+    @needs_weights
+    def compute_loss(self, batch: PreferenceBatch | AnswerBatch | PackedBatch) -> LossOutput:
+        """Return the preference loss; in validation and test, where nothing is rejected, the true answers' likelihood."""
+        if isinstance(batch, PreferenceBatch) and (self.training or batch.reference_logps is not None):
+            return preference_step(self.model, batch, self.loss, sft_weight=self.sft_weight, shared_prompt=self.decoding.shared_prompt)
+        if self.training:
+            raise MisconfigurationException(
+                f"DPO learns from chosen and rejected answers, got {type(batch).__name__}: give each row several `answers`, the true one first, "
+                "for example with RecommendationDataModule(negatives='random')"
+            )
+        return self.answer_loss(batch)

@@ -1,0 +1,324 @@
+"""What the callback measures and shows: before and after, batch by batch, of facts that the model knows."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from launch import launch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins import MixedPrecision
+from post_fit_run import FactModule, edit, trainer_of
+from small_facts import KNOWN, NEW, OTHERS, PARAPHRASE, SETTINGS, TEXTS
+
+from malleable import AlphaEdit, RunReport
+from malleable.callbacks.editing import alpha_edit
+from malleable.callbacks.editing.edit_protocol import Protocol, examine
+from malleable.callbacks.editing.edit_report import UsedDirections, edit_sections, spectrum_section, survival_section
+from malleable.callbacks.report.figures import save_figure
+from malleable.lightning_modules.editing.known import KnownFacts
+from malleable.lightning_modules.editing.settings import EditSettings
+
+TRUE = {fact.subject: fact.target for fact in KNOWN}
+
+
+def asked(fact, number, neighbors=2):
+    others = OTHERS[number * neighbors : (number + 1) * neighbors]
+    return {
+        "prompt": fact.prompt,
+        "subject": fact.subject,
+        "target": fact.target,
+        "true": TRUE[fact.subject],
+        "paraphrases": [PARAPHRASE.replace("{}", fact.subject)],
+        "neighbors": [{"prompt": other.prompt.replace("{}", other.subject), "answer": other.target} for other in others],
+    }
+
+
+REQUESTS = [asked(fact, number) for number, fact in enumerate(NEW)]
+BATCHES = {"settings": EditSettings(**{**SETTINGS, "batch_size": 2}), "requests": REQUESTS}
+
+
+@pytest.fixture(scope="module")
+def learnt():
+    module = FactModule()
+    module.learn()
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(learnt, tmp_path_factory):
+    """Fit, edit in batches, and test, with a report."""
+    folder = tmp_path_factory.mktemp("run")
+    callback = edit(**BATCHES)
+    trainer = trainer_of(folder, callback)
+    trainer.callbacks.append(RunReport(str(folder / "report")))
+    module = copy.deepcopy(learnt)
+    trainer.fit(module)
+    (figures,) = trainer.test(module, verbose=False)
+    return folder, trainer, callback, figures
+
+
+def test_the_test_runs_the_protocol_before_and_after(run):
+    _, trainer, callback, figures = run
+    assert figures["test_efficacy"] == figures["test_efficacy_exact"] == 100
+    assert figures["test_specificity"] == 100
+    assert figures["test_generalization"] >= 50
+    assert figures["test_new"] == 1
+    assert callback.before.figures["efficacy"] == 0
+    assert callback.before.figures["specificity_exact"] == 100
+    assert figures["test_perplexity_ratio"] == pytest.approx(callback.after.figures["perplexity"] / callback.before.figures["perplexity"])
+    # The tested weights are the edited ones, to the bit, after the originals had been put in their place.
+    stored = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
+    own = trainer.lightning_module.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in stored.items())
+
+
+def test_the_report_shows_facts_survival_and_spectrum(run):
+    folder = run[0]
+    page = (folder / "report/report.md").read_text()
+    assert "| before the edit |" in page
+    for fact, request in zip(NEW, REQUESTS, strict=True):
+        line = next(line for line in page.splitlines() if line.startswith(f"| the capital of {fact.subject} |"))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[1] == f"{request['true']} → {fact.target}"
+        assert cells[2].startswith(request["true"])
+        assert cells[3].startswith(fact.target)
+        assert cells[4] == "0 % → 100 %"
+    assert "after the last of 3 batches" in page
+    assert "relative_energy 0.001" in page
+    for name in ("survival_of_edits.png", "second_moments_of_keys.png"):
+        assert (folder / "report" / name).stat().st_size > 10_000
+    metrics = json.loads((folder / "report/metrics.json").read_text())
+    assert metrics["test_efficacy"] == 100
+    assert metrics["before_efficacy"] == 0
+
+
+def test_the_patch_keeps_what_each_fact_was_and_became(run):
+    (patch,) = run[2].stack.patches
+    for request in patch.requests:
+        before, after = request["outcome"]["before"], request["outcome"]["after"]
+        assert before["efficacy"] == 0
+        assert after["efficacy_exact"] == 1
+        assert before["says"].startswith(request["true"])
+        assert after["says"].startswith(request["target"])
+        assert all(not isinstance(value, float) or math.isfinite(value) for value in after.values())
+
+
+def test_what_is_measured_does_not_name_the_patch(run, learnt, tmp_path):
+    callback = edit(**BATCHES, protocol={"survival": False, "answers": 0, "texts": 0})
+    trainer_of(tmp_path, callback).fit(copy.deepcopy(learnt))
+    assert callback.applied == run[2].applied
+
+
+def test_references_stay_out_of_the_patch_and_count_in_the_test(learnt, tmp_path):
+    told = {"generation_prompts": ["the capital of"], "references": ["the capital of Peru park park"]}
+    callback = edit(requests=[{**request, **told} for request in REQUESTS], protocol={"writing": 12})
+    trainer = trainer_of(tmp_path, callback)
+    module = copy.deepcopy(learnt)
+    trainer.fit(module)
+    (patch,) = callback.stack.patches
+    assert not any("references" in request for request in patch.requests)
+    after = dict(callback.after.figures)
+    assert after.keys() >= {"fluency", "consistency"}
+    (figures,) = trainer.test(module, verbose=False)
+    assert figures["test_consistency"] == pytest.approx(after["consistency"], rel=1e-4)
+    assert figures["test_fluency"] == pytest.approx(after["fluency"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"settings": {"layers": [0, 9]}}, r"layers \[9\] do not exist"),
+        ({"settings": {"projection": "model.layers.{}.mlp.none"}}, "projection='model.layers.{}.mlp.none' names no module"),
+        ({"requests": [{"prompt": "{} is", "subject": "Peru", "target": "\u200b"}]}, "the answer"),
+    ],
+)
+def test_what_cannot_be_edited_is_refused_before_training(learnt, tmp_path, options, message):
+    module, steps = copy.deepcopy(learnt), []
+    module.on_train_start = lambda: steps.append(1)
+    if "requests" in options:
+        module.tokenizer = SilentTokenizer(module.tokenizer)
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, edit(**options)).fit(module)
+    assert not steps
+
+
+class SilentTokenizer:
+    """Has no tokens for what cannot be seen."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, **options):
+        return self.tokenizer(text.replace("\u200b", "").rstrip() if isinstance(text, str) else text, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"settings": {"method": "AlphaEdit"}}, "method must be one of alpha_edit, memit, ridge, fine_tune, got 'AlphaEdit'"),
+        ({"settings": {"threshold": {"mode": "relative"}}}, r"threshold\.mode must be one of absolute, .*got 'relative'"),
+        ({"settings": {"fact_token": "subject-last"}}, "fact_token must be one of subject_last, .*got 'subject-last'"),
+        ({"protocol": {"max_rows": 0}}, r"protocol\.max_rows must be >= 1, got 0"),
+    ],
+)
+def test_wrong_words_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        edit(**options)
+
+
+def test_a_tokenizer_made_in_setup_will_do(learnt, tmp_path):
+    module = copy.deepcopy(learnt)
+    tokenizer = module.tokenizer
+    del module.tokenizer
+    module.setup = lambda stage: setattr(module, "tokenizer", tokenizer)
+    callback = edit(**BATCHES, protocol={"survival": False, "answers": 0, "texts": 0})
+    trainer_of(tmp_path, callback).fit(module)
+    assert callback.applied
+
+
+def test_a_test_of_its_own_asks_what_the_patch_was_asked(run, tmp_path):
+    _, trainer, _, figures = run
+    callback, module = AlphaEdit(texts=TEXTS), FactModule()
+    (again,) = trainer_of(tmp_path, callback).test(module, ckpt_path=trainer.checkpoint_callback.best_model_path, weights_only=True, verbose=False)
+    assert again == pytest.approx(figures)
+    assert [section.title for section in callback.report_sections()] == ["Facts before and after", "Survival of edits", "Second moments of keys"]
+    assert callback.before.figures["efficacy"] == 0
+
+
+def test_a_test_after_the_fit_asks_the_originals_no_second_time(learnt, tmp_path, monkeypatch):
+    callback = edit(**BATCHES, protocol={"survival": False, "texts": 0})
+    trainer, module = trainer_of(tmp_path, callback), copy.deepcopy(learnt)
+    trainer.fit(module)
+    before, asked = callback.before, []
+    monkeypatch.setattr(alpha_edit, "examine", lambda *arguments: asked.append(1) or examine(*arguments))
+    trainer.test(module, verbose=False)
+    assert len(asked) == 1
+    assert callback.before is before
+
+
+def test_a_model_that_was_not_edited_is_asked_once(learnt, tmp_path):
+    callback = edit(**BATCHES)
+    (figures,) = trainer_of(tmp_path, callback).test(copy.deepcopy(learnt), verbose=False)
+    assert figures["test_efficacy"] == 0
+    assert not callback.before.figures
+    assert callback.report_columns() == []
+    assert "test_perplexity_ratio" not in figures
+
+
+def test_only_known_facts_are_edited(learnt, tmp_path):
+    unknown = [{**asked(fact, 0), "true": "Zürich"} for fact in OTHERS[-2:]]
+    strange = {"prompt": "the capital of Lima", "answer": "Zürich"}
+    lonely = {**REQUESTS[1], "neighbors": [strange]}
+    mixed = {**REQUESTS[0], "neighbors": [*REQUESTS[0]["neighbors"], strange]}
+    callback = edit(requests=[*unknown, mixed, lonely, *REQUESTS[2:5]], known=KnownFacts(min_neighbors=1, limit=3), protocol=Protocol(survival=False))
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(copy.deepcopy(learnt))
+    (patch,) = callback.stack.patches
+    assert [request["subject"] for request in patch.requests] == [REQUESTS[number]["subject"] for number in (0, 2, 3)]
+    assert strange not in patch.requests[0]["neighbors"]
+    assert not any("survival" in section.title.lower() for section in callback.report_sections())
+
+
+def test_nothing_known_is_an_error(learnt, tmp_path):
+    callback = edit(requests=[{**asked(OTHERS[0], 0), "true": "Zürich"}], known={})
+    with pytest.raises(ValueError, match=r"gives the old answer of 0 of 1 requests.* there is no known fact to edit"):
+        trainer_of(tmp_path, callback).fit(copy.deepcopy(learnt))
+    with pytest.raises(ValueError, match=r"known\.limit >= 1"):
+        KnownFacts(limit=0)
+
+
+def test_texts_of_a_file(learnt, tmp_path):
+    (tmp_path / "texts.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
+    given, read = (edit(texts=texts, protocol={"survival": False, "answers": 0}) for texts in (TEXTS, str(tmp_path / "texts.json")))
+    for callback in (given, read):
+        trainer_of(tmp_path / "run", callback, max_steps=0).fit(copy.deepcopy(learnt))
+    assert given.applied == read.applied
+    with pytest.raises(FileNotFoundError, match=r"there is no file none\.txt; give a file of texts"):
+        trainer_of(tmp_path, edit(texts="none.txt")).fit(copy.deepcopy(learnt))
+    with pytest.raises(MisconfigurationException, match=r"AlphaEdit needs texts=\.\.\. \(a file or a list\)"):
+        trainer_of(tmp_path, edit(texts=None)).fit(copy.deepcopy(learnt))
+
+
+def test_long_reports_show_the_facts_that_hold_least():
+    from malleable.callbacks.editing.edit_protocol import Findings
+    from malleable.datamodules.editing.requests import EditRequest
+    from malleable.lightning_modules.metrics.editing import RequestFigures
+
+    requests = [EditRequest(str(number), "{} is", f"fact {number}", "new", "old") for number in range(100)]
+    held = [RequestFigures(float(number != 90), *[math.nan] * 8) for number in range(100)]
+    before = Findings([RequestFigures(*[0.0] * 9)] * 100, ["old"] * 100)
+    (section,) = edit_sections(requests, before, Findings(held, ["new"] * 100))
+    header, rows = section.table
+    assert len(rows) == 60
+    assert rows[-1][0] == "fact 90 is"
+    assert rows[-1][-3:] == ["0 % → 0 %", "0 % → –", "0 % → –"]
+    assert "Of 100 facts, the 60 that hold least" in section.text
+    assert len(header) == len(rows[0])
+    assert edit_sections(requests, Findings(), Findings(held)) == []
+
+
+def test_pictures_of_survival_and_of_methods_without_a_null_space(tmp_path):
+    matrix = [[100.0, math.nan], [50.0, 100.0]]
+    (section,) = survival_section({"edits": [5, 10], "matrix": matrix, "curve": [100.0, 75.0]})
+    assert "75.0 % hold after the last of 2 batches" in section.text
+    assert survival_section({}) == survival_section({"edits": [5], "matrix": [[100.0]], "curve": [100.0]}) == []
+    values = torch.linspace(1e-4, 1, 64)
+    (spectrum,) = spectrum_section({0: UsedDirections(values, None), 1: UsedDirections(values, 64)}, "all")
+    assert spectrum.table[1][0][1] is None
+    for number, one in enumerate((section, spectrum)):
+        save_figure(tmp_path / f"{number}.png", one.figure, one.figure_size)
+        assert (tmp_path / f"{number}.png").stat().st_size > 5_000
+
+
+SHORT = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "1"]
+SHORT += ["--data.shuffles", "1", "--data.source.init_args.limit", "4", "--data.source.init_args.relations", '["continent"]']
+SHORT += ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
+SHORT += ["--trainer.callbacks.protocol", '{"writing": 8, "texts": 8, "generated_tokens": 4}']
+SHORT += ["--trainer.callbacks.settings.layers", "[0]", "--trainer.callbacks.settings.targets.steps", "3"]
+RUN_ALL = "import json, sys; from malleable.cli import run; [run(words) for words in json.loads(sys.argv[1])]"
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_the_tiny_recipe_runs_on_two_ranks_with_a_trained_and_a_frozen_model(tmp_path):
+    recipe = ["fit", "--config", "alpha_edit/tiny.yaml", "--config", "base/ddp.yaml", *SHORT]
+    small = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_length": 256}
+    runs = [tmp_path / f"runs/alpha_edit/tiny/version_{number}" for number in (0, 1)]
+    exported = str(runs[0] / "model")
+    trained = ["--model.language_model", json.dumps({"scratch": small})]
+    frozen = ["--model.language_model", json.dumps({"name": exported}), "--data.tokenizer", exported, "--model.frozen", "true"]
+    commands = [[*recipe, *trained], [*recipe, *frozen, "--trainer.max_steps", "0", "--trainer.limit_train_batches", "0"]]
+    launch(["-c", RUN_ALL, json.dumps(commands)], ranks=2, cwd=tmp_path, timeout_s=240)
+    for folder in runs:
+        assert len(list((folder / "patches").glob("*/patch.json"))) == 1
+        figures = json.loads((folder / "report/metrics.json").read_text())
+        assert {"test_efficacy", "test_efficacy_generated", "test_perplexity_ratio", "test_fluency"} <= figures.keys()
+
+
+@pytest.mark.parametrize("precision", [pytest.param("16-mixed", marks=pytest.mark.slow), "bf16-mixed", "bf16-true"])
+def test_a_fit_in_another_precision_is_edited_as_in_float32(run, learnt, tmp_path, precision):
+    """Edits are found and measured outside autocast; weights in half precision get the sum of a layer's updates, rounded once."""
+    callback = edit(**BATCHES)
+    # Lightning takes bf16-mixed on a CPU where 16-mixed is its name.
+    plugins = {"plugins": [MixedPrecision("16-mixed", "cpu")]} if precision == "16-mixed" else {"precision": precision}
+    trainer = trainer_of(tmp_path, callback, **plugins)
+    module = copy.deepcopy(learnt)
+    trainer.fit(module)
+    (figures,) = trainer.test(module, verbose=False)
+    expected = run[3]
+    for name in ("test_efficacy", "test_efficacy_exact", "test_specificity", "test_new"):
+        assert figures[name] == expected[name], name
+    assert figures["test_perplexity_ratio"] == pytest.approx(expected["test_perplexity_ratio"], abs=0.01)
+    (patch,) = callback.stack.patches
+    weights = dict(module.model.named_parameters())
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
+    for name, delta in patch.deltas.items():
+        assert delta.dense().dtype == torch.float32
+        whole = callback.stack.originals[name].float() + delta.dense()
+        assert torch.equal(weights[name].float(), whole.to(weights[name].dtype).float()), "rounded once"
+    assert torch.get_default_dtype() == torch.float32

@@ -1,0 +1,92 @@
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from malleable.callbacks.report.figures import draw_curves, draw_exposure, draw_exposure_curve, draw_uncertainty, save_figure, short_title
+from malleable.callbacks.report.report import figures
+
+TITLES = [f"Title {item}" for item in range(6)]
+
+
+def axes():
+    return Figure().subplots()
+
+
+def test_bars_hold_the_shares_of_the_largest_items():
+    place = axes()
+    versions = {"before": torch.tensor([5, 1, 0, 4, 0, 0]), "after": [0, 0, 6, 2, 2, 0]}
+    draw_exposure(place, versions, TITLES, top=3)
+    # Largest share in any version: 2 (60 %), 0 (50 %), 3 (40 %); the first version orders them.
+    assert [label.get_text() for label in place.get_yticklabels()] == ["Title 0", "Title 3", "Title 2"]
+    before, after = ([bar.get_width() for bar in bars] for bars in place.containers)
+    assert before == pytest.approx([50, 40, 0])
+    assert after == pytest.approx([0, 20, 60])
+    assert [text.get_text() for text in place.get_legend().get_texts()] == ["before", "after"]
+    assert place.yaxis_inverted()
+
+
+def test_concentration_is_a_cumulative_share():
+    place = axes()
+    draw_exposure_curve(place, {"recommended": [1, 0, 6, 3]})
+    assert list(place.lines[0].get_ydata()) == pytest.approx([60, 90, 100, 100])
+    assert list(place.lines[0].get_xdata()) == [1, 2, 3, 4]
+
+
+def test_medians_are_of_like_degrees(monkeypatch):
+    place, degree = axes(), torch.tensor([1, 100, 1, 1, 100, 10_000])
+    draw_uncertainty(place, degree, torch.tensor([3.0, 8.0, 1.0, 2.0, 7.0, 5.0]), -0.5)
+    assert [list(values) for values in (place.lines[0].get_xdata(), place.lines[0].get_ydata())] == [[1, 100, 10_000], [2, 7, 5]]
+    assert "Uncertainty of entities (Spearman -0.50)" in (place.get_title(), place.get_title(loc="left"))
+    assert len(place.collections[0].get_offsets()) == 6
+    monkeypatch.setattr(figures, "MAX_DOTS", 3)
+    few, equal = axes(), axes()
+    draw_uncertainty(few, degree, degree.float(), 1.0)
+    assert [x for x, _ in few.collections[0].get_offsets().tolist()] == [1, 1, 10_000]
+    draw_uncertainty(equal, torch.full((4,), 7), torch.arange(4.0), float("nan"))
+    assert (list(equal.lines[0].get_xdata()), list(equal.lines[0].get_ydata())) == ([7], [1])
+
+
+def test_curves_have_labels_and_a_legend_when_there_are_several():
+    place = axes()
+    draw_curves(place, {"val": ([1, 2], [0.5, 0.25])}, title="loss", y_label="nats")
+    assert place.get_legend() is None
+    assert (place.get_title(loc="left") or place.get_title(), place.get_xlabel(), place.get_ylabel()) == ("loss", "optimizer step", "nats")
+    draw_curves(place, {"a": ([1], [1.0]), "b": ([1], [2.0])})
+    assert place.get_legend() is not None
+
+
+def test_titles_are_shortened_and_never_mathematics():
+    assert short_title("Sugar $5 and $6") == r"Sugar \$5 and \$6"
+    assert short_title("a" * 40 + " (1995)") == "a" * 30 + "… (1995)"
+
+
+def test_figures_are_whole_or_not_there(tmp_path):
+    path = tmp_path / "deep" / "figure.png"
+    save_figure(path, lambda figure: draw_exposure(figure.subplots(), {"recommended": [1] * 6}, ["$x$", "日本", *TITLES[2:]]))
+    first = path.read_bytes()
+    assert first.startswith(b"\x89PNG")
+
+    def broken(figure):
+        raise RuntimeError("no drawing")
+
+    with pytest.raises(RuntimeError, match="no drawing"):
+        save_figure(path, broken)
+    assert path.read_bytes() == first
+    assert [file.name for file in path.parent.iterdir()] == ["figure.png"]
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"all versions must count the same items, got \{'a': 1, 'b': 2\}"):
+        draw_exposure(axes(), {"a": [1], "b": [1, 2]}, TITLES)
+    with pytest.raises(ValueError, match="there is no version to draw"):
+        draw_exposure_curve(axes(), {})
+
+
+def test_a_short_logarithmic_axis_has_plain_numbers():
+    figure = Figure()
+    axes = figure.subplots()
+    draw_uncertainty(axes, torch.tensor([3, 4, 5, 6, 8, 9] * 3), torch.rand(18, generator=torch.Generator().manual_seed(0)), -0.5)
+    figure.canvas.draw()
+    labels = [label.get_text() for label in (*axes.get_xticklabels(), *axes.get_xticklabels(minor=True)) if label.get_text()]
+    assert labels
+    assert all(label.isdigit() for label in labels)

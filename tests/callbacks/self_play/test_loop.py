@@ -1,0 +1,447 @@
+"""The loop: its plan, its phases, its equalities with plain training, and its refusals."""
+
+import contextlib
+import logging
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from self_play_run import make_loop, make_module
+from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
+from tiny_data import TinyData, quiet_trainer
+from torch.utils.data import DataLoader
+
+from malleable.callbacks.reference import ReferenceCache
+from malleable.callbacks.self_play.loop import SelfPlayLoop
+from malleable.callbacks.self_play.phases import Phase, PhaseSettings, reset_moments
+from malleable.callbacks.self_play.round_file import RoundFile, answer_statistics
+from malleable.datamodules.batch import PreferenceBatch, collate
+from malleable.datamodules.loading import PhasedLoader
+from malleable.lightning_modules.language.play import Play
+from malleable.lightning_modules.language.tuning import Tuning
+from malleable.lightning_modules.recommendation.dpo import DPO
+from malleable.lightning_modules.recommendation.sft import SFT
+
+
+class Watch(Callback):
+    """Note the phase, loss, rate and kind of every batch."""
+
+    def __init__(self, loop: SelfPlayLoop) -> None:
+        self.loop = loop
+        self.steps: list[tuple[str, int, float, bool]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        phase = self.loop.phases[trainer.current_epoch]
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.steps.append((phase.kind, phase.round, rate, isinstance(batch, PreferenceBatch), float(outputs["loss"])))
+
+
+def run(folder, loop=None, module=None, data=None, **changes):
+    """Fit once from the same start; return the module, the trainer and what was watched."""
+    seed_everything(7)
+    loop = loop or make_loop()
+    watch = Watch(loop)
+    trainer = quiet_trainer(folder, max_epochs=-1, callbacks=[loop, watch], **changes)
+    module = module or make_module(dropout=0.0)
+    trainer.fit(module, data or TinyData())
+    return module, trainer, watch.steps
+
+
+def weights(module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.model.named_parameters()}
+
+
+def assert_equal(first, second) -> None:
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(second)[name]), name
+
+
+def test_plan_is_a_pure_function():
+    assert SelfPlayLoop.plan(2, {"warmup": 2, "sft": 1, "dpo": 1}) == [
+        Phase("warmup", 0, 0),
+        Phase("warmup", 0, 1),
+        Phase("sft", 1, 0),
+        Phase("dpo", 1, 0),
+        Phase("sft", 2, 0),
+        Phase("dpo", 2, 0),
+    ]
+    assert SelfPlayLoop.plan(0, {"warmup": 1, "sft": 1, "dpo": 1}) == [Phase("warmup", 0, 0)]
+    assert SelfPlayLoop.plan(1, {"warmup": 0, "sft": 0, "dpo": 2}) == [Phase("dpo", 1, 0), Phase("dpo", 1, 1)]
+
+
+def test_a_whole_run(tmp_path):
+    _, trainer, steps = run(tmp_path)
+    assert [kind for kind, *_ in steps if kind == "warmup"] == ["warmup"] * 24
+    assert all(preference == (kind == "dpo") for kind, _, _, preference, _ in steps)
+    for number in (1, 2):
+        losses = [loss for kind, round_, _, _, loss in steps if (kind, round_) == ("dpo", number)]
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-6), "policy and reference start equal: loss log 2"
+        assert min(losses) < losses[0]
+        drawn = pq.read_table(tmp_path / f"run/self_play/round_{number}.parquet").to_pydict()
+        pairs = pq.read_table(tmp_path / f"run/self_play/round_{number}_pairs.parquet").to_pydict()
+        assert len(drawn["positions"]) == 32
+        assert set(drawn) == {"positions", "sample_ids", "items", "answers"}
+        assert all(list(TOKENS[item]) == answer for (item,), (answer,) in zip(drawn["items"], drawn["answers"], strict=True))
+        rows = tiny_rows(48)
+        assert all(rows[place]["item_ids"] != items for place, items in zip(pairs["positions"], pairs["items"], strict=True)), "no identical pair"
+        assert len(pairs["reference"]) == len(pairs["positions"]) <= 32
+    # Peak 1e-3 after a rise of two steps, then linearly down: 8 steps give 1/2, 1, then 6 of 6, 5 of 6, ...
+    rates = [rate for kind, round_, rate, _, _ in steps if (kind, round_) == ("sft", 1)]
+    assert rates == pytest.approx([5e-4, 1e-3, *(1e-3 * (6 - step) / 6 for step in range(6))])
+    assert trainer.current_epoch == 6
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+def test_rounds_share_no_row_until_the_pool_is_used_up(tmp_path):
+    run(tmp_path, make_loop(rows_per_round=24))
+    first, second = (set(pq.read_table(tmp_path / f"run/self_play/round_{number}.parquet")["positions"].to_pylist()) for number in (1, 2))
+    assert len(first) == len(second) == 24
+    assert not first & second
+
+
+def test_no_rounds_equal_supervised_tuning(tmp_path):
+    """K = 0: bit-equal to SFT with the same rate, course and steps."""
+    looped, *_ = run(tmp_path / "loop", make_loop(rounds=0))
+    seed_everything(7)
+    plain = SFT(language_model=tiny_config(), tuning=Tuning(lr=1e-2, warmup_steps=0))
+    quiet_trainer(tmp_path / "sft", max_epochs=2).fit(plain, TinyData())
+    assert_equal(looped, plain)
+
+
+def test_without_preference_phase_it_is_continued_supervised_tuning(tmp_path):
+    _, _, steps = run(tmp_path, make_loop(dpo=PhaseSettings(epochs=0)))
+    assert {kind for kind, *_ in steps} == {"warmup", "sft"}
+
+
+def test_frozen_negatives_equal_plain_dpo(tmp_path):
+    """One round without supervised phases on stored negatives: bit-equal to DPO on that file."""
+    only_dpo = make_loop(rounds=1, rows_per_round=None, warmup=PhaseSettings(epochs=0), sft=PhaseSettings(epochs=0), keep_identical="keep")
+    looped, *_ = run(tmp_path / "loop", only_dpo)
+    file = RoundFile.read(tmp_path / "loop/run/self_play/round_1.parquet")
+    view = file.pairs(tiny_rows(48))
+    seed_everything(7)
+    plain = DPO(language_model=tiny_config(), tuning=Tuning(lr=1e-3, warmup_steps=2))
+    trainer = quiet_trainer(tmp_path / "dpo", max_epochs=1, callbacks=[ReferenceCache()])
+    trainer.fit(plain, TinyData(train=[view[index] for index in range(len(view))]))
+    assert_equal(looped, plain)
+
+
+def test_kept_identical_pairs_bear_no_gradient(tmp_path):
+    """chosen = rejected: loss log 2, gradient exactly zero, so the model stays."""
+    rows = [row | {"sample_id": index} for index, row in enumerate([tiny_rows(1)[0]] * 8)]
+    loop = make_loop(
+        rounds=1,
+        rows_per_round=None,
+        warmup=PhaseSettings(epochs=0),
+        sft=PhaseSettings(epochs=0),
+        keep_identical="keep",
+    )
+    module = make_module(dropout=0.0)
+    target = rows[0]["item_ids"][0]
+    module.play = lambda batch, play, seed: torch.full((len(batch), 1), target)
+    before = {}
+
+    class Start(Callback):
+        def on_train_start(self, trainer, pl_module):
+            before.update(weights(pl_module))
+            pl_module.tuning.weight_decay = 0.0
+
+    seed_everything(7)
+    trainer = quiet_trainer(tmp_path, max_epochs=-1, callbacks=[loop, Start(), watch := Watch(loop)])
+    trainer.fit(module, TinyData(train=rows))
+    assert [loss for *_, loss in watch.steps] == pytest.approx([math.log(2)] * 2, abs=1e-7)
+    for name, value in weights(module).items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_all_identical_is_a_warning(tmp_path):
+    """A model that is always right has nothing to prefer: the phase passes without effect instead of ending the run."""
+    module = make_module(dropout=0.0)
+    rows = [row | {"sample_id": index} for index, row in enumerate([tiny_rows(1)[0]] * 8)]
+    module.play = lambda batch, play, seed: batch.item_ids[:, :1]
+    with pytest.warns(UserWarning, match="recommends the true item in all but 0 of 8 rows"):
+        _, trainer, steps = run(tmp_path, make_loop(rounds=1, rows_per_round=8), module, TinyData(train=rows))
+    assert [loss for kind, *_, loss in steps if kind == "dpo"] == pytest.approx([math.log(2)] * 2, abs=1e-7)
+    assert trainer.current_epoch == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"negative_source": "post_sft"},
+        {"negative_source": "random"},
+        {"negative_source": "popularity"},
+        {"play": Play(decode="greedy", num_negatives=2)},
+        {"play": Play(decode="beam_k_random", num_beams=4)},
+        {"play": Play(decode="sample", exclude_seen=False)},
+        {"play": Play(grounding="none", max_new_tokens=6)},
+        {"play": Play(grounding="embedding", max_new_tokens=6)},
+        {"warmup": PhaseSettings(epochs=1, rows=16)},
+    ],
+    ids=str,
+)
+def test_every_switch_runs(tmp_path, changes):
+    _, _, steps = run(tmp_path, make_loop(rounds=1, **changes))
+    assert steps[-1][0] == "dpo"
+    assert all(math.isfinite(loss) for *_, loss in steps)
+    file = RoundFile.read(tmp_path / "run/self_play/round_1_pairs.parquet")
+    rows = tiny_rows(48)
+    for place, items, answers in zip(file.positions, file.items, file.answers, strict=True):
+        assert list(rows[place]["answers"][0]) not in answers
+        play = changes.get("play", Play())
+        if changes.get("negative_source") in ("random", "popularity") or (play.exclude_seen and play.grounding != "none"):
+            assert not set(items) & set(rows[place]["history"])
+        if changes.get("play") is None or changes["play"].grounding == "trie":
+            assert min(items) >= 0
+
+
+def test_late_negatives_come_from_the_tuned_model(tmp_path):
+    """pre_round asks before the supervised phase, post_sft after it: a strong phase changes the answers."""
+    strong = PhaseSettings(epochs=4, lr=3e-2, warmup_steps=0)
+    early, late = (tmp_path / name for name in ("pre_round", "post_sft"))
+    for folder in (early, late):
+        run(folder, make_loop(rounds=1, rows_per_round=48, sft=strong, play=Play(), negative_source=folder.name))
+    before, after = (RoundFile.read(folder / "run/self_play/round_1_pairs.parquet") for folder in (early, late))
+    assert len(after.positions) < len(before.positions), "the tuned model is right more often, and its right answers are dropped"
+
+
+def test_self_play_spreads_what_was_concentrated(tmp_path):
+    """A model tuned on rows with one favourite recommends it too often; playing against itself it does so less (ORRatio falls)."""
+    rows = tiny_rows(96)
+    loop = make_loop(
+        rounds=4,
+        rows_per_round=96,
+        warmup=PhaseSettings(epochs=1, lr=1e-2, warmup_steps=0),
+        sft=PhaseSettings(epochs=0),
+        dpo=PhaseSettings(lr=3e-3, warmup_steps=0),
+        play=Play(),
+        compare_on="test",
+    )
+    module, trainer, _ = run(tmp_path, loop, data=TinyData(train=rows))
+    (after,) = trainer.test(module, TinyData(), verbose=False)
+    before = loop.state.before["figures"]
+    assert before["or_ratio_3"] > 0.6
+    assert after["test_or_ratio_3"] < before["or_ratio_3"] - 0.05
+
+
+def test_optimizer_starts_afresh(tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    for _ in range(3):
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+    reset_moments(optimizer)
+    state = optimizer.state[parameter]
+    assert state["step"] == 0
+    assert state["exp_avg"].abs().sum() == state["exp_avg_sq"].abs().sum() == 0
+
+
+def test_a_phase_may_take_larger_steps(tmp_path):
+    """32 rows a round: 8 steps of 4, or 2 of 16; the loader's own step comes back with the next phase."""
+    loop = make_loop(sft=PhaseSettings(lr=1e-3, batch_factor=4), dpo=PhaseSettings(lr=1e-3, batch_factor=2), keep_identical="keep")
+    _, _, steps = run(tmp_path, loop, data=TinyData(batch_size=2, global_batch_size=4))
+    counts = [sum((kind, round_) == step[:2] for step in steps) for kind, round_ in (("sft", 1), ("dpo", 1), ("sft", 2))]
+    assert counts == [2 * 2, 4 * 2, 2 * 2], "two batches make a step in every phase"
+    assert len([kind for kind, *_ in steps if kind == "warmup"]) == 24 * 2
+
+
+def test_bare_trainer_and_loader(tmp_path):
+    """No data module: the reader's own DataLoader, wrapped."""
+    seed_everything(7)
+    loader = PhasedLoader(DataLoader(tiny_rows(48), batch_size=4, shuffle=True, drop_last=True, collate_fn=collate))
+    loop = make_loop(loader=loader)
+    module = make_module(dropout=0.0)
+    module.catalog = tiny_catalog()
+    quiet_trainer(tmp_path / "bare", max_epochs=-1, callbacks=[loop]).fit(module, loader)
+    with_data, *_ = run(tmp_path / "data")
+    assert_equal(module, with_data)
+
+
+def test_a_run_that_was_moved_resumes_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """From another working directory; each resumed run has all that the next one needs."""
+    whole, *_ = run(tmp_path / "whole", make_loop(rounds=1))
+
+    class Stop(Callback):
+        def __init__(self, epoch):
+            self.epoch = epoch
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == self.epoch:
+                raise KeyboardInterrupt
+
+    folder, path = Path("a"), None
+    for stop, name in ((2, "b"), (3, "c"), (9, None)):
+        monkeypatch.chdir(tmp_path)
+        seed_everything(7)
+        last = ModelCheckpoint(folder / "run/checkpoints", filename="saved", save_on_train_epoch_end=True, enable_version_counter=False)
+        trainer = quiet_trainer(folder, max_epochs=-1, callbacks=[make_loop(rounds=1), Stop(stop), last])
+        module = make_module(dropout=0.0)
+        with contextlib.suppress(SystemExit):
+            trainer.fit(module, TinyData(), ckpt_path=path)
+        if name:
+            (tmp_path / folder).rename(tmp_path / f"moved-{folder}")
+            path = tmp_path / f"moved-{folder}/run/checkpoints/saved.ckpt"
+            shutil.rmtree(tmp_path / f"moved-{chr(ord(str(folder)) - 1)}", ignore_errors=True)
+            folder = Path(name)
+    assert_equal(module, whole)
+
+
+def test_phases_note_their_own_figures_only(tmp_path):
+    loop = make_loop()
+    run(tmp_path, loop)
+    logged = {kind: {key for entry in loop.state.history if entry["phase"] == kind for key in entry} for kind in ("warmup", "sft", "dpo")}
+    assert "train_logps_chosen" in logged["dpo"]
+    assert not {key for kind in ("warmup", "sft") for key in logged[kind] if "rewards" in key or "logps" in key}
+    assert all("train_loss" in keys for keys in logged.values())
+    assert loop.report_phases() == [(0, "supervised"), (24, "supervised"), (32, "preference"), *loop.report_phases()[3:]]
+    assert [name for _, name in loop.report_phases()[3:]] == ["supervised", "preference"]
+
+
+@pytest.mark.parametrize("change", ["rows", "cut-offs", "exclusion"])
+def test_figures_of_another_protocol_are_not_shown(tmp_path, change):
+    loop = make_loop(rounds=0)
+    module, trainer, _ = run(tmp_path, loop)
+    data = TinyData()
+    if change == "rows":
+        data.test_dataloader = lambda: TinyData._eval_loader(data, "val")
+    elif change == "cut-offs":
+        module.ks = (1, 2)
+        module.eval_metrics.clear()
+    else:
+        module.decoding.exclude_seen = True
+    trainer.test(module, data, verbose=False)
+    assert loop.report_columns() == []
+    (section,) = loop.report_sections()
+    named = {
+        "rows": r"test rows: 13 rows .* then, 6 rows",
+        "cut-offs": r"metrics: .*\[1, 3\]",
+        "exclusion": 'decoding: .*"exclude_seen": false.* then',
+    }[change]
+    assert re.search(f"not shown beside this test: {named}", section.text)
+
+
+def test_sections_for_the_report(tmp_path):
+    loop = make_loop()
+    module, trainer, _ = run(tmp_path, loop)
+    trainer.test(module, TinyData(), verbose=False)
+    assert [section.title for section in loop.report_sections()] == [
+        "Rejected answers",
+        "Greedy and sampled answers",
+        "Exposure",
+        "Most recommended titles",
+    ]
+    assert loop.report_columns()[0].values["hr_3"] > 0
+    assert make_loop().report_columns() == []
+
+
+@pytest.mark.parametrize("play", [Play(), Play(decode="sample"), Play(decode="beam_k_random", num_beams=3)])
+def test_greedy_and_sampled_answers_stand_beside_the_true_titles(tmp_path, play, caplog):
+    loop = make_loop(play=play, diagnostic_rows=20)
+    with caplog.at_level(logging.INFO):
+        module, *_ = run(tmp_path, loop)
+    found = {(entry["round"], entry["titles"]): entry for entry in loop.state.history if entry["phase"] == "decoding"}
+    assert set(found) == {(number, titles) for number in (1, 2) for titles in ("true", "greedy", "sample")}
+    assert "round 2, greedy titles: distinct" in caplog.text
+    for number in (1, 2):
+        file = RoundFile.read(next(tmp_path.rglob(f"round_{number}.parquet")))
+        pool = [loop._loader.pool[position] for position in file.positions[:20]]
+        expected = answer_statistics([row["item_ids"][0] for row in pool], module.catalog.popularity)
+        assert found[number, "true"] == {"phase": "decoding", "round": number, "titles": "true", **expected}
+        if play.decode != "beam_k_random":
+            own = answer_statistics([row[0] for row in file.items[:20]], module.catalog.popularity)
+            assert found[number, play.decode] == {"phase": "decoding", "round": number, "titles": play.decode, **own}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"diagnostic_rows": 0}, {"negative_source": "random"}, {"play": Play(grounding="none", max_new_tokens=4)}, {"diagnostic_rows": 8}]
+)
+def test_comparing_decoding_changes_no_weights(tmp_path, changes):
+    reference, changed = make_loop(**(changes | {"diagnostic_rows": 32})), make_loop(**changes)
+    first, *_ = run(tmp_path / "reference", reference)
+    second, *_ = run(tmp_path / "changed", changed)
+    assert_equal(first, second)
+    compared = any(entry["phase"] == "decoding" for entry in changed.state.history)
+    assert compared == (changes == {"diagnostic_rows": 8})
+
+
+def test_progress_is_told(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        run(tmp_path)
+    assert "round 1 sft: own answers: 32 of 32 rows" in caplog.text
+    assert "round 2 dpo, reference" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": -1}, "epochs of a phase must be >= 0, got -1"),
+        ({"warmup_steps": -2}, "warmup_steps of a phase must be >= 0, got -2"),
+        ({"lr": 0.0}, "lr of a phase must be > 0, got 0.0"),
+        ({"rows": 0}, "rows of a phase must be >= 1 or null, got 0"),
+        ({"batch_factor": 0}, "batch_factor of a phase must be >= 1, got 0"),
+    ],
+)
+def test_phases_that_mean_nothing(values, message):
+    with pytest.raises(ValueError, match=message):
+        PhaseSettings(**values)
+
+
+def test_limits_that_have_no_effect_or_end_in_mid_round_are_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match="max_epochs=3 has no effect: SelfPlayLoop sets the epochs itself, 6 with"):
+        make_loop().setup(quiet_trainer(tmp_path, max_epochs=3), make_module(), "fit")
+    with pytest.raises(MisconfigurationException, match="EarlyStopping would end the run in the middle of a round"):
+        make_loop().setup(quiet_trainer(tmp_path, max_epochs=-1, callbacks=[EarlyStopping("val_loss")]), make_module(), "fit")
+    for epochs in (-1, 6):
+        make_loop().setup(quiet_trainer(tmp_path, max_epochs=epochs), make_module(), "fit")
+    make_loop().setup(quiet_trainer(tmp_path, fast_dev_run=True), make_module(), "fit")
+
+
+def test_a_loop_without_rounds_needs_no_rows_for_them(tmp_path):
+    _, trainer, steps = run(tmp_path, make_loop(rounds=0, rows_per_round=10_000, warmup=PhaseSettings(epochs=1)))
+    assert {kind for kind, *_ in steps} == {"warmup"}
+    assert trainer.current_epoch == 1
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="rounds must be >= 0, got -1"):
+        SelfPlayLoop(rounds=-1)
+    with pytest.raises(ValueError, match="rows_per_round must be >= 1 or null, got 0"):
+        SelfPlayLoop(rows_per_round=0)
+    with pytest.raises(ValueError, match="diagnostic_rows must be >= 0, got -1"):
+        SelfPlayLoop(diagnostic_rows=-1)
+    with pytest.raises(ValueError, match="the loop has no epoch"):
+        SelfPlayLoop(rounds=0, warmup=PhaseSettings(epochs=0))
+    with pytest.warns(UserWarning, match="3 preference epochs a round"):
+        SelfPlayLoop(dpo=PhaseSettings(epochs=3))
+    with pytest.raises(ValueError, match="a round needs 64 rows but there are 48"):
+        run(tmp_path, make_loop(rows_per_round=64))
+    with pytest.raises(MisconfigurationException, match="the 2 rows of the warm-up do not fill one optimizer step of"):
+        run(tmp_path, make_loop(warmup=PhaseSettings(epochs=1, rows=2)))
+    with pytest.raises(MisconfigurationException, match="a round of 32 rows does not fill one optimizer step of 40 in the sft phase"):
+        run(tmp_path, make_loop(sft=PhaseSettings(batch_factor=10)))
+    scheduled = make_module()
+    scheduled.lr_scheduler = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.raises(MisconfigurationException, match="sets the learning rates itself; leave lr_scheduler out"):
+        run(tmp_path, module=scheduled)
+    unscheduled = make_module()
+    unscheduled.default_lr_scheduler = scheduled.lr_scheduler
+    with pytest.raises(MisconfigurationException, match="sets the learning rates itself; SPRec makes a schedule of its own; use SPRec"):
+        run(tmp_path, module=unscheduled)
+
+    class Mute(LightningModule):
+        pass
+
+    with pytest.raises(MisconfigurationException, match="needs a module that recommends, such as SPRec; Mute has no `play`"):
+        make_loop().setup(quiet_trainer(tmp_path), Mute(), "fit")
+    plain = DataLoader(tiny_rows(8), batch_size=4, collate_fn=collate)
+    module = make_module()
+    module.catalog = tiny_catalog()
+    with pytest.raises(MisconfigurationException, match="needs a PhasedLoader"):
+        quiet_trainer(tmp_path, max_epochs=-1, callbacks=[make_loop(loader=plain)]).fit(module, plain)

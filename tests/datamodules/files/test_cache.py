@@ -1,0 +1,119 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from malleable.datamodules.files.atomic import cache as module
+from malleable.datamodules.files.cache import digest, open_arrays, open_tables, write_arrays, write_tables
+
+TABLES = {
+    "items": {"id": pa.array([1, 2, 3]), "tokens": pa.array([[1], [], [2, 3]], pa.list_(pa.int32()))},
+    "empty": {"id": pa.array([], pa.int64())},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_tables(tmp_path / "tables", TABLES, {"name": "x"})
+    return tmp_path / "tables"
+
+
+def test_tables_come_back_memory_mapped(folder):
+    before = pa.total_allocated_bytes()
+    tables, meta = open_tables(folder)
+    assert pa.total_allocated_bytes() - before < 1000
+    assert tables["items"].to_pydict() == {"id": [1, 2, 3], "tokens": [[1], [], [2, 3]]}
+    assert "empty" not in tables
+    assert meta == {"name": "x"}
+
+
+def test_nothing_there_is_no_warning(tmp_path, caplog):
+    assert open_tables(tmp_path / "tables") is None
+    assert not caplog.records
+
+
+def test_a_changed_byte_is_found(folder, caplog):
+    path = next((folder / "items").glob("*.arrow"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert open_tables(folder) is None
+    assert f"is corrupt (items/{path.name}): building it again" in caplog.text
+
+
+@pytest.mark.parametrize("lost", ["manifest.json", "items/state.json"])
+def test_a_lost_file_is_found(folder, caplog, lost):
+    (folder / lost).unlink()
+    assert open_tables(folder) is None
+    assert "building it again" in caplog.text
+
+
+def test_a_cut_manifest_is_found(folder, caplog):
+    (folder / "manifest.json").write_text('{"files"')
+    assert open_tables(folder) is None
+    assert "is not whole" in caplog.text
+
+
+def test_writing_replaces_what_is_broken_and_leaves_no_part(folder):
+    shutil.rmtree(folder / "items")
+    write_tables(folder, TABLES, {})
+    assert open_tables(folder) is not None
+    assert [path.name for path in folder.parent.iterdir() if "tmp" in path.name] == []
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "seal", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_tables(tmp_path / "tables", TABLES, {})
+    assert list(tmp_path.glob("tables*")) == []
+
+
+def test_of_two_writers_the_first_wins(folder):
+    stamp = (folder / "manifest.json").stat().st_mtime_ns
+    write_tables(folder, TABLES, {"name": "second"})
+    assert (folder / "manifest.json").stat().st_mtime_ns == stamp
+    assert [path.name for path in folder.parent.iterdir() if "tmp" in path.name] == []
+
+
+def test_a_writer_that_was_overtaken_leaves_the_others_work(tmp_path):
+    def overtaken(part: Path) -> None:
+        write_arrays(tmp_path / "arrays", {"heads": np.arange(3)}, {"by": "another"})
+        np.save(part / "heads.npy", np.arange(3))
+
+    module._write(tmp_path / "arrays", overtaken, {"arrays": ["heads"], "meta": {"by": "this"}})
+    assert open_arrays(tmp_path / "arrays")[1] == {"by": "another"}
+    assert [path.name for path in tmp_path.iterdir()] == ["arrays"]
+
+
+def test_digest_depends_on_values_not_on_order():
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_arrays_come_back_memory_mapped(tmp_path):
+    arrays = {"heads": np.arange(5, dtype=np.int32), "empty": np.zeros((0, 3), dtype=np.int64)}
+    write_arrays(tmp_path / "arrays", arrays, {"labels": ["ä", "b"]})
+    opened, meta = open_arrays(tmp_path / "arrays")
+    assert {name: (array.tolist(), array.dtype) for name, array in opened.items()} == {name: (a.tolist(), a.dtype) for name, a in arrays.items()}
+    assert isinstance(opened["heads"], np.memmap)
+    assert not opened["heads"].flags.writeable
+    assert meta == {"labels": ["ä", "b"]}
+
+
+def test_a_changed_byte_of_an_array_is_found(tmp_path, caplog):
+    write_arrays(tmp_path / "arrays", {"heads": np.arange(5)}, {})
+    path = tmp_path / "arrays" / "heads.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert open_arrays(tmp_path / "arrays") is None
+    assert "is corrupt (heads.npy): building it again" in caplog.text
+
+
+def test_objects_are_no_arrays(tmp_path):
+    with pytest.raises(ValueError, match="pickle"):
+        write_arrays(tmp_path / "arrays", {"labels": np.array(["a", None], dtype=object)}, {})
+    assert list(tmp_path.iterdir()) == []

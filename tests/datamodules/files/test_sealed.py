@@ -1,0 +1,35 @@
+import re
+
+import pytest
+
+from malleable.datamodules.files.sealed import is_whole, problem, seal
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "sealed/part").mkdir(parents=True)
+    (tmp_path / "sealed/a").write_text("a")
+    (tmp_path / "sealed/part/b").write_text("b")
+    seal(tmp_path / "sealed", {"meta": 1})
+    return tmp_path / "sealed"
+
+
+def test_a_sealed_folder_is_whole(folder):
+    assert is_whole(folder)
+    assert problem(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("part/b", "c", r"is corrupt \(part/b\)"),
+        ("a", None, r"is corrupt \(a\)"),
+        ("manifest.json", "{", "is not whole"),
+        ("manifest.json", "[]", "is not whole"),
+        ("manifest.json", None, "is not whole"),
+    ],
+)
+def test_damage_is_named(folder, file, content, message):
+    (folder / file).unlink() if content is None else (folder / file).write_text(content)
+    assert not is_whole(folder)
+    assert re.match(message, problem(folder))

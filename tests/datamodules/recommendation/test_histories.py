@@ -1,0 +1,169 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from malleable.datamodules.recommendation.histories import ItemLookup, read_histories
+
+TITLES = ["The Lion King (1994)", "Heat (1995)", "Alien (1979)", "Alien (2003)", "1984 (1984)", "7"]
+LOOKUP = ItemLookup(TITLES, [["10"], ["11", "99"], ["12"], ["13"], ["14"], ["15"]])
+
+
+def write(tmp_path: Path, name: str, text: str) -> Path:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("name", "item"),
+    [
+        ("Heat (1995)", 1),
+        ("heat (1995)", 1),
+        ("Heat", 1),
+        ("Lion King, The (1994)", 0),
+        ("Alien", None),
+        ("11", 1),
+        ("99", 1),
+        ("1984", 4),
+        ("7", 5),
+        ("x", None),
+    ],
+)
+def test_lookup(name, item):
+    assert LOOKUP.find(name) == item
+
+
+@pytest.mark.parametrize(("name", "kind", "item"), [("12", "id", 2), ("12", "title", None), ("Heat", "id", None), ("Heat", "title", 1)])
+def test_lookup_of_one_kind(name, kind, item):
+    assert LOOKUP.find(name, kind=kind) == LOOKUP.find({kind: name}) == item
+
+
+def test_titles_that_differ_in_case_only():
+    lookup = ItemLookup(["Heat", "HEAT", "Up"], [["a"], ["b"], ["c"]])
+    assert [lookup.find(name) for name in ("Heat", "HEAT", "heat", "UP")] == [0, 1, None, 2]
+
+
+@pytest.mark.parametrize("name", [True, 1.5, None, [], {"title": 7}, {"id": 7, "title": "7"}, {"name": "Heat"}, {}])
+def test_what_names_no_item_is_refused(name):
+    with pytest.raises(ValueError, match=r"^h.jsonl, line 3: "):
+        LOOKUP.find(name, "h.jsonl, line 3")
+
+
+def read(path, lookup=LOOKUP):
+    return [(history.user_id, history.items) for history in read_histories(path, lookup)]
+
+
+def test_csv_without_a_header_has_titles(tmp_path):
+    assert read(write(tmp_path, "h.csv", '"Lion King, The (1994)",Heat \r\n\n7, 1984\n')) == [(None, [0, 1]), (None, [5, 4])]
+
+
+@pytest.mark.parametrize(
+    ("header", "lines", "expected"),
+    [
+        ("item_id", "12, 13\n10\n", [(None, [2, 3]), (None, [0])]),
+        ("title", "Heat,7\n", [(None, [1, 5])]),
+        ("history", "Heat,12\n", [(None, [1, 2])]),
+        ("user_id,item_id", "10,12,13\n007,10\n10,11\n", [("10", [2, 3]), ("007", [0]), ("10", [1])]),
+        ("User_ID,Title", "Heat,7\n", [("Heat", [5])]),
+        ("user,item_id,item_id", "u1,12,13,99\n", [("u1", [2, 3, 1])]),
+    ],
+)
+def test_csv_with_a_header(tmp_path, header, lines, expected):
+    assert read(write(tmp_path, "h.csv", f"\ufeff{header}\n{lines}")) == expected
+
+
+ROWS = [["Heat", 12], {"history": ["Alien (2003)", {"title": "7"}, {"id": "11"}, {"id": 99}], "user_id": 7}, {"history": ["13"], "user": "u\u2028"}]
+READ = [(None, [1, 2]), ("7", [3, 5, 1, 1]), ("u\u2028", [3])]
+
+
+def test_json(tmp_path):
+    assert read(write(tmp_path, "h.jsonl", "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS))) == READ
+    assert read(write(tmp_path, "h.json", json.dumps(ROWS, indent=1))) == READ
+
+
+AMBIGUOUS = ItemLookup(["Heat (1995)", "300 (2006)", "1408 (2007)", "Alien (1979)"], [["300"], ["7153"], ["1721"], ["1408"]])
+
+
+def test_numbers_are_ids_where_a_title_is_the_same(tmp_path):
+    assert read(write(tmp_path, "h.jsonl", "[300, 1408]"), AMBIGUOUS) == [(None, [0, 3])]
+    assert read(write(tmp_path, "h.csv", "item_id\n300,1408"), AMBIGUOUS) == [(None, [0, 3])]
+    assert read(write(tmp_path, "h.csv", "title\n300,1408"), AMBIGUOUS) == [(None, [1, 2])]
+    assert read(write(tmp_path, "h.jsonl", '[{"id": "300"}, {"title": "300"}]'), AMBIGUOUS) == [(None, [0, 1])]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"), [("h.jsonl", '\n["Alien", "300"]', 2), ("h.csv", "300,1408", 1), ("h.csv", "user_id,history\n1,300", 2)]
+)
+def test_a_text_that_is_an_id_and_another_title_is_refused(tmp_path, name, text, line):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name}, line {line}: '300' is the id of 'Heat \(1995\)' and a title of '300 \(2006\)' \(id '7153'\); "
+        r'say which: \{"id": "300"\} or \{"title": "300"\} in JSON, a header line with item_id or title in CSV',
+    ):
+        read(write(tmp_path, name, text), AMBIGUOUS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("12,Heat\n", r"line 1: '12' is no title, but the id of an item. Without a header all cells are titles; .*user_id,item_id"),
+        ("Heat\n1,12,13\n", r"line 2: '12' is no title, but the id"),
+        ("u1,Heat,7\nu2,Alien (1979)\n", r"line 1: the first cell of no line is a title; if it is the user, put the header line user_id,title"),
+        (
+            "user_id,item_id,timestamp\n1,12,3\n",
+            r"line 1: the header is 'user_id,item_id,timestamp'; expected user_id \(may be missing\), then one of",
+        ),
+        ("item_id,user_id\n12,1\n", r"line 1: the header is 'item_id,user_id'"),
+        ("user_id\n1\n", r"line 1: the header is 'user_id'"),
+        ("user_id,item_id\n1,12\n1,13\n2,12\n", r"every line has one item, and user '1' has 2 lines. A line is one history"),
+        ("user_id,item_id\n1,12,13\n,12\n", r"line 3, field user_id: the id is empty"),
+    ],
+)
+def test_a_user_is_never_read_as_an_item(tmp_path, text, message):
+    with pytest.raises(ValueError, match=rf"h.csv.*{message}"):
+        read(write(tmp_path, "h.csv", text))
+
+
+def test_unknown_items_are_left_out_and_reported(tmp_path, caplog):
+    rows = [["Heat", "The Lion Kng", 12], {"history": [4711], "user_id": 1}, [4711, "7"]]
+    path = write(tmp_path, "h.jsonl", "\n".join(map(json.dumps, rows)))
+    with caplog.at_level(logging.WARNING):
+        histories = read_histories(path, LOOKUP)
+    assert [(history.number, history.items) for history in histories] == [(0, [1, 2]), (2, [5])]
+    left_out, empty = caplog.messages
+    assert (
+        "h.jsonl: left out 3 items (2 distinct) that the catalogue does not have: line 1: 'The Lion Kng' is neither a title nor an item id"
+        in left_out
+    )
+    assert "(nearest titles: 'The Lion King (1994)')" in left_out
+    assert "line 2: '4711'" in left_out
+    assert "h.jsonl: 1 of 3 histories have no known item and get no prediction (first:" in empty
+
+
+def test_a_file_without_any_known_item_is_refused(tmp_path):
+    path = write(tmp_path, "h.csv", "The Lion Kng\n")
+    with pytest.raises(
+        ValueError, match=r"line 1: 'The Lion Kng' is neither .*nearest titles: 'The Lion King \(1994\)'.*No history has a known item"
+    ):
+        read(path)
+    with pytest.raises(ValueError, match=r"line 1: 'Zzzzzzzzzz' is neither a title nor an item id\. No history"):
+        read(write(tmp_path, "h.csv", "Zzzzzzzzzz\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("h.txt", "Heat", "is no file of histories: give .csv"),
+        ("h.csv", "\n", "holds no history"),
+        ("h.csv", "item_id\n", "holds no history"),
+        ("h.json", "[]", "holds no history"),
+        ("h.jsonl", "[]\n", "line 1: the history is empty"),
+        ("h.jsonl", "{\n", "line 1: no JSON"),
+        ("h.jsonl", '["Heat"]\n{"items": []}\n', "line 2: expected a list of ids or titles, or an object with a list 'history'"),
+        ("h.jsonl", '{"history": ["Heat"], "user_id": [1]}', r"line 1, field user_id: an id is a text or an integer"),
+    ],
+)
+def test_what_is_no_file_of_histories(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        read(write(tmp_path, name, text))

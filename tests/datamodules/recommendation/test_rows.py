@@ -1,0 +1,136 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from malleable.datamodules.batch import AnswerBatch, PreferenceBatch, collate
+from malleable.datamodules.recommendation.prompt import PromptPieces
+from malleable.datamodules.recommendation.rows import AnswerRows, Negatives, Ragged, Reach
+from malleable.datamodules.recommendation.sampling import ItemSampler
+from malleable.datamodules.recommendation.splits import RowIndex
+
+EOS = 1
+TOKENS = [(100 + item,) * (item + 1) for item in range(6)]
+PIECES = PromptPieces((7,), (9,), (5, 6), (8,), TOKENS, [(*ids, EOS) for ids in TOKENS], TOKENS, EOS)
+SEQUENCES = [np.array([0, 1, 2, 3]), np.array([4, 5])]
+
+
+def index(*rows, candidates=None):
+    return RowIndex(np.array([row[0] for row in rows]), np.array([row[1] for row in rows]), candidates)
+
+
+def prompt_length(items, candidates=()):
+    return len(PIECES.prompt(items, candidates))
+
+
+def test_a_ragged_column_gives_views():
+    column = Ragged(pa.chunked_array([[[1, 2], []], [[3]]], pa.list_(pa.int32())))
+    assert [column[row].tolist() for row in range(len(column))] == [[1, 2], [], [3]]
+
+
+def test_rows_show_the_history_and_hide_what_was_seen():
+    table = Reach(2, PIECES).place("train", SEQUENCES, index((0, 1), (0, 3), (1, 1)), first_id=10)
+    rows = AnswerRows(table, SEQUENCES, PIECES)
+    assert rows[1] == {
+        "sample_id": 11,
+        "prompt": PIECES.prompt([1, 2]),
+        "answers": [(103, 103, 103, 103, EOS)],
+        "item_ids": [3],
+        "history": [1, 2],
+        "earlier": [0, 1, 2],
+        "seen": [0, 1, 2],
+    }
+    assert rows[2]["history"] == rows[2]["seen"] == [4]
+    assert rows.row_tokens().tolist() == [3, 5, 7]
+    batch = collate([rows[row] for row in range(3)])
+    assert type(batch) is AnswerBatch
+    assert batch.target.tolist() == [1, 3, 5]
+    assert batch.seen.tolist() == [[0, -1, -1], [0, 1, 2], [4, -1, -1]]
+
+
+def test_selected_rows_keep_their_ids():
+    table = Reach(2, PIECES).place("train", SEQUENCES, index((0, 1), (0, 3), (1, 1)))
+    rows = AnswerRows(table, SEQUENCES, PIECES, select=np.array([2, 0]), hide_seen=False)
+    assert [rows[row]["sample_id"] for row in range(len(rows))] == [2, 0]
+    assert rows.row_tokens().tolist() == [7, 3]
+    assert rows[0]["seen"] == ()
+
+
+def test_a_row_at_the_end_of_its_history_has_no_answer():
+    table = Reach(9, PIECES).place("predict", SEQUENCES, index((0, 4), (1, 2)))
+    rows = AnswerRows(table, SEQUENCES, PIECES)
+    assert rows[1]["item_ids"] == [-1]
+    assert rows[1]["answers"] == [()]
+    batch = collate([rows[0], rows[1]])
+    assert batch.answer_ids.shape == (2, 1, 0)
+    assert batch.history.tolist() == [[0, 1, 2, 3], [-1, -1, 4, 5]]
+
+
+def test_rows_without_text():
+    rows = AnswerRows(Reach(9).place("train", SEQUENCES, index((0, 2))), SEQUENCES, None)
+    assert (rows[0]["prompt"], rows[0]["answers"], rows[0]["item_ids"]) == ((), [()], [2])
+    assert rows.row_tokens().tolist() == [0]
+
+
+@pytest.mark.parametrize("limit", range(8, 25))
+def test_prompts_lose_their_oldest_items_only(limit, caplog):
+    """The naive loop: drop the oldest item until the prompt fits."""
+    expected, end = [0, 1, 2], 3
+    while prompt_length(expected) > limit:
+        expected = expected[1:]
+    table = Reach(9, PIECES, limit).place("test", SEQUENCES, index((0, end)))
+    row = AnswerRows(table, SEQUENCES, PIECES)[0]
+    assert row["history"] == expected
+    assert row["prompt"][0] == 7
+    assert row["prompt"][-2:] == [5, 6]
+    assert row["seen"] == [0, 1, 2]
+    assert ("1 of 1 test prompts exceed" in caplog.text) == (len(expected) < 3)
+
+
+def test_candidates_take_their_room_from_the_history():
+    candidates = [np.array([3, 0])]
+    limit = prompt_length([1, 2], [3, 0])
+    for room, expected in ((limit, [1, 2]), (limit - 1, [2])):
+        table = Reach(9, PIECES, room).place("test", SEQUENCES, index((0, 3), candidates=candidates))
+        row = AnswerRows(table, SEQUENCES, PIECES)[0]
+        assert row["history"] == expected
+        assert row["candidates"] == [3, 0]
+        assert len(row["prompt"]) <= room
+
+
+def test_no_room_for_any_item_is_an_error():
+    needed = prompt_length([2])
+    Reach(9, PIECES, needed).place("val", SEQUENCES, index((0, 3)))
+    with pytest.raises(ValueError, match=f"max_prompt_length {needed - 2} leaves 1 val prompts without any item; raise it to at least {needed}"):
+        Reach(9, PIECES, needed - 2).place("val", SEQUENCES, index((0, 3)))
+
+
+def test_negatives_follow_the_true_answer_and_are_never_the_users_own():
+    table = Reach(1, PIECES).place("train", SEQUENCES, index((0, 2), (1, 1)))
+    rows = AnswerRows(table, SEQUENCES, PIECES, negatives=Negatives(ItemSampler(range(6)), 3))
+    first = rows[0]
+    assert first["item_ids"][0] == 2
+    assert sorted(first["item_ids"][1:]) == [3, 4, 5]
+    assert first["answers"] == [PIECES.answers[item] for item in first["item_ids"]]
+    assert rows[0] == first
+    for seed in range(20):  # item 0 is earlier than what the prompt shows
+        drawn = AnswerRows(table, SEQUENCES, PIECES, negatives=Negatives(ItemSampler(range(6), seed=seed), 1))[0]["item_ids"][1]
+        assert drawn in (3, 4, 5)
+    assert type(collate([rows[0], rows[1]])) is PreferenceBatch
+
+
+@pytest.mark.parametrize("hide_seen", [True, False])
+def test_all_earlier_items_are_known_whatever_the_prompt_shows(hide_seen):
+    rows = AnswerRows(Reach(1, PIECES).place("train", SEQUENCES, index((0, 2), (1, 1))), SEQUENCES, PIECES, hide_seen=hide_seen)
+    assert [rows[0]["earlier"], rows[0]["history"]] == [SEQUENCES[0][:2].tolist(), SEQUENCES[0][1:2].tolist()]
+    assert rows[0]["seen"] == (rows[0]["earlier"] if hide_seen else ())
+
+
+def test_negatives_come_from_the_candidates_where_there_are_some():
+    table = Reach(9, PIECES).place("train", SEQUENCES, index((0, 2), candidates=[np.array([5, 2, 4])]))
+    rows = AnswerRows(table, SEQUENCES, PIECES, negatives=Negatives(ItemSampler(range(6)), 2))
+    assert sorted(rows[0]["item_ids"][1:]) == [4, 5]
+
+
+def test_predicted_rows_have_no_negatives():
+    table = Reach(9, PIECES).place("predict", SEQUENCES, index((0, 4)))
+    assert AnswerRows(table, SEQUENCES, PIECES, negatives=Negatives(ItemSampler(range(6)), 2))[0]["item_ids"] == [-1]

