@@ -90,7 +90,8 @@ class PredictionWriter(Callback):
         self._lines = []
         data = getattr(trainer, "datamodule", None)
         catalog = self._catalog(getattr(pl_module, "catalog", None), getattr(data, "catalog", None))
-        if isinstance(pl_module, DescribesPredictions):
+        recommends = catalog is not None and hasattr(pl_module, "recommend")
+        if isinstance(pl_module, DescribesPredictions) and not recommends:
             self._words = pl_module
         else:
             self._words = None if catalog is None else DescribesItems(catalog, getattr(data, "predicted_users", None))

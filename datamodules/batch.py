@@ -198,7 +198,7 @@ class Recommendations(NamedTuple):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a language model must know of its tokenizer.
+    """Tokens of a language model.
 
     Attributes:
         vocab_size: Number of tokens.
@@ -224,26 +224,18 @@ class Catalog:
         token_ids: Answer tokens of each title, the end-of-sequence token included; empty where no language model is used.
         genres: Genres of each item; empty tuples where unknown.
         popularity: Training interactions of each item.
-        eos_token_id: End-of-sequence token.
-        pad_token_id: Padding token.
-        vocab_size: Number of tokens of the tokenizer.
-        tokenizer: Folder or id the tokenizer loads from; ``None`` where no language model is used.
+        vocabulary: The tokenizer of ``token_ids``; ``None`` where no language model is used.
         keys: The source's own id of each item, the first one where several have the same title; empty where the source gives none.
         template: Fields of the prompt template; ``None`` where no language model is used.
-        largest_token_id: Largest token that prompts and answers have; ``None``: any of the vocabulary.
     """
 
     titles: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...] = ()
     genres: tuple[tuple[str, ...], ...] = ()
     popularity: tuple[int, ...] = ()
-    eos_token_id: int = 0
-    pad_token_id: int = 0
-    vocab_size: int = 0
-    tokenizer: str | None = None
+    vocabulary: Vocabulary | None = None
     keys: tuple[str, ...] = ()
     template: dict[str, Any] | None = None
-    largest_token_id: int | None = None
 
     def __len__(self) -> int:
         """Return the number of items."""

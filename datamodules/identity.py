@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -44,6 +44,8 @@ __all__ = [
     "rules_digest",
     "stores_data",
     "take",
+    "vocabulary_of",
+    "with_tokenizer",
     "write_folder",
 ]
 
@@ -62,6 +64,22 @@ ADVICE = {
 }
 
 
+def vocabulary_of(described: Described) -> Vocabulary | None:
+    """Return the vocabulary of a catalogue, or the vocabulary itself; ``None`` where there is none."""
+    if isinstance(described, Catalog):
+        return described.vocabulary
+    return described if isinstance(described, Vocabulary) else None
+
+
+def with_tokenizer(described: Described, tokenizer: str) -> Described:
+    """Return a copy whose vocabulary loads its tokenizer from another place."""
+    vocabulary = vocabulary_of(described)
+    if vocabulary is None:
+        return described
+    vocabulary = replace(vocabulary, tokenizer=tokenizer)
+    return replace(described, vocabulary=vocabulary) if isinstance(described, Catalog) else vocabulary
+
+
 # --- comparison ---
 
 
@@ -75,10 +93,11 @@ def identity(described: Described, *, text: bool = True) -> dict[str, Any]:
     if isinstance(described, KnowledgeGraph):
         return {"entities": described.entities, "relations": described.relations}
     parts: dict[str, Any] = {"items": described.titles} if isinstance(described, Catalog) else {}
-    if not text:
+    vocabulary = vocabulary_of(described)
+    if not text or vocabulary is None:
         return parts
-    parts |= {"vocab_size": described.vocab_size, "eos_token_id": described.eos_token_id}
-    if described.tokenizer is not None and (digest := tokenizer_digest(described.tokenizer)) is not None:
+    parts |= {"vocab_size": vocabulary.vocab_size, "eos_token_id": vocabulary.eos_token_id}
+    if vocabulary.tokenizer is not None and (digest := tokenizer_digest(vocabulary.tokenizer)) is not None:
         parts["tokenizer"] = digest
     if isinstance(described, Catalog):
         if described.template is not None:
@@ -111,7 +130,7 @@ def check_identity(kind: str, stored: Described, given: Described, *, text: bool
     own, other = identity(stored, text=text), identity(given, text=text)
     if extend and isinstance(stored, Catalog) and isinstance(given, Catalog):
         other |= {"items": given.titles[: len(stored)]}
-        if text:
+        if TOKENS in other:
             other[TOKENS] = dict(list(other[TOKENS].items())[: len(stored)])
     if found := differences(own, other):
         what = "another graph" if kind == "graph" else "other data"
@@ -176,6 +195,8 @@ def from_plain(kind: str, stored: Mapping[str, Any]) -> Described:
     """Rebuild a description; entries of a later version are left out."""
     known = {field.name for field in fields(KINDS[kind])}
     values = {name: _tuples(value) for name, value in stored.items() if name in known}
+    if values.get("vocabulary") is not None:
+        values["vocabulary"] = from_plain("vocabulary", values["vocabulary"])
     described: Described = KINDS[kind](**values)
     hints = get_type_hints(KINDS[kind])
     for name, value in vars(described).items():
@@ -197,8 +218,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def put(entries: dict[str, Any], kind: str, described: Described) -> None:
     """Put a description and its tokenizer into a checkpoint."""
     entries[kind] = as_plain(described)
-    name = None if isinstance(described, KnowledgeGraph) else described.tokenizer
-    if name is not None and (packed := pack_tokenizer(name)) is not None:
+    vocabulary = vocabulary_of(described)
+    if vocabulary is not None and vocabulary.tokenizer is not None and (packed := pack_tokenizer(vocabulary.tokenizer)) is not None:
         entries["tokenizer"] = packed
 
 
@@ -213,8 +234,8 @@ def take(entries: Mapping[str, Any], kind: str) -> Described | None:
         return None
     try:
         described = from_plain(kind, entries[kind])
-        if not isinstance(described, KnowledgeGraph) and "tokenizer" in entries:
-            described = replace(described, tokenizer=str(unpack_tokenizer(entries["tokenizer"])))
+        if "tokenizer" in entries and vocabulary_of(described) is not None:
+            described = with_tokenizer(described, str(unpack_tokenizer(entries["tokenizer"])))
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError, zlib.error) as error:
         raise ValueError(f"the checkpoint's entry {kind!r} or its tokenizer is damaged ({type(error).__name__}: {first_line(error)})") from error
     return described
@@ -222,7 +243,8 @@ def take(entries: Mapping[str, Any], kind: str) -> Described | None:
 
 def write_folder(folder: Path, kind: str, described: Described, settings: Mapping[str, Any]) -> None:
     """Write ``malleable.json`` into an exported folder."""
-    digest = None if isinstance(described, KnowledgeGraph) or described.tokenizer is None else tokenizer_digest(described.tokenizer)
+    vocabulary = vocabulary_of(described)
+    digest = None if vocabulary is None or vocabulary.tokenizer is None else tokenizer_digest(vocabulary.tokenizer)
     content = {kind: as_plain(described), "tokenizer_digest": digest, SETTINGS: dict(settings)}
     with atomic_write(folder / FOLDER_FILE) as temporary:
         temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
@@ -286,9 +308,10 @@ def read_stored(name: str) -> Catalog | Vocabulary:
         raise ValueError(f"{name} has neither a catalogue nor a vocabulary; give a checkpoint of a language model or recommender, or a tokenizer")
     if (path / FOLDER_FILE).is_file():
         return _with_own_tokenizer(path, described, entries["tokenizer_digest"])
-    if "tokenizer" not in entries and described.tokenizer is not None and tokenizer_digest(described.tokenizer) is None:
+    tokenizer = getattr(vocabulary_of(described), "tokenizer", None)
+    if "tokenizer" not in entries and tokenizer is not None and tokenizer_digest(tokenizer) is None:
         raise ValueError(
-            f"{name} was written by an earlier version, without its tokenizer, and {described.tokenizer} is not on this machine; "
+            f"{name} was written by an earlier version, without its tokenizer, and {tokenizer} is not on this machine; "
             "copy that folder here, name the tokenizer with --data.tokenizer, or train again"
         )
     return described
@@ -315,7 +338,7 @@ def _with_own_tokenizer(path: Path, described: Catalog | Vocabulary, digest: str
             f"the tokenizer in {path} is not the one its model was trained with (digest {str(found)[:12]}, trained with {digest[:12]}); "
             "export the model again"
         )
-    return replace(described, tokenizer=str(path))
+    return cast("Catalog | Vocabulary", with_tokenizer(described, str(path)))
 
 
 def _sharded(path: Path) -> Path | None:

@@ -21,7 +21,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import Metric
 
 from malleable.datamodules.batch import Batch
-from malleable.datamodules.identity import KINDS, SETTINGS, check_identity, differences, put, take
+from malleable.datamodules.identity import KINDS, SETTINGS, check_identity, differences, put, take, vocabulary_of
 from malleable.lightning_modules.frozen_ddp import leave_frozen_unwrapped
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.ranks import gather_over_ranks
@@ -64,7 +64,7 @@ def needs_weights(method: Callable[P, T]) -> Callable[P, T]:
 class BaseModule(CheckedLoading, ABC):
     """The steps of all methods; a subclass writes :meth:`compute_loss` and, to be tested, :meth:`evaluate`.
 
-    Order of hooks: ``__init__`` (typed attributes, no weights), ``setup`` (:attr:`needs` are filled from the data module),
+    Order of hooks: ``__init__`` (typed attributes, no weights), ``setup`` (what comes from the data module is set),
     ``configure_model`` (weights; a second call does nothing), ``configure_metrics``.
 
     Args:
@@ -74,8 +74,10 @@ class BaseModule(CheckedLoading, ABC):
 
     trains: ClassVar[bool] = True
     """False for methods without training: `test` and `predict` then need no checkpoint."""
-    needs: ClassVar[tuple[str, ...]] = ()
+    required_from_datamodule: ClassVar[tuple[str, ...]] = ()
     """Attributes that, left ``None``, are taken from the data module's attribute of the same name."""
+    optional_from_datamodule: ClassVar[tuple[str, ...]] = ()
+    """The same for attributes that may stay ``None``."""
     weight_settings: ClassVar[tuple[str, ...]] = ()
     """Constructor arguments, as dotted names, that change what given weights compute: a checkpoint's values must be the module's."""
     reads_text: ClassVar[bool] = True
@@ -90,16 +92,16 @@ class BaseModule(CheckedLoading, ABC):
         self._loss_sums: dict[str, dict[str, Tensor]] = {}
 
     def setup(self, stage: str) -> None:
-        """Take what the method :attr:`needs` from the data module; what the module has already must be the same.
+        """Take attributes from the data module; what the module has already must be the same.
 
         Raises:
             MisconfigurationException: If it is nowhere, or the data's is not the module's.
         """
         self._leave_steps_uncompiled()
         source = getattr(self.trainer, "datamodule", None)
-        for name in self.needs:
+        for name in self.data_attributes():
             own, given = getattr(self, name), getattr(source, name, None)
-            if own is None and given is None:
+            if own is None and given is None and name in self.required_from_datamodule:
                 raise MisconfigurationException(
                     f"{type(self).__name__} needs `{name}`: pass {type(self).__name__}({name}=...) or use a data module that has it"
                 )
@@ -107,7 +109,7 @@ class BaseModule(CheckedLoading, ABC):
                 continue
             if own is not None:
                 check_identity(name, own, given, text=self.reads_text, extend=getattr(source, "extend_catalog", False))
-            if getattr(own, "tokenizer", None) is None or getattr(given, "tokenizer", None) is not None:
+            if not _has_tokenizer(own) or _has_tokenizer(given):
                 # The data's counts of the same items are the current ones.
                 setattr(self, name, given)
                 self.eval_metrics.clear()
@@ -118,6 +120,11 @@ class BaseModule(CheckedLoading, ABC):
         if self._compiler_ctx is not None:
             log.info("torch.compile(%s): steps log and run without compilation; of a language model the decoder is compiled", type(self).__name__)
             to_uncompiled(self)
+
+    @classmethod
+    def data_attributes(cls) -> tuple[str, ...]:
+        """Return the names of the attributes that come from the data module."""
+        return (*cls.optional_from_datamodule, *cls.required_from_datamodule)
 
     @property
     def is_built(self) -> bool:
@@ -131,7 +138,7 @@ class BaseModule(CheckedLoading, ABC):
             MisconfigurationException: If ``configure_model`` has not been called, or had nothing to build from.
         """
         if not self.is_built:
-            missing = [name for name in self.needs if getattr(self, name) is None]
+            missing = [name for name in self.required_from_datamodule if getattr(self, name) is None]
             first = f"pass {missing[0]}=... and call" if missing else "call"
             raise MisconfigurationException(
                 f"{type(self).__name__} has no weights yet: {first} configure_model(), or load a checkpoint; a Trainer does so before it runs"
@@ -144,8 +151,9 @@ class BaseModule(CheckedLoading, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what the weights depend on: settings, tokenizer, template, items or labels."""
         checkpoint[SETTINGS] = self.settings()
-        for name in self.needs:
-            if name in KINDS and getattr(self, name) is not None:
+        stored = [name for name in self.data_attributes() if name in KINDS and getattr(self, name) is not None]
+        for name in stored:
+            if not (name == "vocabulary" and "catalog" in stored):  # which has it
                 put(checkpoint, name, getattr(self, name))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -154,11 +162,11 @@ class BaseModule(CheckedLoading, ABC):
         Raises:
             MisconfigurationException: If the checkpoint's items, labels, tokenizer or template are not the module's.
         """
-        for name in self.needs:
+        for name in self.data_attributes():
             if name not in KINDS:
                 continue
             stored, own = take(checkpoint, name), getattr(self, name)
-            if stored is None and own is None:
+            if stored is None and own is None and name in self.required_from_datamodule:
                 raise MisconfigurationException(f"{type(self).__name__} needs `{name}`, and the checkpoint has none: pass {name}=...")
             if own is None:
                 setattr(self, name, stored)
@@ -188,11 +196,11 @@ class BaseModule(CheckedLoading, ABC):
         except RuntimeError:
             return None
 
-    def remember(self) -> None:
+    def save_config(self) -> None:
         """Store the constructor's arguments as plain data; call it last in ``__init__``."""
         frame = inspect.currentframe()
         assert frame is not None
-        self.save_hyperparameters(ignore=[*self.needs, "optimizer", "lr_scheduler"], frame=frame.f_back)
+        self.save_hyperparameters(ignore=[*self.data_attributes(), "optimizer", "lr_scheduler"], frame=frame.f_back)
         for name, value in list(self.hparams.items()):
             self.hparams[name] = plain(value)
 
@@ -349,3 +357,8 @@ class BaseModule(CheckedLoading, ABC):
             values = metric.compute()
             self.log_dict({f"{split}_{name}": value for name, value in values.items()}, rank_zero_only=False)
             metric.reset()
+
+
+def _has_tokenizer(described: Any) -> bool:
+    vocabulary = vocabulary_of(described)
+    return vocabulary is not None and vocabulary.tokenizer is not None

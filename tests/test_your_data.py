@@ -11,7 +11,7 @@ from shared import ROOT
 
 from malleable.callbacks.report.metric_notes import NOTES
 from malleable.datamodules.recommendation.splits import Split
-from malleable.lightning_modules.language.language_model import Decoding
+from malleable.lightning_modules.language.item_decoding import Decoding
 
 PAGE = (ROOT / "configs" / "YOUR_DATA.md").read_text(encoding="utf-8")
 CONFIGURATION = re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1]

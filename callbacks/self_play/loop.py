@@ -28,7 +28,7 @@ from malleable.datamodules.batch import Catalog, Recommendations
 from malleable.datamodules.loading import PhasedLoader, RowView
 from malleable.lightning_modules.functional.schedule import warmup_decay
 from malleable.lightning_modules.language.language_model import LanguageModel
-from malleable.lightning_modules.language.play import Play
+from malleable.lightning_modules.language.negatives import SelfPlay
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class SelfPlayLoop(Callback):
     Source:
         Gao et al. (2025), SPRec, arXiv:2412.09243, Algorithm 1, and its released code.
         Differs: rows are drawn without replacement until the pool is used up, and negatives are real items; ``keep_identical='keep'`` and
-        ``Play(grounding='none')`` give the released behaviour.
+        ``SelfPlay(grounding='none')`` give the released behaviour.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class SelfPlayLoop(Callback):
         sft: PhaseSettings | None = None,
         dpo: PhaseSettings | None = None,
         negative_source: Literal["pre_round", "post_sft", "random", "popularity"] = "pre_round",
-        play: Play | None = None,
+        play: SelfPlay | None = None,
         keep_identical: Literal["drop", "keep"] = "drop",
         compare_on: Literal["test", "val", "none"] = "test",
         loader: PhasedLoader[Any] | None = None,
@@ -95,7 +95,7 @@ class SelfPlayLoop(Callback):
             "dpo": dpo or PhaseSettings(),
         }
         self.negative_source = negative_source
-        self.play = play or Play()
+        self.play = play or SelfPlay()
         self.keep_identical = keep_identical
         self.compare_on = compare_on
         self.diagnostic_rows = diagnostic_rows
@@ -142,8 +142,10 @@ class SelfPlayLoop(Callback):
         """Check the combination, and tell the Trainer how many epochs there are."""
         if stage != "fit":
             return
-        if not hasattr(pl_module, "play"):
-            raise MisconfigurationException(f"SelfPlayLoop needs a module that recommends, such as SPRec; {type(pl_module).__name__} has no `play`")
+        if not hasattr(pl_module, "generate_negatives"):
+            raise MisconfigurationException(
+                f"SelfPlayLoop needs a module that recommends, such as SPRec; {type(pl_module).__name__} has no `generate_negatives`"
+            )
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             check_limits(trainer, len(self.phases))
             trainer.fit_loop.max_epochs = len(self.phases)

@@ -14,11 +14,11 @@ from malleable.datamodules.batch import Catalog
 from malleable.datamodules.loading import PhasedLoader, RowView
 from malleable.datamodules.recommendation.sampling import ItemSampler
 from malleable.lightning_modules.language.language_model import LanguageModel
-from malleable.lightning_modules.language.play import Play
+from malleable.lightning_modules.language.negatives import SelfPlay
 
 
 def negatives(
-    trainer: Trainer, module: LanguageModel, rows: Any, loader: PhasedLoader[Any], source: str, play: Play, seed: tuple[int, int], label: str
+    trainer: Trainer, module: LanguageModel, rows: Any, loader: PhasedLoader[Any], source: str, play: SelfPlay, seed: tuple[int, int], label: str
 ) -> tuple[list[list[int]], list[list[list[int]]]]:
     """Make the rejected answers of a round.
 
@@ -42,7 +42,7 @@ def negatives(
         sampler = ItemSampler(range(len(catalog)), None if source == "random" else catalog.popularity, seed=number)
         items = [draw(sampler, rows[index], play.num_negatives) for index in range(len(rows))]
         return items, titles(items, catalog)
-    ask = partial(module.play, play=play, seed=number)
+    ask = partial(module.generate_negatives, settings=play, seed=number)
     table = sweep(trainer, module, rows, loader.collate_fn, rows_per_pass(trainer, loader), ask, f"{label}: own answers")
     if play.grounding == "none":
         # (rows, 1 + tokens): the item or -1, then the free text padded with -1.
@@ -57,7 +57,7 @@ def compare_decoding(
     file: RoundFile,
     count: int,
     source: str,
-    play: Play,
+    play: SelfPlay,
     seed: tuple[int, int],
     label: str,
 ) -> dict[str, dict[str, float]]:

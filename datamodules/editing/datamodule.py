@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from malleable.datamodules.base import BaseDataModule
 from malleable.datamodules.batch import Batch, Vocabulary, collate
 from malleable.datamodules.editing.requests import EditRequest, checked
-from malleable.datamodules.identity import is_stored, read_stored
+from malleable.datamodules.identity import is_stored, read_stored, vocabulary_of
 from malleable.datamodules.language.text_rows import TextRows
 from malleable.datamodules.language.tokenizer import largest_token_id, load_tokenizer, train_tokenizer
 from malleable.datamodules.sources.editing.base import EditSource, EditTables
@@ -162,10 +162,10 @@ class EditingDataModule(BaseDataModule):
 
     def _find_tokenizer(self) -> str:
         if is_stored(self.tokenizer_name):
-            stored = read_stored(str(self.tokenizer_name))
-            if stored.tokenizer is None:
+            vocabulary = vocabulary_of(read_stored(str(self.tokenizer_name)))
+            if vocabulary is None or vocabulary.tokenizer is None:
                 raise ValueError(f"{self.tokenizer_name} was trained without a tokenizer; give one with tokenizer=...")
-            return stored.tokenizer
+            return vocabulary.tokenizer
         if self.tokenizer_name is not None:
             return self.tokenizer_name
         tables, texts = self._load()

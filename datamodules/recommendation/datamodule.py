@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from malleable.datamodules.base import BaseDataModule
-from malleable.datamodules.batch import Batch, Catalog, collate
+from malleable.datamodules.batch import Batch, Catalog, Vocabulary, collate
 from malleable.datamodules.files.fetch import cache_folder
-from malleable.datamodules.identity import is_stored, read_stored
+from malleable.datamodules.identity import is_stored, read_stored, vocabulary_of
 from malleable.datamodules.language.packing import PackedRows
 from malleable.datamodules.loading import PhasedLoader
 from malleable.datamodules.recommendation.histories import ItemLookup, read_histories, read_users
@@ -166,6 +166,11 @@ class RecommendationDataModule(BaseDataModule):
         return summary.pairs()
 
     @property
+    def vocabulary(self) -> Vocabulary | None:
+        """Tokens of the texts, valid after ``setup``; ``None`` with ``tokenizer='none'``."""
+        return self.catalog.vocabulary
+
+    @property
     def num_items(self) -> int:
         """Items of the catalogue, valid after ``setup``."""
         return len(self.catalog)
@@ -188,7 +193,7 @@ class RecommendationDataModule(BaseDataModule):
 
     def collate(self, rows: Sequence[Any]) -> Batch:
         """Make a batch of rows."""
-        return collate(rows, self.catalog.pad_token_id)
+        return collate(rows, self.vocabulary.pad_token_id if self.vocabulary else 0)
 
     def train_dataloader(self) -> PhasedLoader[Any]:
         """Return the training loader, which also knows the other view of the same data."""
@@ -216,13 +221,14 @@ class RecommendationDataModule(BaseDataModule):
             return {"tokenizer": self.tokenizer, "template": self.template or PromptTemplate()}
         assert self.tokenizer is not None
         stored = read_stored(self.tokenizer)
+        tokenizer = getattr(vocabulary_of(stored), "tokenizer", None)
         if not isinstance(stored, Catalog):
-            return {"tokenizer": stored.tokenizer, "template": self.template or PromptTemplate()}
+            return {"tokenizer": tokenizer, "template": self.template or PromptTemplate()}
         template = PromptTemplate(**stored.template) if stored.template is not None else self.template or PromptTemplate()
         if self.template not in (None, template):
             raise ValueError(f"template is {self.template} here, but {template} in {self.tokenizer}; leave template out, or start from other weights")
         self.template = template
-        return {"tokenizer": stored.tokenizer or "none", "template": template, "catalog": stored, "extend_catalog": self.extend_catalog}
+        return {"tokenizer": tokenizer or "none", "template": template, "catalog": stored, "extend_catalog": self.extend_catalog}
 
     def _negatives(self) -> Negatives | None:
         if self.negatives == "none":

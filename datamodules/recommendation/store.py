@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute
 
-from malleable.datamodules.batch import Catalog
+from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.files.cache import digest, open_tables, write_tables
 from malleable.datamodules.files.fetch import sha256_of
 from malleable.datamodules.files.sealed import is_whole
@@ -29,7 +29,7 @@ from malleable.datamodules.sources.recommendation.base import Source
 log = logging.getLogger(__name__)
 
 # Raise it when what is stored changes its meaning.
-FORMAT = 3
+FORMAT = 4
 _NONE = np.zeros(0, dtype=np.int64)
 _NO_ROWS = RowTable(_NONE, _NONE, _NONE, _NONE, _NONE)
 
@@ -106,10 +106,11 @@ class Store:
             if opened is None:
                 raise OSError(f"the cache {target} cannot be read right after it was written; check the disk, or choose another cache_dir")
         store = cls._from_tables(*opened)
-        if recipe.tokenizer is None and not is_whole(Path(store.catalog.tokenizer or "")):
+        vocabulary = store.catalog.vocabulary
+        if recipe.tokenizer is None and vocabulary is not None and not is_whole(Path(vocabulary.tokenizer or "")):
             # It lies beside the data and may have been removed or changed; the same titles give the same tokenizer.
             trained = tokenizers.train_tokenizer(store.catalog.titles, recipe.vocab_size, store.catalog.popularity)
-            store.catalog = replace(store.catalog, tokenizer=str(trained))
+            store.catalog = replace(store.catalog, vocabulary=replace(vocabulary, tokenizer=str(trained)))
         return store
 
     @classmethod
@@ -121,13 +122,15 @@ class Store:
             token_ids=answers if meta["template"] else (),
             genres=tuple(tuple(genres) for genres in items["genres"]),
             popularity=tuple(items["popularity"]),
+            vocabulary=Vocabulary(**meta["vocabulary"]) if meta["vocabulary"] else None,
             keys=tuple(own[0] for own in items["keys"]),
-            **meta["tokenizer"],
+            template=meta["prompt"],
         )
         pieces = None
         if meta["template"]:
             fields: dict[str, Any] = {name: None if ids is None else tuple(ids) for name, ids in meta["template"].items()}
-            pieces = PromptPieces(items=items["item"], answers=answers, candidates=items["candidate"], eos_token_id=catalog.eos_token_id, **fields)
+            eos = meta["vocabulary"]["eos_token_id"]
+            pieces = PromptPieces(items=items["item"], answers=answers, candidates=items["candidate"], eos_token_id=eos, **fields)
         rows = {name: _read_rows(tables[name]) if name in tables else _NO_ROWS for name in SPLITS}
         sequences = tables["sequences"]
         users = sequences["user"].to_pylist() if "user" in sequences.column_names else []
@@ -140,19 +143,14 @@ def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any
     data = prepare(recipe.source.load(), recipe.split)
     if recipe.catalog is not None:
         data = align(data, recipe.catalog, recipe.extend_catalog)
-    pieces, info = None, {}
+    pieces, vocabulary, prompt = None, None, None
     if recipe.tokenizer != "none":
         name = recipe.tokenizer or str(tokenizers.train_tokenizer(data.titles, recipe.vocab_size, data.popularity().tolist()))
         loaded = tokenizers.load_tokenizer(name, recipe.local_files_only)
         pieces = tokenize(recipe.template, data.titles, loaded)
-        info = {
-            "eos_token_id": pieces.eos_token_id,
-            "pad_token_id": loaded.pad_token_id,
-            "vocab_size": len(loaded),
-            "tokenizer": name,
-            "largest_token_id": max(pieces.largest_token_id, tokenizers.largest_token_id(loaded, ())),
-            "template": asdict(recipe.template),
-        }
+        largest = max(pieces.largest_token_id, tokenizers.largest_token_id(loaded, ()))
+        vocabulary = Vocabulary(len(loaded), pieces.eos_token_id, loaded.pad_token_id, name, largest)
+        prompt = asdict(recipe.template)
     tables = {
         "items": _items(data, pieces),
         "sequences": {
@@ -164,7 +162,12 @@ def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any
     }
     fields = ("prefix", "separator", "suffix", "candidates_prefix")
     template = {name: getattr(pieces, name) for name in fields} if pieces is not None else None
-    return tables, {"tokenizer": info, "template": template, "summary": asdict(data.summary)}
+    return tables, {
+        "vocabulary": asdict(vocabulary) if vocabulary else None,
+        "prompt": prompt,
+        "template": template,
+        "summary": asdict(data.summary),
+    }
 
 
 def _rows(data: Interactions, recipe: Recipe, pieces: PromptPieces | None) -> dict[str, dict[str, pa.Array]]:

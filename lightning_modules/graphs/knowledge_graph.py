@@ -53,7 +53,7 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         ValueError: If an argument is out of its range.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("graph",)
+    required_from_datamodule: ClassVar[tuple[str, ...]] = ("graph",)
     weight_settings: ClassVar[tuple[str, ...]] = ("kind", "dimension", "gamma", "gamma_trainable", "flow")
     entity: nn.Embedding | None
     relation: nn.Embedding | None

@@ -80,7 +80,7 @@ class NFE(KnowledgeGraphModule):
         interaction = interaction_of(kind, from_plain(Flow, flow) or Flow())
         parts = (loss, regulariser, dropout, init, tuning, ranking, optimizer, lr_scheduler)
         super().__init__(interaction, graph, dimension, gamma, gamma_trainable, *parts)
-        self.remember()
+        self.save_config()
 
 
 def interaction_of(kind: Kind, flow: Flow) -> Interaction:

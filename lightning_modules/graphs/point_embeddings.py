@@ -50,7 +50,7 @@ class TransE(KnowledgeGraphModule):
     ) -> None:
         parts = (loss, regulariser, dropout, init, tuning, ranking, optimizer, lr_scheduler)
         super().__init__(Translation(), graph, dimension, gamma, gamma_trainable, *parts)
-        self.remember()
+        self.save_config()
 
 
 class DistMult(KnowledgeGraphModule):
@@ -88,7 +88,7 @@ class DistMult(KnowledgeGraphModule):
     ) -> None:
         parts = (loss, regulariser, dropout, init, tuning, ranking, optimizer, lr_scheduler)
         super().__init__(Diagonal(), graph, dimension, 0.0, False, *parts)
-        self.remember()
+        self.save_config()
 
 
 class ComplEx(KnowledgeGraphModule):
@@ -127,7 +127,7 @@ class ComplEx(KnowledgeGraphModule):
     ) -> None:
         parts = (loss, regulariser, dropout, init, tuning, ranking, optimizer, lr_scheduler)
         super().__init__(ComplexDiagonal(), graph, dimension, 0.0, False, *parts)
-        self.remember()
+        self.save_config()
 
 
 class RotatE(KnowledgeGraphModule):
@@ -169,4 +169,4 @@ class RotatE(KnowledgeGraphModule):
     ) -> None:
         parts = (loss, regulariser, dropout, init, tuning, ranking, optimizer, lr_scheduler)
         super().__init__(Rotation(), graph, dimension, gamma, gamma_trainable, *parts)
-        self.remember()
+        self.save_config()

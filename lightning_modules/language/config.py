@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from malleable.datamodules.batch import Catalog, Vocabulary
+from malleable.datamodules.batch import Vocabulary
 from malleable.lightning_modules.functional.defaults import drawn_on_cpu
 from malleable.lightning_modules.functional.language.attention import MASKED_ATTENTION
 from malleable.lightning_modules.language.adapters import with_adapter
@@ -109,7 +109,7 @@ class LanguageModelConfig:
             raise ValueError(f"attention must be one of {', '.join(MASKED_ATTENTION)}, got '{self.attention}'; use sdpa")
 
 
-def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary | Catalog, *, zero3_config: dict[str, Any] | None = None) -> nn.Module:
+def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary, *, zero3_config: dict[str, Any] | None = None) -> nn.Module:
     """Build the model, its adapters and its training settings.
 
     Args:
@@ -150,7 +150,7 @@ def _skip_padding_check(input_ids: Any, attention_mask: Any) -> None:
     """Replace the check of some models that warns of padding without a mask: rows padded on the right need none, and it waits for the device."""
 
 
-def _check_tokens(rows: int, vocabulary: Vocabulary | Catalog, name: str | None) -> None:
+def _check_tokens(rows: int, vocabulary: Vocabulary, name: str | None) -> None:
     """Refuse a token without an embedding; tokens that no text has, as tokenizers often have some, need none."""
     known = vocabulary.largest_token_id
     largest = vocabulary.vocab_size - 1 if known is None else known
@@ -172,7 +172,7 @@ def _check_tokens(rows: int, vocabulary: Vocabulary | Catalog, name: str | None)
     )
 
 
-def _added_tokens(vocabulary: Vocabulary | Catalog, rows: int) -> list[str]:
+def _added_tokens(vocabulary: Vocabulary, rows: int) -> list[str]:
     """Return the tokens without an embedding if all are added to the vocabulary, where only texts that spell them out have them; else none."""
     if vocabulary.tokenizer is None or max(vocabulary.eos_token_id, vocabulary.pad_token_id) >= rows:
         return []
@@ -187,7 +187,7 @@ def _added_tokens(vocabulary: Vocabulary | Catalog, rows: int) -> list[str]:
     return [str(added[token_id]) for token_id in missing] if all(token_id in added for token_id in missing) else []
 
 
-def _token(vocabulary: Vocabulary | Catalog, token_id: int) -> str:
+def _token(vocabulary: Vocabulary, token_id: int) -> str:
     from transformers import AutoTokenizer
 
     try:
@@ -197,7 +197,7 @@ def _token(vocabulary: Vocabulary | Catalog, token_id: int) -> str:
         return str(token_id)
 
 
-def _scratch_model(config: LanguageModelConfig, vocabulary: Vocabulary | Catalog) -> Any:
+def _scratch_model(config: LanguageModelConfig, vocabulary: Vocabulary) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     sizes = config.scratch

@@ -25,7 +25,7 @@ def write_answers(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seeds: Tensor | None = None,
-    any_rank: Callable[[bool], bool] | None = None,
+    sync_any: Callable[[bool], bool] | None = None,
 ) -> Tensor:
     """Let the model write an answer to each prompt without regard to the catalogue.
 
@@ -37,12 +37,13 @@ def write_answers(
         temperature: 0 takes the most probable tokens.
         top_p: Probability mass to draw among.
         seeds: ``(B,)`` int64, the source of randomness of each row.
-        any_rank: As in :func:`~malleable.lightning_modules.functional.language.free_text.generate_text`.
+        sync_any: As in :func:`~malleable.lightning_modules.functional.language.free_text.generate_text`.
 
     Returns:
         ``(B, max_new_tokens + 1)`` int64: each answer ends in the end-of-sequence token and is padded with -1.
     """
-    eos = catalog.eos_token_id
+    assert catalog.vocabulary is not None
+    eos = catalog.vocabulary.eos_token_id
     written = generate_text(
         model,
         batch.prompt_ids,
@@ -52,7 +53,7 @@ def write_answers(
         temperature=temperature,
         top_p=top_p,
         seeds=seeds,
-        any_rank=any_rank,
+        sync_any=sync_any,
     )
     ended = (written == eos).cumsum(1)
     tokens = torch.full((len(written), max_new_tokens + 1), -1, device=written.device)

@@ -48,7 +48,7 @@ class Baseline(BaseModule):
     """
 
     trains: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("catalog",)
+    required_from_datamodule: ClassVar[tuple[str, ...]] = ("catalog",)
     reads_text: ClassVar[bool] = False
     weight_settings: ClassVar[tuple[str, ...]] = ("last", "smoothing")
     tables: ClassVar[tuple[str, ...]] = ()

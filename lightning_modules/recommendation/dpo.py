@@ -5,10 +5,11 @@ from __future__ import annotations
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
-from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, PreferenceBatch
+from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, PreferenceBatch, Vocabulary
 from malleable.lightning_modules.base import LossOutput, needs_weights
 from malleable.lightning_modules.language.config import LanguageModelConfig
-from malleable.lightning_modules.language.language_model import Decoding, LanguageModel
+from malleable.lightning_modules.language.item_decoding import Decoding
+from malleable.lightning_modules.language.language_model import LanguageModel
 from malleable.lightning_modules.language.preference import preference_step
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.losses.described import object_from_plain
@@ -24,6 +25,7 @@ class DPO(LanguageModel):
     Args:
         language_model: Which model and how it is tuned.
         catalog: The items; taken from the data module when left out.
+        vocabulary: Tokens of the texts, where there is no catalogue.
         loss: The preference loss; default: the sigmoid loss with beta 0.1.
         sft_weight: Weight of the chosen answers' likelihood beside the preference loss; 0 is plain DPO.
         decoding: How titles are decoded.
@@ -41,6 +43,7 @@ class DPO(LanguageModel):
         self,
         language_model: LanguageModelConfig | None = None,
         catalog: Catalog | None = None,
+        vocabulary: Vocabulary | None = None,
         loss: PreferenceLoss | None = None,
         sft_weight: float = 0.0,
         decoding: Decoding | None = None,
@@ -49,12 +52,21 @@ class DPO(LanguageModel):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(language_model, catalog, decoding, tuning or Tuning(lr=2e-5), ks, optimizer, lr_scheduler)
+        super().__init__(
+            language_model,
+            vocabulary,
+            catalog,
+            decoding=decoding,
+            tuning=tuning or Tuning(lr=2e-5),
+            ks=ks,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+        )
         if sft_weight < 0:
             raise ValueError(f"sft_weight must be >= 0, got {sft_weight}")
         self.loss: PreferenceLoss = object_from_plain(PreferenceLoss, loss) or Sigmoid(beta=0.1)
         self.sft_weight = sft_weight
-        self.remember()
+        self.save_config()
 
     @needs_weights
     def compute_loss(self, batch: PreferenceBatch | AnswerBatch | PackedBatch) -> LossOutput:

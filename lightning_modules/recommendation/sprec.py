@@ -8,7 +8,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, PreferenceBatch
 from malleable.lightning_modules.base import LossOutput, needs_weights
 from malleable.lightning_modules.language.config import LanguageModelConfig
-from malleable.lightning_modules.language.language_model import Decoding, LanguageModel
+from malleable.lightning_modules.language.item_decoding import Decoding
+from malleable.lightning_modules.language.language_model import LanguageModel
 from malleable.lightning_modules.language.preference import preference_step
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.losses.described import object_from_plain
@@ -38,6 +39,9 @@ class SPRec(LanguageModel):
         negatives are real items, and the reference is a cache instead of a second model.
     """
 
+    required_from_datamodule = ("catalog", "vocabulary")
+    optional_from_datamodule = ()
+
     def __init__(
         self,
         language_model: LanguageModelConfig | None = None,
@@ -50,12 +54,12 @@ class SPRec(LanguageModel):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(language_model, catalog, decoding, tuning, ks, optimizer, lr_scheduler)
+        super().__init__(language_model, None, catalog, decoding=decoding, tuning=tuning, ks=ks, optimizer=optimizer, lr_scheduler=lr_scheduler)
         if sft_weight < 0:
             raise ValueError(f"sft_weight must be >= 0, got {sft_weight}")
         self.loss: PreferenceLoss = object_from_plain(PreferenceLoss, loss) or Sigmoid(beta=0.1)
         self.sft_weight = sft_weight
-        self.remember()
+        self.save_config()
 
     @needs_weights
     def compute_loss(self, batch: PreferenceBatch | AnswerBatch | PackedBatch) -> LossOutput:

@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from trl import DPOConfig, DPOTrainer
 
 from malleable import DPO, Catalog, PhasedLoader, ReferenceCache, collate
-from malleable.datamodules.batch import Example
+from malleable.datamodules.batch import Example, Vocabulary
 from malleable.lightning_modules.language.config import LanguageModelConfig
 from malleable.lightning_modules.language.tuning import Tuning
 
@@ -128,7 +128,7 @@ class Ours:
 
     def module(self) -> DPO:
         """Make the module with the default loss, whose beta is 0.1."""
-        catalog = Catalog(("nothing",), token_ids=((PAD + 1, EOS),), eos_token_id=EOS, pad_token_id=PAD, vocab_size=self.setting.vocab_size)
+        catalog = Catalog(("nothing",), token_ids=((PAD + 1, EOS),), vocabulary=Vocabulary(self.setting.vocab_size, EOS, PAD))
         return DPO(LanguageModelConfig(name=str(self.folder), dtype=self.setting.dtype), catalog, tuning=Tuning(lr=LR, warmup_steps=0))
 
     def steps(self) -> list[StepTime]:

@@ -23,7 +23,7 @@ from malleable.callbacks.reference import ReferenceCache, row_keys
 from malleable.datamodules.batch import collate
 from malleable.datamodules.loading import PhasedLoader
 from malleable.lightning_modules.functional.language.logps import answer_logps
-from malleable.lightning_modules.language.language_model import Decoding
+from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.recommendation.dpo import DPO
 

@@ -65,7 +65,7 @@ def test_adapter_saved_under_zero3_is_complete(tmp_path):
     """Partitioned while it trains, whole on disk: PEFT loads it and computes what one process computes, with dropout 0."""
     torch.manual_seed(0)
     base = tmp_path / "base"
-    save_language_model(build_language_model(tiny_config(), tiny_catalog()), base)
+    save_language_model(build_language_model(tiny_config(), tiny_catalog().vocabulary), base)
     for name, more in (("alone", []), ("zero3", ["--devices", "2", "--strategy", "zero3"])):
         launch([SCRIPT, tmp_path / name, "--lora", base, "--dropout", "0", *more], ranks=2 if more else 1)
     assert_same_rounds(tmp_path / "zero3/run", tmp_path / "alone/run")

@@ -87,7 +87,7 @@ def test_a_consolidated_checkpoint_has_all_that_a_plain_one_has(boring, run, sta
     assert not consolidated.keys() - plain.keys()
     assert consolidated["tokenizer"]["digest"] == plain["tokenizer"]["digest"]
     assert consolidated["catalog"]["titles"] == list(cli.model.catalog.titles)
-    assert "tokenizers/stored-" in str(cli.model.catalog.tokenizer)
+    assert "tokenizers/stored-" in str(cli.model.catalog.vocabulary.tokenizer)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

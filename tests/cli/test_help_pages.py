@@ -22,7 +22,11 @@ def test_all_commands_are_in_the_help():
 
 @pytest.mark.parametrize(
     ("listed", "kind", "bases"),
-    [(MODELS, LightningModule, {"BaseModule"}), (DATA, LightningDataModule, {"BaseDataModule"}), (CALLBACKS, Callback, {"PostFitEdit"})],
+    [
+        (MODELS, LightningModule, {"BaseModule", "LanguageModel"}),
+        (DATA, LightningDataModule, {"BaseDataModule"}),
+        (CALLBACKS, Callback, {"PostFitEdit"}),
+    ],
 )
 def test_every_public_class_is_listed(listed, kind, bases):
     assert set(listed) == public(kind) - bases

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.batch import Catalog, KnowledgeGraph, Vocabulary
-from malleable.datamodules.identity import as_plain, check_identity, differences, from_plain, is_stored, put, read_stored, write_folder
+from malleable.datamodules.identity import as_plain, check_identity, differences, from_plain, is_stored, put, read_stored, vocabulary_of, write_folder
 from malleable.datamodules.language.tokenizer import load_tokenizer, pack_tokenizer, tokenizer_digest, train_tokenizer, unpack_tokenizer
 from malleable.datamodules.recommendation.prompt import PromptTemplate
 
@@ -79,18 +79,22 @@ def test_descriptions_survive_as_plain_data():
         assert from_plain(kind, as_plain(described) | {"of a later version": 1}) == described
 
 
-A = Catalog(("A", "B", "C"), ((1,), (2,), (3,)), vocab_size=4, template={"prefix": "x", "suffix": "y"})
+WORDS = Vocabulary(4)
+A = Catalog(("A", "B", "C"), ((1,), (2,), (3,)), vocabulary=WORDS, template={"prefix": "x", "suffix": "y"})
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (Catalog(("A", "C", "B"), ((1,), (3,), (2,)), vocab_size=4), "in another order, first at position 1: 'B' and 'C'"),
-        (Catalog(("A", "B", "D"), ((1,), (2,), (3,)), vocab_size=4), r"items: 3 in the checkpoint, 3 here, 1 new \('D'\), 1 missing \('C'\)"),
-        (Catalog(("A", "B", "C"), ((1,), (2,), (9,)), vocab_size=4), r"tokens of items: 'C' \[3\] in the checkpoint, \[9\] here"),
-        (Catalog(("A", "B", "C"), ((1,), (2,), (3,)), vocab_size=5), "vocab_size 4 in the checkpoint, 5 here"),
+        (Catalog(("A", "C", "B"), ((1,), (3,), (2,)), vocabulary=WORDS), "in another order, first at position 1: 'B' and 'C'"),
         (
-            Catalog(("A", "B", "C"), ((1,), (2,), (3,)), vocab_size=4, template={"prefix": "x", "suffix": "z"}),
+            Catalog(("A", "B", "D"), ((1,), (2,), (3,)), vocabulary=WORDS),
+            r"items: 3 in the checkpoint, 3 here, 1 new \('D'\), 1 missing \('C'\)",
+        ),
+        (Catalog(("A", "B", "C"), ((1,), (2,), (9,)), vocabulary=WORDS), r"tokens of items: 'C' \[3\] in the checkpoint, \[9\] here"),
+        (Catalog(("A", "B", "C"), ((1,), (2,), (3,)), vocabulary=Vocabulary(5)), "vocab_size 4 in the checkpoint, 5 here"),
+        (
+            Catalog(("A", "B", "C"), ((1,), (2,), (3,)), vocabulary=WORDS, template={"prefix": "x", "suffix": "z"}),
             "template: 'suffix' 'y' in the checkpoint, 'z' here",
         ),
     ],
@@ -118,27 +122,27 @@ def test_an_entry_that_says_nothing_is_none():
 
 
 def test_a_template_of_an_earlier_version_has_the_defaults():
-    old = Catalog(("A",), ((1,),), vocab_size=4, template={"prefix": "x"})
-    check_identity("catalog", old, Catalog(("A",), ((1,),), vocab_size=4, template=asdict(PromptTemplate(prefix="x"))))
+    old = Catalog(("A",), ((1,),), vocabulary=WORDS, template={"prefix": "x"})
+    check_identity("catalog", old, Catalog(("A",), ((1,),), vocabulary=WORDS, template=asdict(PromptTemplate(prefix="x"))))
     with pytest.raises(MisconfigurationException, match="template: 'chat' False in the checkpoint, True here"):
-        check_identity("catalog", old, Catalog(("A",), ((1,),), vocab_size=4, template={"prefix": "x", "chat": True}))
+        check_identity("catalog", old, Catalog(("A",), ((1,),), vocabulary=WORDS, template={"prefix": "x", "chat": True}))
 
 
 def test_counts_and_ids_may_differ():
-    check_identity("catalog", A, Catalog(("A", "B", "C"), ((1,), (2,), (3,)), popularity=(5, 6, 7), vocab_size=4, keys=("1", "2", "3")))
+    check_identity("catalog", A, Catalog(("A", "B", "C"), ((1,), (2,), (3,)), popularity=(5, 6, 7), vocabulary=WORDS, keys=("1", "2", "3")))
 
 
 def test_new_items_behind_the_stored_ones_are_accepted_on_request():
-    longer = Catalog(("A", "B", "C", "D"), ((1,), (2,), (3,), (1, 2)), vocab_size=4)
+    longer = Catalog(("A", "B", "C", "D"), ((1,), (2,), (3,), (1, 2)), vocabulary=WORDS)
     check_identity("catalog", A, longer, extend=True)
     with pytest.raises(MisconfigurationException, match=r"1 new \('D'\)"):
         check_identity("catalog", A, longer)
     with pytest.raises(MisconfigurationException, match="'D'"):
-        check_identity("catalog", A, Catalog(("D", "A", "B", "C"), ((1, 2), (1,), (2,), (3,)), vocab_size=4), extend=True)
+        check_identity("catalog", A, Catalog(("D", "A", "B", "C"), ((1, 2), (1,), (2,), (3,)), vocabulary=WORDS), extend=True)
 
 
 def test_counted_tables_depend_on_the_items_alone():
-    check_identity("catalog", A, Catalog(("A", "B", "C"), vocab_size=9), text=False)
+    check_identity("catalog", A, Catalog(("A", "B", "C"), vocabulary=Vocabulary(9)), text=False)
 
 
 # --- data modules ---
@@ -151,7 +155,7 @@ def test_data_takes_tokenizer_template_and_catalogue_of_a_checkpoint(checkpoint,
     check_identity("catalog", trained.catalog, data.catalog)
     assert data.catalog.keys == trained.catalog.keys
     assert data.template == trained.template or data.catalog.template == trained.catalog.template
-    assert tokenizer_digest(data.catalog.tokenizer) == tokenizer_digest(trained.catalog.tokenizer)
+    assert tokenizer_digest(data.catalog.vocabulary.tokenizer) == tokenizer_digest(trained.catalog.vocabulary.tokenizer)
     titles = data.catalog.titles
     for row in (data.test_dataset[index] for index in range(len(data.test_dataset))):
         assert row["answers"] == [trained.catalog.token_ids[row["item_ids"][0]]]
@@ -203,7 +207,7 @@ def test_another_template_is_refused(checkpoint, tmp_path):
 def test_an_exported_folder_gives_the_same(checkpoint, tmp_path):
     _, trained = checkpoint
     folder = tmp_path / "model"
-    shutil.copytree(trained.catalog.tokenizer, folder)
+    shutil.copytree(trained.catalog.vocabulary.tokenizer, folder)
     write_folder(folder, "catalog", trained.catalog, {})
     assert is_stored(str(folder))
     data = prepared(small_shop.reordered(tmp_path / "new", tokenizer=str(folder)))
@@ -218,7 +222,7 @@ def test_an_earlier_checkpoint_without_its_tokenizer(checkpoint, tmp_path, cache
     entries = torch.load(path, weights_only=True)
     entries.pop("tokenizer")
     torch.save(entries, path)
-    assert read_stored(path).tokenizer is not None  # it is still on this machine
+    assert vocabulary_of(read_stored(path)).tokenizer is not None  # it is still on this machine
     shutil.rmtree(cache)
     monkeypatch.setattr("malleable.datamodules.language.tokenizer._READ", {})  # as in another process
     with pytest.raises(ValueError, match="written by an earlier version, without its tokenizer"):

@@ -491,7 +491,7 @@ class _Adapter:
         from malleable.lightning_modules.language.export import save_language_model
 
         save_base(folder / "base")
-        tuned = build_language_model(LanguageModelConfig(name=str(folder / "base"), lora=LoRA(r=2)), tiny_catalog())
+        tuned = build_language_model(LanguageModelConfig(name=str(folder / "base"), lora=LoRA(r=2)), tiny_catalog().vocabulary)
         save_language_model(tuned, folder / "adapter")
         del tiny_config
 
@@ -500,7 +500,7 @@ class _Adapter:
 
         from malleable.lightning_modules.language.config import LanguageModelConfig, build_language_model
 
-        return build_language_model(LanguageModelConfig(name=str(folder / "base"), adapter=str(folder / "adapter")), tiny_catalog())
+        return build_language_model(LanguageModelConfig(name=str(folder / "base"), adapter=str(folder / "adapter")), tiny_catalog().vocabulary)
 
 
 @reader("model", "base/config.json", "base/model.safetensors", "base/generation_config.json", slow=4)
@@ -515,7 +515,7 @@ class _Model:
 
         from malleable.lightning_modules.language.config import LanguageModelConfig, build_language_model
 
-        return build_language_model(LanguageModelConfig(name=str(folder / "base")), tiny_catalog())
+        return build_language_model(LanguageModelConfig(name=str(folder / "base")), tiny_catalog().vocabulary)
 
 
 @reader("tokenizer", "t/tokenizer.json", "t/tokenizer_config.json", slow=4)

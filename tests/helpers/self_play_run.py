@@ -24,8 +24,8 @@ from malleable.callbacks.self_play.loop import SelfPlayLoop
 from malleable.callbacks.self_play.phases import PhaseSettings
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA
 from malleable.lightning_modules.language.export import gathered_state
-from malleable.lightning_modules.language.language_model import Decoding
-from malleable.lightning_modules.language.play import Play
+from malleable.lightning_modules.language.item_decoding import Decoding
+from malleable.lightning_modules.language.negatives import SelfPlay
 from malleable.lightning_modules.recommendation.sprec import SPRec
 
 
@@ -40,16 +40,16 @@ class Kill(Callback):
     def setup(self, trainer, pl_module, stage):
         if self.phase != "play":
             return
-        ask, calls = pl_module.play, []
+        ask, calls = pl_module.generate_negatives, []
 
         def interrupted(*args, **kwargs):
-            calls.extend([1] * (kwargs["play"] == self.loop.play))
+            calls.extend([1] * (kwargs["settings"] == self.loop.play))
             # Two batches a round on one device, and those that compare decoding: die in the second.
             if len(calls) == 2 * self.number:
                 os.kill(os.getpid(), signal.SIGKILL)
             return ask(*args, **kwargs)
 
-        pl_module.play = interrupted
+        pl_module.generate_negatives = interrupted
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         phase = self.loop.phases[trainer.current_epoch]
@@ -65,7 +65,7 @@ def make_loop(**changes) -> SelfPlayLoop:
         "warmup": PhaseSettings(epochs=2, lr=1e-2, warmup_steps=0),
         "sft": PhaseSettings(lr=1e-3, warmup_steps=2),
         "dpo": PhaseSettings(lr=1e-3, warmup_steps=2),
-        "play": Play(decode="beam_k_random", num_beams=3),
+        "play": SelfPlay(decode="beam_k_random", num_beams=3),
     }
     return SelfPlayLoop(**(settings | changes))
 

@@ -1,6 +1,6 @@
 """Small things that many tests share: a catalogue, rows, a language model of a few thousand weights."""
 
-from malleable.datamodules.batch import Catalog, Example
+from malleable.datamodules.batch import Catalog, Example, Vocabulary
 from malleable.lightning_modules.language.config import LanguageModelConfig, Scratch
 
 EOS = 1
@@ -12,7 +12,7 @@ GENRES = (("horror",), ("horror", "action"), ("comedy",), ("drama",), ("action",
 
 def tiny_catalog() -> Catalog:
     """Eight films, among them one whose title begins another's."""
-    return Catalog(TITLES, TOKENS, GENRES, popularity=(8, 7, 6, 5, 4, 3, 2, 1), eos_token_id=EOS, pad_token_id=0, vocab_size=16, keys=KEYS)
+    return Catalog(TITLES, TOKENS, GENRES, popularity=(8, 7, 6, 5, 4, 3, 2, 1), vocabulary=Vocabulary(16, EOS), keys=KEYS)
 
 
 def tiny_rows(count: int = 24) -> list[Example]:

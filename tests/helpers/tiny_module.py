@@ -26,7 +26,7 @@ def ready(kind: type[LanguageModel] = SFT, seed: int = 0, **settings: Any) -> An
 def save_base(folder: Path, seed: int = 0) -> str:
     """A base model on disk."""
     torch.manual_seed(seed)
-    save_language_model(build_language_model(tiny_config(), tiny_catalog()), folder)
+    save_language_model(build_language_model(tiny_config(), tiny_catalog().vocabulary), folder)
     return str(folder)
 
 

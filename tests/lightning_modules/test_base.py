@@ -25,7 +25,7 @@ def ready(module):
 class Needy(BoringModule):
     """Takes the number of rows from the data module."""
 
-    needs = ("num_rows",)
+    required_from_datamodule = ("num_rows",)
 
     def __init__(self, num_rows=None):
         super().__init__()

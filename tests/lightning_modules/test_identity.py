@@ -37,7 +37,7 @@ from malleable.datamodules.language.tokenizer import tokenizer_digest
 from malleable.datamodules.sources import Countries
 from malleable.lightning_modules.base import BaseModule
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
-from malleable.lightning_modules.language.language_model import Decoding
+from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.patches.names import canonical_tensors
 
@@ -145,7 +145,7 @@ def test_new_items_on_request(kind, trained, tmp_path):
 def test_another_template_is_refused(trained, tmp_path):
     path, _ = trained(SFT)
     catalog = SFT.load_from_checkpoint(path, weights_only=True).catalog
-    data = small_shop.shop(tmp_path / "new", tokenizer=catalog.tokenizer, template="instruction")
+    data = small_shop.shop(tmp_path / "new", tokenizer=catalog.vocabulary.tokenizer, template="instruction")
     with pytest.raises(MisconfigurationException, match=r"template: 'prefix' '' in the checkpoint, 'The user enjoyed.* here, .* and 4 more"):
         figures(make(SFT), data, tmp_path, ckpt_path=path, weights_only=True)
 
@@ -155,12 +155,12 @@ def test_the_file_alone_is_enough_on_another_machine(trained, tmp_path, monkeypa
     copy = shutil.copy(path, tmp_path / "moved.ckpt")
     monkeypatch.setenv("MALLEABLE_CACHE", str(tmp_path / "empty"))
     module = SFT.load_from_checkpoint(copy, weights_only=True)
-    assert str(tmp_path / "empty") in module.catalog.tokenizer
+    assert str(tmp_path / "empty") in module.catalog.vocabulary.tokenizer
     data = small_shop.shop(tmp_path / "new", tokenizer=str(copy))
     assert figures(make(SFT), data, tmp_path, ckpt_path=copy, weights_only=True) == pytest.approx(expected, abs=1e-5)
     folder = module.export(tmp_path)
     AutoTokenizer.from_pretrained(folder)
-    assert tokenizer_digest(str(folder)) == tokenizer_digest(module.catalog.tokenizer)
+    assert tokenizer_digest(str(folder)) == tokenizer_digest(module.catalog.vocabulary.tokenizer)
     aligned = small_shop.reordered(tmp_path / "reordered", tokenizer=str(folder))
     aligned.prepare_data()
     aligned.setup("test")

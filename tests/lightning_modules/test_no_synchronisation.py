@@ -13,7 +13,7 @@ from malleable.datamodules.batch import Catalog, Vocabulary, collate
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
 from malleable.lightning_modules.losses.preference import SDPO
 
-CATALOG = Catalog(titles=("A", "B"), token_ids=((5, 1), (6, 1)), popularity=(1, 1), vocab_size=40, eos_token_id=1)
+CATALOG = Catalog(titles=("A", "B"), token_ids=((5, 1), (6, 1)), popularity=(1, 1), vocabulary=Vocabulary(40, eos_token_id=1))
 SIZES = {"hidden_size": 16, "num_layers": 2, "num_heads": 2}
 ANSWER = [{"sample_id": n, "prompt": [3] * (n + 2), "answers": [[5] * n + [1]], "item_ids": [0], "seen": [0, 1][:n]} for n in range(3)]
 PAIRS = [{**row, "answers": [*row["answers"], [6, 6, 1]], "item_ids": [0, 1], "reference_logps": [-3.0, -4.0]} for row in ANSWER]

@@ -8,13 +8,13 @@ from tiny_graph import tiny_graph
 
 import malleable
 from malleable.datamodules.batch import collate
-from malleable.lightning_modules.language.play import Play
+from malleable.lightning_modules.language.negatives import SelfPlay
 
 BATCH = collate(tiny_rows(2))
 PACKED = collate([{"sample_id": 0, "input_ids": [2, 4, 1], "document_ids": [1, 1, 1]}])
 CALLS = [
     *((name, lambda module: module.recommend(BATCH)) for name in ("SFT", "DPO", "SPRec")),
-    ("SPRec", lambda module: module.play(BATCH, Play())),
+    ("SPRec", lambda module: module.generate_negatives(BATCH, SelfPlay())),
     *((name, lambda module: module.compute_loss(BATCH)) for name in ("SFT", "SPRec", "DPO")),
     ("CausalLM", lambda module: module.compute_loss(PACKED)),
     ("CausalLM", lambda module: module.predict_step(PACKED, 0)),

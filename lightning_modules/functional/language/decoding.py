@@ -30,7 +30,7 @@ def beam_search(
     k: int,
     allowed: Tensor | None = None,
     renormalize: bool = False,
-    any_rank: Callable[[bool], bool] | None = None,
+    sync_any: Callable[[bool], bool] | None = None,
 ) -> Decoded:
     """Find the k most probable titles after each prompt.
 
@@ -47,7 +47,7 @@ def beam_search(
         allowed: ``(N,)`` or ``(B, N)`` bool, the items that may be returned; ``None`` allows all.
         renormalize: Normalise each step over the tokens that lead to an allowed item, not over the vocabulary. The scores of
             all allowed titles then sum to 1, forced tokens cost nothing, and a beam that leads to a single title is finished.
-        any_rank: Tells whether any rank's argument is true. Given, all ranks run the model equally often, as sharded
+        sync_any: Tells whether any rank's argument is true. Given, all ranks run the model equally often, as sharded
             weights (ZeRO-3, FSDP) require; each rank must then call with at least one row.
 
     Returns:
@@ -64,7 +64,7 @@ def beam_search(
     if not 1 <= k <= num_beams:
         raise ValueError(f"k must be at least 1 and at most num_beams = {num_beams}, got {k}")
     with evaluating(model):
-        return BeamSearch(model, trie, prompt_ids, prompt_mask, allowed, num_beams, k, renormalize).run(any_rank)
+        return BeamSearch(model, trie, prompt_ids, prompt_mask, allowed, num_beams, k, renormalize).run(sync_any)
 
 
 class BeamSearch(TrieSearch):

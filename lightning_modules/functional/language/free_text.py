@@ -29,7 +29,7 @@ def generate_text(
     top_p: float = 1.0,
     top_k: int | None = None,
     seeds: Tensor | None = None,
-    any_rank: Callable[[bool], bool] | None = None,
+    sync_any: Callable[[bool], bool] | None = None,
 ) -> Tensor:
     """Let the model write on after each prompt.
 
@@ -44,7 +44,7 @@ def generate_text(
         top_p: Draw among the most probable tokens that make up this probability, in (0, 1].
         top_k: Draw among so many of the most probable tokens.
         seeds: ``(B,)`` int64, needed if ``temperature`` > 0. What a row draws depends on its own prompt and seed only.
-        any_rank: Tells whether any rank's argument is true. Given, all ranks run the model equally often, as sharded
+        sync_any: Tells whether any rank's argument is true. Given, all ranks run the model equally often, as sharded
             weights (ZeRO-3, FSDP) require.
 
     Returns:
@@ -71,7 +71,7 @@ def generate_text(
     decoder: CachedDecoder | RowDecoder | None = None
     tokens = prompt_ids[:, :0]
     with evaluating(model):
-        while len(written) < max_new_tokens and (any_rank or bool)(bool(running.any())):
+        while len(written) < max_new_tokens and (sync_any or bool)(bool(running.any())):
             if decoder is None:
                 decoder = text_decoder(model, prompt_ids, prompt_mask, max_new_tokens)
                 logits = decoder.logits

@@ -30,7 +30,7 @@ def sample(
     top_p: float = 1.0,
     distinct: bool = False,
     allowed: Tensor | None = None,
-    any_rank: Callable[[bool], bool] | None = None,
+    sync_any: Callable[[bool], bool] | None = None,
 ) -> Decoded:
     """Draw titles from the model, restricted to the catalogue at each token.
 
@@ -45,7 +45,7 @@ def sample(
         top_p: Draw among the most probable tokens that make up this probability, in (0, 1].
         distinct: Draw without replacement.
         allowed: ``(N,)`` or ``(B, N)`` bool, the items that may be drawn; ``None`` allows all.
-        any_rank: As in :func:`beam_search`.
+        sync_any: As in :func:`beam_search`.
 
     Returns:
         Items ``(B, S)`` in the order drawn, -1 where there is none, and the log-probability with which a single draw gives each.
@@ -65,7 +65,7 @@ def sample(
         raise ValueError(f"seeds must hold one number for each of the {len(prompt_ids)} rows, got shape {tuple(seeds.shape)}")
     method = WithoutReplacement if distinct else WithReplacement
     with evaluating(model):
-        return method(model, trie, prompt_ids, prompt_mask, allowed, Draw(seeds, num_samples, temperature, top_p)).run(any_rank)
+        return method(model, trie, prompt_ids, prompt_mask, allowed, Draw(seeds, num_samples, temperature, top_p)).run(sync_any)
 
 
 class Draw(NamedTuple):

@@ -73,12 +73,12 @@ class TrieSearch(ABC):
         self.parent = self.node
         self.depth = 0
 
-    def run(self, any_rank: Callable[[bool], bool] | None = None) -> Decoded:
-        """Search until no row has a live node; ranks that finish early keep step with the others where ``any_rank`` is given."""
+    def run(self, sync_any: Callable[[bool], bool] | None = None) -> Decoded:
+        """Search until no row has a live node; ranks that finish early keep step with the others where ``sync_any`` is given."""
         self.advance(self.decoder.logits, int(self.trie.num_children[0]))
         while True:
             num_rows, num_nodes, width, num_branching = self._survey()
-            if not (any_rank or bool)(num_rows > 0):
+            if not (sync_any or bool)(num_rows > 0):
                 return self.result()
             if num_rows == 0:
                 self.decoder.idle()

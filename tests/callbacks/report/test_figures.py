@@ -2,8 +2,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from malleable.callbacks.report import figures
 from malleable.callbacks.report.figures import draw_curves, draw_exposure, draw_exposure_curve, draw_uncertainty, save_figure, short_title
-from malleable.callbacks.report.report import figures
 
 TITLES = [f"Title {item}" for item in range(6)]
 

@@ -13,7 +13,7 @@ from malleable.callbacks.self_play.negatives import draw, negatives, titles
 from malleable.datamodules.batch import collate
 from malleable.datamodules.loading import PhasedLoader
 from malleable.datamodules.recommendation.sampling import ItemSampler
-from malleable.lightning_modules.language.play import Play
+from malleable.lightning_modules.language.negatives import SelfPlay
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def module(tmp_path):
     return module
 
 
-def make(module, source: str, play: Play, rows=None, seed: tuple[int, int] = (0, 1), batch_size: int = 2):
+def make(module, source: str, play: SelfPlay, rows=None, seed: tuple[int, int] = (0, 1), batch_size: int = 2):
     loader = PhasedLoader(tiny_rows(), batch_size, collate_fn=collate)
     return negatives(module.trainer, module, rows or tiny_rows(), loader, source, play, seed, "round 1")
 
@@ -31,14 +31,14 @@ def make(module, source: str, play: Play, rows=None, seed: tuple[int, int] = (0,
 @pytest.mark.parametrize("source", ["pre_round", "post_sft"])
 def test_the_model_is_asked(module, source):
     """Its own answers to the rows in their order."""
-    play = Play(decode="beam_k_random", num_beams=4)
+    play = SelfPlay(decode="beam_k_random", num_beams=4)
     items, answers = make(module, source, play)
-    assert items == module.play(collate(tiny_rows()), play, seed=1).tolist()
+    assert items == module.generate_negatives(collate(tiny_rows()), play, seed=1).tolist()
     assert answers == [[list(TOKENS[item])] for (item,) in items]
 
 
 def test_answers_of_another_round_or_seed_differ(module):
-    play = Play(decode="sample")
+    play = SelfPlay(decode="sample")
     found = [make(module, "pre_round", play, seed=seed)[0] for seed in ((0, 1), (0, 2), (1, 1), (0, 1))]
     assert found[0] == found[3]
     assert found[0] != found[1]
@@ -46,7 +46,7 @@ def test_answers_of_another_round_or_seed_differ(module):
 
 
 def test_batches_do_not_matter(module):
-    play = Play(decode="sample", num_negatives=2)
+    play = SelfPlay(decode="sample", num_negatives=2)
     assert make(module, "pre_round", play, batch_size=1) == make(module, "pre_round", play, batch_size=8)
 
 
@@ -54,16 +54,16 @@ def test_batches_do_not_matter(module):
 def test_rows_of_a_pass(module, monkeypatch, eval_batch_size, expected):
     """The data module's batch size of evaluation; that of training where there is no data module."""
     sizes = []
-    play = module.play
+    play = module.generate_negatives
     monkeypatch.setattr(module, "play", lambda batch, **options: sizes.append(len(batch)) or play(batch, **options))
     if eval_batch_size is not None:
         monkeypatch.setattr(module.trainer, "datamodule", SimpleNamespace(eval_batch_size=eval_batch_size), raising=False)
-    make(module, "pre_round", Play(), batch_size=2)
+    make(module, "pre_round", SelfPlay(), batch_size=2)
     assert max(sizes) == expected
 
 
 def test_free_text_is_kept_as_it_is(module):
-    items, answers = make(module, "pre_round", Play(grounding="none", max_new_tokens=4))
+    items, answers = make(module, "pre_round", SelfPlay(grounding="none", max_new_tokens=4))
     assert {len(row) for row in items} == {len(row) for row in answers} == {1}
     for (item,), (answer,) in zip(items, answers, strict=True):
         assert answer.count(EOS) == 1
@@ -75,7 +75,7 @@ def test_free_text_is_kept_as_it_is(module):
 @pytest.mark.parametrize("source", ["random", "popularity"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_drawn_items_are_others_than_the_rows_own(module, source, count):
-    items, answers = make(module, source, Play(num_negatives=count))
+    items, answers = make(module, source, SelfPlay(num_negatives=count))
     for row, drawn, texts in zip(tiny_rows(), items, answers, strict=True):
         assert len(set(drawn)) == count
         assert not set(drawn) & {*row["item_ids"], *row["history"]}
@@ -84,17 +84,17 @@ def test_drawn_items_are_others_than_the_rows_own(module, source, count):
 
 @pytest.mark.parametrize("source", ["random", "popularity"])
 def test_a_draw_depends_on_the_row_and_the_seed_alone(module, source):
-    items, _ = make(module, source, Play())
+    items, _ = make(module, source, SelfPlay())
     order = [7, 3, 20, 11]
-    some, _ = make(module, source, Play(), rows=[tiny_rows()[index] for index in order])
+    some, _ = make(module, source, SelfPlay(), rows=[tiny_rows()[index] for index in order])
     assert some == [items[index] for index in order]
-    assert make(module, source, Play(), seed=(0, 2))[0] != items
+    assert make(module, source, SelfPlay(), seed=(0, 2))[0] != items
 
 
 def test_popular_items_are_drawn_more_often(module):
     """Weights 8, 7, ..., 1: in rows that exclude none of them item 0 comes eight times as often as item 7 (3,000 draws: 667 against 83)."""
     rows = [{"sample_id": index, "prompt": [2], "answers": [[9]], "item_ids": [-1]} for index in range(3000)]
-    drawn = {source: Counter(item for (item,) in make(module, source, Play(), rows=rows)[0]) for source in ("random", "popularity")}
+    drawn = {source: Counter(item for (item,) in make(module, source, SelfPlay(), rows=rows)[0]) for source in ("random", "popularity")}
     assert drawn["popularity"][0] == pytest.approx(667, abs=100)
     assert drawn["popularity"][7] == pytest.approx(83, abs=40)
     assert drawn["random"][0] == pytest.approx(375, abs=80)
@@ -139,7 +139,7 @@ def test_no_item_has_no_title():
 def test_a_missing_answer_is_none(module):
     """A model that may name nothing but what the user has seen answers nothing."""
     rows = [row | {"seen": list(range(8))} for row in tiny_rows(3)]
-    items, answers = make(module, "pre_round", Play(exclude_seen=True), rows=rows)
+    items, answers = make(module, "pre_round", SelfPlay(exclude_seen=True), rows=rows)
     assert items == [[-1]] * 3
     assert answers == [[[]]] * 3
     assert torch.tensor(items).dtype == torch.long

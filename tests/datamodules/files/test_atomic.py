@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from malleable.datamodules.files.atomic import atomic as files
+from malleable.datamodules.files import atomic as files
 from malleable.datamodules.files.atomic import atomic_write, locked, recover_below
 
 

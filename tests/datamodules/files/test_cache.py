@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from malleable.datamodules.files.atomic import cache as module
+from malleable.datamodules.files import cache as module
 from malleable.datamodules.files.cache import digest, open_arrays, open_tables, write_arrays, write_tables
 
 TABLES = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from malleable.datamodules.files.atomic import fetch as module
+from malleable.datamodules.files import fetch as module
 from malleable.datamodules.files.fetch import FetchError, cache_folder, fetch, fetch_package_file, fetch_package_files, resolve_model
 
 CONTENT = b"a,b\n1,2\n"

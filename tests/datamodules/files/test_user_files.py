@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from malleable.datamodules.editing.requests import read_requests
-from malleable.datamodules.files.atomic import text_files
+from malleable.datamodules.files import text_files
 from malleable.datamodules.files.table_files import read_cells, read_parquet
 from malleable.datamodules.files.text_files import parse_json, read_json, read_json_rows, read_lines
 from malleable.datamodules.files.user_files import check_inside, check_tree, reading

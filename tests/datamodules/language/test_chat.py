@@ -98,7 +98,7 @@ def test_rows_of_a_chat(tmp_path):
         data.setup("fit")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path)
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        assert data.catalog.eos_token_id == end
+        assert data.catalog.vocabulary.eos_token_id == end
         assert all(ids[-1] == end for ids in data.catalog.token_ids)
         row = data.train_dataset[0]
         ids = row["prompt"] if view == "answer" else row["input_ids"]

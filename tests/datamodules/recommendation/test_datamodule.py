@@ -35,10 +35,15 @@ def test_attributes_after_setup():
     assert (len(data.train_dataset), len(data.val_dataset), len(data.test_dataset)) == (20 * 3, 20, 20)
     assert sum(catalog.popularity) == 20 * 4
     assert data.predict_dataset is None
-    tokenizer = load_tokenizer(catalog.tokenizer)
-    assert (catalog.eos_token_id, catalog.pad_token_id, catalog.vocab_size) == (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer))
+    tokenizer = load_tokenizer(catalog.vocabulary.tokenizer)
+    vocabulary = catalog.vocabulary
+    assert (vocabulary.eos_token_id, vocabulary.pad_token_id, vocabulary.vocab_size) == (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        len(tokenizer),
+    )
     assert [tokenizer.decode(ids) for ids in catalog.token_ids] == [f"{title}</s>" for title in catalog.titles]
-    assert catalog.largest_token_id == max(max(row["prompt"] + [*row["answers"][0]]) for row in map(data.train_dataset.__getitem__, range(40)))
+    assert vocabulary.largest_token_id == max(max(row["prompt"] + [*row["answers"][0]]) for row in map(data.train_dataset.__getitem__, range(40)))
 
 
 def test_the_catalogue_has_the_sources_own_ids(tmp_path):
@@ -51,7 +56,7 @@ def test_the_catalogue_has_the_sources_own_ids(tmp_path):
 
 def test_every_row_says_what_it_shows():
     data = make(split=Split(history_length=2))
-    tokenizer = load_tokenizer(data.catalog.tokenizer)
+    tokenizer = load_tokenizer(data.catalog.vocabulary.tokenizer)
     titles = data.catalog.titles
     ids = []
     for dataset in (data.train_dataset, data.val_dataset, data.test_dataset):
@@ -122,7 +127,7 @@ def test_drawn_candidates_hold_the_target_at_any_place(cache):
         assert len(set(row["candidates"])) == 4
         assert not set(row["candidates"]) & set(row["seen"])
     assert places == {0, 1, 2, 3}
-    text = load_tokenizer(data.catalog.tokenizer).decode(row["prompt"])
+    text = load_tokenizer(data.catalog.vocabulary.tokenizer).decode(row["prompt"])
     assert text == data.template.text(
         [data.catalog.titles[item] for item in row["history"]], [data.catalog.titles[item] for item in row["candidates"]]
     )
@@ -156,7 +161,7 @@ def test_rows_without_text(cache):
     assert batch.answer_ids.shape == (4, 1, 0)
     assert (batch.target >= 0).all()
     assert data.catalog.token_ids == ()
-    assert data.catalog.tokenizer is None
+    assert data.catalog.vocabulary.tokenizer is None
     assert not (cache / "tokenizers").exists()
     with pytest.raises(ValueError, match="packed histories need text, but tokenizer='none' has none"):
         data.packed_dataset  # noqa: B018
@@ -165,10 +170,10 @@ def test_rows_without_text(cache):
 def test_a_given_tokenizer_and_template():
     template = PromptTemplate(prefix="Seen:", item=" <{title}>", separator="", suffix=" Next:", answer=" <{title}>")
     data = make(tokenizer=str(shared_data("models/stories260k")), template=template)
-    tokenizer = load_tokenizer(data.catalog.tokenizer)
+    tokenizer = load_tokenizer(data.catalog.vocabulary.tokenizer)
     row = data.test_dataset[0]
     assert row["prompt"] == tokenizer(template.text([data.catalog.titles[item] for item in row["history"]]))["input_ids"]
-    assert data.catalog.vocab_size == 512
+    assert data.catalog.vocabulary.vocab_size == 512
 
 
 def test_the_cache_is_read_not_made_again(cache, monkeypatch):
@@ -203,7 +208,7 @@ def test_a_half_written_or_corrupt_cache_is_made_again(cache, caplog):
 @pytest.mark.parametrize("damage", ["removed", "changed"])
 def test_a_tokenizer_lost_beside_its_data_is_made_again(cache, damage):
     whole = make()
-    folder = Path(whole.catalog.tokenizer)
+    folder = Path(whole.catalog.vocabulary.tokenizer)
     expected = (folder / "tokenizer.json").read_bytes()
     if damage == "removed":
         shutil.rmtree(folder)

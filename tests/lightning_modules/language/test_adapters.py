@@ -48,7 +48,7 @@ def moved(model):
 
 
 def build(base, adapter, **changes):
-    return build_language_model(LanguageModelConfig(name=base, adapter=str(adapter), **changes), tiny_catalog())
+    return build_language_model(LanguageModelConfig(name=base, adapter=str(adapter), **changes), tiny_catalog().vocabulary)
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def test_an_adapter_with_more_embedding_rows_than_the_base(tmp_path, modules):
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
     base = save_base(tmp_path / "base")
-    save_language_model(build_language_model(lora(base), tiny_catalog()), tmp_path / "adapter")
+    save_language_model(build_language_model(lora(base), tiny_catalog().vocabulary), tmp_path / "adapter")
     file, settings = tmp_path / "adapter/adapter_model.safetensors", tmp_path / "adapter/adapter_config.json"
     tensors, stored = load_file(file), json.loads(settings.read_text())
     first = sorted(tensors)[0]
@@ -121,7 +121,7 @@ def test_what_trains_is_float32_on_a_half_precision_base(tmp_path, form):
     else:
         get_peft_model(AutoModelForCausalLM.from_pretrained(base), deepcopy(FORMS[form])).save_pretrained(tmp_path / "adapter")
         config = LanguageModelConfig(name=base, adapter=str(tmp_path / "adapter"), dtype="bfloat16")
-    model = build_language_model(config, tiny_catalog())
+    model = build_language_model(config, tiny_catalog().vocabulary)
     formats = {parameter.requires_grad: set() for parameter in model.parameters()}
     for parameter in model.parameters():
         formats[parameter.requires_grad].add(parameter.dtype)

@@ -18,7 +18,7 @@ from malleable.datamodules.batch import Catalog, Vocabulary, collate
 from malleable.lightning_modules.language.compiled import Compile, compile_decoder, compiled_passes
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
 
-CATALOG = Catalog(titles=("A", "B"), token_ids=((5, 1), (6, 1)), popularity=(1, 1), vocab_size=40, eos_token_id=1)
+CATALOG = Catalog(titles=("A", "B"), token_ids=((5, 1), (6, 1)), popularity=(1, 1), vocabulary=Vocabulary(40, eos_token_id=1))
 SIZES = Scratch(hidden_size=16, num_layers=1, num_heads=2)
 
 

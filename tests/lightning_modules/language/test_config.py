@@ -23,7 +23,7 @@ TOKENS = torch.tensor([[2, 4, 5, 1]])
 def base(tmp_path):
     """A base model on disk, as a local folder."""
     torch.manual_seed(0)
-    save_language_model(build_language_model(tiny_config(), tiny_catalog()), tmp_path / "base")
+    save_language_model(build_language_model(tiny_config(), tiny_catalog().vocabulary), tmp_path / "base")
     return str(tmp_path / "base")
 
 
@@ -32,7 +32,7 @@ def lora(base: str, **changes) -> LanguageModelConfig:
 
 
 def test_from_scratch_takes_the_catalogues_vocabulary():
-    model = build_language_model(tiny_config(), tiny_catalog())
+    model = build_language_model(tiny_config(), tiny_catalog().vocabulary)
     assert isinstance(model, LlamaForCausalLM)
     assert model.config.vocab_size == 16
     assert model.config.eos_token_id == 1
@@ -44,14 +44,14 @@ def test_dtype_is_the_configurations_not_the_checkpoints(base, tmp_path):
     """transformers 5 would load bf16 weights as bf16."""
     half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
-    model = build_language_model(LanguageModelConfig(name=str(tmp_path / "half")), tiny_catalog())
+    model = build_language_model(LanguageModelConfig(name=str(tmp_path / "half")), tiny_catalog().vocabulary)
     assert model.dtype == torch.float32
     assert model.training
-    assert build_language_model(LanguageModelConfig(name=base, dtype="bfloat16"), tiny_catalog()).dtype == torch.bfloat16
+    assert build_language_model(LanguageModelConfig(name=base, dtype="bfloat16"), tiny_catalog().vocabulary).dtype == torch.bfloat16
 
 
 def test_lora_trains_adapters_only(base):
-    model = build_language_model(lora(base), tiny_catalog())
+    model = build_language_model(lora(base), tiny_catalog().vocabulary)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
@@ -60,7 +60,7 @@ def test_lora_trains_adapters_only(base):
 
 
 def test_saved_adapter_loads_in_peft(base, tmp_path):
-    model = build_language_model(lora(base), tiny_catalog())
+    model = build_language_model(lora(base), tiny_catalog().vocabulary)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -70,7 +70,7 @@ def test_saved_adapter_loads_in_peft(base, tmp_path):
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits)
-        again = build_language_model(LanguageModelConfig(name=base, adapter=str(tmp_path / "adapter")), tiny_catalog()).eval()
+        again = build_language_model(LanguageModelConfig(name=base, adapter=str(tmp_path / "adapter")), tiny_catalog().vocabulary).eval()
         torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits)
         assert any(parameter.requires_grad for parameter in again.parameters())
         with without_adapter(model):
@@ -78,7 +78,7 @@ def test_saved_adapter_loads_in_peft(base, tmp_path):
 
 
 def test_saved_model_loads_in_transformers(tmp_path):
-    model = build_language_model(tiny_config(), tiny_catalog()).eval()
+    model = build_language_model(tiny_config(), tiny_catalog().vocabulary).eval()
     save_language_model(model, tmp_path / "model")
     save_language_model(model, tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -87,30 +87,30 @@ def test_saved_model_loads_in_transformers(tmp_path):
 
 
 def test_adapter_of_another_base_is_refused(base, tmp_path):
-    save_language_model(build_language_model(lora(base), tiny_catalog()), tmp_path / "adapter")
+    save_language_model(build_language_model(lora(base), tiny_catalog().vocabulary), tmp_path / "adapter")
     wider = LanguageModelConfig(scratch=Scratch(hidden_size=32, num_layers=1, num_heads=2), adapter=str(tmp_path / "adapter"))
     with pytest.raises(ValueError, match=r"was made for another base model than 'None': .*size mismatch"):
-        build_language_model(wider, tiny_catalog())
+        build_language_model(wider, tiny_catalog().vocabulary)
     with pytest.raises(ValueError, match=r"has no adapter_model.safetensors"):
-        build_language_model(LanguageModelConfig(name=base, adapter=str(tmp_path)), tiny_catalog())
+        build_language_model(LanguageModelConfig(name=base, adapter=str(tmp_path)), tiny_catalog().vocabulary)
 
 
 def test_fingerprint_knows_the_base_not_the_adapter(base):
     torch.manual_seed(1)
-    first = build_language_model(lora(base), tiny_catalog())
+    first = build_language_model(lora(base), tiny_catalog().vocabulary)
     torch.manual_seed(2)
-    second = build_language_model(lora(base), tiny_catalog())
+    second = build_language_model(lora(base), tiny_catalog().vocabulary)
     assert fingerprint(first) == fingerprint(second)
     # A small edit of one matrix, which leaves its first values as they are.
     down = dict(second.named_parameters())["base_model.model.model.layers.0.mlp.down_proj.base_layer.weight"]
     with torch.no_grad():
         down[1:] *= 1.001
     assert fingerprint(first) != fingerprint(second)
-    assert fingerprint(build_language_model(lora(base, dtype="bfloat16"), tiny_catalog())) == fingerprint(first)
+    assert fingerprint(build_language_model(lora(base, dtype="bfloat16"), tiny_catalog().vocabulary)) == fingerprint(first)
 
 
 def test_gathered_state_is_a_copy(base):
-    model = build_language_model(lora(base), tiny_catalog())
+    model = build_language_model(lora(base), tiny_catalog().vocabulary)
     state = gathered_state(model, trainable_only=True)
     assert set(state) == {name for name, p in model.named_parameters() if p.requires_grad}
     next(iter(state.values())).fill_(7)
@@ -118,7 +118,7 @@ def test_gathered_state_is_a_copy(base):
 
 
 def test_dropout_off_spares_recomputing_blocks(base):
-    model = build_language_model(lora(base, gradient_checkpointing=True), tiny_catalog())
+    model = build_language_model(lora(base, gradient_checkpointing=True), tiny_catalog().vocabulary)
     with dropout_off(model):
         modes = {type(module).__name__: module.training for module in model.modules()}
         assert modes["Dropout"] is False
@@ -131,7 +131,7 @@ def test_gradient_checkpointing_keeps_gradients(base):
     grads = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = build_language_model(replace(lora(base), gradient_checkpointing=checkpointing), tiny_catalog())
+        model = build_language_model(replace(lora(base), gradient_checkpointing=checkpointing), tiny_catalog().vocabulary)
         with dropout_off(model):
             model(TOKENS, use_cache=False).logits.square().sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if "lora_B" in name})
@@ -157,14 +157,14 @@ def test_plain_round_trip(base):
 )
 def test_contradictions(config, message):
     with pytest.raises(ValueError, match=message):
-        build_language_model(config, tiny_catalog())
+        build_language_model(config, tiny_catalog().vocabulary)
 
 
 def test_tokenizer_larger_than_the_model(base):
     with pytest.raises(ValueError, match=r"the tokenizer has 99 tokens but the model .* embeds 16"):
-        build_language_model(LanguageModelConfig(name=base), replace(tiny_catalog(), vocab_size=99))
+        build_language_model(LanguageModelConfig(name=base), replace(tiny_catalog().vocabulary, vocab_size=99))
     with pytest.raises(ValueError, match="takes its vocabulary from the catalogue's tokenizer"):
-        build_language_model(LanguageModelConfig(), replace(tiny_catalog(), vocab_size=0))
+        build_language_model(LanguageModelConfig(), replace(tiny_catalog().vocabulary, vocab_size=0))
 
 
 def test_tokens_that_no_text_has_need_no_embedding(base, tmp_path):
@@ -175,7 +175,7 @@ def test_tokens_that_no_text_has_need_no_embedding(base, tmp_path):
     tokenizer.add_tokens(["<image>"])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     config = LanguageModelConfig(name=base)
-    unused = replace(tiny_catalog(), vocab_size=99, tokenizer=str(tmp_path / "tokenizer"), largest_token_id=15)
+    unused = replace(tiny_catalog().vocabulary, vocab_size=99, tokenizer=str(tmp_path / "tokenizer"), largest_token_id=15)
     assert build_language_model(config, unused).config.vocab_size == 16
     used = replace(unused, largest_token_id=tokenizer.convert_tokens_to_ids("<image>"))
     with pytest.raises(ValueError, match=r"the data's texts have the token '<image>' \(\d+\), but the model .* embeds 16 tokens only"):
@@ -186,7 +186,7 @@ def test_added_tokens_need_no_embedding_where_the_texts_are_unknown(tmp_path, ca
     """A vocabulary made by hand says nothing of texts."""
     tokenizer = load_tokenizer(str(train_tokenizer(["Heat"], 300)))
     rows = len(tokenizer)
-    save_language_model(build_language_model(tiny_config(), replace(tiny_catalog(), vocab_size=rows)), tmp_path / "base")
+    save_language_model(build_language_model(tiny_config(), replace(tiny_catalog().vocabulary, vocab_size=rows)), tmp_path / "base")
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     config = LanguageModelConfig(name=str(tmp_path / "base"))
@@ -201,7 +201,7 @@ def test_added_tokens_need_no_embedding_where_the_texts_are_unknown(tmp_path, ca
 def test_four_bits_without_the_library(base, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match="needs bitsandbytes"):
-        build_language_model(replace(lora(base), quantization="4bit"), tiny_catalog())
+        build_language_model(replace(lora(base), quantization="4bit"), tiny_catalog().vocabulary)
 
 
 def test_a_real_checkpoint():
@@ -209,7 +209,7 @@ def test_a_real_checkpoint():
     from transformers import AutoTokenizer
 
     folder = shared_data("models/stories260k")
-    model = build_language_model(LanguageModelConfig(name=str(folder)), replace(tiny_catalog(), vocab_size=512)).eval()
+    model = build_language_model(LanguageModelConfig(name=str(folder)), replace(tiny_catalog().vocabulary, vocab_size=512)).eval()
     text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball."
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
     with torch.no_grad():

@@ -12,7 +12,7 @@ from tiny import tiny_catalog, tiny_config
 from tiny_module import lora, save_base
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from malleable.datamodules.files.atomic import atomic as files
+from malleable.datamodules.files import atomic as files
 from malleable.datamodules.language.tokenizer import train_tokenizer
 from malleable.lightning_modules.language.config import LanguageModelConfig, build_language_model
 from malleable.lightning_modules.language.export import gathered_state, save_language_model
@@ -45,7 +45,7 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "merg
 
 @torch.no_grad()
 def test_a_model_tuned_from_a_sharded_base_of_another_format_is_its_own(published, tmp_path):
-    model = build_language_model(LanguageModelConfig(name=published), tiny_catalog()).eval()
+    model = build_language_model(LanguageModelConfig(name=published), tiny_catalog().vocabulary).eval()
     for parameter in model.parameters():
         parameter.add_(1e-3 * torch.randn_like(parameter))
     save_language_model(model, tmp_path / "model", tokenizer=published)
@@ -60,7 +60,7 @@ def test_a_model_tuned_from_a_sharded_base_of_another_format_is_its_own(publishe
 
 
 def test_an_adapter_folder_holds_nothing_of_the_base(published, tmp_path):
-    model = build_language_model(lora(published), tiny_catalog()).eval()
+    model = build_language_model(lora(published), tiny_catalog().vocabulary).eval()
     save_language_model(model, tmp_path / "adapter", tokenizer=published)
     expected = TOKENIZER | {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == expected
@@ -69,7 +69,7 @@ def test_an_adapter_folder_holds_nothing_of_the_base(published, tmp_path):
 
 
 def test_the_tokenizer_of_a_hub_id(tmp_path, monkeypatch):
-    model = build_language_model(tiny_config(), tiny_catalog())
+    model = build_language_model(tiny_config(), tiny_catalog().vocabulary)
     snapshot = tmp_path / "hub/models--org--name/snapshots/0123456789012345678901234567890123456789"
     AutoTokenizer.from_pretrained(train_tokenizer(TITLES, 300)).save_pretrained(snapshot)
     (snapshot / "tokenizer.model").symlink_to(snapshot / "tokenizer.json")
@@ -86,13 +86,13 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path, monkeypatch):
     original = AutoTokenizer.from_pretrained(train_tokenizer(TITLES, 300))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **options: original if options["gguf_file"] else None)
-    save_language_model(build_language_model(tiny_config(), tiny_catalog()), tmp_path / "model", tokenizer=str(tmp_path / "model.gguf"))
+    save_language_model(build_language_model(tiny_config(), tiny_catalog().vocabulary), tmp_path / "model", tokenizer=str(tmp_path / "model.gguf"))
     monkeypatch.undo()
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("Heat") == original("Heat")
 
 
 def test_weights_without_a_tokenizer_are_saved_and_said(tmp_path, caplog):
-    save_language_model(build_language_model(tiny_config(), tiny_catalog()), tmp_path / "model", tokenizer=str(tmp_path / "gone"))
+    save_language_model(build_language_model(tiny_config(), tiny_catalog().vocabulary), tmp_path / "model", tokenizer=str(tmp_path / "gone"))
     assert (tmp_path / "model/model.safetensors").is_file()
     assert "model is saved without a tokenizer" in caplog.text
 
@@ -115,14 +115,14 @@ def test_stored_buffers_are_saved(tmp_path):
 
 def test_a_generation_configuration_that_contradicts_itself(tmp_path):
     """Llama 2 was published with a temperature beside do_sample=False; transformers refuses to save that."""
-    model = build_language_model(tiny_config(), tiny_catalog())
+    model = build_language_model(tiny_config(), tiny_catalog().vocabulary)
     model.generation_config.temperature, model.generation_config.do_sample = 0.6, False
     save_language_model(model, tmp_path / "model")
     assert GenerationConfig.from_pretrained(tmp_path / "model").temperature == 0.6
 
 
 def test_weights_given_take_the_place_of_those_in_memory(tmp_path):
-    model = build_language_model(tiny_config(), tiny_catalog())
+    model = build_language_model(tiny_config(), tiny_catalog().vocabulary)
     name, parameter = next(iter(model.named_parameters()))
     save_language_model(model, tmp_path / "model", weights={name: torch.full(parameter.shape, 7.0, dtype=torch.float64)})
     again = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters())
@@ -134,7 +134,7 @@ def test_weights_given_take_the_place_of_those_in_memory(tmp_path):
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_kill_leaves_the_old_or_the_new_folder_whole(tmp_path, moment):
     """The process ends right before or after the new folder takes the old one's place."""
-    model = build_language_model(tiny_config(), tiny_catalog())
+    model = build_language_model(tiny_config(), tiny_catalog().vocabulary)
     save_language_model(model, tmp_path / "model")
     old = (tmp_path / "model/model.safetensors").read_bytes()
     child = os.fork()
@@ -157,7 +157,7 @@ def test_weights_sharded_by_fsdp_are_saved_whole(tmp_path):
 
     init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        model = build_language_model(tiny_config(), tiny_catalog())
+        model = build_language_model(tiny_config(), tiny_catalog().vocabulary)
         expected = {name: value.clone() for name, value in model.named_parameters()}
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         state = gathered_state(model)
@@ -200,12 +200,12 @@ def vllm_refuses_adapter(folder: Path, max_rank: int = 16) -> list[str]:
 
 
 def test_vllm_accepts_what_we_export(published, tmp_path):
-    save_language_model(build_language_model(LanguageModelConfig(name=published), tiny_catalog()), tmp_path / "model", tokenizer=published)
+    save_language_model(build_language_model(LanguageModelConfig(name=published), tiny_catalog().vocabulary), tmp_path / "model", tokenizer=published)
     assert vllm_refuses_model(tmp_path / "model") == []
     for name, layers in (("default", None), ("head", ["q_proj", "lm_head"]), ("embeddings", ["embed_tokens", "v_proj"])):
         config = lora(published)
         config.lora.target_modules = layers
-        save_language_model(build_language_model(config, tiny_catalog()), tmp_path / name, tokenizer=published)
+        save_language_model(build_language_model(config, tiny_catalog().vocabulary), tmp_path / name, tokenizer=published)
         assert vllm_refuses_adapter(tmp_path / name) == [], name
 
 
@@ -215,6 +215,6 @@ def test_the_restated_checks_refuse_what_vllm_refuses(published, tmp_path):
 
     settings = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     get_peft_model(AutoModelForCausalLM.from_pretrained(published), settings).save_pretrained(tmp_path / "theirs")
-    model = build_language_model(LanguageModelConfig(name=published, adapter=str(tmp_path / "theirs")), tiny_catalog())
+    model = build_language_model(LanguageModelConfig(name=published, adapter=str(tmp_path / "theirs")), tiny_catalog().vocabulary)
     save_language_model(model, tmp_path / "adapter")
     assert "modules_to_save" in vllm_refuses_adapter(tmp_path / "adapter")

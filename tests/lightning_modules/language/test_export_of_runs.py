@@ -101,7 +101,7 @@ def test_a_run_killed_before_its_export_exports_when_resumed(tmp_path, monkeypat
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr("malleable.lightning_modules.language.tuned_weights.export_result", killed)
+        patch.setattr("malleable.lightning_modules.language.language_model.export_result", killed)
         with pytest.raises(SystemExit):
             fit(tmp_path, config, [ModelCheckpoint(tmp_path / "checkpoints", save_last=True)])
     assert not (tmp_path / "run/model").exists()

@@ -17,10 +17,10 @@ from tiny_module import lora, ready, save_base
 
 from malleable.datamodules.batch import collate
 from malleable.lightning_modules.functional.language.grounding import embed_texts
-from malleable.lightning_modules.language import tuned_weights
+from malleable.lightning_modules.language import language_model
 from malleable.lightning_modules.language.config import build_language_model
 from malleable.lightning_modules.language.free_answers import texts, write_answers
-from malleable.lightning_modules.language.language_model import Decoding
+from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.recommendation.sft import SFT
 
@@ -90,25 +90,29 @@ def test_grounding_by_embedding_ranks_titles_by_their_distance_to_one_free_answe
         assert items == expected + [-1] * len(seen)
 
 
+def title_embeddings(module):
+    return module.items.title_embeddings(module.model, module.weights_version)
+
+
 def test_title_embeddings_are_those_of_the_model_as_it_stands(tmp_path):
     """Made once an evaluation; made anew after training, after a checkpoint was loaded, and without a Trainer each time."""
     module = ready(decoding=Decoding(grounding="embedding", max_new_tokens=4))
-    alone = module.title_embeddings
+    alone = title_embeddings(module)
     with torch.no_grad():
         module.model.model.norm.weight.mul_(2)
-    torch.testing.assert_close(module.title_embeddings, 2 * alone)
+    torch.testing.assert_close(title_embeddings(module), 2 * alone)
     trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=2, enable_checkpointing=False)
     trainer.fit(module, TinyData())
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
-    kept = module.title_embeddings
-    assert module.title_embeddings is kept
+    kept = title_embeddings(module)
+    assert title_embeddings(module) is kept
     torch.testing.assert_close(kept, embed_texts(module.model, TOKENS))
     other = ready(seed=1)
     other.trainer = module.trainer
-    first = other.title_embeddings
+    first = title_embeddings(other)
     trainer.test(other, TinyData(), ckpt_path=tmp_path / "saved.ckpt", verbose=False)
     assert not torch.allclose(first, kept)
-    torch.testing.assert_close(other.title_embeddings, kept)
+    torch.testing.assert_close(title_embeddings(other), kept)
 
 
 # --- losses ---
@@ -173,7 +177,7 @@ def test_without_catalogue_no_weights():
     module = SFT(language_model=tiny_config())
     module.configure_model()
     assert module.model is None
-    with pytest.raises(MisconfigurationException, match=r"SFT needs `catalog`: pass SFT\(catalog=...\)"):
+    with pytest.raises(MisconfigurationException, match=r"SFT needs `vocabulary`: pass SFT\(vocabulary=...\)"):
         quiet_trainer(Path()).fit(module, torch.utils.data.DataLoader(tiny_rows(4), collate_fn=collate))
 
 
@@ -279,7 +283,7 @@ def attached(module: SFT, **flags):
         calls.append((decision, all))
         return decision
 
-    module.trainer = SimpleNamespace(strategy=SimpleNamespace(reduce_boolean_decision=reduce_boolean_decision, **flags))
+    module.trainer = SimpleNamespace(global_step=0, strategy=SimpleNamespace(reduce_boolean_decision=reduce_boolean_decision, **flags))
     return calls
 
 
@@ -294,9 +298,9 @@ def test_ranks_agree_on_every_step_where_weights_are_sharded():
 
 def test_ranks_go_their_own_way_where_weights_are_whole():
     module = ready()
-    assert module.any_rank is None
+    assert module.sync_any is None
     calls = attached(module, zero_stage_3=False)
-    assert module.any_rank is None
+    assert module.sync_any is None
     module.recommend(collate(tiny_rows(3)))
     assert not calls
 
@@ -309,7 +313,7 @@ def test_weights_load_shard_by_shard_where_they_are_sharded(monkeypatch, sharded
         asked["zero3"] = zero3_config
         return build_language_model(config, catalog)
 
-    monkeypatch.setattr(tuned_weights, "build_language_model", build)
+    monkeypatch.setattr(language_model, "build_language_model", build)
     module = SFT(language_model=tiny_config(), catalog=tiny_catalog())
     attached(module, zero_stage_3=sharded, config={"zero_optimization": {"stage": 3}})
     module.configure_model()

@@ -15,9 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from malleable.datamodules.batch import collate
 from malleable.lightning_modules.language.config import LanguageModelConfig
-from malleable.lightning_modules.language.language_model import Decoding
+from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.recommendation.sft import SFT
+
+
+def with_vocabulary(**changes):
+    catalog = tiny_catalog()
+    return replace(catalog, vocabulary=replace(catalog.vocabulary, **changes))
 
 
 def fit(folder: Path, config: LanguageModelConfig, **settings):
@@ -110,11 +115,11 @@ def test_missing_and_unexpected_weights_are_refused(tmp_path):
 def test_another_vocabulary_is_refused(tmp_path):
     _, _, path = fit(tmp_path, tiny_config())
     with pytest.raises(MisconfigurationException, match="vocab_size 16 in the checkpoint, 20 here"):
-        SFT.load_from_checkpoint(path, weights_only=True, catalog=replace(tiny_catalog(), vocab_size=20))
+        SFT.load_from_checkpoint(path, weights_only=True, catalog=with_vocabulary(vocab_size=20))
 
 
 def test_a_checkpoint_without_catalogue_needs_one():
-    with pytest.raises(MisconfigurationException, match="SFT needs `catalog`, and the checkpoint has none: pass catalog="):
+    with pytest.raises(MisconfigurationException, match="SFT needs `vocabulary`, and the checkpoint has none: pass vocabulary="):
         SFT().on_load_checkpoint({"state_dict": {}})
 
 
@@ -126,7 +131,7 @@ def test_the_run_leaves_a_model_that_transformers_loads(tmp_path):
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("{}")
-    module, _, _ = fit(tmp_path, tiny_config(), catalog=replace(tiny_catalog(), tokenizer=str(tokenizer)))
+    module, _, _ = fit(tmp_path, tiny_config(), catalog=with_vocabulary(tokenizer=str(tokenizer)))
     folder = tmp_path / "run/model"
     assert (folder / "tokenizer.json").read_text() == "{}"
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()

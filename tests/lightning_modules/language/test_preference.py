@@ -26,7 +26,7 @@ def tiny_model(dropout: float = 0.0):
     config = tiny_config()
     config.scratch.dropout = dropout
     torch.manual_seed(0)
-    return build_language_model(config, tiny_catalog())
+    return build_language_model(config, tiny_catalog().vocabulary)
 
 
 def gradients(model, loss) -> list[torch.Tensor]:

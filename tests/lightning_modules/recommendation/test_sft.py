@@ -7,7 +7,7 @@ from tiny_data import TinyData, quiet_trainer
 
 from malleable.datamodules.batch import PackedBatch, collate
 from malleable.lightning_modules.language.config import LanguageModelConfig, Scratch
-from malleable.lightning_modules.language.language_model import Decoding
+from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.recommendation.sft import SFT
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_lm import EOS, prompts, random_titles, real, score_all, score_all_in_trie, small_lm
 
-from malleable.lightning_modules.functional import decoding, trie_search
+from malleable.lightning_modules.functional.language import decoding, trie_search
 from malleable.lightning_modules.functional.language.decoding import beam_search
 from malleable.lightning_modules.functional.language.trie import Trie
 
@@ -197,13 +197,13 @@ def test_ranks_that_finish_early_keep_step():
         return mine or len(calls["asked"]) <= 5
 
     nothing = torch.zeros(len(TITLES), dtype=torch.bool)
-    found = beam_search(model, trie, PROMPTS, MASK, num_beams=2, k=2, allowed=nothing, any_rank=another_rank_needs_five_steps)
+    found = beam_search(model, trie, PROMPTS, MASK, num_beams=2, k=2, allowed=nothing, sync_any=another_rank_needs_five_steps)
     assert calls == {"forward": 1 + 5, "asked": [False] * 6}
     assert (found.item_ids == -1).all()
     beam_search(model, trie, PROMPTS, MASK, num_beams=2, k=2)
     longest = calls["forward"] - 6
     calls.update(forward=0, asked=[])
-    beam_search(model, trie, PROMPTS, MASK, num_beams=2, k=2, any_rank=another_rank_needs_five_steps)
+    beam_search(model, trie, PROMPTS, MASK, num_beams=2, k=2, sync_any=another_rank_needs_five_steps)
     assert calls["forward"] == 1 + max(5, longest - 1)
 
 

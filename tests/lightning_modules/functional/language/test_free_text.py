@@ -69,11 +69,11 @@ def test_ranks_that_finish_early_keep_step():
     free = generate_text(model, PROMPTS[:1], MASK[:1], max_new_tokens=8, eos_token_id=EOS)
     forwards.clear()
     stop = int(free[0, 1])
-    text = generate_text(model, PROMPTS[:1], MASK[:1], max_new_tokens=8, eos_token_id=stop, any_rank=another_rank_needs_five_steps)
+    text = generate_text(model, PROMPTS[:1], MASK[:1], max_new_tokens=8, eos_token_id=stop, sync_any=another_rank_needs_five_steps)
     assert text.tolist() == [free[0, : free[0].tolist().index(stop) + 1].tolist()]
     assert len(forwards) == 5
     asked.clear()
-    generate_text(model, PROMPTS[:1], MASK[:1], max_new_tokens=3, eos_token_id=stop, any_rank=another_rank_needs_five_steps)
+    generate_text(model, PROMPTS[:1], MASK[:1], max_new_tokens=3, eos_token_id=stop, sync_any=another_rank_needs_five_steps)
     assert len(forwards) == 5 + 3
 
 

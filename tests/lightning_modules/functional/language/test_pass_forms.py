@@ -9,7 +9,7 @@ import torch
 from architectures import pass_errors, plain_logps, stepwise_logps, tiny_model
 from launch import HELPERS, launch
 
-from malleable.lightning_modules.functional import pass_check, pass_forms
+from malleable.lightning_modules.functional.language import pass_check, pass_forms
 from malleable.lightning_modules.functional.language.decoding import beam_search
 from malleable.lightning_modules.functional.language.grounding import embed_texts
 from malleable.lightning_modules.functional.language.logps import answer_token_logps

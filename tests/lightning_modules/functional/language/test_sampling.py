@@ -129,7 +129,7 @@ def test_ranks_that_finish_early_keep_step():
         asked.append(mine)
         return len(asked) <= 9
 
-    sample(small_lm(), Trie.build(FEW), PROMPTS, MASK, seeds=SEEDS, any_rank=another_rank_needs_nine_steps)
+    sample(small_lm(), Trie.build(FEW), PROMPTS, MASK, seeds=SEEDS, sync_any=another_rank_needs_nine_steps)
     assert len(asked) == 10
     assert not asked[-1]
 

@@ -71,7 +71,10 @@ def test_whole_sequences_take_causal_kernels(name, kernels):
 
 @pytest.mark.parametrize(
     ("make", "rows"),
-    [(lambda c: SFT(c, Catalog(("A",), ((5, 2),), eos_token_id=2, vocab_size=40)), ROWS), (lambda c: CausalLM(c, Vocabulary(40, 2)), DOCUMENTS)],
+    [
+        (lambda c: SFT(c, Catalog(("A",), ((5, 2),), vocabulary=Vocabulary(40, 2))), ROWS),
+        (lambda c: CausalLM(c, Vocabulary(40, 2)), DOCUMENTS),
+    ],
     ids=["SFT", "CausalLM"],
 )
 def test_modules_train_by_causal_kernels(make, rows, kernels):

@@ -1,4 +1,4 @@
-"""How a recommender answers when it plays against itself."""
+"""Rejected answers that a language model generates itself."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from malleable.lightning_modules.language.free_answers import named_items, neare
 
 
 @dataclass
-class Play:
-    """How rejected answers are made from the model's own recommendations.
+class SelfPlay:
+    """The model's own recommendations as rejected answers.
 
     Attributes:
         decode: ``greedy`` takes the most probable answer (the released code), ``sample`` draws from the model (what the theory asks for),
@@ -64,62 +64,62 @@ class Play:
             raise ValueError(f"grounding '{self.grounding}' writes one free answer a row; several negatives or beams need grounding 'trie'")
 
 
-class Player:
-    """Answers a batch as :class:`Play` says.
+def generate_negatives(
+    model: nn.Module,
+    trie: Trie,
+    catalog: Catalog,
+    batch: AnswerBatch,
+    settings: SelfPlay,
+    seed: int = 0,
+    *,
+    allowed: Tensor | None = None,
+    titles: Tensor | None = None,
+    sync_any: Callable[[bool], bool] | None = None,
+) -> Tensor:
+    """Generate rejected answers of a batch with the model itself.
 
     Args:
         model: The language model.
         trie: The titles.
         catalog: The items.
-        play: How to answer.
-        seeds: ``(B,)`` int64, the source of randomness of each row.
-        any_rank: Tells whether a flag is up on any rank, where ranks must make equally many forward passes.
+        batch: Rows with prompts.
+        settings: How to answer.
+        seed: With the id of a row the only source of randomness, so that ranks and batches have no influence.
+        allowed: ``(B, N)`` bool, items that may be named; ``None`` for all.
+        titles: ``(N, d)`` embeddings of all titles, for ``grounding='embedding'``.
+        sync_any: Returns whether a flag is true on any rank, where ranks must make equally many forward passes.
+
+    Returns:
+        ``(B, num_negatives)`` items, -1 where there is none. With ``grounding='none'`` ``(B, 2 + max_new_tokens)``: the item or -1, then the tokens
+        of the free text with its end-of-sequence token, padded with -1.
     """
+    seeds = row_seeds(batch.sample_id, seed)
+    if settings.grounding == "trie":
+        return _search_titles(model, trie, batch, settings, seeds, {"allowed": allowed, "sync_any": sync_any})
+    temperature = settings.temperature if settings.decode == "sample" else 0.0
+    options: Any = {"max_new_tokens": settings.max_new_tokens, "temperature": temperature, "top_p": settings.top_p, "seeds": seeds}
+    tokens = write_answers(model, batch, catalog, **options, sync_any=sync_any)
+    if titles is not None:
+        return nearest_items(model, tokens, titles, 1, allowed).item_ids
+    return torch.cat([named_items(tokens, catalog), tokens], 1)
 
-    def __init__(
-        self, model: nn.Module, trie: Trie, catalog: Catalog, play: Play, seeds: Tensor, any_rank: Callable[[bool], bool] | None = None
-    ) -> None:
-        self.model = model
-        self.trie = trie
-        self.catalog = catalog
-        self.play = play
-        self.seeds = seeds
-        self.any_rank = any_rank
 
-    def answer(self, batch: AnswerBatch, allowed: Tensor | None, titles: Tensor | None = None) -> Tensor:
-        """Return items, or with ``grounding='none'`` an item and the free text; see :meth:`LanguageModel.play`.
-
-        Args:
-            batch: Prompts.
-            allowed: ``(B, N)`` bool, items that may be named; ``None`` for all.
-            titles: ``(N, d)`` embeddings of all titles, for ``grounding='embedding'``.
-        """
-        if self.play.grounding == "trie":
-            return self._titles(batch, allowed)
-        play = self.play
-        temperature = play.temperature if play.decode == "sample" else 0.0
-        options: Any = {"max_new_tokens": play.max_new_tokens, "temperature": temperature, "top_p": play.top_p, "seeds": self.seeds}
-        tokens = write_answers(self.model, batch, self.catalog, **options, any_rank=self.any_rank)
-        if titles is not None:
-            return nearest_items(self.model, tokens, titles, 1, allowed).item_ids
-        return torch.cat([named_items(tokens, self.catalog), tokens], 1)
-
-    def _titles(self, batch: AnswerBatch, allowed: Tensor | None) -> Tensor:
-        count, play = self.play.num_negatives, self.play
-        prompts = (self.model, self.trie, batch.prompt_ids, batch.prompt_mask)
-        shared: Any = {"allowed": allowed, "any_rank": self.any_rank}
-        if play.decode == "sample":
-            shared |= {"temperature": play.temperature, "top_p": play.top_p, "distinct": count > 1}
-            return sample(*prompts, seeds=self.seeds, num_samples=count, **shared).item_ids
-        if play.decode == "greedy":
-            beams = 1 if count == 1 else max(count, play.num_beams)
-            return beam_search(*prompts, num_beams=beams, k=count, **shared).item_ids
-        items = beam_search(*prompts, num_beams=play.num_beams, k=play.num_beams, **shared).item_ids
-        # Missing items come last whatever was drawn.
-        uniform = keyed_uniform(self.seeds[:, None], torch.arange(items.shape[1], device=items.device))
-        return items.gather(1, (uniform + (items < 0)).argsort(1)[:, :count])
+def _search_titles(model: nn.Module, trie: Trie, batch: AnswerBatch, settings: SelfPlay, seeds: Tensor, options: dict[str, Any]) -> Tensor:
+    """Return ``(B, num_negatives)`` items found in the trie."""
+    count = settings.num_negatives
+    prompts = (model, trie, batch.prompt_ids, batch.prompt_mask)
+    if settings.decode == "sample":
+        options |= {"temperature": settings.temperature, "top_p": settings.top_p, "distinct": count > 1}
+        return sample(*prompts, seeds=seeds, num_samples=count, **options).item_ids
+    if settings.decode == "greedy":
+        beams = 1 if count == 1 else max(count, settings.num_beams)
+        return beam_search(*prompts, num_beams=beams, k=count, **options).item_ids
+    items = beam_search(*prompts, num_beams=settings.num_beams, k=settings.num_beams, **options).item_ids
+    # Missing items come last whatever was drawn.
+    uniform = keyed_uniform(seeds[:, None], torch.arange(items.shape[1], device=items.device))
+    return items.gather(1, (uniform + (items < 0)).argsort(1)[:, :count])
 
 
 def row_seeds(sample_id: Tensor, seed: int) -> Tensor:
-    """One seed for each row, from its id and the round's seed alone, ``(B,)`` int64."""
+    """Return one seed for each row, from its id and the round's seed alone, ``(B,)`` int64."""
     return sample_id * 2_654_435_761 + seed

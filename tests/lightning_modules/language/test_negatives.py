@@ -9,20 +9,20 @@ from tiny_module import ready
 
 from malleable.datamodules.batch import collate
 from malleable.lightning_modules.functional.language.decoding import beam_search
-from malleable.lightning_modules.language.language_model import Decoding
-from malleable.lightning_modules.language.play import Play, Player, row_seeds
+from malleable.lightning_modules.language.item_decoding import Decoding
+from malleable.lightning_modules.language.negatives import SelfPlay, row_seeds
 
 MODES = {
-    "greedy": Play(),
-    "two greedy": Play(num_negatives=2, num_beams=4),
-    "sample": Play(decode="sample"),
-    "two samples": Play(decode="sample", num_negatives=2, temperature=1.5, top_p=0.9),
-    "beam": Play(decode="beam_k_random", num_beams=5),
-    "two of the beam": Play(decode="beam_k_random", num_beams=5, num_negatives=2),
-    "text": Play(grounding="none", max_new_tokens=5),
-    "sampled text": Play(grounding="none", decode="sample", max_new_tokens=5, top_p=0.9),
-    "nearest": Play(grounding="embedding", max_new_tokens=5),
-    "nearest to a sample": Play(grounding="embedding", decode="sample", max_new_tokens=5),
+    "greedy": SelfPlay(),
+    "two greedy": SelfPlay(num_negatives=2, num_beams=4),
+    "sample": SelfPlay(decode="sample"),
+    "two samples": SelfPlay(decode="sample", num_negatives=2, temperature=1.5, top_p=0.9),
+    "beam": SelfPlay(decode="beam_k_random", num_beams=5),
+    "two of the beam": SelfPlay(decode="beam_k_random", num_beams=5, num_negatives=2),
+    "text": SelfPlay(grounding="none", max_new_tokens=5),
+    "sampled text": SelfPlay(grounding="none", decode="sample", max_new_tokens=5, top_p=0.9),
+    "nearest": SelfPlay(grounding="embedding", max_new_tokens=5),
+    "nearest to a sample": SelfPlay(grounding="embedding", decode="sample", max_new_tokens=5),
 }
 DRAWN = ("sample", "two samples", "beam", "two of the beam", "sampled text", "nearest to a sample")
 
@@ -36,25 +36,25 @@ def module():
 def test_answers_do_not_depend_on_batches(module, name):
     """A row answers the same alone, in any company and in any order: its id and the seed are all the randomness."""
     rows, play = tiny_rows(12), MODES[name]
-    together = module.play(collate(rows), play, seed=3)
+    together = module.generate_negatives(collate(rows), play, seed=3)
     order = [7, 2, 11, 0, 5, 9, 1, 3, 10, 8, 6, 4]
     for start in (0, 1, 5):
         some = order[start : start + 4]
-        assert torch.equal(module.play(collate([rows[index] for index in some]), play, seed=3), together[some])
-    assert torch.equal(module.play(collate(rows[4:5]), play, seed=3), together[4:5])
+        assert torch.equal(module.generate_negatives(collate([rows[index] for index in some]), play, seed=3), together[some])
+    assert torch.equal(module.generate_negatives(collate(rows[4:5]), play, seed=3), together[4:5])
 
 
 @pytest.mark.parametrize("name", MODES)
 def test_the_seed_decides_what_is_drawn(module, name):
     batch = collate(tiny_rows(24))
-    first, second = (module.play(batch, MODES[name], seed=seed) for seed in (1, 2))
+    first, second = (module.generate_negatives(batch, MODES[name], seed=seed) for seed in (1, 2))
     assert torch.equal(first, second) == (name not in DRAWN)
 
 
 @pytest.mark.parametrize("name", [name for name, play in MODES.items() if play.grounding != "none"])
 def test_answers_are_distinct_real_items(module, name):
     play = MODES[name]
-    found = module.play(collate(tiny_rows(24)), play, seed=0)
+    found = module.generate_negatives(collate(tiny_rows(24)), play, seed=0)
     assert found.shape == (24, play.num_negatives)
     assert (found >= 0).all()
     assert (found < 8).all()
@@ -65,17 +65,17 @@ def test_greedy_takes_the_best(module):
     """One greedy answer follows the most probable token; several are the best of a beam."""
     batch = collate(tiny_rows(8))
     best = module.recommend(batch, 3).item_ids
-    assert torch.equal(module.play(batch, Play(num_negatives=3, num_beams=8, exclude_seen=False)), best)
-    wide = module.play(batch, Play(decode="beam_k_random", num_beams=1))
-    assert torch.equal(wide, module.play(batch, Play())), "the best of one is no draw"
+    assert torch.equal(module.generate_negatives(batch, SelfPlay(num_negatives=3, num_beams=8, exclude_seen=False)), best)
+    wide = module.generate_negatives(batch, SelfPlay(decode="beam_k_random", num_beams=1))
+    assert torch.equal(wide, module.generate_negatives(batch, SelfPlay())), "the best of one is no draw"
 
 
 def test_beam_draws_among_the_best_alike(module):
     """400 draws of a row among its beam of 4: each about 100 times, none else. The standard deviation is 8.7."""
     row = tiny_rows(1)[0]
     batch = collate([row | {"sample_id": index} for index in range(400)])
-    drawn = module.play(batch, Play(decode="beam_k_random", num_beams=4), seed=0)[:, 0]
-    best = beam_search(module.model, module.trie, batch.prompt_ids[:1], batch.prompt_mask[:1], num_beams=4, k=4).item_ids[0]
+    drawn = module.generate_negatives(batch, SelfPlay(decode="beam_k_random", num_beams=4), seed=0)[:, 0]
+    best = beam_search(module.model, module.items.trie(module.device), batch.prompt_ids[:1], batch.prompt_mask[:1], num_beams=4, k=4).item_ids[0]
     counts = torch.bincount(drawn, minlength=8)
     assert counts[best].sum() == 400
     assert counts[best].min() > 65
@@ -84,18 +84,17 @@ def test_beam_draws_among_the_best_alike(module):
 def test_what_was_seen_is_not_answered(module):
     batch = collate(tiny_rows(12))
     for play in (MODES["greedy"], MODES["sample"], MODES["two of the beam"], MODES["nearest"]):
-        found = module.play(batch, replace(play, exclude_seen=True), seed=0)
+        found = module.generate_negatives(batch, replace(play, exclude_seen=True), seed=0)
         assert not any(set(row) & set(seen) for row, seen in zip(found.tolist(), batch.seen.tolist(), strict=True))
-    assert any(
-        set(row) & set(seen) for row, seen in zip(module.play(batch, Play(num_negatives=8, num_beams=8)).tolist(), batch.seen.tolist(), strict=True)
-    )
+    found = module.generate_negatives(batch, SelfPlay(num_negatives=8, num_beams=8))
+    assert any(set(row) & set(seen) for row, seen in zip(found.tolist(), batch.seen.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("decode", ["greedy", "beam_k_random", "sample"])
 def test_missing_answers_come_last(module, decode):
     """Six films may not be named, so of three answers one is missing, wherever the draw would have put it."""
     rows = [row | {"seen": [item for item in range(8) if item not in (1, 4)]} for row in tiny_rows(8)]
-    found = module.play(collate(rows), Play(decode=decode, num_negatives=3, num_beams=5, exclude_seen=True), seed=0)
+    found = module.generate_negatives(collate(rows), SelfPlay(decode=decode, num_negatives=3, num_beams=5, exclude_seen=True), seed=0)
     assert [sorted(row[:2]) for row in found.tolist()] == [[1, 4]] * 8
     assert found[:, 2].tolist() == [-1] * 8
 
@@ -103,7 +102,7 @@ def test_missing_answers_come_last(module, decode):
 @pytest.mark.parametrize("name", ["text", "sampled text"])
 def test_free_text_is_the_item_then_the_tokens(module, name):
     """The item or -1, then at most five tokens and the end-of-sequence token, then padding of -1."""
-    found = module.play(collate(tiny_rows(24)), MODES[name], seed=0)
+    found = module.generate_negatives(collate(tiny_rows(24)), MODES[name], seed=0)
     assert found.shape == (24, 2 + 5)
     for item, *text in found.tolist():
         end = text.index(EOS)
@@ -116,10 +115,10 @@ def test_free_text_is_grounded_in_the_nearest_title(module, monkeypatch):
     """A title's own text is nearest to itself, and another where that may not be answered."""
     texts = torch.tensor([[*title[:-1], *[EOS] * (5 - len(title))] for title in TOKENS])
     monkeypatch.setattr("malleable.lightning_modules.language.free_answers.generate_text", lambda *args, **kwargs: texts)
-    play, rows = Play(grounding="embedding", max_new_tokens=4), tiny_rows(8)
-    assert module.play(collate(rows), replace(play, exclude_seen=False)).tolist() == [[item] for item in range(8)]
+    play, rows = SelfPlay(grounding="embedding", max_new_tokens=4), tiny_rows(8)
+    assert module.generate_negatives(collate(rows), replace(play, exclude_seen=False)).tolist() == [[item] for item in range(8)]
     hidden = collate([row | {"seen": [item]} for item, row in enumerate(rows)])
-    found = module.play(hidden, play)
+    found = module.generate_negatives(hidden, play)
     assert (found[:, 0] != torch.arange(8)).all()
 
 
@@ -133,9 +132,9 @@ def test_ranks_are_asked_before_each_step(module, name):
         return flag or len(flags) < 5
 
     answers = []
-    for any_rank in (None, another_rank_needs_four_steps):
-        player = Player(module.model, module.trie, module.catalog, MODES[name], torch.arange(2), any_rank)
-        answers.append(player.answer(collate(tiny_rows(2)), None, module.title_embeddings if name == "nearest" else None))
+    for sync_any in (None, another_rank_needs_four_steps):
+        batch = collate(tiny_rows(2))
+        answers.append(module.items.generate_negatives(module.model, batch, MODES[name], 0, sync_any=sync_any))
     assert torch.equal(*answers)
     assert len(flags) >= 5
 
@@ -171,4 +170,4 @@ def test_seeds_of_rows():
 )
 def test_bad_values(settings, message):
     with pytest.raises(ValueError, match=message):
-        Play(**settings)
+        SelfPlay(**settings)
