@@ -28,12 +28,14 @@ log = logging.getLogger(__name__)
 
 
 def reference_logps(trainer: Trainer, module: LanguageModel, rows: Any, loader: PhasedLoader[Any], label: str) -> Tensor:
-    """Summed log-probabilities of every answer of every row under the model as it stands, ``(rows, K)`` in nats."""
+    """Return the summed log-probabilities of every answer of every row under the model as it stands, ``(rows, K)`` in nats, 0 where there is none."""
     shared_prompt = module.decoding.shared_prompt
+    count = max((len(rows[index]["answers"]) for index in range(len(rows))), default=0)
 
     def compute(batch: Any) -> Tensor:
         with compiled_passes():
-            return answer_logps(module.model, batch, shared_prompt=shared_prompt)
+            values = answer_logps(module.model, batch, shared_prompt=shared_prompt)
+        return torch.nn.functional.pad(values, (0, count - values.shape[1]))  # batches of rows with fewer answers are narrower
 
     return sweep(trainer, module, rows, loader.collate_fn, rows_per_pass(trainer, loader), compute, label)
 

@@ -19,8 +19,9 @@ log = logging.getLogger(__name__)
 class BaseDataModule(LightningDataModule, ABC):
     """Loaders over ``train_dataset``, ``val_dataset``, ``test_dataset`` and ``predict_dataset``.
 
-    A subclass fills those attributes in :meth:`setup` and gives :meth:`collate`, unless its datasets make whole batches. The number
-    of rows of one optimizer step is ``global_batch_size`` on any number of devices: the accumulation follows from it.
+    A subclass fills those attributes in :meth:`setup`. A dataset says which batch its rows make by a method ``collate``, or makes whole batches; for
+    other datasets the subclass gives :meth:`collate`. The number of rows of one optimizer step is ``global_batch_size`` on any number of devices: the
+    accumulation follows from it.
 
     Args:
         batch_size: Rows of one training pass on one device, at most.
@@ -66,7 +67,9 @@ class BaseDataModule(LightningDataModule, ABC):
 
     def collate(self, rows: Sequence[Any]) -> Batch:
         """Make a batch of rows."""
-        raise NotImplementedError(f"{type(self).__name__} must say how its rows become a Batch: override `collate`")
+        raise NotImplementedError(
+            f"{type(self).__name__} must say how its rows become a Batch: give the dataset a method `collate`, or override this one"
+        )
 
     def row_tokens(self) -> Sequence[int] | None:
         """Loss-bearing tokens of each training row, where losses are normalised over an optimizer step."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple, NotRequired, Self, TypedDict, cast
+from typing import Any, NamedTuple, NotRequired, Self, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
@@ -63,6 +63,9 @@ class Batch(Record):
     def pin_memory(self) -> Self:
         """Return a copy in pinned memory."""
         return self.map(lambda tensor: tensor.pin_memory())
+
+
+BatchT = TypeVar("BatchT", bound=Batch)
 
 
 class PackedBatch(Batch):
@@ -120,13 +123,15 @@ class AnswerBatch(Batch):
 
 
 class PreferenceBatch(AnswerBatch):
-    """A prompt with a chosen answer (index 0) and K - 1 >= 1 rejected ones.
+    """A prompt with a chosen answer (index 0) and K - 1 >= 1 rejected ones; a row with fewer has empty answers at the end.
 
     Attributes:
         reference_logps: ``(B, K)`` summed log-probabilities under the frozen reference, in nats; ``None`` when the module holds them.
+        smoothing: ``(B,)`` float32, probability that a row is labelled the wrong way round; ``None`` takes that of the loss.
     """
 
     reference_logps: Tensor | None = None
+    smoothing: Tensor | None = None
 
 
 class QueryBatch(Batch):
@@ -174,6 +179,7 @@ class Example(TypedDict):
     seen: NotRequired[Sequence[int]]
     candidates: NotRequired[Sequence[int]]
     reference_logps: NotRequired[Sequence[float]]
+    smoothing: NotRequired[float]
 
 
 class PackedExample(TypedDict):
@@ -286,22 +292,34 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right", width: i
     return torch.from_numpy(table)
 
 
-def collate(examples: Sequence[Example] | Sequence[PackedExample], pad_token_id: int = 0, pad_to_multiple_of: int = 8) -> AnswerBatch | PackedBatch:
-    """Make the batch that fits the rows: packed documents, one answer a prompt, or a preference among several.
+def collate(
+    examples: Sequence[Example] | Sequence[PackedExample], kind: type[BatchT] | None = None, *, pad_token_id: int = 0, pad_to_multiple_of: int = 8
+) -> BatchT:
+    """Make a batch of rows.
 
     Args:
         examples: Rows.
+        kind: The batch to make: :class:`AnswerBatch` (default), :class:`PreferenceBatch` or :class:`PackedBatch`.
         pad_token_id: Padding token.
         pad_to_multiple_of: Rows of tokens are padded to a multiple of this many, and so are the columns of answers behind a shared prompt.
             Results do not depend on it. On a GPU kernels are chosen, and sometimes planned, for each width: few widths are faster. 8 also is
             what attention kernels want masks aligned to; 32 means fewer widths and more padding.
 
     Raises:
-        ValueError: If rows of one batch have different numbers of answers, or if only some rows have a prompt.
+        ValueError: If the rows are of another kind, or if only some rows have a prompt.
     """
-    if "input_ids" in examples[0]:
-        return collate_packed(cast("Sequence[PackedExample]", examples), pad_token_id, pad_to_multiple_of)
-    return collate_answers(cast("Sequence[Example]", examples), pad_token_id, pad_to_multiple_of)
+    name = AnswerBatch if kind is None else kind
+    fields: Any = {
+        AnswerBatch: ("prompt", collate_answers),
+        PreferenceBatch: ("prompt", collate_preferences),
+        PackedBatch: ("input_ids", collate_packed),
+    }.get(name)
+    if fields is None:
+        raise ValueError(f"collate makes AnswerBatch, PreferenceBatch or PackedBatch, not {name.__name__}")
+    field, make = fields
+    if field not in examples[0]:
+        raise ValueError(f"a row of {name.__name__} has the field {field!r}, this one has {', '.join(examples[0])}; choose another kind")
+    return cast("BatchT", make(examples, pad_token_id, pad_to_multiple_of))
 
 
 def collate_packed(examples: Sequence[PackedExample], pad_token_id: int = 0, pad_to_multiple_of: int = 8) -> PackedBatch:
@@ -321,13 +339,46 @@ def collate_packed(examples: Sequence[PackedExample], pad_token_id: int = 0, pad
 
 
 def collate_answers(examples: Sequence[Example], pad_token_id: int = 0, pad_to_multiple_of: int = 8) -> AnswerBatch:
-    """Make an :class:`AnswerBatch`, or a :class:`PreferenceBatch` where rows have more than one answer."""
-    counts = {len(example["answers"]) for example in examples}
-    if len(counts) != 1:
-        raise ValueError(f"all rows of a batch need the same number of answers, got {sorted(counts)}")
-    (count,) = counts
+    """Make an :class:`AnswerBatch`.
+
+    Raises:
+        ValueError: If a row has several answers.
+    """
+    if several := next((example for example in examples if len(example["answers"]) != 1), None):
+        raise ValueError(
+            f"a row of AnswerBatch has one answer, the row with sample_id {several['sample_id']} has {len(several['answers'])}; collate rows with "
+            "rejected answers as PreferenceBatch"
+        )
+    return AnswerBatch(**_columns(examples, 1, pad_token_id, pad_to_multiple_of))
+
+
+def collate_preferences(examples: Sequence[Example], pad_token_id: int = 0, pad_to_multiple_of: int = 8) -> PreferenceBatch:
+    """Make a :class:`PreferenceBatch`; rows may have different numbers of rejected answers.
+
+    Raises:
+        ValueError: If a row has no rejected answer.
+    """
+    if single := next((example for example in examples if len(example["answers"]) < 2), None):
+        raise ValueError(
+            f"a row of PreferenceBatch has a chosen and at least one rejected answer, the row with sample_id {single['sample_id']} has "
+            f"{len(single['answers'])} in all; collate rows without rejected answers as AnswerBatch"
+        )
+    count = max(len(example["answers"]) for example in examples)
+    columns = _columns(examples, count, pad_token_id, pad_to_multiple_of)
+    reference = [example.get("reference_logps") for example in examples]
+    if all(row is not None for row in reference):
+        rows = [[*row, *[0.0] * count][:count] for row in cast("list[Sequence[float]]", reference)]
+        columns["reference_logps"] = torch.tensor(rows, dtype=torch.float32)
+    smoothing = [example.get("smoothing") for example in examples]
+    if all(value is not None for value in smoothing):
+        columns["smoothing"] = torch.tensor(smoothing, dtype=torch.float32)
+    return PreferenceBatch(**columns)
+
+
+def _columns(examples: Sequence[Example], count: int, pad_token_id: int, pad_to_multiple_of: int) -> dict[str, Any]:
+    """Make the fields of a batch with ``count`` answers a row; missing answers are empty."""
     prompts = [example["prompt"] for example in examples]
-    answers = [answer for example in examples for answer in example["answers"]]
+    answers = [answer for example in examples for answer in [*example["answers"], *[()] * count][:count]]
     lengths = torch.tensor([len(answer) for answer in answers]).reshape(len(examples), count)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
     _check_prompts(prompt_lengths, lengths, examples)
@@ -336,26 +387,21 @@ def collate_answers(examples: Sequence[Example], pad_token_id: int = 0, pad_to_m
     answer_ids = pad(answers, pad_token_id, width=padded_width(longest - 1, pad_to_multiple_of) + 1 if longest else 0)
     answer_ids = answer_ids.reshape(len(examples), count, -1)
     prompt_ids = pad(prompts, pad_token_id, "left", padded_width(int(prompt_lengths.max()), pad_to_multiple_of))
-    items = [example.get("item_ids", [-1] * count) for example in examples]
+    items = [example.get("item_ids", ()) for example in examples]
     candidates = [example.get("candidates", ()) for example in examples]
-    columns: dict[str, Any] = dict(
+    return dict(
         sample_id=torch.tensor([example["sample_id"] for example in examples]),
         prompt_ids=prompt_ids,
         prompt_mask=torch.arange(prompt_ids.shape[1]) >= prompt_ids.shape[1] - prompt_lengths[:, None],
         answer_ids=answer_ids,
         answer_mask=torch.arange(answer_ids.shape[2]) < lengths[..., None],
-        item_ids=pad(items, -1),
+        item_ids=pad(items, -1, width=count),
         history=pad([example.get("history", ()) for example in examples], -1, "left"),
         # Rows of others need not list what was seen; an empty list says that everything may be recommended again.
         seen=pad([example.get("seen", example.get("history", ())) for example in examples], -1),
         candidates=pad(candidates, -1) if any(len(row) for row in candidates) else None,
         answer_columns=padded_width(int((lengths - 1).clamp_min(0).sum(1).max()), pad_to_multiple_of),
     )
-    if count < 2:
-        return AnswerBatch(**columns)
-    reference = [example.get("reference_logps") for example in examples]
-    known = all(row is not None for row in reference)
-    return PreferenceBatch(**columns, reference_logps=torch.tensor(reference, dtype=torch.float32) if known else None)
 
 
 def _check_prompts(prompt_lengths: Tensor, answer_lengths: Tensor, examples: Sequence[Example]) -> None:

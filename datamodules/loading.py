@@ -33,12 +33,20 @@ class RowView(Dataset[Any]):
         pool: Map-style dataset of dictionaries.
         positions: Rows to show, in this order.
         fields: For each shown row, the fields to set.
+        collate: Makes a batch of these rows, where it is another kind than that of the dataset.
     """
 
-    def __init__(self, pool: Any, positions: Sequence[int], fields: Sequence[dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        pool: Any,
+        positions: Sequence[int],
+        fields: Sequence[dict[str, Any]] | None = None,
+        collate: Callable[[Sequence[Any]], Batch] | None = None,
+    ) -> None:
         self.pool = pool
         self.positions = list(positions)
         self.fields = fields
+        self.collate: Callable[[Sequence[Any]], Batch] | None = collate or getattr(pool, "collate", None)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -127,7 +135,7 @@ class PhasedLoader(Generic[BatchT]):
             dataset that :class:`MakesBatches`, whole batches are asked for; it needs neither collation nor workers.
         batch_size: Rows of one forward pass on one device, at most: more devices than ``global_batch_size`` needs pass fewer each; default: 1.
         global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times the number of devices.
-        collate_fn: Makes a batch of rows.
+        collate_fn: Makes a batch of rows; a dataset with a method ``collate`` says itself which batch its rows make.
         shuffle: Draw a new order each epoch, from ``seed`` and the epoch's number alone; default: True.
         drop_last: Leave out the rows that do not fill a global batch (default); otherwise repeat rows, marked by a negative ``sample_id``, so that
             all ranks make equally many batches (on one device the last ones are short, of one row at least). A loss that leaves out
@@ -172,7 +180,7 @@ class PhasedLoader(Generic[BatchT]):
             dataset = dataset.dataset
         options |= {name: value for name, value in given.items() if value is not None} | worker_options
         self.collate_fn: Any = options.pop("collate_fn")
-        if self.collate_fn is None and not isinstance(dataset, MakesBatches):
+        if self.collate_fn is None and not isinstance(dataset, MakesBatches) and getattr(dataset, "collate", None) is None:
             raise ValueError("PhasedLoader needs a collate_fn that makes a Batch, e.g. malleable.datamodules.batch.collate")
         self.pool: Any = dataset
         self.max_batch_size: int = options.pop("batch_size")
@@ -208,7 +216,7 @@ class PhasedLoader(Generic[BatchT]):
             batch_factor: How many times the rows of a pass and of an optimizer step; the accumulation stays the same.
         """
         self.dataset: Any = rows
-        self._reader = RowReader(rows, self.collate_fn, **self._worker_options)
+        self._reader = RowReader(rows, getattr(rows, "collate", None) or self.collate_fn, **self._worker_options)
         self.batch_factor = batch_factor
         self._position = 0
         self.row_tokens = None if row_tokens is None else torch.as_tensor(row_tokens)

@@ -25,7 +25,7 @@ from malleable.datamodules.identity import KINDS, SETTINGS, check_identity, diff
 from malleable.lightning_modules.frozen_ddp import leave_frozen_unwrapped
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.ranks import gather_over_ranks
-from malleable.lightning_modules.plain import nested, plain
+from malleable.lightning_modules.serialization import nested, plain
 from malleable.lightning_modules.stored_weights import CheckedLoading
 
 log = logging.getLogger(__name__)
@@ -230,13 +230,24 @@ class BaseModule(CheckedLoading, ABC):
         # On a CPU only its own generator: `torch.manual_seed` also queues a call for accelerators, with the whole stack, in every step.
         (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(number)
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Call :meth:`end_of_step` after the last batch of an optimizer step."""
+        if self._ends_step(batch_idx):
+            self.end_of_step()
+
+    def end_of_step(self) -> None:
+        """Do what follows an optimizer step."""
+
+    def _ends_step(self, batch_idx: int) -> bool:
+        return bool((batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch)
+
     @float32_by_default()
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss; the last batch of an optimizer step logs the step's figures."""
         output = self.compute_loss(batch)
         figures = {"loss": output.loss.detach(), **output.extras}
         self._step_figures.append({name: value.float() for name, value in figures.items()})
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
+        if self._ends_step(batch_idx):
             self._log_step()
         if self.trainer.strategy.handles_gradient_accumulation:
             # Lightning divides by the accumulated batches, and then DeepSpeed does so again.

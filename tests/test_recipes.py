@@ -12,7 +12,7 @@ import yaml
 
 from malleable.lightning_modules.language.config import LanguageModelConfig
 from malleable.lightning_modules.language.precision import check_training_precision
-from malleable.lightning_modules.plain import from_plain
+from malleable.lightning_modules.serialization import from_plain
 from malleable.main import main
 from malleable.recipes import FOLDER, recipe_names
 from malleable.unused import check_unused

@@ -31,7 +31,7 @@ from malleable.lightning_modules.metrics.editing import RequestFigures
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.names import canonical_name
 from malleable.lightning_modules.patches.patch import Patch
-from malleable.lightning_modules.plain import from_plain
+from malleable.lightning_modules.serialization import from_plain
 
 log = logging.getLogger(__name__)
 

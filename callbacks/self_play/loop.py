@@ -29,6 +29,7 @@ from malleable.datamodules.loading import PhasedLoader, RowView
 from malleable.lightning_modules.functional.schedule import warmup_decay
 from malleable.lightning_modules.language.language_model import LanguageModel
 from malleable.lightning_modules.language.negatives import SelfPlay
+from malleable.lightning_modules.losses.preference import PreferenceLoss
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class SelfPlayLoop(Callback):
         self.phases = self.plan(rounds, {name: settings.epochs for name, settings in self.settings.items()})
         self._loader = loader
         self._cached: RoundFile | None = None
+        self._pad_token_id = 0
         self._folder = Path()
         self._copies: Callable[[str], list[Path]] = lambda name: [Path(name)]
         self._counts: Tensor | None = None
@@ -161,6 +163,8 @@ class SelfPlayLoop(Callback):
             raise MisconfigurationException(f"SelfPlayLoop sets the learning rates itself; {remedy}")
         self._loader = phased_loader(trainer, self._loader, type(self).__name__)
         self._check_rows(self._loader)
+        vocabulary = cast("LanguageModel", pl_module).vocabulary
+        self._pad_token_id = 0 if vocabulary is None else vocabulary.pad_token_id
         if self.state.epoch >= 0:
             self._show_phase()
         elif trainer.ckpt_path is None:
@@ -179,6 +183,8 @@ class SelfPlayLoop(Callback):
             self.state.marks.append([trainer.global_step, "preference" if phase.kind == "dpo" else "supervised"])
             for optimizer in trainer.optimizers:
                 reset_moments(optimizer)
+            if isinstance(loss := getattr(pl_module, "loss", None), PreferenceLoss):
+                loss.reset()
             rank_zero_info(f"{self._name(phase)}: {self._steps(phase)} steps on {len(self._rows())} rows")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -282,7 +288,8 @@ class SelfPlayLoop(Callback):
             self._play(trainer, module, loader, phase, file)
         if self.keep_identical == "drop":
             file = self._distinct(loader, phase, file)
-        file.reference = reference_logps(trainer, module, file.pairs(loader.pool), loader, f"{self._name(phase)}, reference").tolist()
+        pairs = file.pairs(loader.pool, self._pad_token_id)
+        file.reference = reference_logps(trainer, module, pairs, loader, f"{self._name(phase)}, reference").tolist()
         self._write(trainer, phase, file)
 
     def _distinct(self, loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> RoundFile:
@@ -298,7 +305,7 @@ class SelfPlayLoop(Callback):
 
     def _current_rows(self, loader: PhasedLoader[Any], phase: Phase) -> Any:
         if phase.kind == "dpo":
-            return self._file().pairs(loader.pool)
+            return self._file().pairs(loader.pool, self._pad_token_id)
         if phase.kind == "sft":
             return RowView(loader.pool, self._file().positions)
         settings = self.settings["warmup"]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from malleable.datamodules.batch import Catalog
+from malleable.datamodules.batch import Catalog, PreferenceBatch, collate
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.datamodules.files.table_files import read_parquet
 from malleable.datamodules.loading import RowView
@@ -92,8 +93,8 @@ class RoundFile:
             [self.answers[index] for index in kept],
         )
 
-    def pairs(self, pool: Any) -> RowView:
-        """The rows with the rejected answers behind the true one, and the reference where it is known."""
+    def pairs(self, pool: Any, pad_token_id: int = 0) -> RowView:
+        """Return the rows with the rejected answers behind the true one, and the reference where it is known; they make a PreferenceBatch."""
         assert self.answers is not None
         assert self.items is not None
         fields = []
@@ -104,7 +105,7 @@ class RoundFile:
             fields.append({"answers": [list(row["answers"][0]), *rejected], "item_ids": [*true_item, *self.items[index]]})
             if self.reference is not None:
                 fields[-1]["reference_logps"] = self.reference[index]
-        return RowView(pool, self.positions, fields)
+        return RowView(pool, self.positions, fields, partial(collate, kind=PreferenceBatch, pad_token_id=pad_token_id))
 
     def _identical(self, row: Any, index: int) -> bool:
         assert self.answers is not None

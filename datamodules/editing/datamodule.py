@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from malleable.datamodules.base import BaseDataModule
-from malleable.datamodules.batch import Batch, Vocabulary, collate
+from malleable.datamodules.batch import Vocabulary
 from malleable.datamodules.editing.requests import EditRequest, checked
 from malleable.datamodules.identity import is_stored, read_stored, vocabulary_of
 from malleable.datamodules.language.text_rows import TextRows
@@ -146,10 +146,6 @@ class EditingDataModule(BaseDataModule):
         assert self.train_dataset is not None
         return cast("Sequence[int]", self.train_dataset.row_tokens())
 
-    def collate(self, rows: Sequence[Any]) -> Batch:
-        """Make a batch of rows."""
-        return collate(rows, self.vocabulary.pad_token_id)
-
     def _load(self) -> tuple[EditTables, list[str]]:
         if self._read is None:
             self._read = self.source.load(), self.texts.load() if self.texts is not None else []
@@ -181,7 +177,7 @@ class EditingDataModule(BaseDataModule):
 
     def _rows(self, documents: Sequence[str]) -> TextRows:
         encoded: Any = self.tokenizer(list(documents))["input_ids"]
-        return TextRows(encoded, self.pack_length)
+        return TextRows(encoded, self.pack_length, pad_token_id=self.vocabulary.pad_token_id)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from malleable.datamodules.batch import PackedExample
-from malleable.datamodules.recommendation.prompt import PromptPieces
 from malleable.datamodules.recommendation.splits import Ints
 
 
@@ -62,42 +60,3 @@ def fit(windows: Sequence[Window], pack_length: int) -> list[list[Window]]:
         rows[row].append(window)
         insort(space, (free - window.length, row))
     return rows
-
-
-class PackedRows:
-    """Rows of whole documents over histories, assembled at access.
-
-    Documents of a single item have no history to learn from and are left out.
-
-    Args:
-        sequences: Items of each history, oldest first.
-        pieces: The tokenised template and catalogue.
-        pack_length: Tokens of a row.
-    """
-
-    def __init__(self, sequences: Sequence[Ints], pieces: PromptPieces, pack_length: int = 512) -> None:
-        self.sequences = sequences
-        self.pieces = pieces
-        sizes = np.array([len(tokens) + len(pieces.separator) for tokens in pieces.items])
-        # The first item has no separator before it, and the end-of-sequence token closes the document.
-        overhead = len(pieces.prefix) - len(pieces.separator) + 1
-        windows = cut_windows(sequences, sizes, pack_length, overhead)
-        self.rows = fit([window for window in windows if window.end - window.start > 1], pack_length)
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> PackedExample:
-        """Return a row; documents are numbered from 1."""
-        input_ids: list[int] = []
-        document_ids: list[int] = []
-        for number, window in enumerate(self.rows[index], start=1):
-            document = self.pieces.document(self.sequences[window.sequence][window.start : window.end].tolist())
-            input_ids += document
-            document_ids += [number] * len(document)
-        return {"sample_id": index, "input_ids": input_ids, "document_ids": document_ids}
-
-    def row_tokens(self) -> Ints:
-        """Return the targets of each row: every token but the first of a document."""
-        return np.array([sum(window.length - 1 for window in row) for row in self.rows], dtype=np.int64)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from malleable.datamodules.batch import PackedExample
+from malleable.datamodules.batch import PackedBatch, PackedExample, collate
 from malleable.datamodules.language.packing import Window, fit
 from malleable.datamodules.recommendation.splits import Ints
 
@@ -18,12 +18,14 @@ class TextRows:
         documents: Tokens of each.
         pack_length: Tokens of a row.
         first_id: ``sample_id`` of the first row.
+        pad_token_id: Padding token of batches.
 
     Raises:
         ValueError: If no document has two tokens: there would be nothing to predict.
     """
 
-    def __init__(self, documents: Sequence[Sequence[int]], pack_length: int, first_id: int = 0) -> None:
+    def __init__(self, documents: Sequence[Sequence[int]], pack_length: int, first_id: int = 0, pad_token_id: int = 0) -> None:
+        self.pad_token_id = pad_token_id
         parts = [document[start : start + pack_length] for document in documents for start in range(0, len(document), pack_length)]
         self.documents = [part for part in parts if len(part) > 1]
         if not self.documents:
@@ -44,6 +46,10 @@ class TextRows:
             input_ids += document
             document_ids += [number] * len(document)
         return {"sample_id": self.first_id + index, "input_ids": input_ids, "document_ids": document_ids}
+
+    def collate(self, rows: Sequence[PackedExample]) -> PackedBatch:
+        """Make a batch of rows."""
+        return collate(rows, PackedBatch, pad_token_id=self.pad_token_id)
 
     def row_tokens(self) -> Ints:
         """Return the targets of each row: every token but the first of a document."""

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from malleable.datamodules.base import BaseDataModule
-from malleable.datamodules.batch import Batch, Catalog, Vocabulary, collate
+from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.files.fetch import cache_folder
 from malleable.datamodules.identity import is_stored, read_stored, vocabulary_of
-from malleable.datamodules.language.packing import PackedRows
 from malleable.datamodules.loading import PhasedLoader
 from malleable.datamodules.recommendation.histories import ItemLookup, read_histories, read_users
+from malleable.datamodules.recommendation.packed_rows import PackedRows
 from malleable.datamodules.recommendation.prompt import PromptTemplate
 from malleable.datamodules.recommendation.rows import AnswerRows, Negatives, Reach
 from malleable.datamodules.recommendation.sampling import ItemSampler
@@ -146,6 +146,7 @@ class RecommendationDataModule(BaseDataModule):
                 hide_seen=self.split.repeats == "drop",
                 negatives=negatives,
                 select=self._selected(name, len(store.rows[name])),
+                pad_token_id=self._pad_token_id,
             )
             for name in SPLITS
         }
@@ -183,7 +184,7 @@ class RecommendationDataModule(BaseDataModule):
             if store.pieces is None:
                 raise ValueError("packed histories need text, but tokenizer='none' has none; give a tokenizer")
             sequences = [items[:end] for items, end in zip(store.sequences, store.train_end, strict=True) if end > 1]
-            self._packed = PackedRows(sequences, store.pieces, self.pack_length)
+            self._packed = PackedRows(sequences, store.pieces, self.pack_length, self._pad_token_id)
         return self._packed
 
     def row_tokens(self) -> Sequence[int]:
@@ -191,9 +192,9 @@ class RecommendationDataModule(BaseDataModule):
         tokens: Sequence[int] = self.train_dataset.row_tokens()
         return tokens
 
-    def collate(self, rows: Sequence[Any]) -> Batch:
-        """Make a batch of rows."""
-        return collate(rows, self.vocabulary.pad_token_id if self.vocabulary else 0)
+    @property
+    def _pad_token_id(self) -> int:
+        return self.vocabulary.pad_token_id if self.vocabulary else 0
 
     def train_dataloader(self) -> PhasedLoader[Any]:
         """Return the training loader, which also knows the other view of the same data."""
@@ -269,4 +270,4 @@ class RecommendationDataModule(BaseDataModule):
         index = RowIndex(np.arange(len(sequences)), np.array([len(items) for items in sequences]))
         table = Reach(self.split.history_length, store.pieces, self.max_prompt_length).place("predict", sequences, index)
         table = replace(table, sample_id=np.array(numbers))
-        return AnswerRows(table, sequences, store.pieces, hide_seen=self.split.repeats == "drop")
+        return AnswerRows(table, sequences, store.pieces, hide_seen=self.split.repeats == "drop", pad_token_id=self._pad_token_id)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from malleable.datamodules.batch import Example
+from malleable.datamodules.batch import AnswerBatch, Example, PreferenceBatch, collate
 from malleable.datamodules.recommendation.prompt import PromptPieces
 from malleable.datamodules.recommendation.sampling import ItemSampler
 from malleable.datamodules.recommendation.splits import Ints, RowIndex
@@ -131,6 +131,7 @@ class AnswerRows:
         hide_seen: List the items before the target as seen, not to be recommended again.
         negatives: Wrong answers to add.
         select: Positions in ``table`` of the rows to use; default: all.
+        pad_token_id: Padding token of batches.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class AnswerRows:
         hide_seen: bool = True,
         negatives: Negatives | None = None,
         select: Ints | None = None,
+        pad_token_id: int = 0,
     ) -> None:
         self.table = table
         self.sequences = sequences
@@ -149,6 +151,7 @@ class AnswerRows:
         self.hide_seen = hide_seen
         self.negatives = negatives
         self.select = np.arange(len(table)) if select is None else select
+        self.pad_token_id = pad_token_id
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -176,6 +179,10 @@ class AnswerRows:
         if candidates:
             example["candidates"] = candidates
         return example
+
+    def collate(self, rows: Sequence[Example]) -> AnswerBatch:
+        """Make a :class:`PreferenceBatch` where rows have negatives, else an :class:`AnswerBatch`."""
+        return collate(rows, AnswerBatch if self.negatives is None else PreferenceBatch, pad_token_id=self.pad_token_id)
 
     def row_tokens(self) -> Ints:
         """Return the length of each row's true answer."""

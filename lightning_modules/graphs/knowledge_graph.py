@@ -21,10 +21,9 @@ from malleable.lightning_modules.functional.graphs.interaction import Interactio
 from malleable.lightning_modules.functional.precision import full, full_precision
 from malleable.lightning_modules.graphs.answers import GraphAnswers
 from malleable.lightning_modules.graphs.settings import EmbeddingTuning, Init, LinkRanking
-from malleable.lightning_modules.losses.described import object_from_plain
 from malleable.lightning_modules.losses.embedding import BCESum, EmbeddingLoss, Positives, Regulariser
 from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics, Tails, check_scores
-from malleable.lightning_modules.plain import from_plain
+from malleable.lightning_modules.serialization import from_plain, object_from_plain
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from malleable.lightning_modules.functional.graphs.interaction import Interactio
 from malleable.lightning_modules.graphs.knowledge_graph import KnowledgeGraphModule
 from malleable.lightning_modules.graphs.settings import EmbeddingTuning, Init, LinkRanking
 from malleable.lightning_modules.losses.embedding import EmbeddingLoss, Regulariser
-from malleable.lightning_modules.plain import from_plain
+from malleable.lightning_modules.serialization import from_plain
 
 Kind = Literal["nfe1", "nfe2", "nfe3", "affine_point", "sigma"]
 

@@ -32,8 +32,8 @@ from malleable.lightning_modules.language.negatives import SelfPlay
 from malleable.lightning_modules.language.precision import check_training_precision
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.metrics.editing import Perplexity
-from malleable.lightning_modules.plain import from_plain
 from malleable.lightning_modules.recommendation.evaluation import recommendation_metrics, update_metrics
+from malleable.lightning_modules.serialization import from_plain
 
 log = logging.getLogger(__name__)
 

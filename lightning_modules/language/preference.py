@@ -10,7 +10,7 @@ from malleable.datamodules.batch import PreferenceBatch
 from malleable.lightning_modules.base import LossOutput
 from malleable.lightning_modules.functional.language.logps import answer_token_logps
 from malleable.lightning_modules.language.config import dropout_off
-from malleable.lightning_modules.losses.preference import PreferenceLoss
+from malleable.lightning_modules.losses.preference import PreferenceLoss, masked_mean
 
 
 def preference_step(
@@ -30,7 +30,7 @@ def preference_step(
     Raises:
         MisconfigurationException: If the batch carries no reference.
     """
-    if batch.reference_logps is None:
+    if batch.reference_logps is None and loss.needs_reference:
         raise MisconfigurationException(
             "the batch has no reference log-probabilities: add the callback ReferenceCache (SelfPlayLoop brings its own), "
             "or let your loader yield PreferenceBatch(reference_logps=...)"
@@ -42,31 +42,34 @@ def preference_step(
     # An answer that is both chosen and rejected gets one value, or rounding would leave it a gradient that Adam blows up.
     same = ((batch.answer_ids == batch.answer_ids[:, :1]) | ~batch.answer_mask).all(-1) & (lengths == lengths[:, :1])
     policy = torch.where(same, policy[:, :1], policy)
-    output = loss(policy, torch.where(same, batch.reference_logps[:, :1], batch.reference_logps), lengths)
+    reference = None if batch.reference_logps is None else torch.where(same, batch.reference_logps[:, :1], batch.reference_logps)
     # Rows repeated only to fill a batch count for nothing.
-    real = (batch.sample_id >= 0).to(policy.dtype)
-    weight = real.sum()
-    total = (output.losses * real).sum() / weight.clamp_min(1)
+    real = batch.sample_id >= 0
+    output = loss(policy, reference, lengths, smoothing=batch.smoothing, real=real)
+    rows = real.to(policy.dtype)
+    weight = rows.sum()
+    total = (output.losses * rows).sum() / weight.clamp_min(1)
     if sft_weight:
-        total = total - sft_weight * (tokens[:, 0].sum(-1) * real).sum() / (lengths[:, 0] * real).sum().clamp_min(1)
-    return LossOutput(total, preference_figures(policy.detach(), output.rewards, real), weight)
+        total = total - sft_weight * (tokens[:, 0].sum(-1) * rows).sum() / (lengths[:, 0] * rows).sum().clamp_min(1)
+    return LossOutput(total, preference_figures(policy.detach(), output.rewards, rows, lengths > 0), weight)
 
 
-def preference_figures(policy: Tensor, rewards: Tensor, real: Tensor) -> dict[str, Tensor]:
+def preference_figures(policy: Tensor, rewards: Tensor, real: Tensor, exists: Tensor) -> dict[str, Tensor]:
     """Means of rewards and log-probabilities, under the names the field uses.
 
     Args:
         policy: ``(B, K)`` log-probabilities.
         rewards: ``(B, K)``.
         real: ``(B,)``, 1 in rows that count, else 0.
+        exists: ``(B, K)`` bool, False where a row has no such answer.
     """
-    chosen, rejected = rewards[:, 0], rewards[:, 1:]
+    chosen, rejected, others = rewards[:, 0], rewards[:, 1:], exists[:, 1:]
     figures = {
         "rewards_chosen": chosen,
-        "rewards_rejected": rejected.mean(1),
-        "rewards_margins": (chosen[:, None] - rejected).mean(1),
-        "rewards_accuracies": (chosen[:, None] > rejected).float().mean(1),
+        "rewards_rejected": masked_mean(rejected, others),
+        "rewards_margins": masked_mean(chosen[:, None] - rejected, others),
+        "rewards_accuracies": masked_mean((chosen[:, None] > rejected).float(), others),
         "logps_chosen": policy[:, 0],
-        "logps_rejected": policy[:, 1:].mean(1),
+        "logps_rejected": masked_mean(policy[:, 1:], others),
     }
     return {name: (values * real).sum() / real.sum().clamp_min(1) for name, values in figures.items()}

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from malleable.lightning_modules.functional.graphs.interaction import Vectors, score_pairs
 from malleable.lightning_modules.functional.graphs.one_vs_all import KeyOf, Kind, one_vs_all_loss
 from malleable.lightning_modules.functional.precision import full, full_precision
-from malleable.lightning_modules.losses.described import Described
+from malleable.lightning_modules.serialization import Described
 
 
 class Positives(NamedTuple):

@@ -7,13 +7,14 @@ losses are averaged over the pairs of a row.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malleable.lightning_modules.losses.described import Described
+from malleable.lightning_modules.serialization import Described
 
 
 class PreferenceOutput(NamedTuple):
@@ -31,13 +32,23 @@ class PreferenceOutput(NamedTuple):
 class PreferenceLoss(Described, ABC):
     """A loss on log-ratios between policy and reference.
 
+    A loss with a state keeps it in float32 buffers, which are stored in checkpoints and stay float32 when the module is converted. It changes the
+    state in :meth:`end_of_step` only, so that all batches of an optimizer step see the same one.
+
     Args:
         beta: Inverse temperature of the implicit reward, the papers' beta, > 0.
         length_norm: Divide log-probabilities by the answers' lengths in tokens.
 
+    Attributes:
+        needs_reference: Whether the loss compares with a reference.
+        uses_smoothing: Whether it takes a smoothing of its own for each row.
+
     Raises:
         ValueError: If ``beta`` <= 0.
     """
+
+    needs_reference: ClassVar[bool] = True
+    uses_smoothing: ClassVar[bool] = False
 
     def __init__(self, beta: float = 0.1, length_norm: bool = False) -> None:
         super().__init__()
@@ -46,36 +57,84 @@ class PreferenceLoss(Described, ABC):
         self.beta = beta
         self.length_norm = length_norm
 
-    def forward(self, policy: Tensor, reference: Tensor, lengths: Tensor | None = None) -> PreferenceOutput:
+    def forward(
+        self,
+        policy: Tensor,
+        reference: Tensor | None = None,
+        lengths: Tensor | None = None,
+        *,
+        smoothing: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> PreferenceOutput:
         """Compute the losses.
 
         Args:
             policy: ``(B, K)`` summed log-probabilities under the policy, with gradient, K >= 2.
-            reference: ``(B, K)`` the same under the frozen reference.
-            lengths: ``(B, K)`` answer tokens; needed for ``length_norm``.
+            reference: ``(B, K)`` the same under the frozen reference; ``None`` for a loss without one.
+            lengths: ``(B, K)`` answer tokens; needed for ``length_norm``. An answer of length 0 does not exist: rows may have fewer than K.
+            smoothing: ``(B,)`` probability that a row is labelled the wrong way round; ``None`` takes the loss's own.
+            real: ``(B,)`` bool, False in rows that only fill a batch; ``None``: all are real. For losses that keep statistics.
+
+        Raises:
+            ValueError: If an argument is missing that the loss needs, or given that it does not use.
         """
-        ratios = policy - reference.detach()
-        if self.length_norm:
-            if lengths is None:
-                raise ValueError("length_norm needs the answers' lengths")
+        if self.needs_reference and reference is None:
+            raise ValueError(f"{type(self).__name__} compares with a reference: give its log-probabilities")
+        if smoothing is not None and not self.uses_smoothing:
+            raise ValueError(f"{type(self).__name__} takes no smoothing for single rows; use Sigmoid or Robust, or leave it out of the batch")
+        if self.length_norm and lengths is None:
+            raise ValueError("length_norm needs the answers' lengths")
+        ratios = policy if reference is None else policy - reference.detach()
+        if self.length_norm and lengths is not None:
             ratios = ratios / lengths.clamp_min(1)
-        return PreferenceOutput(self.losses(ratios), (self.beta * ratios).detach())
+        exists = torch.ones_like(ratios, dtype=torch.bool) if lengths is None else lengths > 0
+        losses = self.losses(ratios, exists, smoothing=smoothing, real=real)
+        return PreferenceOutput(losses, (self.beta * ratios).detach())
 
     @abstractmethod
-    def losses(self, ratios: Tensor) -> Tensor:
-        """Losses ``(B,)`` of log-ratios ``(B, K)``."""
+    def losses(self, ratios: Tensor, exists: Tensor, *, smoothing: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+        """Compute the losses ``(B,)``.
+
+        Args:
+            ratios: ``(B, K)`` log-ratios; without a reference, log-probabilities.
+            exists: ``(B, K)`` bool, False where a row has no such answer.
+            smoothing: As in :meth:`forward`.
+            real: As in :meth:`forward`.
+        """
+
+    def end_of_step(self) -> None:
+        """Change the state after an optimizer step; called by the module."""
+
+    def reset(self) -> None:
+        """Forget the state, as at the start of a training phase."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move buffers to another device, but keep their dtype."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and buffer.is_floating_point():
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
 
 class PairwiseLoss(PreferenceLoss):
     """A loss of the difference ``delta`` between chosen and rejected log-ratios, the mean over a row's pairs."""
 
-    def losses(self, ratios: Tensor) -> Tensor:
-        """Average :meth:`pair_losses` over the rejected answers."""
-        return self.pair_losses(ratios[:, :1] - ratios[:, 1:]).mean(1)
+    def losses(self, ratios: Tensor, exists: Tensor, *, smoothing: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+        """Average :meth:`pair_losses` over the rejected answers that exist."""
+        pairs = self.pair_losses(ratios[:, :1] - ratios[:, 1:], None if smoothing is None else smoothing[:, None])
+        return masked_mean(pairs, exists[:, 1:])
 
     @abstractmethod
-    def pair_losses(self, delta: Tensor) -> Tensor:
-        """Loss of each pair, same shape as ``delta``."""
+    def pair_losses(self, delta: Tensor, smoothing: Tensor | None = None) -> Tensor:
+        """Loss of each pair, same shape as ``delta``; ``smoothing`` is ``(B, 1)``."""
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of each row of ``(B, N)`` over the entries that a mask names, ``(B,)``; 0 where there is none."""
+    return torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp_min(1)
 
 
 class Sigmoid(PairwiseLoss):
@@ -86,20 +145,25 @@ class Sigmoid(PairwiseLoss):
         smoothing: eps, the share of pairs assumed to be labelled the wrong way round, in [0, 1].
         length_norm: Divide log-probabilities by lengths.
 
+    A batch with a ``smoothing`` of each row replaces the loss's own.
+
     Source:
         Rafailov et al. (2023), Direct Preference Optimization, arXiv:2305.18290, Eq. 7; conservative form: E. Mitchell's note on cDPO.
     """
+
+    uses_smoothing = True
 
     def __init__(self, beta: float = 0.1, smoothing: float = 0.0, length_norm: bool = False) -> None:
         super().__init__(beta, length_norm)
         if not 0 <= smoothing <= 1:
             raise ValueError(f"smoothing must lie in [0, 1], got {smoothing}")
-        self.smoothing = smoothing
+        self.smoothing = float(smoothing)
 
-    def pair_losses(self, delta: Tensor) -> Tensor:
+    def pair_losses(self, delta: Tensor, smoothing: Tensor | None = None) -> Tensor:
         """Binary cross-entropy with logit ``beta delta`` and target ``1 - eps``."""
         logits = self.beta * delta
-        return F.softplus(-logits) + self.smoothing * logits if self.smoothing else F.softplus(-logits)
+        eps = self.smoothing if smoothing is None else smoothing
+        return F.softplus(-logits) if isinstance(eps, float) and eps == 0 else F.softplus(-logits) + eps * logits
 
 
 class Robust(PairwiseLoss):
@@ -114,17 +178,20 @@ class Robust(PairwiseLoss):
         Chowdhury et al. (2024), Provably Robust DPO, arXiv:2403.00409, Eq. 12.
     """
 
+    uses_smoothing = True
+
     def __init__(self, beta: float = 0.1, smoothing: float = 0.1, length_norm: bool = False) -> None:
         super().__init__(beta, length_norm)
         if not 0 <= smoothing < 0.5:
             raise ValueError(f"smoothing must lie in [0, 0.5), got {smoothing}")
-        self.smoothing = smoothing
+        self.smoothing = float(smoothing)
 
-    def pair_losses(self, delta: Tensor) -> Tensor:
+    def pair_losses(self, delta: Tensor, smoothing: Tensor | None = None) -> Tensor:
         """Debiased logistic loss."""
         logits = self.beta * delta
+        eps: Any = self.smoothing if smoothing is None else smoothing
         kept, flipped = F.softplus(-logits), F.softplus(logits)
-        return ((1 - self.smoothing) * kept - self.smoothing * flipped) / (1 - 2 * self.smoothing)
+        return ((1 - eps) * kept - eps * flipped) / (1 - 2 * eps)
 
 
 class IPO(PairwiseLoss):
@@ -135,7 +202,7 @@ class IPO(PairwiseLoss):
         Differs: sums of log-probabilities unless ``length_norm``; TRL's ``ipo`` averages them over the tokens of an answer.
     """
 
-    def pair_losses(self, delta: Tensor) -> Tensor:
+    def pair_losses(self, delta: Tensor, smoothing: Tensor | None = None) -> Tensor:
         """Squared distance to the target margin."""
         return (delta - 1 / (2 * self.beta)) ** 2
 
@@ -147,7 +214,7 @@ class Hinge(PairwiseLoss):
         Zhao et al. (2023), SLiC-HF, arXiv:2305.10425, Eq. 1, on log-ratios as in Liu et al. (2024), RSO, arXiv:2309.06657.
     """
 
-    def pair_losses(self, delta: Tensor) -> Tensor:
+    def pair_losses(self, delta: Tensor, smoothing: Tensor | None = None) -> Tensor:
         """Linear below a margin of one, zero above."""
         return torch.relu(1 - self.beta * delta)
 
@@ -160,9 +227,10 @@ class SDPO(PreferenceLoss):
         Differs: the sum is a log-sum-exp, which does not overflow.
     """
 
-    def losses(self, ratios: Tensor) -> Tensor:
+    def losses(self, ratios: Tensor, exists: Tensor, *, smoothing: Tensor | None = None, real: Tensor | None = None) -> Tensor:
         """Softmax loss of the chosen among all answers."""
-        return F.softplus((self.beta * (ratios[:, 1:] - ratios[:, :1])).logsumexp(1))
+        margins = self.beta * (ratios[:, 1:] - ratios[:, :1])
+        return F.softplus(margins.masked_fill(~exists[:, 1:], -torch.inf).logsumexp(1))
 
 
 class DMPO(PreferenceLoss):
@@ -172,6 +240,6 @@ class DMPO(PreferenceLoss):
         Bai et al. (2024), Finetuning Large Language Model for Personalized Ranking, arXiv:2405.16127, Eq. 6.
     """
 
-    def losses(self, ratios: Tensor) -> Tensor:
+    def losses(self, ratios: Tensor, exists: Tensor, *, smoothing: Tensor | None = None, real: Tensor | None = None) -> Tensor:
         """Logistic loss of the mean margin."""
-        return F.softplus(-self.beta * (ratios[:, 0] - ratios[:, 1:].mean(1)))
+        return F.softplus(-self.beta * (ratios[:, 0] - masked_mean(ratios[:, 1:], exists[:, 1:])))

@@ -12,8 +12,8 @@ from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.language_model import LanguageModel
 from malleable.lightning_modules.language.preference import preference_step
 from malleable.lightning_modules.language.tuning import Tuning
-from malleable.lightning_modules.losses.described import object_from_plain
 from malleable.lightning_modules.losses.preference import PreferenceLoss, Sigmoid
+from malleable.lightning_modules.serialization import object_from_plain
 
 
 class DPO(LanguageModel):
@@ -68,10 +68,14 @@ class DPO(LanguageModel):
         self.sft_weight = sft_weight
         self.save_config()
 
+    def end_of_step(self) -> None:
+        """Update the state of the loss."""
+        self.loss.end_of_step()
+
     @needs_weights
     def compute_loss(self, batch: PreferenceBatch | AnswerBatch | PackedBatch) -> LossOutput:
         """Return the preference loss; in validation and test, where nothing is rejected, the true answers' likelihood."""
-        if isinstance(batch, PreferenceBatch) and (self.training or batch.reference_logps is not None):
+        if isinstance(batch, PreferenceBatch) and (self.training or batch.reference_logps is not None or not self.loss.needs_reference):
             return preference_step(self.model, batch, self.loss, sft_weight=self.sft_weight, shared_prompt=self.decoding.shared_prompt)
         if self.training:
             raise MisconfigurationException(

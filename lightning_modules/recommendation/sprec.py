@@ -12,8 +12,8 @@ from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.language_model import LanguageModel
 from malleable.lightning_modules.language.preference import preference_step
 from malleable.lightning_modules.language.tuning import Tuning
-from malleable.lightning_modules.losses.described import object_from_plain
 from malleable.lightning_modules.losses.preference import PreferenceLoss, Sigmoid
+from malleable.lightning_modules.serialization import object_from_plain
 
 
 class SPRec(LanguageModel):
@@ -60,6 +60,10 @@ class SPRec(LanguageModel):
         self.loss: PreferenceLoss = object_from_plain(PreferenceLoss, loss) or Sigmoid(beta=0.1)
         self.sft_weight = sft_weight
         self.save_config()
+
+    def end_of_step(self) -> None:
+        """Update the state of the loss."""
+        self.loss.end_of_step()
 
     @needs_weights
     def compute_loss(self, batch: PreferenceBatch | AnswerBatch | PackedBatch) -> LossOutput:

@@ -14,13 +14,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from reference_run import pairs, stored
-from tiny import tiny_catalog, tiny_config
+from tiny import batch_of, tiny_catalog, tiny_config
 from tiny_data import TinyData, quiet_trainer
 from torch.utils.data import DataLoader
 
 from malleable.callbacks import reference
 from malleable.callbacks.reference import ReferenceCache, row_keys
-from malleable.datamodules.batch import collate
 from malleable.datamodules.loading import PhasedLoader
 from malleable.lightning_modules.functional.language.logps import answer_logps
 from malleable.lightning_modules.language.item_decoding import Decoding
@@ -74,7 +73,7 @@ def files(folder: Path) -> list[Path]:
 def test_values_are_those_of_the_model_before_the_first_step(tmp_path):
     """Each pair comes with the untrained model's log-probabilities, without dropout; the first loss is log 2."""
     module = make_module()
-    expected = answer_logps(module.model.eval(), collate(pairs(24)))
+    expected = answer_logps(module.model.eval(), batch_of(pairs(24)))
     module.train()
     with torch.enable_grad():
         watch = fit(tmp_path, ReferenceCache(), module)
@@ -203,12 +202,12 @@ def test_rows_are_told_apart_by_id_prompt_and_answers():
 
 
 def test_a_loader_of_ones_own(tmp_path):
-    loader = PhasedLoader(DataLoader(pairs(24), batch_size=4, collate_fn=collate))
+    loader = PhasedLoader(DataLoader(pairs(24), batch_size=4, collate_fn=batch_of))
     watch = Watch()
     trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[ReferenceCache(loader=loader), watch], enable_checkpointing=False)
     trainer.fit(make_module(), loader)
     assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-6)
-    plain = DataLoader(pairs(8), batch_size=4, collate_fn=collate)
+    plain = DataLoader(pairs(8), batch_size=4, collate_fn=batch_of)
     with pytest.raises(MisconfigurationException, match="ReferenceCache exchanges the training rows and needs a PhasedLoader, got DataLoader"):
         quiet_trainer(tmp_path, max_epochs=1, callbacks=[ReferenceCache()], enable_checkpointing=False).fit(make_module(), plain)
 

@@ -88,7 +88,7 @@ def test_an_empty_split():
 
 
 def test_a_data_module_without_collation():
-    with pytest.raises(NotImplementedError, match="override `collate`"):
+    with pytest.raises(NotImplementedError, match="give the dataset a method `collate`"):
         BaseDataModule().collate([])
 
 

@@ -34,7 +34,7 @@ def test_one_answer_a_prompt():
 
 def test_several_answers_make_a_preference():
     rows = [{"sample_id": 0, "prompt": [3], "answers": [[4, 2], [5, 6, 2]], "item_ids": [1, 0], "candidates": [0, 1]}]
-    batch = collate(rows, pad_to_multiple_of=1)
+    batch = collate(rows, PreferenceBatch, pad_to_multiple_of=1)
     assert type(batch) is PreferenceBatch
     assert batch.answer_ids.tolist() == [[[4, 2, 0], [5, 6, 2]]]
     assert batch.item_ids.tolist() == [[1, 0]]
@@ -42,10 +42,43 @@ def test_several_answers_make_a_preference():
     assert batch.reference_logps is None
 
 
-def test_rows_that_disagree_on_answers():
-    rows = [{"sample_id": 0, "prompt": [3], "answers": [[4]]}, {"sample_id": 1, "prompt": [3], "answers": [[4], [5]]}]
-    with pytest.raises(ValueError, match=r"same number of answers, got \[1, 2\]"):
-        collate(rows)
+def test_rows_may_have_different_numbers_of_answers():
+    rows = [
+        {
+            "sample_id": 0,
+            "prompt": [3],
+            "answers": [[4], [5], [6, 7]],
+            "item_ids": [4, 5, 6],
+            "reference_logps": [-1.0, -2.0, -3.0],
+            "smoothing": 0.1,
+        },
+        {"sample_id": 1, "prompt": [3], "answers": [[4], [5]], "item_ids": [4, 5], "reference_logps": [-4.0, -5.0], "smoothing": 0.2},
+    ]
+    batch = collate(rows, PreferenceBatch, pad_to_multiple_of=1)
+    assert batch.answer_mask.sum(-1).tolist() == [[1, 1, 2], [1, 1, 0]]
+    assert batch.item_ids.tolist() == [[4, 5, 6], [4, 5, -1]]
+    assert batch.reference_logps.tolist() == [[-1, -2, -3], [-4, -5, 0]]
+    assert batch.smoothing.tolist() == pytest.approx([0.1, 0.2])
+
+
+@pytest.mark.parametrize("kind", [None, AnswerBatch, PreferenceBatch, PackedBatch])
+def test_the_kind_is_never_guessed(kind):
+    rows = {
+        AnswerBatch: {"sample_id": 5, "prompt": [3], "answers": [[4]]},
+        PreferenceBatch: {"sample_id": 5, "prompt": [3], "answers": [[4], [5]]},
+        PackedBatch: {"sample_id": 5, "input_ids": [3, 4], "document_ids": [1, 1]},
+    }
+    for own, row in rows.items():
+        if own is (kind or AnswerBatch):
+            assert type(collate([row], kind)) is own
+        else:
+            with pytest.raises(ValueError, match="row"):
+                collate([row], kind)
+
+
+def test_other_kinds_have_their_own_collation():
+    with pytest.raises(ValueError, match="collate makes AnswerBatch, PreferenceBatch or PackedBatch, not QueryBatch"):
+        collate(ROWS, QueryBatch)
 
 
 def test_what_a_row_leaves_out_is_unknown():
@@ -59,7 +92,7 @@ def test_packed_rows_restart_positions_with_each_document():
         {"sample_id": 0, "input_ids": [5, 6, 7, 8], "document_ids": [1, 1, 2, 2]},
         {"sample_id": 1, "input_ids": [5, 6, 7], "document_ids": [1, 1, 1]},
     ]
-    batch = collate(rows, pad_token_id=9, pad_to_multiple_of=1)
+    batch = collate(rows, PackedBatch, pad_token_id=9, pad_to_multiple_of=1)
     assert type(batch) is PackedBatch
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 7, 9]]
     assert batch.document_ids.tolist() == [[1, 1, 2, 2], [1, 1, 1, 0]]
@@ -76,7 +109,7 @@ def test_widths_are_multiples(multiple):
     assert batch.prompt_mask.sum(1).tolist() == [3, 1, 3]
     assert batch.prompt_ids[1].tolist()[-1] == 3
     assert batch.answer_mask.sum(2).tolist() == [[2], [3], [7]]
-    packed = collate([{"sample_id": 0, "input_ids": [5, 6, 7], "document_ids": [1, 1, 1]}], 9, multiple)
+    packed = collate([{"sample_id": 0, "input_ids": [5, 6, 7], "document_ids": [1, 1, 1]}], PackedBatch, pad_token_id=9, pad_to_multiple_of=multiple)
     assert packed.input_ids.shape[1] % multiple == 0
     assert packed.document_ids[0].tolist() == [1, 1, 1] + [0] * (packed.input_ids.shape[1] - 3)
 
@@ -84,8 +117,8 @@ def test_widths_are_multiples(multiple):
 def test_columns_of_several_answers_are_what_the_fullest_row_needs():
     answers = [[[4] * 9, [5]], [[4] * 3, [5] * 4]]
     rows = [{"sample_id": number, "prompt": [3], "answers": pair} for number, pair in enumerate(answers)]
-    assert collate(rows, pad_to_multiple_of=1).answer_columns == 8
-    assert collate(rows).answer_columns == 8
+    assert collate(rows, PreferenceBatch, pad_to_multiple_of=1).answer_columns == 8
+    assert collate(rows, PreferenceBatch).answer_columns == 8
 
 
 def test_rows_of_items_alone_stay_without_tokens():

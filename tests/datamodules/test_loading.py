@@ -5,10 +5,11 @@ from itertools import chain
 
 import pytest
 import torch
+from tiny import batch_of
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
 
 from malleable.datamodules import loading as module
-from malleable.datamodules.batch import QueryBatch, collate
+from malleable.datamodules.batch import QueryBatch
 from malleable.datamodules.loading import PhasedLoader, RowView
 
 ROWS = [{"sample_id": index, "prompt": [1], "answers": [[2] * (1 + index % 3)], "item_ids": [index]} for index in range(22)]
@@ -35,12 +36,12 @@ def steps(loader, accumulation: int) -> list[list[int]]:
 
 @pytest.mark.parametrize(("size", "batch_size", "accumulation"), [(1, 8, 1), (1, 2, 4), (2, 2, 2), (4, 2, 1), (4, 1, 2), (2, 8, 1), (4, 3, 1)])
 def test_step_holds_the_same_rows_on_any_devices(ranks, size, batch_size, accumulation):
-    reference = [sorted(step) for step in ids(PhasedLoader(ROWS, 8, collate_fn=collate, seed=3))]
+    reference = [sorted(step) for step in ids(PhasedLoader(ROWS, 8, collate_fn=batch_of, seed=3))]
     assert len(reference) == 2
     found: list[list[int]] = [[], []]
     for rank in range(size):
         ranks(rank, size)
-        loader = PhasedLoader(ROWS, batch_size, global_batch_size=8, collate_fn=collate, seed=3)
+        loader = PhasedLoader(ROWS, batch_size, global_batch_size=8, collate_fn=batch_of, seed=3)
         assert loader.accumulation == accumulation
         for number, step in enumerate(steps(loader, accumulation)):
             found[number] += step
@@ -50,16 +51,16 @@ def test_step_holds_the_same_rows_on_any_devices(ranks, size, batch_size, accumu
 def test_step_tokens_are_those_of_the_whole_step(ranks):
     """num_step_tokens x batches of the step over all ranks = tokens of the step's rows."""
     tokens = [1 + index % 3 for index in range(22)]
-    whole = [batch.num_step_tokens.item() for batch in PhasedLoader(ROWS, 8, collate_fn=collate, row_tokens=tokens, seed=3)]
-    rows = ids(PhasedLoader(ROWS, 8, collate_fn=collate, seed=3))
+    whole = [batch.num_step_tokens.item() for batch in PhasedLoader(ROWS, 8, collate_fn=batch_of, row_tokens=tokens, seed=3)]
+    rows = ids(PhasedLoader(ROWS, 8, collate_fn=batch_of, seed=3))
     assert whole == [sum(tokens[row] for row in step) for step in rows]
     ranks(1, 2)
-    shared = [batch.num_step_tokens.item() for batch in PhasedLoader(ROWS, 2, global_batch_size=8, collate_fn=collate, row_tokens=tokens, seed=3)]
+    shared = [batch.num_step_tokens.item() for batch in PhasedLoader(ROWS, 2, global_batch_size=8, collate_fn=batch_of, row_tokens=tokens, seed=3)]
     assert [4 * value for value in shared] == [value for value in whole for _ in range(2)]
 
 
 def test_epochs_differ_and_repeat():
-    loader = PhasedLoader(ROWS, 4, collate_fn=collate)
+    loader = PhasedLoader(ROWS, 4, collate_fn=batch_of)
     first = ids(loader)
     loader.set_epoch(1)
     second = ids(loader)
@@ -68,11 +69,11 @@ def test_epochs_differ_and_repeat():
 
 
 def test_resumes_with_the_next_batch():
-    loader = PhasedLoader(ROWS, 4, collate_fn=collate, seed=5)
+    loader = PhasedLoader(ROWS, 4, collate_fn=batch_of, seed=5)
     iterator = iter(loader)
-    whole = ids(PhasedLoader(ROWS, 4, collate_fn=collate, seed=5))
+    whole = ids(PhasedLoader(ROWS, 4, collate_fn=batch_of, seed=5))
     assert [next(iterator).sample_id.tolist() for _ in range(3)] == whole[:3]
-    resumed = PhasedLoader(ROWS, 4, collate_fn=collate, seed=5)
+    resumed = PhasedLoader(ROWS, 4, collate_fn=batch_of, seed=5)
     resumed.load_state_dict(loader.state_dict())
     assert ids(resumed) == whole[3:]
     assert ids(resumed) == whole, "the next epoch starts at its beginning"
@@ -81,7 +82,7 @@ def test_resumes_with_the_next_batch():
 @pytest.mark.parametrize("handed_out", [3, 5])
 def test_a_restored_position_is_of_its_epoch_only(handed_out):
     # Killed after an epoch's last batch, a run goes on with the next epoch, whose batches were not handed out.
-    loader, resumed, fresh = (PhasedLoader(ROWS, 4, collate_fn=collate) for _ in range(3))
+    loader, resumed, fresh = (PhasedLoader(ROWS, 4, collate_fn=batch_of) for _ in range(3))
     iterator = iter(loader)
     for _ in range(handed_out):
         next(iterator)
@@ -96,7 +97,7 @@ def test_evaluation_sees_each_row_once_and_marks_repeats(ranks, size):
     seen, lengths = [], set()
     for rank in range(size):
         ranks(rank, size)
-        loader = PhasedLoader(ROWS, 4, collate_fn=collate, shuffle=False, drop_last=False)
+        loader = PhasedLoader(ROWS, 4, collate_fn=batch_of, shuffle=False, drop_last=False)
         batches = ids(loader)
         lengths.add(len(batches))
         assert len(batches) == len(loader)
@@ -117,7 +118,7 @@ def test_evaluation_sees_each_row_once_and_marks_repeats(ranks, size):
 )
 def test_other_batches_within_an_epoch_are_refused(change, named):
     """They would repeat some rows and leave out others."""
-    options = {"dataset": ROWS, "batch_size": 4, "global_batch_size": 8, "collate_fn": collate}
+    options = {"dataset": ROWS, "batch_size": 4, "global_batch_size": 8, "collate_fn": batch_of}
     loader, resumed = PhasedLoader(**options), PhasedLoader(**options | change)
     iterator = iter(loader)
     next(iterator)
@@ -130,11 +131,11 @@ def test_other_batches_within_an_epoch_are_refused(change, named):
 
 
 def test_other_devices_within_an_epoch_are_refused(ranks):
-    loader = PhasedLoader(ROWS, 4, global_batch_size=8, collate_fn=collate)
+    loader = PhasedLoader(ROWS, 4, global_batch_size=8, collate_fn=batch_of)
     next(iter(loader))
     state = loader.state_dict()
     ranks(0, 2)
-    resumed = PhasedLoader(ROWS, 4, global_batch_size=8, collate_fn=collate)
+    resumed = PhasedLoader(ROWS, 4, global_batch_size=8, collate_fn=batch_of)
     resumed.load_state_dict(state)
     with pytest.raises(ValueError, match="batches of a step 2 then, 1 now"):
         next(iter(resumed))
@@ -158,7 +159,7 @@ class Table:
 def test_a_dataset_that_makes_batches_gives_the_same_batches(drop_last):
     options = {"global_batch_size": 8, "drop_last": drop_last, "seed": 5}
     table = Table()
-    assert ids(PhasedLoader(table, 4, **options)) == ids(PhasedLoader(ROWS, 4, collate_fn=collate, **options))
+    assert ids(PhasedLoader(table, 4, **options)) == ids(PhasedLoader(ROWS, 4, collate_fn=batch_of, **options))
     assert set(table.asked) <= {4, 2, 1}
 
 
@@ -201,7 +202,7 @@ def test_the_short_last_step_is_kept_and_normalised_as_one(ranks, size, batch_si
 def test_more_batches_than_rows_in_the_last_step():
     """One row over four batches: those without a row of their own repeat one, marked."""
     rows = ROWS[:9]
-    batches = list(PhasedLoader(rows, 2, global_batch_size=8, collate_fn=collate, drop_last=False))
+    batches = list(PhasedLoader(rows, 2, global_batch_size=8, collate_fn=batch_of, drop_last=False))
     assert [len(batch) for batch in batches] == [2, 2, 2, 2, 1, 1, 1, 1]
     assert [int((batch.sample_id >= 0).sum()) for batch in batches[4:]] == [1, 0, 0, 0]
 
@@ -209,20 +210,20 @@ def test_more_batches_than_rows_in_the_last_step():
 @pytest.mark.parametrize(("shuffle", "drop_last"), [(True, True), (False, True), (True, False), (False, False)])
 def test_what_a_data_loader_says_holds(shuffle, drop_last):
     """Batch size, order, last batch and collation are its own."""
-    loader = PhasedLoader(DataLoader(ROWS, batch_size=4, shuffle=shuffle, drop_last=drop_last, collate_fn=collate), seed=3)
-    assert ids(loader) == ids(PhasedLoader(ROWS, 4, shuffle=shuffle, drop_last=drop_last, collate_fn=collate, seed=3))
+    loader = PhasedLoader(DataLoader(ROWS, batch_size=4, shuffle=shuffle, drop_last=drop_last, collate_fn=batch_of), seed=3)
+    assert ids(loader) == ids(PhasedLoader(ROWS, 4, shuffle=shuffle, drop_last=drop_last, collate_fn=batch_of, seed=3))
     assert len(loader) == (5 if drop_last else 6)
     assert (next(iter(loader)).sample_id.tolist() == [0, 1, 2, 3]) is not shuffle
 
 
 def test_arguments_win_over_a_data_loader():
-    loader = PhasedLoader(DataLoader(ROWS, batch_size=4, collate_fn=collate, num_workers=2, prefetch_factor=3), 2, drop_last=True, num_workers=0)
+    loader = PhasedLoader(DataLoader(ROWS, batch_size=4, collate_fn=batch_of, num_workers=2, prefetch_factor=3), 2, drop_last=True, num_workers=0)
     assert ids(loader) == [[row, row + 1] for row in range(0, 22, 2)]
 
 
 def test_workers_and_pinning_of_a_data_loader_are_kept(monkeypatch):
     options = {"num_workers": 2, "prefetch_factor": 3, "worker_init_fn": print, "timeout": 5, "multiprocessing_context": "fork"}
-    loader = PhasedLoader(DataLoader(ROWS, batch_size=4, collate_fn=collate, persistent_workers=True, pin_memory=True, **options))
+    loader = PhasedLoader(DataLoader(ROWS, batch_size=4, collate_fn=batch_of, persistent_workers=True, pin_memory=True, **options))
     made = loader._reader.read([[0, 1]])
     assert isinstance(made, DataLoader)
     assert (made.num_workers, made.prefetch_factor, made.worker_init_fn, made.timeout, made.persistent_workers) == (2, 3, print, 5, True)
@@ -249,7 +250,7 @@ class Stream(IterableDataset):
     ("the default collate_fn", {"collate_fn": None}),
 ])  # fmt: skip
 def test_what_cannot_be_kept_of_a_data_loader_is_refused(what, arguments):
-    given = DataLoader(**{"dataset": ROWS, "collate_fn": collate, **arguments})
+    given = DataLoader(**{"dataset": ROWS, "collate_fn": batch_of, **arguments})
     with pytest.raises(ValueError, match=f"PhasedLoader cannot keep {what} of a DataLoader: .* torch.utils.data.Subset"):
         PhasedLoader(given)
 
@@ -259,7 +260,7 @@ def test_batches_are_pinned_whole(rows, monkeypatch):
     """The normalisers, too: one pageable tensor would wait for the device."""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
-    options = {} if isinstance(rows, Table) else {"collate_fn": collate}
+    options = {} if isinstance(rows, Table) else {"collate_fn": batch_of}
     batch = next(iter(PhasedLoader(rows, 4, row_tokens=[1] * 22, pin_memory=True, **options)))
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     assert {id(tensor) for tensor in tensors} <= {id(tensor) for tensor in pinned}
@@ -267,7 +268,7 @@ def test_batches_are_pinned_whole(rows, monkeypatch):
 
 
 def test_shown_rows_replace_the_old_ones():
-    loader = PhasedLoader(ROWS, 4, collate_fn=collate)
+    loader = PhasedLoader(ROWS, 4, collate_fn=batch_of)
     loader.show(RowView(ROWS, [3, 5, 7, 9], [{"answers": [[2], [3]]}] * 4), [1, 1, 1, 1])
     assert len(loader) == 1
     (batch,) = list(loader)
@@ -293,7 +294,7 @@ def readers(loader) -> set[int]:
 
 
 def test_workers_live_on_between_epochs():
-    loader = PhasedLoader(Processes(), 2, collate_fn=collate, num_workers=1)
+    loader = PhasedLoader(Processes(), 2, collate_fn=batch_of, num_workers=1)
     first = readers(loader)
     loader.set_epoch(1)
     next(iter(loader))  # an epoch that is broken off
@@ -305,7 +306,7 @@ def test_workers_live_on_between_epochs():
 
 
 def test_workers_of_each_epoch():
-    loader = PhasedLoader(Processes(), 2, collate_fn=collate, num_workers=1, persistent_workers=False)
+    loader = PhasedLoader(Processes(), 2, collate_fn=batch_of, num_workers=1, persistent_workers=False)
     assert readers(loader).isdisjoint(readers(loader))
 
 
@@ -313,7 +314,7 @@ def test_workers_change_nothing():
     """Nor over epochs, shown rows and a resumption within an epoch."""
     found = []
     for options in ({"num_workers": 2}, {}):
-        loader, batches = PhasedLoader(ROWS, 4, collate_fn=collate, seed=1, **options), []
+        loader, batches = PhasedLoader(ROWS, 4, collate_fn=batch_of, seed=1, **options), []
         for epoch in range(2):
             loader.set_epoch(epoch)
             batches.append(ids(loader))
@@ -329,12 +330,12 @@ def test_workers_change_nothing():
 
 def test_bad_values(ranks):
     with pytest.raises(ValueError, match="global_batch_size 8 must be a multiple of batch_size x devices = 3 x 1"):
-        len(PhasedLoader(ROWS, 3, global_batch_size=8, collate_fn=collate))
+        len(PhasedLoader(ROWS, 3, global_batch_size=8, collate_fn=batch_of))
     with pytest.raises(ValueError, match="needs a collate_fn"):
         PhasedLoader(ROWS, 3)
     ranks(0, 3)
     with pytest.raises(ValueError, match="batch_size x devices = 8 x 3, or less than that and a multiple of the devices"):
-        len(PhasedLoader(ROWS, 8, global_batch_size=8, collate_fn=collate))
+        len(PhasedLoader(ROWS, 8, global_batch_size=8, collate_fn=batch_of))
     with pytest.raises(KeyError, match="no view 'packed'"):
-        PhasedLoader(ROWS, 3, collate_fn=collate).view("packed")
-    assert torch.is_tensor(collate(ROWS[:1]).sample_id)
+        PhasedLoader(ROWS, 3, collate_fn=batch_of).view("packed")
+    assert torch.is_tensor(batch_of(ROWS[:1]).sample_id)

@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
-from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
+from tiny import TOKENS, batch_of, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 from tiny_module import lora, save_base
 
 from malleable import DPO, SFT, CausalLM, ReferenceCache, SPRec
-from malleable.datamodules.batch import Vocabulary, collate
+from malleable.datamodules.batch import Vocabulary
 from malleable.lightning_modules.language.tuning import Tuning
 
 pytestmark = pytest.mark.gpu
@@ -52,7 +52,7 @@ def loss_and_gradients(name, device):
     module = make(tiny_config())
     module.configure_model()
     module.to(device).train()
-    loss = module.compute_loss(collate(rows()).to(device)).loss
+    loss = module.compute_loss(batch_of(rows()).to(device)).loss
     loss.backward()
     return loss.detach().cpu(), {key: parameter.grad.cpu() for key, parameter in module.named_parameters()}
 
@@ -72,7 +72,7 @@ def test_a_step_does_not_wait_for_the_device(name, device):
     module = make(tiny_config())
     module.configure_model()
     module.to(device).train()
-    batch = collate(rows()).to(device)
+    batch = batch_of(rows()).to(device)
     module.compute_loss(batch).loss.backward()  # what is set up once may wait
     with refuses_to_wait(device):
         module.compute_loss(batch).loss.backward()

@@ -7,11 +7,11 @@ from functools import cache
 from typing import Any
 
 import torch
+from tiny import batch_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from malleable.datamodules.batch import collate
 from malleable.lightning_modules.functional.language.decoding import beam_search
 from malleable.lightning_modules.functional.language.free_text import generate_text
 from malleable.lightning_modules.functional.language.grounding import embed_texts
@@ -202,7 +202,7 @@ def pass_errors(model: Any, logps: Any = plain_logps) -> dict[str, float | str]:
     ``logps`` says what a title's score is: one pass over the whole sequence, or one for each token.
     """
     prompts, titles = rows_and_titles()
-    batch: Any = collate([{"sample_id": row, "prompt": prompt, "answers": titles[:3]} for row, prompt in enumerate(prompts)])
+    batch: Any = batch_of([{"sample_id": row, "prompt": prompt, "answers": titles[:3]} for row, prompt in enumerate(prompts)])
     passes = {
         "answers": lambda: answers_error(model, batch, None),
         "separate": lambda: answers_error(model, batch, False),
@@ -234,7 +234,7 @@ def packed_error(model: Any) -> float:
     documents = [prompts[1] + titles[0], prompts[0] + titles[2], prompts[2] + titles[3]]
     tokens = [token for document in documents for token in document]
     numbers = [number for number, document in enumerate(documents, 1) for _ in document]
-    rows: Any = collate([{"sample_id": 0, "input_ids": tokens, "document_ids": numbers}])
+    rows: Any = batch_of([{"sample_id": 0, "input_ids": tokens, "document_ids": numbers}])
     got, targets = packed_token_logps(model, rows.input_ids, rows.document_ids, rows.position_ids)
     return difference(got[targets], torch.cat([plain_logps(model, document[:1], document[1:]) for document in documents]))
 

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tiny import tiny_config, tiny_rows
+from tiny import batch_of, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 from torch.utils.data import DataLoader
 
-from malleable.datamodules.batch import collate
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.recommendation.sft import SFT
@@ -47,7 +46,7 @@ def main(root: Path) -> None:
                 weights = {key: value.detach().clone() for key, value in module.model.named_parameters() if value.requires_grad}
                 save_file(weights, folder / f"{name}_{8 // size // ranks}.safetensors")
     # The second of two ranks gets as its last batch one repeated row and no other.
-    (figures,) = trainer.test(module, DataLoader(tiny_rows(5), batch_size=2, collate_fn=collate), verbose=False)
+    (figures,) = trainer.test(module, DataLoader(tiny_rows(5), batch_size=2, collate_fn=batch_of), verbose=False)
     if trainer.is_global_zero:
         (folder / "test.json").write_text(json.dumps(figures))
 

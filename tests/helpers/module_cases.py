@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
+from tiny import TOKENS, batch_of, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData
 from tiny_graph import TinyGraphData, collate_queries, query_rows, tiny_graph, tiny_triples
 from torch import Tensor
 
 import malleable.lightning_modules as exported
-from malleable.datamodules.batch import Vocabulary, collate
+from malleable.datamodules.batch import Vocabulary
 from malleable.lightning_modules.base import LossOutput
 from malleable.lightning_modules.language.language_model import LanguageModel
 from malleable.lightning_modules.language.tuning import Tuning
@@ -54,7 +54,7 @@ class TextData(TinyData):
 
 def likely(module: Any) -> Tensor:
     """Log-likelihoods of rows of text."""
-    return module.eval().predict_step(collate(text_rows(6)), 0).detach()
+    return module.eval().predict_step(batch_of(text_rows(6)), 0).detach()
 
 
 def ranked(module: Any) -> Tensor:
@@ -64,7 +64,7 @@ def ranked(module: Any) -> Tensor:
 
 def recommended(module: Any) -> Tensor:
     """What the module makes of test rows: the tensor that a checkpoint must bring back."""
-    return torch.cat([part.float() for part in module.eval().recommend(collate(tiny_rows(6)))])
+    return torch.cat([part.float() for part in module.eval().recommend(batch_of(tiny_rows(6)))])
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Case:
     output: Callable[[Any], Tensor] = recommended
     needs: dict[str, Any] = field(default_factory=lambda: {"catalog": tiny_catalog()})
     data: Callable[..., Any] = TinyData
-    collate: Callable[[Any], Any] = collate
+    collate: Callable[[Any], Any] = batch_of
     test_rows: Callable[[int], list[Any]] = tiny_rows
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from self_play_run import strategy_of
-from tiny import TOKENS, tiny_config, tiny_rows
+from tiny import TOKENS, batch_of, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 
 from malleable.callbacks.reference import ReferenceCache
 from malleable.callbacks.sweep import sweep
-from malleable.datamodules.batch import collate
 from malleable.lightning_modules.recommendation.dpo import DPO
 
 
@@ -39,7 +38,7 @@ class Sweeping(ReferenceCache):
     found: torch.Tensor
 
     def on_train_start(self, trainer, pl_module):
-        self.found = sweep(trainer, pl_module, tiny_rows(11), collate, 2, lambda batch: batch.sample_id[:, None] * torch.tensor([1, 10]), "test")
+        self.found = sweep(trainer, pl_module, tiny_rows(11), batch_of, 2, lambda batch: batch.sample_id[:, None] * torch.tensor([1, 10]), "test")
         super().on_train_start(trainer, pl_module)
 
 

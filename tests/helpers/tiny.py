@@ -1,6 +1,6 @@
 """Small things that many tests share: a catalogue, rows, a language model of a few thousand weights."""
 
-from malleable.datamodules.batch import Catalog, Example, Vocabulary
+from malleable.datamodules.batch import AnswerBatch, Batch, Catalog, Example, PackedBatch, PreferenceBatch, Vocabulary, collate
 from malleable.lightning_modules.language.config import LanguageModelConfig, Scratch
 
 EOS = 1
@@ -29,3 +29,9 @@ def tiny_rows(count: int = 24) -> list[Example]:
 def tiny_config(**changes: object) -> LanguageModelConfig:
     """A Llama of one layer, 16 wide."""
     return LanguageModelConfig(scratch=Scratch(hidden_size=16, num_layers=1, num_heads=2, max_length=64), **changes)  # type: ignore[arg-type]
+
+
+def batch_of(rows: list, **options: int) -> Batch:
+    """Collate rows as what they look like."""
+    kind = PackedBatch if "input_ids" in rows[0] else PreferenceBatch if len(rows[0]["answers"]) > 1 else AnswerBatch
+    return collate(rows, kind, **options)

@@ -5,10 +5,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
-from tiny import tiny_catalog, tiny_rows
+from tiny import batch_of, tiny_catalog, tiny_rows
 
 from malleable.datamodules.base import BaseDataModule
-from malleable.datamodules.batch import collate
 
 
 class TinyData(BaseDataModule):
@@ -25,7 +24,7 @@ class TinyData(BaseDataModule):
         self.val_dataset, self.test_dataset, self.predict_dataset = tiny_rows(6), tiny_rows(13), tiny_rows(5)
 
     def collate(self, rows):
-        return collate(rows)
+        return batch_of(rows)
 
     def row_tokens(self):
         return [len(row["answers"][0]) for row in self.train_dataset]

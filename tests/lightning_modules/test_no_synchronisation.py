@@ -7,9 +7,10 @@ import pytest
 import torch
 from architectures import tiny_model
 from synchronisations import Synchronisations
+from tiny import batch_of
 
 from malleable import DPO, SFT, CausalLM, SPRec
-from malleable.datamodules.batch import Catalog, Vocabulary, collate
+from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
 from malleable.lightning_modules.losses.preference import SDPO
 
@@ -58,7 +59,7 @@ def step_on_meta(module, batch):
 @pytest.mark.parametrize("name", CASES)
 def test_step(name, whole_step):
     module, rows = module_of(name, LanguageModelConfig(scratch=Scratch(**SIZES)))
-    batch = collate(rows)
+    batch = batch_of(rows)
     output, waits = step_on_meta(module, of_step(batch) if whole_step and hasattr(batch, "num_step_tokens") else batch)
     assert not waits.found, waits
     assert output.loss.is_meta
@@ -68,7 +69,7 @@ def test_step(name, whole_step):
 @pytest.mark.parametrize("name", ["SFT", "DPO"])
 def test_step_under_other_settings(name, options):
     module, rows = module_of(name, LanguageModelConfig(scratch=Scratch(**SIZES), **options))
-    _, waits = step_on_meta(module, collate(rows))
+    _, waits = step_on_meta(module, batch_of(rows))
     assert not waits.found, waits
 
 
@@ -76,20 +77,20 @@ def test_step_of_a_model_that_looks_for_padding(tmp_path):
     """GPT-2 searches its input for padding where it gets no mask."""
     tiny_model("gpt2", pad_token_id=0).save_pretrained(tmp_path)
     module, rows = module_of("SFT", LanguageModelConfig(name=str(tmp_path)))
-    _, waits = step_on_meta(module, collate(rows))
+    _, waits = step_on_meta(module, batch_of(rows))
     assert not waits.found, waits
 
 
 def test_step_on_separate_rows():
     module, rows = module_of("DPO", LanguageModelConfig(scratch=Scratch(**SIZES)))
     module.decoding.shared_prompt = False
-    _, waits = step_on_meta(module, collate(rows))
+    _, waits = step_on_meta(module, batch_of(rows))
     assert not waits.found, waits
 
 
 def test_step_on_a_batch_made_by_hand():
     module, rows = module_of("DPO", LanguageModelConfig(scratch=Scratch(**SIZES)))
-    batch = collate(rows)
+    batch = batch_of(rows)
     batch.answer_columns = None
     _, waits = step_on_meta(module, batch)
     assert not waits.found, waits

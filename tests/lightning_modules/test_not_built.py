@@ -3,15 +3,14 @@
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from tiny import tiny_catalog, tiny_rows
+from tiny import batch_of, tiny_catalog, tiny_rows
 from tiny_graph import tiny_graph
 
 import malleable
-from malleable.datamodules.batch import collate
 from malleable.lightning_modules.language.negatives import SelfPlay
 
-BATCH = collate(tiny_rows(2))
-PACKED = collate([{"sample_id": 0, "input_ids": [2, 4, 1], "document_ids": [1, 1, 1]}])
+BATCH = batch_of(tiny_rows(2))
+PACKED = batch_of([{"sample_id": 0, "input_ids": [2, 4, 1], "document_ids": [1, 1, 1]}])
 CALLS = [
     *((name, lambda module: module.recommend(BATCH)) for name in ("SFT", "DPO", "SPRec")),
     ("SPRec", lambda module: module.generate_negatives(BATCH, SelfPlay())),
@@ -49,11 +48,11 @@ def test_answers_by_label_need_tables():
 
 def test_a_history_stands_for_what_was_seen_where_rows_do_not_list_it():
     rows = [{name: value for name, value in row.items() if name != "seen"} for row in tiny_rows(8)]
-    batch = collate(rows)
+    batch = batch_of(rows)
     assert [[item for item in seen if item >= 0] for seen in batch.seen.tolist()] == [row["history"] for row in rows]
     module = malleable.Popularity(tiny_catalog())
     module.configure_model()
     assert not any(set(row["history"]) & set(found) for row, found in zip(rows, module.recommend(batch, 3).item_ids.tolist(), strict=True))
     # An empty list is a statement: everything may be recommended again.
-    again = collate([row | {"seen": ()} for row in rows])
+    again = batch_of([row | {"seen": ()} for row in rows])
     assert again.seen.shape == (8, 0)

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from self_play_run import make_loop, make_module
-from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
+from tiny import TOKENS, batch_of, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 from torch.utils.data import DataLoader
 
@@ -22,7 +22,7 @@ from malleable.callbacks.reference import ReferenceCache
 from malleable.callbacks.self_play.loop import SelfPlayLoop
 from malleable.callbacks.self_play.phases import Phase, PhaseSettings, reset_moments
 from malleable.callbacks.self_play.round_file import RoundFile, answer_statistics
-from malleable.datamodules.batch import PreferenceBatch, collate
+from malleable.datamodules.batch import PreferenceBatch
 from malleable.datamodules.loading import PhasedLoader
 from malleable.lightning_modules.language.negatives import SelfPlay
 from malleable.lightning_modules.language.tuning import Tuning
@@ -255,7 +255,7 @@ def test_a_phase_may_take_larger_steps(tmp_path):
 def test_bare_trainer_and_loader(tmp_path):
     """No data module: the reader's own DataLoader, wrapped."""
     seed_everything(7)
-    loader = PhasedLoader(DataLoader(tiny_rows(48), batch_size=4, shuffle=True, drop_last=True, collate_fn=collate))
+    loader = PhasedLoader(DataLoader(tiny_rows(48), batch_size=4, shuffle=True, drop_last=True, collate_fn=batch_of))
     loop = make_loop(loader=loader)
     module = make_module(dropout=0.0)
     module.catalog = tiny_catalog()
@@ -440,7 +440,7 @@ def test_refusals(tmp_path):
 
     with pytest.raises(MisconfigurationException, match="needs a module that recommends, such as SPRec; Mute has no `generate_negatives`"):
         make_loop().setup(quiet_trainer(tmp_path), Mute(), "fit")
-    plain = DataLoader(tiny_rows(8), batch_size=4, collate_fn=collate)
+    plain = DataLoader(tiny_rows(8), batch_size=4, collate_fn=batch_of)
     module = make_module()
     module.catalog = tiny_catalog()
     with pytest.raises(MisconfigurationException, match="needs a PhasedLoader"):

@@ -5,12 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import EOS, TOKENS, tiny_catalog, tiny_rows
+from tiny import EOS, TOKENS, batch_of, tiny_catalog, tiny_rows
 from tiny_data import quiet_trainer
 from tiny_module import ready
 
 from malleable.callbacks.self_play.negatives import draw, negatives, titles
-from malleable.datamodules.batch import collate
 from malleable.datamodules.loading import PhasedLoader
 from malleable.datamodules.recommendation.sampling import ItemSampler
 from malleable.lightning_modules.language.negatives import SelfPlay
@@ -24,7 +23,7 @@ def module(tmp_path):
 
 
 def make(module, source: str, play: SelfPlay, rows=None, seed: tuple[int, int] = (0, 1), batch_size: int = 2):
-    loader = PhasedLoader(tiny_rows(), batch_size, collate_fn=collate)
+    loader = PhasedLoader(tiny_rows(), batch_size, collate_fn=batch_of)
     return negatives(module.trainer, module, rows or tiny_rows(), loader, source, play, seed, "round 1")
 
 
@@ -33,7 +32,7 @@ def test_the_model_is_asked(module, source):
     """Its own answers to the rows in their order."""
     play = SelfPlay(decode="beam_k_random", num_beams=4)
     items, answers = make(module, source, play)
-    assert items == module.generate_negatives(collate(tiny_rows()), play, seed=1).tolist()
+    assert items == module.generate_negatives(batch_of(tiny_rows()), play, seed=1).tolist()
     assert answers == [[list(TOKENS[item])] for (item,) in items]
 
 
@@ -55,7 +54,7 @@ def test_rows_of_a_pass(module, monkeypatch, eval_batch_size, expected):
     """The data module's batch size of evaluation; that of training where there is no data module."""
     sizes = []
     play = module.generate_negatives
-    monkeypatch.setattr(module, "play", lambda batch, **options: sizes.append(len(batch)) or play(batch, **options))
+    monkeypatch.setattr(module, "generate_negatives", lambda batch, **options: sizes.append(len(batch)) or play(batch, **options))
     if eval_batch_size is not None:
         monkeypatch.setattr(module.trainer, "datamodule", SimpleNamespace(eval_batch_size=eval_batch_size), raising=False)
     make(module, "pre_round", SelfPlay(), batch_size=2)

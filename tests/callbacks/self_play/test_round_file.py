@@ -6,10 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from tiny import TOKENS, tiny_catalog, tiny_rows
+from tiny import TOKENS, batch_of, tiny_catalog, tiny_rows
 
 from malleable.callbacks.self_play.round_file import RoundFile, answer_statistics, draw_positions
-from malleable.datamodules.batch import PreferenceBatch, collate
+from malleable.datamodules.batch import PreferenceBatch
 from malleable.datamodules.loading import RowView
 
 # Rows 5, 0 and 2 of the toy pool: true items 0 (after 5 6 7), 1 (after 0), 5 (after 2 3 4).
@@ -143,14 +143,14 @@ def test_pairs_show_the_true_answer_before_the_rejected_one():
         [list(TOKENS[5]), list(TOKENS[5])],
     ]
     assert [row["item_ids"] for row in shown] == [[0, 3], [1, 1], [5, -1]]
-    batch = collate(shown)
+    batch = batch_of(shown)
     assert isinstance(batch, PreferenceBatch)
     assert batch.reference_logps.tolist() == whole_file().reference
 
 
 def test_pairs_before_the_reference_is_known():
     pairs = replace(whole_file(), reference=None).pairs(tiny_rows())
-    assert collate([pairs[0], pairs[1]]).reference_logps is None
+    assert batch_of([pairs[0], pairs[1]]).reference_logps is None
 
 
 def test_identical_and_missing_answers_are_left_out():

@@ -2,9 +2,10 @@ import itertools
 
 import numpy as np
 import pytest
+from tiny import batch_of
 
-from malleable.datamodules.batch import collate
-from malleable.datamodules.language.packing import PackedRows, Window, cut_windows, fit
+from malleable.datamodules.language.packing import Window, cut_windows, fit
+from malleable.datamodules.recommendation.packed_rows import PackedRows
 from malleable.datamodules.recommendation.prompt import PromptPieces
 
 EOS = 1
@@ -66,7 +67,7 @@ def test_a_long_history_is_cut_between_items():
 
 
 def test_rows_collate_with_positions_of_each_document():
-    batch = collate([PackedRows(arrays([0, 1], [1, 0]), pieces(), 16)[0]], pad_token_id=0, pad_to_multiple_of=1)
+    batch = batch_of([PackedRows(arrays([0, 1], [1, 0]), pieces(), 16)[0]], pad_token_id=0, pad_to_multiple_of=1)
     assert batch.document_ids.tolist() == [[1] * 5 + [2] * 5]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4] * 2]
     assert batch.input_ids.tolist() == [[100, EOS, 101, 101, EOS, 101, 101, EOS, 100, EOS]]

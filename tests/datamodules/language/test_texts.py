@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pyarrow.parquet as pq
 import pytest
+from tiny import batch_of
 
-from malleable.datamodules.batch import collate
 from malleable.datamodules.language.text_rows import TextRows
 from malleable.datamodules.language.texts import read_texts
 from malleable.datamodules.sources.editing.texts import TextFile, WordNetGlosses
@@ -75,7 +75,7 @@ def test_rows_hold_whole_documents_and_cut_long_ones():
     assert [row["sample_id"] for row in laid] == list(range(100, 100 + len(rows)))
     assert all(len(row["input_ids"]) <= 8 for row in laid)
     assert rows.row_tokens().sum() == 2 + 1 + 7
-    assert collate(laid).input_ids.shape == (len(rows), 8)
+    assert batch_of(laid).input_ids.shape == (len(rows), 8)
     with pytest.raises(ValueError, match="no text of at least two tokens"):
         TextRows([[1]], 8)
 

@@ -161,7 +161,7 @@ def test_rows_without_text(cache):
     assert batch.answer_ids.shape == (4, 1, 0)
     assert (batch.target >= 0).all()
     assert data.catalog.token_ids == ()
-    assert data.catalog.vocabulary.tokenizer is None
+    assert data.catalog.vocabulary is None
     assert not (cache / "tokenizers").exists()
     with pytest.raises(ValueError, match="packed histories need text, but tokenizer='none' has none"):
         data.packed_dataset  # noqa: B018

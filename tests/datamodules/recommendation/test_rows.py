@@ -1,8 +1,9 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from tiny import batch_of
 
-from malleable.datamodules.batch import AnswerBatch, PreferenceBatch, collate
+from malleable.datamodules.batch import AnswerBatch, PreferenceBatch
 from malleable.datamodules.recommendation.prompt import PromptPieces
 from malleable.datamodules.recommendation.rows import AnswerRows, Negatives, Ragged, Reach
 from malleable.datamodules.recommendation.sampling import ItemSampler
@@ -41,7 +42,7 @@ def test_rows_show_the_history_and_hide_what_was_seen():
     }
     assert rows[2]["history"] == rows[2]["seen"] == [4]
     assert rows.row_tokens().tolist() == [3, 5, 7]
-    batch = collate([rows[row] for row in range(3)])
+    batch = batch_of([rows[row] for row in range(3)])
     assert type(batch) is AnswerBatch
     assert batch.target.tolist() == [1, 3, 5]
     assert batch.seen.tolist() == [[0, -1, -1], [0, 1, 2], [4, -1, -1]]
@@ -60,7 +61,7 @@ def test_a_row_at_the_end_of_its_history_has_no_answer():
     rows = AnswerRows(table, SEQUENCES, PIECES)
     assert rows[1]["item_ids"] == [-1]
     assert rows[1]["answers"] == [()]
-    batch = collate([rows[0], rows[1]])
+    batch = batch_of([rows[0], rows[1]])
     assert batch.answer_ids.shape == (2, 1, 0)
     assert batch.history.tolist() == [[0, 1, 2, 3], [-1, -1, 4, 5]]
 
@@ -115,7 +116,7 @@ def test_negatives_follow_the_true_answer_and_are_never_the_users_own():
     for seed in range(20):  # item 0 is earlier than what the prompt shows
         drawn = AnswerRows(table, SEQUENCES, PIECES, negatives=Negatives(ItemSampler(range(6), seed=seed), 1))[0]["item_ids"][1]
         assert drawn in (3, 4, 5)
-    assert type(collate([rows[0], rows[1]])) is PreferenceBatch
+    assert type(batch_of([rows[0], rows[1]])) is PreferenceBatch
 
 
 @pytest.mark.parametrize("hide_seen", [True, False])

@@ -7,10 +7,11 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from tiny import batch_of
 from tiny_data import quiet_trainer
 
 from malleable import AlphaEdit, CausalLM, EditingDataModule, LanguageModelConfig, LoRA, Scratch, Tuning
-from malleable.datamodules.batch import Vocabulary, collate
+from malleable.datamodules.batch import Vocabulary
 from malleable.datamodules.language.tokenizer import tokenizer_digest
 from malleable.datamodules.sources.editing.countries import Countries
 
@@ -75,7 +76,7 @@ def test_the_loss_is_that_of_the_batch():
     module = scratch(vocabulary=Vocabulary(300))
     module.configure_model()
     torch.nn.init.zeros_(module.model.lm_head.weight)
-    batch = collate([{"sample_id": 0, "input_ids": [2, 4, 5, 1], "document_ids": [1, 1, 2, 2]}])
+    batch = batch_of([{"sample_id": 0, "input_ids": [2, 4, 5, 1], "document_ids": [1, 1, 2, 2]}])
     output = module.compute_loss(batch)
     assert output.weight == 2
     assert float(output.loss.detach()) == pytest.approx(math.log(300), rel=1e-5)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from boring import BoringDataModule, BoringModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from tiny import batch_of
 from tiny_data import TinyData, quiet_trainer
 from torch._dynamo.utils import counters
 
 from malleable import DPO, SFT, CausalLM
-from malleable.datamodules.batch import Catalog, Vocabulary, collate
+from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.lightning_modules.language.compiled import Compile, compile_decoder, compiled_passes
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
 
@@ -67,7 +68,7 @@ def built(name, config):
 def step(module, rows):
     module.zero_grad()
     with compiled_passes():
-        loss = module.compute_loss(collate(rows)).loss
+        loss = module.compute_loss(batch_of(rows)).loss
     loss.backward()
     return [loss.detach(), *(parameter.grad for parameter in module.parameters() if parameter.requires_grad)]
 
@@ -112,7 +113,7 @@ def test_names_stay_and_other_passes_run_without_compilation(graphs):
     module = built("SFT", LanguageModelConfig(scratch=SIZES, compile=Compile(backend="counting")))
     names = list(built("SFT", LanguageModelConfig(scratch=SIZES)).state_dict())
     assert list(module.state_dict()) == names
-    module.recommend(collate(answers(9)), k=2)
+    module.recommend(batch_of(answers(9)), k=2)
     with compiled_passes():
         module.model.generate(torch.tensor([[3, 4]]), max_new_tokens=2)
     assert not graphs

@@ -14,7 +14,7 @@ from malleable.datamodules.language.tokenizer import load_tokenizer, train_token
 from malleable.lightning_modules.language.adapters import without_adapter
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch, build_language_model, dropout_off, fingerprint
 from malleable.lightning_modules.language.export import gathered_state, save_language_model
-from malleable.lightning_modules.plain import from_plain, plain
+from malleable.lightning_modules.serialization import from_plain, plain
 
 TOKENS = torch.tensor([[2, 4, 5, 1]])
 

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import EOS, TOKENS, tiny_catalog, tiny_rows
+from tiny import EOS, TOKENS, batch_of, tiny_catalog, tiny_rows
 from tiny_module import ready
 
-from malleable.datamodules.batch import collate
 from malleable.lightning_modules.functional.language.grounding import embed_texts
 from malleable.lightning_modules.language.free_answers import named_items, nearest_items, texts, write_answers
 
@@ -26,14 +25,14 @@ from malleable.lightning_modules.language.free_answers import named_items, neare
 def test_every_answer_ends_once(monkeypatch, generated, expected):
     """Four tokens may be written: ended text keeps its end, text that is cut off gets one, and what fills up is -1."""
     monkeypatch.setattr("malleable.lightning_modules.language.free_answers.generate_text", lambda *args, **kwargs: torch.tensor(generated))
-    assert write_answers(None, collate(tiny_rows(1)), tiny_catalog(), max_new_tokens=4).tolist() == [expected]
+    assert write_answers(None, batch_of(tiny_rows(1)), tiny_catalog(), max_new_tokens=4).tolist() == [expected]
 
 
 @torch.no_grad()
 def test_the_most_probable_tokens_are_written():
     """Against a plain loop over one row at a time."""
     module, rows = ready(), tiny_rows(5)
-    found = texts(write_answers(module.model, collate(rows), module.catalog, max_new_tokens=6))
+    found = texts(write_answers(module.model, batch_of(rows), module.catalog, max_new_tokens=6))
     for row, answer in zip(rows, found, strict=True):
         tokens = list(row["prompt"])
         for _ in range(6):

@@ -11,11 +11,10 @@ from launch import launch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
-from tiny import EOS, TOKENS, tiny_catalog, tiny_config, tiny_rows
+from tiny import EOS, TOKENS, batch_of, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 from tiny_module import lora, ready, save_base
 
-from malleable.datamodules.batch import collate
 from malleable.lightning_modules.functional.language.grounding import embed_texts
 from malleable.lightning_modules.language import language_model
 from malleable.lightning_modules.language.config import build_language_model
@@ -41,7 +40,7 @@ def naive_scores(module: SFT, prompt: list[int]) -> list[float]:
 def test_recommendations_are_the_titles_in_order_of_probability():
     module = ready(decoding=Decoding(num_beams=8, exclude_seen=False))
     rows = tiny_rows(5)
-    found = module.recommend(collate(rows), k=8)
+    found = module.recommend(batch_of(rows), k=8)
     for row, items, scores in zip(rows, found.item_ids.tolist(), found.scores, strict=True):
         expected = torch.tensor(naive_scores(module, row["prompt"]))
         assert items == expected.argsort(descending=True).tolist()
@@ -49,13 +48,13 @@ def test_recommendations_are_the_titles_in_order_of_probability():
 
 
 def test_as_many_as_the_largest_cut_off():
-    assert ready().recommend(collate(tiny_rows(2))).item_ids.shape == (2, 3)
+    assert ready().recommend(batch_of(tiny_rows(2))).item_ids.shape == (2, 3)
     narrow = ready(decoding=Decoding(num_beams=1, exclude_seen=False))
-    assert narrow.recommend(collate(tiny_rows(2)), k=5).item_ids.min() >= 0, "the beam is at least as wide as the list"
+    assert narrow.recommend(batch_of(tiny_rows(2)), k=5).item_ids.min() >= 0, "the beam is at least as wide as the list"
 
 
 def test_what_was_seen_is_left_out():
-    batch = collate(tiny_rows(6))
+    batch = batch_of(tiny_rows(6))
     for row, seen in zip(ready().recommend(batch, k=8).item_ids.tolist(), batch.seen.tolist(), strict=True):
         left = 8 - len({item for item in seen if item >= 0})
         assert len(set(row[:left])) == left
@@ -67,20 +66,20 @@ def test_what_was_seen_is_left_out():
 
 def test_candidates_restrict_the_choice():
     rows = [row | {"candidates": [row["item_ids"][0], (row["item_ids"][0] + 3) % 8]} for row in tiny_rows(4)]
-    found = ready(decoding=Decoding(exclude_seen=False)).recommend(collate(rows), k=3).item_ids.tolist()
+    found = ready(decoding=Decoding(exclude_seen=False)).recommend(batch_of(rows), k=3).item_ids.tolist()
     assert [set(row) for row in found] == [{*row["candidates"], -1} for row in rows]
 
 
 def test_predictions_are_recommendations(tmp_path):
     module = ready()
     parts = quiet_trainer(tmp_path).predict(module, TinyData())
-    assert torch.equal(torch.cat([part.item_ids for part in parts]), module.recommend(collate(tiny_rows(5))).item_ids)
+    assert torch.equal(torch.cat([part.item_ids for part in parts]), module.recommend(batch_of(tiny_rows(5))).item_ids)
 
 
 def test_grounding_by_embedding_ranks_titles_by_their_distance_to_one_free_answer():
     """The same for items as for scores, and what was seen is left out here, too."""
     module = ready(decoding=Decoding(grounding="embedding", max_new_tokens=4))
-    batch = collate(tiny_rows(6))
+    batch = batch_of(tiny_rows(6))
     found = module.recommend(batch, k=8)
     tokens = write_answers(module.model, batch, module.catalog, max_new_tokens=4)
     distances = torch.cdist(embed_texts(module.model, texts(tokens)), embed_texts(module.model, TOKENS))
@@ -122,19 +121,19 @@ def test_title_embeddings_are_those_of_the_model_as_it_stands(tmp_path):
 def test_answer_loss_is_the_mean_over_answer_tokens():
     """Sum over the answers' tokens, the end-of-sequence token included, over their number; nothing of the prompt."""
     module, rows = ready(), tiny_rows(5)
-    output = module.answer_loss(collate(rows))
+    output = module.answer_loss(batch_of(rows))
     number = sum(len(row["answers"][0]) for row in rows)
     total = sum(naive_scores(module, row["prompt"])[row["item_ids"][0]] for row in rows)
     assert output.loss.item() == pytest.approx(-total / number, abs=1e-5)
     assert output.weight == number
-    shared = collate(rows).replace(num_step_tokens=torch.tensor(20.0))
+    shared = batch_of(rows).replace(num_step_tokens=torch.tensor(20.0))
     assert module.answer_loss(shared).loss.item() == pytest.approx(-total / 20, abs=1e-5)
 
 
 @torch.no_grad()
 def test_rows_that_only_fill_a_batch_bear_no_loss():
-    module, batch = ready(), collate(tiny_rows(3))
-    alone = module.answer_loss(collate(tiny_rows(2)))
+    module, batch = ready(), batch_of(tiny_rows(3))
+    alone = module.answer_loss(batch_of(tiny_rows(2)))
     filled = module.answer_loss(batch.replace(sample_id=torch.tensor([0, 1, -3])))
     assert filled.loss.item() == pytest.approx(alone.loss.item(), abs=1e-6)
     assert filled.weight == alone.weight
@@ -146,8 +145,8 @@ def test_rows_that_only_fill_a_batch_bear_no_loss():
 def test_packed_rows_that_only_fill_a_batch_bear_no_loss():
     module = ready()
     rows = [{"sample_id": index, "input_ids": TOKENS[index] * 2, "document_ids": [1] * 2 * len(TOKENS[index])} for index in range(3)]
-    alone = module.answer_loss(collate(rows[:2]))
-    filled = module.answer_loss(collate(rows).replace(sample_id=torch.tensor([0, 1, -3])))
+    alone = module.answer_loss(batch_of(rows[:2]))
+    filled = module.answer_loss(batch_of(rows).replace(sample_id=torch.tensor([0, 1, -3])))
     assert filled.loss.item() == pytest.approx(alone.loss.item(), abs=1e-6)
     assert filled.weight == alone.weight
 
@@ -164,7 +163,7 @@ def test_packed_loss_is_the_mean_over_all_tokens_but_the_first_of_each_document(
     for document in documents:
         logps = module.model(torch.tensor([document])).logits[0].log_softmax(-1)
         total += sum(logps[place, token].item() for place, token in enumerate(document[1:]))
-    output = module.answer_loss(collate(rows))
+    output = module.answer_loss(batch_of(rows))
     assert output.weight == 3 + 2 + 4
     assert output.loss.item() == pytest.approx(-total / 9, abs=1e-5)
 
@@ -178,7 +177,7 @@ def test_without_catalogue_no_weights():
     module.configure_model()
     assert module.model is None
     with pytest.raises(MisconfigurationException, match=r"SFT needs `vocabulary`: pass SFT\(vocabulary=...\)"):
-        quiet_trainer(Path()).fit(module, torch.utils.data.DataLoader(tiny_rows(4), collate_fn=collate))
+        quiet_trainer(Path()).fit(module, torch.utils.data.DataLoader(tiny_rows(4), collate_fn=batch_of))
 
 
 def test_hyper_parameters_are_plain_data(tmp_path):
@@ -289,9 +288,9 @@ def attached(module: SFT, **flags):
 
 def test_ranks_agree_on_every_step_where_weights_are_sharded():
     module = ready()
-    expected = module.recommend(collate(tiny_rows(3)))
+    expected = module.recommend(batch_of(tiny_rows(3)))
     calls = attached(module, zero_stage_3=True)
-    assert torch.equal(module.recommend(collate(tiny_rows(3))).item_ids, expected.item_ids)
+    assert torch.equal(module.recommend(batch_of(tiny_rows(3))).item_ids, expected.item_ids)
     assert calls
     assert not any(all_ranks for _, all_ranks in calls), "one rank that goes on keeps all going"
 
@@ -301,7 +300,7 @@ def test_ranks_go_their_own_way_where_weights_are_whole():
     assert module.sync_any is None
     calls = attached(module, zero_stage_3=False)
     assert module.sync_any is None
-    module.recommend(collate(tiny_rows(3)))
+    module.recommend(batch_of(tiny_rows(3)))
     assert not calls
 
 

@@ -8,12 +8,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
-from tiny import EOS, tiny_catalog, tiny_config, tiny_rows
+from tiny import EOS, batch_of, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 from tiny_module import lora, save_base
 from transformers import AutoModelForCausalLM
 
-from malleable.datamodules.batch import collate
 from malleable.lightning_modules.language.config import LanguageModelConfig
 from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.tuning import Tuning
@@ -39,7 +38,7 @@ def fit(folder: Path, config: LanguageModelConfig, **settings):
 def test_checkpoint_brings_weights_catalogue_and_settings(tmp_path):
     """Nothing but the file is needed: no catalogue, no settings, no pickle."""
     module, _, path = fit(tmp_path, tiny_config(), decoding=Decoding(num_beams=5, exclude_seen=False))
-    batch = collate(tiny_rows(6))
+    batch = batch_of(tiny_rows(6))
     loaded = SFT.load_from_checkpoint(path, weights_only=True).eval()
     assert loaded.catalog == tiny_catalog()
     assert (loaded.language_model, loaded.decoding, loaded.tuning, loaded.ks) == (module.language_model, module.decoding, module.tuning, module.ks)
@@ -64,7 +63,7 @@ def test_adapter_checkpoint_holds_the_adapter_only(tmp_path):
     assert set(checkpoint["state_dict"]) == trainable
     assert all("lora_" in name for name in trainable)
     loaded = SFT.load_from_checkpoint(path, weights_only=True).eval()
-    batch = collate(tiny_rows(6))
+    batch = batch_of(tiny_rows(6))
     assert torch.equal(loaded.recommend(batch).scores, module.eval().recommend(batch).scores)
 
 

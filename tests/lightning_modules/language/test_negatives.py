@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import EOS, TOKENS, tiny_rows
+from tiny import EOS, TOKENS, batch_of, tiny_rows
 from tiny_module import ready
 
-from malleable.datamodules.batch import collate
 from malleable.lightning_modules.functional.language.decoding import beam_search
 from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.negatives import SelfPlay, row_seeds
@@ -36,17 +35,17 @@ def module():
 def test_answers_do_not_depend_on_batches(module, name):
     """A row answers the same alone, in any company and in any order: its id and the seed are all the randomness."""
     rows, play = tiny_rows(12), MODES[name]
-    together = module.generate_negatives(collate(rows), play, seed=3)
+    together = module.generate_negatives(batch_of(rows), play, seed=3)
     order = [7, 2, 11, 0, 5, 9, 1, 3, 10, 8, 6, 4]
     for start in (0, 1, 5):
         some = order[start : start + 4]
-        assert torch.equal(module.generate_negatives(collate([rows[index] for index in some]), play, seed=3), together[some])
-    assert torch.equal(module.generate_negatives(collate(rows[4:5]), play, seed=3), together[4:5])
+        assert torch.equal(module.generate_negatives(batch_of([rows[index] for index in some]), play, seed=3), together[some])
+    assert torch.equal(module.generate_negatives(batch_of(rows[4:5]), play, seed=3), together[4:5])
 
 
 @pytest.mark.parametrize("name", MODES)
 def test_the_seed_decides_what_is_drawn(module, name):
-    batch = collate(tiny_rows(24))
+    batch = batch_of(tiny_rows(24))
     first, second = (module.generate_negatives(batch, MODES[name], seed=seed) for seed in (1, 2))
     assert torch.equal(first, second) == (name not in DRAWN)
 
@@ -54,7 +53,7 @@ def test_the_seed_decides_what_is_drawn(module, name):
 @pytest.mark.parametrize("name", [name for name, play in MODES.items() if play.grounding != "none"])
 def test_answers_are_distinct_real_items(module, name):
     play = MODES[name]
-    found = module.generate_negatives(collate(tiny_rows(24)), play, seed=0)
+    found = module.generate_negatives(batch_of(tiny_rows(24)), play, seed=0)
     assert found.shape == (24, play.num_negatives)
     assert (found >= 0).all()
     assert (found < 8).all()
@@ -63,7 +62,7 @@ def test_answers_are_distinct_real_items(module, name):
 
 def test_greedy_takes_the_best(module):
     """One greedy answer follows the most probable token; several are the best of a beam."""
-    batch = collate(tiny_rows(8))
+    batch = batch_of(tiny_rows(8))
     best = module.recommend(batch, 3).item_ids
     assert torch.equal(module.generate_negatives(batch, SelfPlay(num_negatives=3, num_beams=8, exclude_seen=False)), best)
     wide = module.generate_negatives(batch, SelfPlay(decode="beam_k_random", num_beams=1))
@@ -73,7 +72,7 @@ def test_greedy_takes_the_best(module):
 def test_beam_draws_among_the_best_alike(module):
     """400 draws of a row among its beam of 4: each about 100 times, none else. The standard deviation is 8.7."""
     row = tiny_rows(1)[0]
-    batch = collate([row | {"sample_id": index} for index in range(400)])
+    batch = batch_of([row | {"sample_id": index} for index in range(400)])
     drawn = module.generate_negatives(batch, SelfPlay(decode="beam_k_random", num_beams=4), seed=0)[:, 0]
     best = beam_search(module.model, module.items.trie(module.device), batch.prompt_ids[:1], batch.prompt_mask[:1], num_beams=4, k=4).item_ids[0]
     counts = torch.bincount(drawn, minlength=8)
@@ -82,7 +81,7 @@ def test_beam_draws_among_the_best_alike(module):
 
 
 def test_what_was_seen_is_not_answered(module):
-    batch = collate(tiny_rows(12))
+    batch = batch_of(tiny_rows(12))
     for play in (MODES["greedy"], MODES["sample"], MODES["two of the beam"], MODES["nearest"]):
         found = module.generate_negatives(batch, replace(play, exclude_seen=True), seed=0)
         assert not any(set(row) & set(seen) for row, seen in zip(found.tolist(), batch.seen.tolist(), strict=True))
@@ -94,7 +93,7 @@ def test_what_was_seen_is_not_answered(module):
 def test_missing_answers_come_last(module, decode):
     """Six films may not be named, so of three answers one is missing, wherever the draw would have put it."""
     rows = [row | {"seen": [item for item in range(8) if item not in (1, 4)]} for row in tiny_rows(8)]
-    found = module.generate_negatives(collate(rows), SelfPlay(decode=decode, num_negatives=3, num_beams=5, exclude_seen=True), seed=0)
+    found = module.generate_negatives(batch_of(rows), SelfPlay(decode=decode, num_negatives=3, num_beams=5, exclude_seen=True), seed=0)
     assert [sorted(row[:2]) for row in found.tolist()] == [[1, 4]] * 8
     assert found[:, 2].tolist() == [-1] * 8
 
@@ -102,7 +101,7 @@ def test_missing_answers_come_last(module, decode):
 @pytest.mark.parametrize("name", ["text", "sampled text"])
 def test_free_text_is_the_item_then_the_tokens(module, name):
     """The item or -1, then at most five tokens and the end-of-sequence token, then padding of -1."""
-    found = module.generate_negatives(collate(tiny_rows(24)), MODES[name], seed=0)
+    found = module.generate_negatives(batch_of(tiny_rows(24)), MODES[name], seed=0)
     assert found.shape == (24, 2 + 5)
     for item, *text in found.tolist():
         end = text.index(EOS)
@@ -116,8 +115,8 @@ def test_free_text_is_grounded_in_the_nearest_title(module, monkeypatch):
     texts = torch.tensor([[*title[:-1], *[EOS] * (5 - len(title))] for title in TOKENS])
     monkeypatch.setattr("malleable.lightning_modules.language.free_answers.generate_text", lambda *args, **kwargs: texts)
     play, rows = SelfPlay(grounding="embedding", max_new_tokens=4), tiny_rows(8)
-    assert module.generate_negatives(collate(rows), replace(play, exclude_seen=False)).tolist() == [[item] for item in range(8)]
-    hidden = collate([row | {"seen": [item]} for item, row in enumerate(rows)])
+    assert module.generate_negatives(batch_of(rows), replace(play, exclude_seen=False)).tolist() == [[item] for item in range(8)]
+    hidden = batch_of([row | {"seen": [item]} for item, row in enumerate(rows)])
     found = module.generate_negatives(hidden, play)
     assert (found[:, 0] != torch.arange(8)).all()
 
@@ -133,7 +132,7 @@ def test_ranks_are_asked_before_each_step(module, name):
 
     answers = []
     for sync_any in (None, another_rank_needs_four_steps):
-        batch = collate(tiny_rows(2))
+        batch = batch_of(tiny_rows(2))
         answers.append(module.items.generate_negatives(module.model, batch, MODES[name], 0, sync_any=sync_any))
     assert torch.equal(*answers)
     assert len(flags) >= 5

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
+from tiny import TOKENS, batch_of, tiny_catalog, tiny_config, tiny_rows
 
-from malleable.datamodules.batch import collate
 from malleable.lightning_modules.functional.language.logps import answer_logps
 from malleable.lightning_modules.language.config import build_language_model
 from malleable.lightning_modules.language.preference import preference_figures, preference_step
@@ -19,7 +18,7 @@ FAR = torch.tensor([[-9.0, -4.0], [-3.0, -7.0], [-5.0, -5.0], [-2.0, -8.0]])
 def pairs(count: int = 4, rejected: int = 1):
     """Rows whose rejected answers are the titles that come behind the true one."""
     rows = tiny_rows(count)
-    return collate([row | {"answers": [TOKENS[(row["item_ids"][0] + step) % 8] for step in range(rejected + 1)]} for row in rows])
+    return batch_of([row | {"answers": [TOKENS[(row["item_ids"][0] + step) % 8] for step in range(rejected + 1)]} for row in rows])
 
 
 def tiny_model(dropout: float = 0.0):
@@ -65,7 +64,7 @@ def test_a_right_answer_earns_no_gradient_when_both_are_the_same():
     model = tiny_model()
     rows = tiny_rows(1)
     answer = rows[0]["answers"][0]
-    batch = collate([rows[0] | {"answers": [answer, answer]}])
+    batch = batch_of([rows[0] | {"answers": [answer, answer]}])
     batch = batch.replace(reference_logps=torch.tensor([[-3.0, -3.0001]]))
     output = preference_step(model, batch, Sigmoid())
     assert output.loss.item() == pytest.approx(math.log(2), abs=1e-7)
@@ -76,7 +75,7 @@ def test_a_right_answer_earns_no_gradient_when_both_are_the_same():
 def test_an_answer_that_continues_another_is_not_the_same(answers):
     """One begins the other, whichever is chosen: a pair like any other."""
     row = tiny_rows(1)[0] | {"answers": answers}
-    batch = collate([row]).replace(reference_logps=torch.zeros(1, 2))
+    batch = batch_of([row]).replace(reference_logps=torch.zeros(1, 2))
     model = tiny_model()
     assert any(gradient.abs().sum() > 0 for gradient in gradients(model, preference_step(model, batch, Sigmoid()).loss))
 
@@ -106,7 +105,9 @@ def test_figures_by_hand():
     """Two rows with two rejected answers: margins 2, -1, 0, 3 over beta; a tie is not right."""
     rewards = torch.tensor([[1.0, -1.0, 2.0], [3.0, 3.0, 0.0]])
     policy = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
-    figures = {name: value.item() for name, value in preference_figures(policy, rewards, torch.ones(len(policy))).items()}
+    figures = {
+        name: value.item() for name, value in preference_figures(policy, rewards, torch.ones(len(policy)), torch.ones(2, 3, dtype=torch.bool)).items()
+    }
     assert figures == {
         "rewards_chosen": 2.0,
         "rewards_rejected": 1.0,

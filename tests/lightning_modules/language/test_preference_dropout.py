@@ -6,9 +6,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from architectures import DROPOUT, tiny_model
+from tiny import batch_of
 from transformers import AutoConfig
 
-from malleable.datamodules.batch import collate
 from malleable.lightning_modules.functional.language.logps import answer_logps
 from malleable.lightning_modules.functional.language.tree_attention import evaluating
 from malleable.lightning_modules.language.config import dropout_off
@@ -35,7 +35,7 @@ def dropping(kind: str, checkpointing: bool):
 def test_policy_and_reference_start_equal_and_recomputation_keeps_gradients(kind):
     grads = []
     for checkpointing in (False, True):
-        model, batch = dropping(kind, checkpointing), collate(ROWS)
+        model, batch = dropping(kind, checkpointing), batch_of(ROWS)
         with evaluating(model):
             batch.reference_logps = answer_logps(model, batch)
         output = preference_step(model, batch, Sigmoid(beta=1.0))

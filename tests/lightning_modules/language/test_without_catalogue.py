@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from tiny import EOS, tiny_catalog, tiny_config, tiny_rows
+from tiny import EOS, batch_of, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 
 from malleable import DPO, SFT, CausalLM, Tuning
-from malleable.datamodules.batch import Catalog, Vocabulary, collate
+from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.lightning_modules.language.language_model import LanguageModel
 
 VOCABULARY = Vocabulary(16, EOS)
@@ -67,7 +67,7 @@ def test_recommending_says_that_it_needs_a_catalogue():
     module = SFT(tiny_config(), vocabulary=VOCABULARY)
     module.configure_model()
     with pytest.raises(MisconfigurationException, match="SFT recommends items of a catalogue, and has none: pass catalog="):
-        module.recommend(collate(tiny_rows(2)))
+        module.recommend(batch_of(tiny_rows(2)))
 
 
 def test_the_vocabulary_is_that_of_the_catalogue():
@@ -76,7 +76,7 @@ def test_the_vocabulary_is_that_of_the_catalogue():
 
 
 def test_weights_are_the_same_with_and_without_a_catalogue():
-    rows = collate(tiny_rows(4))
+    rows = batch_of(tiny_rows(4))
     losses = []
     for options in ({"catalog": tiny_catalog()}, {"vocabulary": VOCABULARY}):
         torch.manual_seed(0)

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from malleable.lightning_modules.functional.graphs.flows import NFE1
 from malleable.lightning_modules.functional.graphs.interaction import Vectors, score_all
-from malleable.lightning_modules.losses.described import object_from_plain
 from malleable.lightning_modules.losses.embedding import (
     DURA,
     F2,
@@ -23,6 +22,7 @@ from malleable.lightning_modules.losses.embedding import (
     Regulariser,
     Softmax,
 )
+from malleable.lightning_modules.serialization import object_from_plain
 
 B, E, W = 6, 11, 5
 # Grouped: queries of 1, 3, 0, 2, 1 and 1 true tails.

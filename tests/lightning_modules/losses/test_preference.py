@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import EOS, tiny_catalog, tiny_config, tiny_rows
+from tiny_data import TinyData, quiet_trainer
 from torch.nn import functional as F
 
-from malleable.lightning_modules.losses.described import object_from_plain
+from malleable import DPO
 from malleable.lightning_modules.losses.preference import DMPO, IPO, SDPO, Hinge, PreferenceLoss, Robust, Sigmoid
+from malleable.lightning_modules.serialization import object_from_plain
 
 CHOSEN = torch.tensor([-6.2, -11.4, -3.3, -20.1], dtype=torch.float64)
 REJECTED = torch.tensor([-7.9, -10.2, -8.8, -19.5], dtype=torch.float64)
@@ -126,6 +129,78 @@ def test_no_gradient_reaches_the_reference():
 def test_bad_values(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# --- arguments of every loss ---
+
+
+@pytest.mark.parametrize("loss", [*PAIRWISE, DMPO(), SDPO()])
+def test_answers_that_do_not_exist_count_for_nothing(loss):
+    """A row with one rejected answer has the same loss and gradient beside a wider one."""
+    ratios = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([[3, 2, 4, 1], [3, 2, 0, 0]])
+    wide, alone = ratios.clone().requires_grad_(), ratios[1:, :2].clone().requires_grad_()
+    together = loss(wide, torch.zeros_like(ratios), lengths).losses
+    single = loss(alone, torch.zeros(1, 2, dtype=torch.float64), lengths[1:, :2]).losses
+    torch.testing.assert_close(together[1:], single)
+    together.sum().backward()
+    single.sum().backward()
+    torch.testing.assert_close(wide.grad[1:, :2], alone.grad)
+    assert wide.grad[1, 2:].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("kind", [Sigmoid, Robust])
+def test_smoothing_of_each_row_replaces_that_of_the_loss(kind):
+    rates = [0.0, 0.1, 0.2, 0.4]
+    expected = torch.stack([kind(smoothing=rate)(policy(), REFERENCE).losses[row] for row, rate in enumerate(rates)])
+    smoothing = torch.tensor(rates, dtype=torch.float64)
+    torch.testing.assert_close(kind(smoothing=0.3)(policy(), REFERENCE, smoothing=smoothing).losses, expected)
+
+
+@pytest.mark.parametrize("loss", [IPO(), Hinge(), DMPO(), SDPO()])
+def test_smoothing_that_has_no_effect_is_refused(loss):
+    with pytest.raises(ValueError, match="takes no smoothing for single rows; use Sigmoid or Robust"):
+        loss(policy(), REFERENCE, smoothing=torch.full((4,), 0.1))
+
+
+def test_a_missing_reference_is_refused():
+    with pytest.raises(ValueError, match="Sigmoid compares with a reference: give its log-probabilities"):
+        Sigmoid()(policy())
+
+
+class WithState(Sigmoid):
+    """Counts optimizer steps, and needs no reference."""
+
+    needs_reference = False
+
+    def __init__(self, beta: float = 0.1) -> None:
+        super().__init__(beta)
+        self.register_buffer("steps", torch.full((1,), 1e-9, dtype=torch.float32))
+
+    def end_of_step(self):
+        self.steps += 1
+
+    def reset(self):
+        self.steps.zero_()
+
+
+def test_state_stays_float32_when_a_module_is_converted():
+    loss = WithState().to(torch.bfloat16)
+    assert loss.steps.dtype == torch.float32
+    assert loss.steps.item() == torch.tensor(1e-9).item()
+    assert "steps" in loss.state_dict()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_module_ends_the_steps_of_its_loss(tmp_path, accumulated):
+    """Once an optimizer step, whatever the accumulation; the state is in the checkpoint."""
+    rows = [row | {"answers": [*row["answers"], (9, EOS)]} for row in tiny_rows(16)]
+    module = DPO(tiny_config(), tiny_catalog(), loss=WithState())
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, TinyData(rows, batch_size=4 // accumulated, global_batch_size=4))
+    assert module.loss.steps.item() == pytest.approx(4)
+    stored = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    assert stored["state_dict"]["loss.steps"].item() == pytest.approx(4)
 
 
 # --- the theory of self-play on three items, solved with the real loss ---

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
+from tiny import TOKENS, batch_of, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 from tiny_module import ready
 
 from malleable.callbacks.reference import ReferenceCache
-from malleable.datamodules.batch import collate
 from malleable.lightning_modules.functional.language.logps import answer_logps
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.losses.preference import DMPO, SDPO, Sigmoid
@@ -72,20 +71,20 @@ def test_likelihood_beside_preference_holds_the_chosen_up(tmp_path):
 def test_evaluation_measures_likelihood_where_nothing_is_rejected():
     """Validation and test rows have one answer, or several without a reference: the loss is the true answer's, per token."""
     module = ready(DPO)
-    single, several = collate(tiny_rows(4)), collate(pairs(4))
+    single, several = batch_of(tiny_rows(4)), batch_of(pairs(4))
     expected = module.answer_loss(single)
     assert module.compute_loss(several).loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
     assert module.compute_loss(single).weight == expected.weight
     with torch.no_grad():
         reference = answer_logps(module.model, several)
-    known = collate([row | {"reference_logps": logps} for row, logps in zip(pairs(4), reference.tolist(), strict=True)])
+    known = batch_of([row | {"reference_logps": logps} for row, logps in zip(pairs(4), reference.tolist(), strict=True)])
     assert module.compute_loss(known).loss.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_training_needs_pairs_with_a_reference(tmp_path):
     module = ready(DPO).train()
     with pytest.raises(MisconfigurationException, match="DPO learns from chosen and rejected answers, got AnswerBatch: give each row"):
-        module.compute_loss(collate(tiny_rows(4)))
+        module.compute_loss(batch_of(tiny_rows(4)))
     trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     with pytest.raises(MisconfigurationException, match="the batch has no reference log-probabilities: add the callback ReferenceCache"):
         trainer.fit(DPO(language_model=tiny_config(), catalog=tiny_catalog()), TinyData(train=pairs(8)))

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import TOKENS, tiny_catalog, tiny_config, tiny_rows
+from tiny import TOKENS, batch_of, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 
-from malleable.datamodules.batch import PackedBatch, collate
+from malleable.datamodules.batch import PackedBatch
 from malleable.lightning_modules.language.config import LanguageModelConfig, Scratch
 from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.tuning import Tuning
@@ -49,7 +49,7 @@ def test_likelihood_is_that_of_the_batch():
     module = SFT(language_model=tiny_config(), catalog=tiny_catalog())
     module.configure_model()
     torch.nn.init.zeros_(module.model.lm_head.weight)
-    packed = collate([{"sample_id": 0, "input_ids": [2, 4, 5, 1], "document_ids": [1, 1, 1, 1]}])
+    packed = batch_of([{"sample_id": 0, "input_ids": [2, 4, 5, 1], "document_ids": [1, 1, 1, 1]}])
     assert isinstance(packed, PackedBatch)
-    for batch in (collate(tiny_rows(3)), packed):
+    for batch in (batch_of(tiny_rows(3)), packed):
         assert module.compute_loss(batch).loss.item() == pytest.approx(torch.tensor(16.0).log().item(), abs=1e-6)

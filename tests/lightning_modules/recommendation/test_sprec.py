@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from tiny import TOKENS, tiny_rows
+from tiny import TOKENS, batch_of, tiny_rows
 from tiny_module import lora, ready, save_base
 
-from malleable.datamodules.batch import collate
 from malleable.lightning_modules.functional.language.logps import answer_logps
 from malleable.lightning_modules.language.adapters import without_adapter
 from malleable.lightning_modules.language.preference import preference_step
@@ -19,7 +18,7 @@ def pairs(count: int = 4, reference: torch.Tensor | None = None):
     rows = [row | {"answers": [row["answers"][0], TOKENS[(row["item_ids"][0] + 2) % 8]]} for row in tiny_rows(count)]
     if reference is not None:
         rows = [row | {"reference_logps": logps} for row, logps in zip(rows, reference.tolist(), strict=True)]
-    return collate(rows)
+    return batch_of(rows)
 
 
 def tuned(tmp_path) -> SPRec:
@@ -34,9 +33,9 @@ def tuned(tmp_path) -> SPRec:
 
 def test_the_loss_fits_the_batch():
     module = ready(SPRec, loss=IPO(beta=0.5), sft_weight=0.3).train()
-    answers = collate(tiny_rows(4))
+    answers = batch_of(tiny_rows(4))
     assert module.compute_loss(answers).loss.item() == pytest.approx(module.answer_loss(answers).loss.item())
-    packed = collate([{"sample_id": 0, "input_ids": [2, 4, 5, 1], "document_ids": [1, 1, 1, 1]}])
+    packed = batch_of([{"sample_id": 0, "input_ids": [2, 4, 5, 1], "document_ids": [1, 1, 1, 1]}])
     assert module.compute_loss(packed).loss.item() == pytest.approx(module.answer_loss(packed).loss.item())
     known = pairs(reference=torch.zeros(4, 2))
     expected = preference_step(module.model, known, module.loss, sft_weight=0.3)

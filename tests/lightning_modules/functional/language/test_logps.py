@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
+from tiny import batch_of
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from malleable.datamodules.batch import collate
 from malleable.lightning_modules.functional.language.logps import answer_logps, answer_token_logps, packed_token_logps, shared_row
 
 EXAMPLES = [
@@ -42,13 +42,13 @@ def one_by_one(model, example) -> list[float]:
 def test_equals_one_row_per_answer(make, attention, shared_prompt):
     model = make(attention)
     with torch.no_grad():
-        found = answer_logps(model, collate(EXAMPLES), shared_prompt=shared_prompt)
+        found = answer_logps(model, batch_of(EXAMPLES), shared_prompt=shared_prompt)
         expected = torch.tensor([one_by_one(model, example) for example in EXAMPLES])
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
 def test_gradients_equal_separate_rows():
-    batch, grads = collate(EXAMPLES), []
+    batch, grads = batch_of(EXAMPLES), []
     for shared in (True, False):
         model = llama()
         answer_logps(model, batch, shared_prompt=shared).square().sum().backward()
@@ -59,7 +59,7 @@ def test_gradients_equal_separate_rows():
 
 def test_row_layout_by_hand():
     """Prompt of 5, answers of 3, 2 and 4 tokens: the last token of each is not fed, so the row has 5 + 2 + 1 + 3 columns."""
-    batch = collate(EXAMPLES[:1], pad_to_multiple_of=1)
+    batch = batch_of(EXAMPLES[:1], pad_to_multiple_of=1)
     row = shared_row(batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask, batch.answer_columns)
     assert row.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]]
     assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 5, 5, 6, 7]]
@@ -72,8 +72,8 @@ def test_row_layout_by_hand():
 def test_padding_beside_a_longer_row_changes_nothing():
     model = llama()
     with torch.no_grad():
-        together = answer_logps(model, collate(EXAMPLES))[1]
-        alone = answer_logps(model, collate(EXAMPLES[1:]))[0]
+        together = answer_logps(model, batch_of(EXAMPLES))[1]
+        alone = answer_logps(model, batch_of(EXAMPLES[1:]))[0]
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
@@ -82,7 +82,7 @@ def test_packed_documents_do_not_see_each_other():
     documents = [[3, 4, 5, 6], [7, 8], [9, 10, 11]]
     row = {"sample_id": 0, "input_ids": [t for d in documents for t in d], "document_ids": [1] * 4 + [2] * 2 + [3] * 3}
     short = {"sample_id": 1, "input_ids": [3, 4], "document_ids": [1, 1]}
-    batch = collate([row, short])
+    batch = batch_of([row, short])
     with torch.no_grad():
         logps, targets = packed_token_logps(model, batch.input_ids, batch.document_ids, batch.position_ids)
         expected = sum(model(torch.tensor([d])).logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(d)[1:, None]).sum() for d in documents)
@@ -94,7 +94,7 @@ def test_packed_documents_do_not_see_each_other():
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_padding_changes_nothing(multiple, by_hand):
     """Also in a batch made by hand, which does not say how many columns its answers need."""
-    model, batch = llama(), collate(EXAMPLES, pad_to_multiple_of=multiple)
+    model, batch = llama(), batch_of(EXAMPLES, pad_to_multiple_of=multiple)
     if by_hand:
         batch = batch.replace(answer_columns=None)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_rows_of_one_width_whatever_their_answers():
     widths = set()
     for _ in range(20):
         answers = [[[3] * rng.randint(1, 12) for _ in range(3)] for _ in range(4)]
-        batch = collate([{"sample_id": 0, "prompt": [2] * rng.randint(20, 30), "answers": row} for row in answers])
+        batch = batch_of([{"sample_id": 0, "prompt": [2] * rng.randint(20, 30), "answers": row} for row in answers])
         row = shared_row(batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask, batch.answer_columns)
         widths.add(row.input_ids.shape[1])
     assert all(width % 8 == 0 for width in widths)
@@ -116,14 +116,14 @@ def test_rows_of_one_width_whatever_their_answers():
 
 
 def test_empty_prompt_is_refused():
-    batch = collate([EXAMPLES[0], EXAMPLES[1]])
+    batch = batch_of([EXAMPLES[0], EXAMPLES[1]])
     mask = batch.prompt_mask & (batch.sample_id == 0)[:, None]
     with pytest.raises(ValueError, match="every row needs at least one prompt token"):
         answer_token_logps(llama(), batch.prompt_ids, mask, batch.answer_ids, batch.answer_mask)
 
 
 def test_answers_that_were_exchanged_for_longer_ones_are_refused():
-    batch, longer = collate([EXAMPLES[0]], pad_to_multiple_of=1), collate([EXAMPLES[1]], pad_to_multiple_of=1)
+    batch, longer = batch_of([EXAMPLES[0]], pad_to_multiple_of=1), batch_of([EXAMPLES[1]], pad_to_multiple_of=1)
     batch = batch.replace(answer_ids=longer.answer_ids.repeat(1, 3, 1), answer_mask=longer.answer_mask.repeat(1, 3, 1))
     with pytest.raises(ValueError, match="make the batch again"):
         answer_logps(llama(), batch)
@@ -133,10 +133,10 @@ def test_unknown_attention_is_refused():
     model = llama()
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"LlamaForCausalLM does not compute a prompt shared by its answers exactly .* takes no block mask"):
-        answer_logps(model, collate(EXAMPLES), shared_prompt=True)
+        answer_logps(model, batch_of(EXAMPLES), shared_prompt=True)
 
 
 def test_low_precision_is_summed_in_float32():
     model = llama().bfloat16()
     with torch.no_grad():
-        assert answer_logps(model, collate(EXAMPLES)).dtype == torch.float32
+        assert answer_logps(model, batch_of(EXAMPLES)).dtype == torch.float32

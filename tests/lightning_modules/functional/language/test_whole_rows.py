@@ -5,10 +5,11 @@ from unittest import mock
 import pytest
 import torch
 from architectures import tiny_model
+from tiny import batch_of
 from torch.nn.functional import scaled_dot_product_attention
 
 from malleable import SFT, CausalLM
-from malleable.datamodules.batch import Catalog, Vocabulary, collate
+from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.lightning_modules.functional.language.grounding import embed_texts
 from malleable.lightning_modules.functional.language.logps import answer_token_logps, packed_token_logps, separate_logps, shared_logps
 from malleable.lightning_modules.functional.language.pass_forms import pass_forms
@@ -46,9 +47,9 @@ def parts(batch):
 
 
 PASSES = {
-    "one answer": lambda model: answer_token_logps(model, *parts(collate(ROWS))),
+    "one answer": lambda model: answer_token_logps(model, *parts(batch_of(ROWS))),
     "separate answers": lambda model: answer_token_logps(
-        model, *parts(collate([{**row, "answers": [*row["answers"], [9, 2]]} for row in ROWS])), shared_prompt=False
+        model, *parts(batch_of([{**row, "answers": [*row["answers"], [9, 2]]} for row in ROWS])), shared_prompt=False
     ),
     "packed rows of one document": lambda model: packed_token_logps(model, **documents(), one_document=True)[0],
     "embedding": lambda model: embed_texts(model, [row["prompt"] for row in ROWS]),
@@ -56,7 +57,7 @@ PASSES = {
 
 
 def documents():
-    batch = collate(DOCUMENTS)
+    batch = batch_of(DOCUMENTS)
     return {name: getattr(batch, name) for name in ("input_ids", "document_ids", "position_ids")}
 
 
@@ -81,13 +82,13 @@ def test_modules_train_by_causal_kernels(make, rows, kernels):
     module = make(LanguageModelConfig(scratch=Scratch(hidden_size=16, num_layers=2, num_heads=2)))
     module.configure_model()
     kernels.calls.clear()
-    module.train().compute_loss(collate(rows)).loss.backward()
+    module.train().compute_loss(batch_of(rows)).loss.backward()
     assert kernels.causal, kernels.calls
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
 def test_answers_and_gradients_equal_those_under_masks(kind):
-    batch, found = collate(ROWS), []
+    batch, found = batch_of(ROWS), []
     for masked in (True, False):
         model = tiny_model(kind)
         logps = shared_logps(model, *parts(batch), plan=pass_forms(model).shared.plan) if masked else answer_token_logps(model, *parts(batch))
@@ -110,13 +111,13 @@ def test_packed_rows_of_one_document_equal_those_under_masks():
 
 def test_batches_know_whether_rows_are_one_document():
     row = {"sample_id": 0, "input_ids": [5, 6, 7, 8]}
-    assert collate(DOCUMENTS).one_document
-    assert not collate([*DOCUMENTS, {**row, "document_ids": [1, 1, 2, 2]}]).one_document
-    assert not collate([{**row, "document_ids": [1, 1, 1, 0]}]).one_document
+    assert batch_of(DOCUMENTS).one_document
+    assert not batch_of([*DOCUMENTS, {**row, "document_ids": [1, 1, 2, 2]}]).one_document
+    assert not batch_of([{**row, "document_ids": [1, 1, 1, 0]}]).one_document
 
 
 def test_the_last_token_of_an_answer_is_not_fed():
-    batch = collate(ROWS, pad_to_multiple_of=1)
+    batch = batch_of(ROWS, pad_to_multiple_of=1)
     tokens, lengths, starts = separate_answers(*parts(batch))
     assert [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)] == [row["prompt"] + row["answers"][0][:-1] for row in ROWS]
     assert tokens.shape[1] == batch.prompt_ids.shape[1] + batch.answer_ids.shape[2] - 1
@@ -124,5 +125,5 @@ def test_the_last_token_of_an_answer_is_not_fed():
 
 
 def test_rows_without_answers():
-    batch = collate([{"sample_id": n, "prompt": [5] * (n + 1), "answers": [[]]} for n in range(2)])
+    batch = batch_of([{"sample_id": n, "prompt": [5] * (n + 1), "answers": [[]]} for n in range(2)])
     assert separate_logps(tiny_model("llama"), *parts(batch)).shape == (2, 1, 0)

@@ -1,0 +1,57 @@
+"""Whole histories packed into rows of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from malleable.datamodules.batch import PackedBatch, PackedExample, collate
+from malleable.datamodules.language.packing import cut_windows, fit
+from malleable.datamodules.recommendation.prompt import PromptPieces
+from malleable.datamodules.recommendation.splits import Ints
+
+
+class PackedRows:
+    """Rows of whole documents over histories, assembled at access.
+
+    Documents of a single item have no history to learn from and are left out.
+
+    Args:
+        sequences: Items of each history, oldest first.
+        pieces: The tokenised template and catalogue.
+        pack_length: Tokens of a row.
+        pad_token_id: Padding token of batches.
+    """
+
+    def __init__(self, sequences: Sequence[Ints], pieces: PromptPieces, pack_length: int = 512, pad_token_id: int = 0) -> None:
+        self.pad_token_id = pad_token_id
+        self.sequences = sequences
+        self.pieces = pieces
+        sizes = np.array([len(tokens) + len(pieces.separator) for tokens in pieces.items])
+        # The first item has no separator before it, and the end-of-sequence token closes the document.
+        overhead = len(pieces.prefix) - len(pieces.separator) + 1
+        windows = cut_windows(sequences, sizes, pack_length, overhead)
+        self.rows = fit([window for window in windows if window.end - window.start > 1], pack_length)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> PackedExample:
+        """Return a row; documents are numbered from 1."""
+        input_ids: list[int] = []
+        document_ids: list[int] = []
+        for number, window in enumerate(self.rows[index], start=1):
+            document = self.pieces.document(self.sequences[window.sequence][window.start : window.end].tolist())
+            input_ids += document
+            document_ids += [number] * len(document)
+        return {"sample_id": index, "input_ids": input_ids, "document_ids": document_ids}
+
+    def collate(self, rows: Sequence[PackedExample]) -> PackedBatch:
+        """Make a batch of rows."""
+        return collate(rows, PackedBatch, pad_token_id=self.pad_token_id)
+
+    def row_tokens(self) -> Ints:
+        """Return the targets of each row: every token but the first of a document."""
+        return np.array([sum(window.length - 1 for window in row) for row in self.rows], dtype=np.int64)
