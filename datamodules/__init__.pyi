@@ -17,6 +17,12 @@ from malleable.datamodules.editing.requests import Probe as Probe
 from malleable.datamodules.editing.requests import read_requests as read_requests
 from malleable.datamodules.graphs.datamodule import KnowledgeGraphDataModule as KnowledgeGraphDataModule
 from malleable.datamodules.loading import PhasedLoader as PhasedLoader
+from malleable.datamodules.negatives import Hardest as Hardest
+from malleable.datamodules.negatives import Mixture as Mixture
+from malleable.datamodules.negatives import NegativeSampler as NegativeSampler
+from malleable.datamodules.negatives import SelfPlay as SelfPlay
+from malleable.datamodules.negatives import Semantic as Semantic
+from malleable.datamodules.negatives import Uniform as Uniform
 from malleable.datamodules.recommendation.datamodule import RecommendationDataModule as RecommendationDataModule
 from malleable.datamodules.recommendation.prompt import PromptTemplate as PromptTemplate
 from malleable.datamodules.recommendation.splits import Split as Split

@@ -18,7 +18,6 @@ from malleable.lightning_modules.language.config import LoRA as LoRA
 from malleable.lightning_modules.language.config import Scratch as Scratch
 from malleable.lightning_modules.language.item_decoding import Decoding as Decoding
 from malleable.lightning_modules.language.language_model import LanguageModel as LanguageModel
-from malleable.lightning_modules.language.negatives import SelfPlay as SelfPlay
 from malleable.lightning_modules.language.tuning import Tuning as Tuning
 from malleable.lightning_modules.patches.containers import open_container as open_container
 from malleable.lightning_modules.patches.delta import Delta as Delta

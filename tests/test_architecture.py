@@ -9,10 +9,10 @@ from shared import ROOT
 FOLDERS = ("lightning_modules", "datamodules", "callbacks", "configs")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
-# The types of data that others may use: batches, files, identities of catalogues, edit requests.
-TYPES = tuple(f"malleable.datamodules.{name}" for name in ("batch", "editing.requests", "files", "identity"))
-# Callbacks also use the loader, samplers and the reader of texts.
-DATA = (*TYPES, *(f"malleable.datamodules.{name}" for name in ("language.texts", "loading", "recommendation.sampling")))
+# The types of data that others may use: batches, files, identities of catalogues, negative samplers, edit requests.
+TYPES = tuple(f"malleable.datamodules.{name}" for name in ("batch", "editing.requests", "files", "identity", "negatives"))
+# Callbacks also use the loader and the reader of texts.
+DATA = (*TYPES, *(f"malleable.datamodules.{name}" for name in ("language.texts", "loading")))
 # Longest folder first: what each may import of ours besides what lies in its own folder.
 ALLOWED = {
     "lightning_modules/functional": (),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
@@ -28,3 +30,21 @@ def check_limits(trainer: Trainer, epochs: int) -> None:
             "EarlyStopping would end the run in the middle of a round of SelfPlayLoop, whose supervised and preference phases have figures of "
             "their own; leave it out, and set the number of `rounds`"
         )
+
+
+def check_rounds(rows_per_step: Mapping[str, int], rows: int) -> None:
+    """Refuse rounds that are shorter than an optimizer step.
+
+    Args:
+        rows_per_step: Rows of an optimizer step by kind of phase.
+        rows: Rows of a round.
+
+    Raises:
+        MisconfigurationException: If a phase would have no step.
+    """
+    for kind, needed in rows_per_step.items():
+        if rows < needed:
+            raise MisconfigurationException(
+                f"a round of {rows} rows does not fill one optimizer step of {needed} in the {kind} phase; raise rows_per_round, or lower the global "
+                "batch size or the phase's batch_factor"
+            )

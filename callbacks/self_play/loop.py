@@ -20,15 +20,15 @@ from malleable.callbacks.report.logged import logged_anew
 from malleable.callbacks.report.page import Column, Section
 from malleable.callbacks.restart import finish_epoch
 from malleable.callbacks.run_files import run_folder, stored_copies
-from malleable.callbacks.self_play.limits import check_limits
+from malleable.callbacks.self_play.limits import check_limits, check_rounds
 from malleable.callbacks.self_play.negatives import compare_decoding, negatives
 from malleable.callbacks.self_play.phases import Phase, PhaseSettings, SelfPlayState, reset_moments
 from malleable.callbacks.self_play.round_file import RoundFile, draw_positions
 from malleable.datamodules.batch import Catalog, Recommendations
 from malleable.datamodules.loading import PhasedLoader, RowView
+from malleable.datamodules.negatives import NegativeSampler, SelfPlay
 from malleable.lightning_modules.functional.schedule import warmup_decay
 from malleable.lightning_modules.language.language_model import LanguageModel
-from malleable.lightning_modules.language.negatives import SelfPlay
 from malleable.lightning_modules.losses.preference import PreferenceLoss
 
 log = logging.getLogger(__name__)
@@ -50,15 +50,16 @@ class SelfPlayLoop(Callback):
         warmup: The initial supervised phase.
         sft: The supervised phase of a round.
         dpo: The preference phase of a round.
-        negative_source: ``pre_round`` asks the model that enters the round (the released code), ``post_sft`` the model after the supervised phase;
-            ``random`` and ``popularity`` draw items instead of asking: the controls.
-        play: How the model answers.
+        negatives: Chooses the rejected answers, see :mod:`malleable.datamodules.negatives`; default: :class:`SelfPlay`, the model's own answers.
+            ``Uniform`` and ``Popularity`` are the controls.
+        negatives_from: The model that chooses them: ``pre_round`` the one that enters the round (the released code), ``post_sft`` the one after the
+            supervised phase.
         keep_identical: What to do with rows whose rejected answer is the true one: they have no gradient.
         compare_on: Split on which the warmed-up model is measured for the report's before and after; ``none`` leaves it out.
         loader: The training loader, where there is no data module of ours.
         diagnostic_rows: Rows of each round on which greedy and sampled answers are compared with the true titles in the log and the report: number
-            of distinct titles, share of the three most frequent, mean popularity. The mode that :attr:`play` does not use needs a pass of its own;
-            0 leaves the comparison out. Applies to answers of the module with ``grounding='trie'``.
+            of distinct titles, share of the three most frequent, mean popularity. The mode that :attr:`negatives` does not use needs a pass of its
+            own; 0 leaves the comparison out. Applies to :class:`SelfPlay` with ``grounding='trie'``.
         seed: Seed of everything drawn.
 
     Source:
@@ -74,8 +75,8 @@ class SelfPlayLoop(Callback):
         warmup: PhaseSettings | None = None,
         sft: PhaseSettings | None = None,
         dpo: PhaseSettings | None = None,
-        negative_source: Literal["pre_round", "post_sft", "random", "popularity"] = "pre_round",
-        play: SelfPlay | None = None,
+        negatives: NegativeSampler | None = None,
+        negatives_from: Literal["pre_round", "post_sft"] = "pre_round",
         keep_identical: Literal["drop", "keep"] = "drop",
         compare_on: Literal["test", "val", "none"] = "test",
         loader: PhasedLoader[Any] | None = None,
@@ -95,8 +96,8 @@ class SelfPlayLoop(Callback):
             "sft": sft or PhaseSettings(),
             "dpo": dpo or PhaseSettings(),
         }
-        self.negative_source = negative_source
-        self.play = play or SelfPlay()
+        self.negatives = negatives or SelfPlay()
+        self.negatives_from = negatives_from
         self.keep_identical = keep_identical
         self.compare_on = compare_on
         self.diagnostic_rows = diagnostic_rows
@@ -162,7 +163,8 @@ class SelfPlayLoop(Callback):
             remedy = f"{type(pl_module).__name__} makes a schedule of its own; use SPRec, which makes none" if own else "leave lr_scheduler out"
             raise MisconfigurationException(f"SelfPlayLoop sets the learning rates itself; {remedy}")
         self._loader = phased_loader(trainer, self._loader, type(self).__name__)
-        self._check_rows(self._loader)
+        rounds = {phase.kind: self._rows_per_step(self._loader, phase.kind) for phase in self.phases if phase.round}
+        check_rounds(rounds, len(draw_positions(len(self._loader.pool), self.rows_per_round, 1, self.seed)) if rounds else 0)
         vocabulary = cast("LanguageModel", pl_module).vocabulary
         self._pad_token_id = 0 if vocabulary is None else vocabulary.pad_token_id
         if self.state.epoch >= 0:
@@ -238,17 +240,6 @@ class SelfPlayLoop(Callback):
         self.state.epoch = epoch
         self._show_phase()
 
-    def _check_rows(self, loader: PhasedLoader[Any]) -> None:
-        """Refuse rounds longer than the data or shorter than an optimizer step, before the warm-up is spent."""
-        kinds = {phase.kind for phase in self.phases if phase.round}
-        rows = len(draw_positions(len(loader.pool), self.rows_per_round, 1, self.seed)) if kinds else 0
-        for kind in kinds:
-            if rows < self._rows_per_step(loader, kind):
-                raise MisconfigurationException(
-                    f"a round of {rows} rows does not fill one optimizer step of {self._rows_per_step(loader, kind)} in the {kind} phase; "
-                    "raise rows_per_round, or lower the global batch size or the phase's batch_factor"
-                )
-
     def _rows_per_step(self, loader: PhasedLoader[Any], kind: str) -> int:
         return loader.rows_per_step // loader.batch_factor * self.settings[kind].batch_factor
 
@@ -259,17 +250,17 @@ class SelfPlayLoop(Callback):
         """Draw the round's rows and, unless they come later, its negatives."""
         positions = draw_positions(len(loader.pool), self.rows_per_round, phase.round, self.seed)
         file = RoundFile(positions, [int(loader.pool[position]["sample_id"]) for position in positions])
-        if self.negative_source != "post_sft" and self.settings["dpo"].epochs:
-            self._play(trainer, module, loader, phase, file)
+        if self.negatives_from != "post_sft" and self.settings["dpo"].epochs:
+            self._choose_negatives(trainer, module, loader, phase, file)
         self._write(trainer, phase, file)
 
-    def _play(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> None:
+    def _choose_negatives(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> None:
         rows = RowView(loader.pool, file.positions)
         seed = (self.seed, phase.round)
-        file.items, file.answers = negatives(trainer, module, rows, loader, self.negative_source, self.play, seed, self._name(phase))
+        file.items, file.answers = negatives(trainer, module, rows, loader, self.negatives, seed, self._name(phase))
         self._record(trainer, phase, "play", file.figures(rows, module.catalog))
-        if self.diagnostic_rows and self.play.grounding == "trie" and self.negative_source in ("pre_round", "post_sft"):
-            found = compare_decoding(trainer, module, loader, file, self.diagnostic_rows, self.negative_source, self.play, seed, self._name(phase))
+        if self.diagnostic_rows and isinstance(self.negatives, SelfPlay) and self.negatives.grounding == "trie":
+            found = compare_decoding(trainer, module, loader, file, self.diagnostic_rows, self.negatives, seed, self._name(phase))
             for titles, figures in found.items():
                 self._record(trainer, phase, "decoding", figures, titles)
 
@@ -285,7 +276,7 @@ class SelfPlayLoop(Callback):
         """Complete the round's pairs: late negatives, identical rows, and the reference as the model stands now."""
         file = self._file()
         if file.answers is None:
-            self._play(trainer, module, loader, phase, file)
+            self._choose_negatives(trainer, module, loader, phase, file)
         if self.keep_identical == "drop":
             file = self._distinct(loader, phase, file)
         pairs = file.pairs(loader.pool, self._pad_token_id)

@@ -1,7 +1,8 @@
-"""Rejected answers for a round: the model's own, or drawn items."""
+"""Rejected answers for the rows of a round."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -12,42 +13,64 @@ from malleable.callbacks.self_play.round_file import RoundFile, answer_statistic
 from malleable.callbacks.sweep import rows_per_pass, sweep
 from malleable.datamodules.batch import Catalog
 from malleable.datamodules.loading import PhasedLoader, RowView
-from malleable.datamodules.recommendation.sampling import ItemSampler
+from malleable.datamodules.negatives import Mixture, NegativeSampler, RowItems, SelfPlay, round_seed
 from malleable.lightning_modules.language.language_model import LanguageModel
-from malleable.lightning_modules.language.negatives import SelfPlay
+
+Rejected = tuple[list[list[int]], list[list[list[int]]]]
 
 
 def negatives(
-    trainer: Trainer, module: LanguageModel, rows: Any, loader: PhasedLoader[Any], source: str, play: SelfPlay, seed: tuple[int, int], label: str
-) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Make the rejected answers of a round.
+    trainer: Trainer, module: LanguageModel, rows: Any, loader: PhasedLoader[Any], sampler: NegativeSampler, seed: tuple[int, int], label: str
+) -> Rejected:
+    """Choose the rejected answers of a round.
 
     Args:
-        trainer: Shares the rows among the ranks.
+        trainer: Shards the rows over the ranks.
         module: The recommender.
-        rows: The round's rows.
+        rows: The rows of the round.
         loader: Collates rows; its batch size serves where the data module has no ``eval_batch_size``.
-        source: ``pre_round`` and ``post_sft`` ask the module; ``random`` and ``popularity`` draw items.
-        play: How the module answers.
+        sampler: Chooses the answers.
         seed: Seed and round.
-        label: What the progress lines say.
+        label: Prefix of the progress lines.
 
     Returns:
-        For each row the items, -1 where an answer is none, and the answers' tokens.
+        For each row the items, -1 where an answer is none, and the tokens of the answers.
     """
     catalog = module.catalog
     assert catalog is not None
-    number = (seed[0] << 16) + seed[1]
-    if source in ("random", "popularity"):
-        sampler = ItemSampler(range(len(catalog)), None if source == "random" else catalog.popularity, seed=number)
-        items = [draw(sampler, rows[index], play.num_negatives) for index in range(len(rows))]
+    number = round_seed(*seed)
+    if isinstance(sampler, Mixture):
+        return _mixed(trainer, module, rows, loader, sampler, seed, label)
+    if not sampler.needs_model:
+        choose = sampler.bind(len(catalog), catalog.popularity, number)
+        items = [choose(row_items(rows[index])) for index in range(len(rows))]
         return items, titles(items, catalog)
-    ask = partial(module.generate_negatives, settings=play, seed=number)
-    table = sweep(trainer, module, rows, loader.collate_fn, rows_per_pass(trainer, loader), ask, f"{label}: own answers")
-    if play.grounding == "none":
+    if not isinstance(sampler, SelfPlay):
+        # Nothing that the user has had before, also where it may be recommended again.
+        rows = RowView(rows, range(len(rows)), [{"seen": sorted(row_items(rows[index]).exclude)} for index in range(len(rows))])
+    generate = partial(module.generate_negatives, sampler=sampler, seed=number)
+    table = sweep(trainer, module, rows, loader.collate_fn, rows_per_pass(trainer, loader), generate, f"{label}: negatives")
+    if isinstance(sampler, SelfPlay) and sampler.grounding == "none":
         # (rows, 1 + tokens): the item or -1, then the free text padded with -1.
         return table[:, :1].tolist(), [[[token for token in row if token >= 0]] for row in table[:, 1:].tolist()]
     return table.tolist(), titles(table.tolist(), catalog)
+
+
+def _mixed(
+    trainer: Trainer, module: LanguageModel, rows: Any, loader: PhasedLoader[Any], mixture: Mixture, seed: tuple[int, int], label: str
+) -> Rejected:
+    """Let each part choose for its own rows."""
+    parts = [mixture.choose(int(rows[index]["sample_id"]), round_seed(*seed)) for index in range(len(rows))]
+    items: list[list[int]] = [[]] * len(rows)
+    answers: list[list[list[int]]] = [[]] * len(rows)
+    for part, sampler in enumerate(mixture.parts):
+        positions = [index for index, chosen in enumerate(parts) if chosen == part]
+        if not positions:
+            continue
+        found = negatives(trainer, module, RowView(rows, positions), loader, sampler, seed, f"{label}, {type(sampler).__name__}")
+        for position, own_items, own_answers in zip(positions, *found, strict=True):
+            items[position], answers[position] = own_items, own_answers
+    return items, answers
 
 
 def compare_decoding(
@@ -56,21 +79,19 @@ def compare_decoding(
     loader: PhasedLoader[Any],
     file: RoundFile,
     count: int,
-    source: str,
-    play: SelfPlay,
+    sampler: SelfPlay,
     seed: tuple[int, int],
     label: str,
 ) -> dict[str, dict[str, float]]:
     """Describe how concentrated greedy and sampled answers of the module are, beside the true titles.
 
     Args:
-        trainer: Shares the rows among the ranks.
+        trainer: Shards the rows over the ranks.
         module: The recommender.
         loader: Has the rows of the round, and collates them.
         file: The round, with its answers.
         count: Number of rows to compare on, the first of the round.
-        source: As of :func:`negatives`, ``pre_round`` or ``post_sft``.
-        play: How the round's answers were made. The mode that it does not use needs another pass.
+        sampler: How the answers of the round were generated. The mode that it does not use needs another pass.
         seed: Seed and round.
         label: Prefix of the progress lines.
 
@@ -83,24 +104,19 @@ def compare_decoding(
     answers = {"true": [list(rows[index]["item_ids"])[:1] for index in range(len(rows))]}
     modes: tuple[Literal["greedy", "sample"], ...] = ("greedy", "sample")
     for mode in modes:
-        other = replace(play, decode=mode, num_negatives=1)
-        same = other == play
-        answers[mode] = file.items[: len(rows)] if same else negatives(trainer, module, rows, loader, source, other, seed, f"{label}, {mode}")[0]
+        other = replace(sampler, decode=mode, num_negatives=1)
+        same = other == sampler
+        answers[mode] = file.items[: len(rows)] if same else negatives(trainer, module, rows, loader, other, seed, f"{label}, {mode}")[0]
     popularity = module.catalog.popularity
     return {name: answer_statistics([item for row in table for item in row], popularity) for name, table in answers.items()}
 
 
-def draw(sampler: ItemSampler, row: Any, count: int) -> list[int]:
-    """Draw items for a row: among its candidates where it has some, never the true one nor any earlier item of the user.
-
-    Items that the user meets after the target may be drawn: leaving them out would tell training of validation and test items.
-    """
+def row_items(row: Mapping[str, Any]) -> RowItems:
+    """Return what decides the negatives of a row."""
     own = (row.get(name, ()) for name in ("item_ids", "history", "earlier", "seen"))
-    candidates = row.get("candidates", ())
-    source = sampler.among(candidates) if len(candidates) else sampler
-    return source.draw(int(row["sample_id"]), count, {int(item) for items in own for item in items})
+    return RowItems(int(row["sample_id"]), {int(item) for items in own for item in items}, row.get("candidates", ()))
 
 
 def titles(items: list[list[int]], catalog: Catalog) -> list[list[list[int]]]:
-    """Answer tokens of each row's items; an empty answer where there is no item."""
+    """Return the tokens of each row's items; an empty answer where there is no item."""
     return [[list(catalog.token_ids[item]) if item >= 0 else [] for item in row] for row in items]

@@ -175,7 +175,7 @@ def _rows(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
 # Options of data modules that change neither the rows of the test nor what they are compared with.
 _NEUTRAL = {
     "batch_size", "cache_dir", "eval_batch_size", "extend_catalog", "global_batch_size", "group_queries", "history_length", "local_files_only",
-    "max_prompt_length", "negatives", "num_negatives", "num_workers", "pack_length", "predict_file", "predict_users", "seed", "template", "tokenizer",
+    "max_prompt_length", "negatives", "num_workers", "pack_length", "predict_file", "predict_users", "seed", "template", "tokenizer",
     "train_limit", "train_view", "val_limit", "vocab_size",
 }  # fmt: skip
 # What an absent `split` means; tests compare it with the class, which takes half a second to import.

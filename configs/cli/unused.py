@@ -19,7 +19,7 @@ class Rule(NamedTuple):
     """When an option has no effect.
 
     Attributes:
-        option: Dotted name, without the parts ``init_args``. Of callbacks: ``trainer.callbacks.SelfPlayLoop.play.temperature``.
+        option: Dotted name, without the parts ``init_args``. Of callbacks: ``trainer.callbacks.SelfPlayLoop.negatives.temperature``.
         unused: Whether a configuration makes it so; it gets values by dotted name.
         reason: What takes its place, for the message.
     """
@@ -69,7 +69,7 @@ def _no_text(value: Values) -> bool:
 
 
 def _no_sampling(value: Values) -> bool:
-    return value(f"{LOOP}.play.decode") in ("greedy", "beam_k_random")
+    return value(f"{LOOP}.negatives.decode") in ("greedy", "beam_k_random")
 
 
 def _loops(value: Values) -> bool:
@@ -91,7 +91,6 @@ def _narrow_beam(value: Values) -> bool:
 
 RULES = (
     Rule("data.vocab_size", _has("data.tokenizer"), "the tokenizer is given by data.tokenizer"),
-    Rule("data.num_negatives", _is("data.negatives", "none"), "data.negatives is none"),
     Rule("data.pack_length", lambda value: not value.packs(), "nothing is packed: data.train_view is answer, and no phase has view: packed"),
     Rule("data.max_prompt_length", _no_text, "data.tokenizer is none, so there are no prompts"),
     Rule("data.template", _no_text, "data.tokenizer is none, so there are no prompts"),
@@ -113,9 +112,9 @@ RULES = (
         lambda value: _loops(value) and value("trainer.max_epochs") != -1,
         "SelfPlayLoop sets it: rounds, and epochs of its phases",
     ),
-    Rule(f"{LOOP}.play.temperature", _no_sampling, "play.decode is not sample"),
-    Rule(f"{LOOP}.play.top_p", _no_sampling, "play.decode is not sample"),
-    Rule(f"{LOOP}.play.max_new_tokens", _is(f"{LOOP}.play.grounding", "trie"), "play.grounding is trie"),
+    Rule(f"{LOOP}.negatives.temperature", _no_sampling, "negatives.decode is not sample"),
+    Rule(f"{LOOP}.negatives.top_p", _no_sampling, "negatives.decode is not sample"),
+    Rule(f"{LOOP}.negatives.max_new_tokens", _is(f"{LOOP}.negatives.grounding", "trie"), "negatives.grounding is trie"),
     Rule("checkpoint.mode", lambda value: value("checkpoint.monitor") is None, "nothing is monitored: give checkpoint.monitor, too"),
 )
 

@@ -14,11 +14,11 @@ from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.files.fetch import cache_folder
 from malleable.datamodules.identity import is_stored, read_stored, vocabulary_of
 from malleable.datamodules.loading import PhasedLoader
+from malleable.datamodules.negatives import NegativeSampler
 from malleable.datamodules.recommendation.histories import ItemLookup, read_histories, read_users
 from malleable.datamodules.recommendation.packed_rows import PackedRows
 from malleable.datamodules.recommendation.prompt import PromptTemplate
-from malleable.datamodules.recommendation.rows import AnswerRows, Negatives, Reach
-from malleable.datamodules.recommendation.sampling import ItemSampler
+from malleable.datamodules.recommendation.rows import AnswerRows, Reach
 from malleable.datamodules.recommendation.splits import SPLITS, Ints, RowIndex, Split
 from malleable.datamodules.recommendation.store import Recipe, Store
 from malleable.datamodules.recommendation.summary import log_summary
@@ -43,9 +43,7 @@ class RecommendationDataModule(BaseDataModule):
         split: Filters, split and history length.
         train_view: Training rows: ``answer`` (a prompt and an answer) or ``packed`` (whole histories).
         pack_length: Tokens of a packed row.
-        negatives: How wrong answers are drawn, seeded by the row; never the target nor any earlier item of the user, whether the prompt shows it or
-            not. Items that the user meets after the target may be drawn: leaving them out would tell training of validation and test items.
-        num_negatives: Wrong answers of a row.
+        negatives: Chooses rejected answers of each row: ``Uniform``, ``Popularity`` or a ``Mixture``, see :mod:`malleable.datamodules.negatives`.
         max_prompt_length: Tokens of a prompt, at most; longer histories lose their oldest items. ``None``: no limit.
         extend_catalog: Where ``tokenizer`` is a checkpoint, add items that its catalogue lacks behind its own, instead of refusing them.
         local_files_only: Take a tokenizer's hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
@@ -85,8 +83,7 @@ class RecommendationDataModule(BaseDataModule):
         split: Split | None = None,
         train_view: Literal["answer", "packed"] = "answer",
         pack_length: int = 512,
-        negatives: Literal["none", "random", "popularity"] = "none",
-        num_negatives: int = 1,
+        negatives: NegativeSampler | None = None,
         max_prompt_length: int | None = None,
         predict_file: str | None = None,
         predict_users: str | None = None,
@@ -102,8 +99,8 @@ class RecommendationDataModule(BaseDataModule):
         super().__init__(batch_size, global_batch_size, eval_batch_size, num_workers, seed)
         if extend_catalog and not is_stored(tokenizer):
             raise ValueError(f"extend_catalog needs the catalogue that is extended: tokenizer=<checkpoint>, got tokenizer={tokenizer!r}")
-        if num_negatives < 1:
-            raise ValueError(f"num_negatives must be >= 1, got {num_negatives}; negatives='none' leaves them out")
+        if negatives is not None:
+            negatives.bind(1, [1], seed)  # refuses samplers that need a model
         if train_view == "packed" and tokenizer == "none":
             raise ValueError("train_view='packed' packs the text of titles, but tokenizer='none' has no text; choose train_view='answer'")
         if predict_file is not None and predict_users is not None:
@@ -118,7 +115,6 @@ class RecommendationDataModule(BaseDataModule):
         self.train_view = train_view
         self.pack_length = pack_length
         self.negatives = negatives
-        self.num_negatives = num_negatives
         self.max_prompt_length = max_prompt_length
         self.predict_file = predict_file
         self.predict_users = predict_users
@@ -137,7 +133,7 @@ class RecommendationDataModule(BaseDataModule):
             return
         store = self._open()
         self.catalog = store.catalog
-        negatives = self._negatives()
+        negatives = self.negatives and self.negatives.bind(len(self.catalog), self.catalog.popularity, self.seed)
         rows = {
             name: AnswerRows(
                 store.rows[name],
@@ -230,12 +226,6 @@ class RecommendationDataModule(BaseDataModule):
             raise ValueError(f"template is {self.template} here, but {template} in {self.tokenizer}; leave template out, or start from other weights")
         self.template = template
         return {"tokenizer": tokenizer or "none", "template": template, "catalog": stored, "extend_catalog": self.extend_catalog}
-
-    def _negatives(self) -> Negatives | None:
-        if self.negatives == "none":
-            return None
-        weights = self.catalog.popularity if self.negatives == "popularity" else None
-        return Negatives(ItemSampler(range(len(self.catalog)), weights, self.seed), self.num_negatives)
 
     def _selected(self, name: str, count: int) -> Ints:
         limit = getattr(self.split, f"{name}_limit")

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from malleable.datamodules.batch import AnswerBatch, Example, PreferenceBatch, collate
+from malleable.datamodules.negatives import BoundSampler, RowItems
 from malleable.datamodules.recommendation.prompt import PromptPieces
-from malleable.datamodules.recommendation.sampling import ItemSampler
 from malleable.datamodules.recommendation.splits import Ints, RowIndex
 
 log = logging.getLogger(__name__)
@@ -113,14 +113,6 @@ class Reach:
         return shown
 
 
-@dataclass(frozen=True)
-class Negatives:
-    """Wrong answers drawn for each row."""
-
-    sampler: ItemSampler
-    number: int
-
-
 class AnswerRows:
     """One prompt and its answers a row, the true one first.
 
@@ -129,7 +121,7 @@ class AnswerRows:
         sequences: Items of each history, oldest first.
         pieces: The tokenised template and catalogue; ``None`` gives rows of items alone, with empty prompts and answers.
         hide_seen: List the items before the target as seen, not to be recommended again.
-        negatives: Wrong answers to add.
+        negatives: Chooses rejected answers to add to the true one.
         select: Positions in ``table`` of the rows to use; default: all.
         pad_token_id: Padding token of batches.
     """
@@ -141,7 +133,7 @@ class AnswerRows:
         pieces: PromptPieces | None,
         *,
         hide_seen: bool = True,
-        negatives: Negatives | None = None,
+        negatives: BoundSampler | None = None,
         select: Ints | None = None,
         pad_token_id: int = 0,
     ) -> None:
@@ -192,10 +184,5 @@ class AnswerRows:
         return lengths[self.table.target[self.select]]
 
     def _rejected(self, sample_id: int, exclude: list[int], candidates: list[int]) -> list[int]:
-        if self.negatives is None:
-            return []
-        sampler, number = self.negatives.sampler, self.negatives.number
-        if candidates:
-            # The answer must stand among the candidates that the prompt offers.
-            return sampler.among(candidates).draw(sample_id, number, exclude)
-        return sampler.draw(sample_id, number, exclude)
+        # An answer stands among the candidates that the prompt offers.
+        return [] if self.negatives is None else self.negatives(RowItems(sample_id, set(exclude), candidates))

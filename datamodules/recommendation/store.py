@@ -18,10 +18,10 @@ from malleable.datamodules.files.cache import digest, open_tables, write_tables
 from malleable.datamodules.files.fetch import sha256_of
 from malleable.datamodules.files.sealed import is_whole
 from malleable.datamodules.language import tokenizer as tokenizers
+from malleable.datamodules.negatives import ItemSampler
 from malleable.datamodules.recommendation.alignment import align
 from malleable.datamodules.recommendation.prompt import PromptPieces, PromptTemplate, tokenize
 from malleable.datamodules.recommendation.rows import Ragged, Reach, RowTable
-from malleable.datamodules.recommendation.sampling import ItemSampler
 from malleable.datamodules.recommendation.splits import SPLITS, Interactions, Ints, RowIndex, Split, prepare
 from malleable.datamodules.recommendation.summary import DataSummary
 from malleable.datamodules.sources.recommendation.base import Source

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, Recommendations
+from malleable.datamodules.negatives import NegativeSampler, SelfPlay, Semantic
 from malleable.lightning_modules.functional.language.decoding import beam_search
 from malleable.lightning_modules.functional.language.grounding import embed_texts
 from malleable.lightning_modules.functional.language.trie import Trie
 from malleable.lightning_modules.language.free_answers import nearest_items, write_answers
-from malleable.lightning_modules.language.negatives import SelfPlay, generate_negatives
+from malleable.lightning_modules.language.negatives import generate_negatives
 from malleable.lightning_modules.recommendation.evaluation import allowed_items
 
 SyncAny = Callable[[bool], bool]
@@ -118,14 +119,16 @@ class ItemDecoder:
         self,
         model: nn.Module,
         batch: AnswerBatch,
-        settings: SelfPlay,
+        sampler: NegativeSampler,
         seed: int,
         *,
         weights_version: Hashable = None,
         sync_any: SyncAny | None = None,
     ) -> Tensor:
         """Generate rejected answers; see :func:`~malleable.lightning_modules.language.negatives.generate_negatives`."""
-        allowed = allowed_items(batch, len(self.catalog), settings.exclude_seen)
-        options: dict[str, Any] = {"titles": self.title_embeddings(model, weights_version)} if settings.grounding == "embedding" else {}
+        own = isinstance(sampler, SelfPlay)
+        allowed = allowed_items(batch, len(self.catalog), exclude_seen=getattr(sampler, "exclude_seen", True), exclude_target=not own)
+        embeds = sampler.grounding == "embedding" if isinstance(sampler, SelfPlay) else isinstance(sampler, Semantic)
+        titles = self.title_embeddings(model, weights_version) if embeds else None
         trie = self.trie(batch.prompt_ids.device)
-        return generate_negatives(model, trie, self.catalog, batch, settings, seed, allowed=allowed, sync_any=sync_any, **options)
+        return generate_negatives(model, trie, self.catalog, batch, sampler, seed, allowed=allowed, titles=titles, sync_any=sync_any)

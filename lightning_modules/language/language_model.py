@@ -17,6 +17,7 @@ from torchmetrics import Metric
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, PreferenceBatch, Recommendations, Vocabulary
 from malleable.datamodules.identity import check_folder, write_folder
+from malleable.datamodules.negatives import NegativeSampler
 from malleable.lightning_modules.base import BaseModule, LossOutput, Split, needs_weights
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.language.attention import avoid_planned_kernels
@@ -28,7 +29,6 @@ from malleable.lightning_modules.language.export import export_result, is_sharde
 from malleable.lightning_modules.language.item_decoding import Decoding, ItemDecoder
 from malleable.lightning_modules.language.limits import check_compile, check_passes
 from malleable.lightning_modules.language.model_settings import model_settings
-from malleable.lightning_modules.language.negatives import SelfPlay
 from malleable.lightning_modules.language.precision import check_training_precision
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.metrics.editing import Perplexity
@@ -243,10 +243,10 @@ class LanguageModel(BaseModule):
         return self.items.recommend(self.model, batch, k or max(self.ks), **options)
 
     @needs_weights
-    def generate_negatives(self, batch: AnswerBatch, settings: SelfPlay, seed: int = 0) -> Tensor:
+    def generate_negatives(self, batch: AnswerBatch, sampler: NegativeSampler, seed: int = 0) -> Tensor:
         """Generate rejected answers of a batch; see :func:`~malleable.lightning_modules.language.negatives.generate_negatives`."""
         options: Any = {"weights_version": self.weights_version, "sync_any": self.sync_any}
-        return self.items.generate_negatives(self.model, batch, settings, seed, **options)
+        return self.items.generate_negatives(self.model, batch, sampler, seed, **options)
 
     def configure_metrics(self) -> dict[str, Metric]:
         """Accuracy and exposure of recommended lists; without a catalogue the perplexity."""

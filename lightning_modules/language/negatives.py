@@ -3,65 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from malleable.datamodules.batch import AnswerBatch, Catalog
+from malleable.datamodules.negatives import Hardest, NegativeSampler, SelfPlay, Semantic
 from malleable.lightning_modules.functional.keyed_random import keyed_uniform
 from malleable.lightning_modules.functional.language.decoding import beam_search
+from malleable.lightning_modules.functional.language.grounding import nearest_titles
 from malleable.lightning_modules.functional.language.sampling import sample
 from malleable.lightning_modules.functional.language.trie import Trie
 from malleable.lightning_modules.language.free_answers import named_items, nearest_items, write_answers
-
-
-@dataclass
-class SelfPlay:
-    """The model's own recommendations as rejected answers.
-
-    Attributes:
-        decode: ``greedy`` takes the most probable answer (the released code), ``sample`` draws from the model (what the theory asks for),
-            ``beam_k_random`` draws among the ``num_beams`` best. From a model that DPO on random titles had biased towards few items, two rounds
-            of sampled negatives undid most of the bias (share of the tail .001 before, .139 after); greedy ones overshot (.034): 4 to 7 % of
-            them were distinct, and their mean popularity went from 189 to 43.
-        grounding: ``trie`` decodes among the catalogue's titles only, ``embedding`` writes freely and takes the nearest title,
-            ``none`` takes the free text as it is (the released code).
-        num_negatives: Rejected answers for each row; more than one needs a multi-negative loss.
-        num_beams: Width for ``beam_k_random``, and for several greedy negatives.
-        temperature: Of ``sample``.
-        top_p: Of ``sample``: keep the most probable tokens up to this mass.
-        max_new_tokens: Of free text.
-        exclude_seen: Never answer what the user already has, which is liked and no wrong answer; such an item is not recommended either. The
-            released code has no such rule: false.
-
-    Source:
-        Gao et al. (2025), SPRec, arXiv:2412.09243, Section 4.
-    """
-
-    decode: Literal["greedy", "sample", "beam_k_random"] = "greedy"
-    grounding: Literal["trie", "embedding", "none"] = "trie"
-    num_negatives: int = 1
-    num_beams: int = 10
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 32
-    exclude_seen: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        for name in ("num_negatives", "num_beams", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be > 0, got {self.temperature}; use decode='greedy' for the most probable answer")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.decode == "beam_k_random" and self.num_beams < self.num_negatives:
-            raise ValueError(f"num_beams {self.num_beams} must be at least num_negatives {self.num_negatives}")
-        if self.grounding != "trie" and (self.num_negatives > 1 or self.decode == "beam_k_random"):
-            raise ValueError(f"grounding '{self.grounding}' writes one free answer a row; several negatives or beams need grounding 'trie'")
 
 
 def generate_negatives(
@@ -69,7 +23,7 @@ def generate_negatives(
     trie: Trie,
     catalog: Catalog,
     batch: AnswerBatch,
-    settings: SelfPlay,
+    sampler: NegativeSampler,
     seed: int = 0,
     *,
     allowed: Tensor | None = None,
@@ -83,10 +37,10 @@ def generate_negatives(
         trie: The titles.
         catalog: The items.
         batch: Rows with prompts.
-        settings: How to answer.
+        sampler: :class:`SelfPlay`, :class:`Hardest` or :class:`Semantic`.
         seed: With the id of a row the only source of randomness, so that ranks and batches have no influence.
         allowed: ``(B, N)`` bool, items that may be named; ``None`` for all.
-        titles: ``(N, d)`` embeddings of all titles, for ``grounding='embedding'``.
+        titles: ``(N, d)`` embeddings of all titles, for :class:`Semantic` and ``grounding='embedding'``.
         sync_any: Returns whether a flag is true on any rank, where ranks must make equally many forward passes.
 
     Returns:
@@ -94,6 +48,30 @@ def generate_negatives(
         of the free text with its end-of-sequence token, padded with -1.
     """
     seeds = row_seeds(batch.sample_id, seed)
+    if isinstance(sampler, Hardest):
+        beams = max(sampler.num_beams, sampler.num_negatives)
+        options = {"allowed": allowed, "sync_any": sync_any}
+        return beam_search(model, trie, batch.prompt_ids, batch.prompt_mask, num_beams=beams, k=sampler.num_negatives, **options).item_ids
+    if isinstance(sampler, Semantic):
+        assert titles is not None
+        items = nearest_titles(titles[batch.target], titles, sampler.pool, allowed=allowed).item_ids
+        return _choose(items, seeds, sampler.num_negatives)
+    assert isinstance(sampler, SelfPlay)
+    return _self_play(model, trie, catalog, batch, sampler, seeds, allowed, titles, sync_any)
+
+
+def _self_play(
+    model: nn.Module,
+    trie: Trie,
+    catalog: Catalog,
+    batch: AnswerBatch,
+    settings: SelfPlay,
+    seeds: Tensor,
+    allowed: Tensor | None,
+    titles: Tensor | None,
+    sync_any: Callable[[bool], bool] | None,
+) -> Tensor:
+    """Let the model recommend."""
     if settings.grounding == "trie":
         return _search_titles(model, trie, batch, settings, seeds, {"allowed": allowed, "sync_any": sync_any})
     temperature = settings.temperature if settings.decode == "sample" else 0.0
@@ -115,7 +93,11 @@ def _search_titles(model: nn.Module, trie: Trie, batch: AnswerBatch, settings: S
         beams = 1 if count == 1 else max(count, settings.num_beams)
         return beam_search(*prompts, num_beams=beams, k=count, **options).item_ids
     items = beam_search(*prompts, num_beams=settings.num_beams, k=settings.num_beams, **options).item_ids
-    # Missing items come last whatever was drawn.
+    return _choose(items, seeds, count)
+
+
+def _choose(items: Tensor, seeds: Tensor, count: int) -> Tensor:
+    """Choose ``count`` of the items ``(B, M)`` of each row; missing ones, -1, come last whatever was drawn."""
     uniform = keyed_uniform(seeds[:, None], torch.arange(items.shape[1], device=items.device))
     return items.gather(1, (uniform + (items < 0)).argsort(1)[:, :count])
 

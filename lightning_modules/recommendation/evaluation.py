@@ -1,4 +1,4 @@
-"""What every recommending module does alike: which items may be named, and how lists are measured."""
+"""Items that may be recommended, and metrics of recommended lists."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from malleable.lightning_modules.metrics.exposure import ExposureMetrics
 from malleable.lightning_modules.metrics.ranking import RankingMetrics
 
 
-def allowed_items(batch: AnswerBatch, num_items: int, exclude_seen: bool = True) -> Tensor | None:
-    """Which items may be recommended.
+def allowed_items(batch: AnswerBatch, num_items: int, exclude_seen: bool = True, *, exclude_target: bool = False) -> Tensor | None:
+    """Return which items may be recommended.
 
     Args:
         batch: Rows; their candidates restrict the choice, and what they have seen is left out.
         num_items: Size of the catalogue, N.
         exclude_seen: Leave out what the user already has.
+        exclude_target: Leave out the true item.
 
     Returns:
         ``(B, N)`` bool, or ``None`` where all may be.
     """
     hide = exclude_seen and batch.seen.shape[1] > 0
-    if batch.candidates is None and not hide:
+    if batch.candidates is None and not hide and not exclude_target:
         return None
     # One more column takes the padding.
     allowed = torch.full((len(batch), num_items + 1), batch.candidates is None, device=batch.sample_id.device)
@@ -31,6 +32,8 @@ def allowed_items(batch: AnswerBatch, num_items: int, exclude_seen: bool = True)
         allowed.scatter_(1, batch.candidates.where(batch.candidates >= 0, num_items), True)
     if hide:
         allowed.scatter_(1, batch.seen.where(batch.seen >= 0, num_items), False)
+    if exclude_target:
+        allowed.scatter_(1, batch.target[:, None].where(batch.target[:, None] >= 0, num_items), False)
     return allowed[:, :num_items]
 
 

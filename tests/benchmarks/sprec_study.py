@@ -21,14 +21,14 @@ from pathlib import Path
 import yaml
 
 METRICS = ("ndcg_10", "hr_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10")
-SAMPLE = {"play": {"decode": "sample"}}
+SAMPLE = {"negatives": {"class_path": "SelfPlay", "init_args": {"decode": "sample"}}}
 ARMS = {
-    "sft": {"negative_source": "random", "sft": {"epochs": 2}, "dpo": {"epochs": 0}},
-    "dpo": {"negative_source": "random"},
+    "sft": {"negatives": "Uniform", "sft": {"epochs": 2}, "dpo": {"epochs": 0}},
+    "dpo": {"negatives": "Uniform"},
     "sprec": SAMPLE,
-    "dpo, beta 0.1": {"negative_source": "random", "beta": 0.1},
+    "dpo, beta 0.1": {"negatives": "Uniform", "beta": 0.1},
     "sprec, beta 0.1": SAMPLE | {"beta": 0.1},
-    "sprec, greedy, beta 0.1": {"beta": 0.1},
+    "sprec, greedy, beta 0.1": {"negatives": "SelfPlay", "beta": 0.1},
 }
 
 

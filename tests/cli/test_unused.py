@@ -7,7 +7,8 @@ from jsonargparse import Namespace
 from malleable.layers import _log_dropped, drop_replaced
 from malleable.unused import RULES, Values, check_unused
 
-LOOP = {"class_path": "malleable.SelfPlayLoop", "init_args": {"play": {"decode": "greedy", "grounding": "trie"}, "warmup": {"view": "answer"}}}
+SAMPLER = {"class_path": "SelfPlay", "init_args": {"decode": "greedy", "grounding": "trie"}}
+LOOP = {"class_path": "malleable.SelfPlayLoop", "init_args": {"negatives": SAMPLER, "warmup": {"view": "answer"}}}
 CONFIG = {
     "model": {
         "class_path": "SPRec",
@@ -19,7 +20,7 @@ CONFIG = {
             "lr_scheduler": {"class_path": "X"},
         },
     },
-    "data": {"init_args": {"tokenizer": "none", "negatives": "none", "train_view": "answer", "split": {"kind": "leave_last_out"}}},
+    "data": {"init_args": {"tokenizer": "none", "train_view": "answer", "split": {"kind": "leave_last_out"}}},
     "trainer": {"callbacks": [LOOP]},
     "checkpoint": {"monitor": None},
 }
@@ -61,10 +62,18 @@ def nested(option):
 
 
 def test_options_with_effect_pass(caplog):
+    sampler = {"class_path": "SelfPlay", "init_args": {"decode": "sample"}}
     used = {
         "model": {"init_args": {"ks": [1, 5], "decoding": {"grounding": "trie", "num_beams": 5}, "language_model": {"name": None}}},
-        "data": {"init_args": {"tokenizer": None, "negatives": "random", "train_view": "answer", "split": {"kind": "global_time"}}},
-        "trainer": {"callbacks": [{"class_path": "SelfPlayLoop", "init_args": {"warmup": {"view": "packed"}, "play": {"decode": "sample"}}}]},
+        "data": {"init_args": {"tokenizer": None, "train_view": "answer", "split": {"kind": "global_time"}}},
+        "trainer": {
+            "callbacks": [
+                {
+                    "class_path": "SelfPlayLoop",
+                    "init_args": {"warmup": {"view": "packed"}, "negatives": sampler},
+                }
+            ]
+        },
         "checkpoint": {"monitor": "val_loss"},
     }
     names = {rule.option for rule in RULES if not rule.unused(Values(used))}
@@ -73,9 +82,9 @@ def test_options_with_effect_pass(caplog):
         "data.vocab_size",
         "model.decoding.num_beams",
         "checkpoint.mode",
-        "trainer.callbacks.SelfPlayLoop.play.top_p",
+        "trainer.callbacks.SelfPlayLoop.negatives.top_p",
     } <= names
-    check_unused(["fit", "--data.pack_length=64", "--model.decoding.num_beams", "5", "--trainer.callbacks.play.top_p", "0.9"], used)
+    check_unused(["fit", "--data.pack_length=64", "--model.decoding.num_beams", "5", "--trainer.callbacks.negatives.top_p", "0.9"], used)
     check_unused(["fit", "--data.pack_length=64"], {"data": {"init_args": {}}})
     assert not caplog.text
 

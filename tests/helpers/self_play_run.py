@@ -22,10 +22,10 @@ from tiny_data import TinyData, quiet_trainer
 
 from malleable.callbacks.self_play.loop import SelfPlayLoop
 from malleable.callbacks.self_play.phases import PhaseSettings
+from malleable.datamodules.negatives import SelfPlay
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA
 from malleable.lightning_modules.language.export import gathered_state
 from malleable.lightning_modules.language.item_decoding import Decoding
-from malleable.lightning_modules.language.negatives import SelfPlay
 from malleable.lightning_modules.recommendation.sprec import SPRec
 
 
@@ -43,7 +43,7 @@ class Kill(Callback):
         ask, calls = pl_module.generate_negatives, []
 
         def interrupted(*args, **kwargs):
-            calls.extend([1] * (kwargs["settings"] == self.loop.play))
+            calls.extend([1] * (kwargs["sampler"] == self.loop.negatives))
             # Two batches a round on one device, and those that compare decoding: die in the second.
             if len(calls) == 2 * self.number:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -65,7 +65,7 @@ def make_loop(**changes) -> SelfPlayLoop:
         "warmup": PhaseSettings(epochs=2, lr=1e-2, warmup_steps=0),
         "sft": PhaseSettings(lr=1e-3, warmup_steps=2),
         "dpo": PhaseSettings(lr=1e-3, warmup_steps=2),
-        "play": SelfPlay(decode="beam_k_random", num_beams=3),
+        "negatives": SelfPlay(decode="beam_k_random", num_beams=3),
     }
     return SelfPlayLoop(**(settings | changes))
 

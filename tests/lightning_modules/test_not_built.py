@@ -7,7 +7,7 @@ from tiny import batch_of, tiny_catalog, tiny_rows
 from tiny_graph import tiny_graph
 
 import malleable
-from malleable.lightning_modules.language.negatives import SelfPlay
+from malleable.datamodules.negatives import SelfPlay
 
 BATCH = batch_of(tiny_rows(2))
 PACKED = batch_of([{"sample_id": 0, "input_ids": [2, 4, 1], "document_ids": [1, 1, 1]}])

@@ -24,7 +24,7 @@ from malleable.callbacks.self_play.phases import Phase, PhaseSettings, reset_mom
 from malleable.callbacks.self_play.round_file import RoundFile, answer_statistics
 from malleable.datamodules.batch import PreferenceBatch
 from malleable.datamodules.loading import PhasedLoader
-from malleable.lightning_modules.language.negatives import SelfPlay
+from malleable.datamodules.negatives import Popularity, SelfPlay, Uniform
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.recommendation.dpo import DPO
 from malleable.lightning_modules.recommendation.sft import SFT
@@ -145,7 +145,7 @@ def test_kept_identical_pairs_bear_no_gradient(tmp_path):
     )
     module = make_module(dropout=0.0)
     target = rows[0]["item_ids"][0]
-    module.generate_negatives = lambda batch, settings, seed: torch.full((len(batch), 1), target)
+    module.generate_negatives = lambda batch, sampler, seed: torch.full((len(batch), 1), target)
     before = {}
 
     class Start(Callback):
@@ -165,7 +165,7 @@ def test_all_identical_is_a_warning(tmp_path):
     """A model that is always right has nothing to prefer: the phase passes without effect instead of ending the run."""
     module = make_module(dropout=0.0)
     rows = [row | {"sample_id": index} for index, row in enumerate([tiny_rows(1)[0]] * 8)]
-    module.generate_negatives = lambda batch, settings, seed: batch.item_ids[:, :1]
+    module.generate_negatives = lambda batch, sampler, seed: batch.item_ids[:, :1]
     with pytest.warns(UserWarning, match="recommends the true item in all but 0 of 8 rows"):
         _, trainer, steps = run(tmp_path, make_loop(rounds=1, rows_per_round=8), module, TinyData(train=rows))
     assert [loss for kind, *_, loss in steps if kind == "dpo"] == pytest.approx([math.log(2)] * 2, abs=1e-7)
@@ -175,14 +175,14 @@ def test_all_identical_is_a_warning(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"negative_source": "post_sft"},
-        {"negative_source": "random"},
-        {"negative_source": "popularity"},
-        {"play": SelfPlay(decode="greedy", num_negatives=2)},
-        {"play": SelfPlay(decode="beam_k_random", num_beams=4)},
-        {"play": SelfPlay(decode="sample", exclude_seen=False)},
-        {"play": SelfPlay(grounding="none", max_new_tokens=6)},
-        {"play": SelfPlay(grounding="embedding", max_new_tokens=6)},
+        {"negatives_from": "post_sft"},
+        {"negatives": Uniform()},
+        {"negatives": Popularity()},
+        {"negatives": SelfPlay(decode="greedy", num_negatives=2)},
+        {"negatives": SelfPlay(decode="beam_k_random", num_beams=4)},
+        {"negatives": SelfPlay(decode="sample", exclude_seen=False)},
+        {"negatives": SelfPlay(grounding="none", max_new_tokens=6)},
+        {"negatives": SelfPlay(grounding="embedding", max_new_tokens=6)},
         {"warmup": PhaseSettings(epochs=1, rows=16)},
     ],
     ids=str,
@@ -195,10 +195,10 @@ def test_every_switch_runs(tmp_path, changes):
     rows = tiny_rows(48)
     for place, items, answers in zip(file.positions, file.items, file.answers, strict=True):
         assert list(rows[place]["answers"][0]) not in answers
-        play = changes.get("play", SelfPlay())
-        if changes.get("negative_source") in ("random", "popularity") or (play.exclude_seen and play.grounding != "none"):
+        play = changes.get("negatives", SelfPlay())
+        if not isinstance(play, SelfPlay) or (play.exclude_seen and play.grounding != "none"):
             assert not set(items) & set(rows[place]["history"])
-        if changes.get("play") is None or changes["play"].grounding == "trie":
+        if getattr(play, "grounding", "trie") == "trie":
             assert min(items) >= 0
 
 
@@ -207,7 +207,7 @@ def test_late_negatives_come_from_the_tuned_model(tmp_path):
     strong = PhaseSettings(epochs=4, lr=3e-2, warmup_steps=0)
     early, late = (tmp_path / name for name in ("pre_round", "post_sft"))
     for folder in (early, late):
-        run(folder, make_loop(rounds=1, rows_per_round=48, sft=strong, play=SelfPlay(), negative_source=folder.name))
+        run(folder, make_loop(rounds=1, rows_per_round=48, sft=strong, negatives=SelfPlay(), negatives_from=folder.name))
     before, after = (RoundFile.read(folder / "run/self_play/round_1_pairs.parquet") for folder in (early, late))
     assert len(after.positions) < len(before.positions), "the tuned model is right more often, and its right answers are dropped"
 
@@ -221,7 +221,7 @@ def test_self_play_spreads_what_was_concentrated(tmp_path):
         warmup=PhaseSettings(epochs=1, lr=1e-2, warmup_steps=0),
         sft=PhaseSettings(epochs=0),
         dpo=PhaseSettings(lr=3e-3, warmup_steps=0),
-        play=SelfPlay(),
+        negatives=SelfPlay(),
         compare_on="test",
     )
     module, trainer, _ = run(tmp_path, loop, data=TinyData(train=rows))
@@ -343,7 +343,7 @@ def test_sections_for_the_report(tmp_path):
 
 @pytest.mark.parametrize("play", [SelfPlay(), SelfPlay(decode="sample"), SelfPlay(decode="beam_k_random", num_beams=3)])
 def test_greedy_and_sampled_answers_stand_beside_the_true_titles(tmp_path, play, caplog):
-    loop = make_loop(play=play, diagnostic_rows=20)
+    loop = make_loop(negatives=play, diagnostic_rows=20)
     with caplog.at_level(logging.INFO):
         module, *_ = run(tmp_path, loop)
     found = {(entry["round"], entry["titles"]): entry for entry in loop.state.history if entry["phase"] == "decoding"}
@@ -360,7 +360,7 @@ def test_greedy_and_sampled_answers_stand_beside_the_true_titles(tmp_path, play,
 
 
 @pytest.mark.parametrize(
-    "changes", [{"diagnostic_rows": 0}, {"negative_source": "random"}, {"play": SelfPlay(grounding="none", max_new_tokens=4)}, {"diagnostic_rows": 8}]
+    "changes", [{"diagnostic_rows": 0}, {"negatives": Uniform()}, {"negatives": SelfPlay(grounding="none", max_new_tokens=4)}, {"diagnostic_rows": 8}]
 )
 def test_comparing_decoding_changes_no_weights(tmp_path, changes):
     reference, changed = make_loop(**(changes | {"diagnostic_rows": 32})), make_loop(**changes)

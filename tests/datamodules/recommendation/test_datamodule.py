@@ -9,6 +9,7 @@ from shared import shared_data
 
 from malleable.datamodules.batch import AnswerBatch, PackedBatch, PreferenceBatch
 from malleable.datamodules.language.tokenizer import load_tokenizer
+from malleable.datamodules.negatives import Hardest, Popularity, Uniform
 from malleable.datamodules.recommendation.datamodule import RecommendationDataModule
 from malleable.datamodules.recommendation.prompt import PromptTemplate
 from malleable.datamodules.recommendation.splits import Split
@@ -103,18 +104,18 @@ def test_packed_training():
     assert data.train_dataloader().view("answer")[0]["history"]
 
 
-@pytest.mark.parametrize("kind", ["random", "popularity"])
+@pytest.mark.parametrize("kind", [Uniform, Popularity])
 def test_negatives(kind):
-    data, again = (make(negatives=kind, num_negatives=3) for _ in range(2))
+    data, again = (make(negatives=kind(num_negatives=3)) for _ in range(2))
     assert type(next(iter(data.train_dataloader()))) is PreferenceBatch
     for dataset in (data.train_dataset, data.val_dataset, data.test_dataset):
         for index in range(len(dataset)):
             row = dataset[index]
             assert len(set(row["item_ids"])) == 4
             assert not set(row["item_ids"]) & set(row["seen"])
-            assert kind == "random" or all(data.catalog.popularity[item] for item in row["item_ids"][1:])
+            assert kind is Uniform or all(data.catalog.popularity[item] for item in row["item_ids"][1:])
     assert [data.train_dataset[i]["item_ids"] for i in range(60)] == [again.train_dataset[i]["item_ids"] for i in range(60)]
-    other = make(negatives=kind, num_negatives=3, seed=1)
+    other = make(negatives=kind(num_negatives=3), seed=1)
     assert [data.train_dataset[i]["item_ids"] for i in range(60)] != [other.train_dataset[i]["item_ids"] for i in range(60)]
 
 
@@ -283,7 +284,7 @@ def test_a_trainer_sets_it_up_once():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_negatives": 0}, "num_negatives must be >= 1, got 0; negatives='none' leaves them out"),
+        ({"negatives": Hardest()}, "Hardest chooses negatives with the model, which a data module does not have: give it to SelfPlayLoop"),
         ({"train_view": "packed", "tokenizer": "none"}, "train_view='packed' packs the text of titles, but tokenizer='none' has no text"),
         ({"template": "story"}, "unknown template 'story'"),
         ({"batch_size": 0}, "batch_size must be >= 1"),

@@ -4,9 +4,9 @@ import pytest
 from tiny import batch_of
 
 from malleable.datamodules.batch import AnswerBatch, PreferenceBatch
+from malleable.datamodules.negatives import Uniform
 from malleable.datamodules.recommendation.prompt import PromptPieces
-from malleable.datamodules.recommendation.rows import AnswerRows, Negatives, Ragged, Reach
-from malleable.datamodules.recommendation.sampling import ItemSampler
+from malleable.datamodules.recommendation.rows import AnswerRows, Ragged, Reach
 from malleable.datamodules.recommendation.splits import RowIndex
 
 EOS = 1
@@ -107,14 +107,14 @@ def test_no_room_for_any_item_is_an_error():
 
 def test_negatives_follow_the_true_answer_and_are_never_the_users_own():
     table = Reach(1, PIECES).place("train", SEQUENCES, index((0, 2), (1, 1)))
-    rows = AnswerRows(table, SEQUENCES, PIECES, negatives=Negatives(ItemSampler(range(6)), 3))
+    rows = AnswerRows(table, SEQUENCES, PIECES, negatives=Uniform(3).bind(6, (), 0))
     first = rows[0]
     assert first["item_ids"][0] == 2
     assert sorted(first["item_ids"][1:]) == [3, 4, 5]
     assert first["answers"] == [PIECES.answers[item] for item in first["item_ids"]]
     assert rows[0] == first
     for seed in range(20):  # item 0 is earlier than what the prompt shows
-        drawn = AnswerRows(table, SEQUENCES, PIECES, negatives=Negatives(ItemSampler(range(6), seed=seed), 1))[0]["item_ids"][1]
+        drawn = AnswerRows(table, SEQUENCES, PIECES, negatives=Uniform(1).bind(6, (), seed))[0]["item_ids"][1]
         assert drawn in (3, 4, 5)
     assert type(batch_of([rows[0], rows[1]])) is PreferenceBatch
 
@@ -128,10 +128,10 @@ def test_all_earlier_items_are_known_whatever_the_prompt_shows(hide_seen):
 
 def test_negatives_come_from_the_candidates_where_there_are_some():
     table = Reach(9, PIECES).place("train", SEQUENCES, index((0, 2), candidates=[np.array([5, 2, 4])]))
-    rows = AnswerRows(table, SEQUENCES, PIECES, negatives=Negatives(ItemSampler(range(6)), 2))
+    rows = AnswerRows(table, SEQUENCES, PIECES, negatives=Uniform(2).bind(6, (), 0))
     assert sorted(rows[0]["item_ids"][1:]) == [4, 5]
 
 
 def test_predicted_rows_have_no_negatives():
     table = Reach(9, PIECES).place("predict", SEQUENCES, index((0, 4)))
-    assert AnswerRows(table, SEQUENCES, PIECES, negatives=Negatives(ItemSampler(range(6)), 2))[0]["item_ids"] == [-1]
+    assert AnswerRows(table, SEQUENCES, PIECES, negatives=Uniform(2).bind(6, (), 0))[0]["item_ids"] == [-1]

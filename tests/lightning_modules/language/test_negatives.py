@@ -7,9 +7,10 @@ import torch
 from tiny import EOS, TOKENS, batch_of, tiny_rows
 from tiny_module import ready
 
+from malleable.datamodules.negatives import SelfPlay
 from malleable.lightning_modules.functional.language.decoding import beam_search
 from malleable.lightning_modules.language.item_decoding import Decoding
-from malleable.lightning_modules.language.negatives import SelfPlay, row_seeds
+from malleable.lightning_modules.language.negatives import row_seeds
 
 MODES = {
     "greedy": SelfPlay(),

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from malleable.datamodules.recommendation.sampling import ItemSampler
+from malleable.datamodules.negatives import Hardest, ItemSampler, Mixture, Popularity, RowItems, Semantic, Uniform
 
 
 def test_draws_are_distinct_and_leave_out_what_is_excluded():
@@ -52,3 +52,33 @@ def test_drawing_among_candidates_keeps_their_weights():
 
 def test_places_cover_all_positions():
     assert {ItemSampler(range(5)).place(row, 4) for row in range(100)} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Uniform(0), "num_negatives must be >= 1, got 0"),
+        (lambda: Semantic(num_negatives=3, pool=2), "pool 2 must be at least num_negatives 3"),
+        (lambda: Mixture(1, [Uniform()]), "a Mixture has at least two parts, got 1"),
+        (lambda: Mixture(1, [Uniform(), Uniform()], [1]), "weights must be 2 numbers >= 0, one for each part and not all 0"),
+        (lambda: Mixture(1, [Uniform(), Popularity(2)]), "num_negatives is 1 of the Mixture, but 2 of its part Popularity"),
+        (lambda: Semantic().bind(3, (), 0), "Semantic chooses negatives with the model, which a data module does not have"),
+        (lambda: Mixture(1, [Uniform(), Hardest()]).bind(3, (), 0), "Hardest chooses negatives with the model"),
+    ],
+)
+def test_bad_values(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_items_never_bought_are_not_drawn_by_any_power_of_popularity():
+    sampler = Popularity(2, exponent=0.5).bind(4, [4, 0, 9, 1], 0)
+    assert {item for row in range(50) for item in sampler(RowItems(row, ()))} == {0, 2, 3}
+
+
+def test_a_mixture_draws_for_each_row_from_one_part():
+    mixture = Mixture(2, [Uniform(2), Popularity(2)])
+    bound = mixture.bind(50, list(range(50)), 7)
+    parts = [part.bind(50, list(range(50)), 7) for part in mixture.parts]
+    for row in range(30):
+        assert bound(RowItems(row, ())) == parts[mixture.choose(row, 7)](RowItems(row, ()))
