@@ -86,7 +86,7 @@ class ReferenceCache(Callback):
             values = reference_logps(trainer, cast("LanguageModel", pl_module), rows, loader, "reference log-probabilities")
             self._write(trainer, path, keys, values)
         fields = [{"reference_logps": row} for row in self._read(path, keys).tolist()]
-        loader.show(RowView(rows, range(len(rows)), fields), loader.row_tokens)
+        loader.set_rows(RowView(rows, range(len(rows)), fields), loader.row_tokens)
 
     @staticmethod
     def _adopt(trainer: Trainer, stored: Path, path: Path) -> None:

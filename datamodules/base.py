@@ -11,7 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 
 from malleable.datamodules.batch import Batch
-from malleable.datamodules.loading import PhasedLoader, deal
+from malleable.datamodules.global_batches import step_layout
+from malleable.datamodules.loading import PhasedLoader
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class BaseDataModule(LightningDataModule, ABC):
     def _set_accumulation(self) -> None:
         trainer = self.trainer
         assert trainer is not None
-        rows, batches = deal(self.batch_size, self.global_batch_size)
+        rows, batches = step_layout(self.batch_size, self.global_batch_size)
         if trainer.accumulate_grad_batches not in (1, batches):
             raise MisconfigurationException(
                 f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) contradicts global_batch_size="

@@ -12,7 +12,7 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 # The types of data that others may use: batches, files, identities of catalogues, negative samplers, edit requests.
 TYPES = tuple(f"malleable.datamodules.{name}" for name in ("batch", "editing.requests", "files", "identity", "negatives"))
 # Callbacks also use the loader and the reader of texts.
-DATA = (*TYPES, *(f"malleable.datamodules.{name}" for name in ("language.texts", "loading")))
+DATA = (*TYPES, *(f"malleable.datamodules.{name}" for name in ("language.texts", "global_batches", "loading", "sample_ids")))
 # Longest folder first: what each may import of ours besides what lies in its own folder.
 ALLOWED = {
     "lightning_modules/functional": (),

@@ -25,7 +25,7 @@ from malleable.callbacks.self_play.negatives import compare_decoding, negatives
 from malleable.callbacks.self_play.phases import Phase, PhaseSettings, SelfPlayState, reset_moments
 from malleable.callbacks.self_play.round_file import RoundFile, draw_positions
 from malleable.datamodules.batch import Catalog, Recommendations
-from malleable.datamodules.loading import PhasedLoader, RowView
+from malleable.datamodules.loading import PhasedLoader, RowView, sample_ids
 from malleable.datamodules.negatives import NegativeSampler, SelfPlay
 from malleable.lightning_modules.functional.schedule import warmup_decay
 from malleable.lightning_modules.language.language_model import LanguageModel
@@ -164,7 +164,7 @@ class SelfPlayLoop(Callback):
             raise MisconfigurationException(f"SelfPlayLoop sets the learning rates itself; {remedy}")
         self._loader = phased_loader(trainer, self._loader, type(self).__name__)
         rounds = {phase.kind: self._rows_per_step(self._loader, phase.kind) for phase in self.phases if phase.round}
-        check_rounds(rounds, len(draw_positions(len(self._loader.pool), self.rows_per_round, 1, self.seed)) if rounds else 0)
+        check_rounds(rounds, len(draw_positions(sample_ids(self._loader.pool), self.rows_per_round, 1, self.seed)) if rounds else 0)
         vocabulary = cast("LanguageModel", pl_module).vocabulary
         self._pad_token_id = 0 if vocabulary is None else vocabulary.pad_token_id
         if self.state.epoch >= 0:
@@ -248,8 +248,9 @@ class SelfPlayLoop(Callback):
 
     def _draw(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase) -> None:
         """Draw the round's rows and, unless they come later, its negatives."""
-        positions = draw_positions(len(loader.pool), self.rows_per_round, phase.round, self.seed)
-        file = RoundFile(positions, [int(loader.pool[position]["sample_id"]) for position in positions])
+        ids = sample_ids(loader.pool)
+        positions = draw_positions(ids, self.rows_per_round, phase.round, self.seed)
+        file = RoundFile(positions, ids[positions].tolist())
         if self.negatives_from != "post_sft" and self.settings["dpo"].epochs:
             self._choose_negatives(trainer, module, loader, phase, file)
         self._write(trainer, phase, file)
@@ -301,7 +302,7 @@ class SelfPlayLoop(Callback):
             return RowView(loader.pool, self._file().positions)
         settings = self.settings["warmup"]
         rows = loader.pool if settings.view == "answer" else loader.view(settings.view)
-        return rows if settings.rows is None else RowView(rows, draw_positions(len(rows), settings.rows, 0, self.seed))
+        return rows if settings.rows is None else RowView(rows, draw_positions(sample_ids(rows), settings.rows, 0, self.seed))
 
     def _show_phase(self) -> None:
         """Let the loader show the rows of the running phase."""
@@ -309,7 +310,7 @@ class SelfPlayLoop(Callback):
         phase = self.phases[self.state.epoch]
         rows = self._current_rows(self._loader, phase)
         tokens = rows.row_tokens() if hasattr(rows, "row_tokens") else [len(rows[index]["answers"][0]) for index in range(len(rows))]
-        self._loader.show(rows, tokens, self.settings[phase.kind].batch_factor)
+        self._loader.set_rows(rows, tokens, self.settings[phase.kind].batch_factor)
         if phase.kind == "warmup" and not self._loader.num_steps:
             # Lightning would end such a run without an error, and export the weights as they were built.
             raise MisconfigurationException(

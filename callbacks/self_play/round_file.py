@@ -13,13 +13,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.batch import Catalog, PreferenceBatch, collate
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.datamodules.files.table_files import read_parquet
 from malleable.datamodules.loading import RowView
+from malleable.datamodules.sample_ids import Ints, keyed_order
 
 
 @dataclass
@@ -156,26 +156,26 @@ def answer_statistics(items: Sequence[int], popularity: Sequence[int] = ()) -> d
     return figures
 
 
-def draw_positions(pool: int, count: int | None, number: int, seed: int) -> list[int]:
+def draw_positions(ids: Ints, count: int | None, number: int, seed: int) -> list[int]:
     """Draw the rows of a round without replacement across rounds, until the pool cannot fill another.
 
-    Rounds are consecutive pieces of a shuffled pool, then of the next shuffle, so a round depends on its number alone.
+    Rounds are consecutive pieces of an order of the pool, then of the next order. An order depends on the seed and the ids of the rows alone.
 
     Args:
-        pool: Rows to draw from.
+        ids: ``(N,)`` ids of the pool's rows.
         count: Rows of a round; ``None`` takes all.
         number: The round, from 1; 0 for a draw of its own.
-        seed: Seed of the shuffles.
+        seed: Seed of the orders.
 
     Raises:
         ValueError: If a round is empty, or larger than the pool.
     """
     if count is None:
-        return list(range(pool))
+        return list(range(len(ids)))
     if count < 1:
         raise ValueError(f"a round needs at least 1 row, got {count}; null takes all")
-    if count > pool:
-        raise ValueError(f"a round needs {count} rows but there are {pool} training rows; lower rows_per_round")
-    shuffle, piece = divmod(max(0, number - 1), pool // count)
-    generator = torch.Generator().manual_seed((seed << 20) + 2 * shuffle + (number == 0))
-    return torch.randperm(pool, generator=generator)[piece * count : (piece + 1) * count].tolist()
+    if count > len(ids):
+        raise ValueError(f"a round needs {count} rows but there are {len(ids)} training rows; lower rows_per_round")
+    shuffle, piece = divmod(max(0, number - 1), len(ids) // count)
+    positions: list[int] = keyed_order(ids, seed, 2 * shuffle + (number == 0))[piece * count : (piece + 1) * count].tolist()
+    return positions

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from malleable.datamodules.recommendation.splits import Ints
+from malleable.datamodules.sample_ids import Ints
 
 
 class Window(NamedTuple):

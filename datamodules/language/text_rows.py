@@ -8,7 +8,7 @@ import numpy as np
 
 from malleable.datamodules.batch import PackedBatch, PackedExample, collate
 from malleable.datamodules.language.packing import Window, fit
-from malleable.datamodules.recommendation.splits import Ints
+from malleable.datamodules.sample_ids import Ints, array_hash, content_ids
 
 
 class TextRows:
@@ -17,21 +17,21 @@ class TextRows:
     Args:
         documents: Tokens of each.
         pack_length: Tokens of a row.
-        first_id: ``sample_id`` of the first row.
         pad_token_id: Padding token of batches.
 
     Raises:
         ValueError: If no document has two tokens: there would be nothing to predict.
     """
 
-    def __init__(self, documents: Sequence[Sequence[int]], pack_length: int, first_id: int = 0, pad_token_id: int = 0) -> None:
+    def __init__(self, documents: Sequence[Sequence[int]], pack_length: int, pad_token_id: int = 0) -> None:
         self.pad_token_id = pad_token_id
         parts = [document[start : start + pack_length] for document in documents for start in range(0, len(document), pack_length)]
         self.documents = [part for part in parts if len(part) > 1]
         if not self.documents:
             raise ValueError("there is no text of at least two tokens to make rows of")
         self.rows = fit([Window(number, 0, 1, len(document)) for number, document in enumerate(self.documents)], pack_length)
-        self.first_id = first_id
+        contents = [np.concatenate([self.documents[window.sequence] for window in row]).astype(np.int64) for row in self.rows]
+        self.sample_ids = content_ids(np.array([array_hash(content) for content in contents], dtype=np.uint64))
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -45,7 +45,7 @@ class TextRows:
             document = self.documents[window.sequence]
             input_ids += document
             document_ids += [number] * len(document)
-        return {"sample_id": self.first_id + index, "input_ids": input_ids, "document_ids": document_ids}
+        return {"sample_id": int(self.sample_ids[index]), "input_ids": input_ids, "document_ids": document_ids}
 
     def collate(self, rows: Sequence[PackedExample]) -> PackedBatch:
         """Make a batch of rows."""

@@ -22,6 +22,7 @@ from malleable.datamodules.recommendation.rows import AnswerRows, Reach
 from malleable.datamodules.recommendation.splits import SPLITS, Ints, RowIndex, Split
 from malleable.datamodules.recommendation.store import Recipe, Store
 from malleable.datamodules.recommendation.summary import log_summary
+from malleable.datamodules.sample_ids import keyed_order
 from malleable.datamodules.sources.recommendation.base import Source
 
 ALL_USERS = "all"
@@ -141,7 +142,7 @@ class RecommendationDataModule(BaseDataModule):
                 store.pieces,
                 hide_seen=self.split.repeats == "drop",
                 negatives=negatives,
-                select=self._selected(name, len(store.rows[name])),
+                select=self._selected(name, store.rows[name].sample_id),
                 pad_token_id=self._pad_token_id,
             )
             for name in SPLITS
@@ -227,11 +228,12 @@ class RecommendationDataModule(BaseDataModule):
         self.template = template
         return {"tokenizer": tokenizer or "none", "template": template, "catalog": stored, "extend_catalog": self.extend_catalog}
 
-    def _selected(self, name: str, count: int) -> Ints:
+    def _selected(self, name: str, ids: Ints) -> Ints:
+        """Return the positions of the rows of a split that its limit leaves; a row does not depend on the others."""
         limit = getattr(self.split, f"{name}_limit")
-        if limit is None or limit >= count:
-            return np.arange(count)
-        return np.sort(np.random.default_rng(self.seed).permutation(count)[:limit])
+        if limit is None or limit >= len(ids):
+            return np.arange(len(ids))
+        return np.sort(keyed_order(ids, self.seed)[:limit])
 
     def _file_rows(self, path: Path) -> AnswerRows:
         store = self._open()

@@ -10,6 +10,7 @@ from malleable.datamodules.batch import PackedBatch, PackedExample, collate
 from malleable.datamodules.language.packing import cut_windows, fit
 from malleable.datamodules.recommendation.prompt import PromptPieces
 from malleable.datamodules.recommendation.splits import Ints
+from malleable.datamodules.sample_ids import array_hash, content_ids
 
 
 class PackedRows:
@@ -33,6 +34,9 @@ class PackedRows:
         overhead = len(pieces.prefix) - len(pieces.separator) + 1
         windows = cut_windows(sequences, sizes, pack_length, overhead)
         self.rows = fit([window for window in windows if window.end - window.start > 1], pack_length)
+        items = np.array([array_hash(np.array(tokens)) for tokens in pieces.items], dtype=np.uint64)
+        contents = [np.concatenate([sequences[window.sequence][window.start : window.end] for window in row]) for row in self.rows]
+        self.sample_ids = content_ids(np.array([array_hash(items[content]) for content in contents], dtype=np.uint64))
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -46,7 +50,7 @@ class PackedRows:
             document = self.pieces.document(self.sequences[window.sequence][window.start : window.end].tolist())
             input_ids += document
             document_ids += [number] * len(document)
-        return {"sample_id": index, "input_ids": input_ids, "document_ids": document_ids}
+        return {"sample_id": int(self.sample_ids[index]), "input_ids": input_ids, "document_ids": document_ids}
 
     def collate(self, rows: Sequence[PackedExample]) -> PackedBatch:
         """Make a batch of rows."""

@@ -72,14 +72,14 @@ class Reach:
     pieces: PromptPieces | None = None
     max_prompt_length: int | None = None
 
-    def place(self, name: str, sequences: Sequence[Ints], index: RowIndex, first_id: int = 0) -> RowTable:
+    def place(self, name: str, sequences: Sequence[Ints], index: RowIndex, sample_id: Ints | None = None) -> RowTable:
         """Place the rows of a split.
 
         Args:
             name: The split, for messages.
             sequences: Items of each history, oldest first.
             index: The rows; where ``end`` is the length of the sequence, there is no target.
-            first_id: ``sample_id`` of the first row.
+            sample_id: ``(N,)`` ids of the rows; default: their numbers.
 
         Raises:
             ValueError: If a prompt has no room for a single item.
@@ -91,7 +91,7 @@ class Reach:
         start = np.maximum(base, stop - self.history_length)
         if self.pieces is not None and self.max_prompt_length is not None:
             start = self._shorten(name, self.pieces, self.max_prompt_length, flat, start, stop, index.candidates)
-        return RowTable(first_id + np.arange(len(stop)), index.sequence, start - base, index.end, target, index.candidates)
+        return RowTable(np.arange(len(stop)) if sample_id is None else sample_id, index.sequence, start - base, index.end, target, index.candidates)
 
     @staticmethod
     def _shorten(name: str, pieces: PromptPieces, limit: int, flat: Ints, start: Ints, stop: Ints, candidates: Sequence[Ints] | None) -> Ints:
@@ -171,6 +171,11 @@ class AnswerRows:
         if candidates:
             example["candidates"] = candidates
         return example
+
+    @property
+    def sample_ids(self) -> Ints:
+        """The ids of the rows, ``(N,)``."""
+        return self.table.sample_id[self.select]
 
     def collate(self, rows: Sequence[Example]) -> AnswerBatch:
         """Make a :class:`PreferenceBatch` where rows have negatives, else an :class:`AnswerBatch`."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from malleable.datamodules.recommendation.summary import DataSummary, tied_share
 from malleable.datamodules.recommendation.titles import clean_title, merge_titles
+from malleable.datamodules.sample_ids import array_hash, content_ids, text_hashes
 from malleable.datamodules.sources.recommendation.base import InteractionTables, ReadyRow, ReadyRows
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class Interactions:
         train_end: ``(sequences,)`` number of leading items that belong to training.
         rows: Rows by split.
         users: The source's id of the user of each sequence; empty for ready rows.
+        times: Times of the items of each sequence; empty for ready rows.
         summary: What filters and cleaning left.
     """
 
@@ -111,7 +113,23 @@ class Interactions:
     train_end: Ints
     rows: dict[str, RowIndex] = field(default_factory=dict)
     users: list[str] = field(default_factory=list)
+    times: list[NDArray[np.float64]] = field(default_factory=list)
     summary: DataSummary = field(default_factory=DataSummary)
+
+    def sample_ids(self) -> dict[str, Ints]:
+        """Return the ids of the rows of each split: hashes of user, title and time; of ready rows, of the titles that they show and ask for."""
+        titles = text_hashes(self.titles)
+        rows = [(self.rows[name].sequence, self.rows[name].end) for name in self.rows]
+        sequence, end = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        starts = np.cumsum([0, *map(len, self.sequences)])
+        target = titles[np.concatenate(self.sequences)[starts[sequence] + end]]
+        if self.users:
+            ids = content_ids(text_hashes(self.users)[sequence], target, np.concatenate(self.times)[starts[sequence] + end])
+        else:
+            shown = np.array([array_hash(titles[items]) for items in self.sequences], dtype=np.uint64)
+            ids = content_ids(shown[sequence], target)
+        parts = np.split(ids, np.cumsum([len(self.rows[name]) for name in self.rows])[:-1])
+        return dict(zip(self.rows, parts, strict=True))
 
     def popularity(self) -> Ints:
         """Count the training interactions of each item."""
@@ -180,7 +198,7 @@ def _from_tables(tables: InteractionTables, split: Split) -> Interactions:
     starts = np.flatnonzero(np.diff(user, prepend=-1))
     sequences, times = np.split(item, starts[1:]), np.split(time, starts[1:])
     users = [str(names[position]) for position in user[starts]]
-    data = Interactions(titles, genres, keys, sequences, np.zeros(len(sequences), dtype=np.int64), users=users, summary=summary)
+    data = Interactions(titles, genres, keys, sequences, np.zeros(len(sequences), dtype=np.int64), users=users, times=times, summary=summary)
     if split.kind == "leave_last_out":
         _leave_last_out(data)
     else:

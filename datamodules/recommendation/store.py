@@ -29,7 +29,7 @@ from malleable.datamodules.sources.recommendation.base import Source
 log = logging.getLogger(__name__)
 
 # Raise it when what is stored changes its meaning.
-FORMAT = 4
+FORMAT = 5
 _NONE = np.zeros(0, dtype=np.int64)
 _NO_ROWS = RowTable(_NONE, _NONE, _NONE, _NONE, _NONE)
 
@@ -173,13 +173,12 @@ def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any
 def _rows(data: Interactions, recipe: Recipe, pieces: PromptPieces | None) -> dict[str, dict[str, pa.Array]]:
     reach = Reach(recipe.split.history_length, pieces, recipe.max_prompt_length)
     tables = {}
-    first_id = 0
+    ids = data.sample_ids()
     for name in SPLITS:
         index = data.rows[name]
         if index.candidates is None and recipe.split.candidates is not None:
-            index = replace(index, candidates=_draw_candidates(data, index, first_id, recipe.split.candidates, recipe.seed))
-        table = reach.place(name, data.sequences, index, first_id)
-        first_id += len(table)
+            index = replace(index, candidates=_draw_candidates(data, index, ids[name], recipe.split.candidates, recipe.seed))
+        table = reach.place(name, data.sequences, index, ids[name])
         tables[name] = {
             "sample_id": pa.array(table.sample_id, pa.int64()),
             **{field: pa.array(getattr(table, field), pa.int32()) for field in ("sequence", "start", "end", "target")},
@@ -188,12 +187,12 @@ def _rows(data: Interactions, recipe: Recipe, pieces: PromptPieces | None) -> di
     return tables
 
 
-def _draw_candidates(data: Interactions, index: RowIndex, first_id: int, number: int, seed: int) -> list[Ints]:
+def _draw_candidates(data: Interactions, index: RowIndex, ids: Ints, number: int, seed: int) -> list[Ints]:
     """Put each target at a random place among items that the user has not met."""
     # Another stream than the negatives', which are drawn with the plain seed.
     sampler = ItemSampler(range(len(data.titles)), seed=seed + 1)
     rows = []
-    for sample_id, (sequence, end) in enumerate(zip(index.sequence, index.end, strict=True), start=first_id):
+    for sample_id, sequence, end in zip(ids.tolist(), index.sequence, index.end, strict=True):
         items = data.sequences[sequence][: end + 1]
         drawn = sampler.draw(sample_id, number - 1, items.tolist())
         rows.append(np.insert(np.array(drawn), sampler.place(sample_id, number), items[-1]))

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from malleable.datamodules.loading import world
+from malleable.datamodules.global_batches import world
 
 log = logging.getLogger(__name__)
 

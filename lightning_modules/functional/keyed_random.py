@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 
@@ -21,6 +23,36 @@ def keyed_uniform(seeds: Tensor, counter: Tensor) -> Tensor:
     """
     bits = _shift(mix(mix(seeds) + counter), 41)  # 23 bits and a half are exact in float32
     return (bits.float() + 0.5) * 2.0**-23
+
+
+def keyed_normal(seeds: Tensor, counter: Tensor) -> Tensor:
+    """Draw from the standard normal distribution.
+
+    Args:
+        seeds: int64.
+        counter: int64, broadcast against ``seeds``; each pair of seed and counter has its own number.
+
+    Returns:
+        float32.
+
+    Source:
+        Box and Muller (1958), A Note on the Generation of Random Normal Deviates.
+    """
+    radius = (-2 * keyed_uniform(seeds, 2 * counter).log()).sqrt()
+    return radius * (2 * math.pi * keyed_uniform(seeds, 2 * counter + 1)).cos()
+
+
+def keyed_gumbel(seeds: Tensor, counter: Tensor) -> Tensor:
+    """Draw from the standard Gumbel distribution: the position of the largest of ``logits + draws`` is a draw from their softmax.
+
+    Args:
+        seeds: int64.
+        counter: int64, broadcast against ``seeds``; each pair of seed and counter has its own number.
+
+    Returns:
+        float32.
+    """
+    return -(-keyed_uniform(seeds, counter).log()).log()
 
 
 def mix(value: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Lengths(Callback):
     def show(self, trainer, epoch):
         self.epoch = epoch
         data = trainer.datamodule
-        data.train_dataloader().show(data.train_dataset[: ROWS[epoch]])
+        data.train_dataloader().set_rows(data.train_dataset[: ROWS[epoch]])
 
     def setup(self, trainer, pl_module, stage):
         trainer.reload_dataloaders_every_n_epochs = 1

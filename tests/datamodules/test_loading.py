@@ -3,12 +3,13 @@
 import os
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from tiny import batch_of
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
 
-from malleable.datamodules import loading as module
+from malleable.datamodules import global_batches as module
 from malleable.datamodules.batch import QueryBatch
 from malleable.datamodules.loading import PhasedLoader, RowView
 
@@ -62,9 +63,9 @@ def test_step_tokens_are_those_of_the_whole_step(ranks):
 def test_epochs_differ_and_repeat():
     loader = PhasedLoader(ROWS, 4, collate_fn=batch_of)
     first = ids(loader)
-    loader.set_epoch(1)
+    loader.sampler.set_epoch(1)
     second = ids(loader)
-    loader.set_epoch(0)
+    loader.sampler.set_epoch(0)
     assert ids(loader) == first != second
 
 
@@ -87,8 +88,8 @@ def test_a_restored_position_is_of_its_epoch_only(handed_out):
     for _ in range(handed_out):
         next(iterator)
     resumed.load_state_dict(loader.state_dict())
-    resumed.set_epoch(1)
-    fresh.set_epoch(1)
+    resumed.sampler.set_epoch(1)
+    fresh.sampler.set_epoch(1)
     assert ids(resumed) == ids(fresh)
 
 
@@ -126,7 +127,7 @@ def test_other_batches_within_an_epoch_are_refused(change, named):
     with pytest.raises(ValueError, match=rf"within epoch 0, after 1 batches of another layout \({named}.*end of an epoch"):
         next(iter(resumed))
     resumed.load_state_dict(loader.state_dict())
-    resumed.set_epoch(1)
+    resumed.sampler.set_epoch(1)
     assert ids(resumed), "at the end of an epoch anything may change"
 
 
@@ -149,6 +150,8 @@ class Table:
 
     def __len__(self):
         return len(ROWS)
+
+    sample_ids = np.arange(len(ROWS))
 
     def make_batch(self, rows):
         self.asked.append(len(rows))
@@ -269,7 +272,7 @@ def test_batches_are_pinned_whole(rows, monkeypatch):
 
 def test_shown_rows_replace_the_old_ones():
     loader = PhasedLoader(ROWS, 4, collate_fn=batch_of)
-    loader.show(RowView(ROWS, [3, 5, 7, 9], [{"answers": [[2], [3]]}] * 4), [1, 1, 1, 1])
+    loader.set_rows(RowView(ROWS, [3, 5, 7, 9], [{"answers": [[2], [3]]}] * 4), [1, 1, 1, 1])
     assert len(loader) == 1
     (batch,) = list(loader)
     assert sorted(batch.sample_id.tolist()) == [3, 5, 7, 9]
@@ -296,9 +299,9 @@ def readers(loader) -> set[int]:
 def test_workers_live_on_between_epochs():
     loader = PhasedLoader(Processes(), 2, collate_fn=batch_of, num_workers=1)
     first = readers(loader)
-    loader.set_epoch(1)
+    loader.sampler.set_epoch(1)
     next(iter(loader))  # an epoch that is broken off
-    loader.set_epoch(2)
+    loader.sampler.set_epoch(2)
     assert readers(loader) == first
     assert os.getpid() not in first
     loader.stop_workers()
@@ -316,13 +319,13 @@ def test_workers_change_nothing():
     for options in ({"num_workers": 2}, {}):
         loader, batches = PhasedLoader(ROWS, 4, collate_fn=batch_of, seed=1, **options), []
         for epoch in range(2):
-            loader.set_epoch(epoch)
+            loader.sampler.set_epoch(epoch)
             batches.append(ids(loader))
         iterator = iter(loader)
         next(iterator)
         loader.load_state_dict(loader.state_dict())
         batches.append(ids(loader))
-        loader.show(ROWS[:9])
+        loader.set_rows(ROWS[:9])
         batches.append(ids(loader))
         found.append(batches)
     assert found[0] == found[1]
@@ -339,3 +342,19 @@ def test_bad_values(ranks):
     with pytest.raises(KeyError, match="no view 'packed'"):
         PhasedLoader(ROWS, 3, collate_fn=batch_of).view("packed")
     assert torch.is_tensor(batch_of(ROWS[:1]).sample_id)
+
+
+def test_the_order_depends_on_the_ids_only():
+    """A row that is left out does not change the order of the others, in any epoch."""
+    for epoch in range(3):
+        whole = PhasedLoader(ROWS, 1, collate_fn=batch_of, seed=3)
+        less = PhasedLoader([row for row in ROWS if row["sample_id"] != 7], 1, collate_fn=batch_of, seed=3)
+        for loader in (whole, less):
+            loader.sampler.set_epoch(epoch)
+        assert [batch for batch in ids(whole) if batch != [7]] == ids(less)
+
+
+def test_the_batch_sampler_works_in_a_standard_data_loader():
+    sampler = module.GlobalBatchSampler(4, seed=3)
+    sampler.set_rows(len(ROWS), np.arange(len(ROWS)))
+    assert ids(DataLoader(ROWS, batch_sampler=sampler, collate_fn=batch_of)) == ids(PhasedLoader(ROWS, 4, collate_fn=batch_of, seed=3))

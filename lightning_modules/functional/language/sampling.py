@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from malleable.lightning_modules.functional.keyed_random import keyed_uniform
+from malleable.lightning_modules.functional.keyed_random import keyed_gumbel, keyed_uniform
 from malleable.lightning_modules.functional.language.decoding import BeamSearch
 from malleable.lightning_modules.functional.language.tree_attention import evaluating
 from malleable.lightning_modules.functional.language.trie import Candidates, Trie
@@ -162,7 +162,7 @@ class WithoutReplacement(BeamSearch):
 
     def priorities(self, candidates: Candidates, score: Tensor) -> Tensor:
         """Perturb the scores."""
-        noisy = score - (-keyed_uniform(self.seeds, candidates.node).log()).log()
+        noisy = score + keyed_gumbel(self.seeds, candidates.node)
         shape = (len(score), self.node.shape[1])
         peak = score.new_full(shape, torch.finfo(score.dtype).min).scatter_reduce(1, candidates.beam, noisy, "amax").gather(1, candidates.beam)
         parent = self.priority.gather(1, candidates.beam)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -31,7 +32,7 @@ def rows() -> RowView:
 
 def test_rounds_share_no_row_until_the_pool_cannot_fill_another():
     """10 rows in rounds of 3: three rounds from one shuffle, and one row left over; then the next shuffle."""
-    rounds = [draw_positions(10, 3, number, seed=4) for number in range(1, 7)]
+    rounds = [draw_positions(np.arange(10), 3, number, seed=4) for number in range(1, 7)]
     for three in (rounds[:3], rounds[3:]):
         drawn = [position for positions in three for position in positions]
         assert len(set(drawn)) == 9
@@ -40,33 +41,36 @@ def test_rounds_share_no_row_until_the_pool_cannot_fill_another():
 
 
 def test_a_round_depends_on_its_number_alone():
-    assert draw_positions(10, 3, 5, seed=4) == draw_positions(10, 3, 5, seed=4)
-    assert draw_positions(10, 3, 5, seed=4) != draw_positions(10, 3, 5, seed=5)
-    torch.rand(3)
-    before = torch.get_rng_state()
-    draw_positions(10, 3, 5, seed=4)
-    assert torch.equal(torch.get_rng_state(), before), "nothing else is disturbed"
+    assert draw_positions(np.arange(10), 3, 5, seed=4) == draw_positions(np.arange(10), 3, 5, seed=4)
+    assert draw_positions(np.arange(10), 3, 5, seed=4) != draw_positions(np.arange(10), 3, 5, seed=5)
+
+
+def test_a_row_that_is_left_out_changes_the_order_of_no_other():
+    ids = np.arange(100, 120)
+    whole = draw_positions(ids, 20, 1, seed=4)
+    less = np.delete(ids, 3)
+    assert less[draw_positions(less, 19, 1, seed=4)].tolist() == [id for id in ids[whole].tolist() if id != 103]
 
 
 def test_the_warm_up_draws_for_itself():
     """Round 0 takes neither round 1's rows nor keeps any from it."""
-    assert draw_positions(10, 3, 0, seed=4) != draw_positions(10, 3, 1, seed=4)
-    rounds = [draw_positions(10, 3, number, seed=4) for number in range(1, 4)]
-    draw_positions(10, 3, 0, seed=4)
-    assert rounds == [draw_positions(10, 3, number, seed=4) for number in range(1, 4)]
+    assert draw_positions(np.arange(10), 3, 0, seed=4) != draw_positions(np.arange(10), 3, 1, seed=4)
+    rounds = [draw_positions(np.arange(10), 3, number, seed=4) for number in range(1, 4)]
+    draw_positions(np.arange(10), 3, 0, seed=4)
+    assert rounds == [draw_positions(np.arange(10), 3, number, seed=4) for number in range(1, 4)]
 
 
 def test_all_rows_in_every_round():
-    assert draw_positions(4, None, 7, seed=0) == [0, 1, 2, 3]
-    assert sorted(draw_positions(4, 4, 7, seed=0)) == [0, 1, 2, 3]
-    assert draw_positions(9, 9, 1, seed=0) != draw_positions(9, 9, 2, seed=0)
+    assert draw_positions(np.arange(4), None, 7, seed=0) == [0, 1, 2, 3]
+    assert sorted(draw_positions(np.arange(4), 4, 7, seed=0)) == [0, 1, 2, 3]
+    assert draw_positions(np.arange(9), 9, 1, seed=0) != draw_positions(np.arange(9), 9, 2, seed=0)
 
 
 def test_rounds_that_cannot_be_drawn():
     with pytest.raises(ValueError, match="a round needs 5 rows but there are 4 training rows; lower rows_per_round"):
-        draw_positions(4, 5, 1, seed=0)
+        draw_positions(np.arange(4), 5, 1, seed=0)
     with pytest.raises(ValueError, match="a round needs at least 1 row, got 0; null takes all"):
-        draw_positions(4, 0, 1, seed=0)
+        draw_positions(np.arange(4), 0, 1, seed=0)
 
 
 # --- the file ---

@@ -50,7 +50,7 @@ def test_every_history_is_there_once_as_the_template_writes_it(template):
     documents = []
     for row in range(len(packed)):
         example = packed[row]
-        assert example["sample_id"] == row
+        assert example["sample_id"] == packed.sample_ids[row]
         assert len(example["input_ids"]) == len(example["document_ids"]) <= 64
         pairs = zip(example["document_ids"], example["input_ids"], strict=True)
         own = [[token for _, token in group] for _, group in itertools.groupby(pairs, key=lambda pair: pair[0])]

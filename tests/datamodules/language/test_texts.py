@@ -63,7 +63,7 @@ def test_wrong_files_are_refused(tmp_path, name, content, message):
 
 
 def test_rows_hold_whole_documents_and_cut_long_ones():
-    rows = TextRows([[1, 2, 3], [4, 5], [6], list(range(10, 19))], pack_length=8, first_id=100)
+    rows = TextRows([[1, 2, 3], [4, 5], [6], list(range(10, 19))], pack_length=8)
     laid = [row for index in range(len(rows)) for row in [rows[index]]]
     documents = sorted(
         tuple(token for token, own in zip(row["input_ids"], row["document_ids"], strict=True) if own == number)
@@ -72,7 +72,8 @@ def test_rows_hold_whole_documents_and_cut_long_ones():
     )
     # A single token has nothing to predict.
     assert documents == [(1, 2, 3), (4, 5), tuple(range(10, 18))]
-    assert [row["sample_id"] for row in laid] == list(range(100, 100 + len(rows)))
+    assert len({row["sample_id"] for row in laid}) == len(rows)
+    assert [row["sample_id"] for row in laid] == rows.sample_ids.tolist()
     assert all(len(row["input_ids"]) <= 8 for row in laid)
     assert rows.row_tokens().sum() == 2 + 1 + 7
     assert batch_of(laid).input_ids.shape == (len(rows), 8)

@@ -29,7 +29,7 @@ def test_a_ragged_column_gives_views():
 
 
 def test_rows_show_the_history_and_hide_what_was_seen():
-    table = Reach(2, PIECES).place("train", SEQUENCES, index((0, 1), (0, 3), (1, 1)), first_id=10)
+    table = Reach(2, PIECES).place("train", SEQUENCES, index((0, 1), (0, 3), (1, 1)), np.array([10, 11, 12]))
     rows = AnswerRows(table, SEQUENCES, PIECES)
     assert rows[1] == {
         "sample_id": 11,

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from malleable.lightning_modules.functional.keyed_random import keyed_uniform
+from malleable.lightning_modules.functional.keyed_random import keyed_gumbel, keyed_normal, keyed_uniform
 
 
 def test_numbers_are_uniform_and_uncorrelated():
@@ -27,3 +28,20 @@ def test_numbers_are_those_of_the_published_mixing_function():
         [((mix((mix(seed % 2**64) + counter) % 2**64) >> 41) + 0.5) / 2**23 for counter in counters.tolist()] for seed in seeds[:, 0].tolist()
     ]
     assert keyed_uniform(seeds, counters).tolist() == expected
+
+
+def test_normal_numbers():
+    draws = keyed_normal(torch.arange(200)[:, None], torch.arange(500))
+    assert draws.isfinite().all()
+    assert draws.mean().abs() < 0.015
+    assert draws.std() == pytest.approx(1, abs=0.01)
+    assert (draws.abs() > 1.96).float().mean() == pytest.approx(0.05, abs=0.005)
+    neighbours = torch.stack([draws[:, :-1].flatten(), draws[:, 1:].flatten()])
+    assert torch.corrcoef(neighbours)[0, 1].abs() < 0.02
+
+
+def test_the_largest_of_logits_and_gumbel_numbers_is_a_draw_from_their_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    drawn = (logits + keyed_gumbel(torch.arange(20_000)[:, None], torch.arange(4))).argmax(1)
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    torch.testing.assert_close(shares, logits.softmax(0), atol=0.015, rtol=0)

@@ -1,0 +1,77 @@
+"""Ids of samples that depend on their content, and orders that depend on ids.
+
+An id does not change when other rows are left out or added, and neither does what is drawn for the row: negatives, candidates, its place in an
+order. Ids are 63-bit hashes, so that their negative values are free to mark repeated rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.integer[Any]]
+Hashes = NDArray[np.uint64]
+
+
+def text_hashes(texts: Iterable[str]) -> Hashes:
+    """Return the hash of each text, ``(N,)``."""
+    return np.array([_digest(text.encode()) for text in texts], dtype=np.uint64)
+
+
+def array_hash(values: NDArray[Any]) -> int:
+    """Return the hash of an array's content."""
+    return _digest(np.ascontiguousarray(values).tobytes())
+
+
+def content_ids(*columns: NDArray[Any]) -> Ints:
+    """Return an id for each row, ``(N,)`` int64, >= 0.
+
+    Rows of equal content are told apart by their number among their equals, in the order of the rows.
+
+    Args:
+        columns: ``(N,)`` hashes, integers or float64 numbers; all of them together are a row's content.
+    """
+    ids = np.zeros(len(columns[0]), dtype=np.uint64)
+    for column in columns:
+        ids = mix(ids ^ mix(column.view(np.uint64) if column.dtype.itemsize == 8 else column.astype(np.int64).view(np.uint64)))
+    order = np.argsort(ids, kind="stable")
+    ordered = ids[order]
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(ids) else np.zeros(0, dtype=np.int64)
+    number = np.arange(len(ids)) - np.repeat(first, np.diff(np.r_[first, len(ids)]))
+    repeated = order[number > 0]
+    ids[repeated] = mix(ids[repeated] + number[number > 0].astype(np.uint64))
+    return (ids >> np.uint64(1)).view(np.int64)
+
+
+def keyed_order(ids: Ints, *key: int) -> Ints:
+    """Return the positions of rows in an order that depends on their ids and a key.
+
+    Args:
+        ids: ``(N,)`` int64 ids.
+        key: Such as seed and epoch; each key gives another order.
+    """
+    state = np.zeros(1, dtype=np.uint64)
+    for part in key:
+        state = mix(state ^ np.array([part & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))
+    return np.argsort(mix(ids.view(np.uint64) ^ state), kind="stable")
+
+
+def mix(values: Hashes) -> Hashes:
+    """Scramble 64-bit numbers.
+
+    Source:
+        Steele, Lea, Flood (2014), Fast Splittable Pseudorandom Number Generators: the mixing function of SplitMix64.
+    """
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
