@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import csv
+import heapq
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TextIO, runtime_checkable
 
-import torch
+import pyarrow as pa
+import pyarrow.parquet as pq
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from malleable.datamodules.batch import Batch, Catalog, Recommendations
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.datamodules.files.escape import for_csv
 
 Described = Iterator[tuple[Sequence[Any], Sequence[Sequence[Any]]]]
+Format = Literal["csv", "jsonl", "parquet"]
+CHUNK = 4096
+"""Rows of a row group in Parquet."""
 
 
 @runtime_checkable
@@ -60,45 +65,73 @@ class DescribesItems:
             yield query, [(self.keys[item], self.titles[item], score) for item, score in zip(items, scores, strict=True) if item >= 0]
 
 
+class NamedColumns:
+    """Describes predictions that are columns by name: ``{"label": [...], "score": tensor}``, each with a value for each row."""
+
+    query_fields: Sequence[str] = ()
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.answer_fields = names
+
+    def describe(self, batch: Batch, found: Mapping[str, Any]) -> Described:
+        """Return one answer for each row."""
+        columns = [value.tolist() if hasattr(value, "tolist") else list(value) for value in found.values()]
+        return (((), [values]) for values in zip(*columns, strict=True))
+
+
 class PredictionWriter(Callback):
     """Write what ``predict`` finds, in the order of the rows' ids and whatever the number of devices.
 
-    ``predictions.csv`` has a line for each answer, ``predictions.jsonl`` one for each row, with its answers as ``items``. Of recommendations they
-    hold ``sample_id, user_id, rank, item_id, title, score``: ``sample_id`` is the number of the row in the file of histories, from 0,
-    ``user_id`` is there where that file has users, and ``item_id`` is the source's own id (the title where the source has none; the first id
-    where items of one title were merged). A module that :class:`DescribesPredictions` names its own fields (a knowledge graph's:
-    ``sample_id, head, relation, tail, rank, answer, score, uncertainty``).
+    ``predictions.csv`` and ``predictions.parquet`` have a line for each answer, ``predictions.jsonl`` one for each row, with its answers as
+    ``items``. Of recommendations they hold ``sample_id, user_id, rank, item_id, title, score``: ``sample_id`` is the number of the row in the file
+    of histories, from 0, ``user_id`` is there where that file has users, and ``item_id`` is the source's own id (the title where the source has
+    none; the first id where items of one title were merged). A module that :class:`DescribesPredictions` names its own fields (a knowledge graph's:
+    ``sample_id, head, relation, tail, rank, answer, score, uncertainty``). ``predict_step`` may also return columns by name.
+
+    Rows are written as they come, to a file of each device in the run folder, which all devices must reach; the files are merged at the end. Memory
+    does not grow with the number of rows.
 
     In CSV, a text that a spreadsheet would take for a formula stands behind an apostrophe.
 
     Args:
         dirpath: Folder of the files; default: the run folder.
+        formats: Kinds of files: ``csv``, ``jsonl``, ``parquet``.
+
+    Raises:
+        ValueError: If a format is unknown.
     """
 
-    def __init__(self, dirpath: str | None = None) -> None:
+    def __init__(self, dirpath: str | None = None, formats: Sequence[Format] = ("csv", "jsonl")) -> None:
+        if unknown := sorted(set(formats) - {"csv", "jsonl", "parquet"}):
+            raise ValueError(f"formats must be among csv, jsonl and parquet, got {unknown}")
+        if not formats:
+            raise ValueError("formats is empty; name csv, jsonl or parquet, or leave PredictionWriter out")
         self.dirpath = dirpath
+        self.formats = tuple(formats)
         self.folder: Path | None = None
-        self._words: DescribesPredictions | None = None
-        self._lines: list[str] = []
+        self._description: Any = None
+        self._part: TextIO | None = None
+        self._last = -1
+        self._ascending = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder; all ranks agree on it."""
         self.folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget earlier predictions, and find who names what is predicted."""
-        self._lines = []
+        """Forget earlier predictions, and find what describes the new ones."""
+        self._close()
+        self._last, self._ascending = -1, True
         data = getattr(trainer, "datamodule", None)
         catalog = self._catalog(getattr(pl_module, "catalog", None), getattr(data, "catalog", None))
-        recommends = catalog is not None and hasattr(pl_module, "recommend")
-        if isinstance(pl_module, DescribesPredictions) and not recommends:
-            self._words = pl_module
+        if isinstance(pl_module, DescribesPredictions) and not (catalog is not None and hasattr(pl_module, "recommend")):
+            self._description = pl_module
         else:
-            self._words = None if catalog is None else DescribesItems(catalog, getattr(data, "predicted_users", None))
+            self._description = None if catalog is None else DescribesItems(catalog, getattr(data, "predicted_users", None))
 
     @staticmethod
     def _catalog(own: Catalog | None, other: Catalog | None) -> Catalog | None:
-        """The module's catalogue; the data's where it is the same and only that one has ids, as checkpoints of earlier versions have none."""
+        """The module's catalogue; the data's where it is the same and only that one has ids."""
         if own is None or (not own.keys and other is not None and other.titles == own.titles):
             return other
         return own
@@ -106,63 +139,196 @@ class PredictionWriter(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keep the batch's rows, repeated ones left out."""
-        if not isinstance(batch, Batch) or not (isinstance(outputs, Recommendations) or isinstance(pl_module, DescribesPredictions)):
+        """Write the batch's rows, repeated ones left out."""
+        if isinstance(batch, Batch) and isinstance(outputs, Mapping):
+            self._description = NamedColumns(list(outputs))
+        elif not isinstance(batch, Batch) or not (isinstance(outputs, Recommendations) or isinstance(pl_module, DescribesPredictions)):
             raise MisconfigurationException(
-                f"PredictionWriter writes Recommendations for a Batch, but {type(pl_module).__name__}.predict_step gave {type(outputs).__name__} "
-                f"for {type(batch).__name__}; leave PredictionWriter out"
+                f"PredictionWriter writes Recommendations, or columns by name, for a Batch, but {type(pl_module).__name__}.predict_step gave "
+                f"{type(outputs).__name__} for {type(batch).__name__}; leave PredictionWriter out"
             )
-        if self._words is None:
+        if self._description is None:
             raise MisconfigurationException(
                 f"PredictionWriter writes items by their ids, but neither {type(pl_module).__name__} nor the data module has a catalogue; "
                 "set the attribute `catalog` of one of them, or leave PredictionWriter out"
             )
-        rows = zip(batch.sample_id.tolist(), self._words.describe(batch, outputs), strict=True)
-        self._lines += [self._line(sample_id, query, answers) for sample_id, (query, answers) in rows if sample_id >= 0]
+        if self._part is None:
+            self._part = self._open(trainer.global_rank)
+        for sample_id, (query, answers) in zip(batch.sample_id.tolist(), self._description.describe(batch, outputs), strict=True):
+            if sample_id >= 0:
+                self._ascending, self._last = self._ascending and sample_id >= self._last, sample_id
+                self._part.write(json.dumps([sample_id, list(query), [list(map(_rounded, answer)) for answer in answers]]) + "\n")
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather from all ranks, and write on rank zero."""
-        lines, self._lines = self._gather(trainer, pl_module), []
+        """Merge the files of all ranks on rank zero."""
+        path = self._part_path(trainer.global_rank)
+        if self._part is None:
+            self._part = self._open(trainer.global_rank)
+        self._close()
+        if not self._ascending:
+            rows = sorted(path.read_text(encoding="utf-8").splitlines(), key=_sample_id)
+            path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        trainer.strategy.barrier("predictions of each device")
+        fields = trainer.strategy.broadcast(self._fields())
         if trainer.is_global_zero:
-            self.write(lines)
+            self._merge(trainer.world_size, fields)
         trainer.strategy.barrier("predictions")
 
-    def write(self, lines: Iterable[str]) -> None:
-        """Write both files, each whole or not at all.
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the file of this device."""
+        self._close()
+        if self.folder is not None:
+            self._part_path(trainer.global_rank).unlink(missing_ok=True)
+
+    def _fields(self) -> tuple[list[str], list[str]]:
+        if self._description is None:
+            return [], []
+        return list(self._description.query_fields), list(self._description.answer_fields)
+
+    def _part_path(self, rank: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f".predictions-{rank}.jsonl"
+
+    def _open(self, rank: int) -> TextIO:
+        path = self._part_path(rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w", encoding="utf-8")
+
+    def _close(self) -> None:
+        if self._part is not None:
+            self._part.close()
+            self._part = None
+
+    def _merge(self, ranks: int, fields: tuple[list[str], list[str]]) -> None:
+        assert self.folder is not None
+        paths = [self._part_path(rank) for rank in range(ranks)]
+        if missing := [path for path in paths if not path.is_file()]:
+            raise MisconfigurationException(
+                f"{missing[0]} does not exist here: the devices of a prediction write into one folder, which must lie on a file system that all "
+                "machines share; set dirpath of PredictionWriter"
+            )
+        with ExitStack() as stack:
+            parts = [stack.enter_context(path.open(encoding="utf-8")) for path in paths]
+            number = self.write(heapq.merge(*parts, key=_sample_id), *fields)
+        for path in paths:
+            path.unlink()
+        first = self.folder / f"predictions.{self.formats[0]}"
+        rank_zero_info(f"predictions for {number} rows: {first}")
+
+    def write(self, lines: Iterable[str], query_fields: Sequence[str], answer_fields: Sequence[str]) -> int:
+        """Write the files of all formats, each whole or not at all.
 
         Args:
-            lines: Rows in JSON, in any order.
+            lines: Rows in JSON in their final order: ``[sample_id, query, answers]``.
+            query_fields: Names of the parts of a query.
+            answer_fields: Names of the parts of an answer.
+
+        Returns:
+            The number of rows.
         """
         assert self.folder is not None
-        query_fields, answer_fields = (self._words.query_fields, self._words.answer_fields) if self._words is not None else ((), ())
-        rows = sorted(map(json.loads, lines), key=lambda row: int(row["sample_id"]))
-        with atomic_write(self.folder / "predictions.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("sample_id", *query_fields, "rank", *answer_fields))
-            for *query, items in map(dict.values, rows):
-                # Ids stay as they are, because they are joined with tables of the user.
-                writer.writerows([*query, *(for_csv(part) if name == "title" else part for name, part in item.items())] for item in items)
-        with atomic_write(self.folder / "predictions.jsonl") as path, path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        rank_zero_info(f"predictions for {len(rows)} rows: {self.folder / 'predictions.csv'}")
+        number = 0
+        with ExitStack() as stack:
+            makers: dict[str, Callable[..., Any]] = {"csv": _CsvFile, "jsonl": _JsonLinesFile, "parquet": _ParquetFile}
+            paths = {kind: stack.enter_context(atomic_write(self.folder / f"predictions.{kind}")) for kind in self.formats}
+            files = [stack.enter_context(makers[kind](path, query_fields, answer_fields)) for kind, path in paths.items()]
+            for number, line in enumerate(lines, 1):  # noqa: B007
+                row = json.loads(line)
+                for file in files:
+                    file.add(*row)
+        return number
 
-    def _line(self, sample_id: int, query: Sequence[Any], answers: Sequence[Sequence[Any]]) -> str:
-        assert self._words is not None
-        items = [
-            {"rank": rank} | {name: _rounded(part) for name, part in zip(self._words.answer_fields, answer, strict=True)}
-            for rank, answer in enumerate(answers, start=1)
-        ]
-        row = {"sample_id": sample_id} | dict(zip(self._words.query_fields, query, strict=True)) | {"items": items}
-        return json.dumps(row, ensure_ascii=False)
 
-    def _gather(self, trainer: Trainer, module: LightningModule) -> list[str]:
-        """The lines of all ranks, as bytes; a rank without rows adds nothing."""
-        if trainer.world_size == 1:
-            return self._lines
-        text = "\n".join(self._lines).encode()
-        parts = gather_all_tensors(torch.tensor(bytearray(text), dtype=torch.uint8, device=module.device))
-        # Line feeds within a label are escaped in JSON.
-        return [line for part in parts for line in bytes(part.cpu().numpy()).decode().split("\n") if line]
+class _File:
+    """A file of predictions that is written row by row."""
+
+    def __init__(self, path: Path, query_fields: Sequence[str], answer_fields: Sequence[str]) -> None:
+        self.path = path
+        self.query_fields = query_fields
+        self.answer_fields = answer_fields
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the file."""
+
+    def lines(self, sample_id: int, query: list[Any], answers: list[list[Any]]) -> Iterator[dict[str, Any]]:
+        """Yield a line for each answer."""
+        for rank, answer in enumerate(answers, 1):
+            yield {
+                "sample_id": sample_id,
+                **dict(zip(self.query_fields, query, strict=True)),
+                "rank": rank,
+                **dict(zip(self.answer_fields, answer, strict=True)),
+            }
+
+
+class _CsvFile(_File):
+    def __enter__(self) -> _CsvFile:
+        self.file = self.path.open("w", newline="", encoding="utf-8")
+        self.writer = csv.writer(self.file)
+        self.writer.writerow(("sample_id", *self.query_fields, "rank", *self.answer_fields))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def add(self, sample_id: int, query: list[Any], answers: list[list[Any]]) -> None:
+        # Ids stay as they are, because they are joined with tables of the user.
+        for line in self.lines(sample_id, query, answers):
+            self.writer.writerow([for_csv(value) if name == "title" else value for name, value in line.items()])
+
+
+class _JsonLinesFile(_File):
+    def __enter__(self) -> _JsonLinesFile:
+        self.file = self.path.open("w", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def add(self, sample_id: int, query: list[Any], answers: list[list[Any]]) -> None:
+        items = [{"rank": rank} | dict(zip(self.answer_fields, answer, strict=True)) for rank, answer in enumerate(answers, 1)]
+        row = {"sample_id": sample_id} | dict(zip(self.query_fields, query, strict=True)) | {"items": items}
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+class _ParquetFile(_File):
+    def __enter__(self) -> _ParquetFile:
+        self.chunk: list[dict[str, Any]] = []
+        self.writer: pq.ParquetWriter | None = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        if self.writer is not None:
+            self.writer.close()
+
+    def add(self, sample_id: int, query: list[Any], answers: list[list[Any]]) -> None:
+        self.chunk += self.lines(sample_id, query, answers)
+        if len(self.chunk) >= CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.writer is None:
+            names = ("sample_id", *self.query_fields, "rank", *self.answer_fields)
+            self.writer = pq.ParquetWriter(self.path, pa.schema([(name, self._type(name)) for name in names]))
+        texts = [field.name for field in self.writer.schema if pa.types.is_string(field.type)]
+        lines = [line | {name: None if line[name] is None else str(line[name]) for name in texts} for line in self.chunk]
+        self.writer.write_table(pa.Table.from_pylist(lines, self.writer.schema))
+        self.chunk = []
+
+    def _type(self, name: str) -> pa.DataType:
+        """Return the type of a column by its first value; a column without any holds text."""
+        value = next((line[name] for line in self.chunk if line[name] is not None), None)
+        if name in ("sample_id", "rank"):
+            return pa.int64()
+        return pa.bool_() if isinstance(value, bool) else pa.float64() if isinstance(value, (int, float)) else pa.string()
+
+
+def _sample_id(line: str) -> int:
+    return int(line[1 : line.index(",")])
 
 
 def _rounded(part: Any) -> Any:

@@ -3,6 +3,7 @@ import json
 import runpy
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from boring import BoringDataModule, BoringModule
@@ -78,6 +79,59 @@ def test_repeats_are_left_out_and_rows_sorted(tmp_path):
         "2,2,1.0,Alien,0.25",
         "5,1,1.0,Alien,2.0",
     ]
+
+
+def test_all_formats_hold_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("malleable.callbacks.predictions.CHUNK", 5)  # several row groups
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+    writer = PredictionWriter(formats=("parquet", "csv", "jsonl"))
+    Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[writer], **quiet).predict(Markov(ks=(3,)), ToyShop())
+    table = pq.read_table(tmp_path / "predictions.parquet")
+    assert pq.ParquetFile(tmp_path / "predictions.parquet").num_row_groups > 1
+    with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [{name: str(value) for name, value in line.items()} for line in table.to_pylist()] == lines
+    flat = [{"sample_id": row["sample_id"], **item} for row in rows_of(tmp_path) for item in row["items"]]
+    assert table.to_pylist() == flat
+    assert not list(tmp_path.glob(".predictions*"))
+
+
+def test_columns_by_name_are_written(tmp_path):
+    writer, trainer, module = PredictionWriter(formats=["parquet"]), Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), Markov()
+    writer.setup(trainer, module, "predict")
+    writer.on_predict_start(trainer, module)
+    for ids, labels, scores in (([4, 3], ["a", "b"], [0.5, 0.25]), ([1, -2], [None, "c"], [1.0, 2.0])):
+        writer.on_predict_batch_end(trainer, module, {"label": labels, "score": torch.tensor(scores)}, Batch(torch.tensor(ids)), 0)
+    writer.on_predict_epoch_end(trainer, module)
+    assert pq.read_table(tmp_path / "predictions.parquet").to_pydict() == {
+        "sample_id": [1, 3, 4],
+        "rank": [1, 1, 1],
+        "label": [None, "b", "a"],
+        "score": [1.0, 0.25, 0.5],
+    }
+
+
+def test_rows_are_not_held_in_memory(tmp_path):
+    """They lie in the file of the device as soon as a batch is done."""
+    writer, trainer, module = PredictionWriter(), Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), Markov()
+    module.catalog = Catalog(("Heat", "Alien"))
+    writer.setup(trainer, module, "predict")
+    writer.on_predict_start(trainer, module)
+    found = Recommendations(torch.zeros(1000, 1).long(), torch.zeros(1000, 1))
+    for batch in range(20):
+        writer.on_predict_batch_end(trainer, module, found, Batch(torch.arange(1000) + 1000 * batch), batch)
+    written = (tmp_path / ".predictions-0.jsonl").stat().st_size
+    assert written > 19_000 * len('[10000, [], [["Heat", "Heat", 0.0]]]')
+    writer.on_exception(trainer, module, RuntimeError())
+    assert not list(tmp_path.glob(".predictions*"))
+
+
+@pytest.mark.parametrize(
+    ("formats", "message"), [(["xml"], r"formats must be among csv, jsonl and parquet, got \['xml'\]"), ([], "formats is empty")]
+)
+def test_unknown_formats(formats, message):
+    with pytest.raises(ValueError, match=message):
+        PredictionWriter(formats=formats)
 
 
 QUERIES = """person 0	knows	?
