@@ -1,14 +1,14 @@
-"""The public callbacks: one line each, read by type checkers and by the lazy import alike."""
+"""Public callbacks, read by type checkers and by ``lazy_loader``."""
 
-from malleable.callbacks.editing.alpha_edit import AlphaEdit as AlphaEdit
-from malleable.callbacks.editing.post_fit import PostFitEdit as PostFitEdit
-from malleable.callbacks.last_checkpoint import LastCheckpoint as LastCheckpoint
-from malleable.callbacks.line_progress import LineProgress as LineProgress
-from malleable.callbacks.predictions import PredictionWriter as PredictionWriter
-from malleable.callbacks.reference import ReferenceCache as ReferenceCache
-from malleable.callbacks.report.embeddings import EmbeddingReport as EmbeddingReport
-from malleable.callbacks.report.exposure import ExposureReport as ExposureReport
-from malleable.callbacks.report.floors import Floors as Floors
-from malleable.callbacks.report.report import RunReport as RunReport
-from malleable.callbacks.self_play.loop import SelfPlayLoop as SelfPlayLoop
-from malleable.callbacks.self_play.phases import PhaseSettings as PhaseSettings
+from .editing.alpha_edit import AlphaEdit as AlphaEdit
+from .editing.post_fit import PostFitEdit as PostFitEdit
+from .last_checkpoint import LastCheckpoint as LastCheckpoint
+from .line_progress import LineProgress as LineProgress
+from .predictions import PredictionWriter as PredictionWriter
+from .reference import ReferenceCache as ReferenceCache
+from .report.embeddings import EmbeddingReport as EmbeddingReport
+from .report.exposure import ExposureReport as ExposureReport
+from .report.floors import Floors as Floors
+from .report.report import RunReport as RunReport
+from .self_play.loop import SelfPlayLoop as SelfPlayLoop
+from .self_play.phases import PhaseSettings as PhaseSettings

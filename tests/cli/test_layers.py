@@ -109,7 +109,7 @@ def test_a_value_that_is_no_class_drops_nothing():
     assert config.model.init_args.x == 1
 
 
-@pytest.mark.parametrize("name", ["no.such.module.B", "a..b", "malleable.lazy.nothing"])
+@pytest.mark.parametrize("name", ["no.such.module.B", "a..b", "malleable.layers.nothing"])
 def test_a_class_that_cannot_be_imported_counts_as_another(name):
     config = Namespace(model=Namespace(class_path="torch.optim.SGD", init_args=Namespace(x=1)))
     drop_replaced(config, {"model": name})

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from malleable.datamodules import Tables
 from malleable.datamodules.recommendation.datamodule import RecommendationDataModule
 from malleable.datamodules.recommendation.splits import Split
-from malleable.datamodules.sources import Tables
 
 COLOURS, PLACES = ("Silver", "Broken", "Golden", "Hollow"), ("River", "Garden", "Winter")
 TITLES = {f"f{number}": f"The {colour} {place}" for number, (colour, place) in enumerate((c, p) for c in COLOURS for p in PLACES)}

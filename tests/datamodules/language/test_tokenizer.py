@@ -8,6 +8,7 @@ from shared import shared_data
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, ProphetNetTokenizer
 
+from malleable.datamodules import Countries
 from malleable.datamodules.editing.datamodule import EditingDataModule
 from malleable.datamodules.language import tokenizer as module
 from malleable.datamodules.language.tokenizer import (
@@ -21,7 +22,6 @@ from malleable.datamodules.language.tokenizer import (
     unpack_tokenizer,
     write_known,
 )
-from malleable.datamodules.sources import Countries
 
 TITLES = ["Toy Story (1995)", "Heat (1995)", "Á köldum klaka (Cold Fever) (1994)", "Star Wars (1977)", "Star Trek (1979)"] * 3
 

@@ -7,13 +7,13 @@ import pytest
 from lightning.pytorch import Trainer
 from shared import shared_data
 
+from malleable.datamodules import InstructionRows, MovieLens, Synthetic, Tables
 from malleable.datamodules.batch import AnswerBatch, PackedBatch, PreferenceBatch
 from malleable.datamodules.language.tokenizer import load_tokenizer
 from malleable.datamodules.negatives import Hardest, Popularity, Uniform
 from malleable.datamodules.recommendation.datamodule import RecommendationDataModule
 from malleable.datamodules.recommendation.prompt import PromptTemplate
 from malleable.datamodules.recommendation.splits import Split
-from malleable.datamodules.sources import InstructionRows, MovieLens, Synthetic, Tables
 
 SOURCE = {"num_users": 20, "num_items": 24, "num_events": 6}
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from shared import shared_data
 
+from malleable.datamodules import UMLS, WN18RR, YAGO310, CoDExS, FB15k237, Kinship, Nations
 from malleable.datamodules.files.fetch import FetchError
-from malleable.datamodules.sources import UMLS, WN18RR, YAGO310, CoDExS, FB15k237, Kinship, Nations
 from malleable.datamodules.sources.graphs import published as module
 from malleable.datamodules.sources.graphs.published import DownloadedGraph, PackagedGraph
 
@@ -43,8 +43,8 @@ def said() -> None:
     module._warn.cache_clear()
 
 
-def test_a_download_is_kept_by_checksum(folder, cache, monkeypatch):
-    monkeypatch.setattr(Downloaded, "address", folder.as_uri(), raising=False)
+def test_a_download_is_kept_by_checksum(folder, cache, monkeypatch, serve):
+    monkeypatch.setattr(Downloaded, "address", serve(folder), raising=False)
     tables = Downloaded().load()
     assert tables.entities == ["a", "b", "c", "d"]
     assert {split: len(triples) for split, triples in tables.triples.items()} == {"train": 2, "val": 1, "test": 1}
