@@ -8,6 +8,7 @@ others also by data modules.
 from __future__ import annotations
 
 import random
+from abc import ABC
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -112,7 +113,7 @@ class BoundSampler(Protocol):
 
 
 @dataclass
-class NegativeSampler:
+class NegativeSampler(ABC):  # noqa: B024  (jsonargparse takes no subclasses of a plain dataclass)
     """Base class of negative samplers.
 
     Attributes:

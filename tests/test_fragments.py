@@ -18,7 +18,7 @@ from malleable.recipes import FOLDER, recipe_names
 RECIPES = [*(name for name in recipe_names() if name.endswith("/tiny.yaml") and not name.startswith("sprec/")), "baselines/movielens.yaml"]
 FRAGMENTS = sorted(path.stem for path in (FOLDER / "base").glob("*.yaml") if path.stem not in ("fit", "debug"))
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-SHOP = ["--data.source", "malleable.datamodules.sources.recommendation.synthetic.Synthetic", "--data.source.num_users", "41"]
+SHOP = ["--data.source", "Synthetic", "--data.source.num_users", "41"]
 # An uneven number of rows to test on, and a few steps. Recipes that are not listed run as they are.
 SMALLER = {
     "alpha_edit/tiny.yaml": [

@@ -64,3 +64,26 @@ def test_a_class_can_be_configured(name):
     kinds = {parameter.kind for parameter in inspect.signature(plug).parameters.values()}
     assert not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}, "name every argument of the constructor"
     ArgumentParser(exit_on_error=False).add_class_arguments(plug, "plug", fail_untyped=True)
+
+
+BASES = ("Source", "GraphSource", "EditSource", "TextSource", "PreferenceLoss", "EmbeddingLoss", "Regulariser", "NegativeSampler")
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_parts_go_by_their_short_names_on_a_command_line(base):
+    kind = getattr(malleable, base)
+    names = [name for name in CLASSES if issubclass(getattr(malleable, name), kind) and not inspect.isabstract(getattr(malleable, name))]
+    assert len(names) > 1
+    for name in names:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--part", type=kind)
+        required = [each.name for each in inspect.signature(getattr(malleable, name)).parameters.values() if each.default is each.empty]
+        part = parser.parse_args([f"--part={name}", *(f"--part.{option}=file" for option in required)]).part
+        assert part.class_path == f"malleable.{name}"
+
+
+def test_a_name_that_two_kinds_of_parts_have_is_resolved_by_the_kind():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--negatives", type=malleable.NegativeSampler)
+    assert parser.parse_args(["--negatives=Popularity"]).negatives.class_path == "malleable.datamodules.negatives.Popularity"
+    assert malleable.Popularity.__module__ == "malleable.lightning_modules.recommendation.baselines"

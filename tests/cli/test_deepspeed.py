@@ -61,7 +61,7 @@ model:
 data:
   class_path: RecommendationDataModule
   init_args:
-    source: {class_path: malleable.datamodules.sources.recommendation.synthetic.Synthetic, init_args: {num_users: 16, num_items: 24, num_events: 6}}
+    source: {class_path: Synthetic, init_args: {num_users: 16, num_items: 24, num_events: 6}}
     vocab_size: 300
 trainer: {max_epochs: 1, num_sanity_val_steps: 0, enable_model_summary: false}
 """

@@ -45,7 +45,7 @@ def test_the_options_of_the_page_exist(resolved):
     examples = re.findall(r"^  (--(?:trainer|data|model|checkpoint)\.\S+) (\S+) ", command_help("fit"), re.MULTILINE)
     assert len(examples) == 5
     options = [word.replace("FILE", "graph.csv") for name, value in examples for word in (name, value)]
-    config = resolved("fit", "--config", "nfe/tiny.yaml", "--data.source", "malleable.datamodules.sources.graphs.triples.Triples", *options)
+    config = resolved("fit", "--config", "nfe/tiny.yaml", "--data.source", "Triples", *options)
     assert config["model"]["init_args"]["tuning"]["lr"] == 1e-4
     assert config["data"]["init_args"]["source"]["init_args"]["path"] == "graph.csv"
 

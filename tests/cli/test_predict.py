@@ -21,7 +21,7 @@ data:
   class_path: RecommendationDataModule
   init_args:
     source:
-      class_path: malleable.datamodules.sources.recommendation.tables.Tables
+      class_path: Tables
       init_args: {interactions: events.csv, items: items.csv}
     tokenizer: none
 """
@@ -29,7 +29,7 @@ GRAPH = """\
 model: {class_path: DistMult, init_args: {dimension: 4}}
 data:
   class_path: KnowledgeGraphDataModule
-  init_args: {source: malleable.datamodules.sources.graphs.synthetic.SyntheticGraph}
+  init_args: {source: SyntheticGraph}
 """
 
 

@@ -637,11 +637,11 @@ model:
 data:
   class_path: KnowledgeGraphDataModule
   init_args:
-    source: {class_path: malleable.datamodules.sources.graphs.small_graphs.Nations}
+    source: {class_path: Nations}
 trainer:
   max_epochs: 1
   callbacks:
-  - class_path: malleable.callbacks.report.report.RunReport
+  - class_path: RunReport
 """
 
 
