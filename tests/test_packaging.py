@@ -52,7 +52,8 @@ def test_the_root_holds_what_it_should():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if not tracked:
         pytest.skip("not a git checkout")
-    allowed = {"pyproject.toml", "README.md", "LICENSE", ".gitignore", ".ci", ".github", "tests", *FOLDERS}
+    pages = {"README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"}
+    allowed = {"pyproject.toml", ".gitignore", ".pre-commit-config.yaml", ".ci", ".github", "tests", *pages, *FOLDERS}
     assert {name.partition("/")[0] for name in tracked} <= allowed
 
 

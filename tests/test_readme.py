@@ -61,6 +61,35 @@ def test_the_recipes_that_it_names_exist():
         find_recipe(name)
 
 
-def test_its_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+PAGES = sorted(path for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / ".github").glob("*.md"), *(ROOT / "configs").rglob("*.md")))
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+MAX_LINES = 220
+
+
+def anchors(page):
+    """Return the anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not target.startswith("https://") and (not file.exists() or (anchor and anchor not in anchors(file))):
+            yield target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_resolve(page):
+    assert not list(broken_links(page))
+
+
+def test_a_broken_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# One `two`\n[a](#one-two) [b](#three) [c](other.md) [d](page.md#one-two)\n```\n[e](in_code.md)\n```\n")
+    assert list(broken_links(page)) == ["#three", "other.md"]
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= MAX_LINES, "results and options belong on the method pages, configs/<method>/README.md"
