@@ -151,7 +151,13 @@ class NegativeSampler(ABC):  # noqa: B024  (jsonargparse takes no subclasses of 
 
 @dataclass
 class Uniform(NegativeSampler):
-    """Items drawn uniformly."""
+    """Items drawn uniformly.
+
+    Attributes:
+        num_negatives: Rejected items of each row.
+    """
+
+    num_negatives: int = 1
 
     def bind(self, num_items: int, popularity: Sequence[int], seed: int) -> BoundSampler:
         """Return the sampler for the items of a catalogue."""
@@ -163,9 +169,11 @@ class Popularity(NegativeSampler):
     """Items drawn in proportion to a power of their popularity.
 
     Attributes:
+        num_negatives: Rejected items of each row.
         exponent: The power; 0 is uniform, 0.75 is common.
     """
 
+    num_negatives: int = 1
     exponent: float = 1.0
 
     def bind(self, num_items: int, popularity: Sequence[int], seed: int) -> BoundSampler:
@@ -179,10 +187,12 @@ class Semantic(NegativeSampler):
     """Items whose titles the model embeds near the true title, drawn uniformly among the nearest.
 
     Attributes:
+        num_negatives: Rejected items of each row.
         pool: Number of nearest items to draw among.
     """
 
     needs_model: ClassVar[bool] = True
+    num_negatives: int = 1
     pool: int = 50
 
     def __post_init__(self) -> None:
@@ -197,10 +207,12 @@ class Hardest(NegativeSampler):
     """Items that the model ranks highest, the true item left out.
 
     Attributes:
+        num_negatives: Rejected items of each row.
         num_beams: Width of the beam search.
     """
 
     needs_model: ClassVar[bool] = True
+    num_negatives: int = 1
     num_beams: int = 20
 
 
@@ -211,6 +223,7 @@ class SelfPlay(NegativeSampler):
     Differs from the other samplers: an answer may be the true title, as in the published method; SelfPlayLoop decides what becomes of such rows.
 
     Attributes:
+        num_negatives: Rejected answers of each row; more than one needs a loss of several rejected answers.
         decode: ``greedy`` takes the most probable answer (the released code), ``sample`` draws from the model (what the theory asks for),
             ``beam_k_random`` draws among the ``num_beams`` best. From a model that DPO on random titles had biased towards few items, two rounds
             of sampled negatives undid most of the bias (share of the tail .001 before, .139 after); greedy ones overshot (.034): 4 to 7 % of
@@ -229,6 +242,7 @@ class SelfPlay(NegativeSampler):
     """
 
     needs_model: ClassVar[bool] = True
+    num_negatives: int = 1
     decode: Literal["greedy", "sample", "beam_k_random"] = "greedy"
     grounding: Literal["trie", "embedding", "none"] = "trie"
     num_beams: int = 10
@@ -258,10 +272,12 @@ class Mixture(NegativeSampler):
     """Several samplers; each row takes its negatives from one of them, which is drawn.
 
     Attributes:
+        num_negatives: Rejected items of each row.
         parts: The samplers; each gives ``num_negatives`` items, whatever its own number.
         weights: Probability of each part, up to a common factor; default: equal.
     """
 
+    num_negatives: int = 1
     parts: Sequence[NegativeSampler] = ()
     weights: Sequence[float] | None = None
 

@@ -238,7 +238,7 @@ def test_reference_and_policy_take_one_form(shared_prompt, monkeypatch):
     seen = []
     monkeypatch.setattr(reference, "sweep", lambda *args: args[5]("batch"))
     monkeypatch.setattr(reference, "rows_per_pass", lambda *_: 1)
-    monkeypatch.setattr(reference, "answer_logps", lambda model, batch, **options: seen.append(options))
+    monkeypatch.setattr(reference, "answer_logps", lambda model, batch, **options: seen.append(options) or torch.zeros(1, 0))
     module = DPO(tiny_config(), tiny_catalog(), decoding=Decoding(shared_prompt=shared_prompt))
     reference.reference_logps(None, module, [], SimpleNamespace(collate_fn=None), "label")
     assert seen == [{"shared_prompt": shared_prompt}]

@@ -12,7 +12,7 @@ from torch import nn
 
 from malleable.callbacks import sweep as module
 from malleable.callbacks.sweep import inference, sweep
-from malleable.datamodules import loading as loader
+from malleable.datamodules import global_batches as loader
 from malleable.lightning_modules.recommendation.sft import SFT
 
 

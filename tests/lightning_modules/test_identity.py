@@ -35,6 +35,7 @@ from malleable import (
 from malleable.datamodules import Countries
 from malleable.datamodules.batch import KnowledgeGraph
 from malleable.datamodules.language.tokenizer import tokenizer_digest
+from malleable.datamodules.negatives import Uniform
 from malleable.lightning_modules.base import BaseModule
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
 from malleable.lightning_modules.language.item_decoding import Decoding
@@ -53,7 +54,7 @@ def make(kind, **settings):
 
 
 def data_of(kind, folder, variant=small_shop.shop, **options):
-    return variant(folder, negatives="random" if kind is DPO else "none", **options)
+    return variant(folder, negatives=Uniform() if kind is DPO else None, **options)
 
 
 @pytest.fixture(scope="module")

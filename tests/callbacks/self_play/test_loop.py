@@ -221,7 +221,7 @@ def test_self_play_spreads_what_was_concentrated(tmp_path):
         warmup=PhaseSettings(epochs=1, lr=1e-2, warmup_steps=0),
         sft=PhaseSettings(epochs=0),
         dpo=PhaseSettings(lr=3e-3, warmup_steps=0),
-        negatives=SelfPlay(),
+        negatives=SelfPlay(decode="sample"),
         compare_on="test",
     )
     module, trainer, _ = run(tmp_path, loop, data=TinyData(train=rows))
@@ -374,7 +374,7 @@ def test_comparing_decoding_changes_no_weights(tmp_path, changes):
 def test_progress_is_told(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run(tmp_path)
-    assert "round 1 sft: own answers: 32 of 32 rows" in caplog.text
+    assert "round 1 sft: negatives: 32 of 32 rows" in caplog.text
     assert "round 2 dpo, reference" in caplog.text
 
 

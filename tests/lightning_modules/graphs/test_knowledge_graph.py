@@ -129,7 +129,7 @@ class TestLoss:
         module = NFE(dimension=16, gamma=2.0, loss=NegativeSampling(8), tuning=EmbeddingTuning(lr=0.05, sparse=True))
         trainer = quiet_trainer(tmp_path, max_epochs=40, enable_checkpointing=False, limit_val_batches=0)
         trainer.fit(module, TinyGraphData(batch_size=24))
-        assert trainer.test(module, TinyGraphData(), verbose=False)[0]["test_mrr"] > 0.8
+        assert trainer.test(module, TinyGraphData(), verbose=False)[0]["test_mrr"] > 0.7
 
 
 class TestSchedule:
