@@ -46,6 +46,7 @@ def measure(trainer: Trainer, module: LanguageModel, loader: Any) -> dict[str, A
         for batch in loader:
             moved = trainer.strategy.batch_to_device(batch)
             found = module.evaluate(moved, metrics)
+            assert found is not None
             counts += recommendation_counts(found.item_ids, moved.sample_id, len(counts))
             rows += batch_digest(moved)
     figures = {key: float(value) for metric in metrics.values() for key, value in metric.compute().items()}

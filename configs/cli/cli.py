@@ -256,7 +256,7 @@ def run(words: Sequence[str]) -> MalleableCLI:
     """
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # classes of the user's own files, named by path
-    for name in malleable.__all__:
+    for name in dir(malleable):
         getattr(malleable, name)  # short names resolve among the classes that are imported
     parser_kwargs: dict[str, Any] = {"prog": "malleable", "description": "Train, measure and use models."}
     for command in MalleableCLI.subcommands():

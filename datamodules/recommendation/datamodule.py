@@ -134,7 +134,8 @@ class RecommendationDataModule(BaseDataModule):
             return
         store = self._open()
         self.catalog = store.catalog
-        negatives = self.negatives and self.negatives.bind(len(self.catalog), self.catalog.popularity, self.seed)
+        sampler = self.negatives
+        negatives = None if sampler is None else sampler.bind(len(self.catalog), self.catalog.popularity, self.seed)
         rows = {
             name: AnswerRows(
                 store.rows[name],

@@ -50,7 +50,7 @@ def generate_negatives(
     seeds = row_seeds(batch.sample_id, seed)
     if isinstance(sampler, Hardest):
         beams = max(sampler.num_beams, sampler.num_negatives)
-        options = {"allowed": allowed, "sync_any": sync_any}
+        options: Any = {"allowed": allowed, "sync_any": sync_any}
         return beam_search(model, trie, batch.prompt_ids, batch.prompt_mask, num_beams=beams, k=sampler.num_negatives, **options).item_ids
     if isinstance(sampler, Semantic):
         assert titles is not None

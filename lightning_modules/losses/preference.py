@@ -111,7 +111,7 @@ class PreferenceLoss(Described, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move buffers to another device, but keep their dtype."""
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
             moved = self._buffers[name]
             if buffer is not None and moved is not None and buffer.is_floating_point():
@@ -134,7 +134,8 @@ class PairwiseLoss(PreferenceLoss):
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Return the mean of each row of ``(B, N)`` over the entries that a mask names, ``(B,)``; 0 where there is none."""
-    return torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp_min(1)
+    mean: Tensor = torch.where(mask, values, 0).sum(1) / mask.sum(1).clamp_min(1)
+    return mean
 
 
 class Sigmoid(PairwiseLoss):
