@@ -1,13 +1,19 @@
-"""Who may import whom. A wrong import is reported with file, line and the rule that it breaks."""
+"""Who may import whom, and how large files and folders may be. A wrong import is reported with file, line and the rule that it breaks."""
 
 import ast
 import sys
+from collections import Counter
 
 import pytest
 from shared import ROOT
 
 FOLDERS = ("lightning_modules", "datamodules", "callbacks", "configs")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+MAX_LINES = 400
+MAX_FILES = 15
+# Helpers and benchmarks are lists of independent programs.
+SIZED = [*SOURCES, *sorted(path for path in (ROOT / "tests").rglob("*.py") if path.relative_to(ROOT).parts[1] not in ("helpers", "benchmarks"))]
 
 # The types of data that others may use: batches, files, identities of catalogues, negative samplers, edit requests.
 TYPES = tuple(f"malleable.datamodules.{name}" for name in ("batch", "editing.requests", "files", "identity", "negatives"))
@@ -99,3 +105,14 @@ def test_cores_need_torch_only(path):
 )
 def test_the_rules_bite(file, module):
     assert broken_rule(ROOT / file, module)
+
+
+def test_no_file_is_long():
+    long = {path.relative_to(ROOT).as_posix(): lines for path in SIZED if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES}
+    assert not long, f"split these files along their meaning; the limit is {MAX_LINES} lines"
+
+
+def test_no_folder_is_full():
+    files = Counter(path.parent.relative_to(ROOT).as_posix() for path in SIZED if path.name not in ("__init__.py", "conftest.py"))
+    full = {folder: count for folder, count in files.items() if count > MAX_FILES}
+    assert not full, f"split these folders along their meaning; the limit is {MAX_FILES} files"

@@ -11,12 +11,12 @@ from json import JSONDecodeError
 from traceback import walk_tb
 
 from malleable import __version__
+from malleable.commands.recipes import run_recipes
 from malleable.datamodules.files.escape import for_terminal
 from malleable.datamodules.files.user_files import first_line, format_problem, system_problem
 from malleable.early import TRAINER_COMMANDS, check_words
 from malleable.help_pages import HELP, command_help
 from malleable.memory import memory_problem
-from malleable.recipes import run_recipes
 
 log = logging.getLogger("malleable")
 
@@ -55,11 +55,11 @@ def _run(words: list[str]) -> None:
     elif command == "recipes":
         run_recipes(words[1:])
     elif command == "compare":
-        from malleable.compare import run_compare  # numpy takes a tenth of a second to import
+        from malleable.commands.compare import run_compare  # numpy takes a tenth of a second to import
 
         run_compare(words[1:])
     elif command == "patch":
-        from malleable.patch import run as run_patch  # torch takes a second to import
+        from malleable.commands.patch import run as run_patch  # torch takes a second to import
 
         run_patch(words[1:])
     elif command in TRAINER_COMMANDS and words[1:] in (["--help"], ["-h"]):

@@ -244,7 +244,7 @@ class LanguageModel(BaseModule):
 
     @needs_weights
     def generate_negatives(self, batch: AnswerBatch, sampler: NegativeSampler, seed: int = 0) -> Tensor:
-        """Generate rejected answers of a batch; see :func:`~malleable.lightning_modules.language.negatives.generate_negatives`."""
+        """Generate rejected answers of a batch; see :func:`~malleable.lightning_modules.recommendation.negatives.generate_negatives`."""
         options: Any = {"weights_version": self.weights_version, "sync_any": self.sync_any}
         return self.items.generate_negatives(self.model, batch, sampler, seed, **options)
 

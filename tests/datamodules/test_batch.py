@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from malleable.datamodules.batch import AnswerBatch, Batch, Catalog, KnowledgeGraph, PackedBatch, PreferenceBatch, QueryBatch, collate, pad
+from malleable.datamodules.batch import AnswerBatch, Batch, Catalog, KnowledgeGraph, PackedBatch, PreferenceBatch, QueryBatch, collate
+from malleable.datamodules.padding import pad
 
 ROWS = [
     {"sample_id": 7, "prompt": [3, 4, 5], "answers": [[6, 2]], "item_ids": [1], "history": [8, 9], "seen": [1, 8, 9]},

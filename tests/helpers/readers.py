@@ -366,8 +366,8 @@ class _Patch:
         random_patch(tensors, (DOWN, UP), requests=[{"prompt": "{} is", "subject": "A", "target": "B"}], settings={"x": [1]}).write(folder / "patch")
 
     def read(folder):
+        from malleable.commands.patch_text import describe, listing
         from malleable.lightning_modules.patches.patch import Patch, read_patches
-        from malleable.patch_text import describe, listing
 
         patch = Patch.read(folder / "patch")
         return describe(patch, {}), listing(read_patches(folder)), patch.manifest()

@@ -10,9 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from self_play_run import make_loop, make_module
 from tiny import TOKENS, batch_of, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
@@ -376,72 +375,3 @@ def test_progress_is_told(tmp_path, caplog):
         run(tmp_path)
     assert "round 1 sft: negatives: 32 of 32 rows" in caplog.text
     assert "round 2 dpo, reference" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"epochs": -1}, "epochs of a phase must be >= 0, got -1"),
-        ({"warmup_steps": -2}, "warmup_steps of a phase must be >= 0, got -2"),
-        ({"lr": 0.0}, "lr of a phase must be > 0, got 0.0"),
-        ({"rows": 0}, "rows of a phase must be >= 1 or null, got 0"),
-        ({"batch_factor": 0}, "batch_factor of a phase must be >= 1, got 0"),
-    ],
-)
-def test_phases_that_mean_nothing(values, message):
-    with pytest.raises(ValueError, match=message):
-        PhaseSettings(**values)
-
-
-def test_limits_that_have_no_effect_or_end_in_mid_round_are_refused(tmp_path):
-    with pytest.raises(MisconfigurationException, match="max_epochs=3 has no effect: SelfPlayLoop sets the epochs itself, 6 with"):
-        make_loop().setup(quiet_trainer(tmp_path, max_epochs=3), make_module(), "fit")
-    with pytest.raises(MisconfigurationException, match="EarlyStopping would end the run in the middle of a round"):
-        make_loop().setup(quiet_trainer(tmp_path, max_epochs=-1, callbacks=[EarlyStopping("val_loss")]), make_module(), "fit")
-    for epochs in (-1, 6):
-        make_loop().setup(quiet_trainer(tmp_path, max_epochs=epochs), make_module(), "fit")
-    make_loop().setup(quiet_trainer(tmp_path, fast_dev_run=True), make_module(), "fit")
-
-
-def test_a_loop_without_rounds_needs_no_rows_for_them(tmp_path):
-    _, trainer, steps = run(tmp_path, make_loop(rounds=0, rows_per_round=10_000, warmup=PhaseSettings(epochs=1)))
-    assert {kind for kind, *_ in steps} == {"warmup"}
-    assert trainer.current_epoch == 1
-
-
-def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match="rounds must be >= 0, got -1"):
-        SelfPlayLoop(rounds=-1)
-    with pytest.raises(ValueError, match="rows_per_round must be >= 1 or null, got 0"):
-        SelfPlayLoop(rows_per_round=0)
-    with pytest.raises(ValueError, match="diagnostic_rows must be >= 0, got -1"):
-        SelfPlayLoop(diagnostic_rows=-1)
-    with pytest.raises(ValueError, match="the loop has no epoch"):
-        SelfPlayLoop(rounds=0, warmup=PhaseSettings(epochs=0))
-    with pytest.warns(UserWarning, match="3 preference epochs a round"):
-        SelfPlayLoop(dpo=PhaseSettings(epochs=3))
-    with pytest.raises(ValueError, match="a round needs 64 rows but there are 48"):
-        run(tmp_path, make_loop(rows_per_round=64))
-    with pytest.raises(MisconfigurationException, match="the 2 rows of the warm-up do not fill one optimizer step of"):
-        run(tmp_path, make_loop(warmup=PhaseSettings(epochs=1, rows=2)))
-    with pytest.raises(MisconfigurationException, match="a round of 32 rows does not fill one optimizer step of 40 in the sft phase"):
-        run(tmp_path, make_loop(sft=PhaseSettings(batch_factor=10)))
-    scheduled = make_module()
-    scheduled.lr_scheduler = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer)
-    with pytest.raises(MisconfigurationException, match="sets the learning rates itself; leave lr_scheduler out"):
-        run(tmp_path, module=scheduled)
-    unscheduled = make_module()
-    unscheduled.default_lr_scheduler = scheduled.lr_scheduler
-    with pytest.raises(MisconfigurationException, match="sets the learning rates itself; SPRec makes a schedule of its own; use SPRec"):
-        run(tmp_path, module=unscheduled)
-
-    class Mute(LightningModule):
-        pass
-
-    with pytest.raises(MisconfigurationException, match="needs a module that recommends, such as SPRec; Mute has no `generate_negatives`"):
-        make_loop().setup(quiet_trainer(tmp_path), Mute(), "fit")
-    plain = DataLoader(tiny_rows(8), batch_size=4, collate_fn=batch_of)
-    module = make_module()
-    module.catalog = tiny_catalog()
-    with pytest.raises(MisconfigurationException, match="needs a PhasedLoader"):
-        quiet_trainer(tmp_path, max_epochs=-1, callbacks=[make_loop(loader=plain)]).fit(module, plain)

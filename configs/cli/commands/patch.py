@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from malleable.commands.patch_text import describe, difference, listing, patch_difference
 from malleable.datamodules.files.atomic import locked, recover
 from malleable.datamodules.files.escape import for_terminal
 from malleable.lightning_modules.patches.container import Container
@@ -17,7 +18,6 @@ from malleable.lightning_modules.patches.containers import is_weights_folder, op
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.patch import Patch, is_patch, read_patches
 from malleable.lightning_modules.patches.stack import Change, PatchStack
-from malleable.patch_text import describe, difference, listing, patch_difference
 
 _TARGET = "a Lightning checkpoint (one file), or the folder of a PEFT adapter or a Hugging Face model"
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_patch import DOWN, UP, llama, random_patch, save_checkpoint
 
+from malleable.commands.patch import run
 from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.patch import Patch
 from malleable.main import main
-from malleable.patch import run
 
 EMPTY = torch.empty(0, 4)
 REQUEST = {"prompt": "{} lies in", "subject": "Łódź", "target": " Poland"}
@@ -157,7 +157,7 @@ def test_show_of_a_target_relates_to_its_originals(target, edits, patch):
 
 
 def test_diff_of_targets_measures_the_change(target, edits, patch, tmp_path, monkeypatch):
-    monkeypatch.setattr("malleable.patch_text._BLOCK", 100)
+    monkeypatch.setattr("malleable.commands.patch_text._BLOCK", 100)
     llama().save_pretrained(tmp_path / "model")
     patch("apply", edits[0], tmp_path / "model")
     first, old, new = Patch.read(edits[0]), open_container(target).tensors[DOWN].double(), open_container(tmp_path / "model").tensors[DOWN].double()
@@ -272,7 +272,7 @@ def test_patches_applied_at_the_same_time_are_all_there(tmp_path, kind):
     patches = [random_patch(open_container(target).tensors, seed=seed) for seed in range(4)]
     for number, patch in enumerate(patches):
         patch.write(tmp_path / f"patch{number}")
-    code = "import sys; from malleable.patch import run; run(sys.argv[1:])"
+    code = "import sys; from malleable.commands.patch import run; run(sys.argv[1:])"
     words = [["apply", str(tmp_path / f"patch{number}"), str(target), "--allow_conflicts"] for number in range(4)]
     running = [subprocess.Popen([sys.executable, "-c", code, *own], stdout=subprocess.DEVNULL) for own in words]
     assert [process.wait(120) for process in running] == [0] * 4

@@ -10,7 +10,7 @@ from tiny_module import ready
 from malleable.datamodules.negatives import SelfPlay
 from malleable.lightning_modules.functional.language.decoding import beam_search
 from malleable.lightning_modules.language.item_decoding import Decoding
-from malleable.lightning_modules.language.negatives import row_seeds
+from malleable.lightning_modules.recommendation.negatives import row_seeds
 
 MODES = {
     "greedy": SelfPlay(),

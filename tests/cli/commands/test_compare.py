@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from malleable import compare
 from malleable.callbacks.report.row_recorder import DIGEST, ROWS_FILE
-from malleable.compare import SPLIT_DEFAULTS, difference, load_run, run_compare
+from malleable.commands.compare import SPLIT_DEFAULTS, difference, load_run, run_compare
 from malleable.datamodules.recommendation.splits import Split
 from malleable.lightning_modules.metrics.significance import paired_bootstrap, row_values
 from malleable.main import main
@@ -145,5 +145,5 @@ def test_a_damaged_report_is_named(text, tmp_path):
 
 
 def test_it_starts_without_torch():
-    code = "import sys, malleable.compare; sys.exit('torch' in sys.modules)"
+    code = "import sys, malleable.commands.compare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

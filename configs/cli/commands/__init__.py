@@ -1,0 +1,1 @@
+"""Commands that do not train: ``compare``, ``patch`` and ``recipes``."""
