@@ -375,3 +375,9 @@ def test_progress_is_told(tmp_path, caplog):
         run(tmp_path)
     assert "round 1 sft: negatives: 32 of 32 rows" in caplog.text
     assert "round 2 dpo, reference" in caplog.text
+
+
+def test_a_loop_without_rounds_needs_no_rows_for_them(tmp_path):
+    _, trainer, steps = run(tmp_path, make_loop(rounds=0, rows_per_round=10_000, warmup=PhaseSettings(epochs=1)))
+    assert {kind for kind, *_ in steps} == {"warmup"}
+    assert trainer.current_epoch == 1

@@ -3,26 +3,15 @@
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
 from self_play_run import make_loop, make_module
 from tiny import batch_of, tiny_catalog, tiny_rows
-from tiny_data import TinyData, quiet_trainer
+from tiny_data import quiet_trainer
 from torch.utils.data import DataLoader
 
 from malleable.callbacks.self_play.loop import SelfPlayLoop
 from malleable.callbacks.self_play.phases import PhaseSettings
-
-
-def run(folder, loop=None, module=None, data=None, **changes):
-    """Fit once from the same start; return the module, the trainer and what was watched."""
-    seed_everything(7)
-    loop = loop or make_loop()
-    watch = Watch(loop)
-    trainer = quiet_trainer(folder, max_epochs=-1, callbacks=[loop, watch], **changes)
-    module = module or make_module(dropout=0.0)
-    trainer.fit(module, data or TinyData())
-    return module, trainer, watch.steps
 
 
 @pytest.mark.parametrize(
@@ -48,12 +37,6 @@ def test_limits_that_have_no_effect_or_end_in_mid_round_are_refused(tmp_path):
     for epochs in (-1, 6):
         make_loop().setup(quiet_trainer(tmp_path, max_epochs=epochs), make_module(), "fit")
     make_loop().setup(quiet_trainer(tmp_path, fast_dev_run=True), make_module(), "fit")
-
-
-def test_a_loop_without_rounds_needs_no_rows_for_them(tmp_path):
-    _, trainer, steps = run(tmp_path, make_loop(rounds=0, rows_per_round=10_000, warmup=PhaseSettings(epochs=1)))
-    assert {kind for kind, *_ in steps} == {"warmup"}
-    assert trainer.current_epoch == 1
 
 
 def test_refusals(tmp_path):
