@@ -42,6 +42,8 @@ class RunReport(Callback):
     ``report_phases() -> list[tuple[int, str]]`` give phases, which the curves show. They are asked on rank zero.
     A data module with ``data_summary() -> list[tuple[str, str]]`` is described on the page.
 
+    Test metrics reach the loggers of the run as they are logged; the metrics of the models to compare with are logged once, at the end.
+
     ``test_rows.safetensors`` has ``sample_id``, ``target`` and ``rank`` of each test row where the module ranks; ``malleable compare`` reads it.
 
     Args:
@@ -159,6 +161,7 @@ class RunReport(Callback):
         self.phases = [phase for callback in contributors if isinstance(callback, HasPhases) for phase in callback.report_phases()]
         self.facts["devices"] = f"{trainer.world_size} × {trainer.strategy.root_device.type}"
         self.write(_title(trainer, pl_module), type(pl_module).__name__, columns, sections)
+        self._log(trainer, columns)
 
     def write(self, title: str, name: str, columns: Sequence[Column] = (), sections: Sequence[Section] = ()) -> None:
         """Write all files, each whole or not at all, and log the main figures.
@@ -174,7 +177,7 @@ class RunReport(Callback):
         main = [row for row in rows if row[0] in self.headline] or rows
         sections = [*self._first_sections(header, main), *sections, *self._last_sections(header, rows if len(rows) > len(main) else [])]
         self.rows.save(self.folder)
-        everything = self.metrics | {f"{column.key}_{metric}": value for column in columns for metric, value in column.values.items()}
+        everything = self.metrics | _of_columns(columns)
         finite = {key: value if math.isfinite(value) else None for key, value in everything.items()}
         for section, figure_name in zip(sections, figure_names(sections), strict=True):
             if section.figure is not None:
@@ -185,6 +188,13 @@ class RunReport(Callback):
             path.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
         table = "\n" + plain_table(header, main) if main else ""
         rank_zero_info(f"{title}{table}\nreport: {self.folder / 'report.md'}")
+
+    def _log(self, trainer: Trainer, columns: Sequence[Column]) -> None:
+        """Give the loggers the metrics of the models to compare with; those of the run itself they have already."""
+        finite = {name: value for name, value in _of_columns(columns).items() if math.isfinite(value)}
+        for logger in trainer.loggers if finite else ():
+            logger.log_metrics(finite, step=trainer.global_step)
+            logger.save()
 
     def _first_sections(self, header: Sequence[str], rows: Rows) -> list[Section]:
         sections = [self._metrics_section("Test metrics", header, rows)] if rows else []
@@ -264,6 +274,10 @@ def draw_panels(figure: Figure, panels: Mapping[str, Mapping[str, tuple[list[int
         draw_phases(place, phases, max(x[-1] for x, _ in curves.values()))
     for place in axes[len(panels) :]:
         place.set_visible(False)
+
+
+def _of_columns(columns: Sequence[Column]) -> dict[str, float]:
+    return {f"{column.key}_{metric}": value for column in columns for metric, value in column.values.items()}
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:

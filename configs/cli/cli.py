@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar, Timer, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 
 import malleable
 from malleable.callbacks.last_checkpoint import LastCheckpoint
@@ -161,10 +162,19 @@ class MalleableCLI(LightningCLI):
         check_unused(self._words, plain, files=command == "fit" and not config.ckpt_path)
         if command != "fit" and not config.ckpt_path and not config.allow_untrained:
             self._refuse_untrained(config.model.class_path)
-        if config.trainer.logger is None or config.trainer.logger is True:
-            arguments = Namespace(save_dir=str(self.runs.parent), name=self.runs.name, version=None, prefix="", flush_logs_every_n_steps=10)
-            config.trainer.logger = Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=arguments)
+        config.trainer.logger = self._loggers(config.trainer.logger)
         self.save_config_kwargs = {"config_filename": f"config_{command}.yaml", "overwrite": True}
+
+    def _loggers(self, given: Any) -> Any:
+        """Return the given loggers behind one that owns the run folder, unless a given one is of its kind or loggers are switched off."""
+        if given is False:
+            return given
+        others = [] if given is None or given is True else given if isinstance(given, list) else [given]
+        if any(_is_csv(logger) for logger in others):
+            return given
+        arguments = Namespace(save_dir=str(self.runs.parent), name=self.runs.name, version=None, prefix="", flush_logs_every_n_steps=10)
+        own = Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=arguments)
+        return [own, *others] if others else own
 
     def _refuse_untrained(self, class_path: str) -> None:
         if getattr(resolve_name(class_path), "trains", True):
@@ -271,6 +281,11 @@ def run(words: Sequence[str]) -> MalleableCLI:
         log.info("run folder: %s", cli.trainer.log_dir)
     atexit.register(_leave_process_group)
     return cli
+
+
+def _is_csv(logger: Any) -> bool:
+    class_path = logger.get("class_path") if isinstance(logger, Namespace) else None
+    return bool(class_path) and issubclass(resolve_name(class_path), CSVLogger)
 
 
 def _texts(value: Any) -> Iterator[str]:

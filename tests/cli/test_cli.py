@@ -45,6 +45,12 @@ def test_each_run_has_a_new_folder(run, boring):
     assert names(boring / "runs" / "boring") == ["version_0", "version_1"]
 
 
+def test_another_logger_keeps_the_run_folder(run, boring):
+    trainer = run("fit", "--trainer.logger", "lightning.pytorch.loggers.logger.DummyLogger").trainer
+    assert [type(logger).__name__ for logger in trainer.loggers] == ["CSVLogger", "DummyLogger"]
+    assert {"checkpoints", "metrics.csv"} <= set(names(boring / "runs" / "boring" / "version_0"))
+
+
 def test_the_root_of_the_runs_can_be_moved(run, boring):
     run("fit", "--trainer.default_root_dir", "elsewhere")
     assert (boring / "elsewhere" / "boring" / "version_0" / "metrics.csv").exists()

@@ -7,6 +7,7 @@ from boring import BoringDataModule, BoringModule
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.figure import Figure
 
 from malleable.callbacks.report.figures import split_curve
@@ -61,6 +62,27 @@ def test_a_report_after_fit_and_test(tmp_path, caplog):
     assert "![Training](training.png)" in page
     assert "mean_output" in caplog.text
     assert f"report: {folder / 'report.md'}" in caplog.text
+
+
+class Recorder(DummyLogger):
+    """Keeps what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append(metrics)
+
+
+def test_the_loggers_get_every_figure_of_the_report_once(tmp_path):
+    logger = Recorder()
+    run(tmp_path, [RunReport(str(tmp_path / "report")), Contributor()], logger=[logger])
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    names = [name for row in logger.rows for name in row if name.startswith(("test_", "floor_"))]
+    assert sorted(names) == sorted(name for name, value in metrics.items() if name.startswith(("test_", "floor_")) and value is not None)
+    (floor,) = (row for row in logger.rows if "floor_two_mean_output" in row)
+    assert floor == {"floor_two_mean_output": 2.0}
 
 
 def test_the_log_shows_the_main_metrics_only(tmp_path, caplog):

@@ -7,11 +7,16 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
 from self_play_run import make_loop, make_module
 from tiny import batch_of, tiny_catalog, tiny_rows
-from tiny_data import quiet_trainer
+from tiny_data import TinyData, quiet_trainer
 from torch.utils.data import DataLoader
 
 from malleable.callbacks.self_play.loop import SelfPlayLoop
 from malleable.callbacks.self_play.phases import PhaseSettings
+
+
+def run(folder, loop=None, module=None):
+    trainer = quiet_trainer(folder, max_epochs=-1, callbacks=[loop or make_loop()])
+    trainer.fit(module or make_module(dropout=0.0), TinyData())
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from malleable import compare
 from malleable.callbacks.report.row_recorder import DIGEST, ROWS_FILE
+from malleable.commands import compare
 from malleable.commands.compare import SPLIT_DEFAULTS, difference, load_run, run_compare
 from malleable.datamodules.recommendation.splits import Split
 from malleable.lightning_modules.metrics.significance import paired_bootstrap, row_values
