@@ -42,7 +42,7 @@ class RunReport(Callback):
     ``report_phases() -> list[tuple[int, str]]`` give phases, which the curves show. They are asked on rank zero.
     A data module with ``data_summary() -> list[tuple[str, str]]`` is described on the page.
 
-    Test metrics reach the loggers of the run as they are logged; the metrics of the models to compare with are logged once, at the end.
+    Test metrics reach the loggers of the run as they are logged; the metrics of the models to compare with are logged once, after the test.
 
     ``test_rows.safetensors`` has ``sample_id``, ``target`` and ``rank`` of each test row where the module ranks; ``malleable compare`` reads it.
 
@@ -161,7 +161,8 @@ class RunReport(Callback):
         self.phases = [phase for callback in contributors if isinstance(callback, HasPhases) for phase in callback.report_phases()]
         self.facts["devices"] = f"{trainer.world_size} × {trainer.strategy.root_device.type}"
         self.write(_title(trainer, pl_module), type(pl_module).__name__, columns, sections)
-        self._log(trainer, columns)
+        if stage == "test":
+            self._log(trainer, columns)
 
     def write(self, title: str, name: str, columns: Sequence[Column] = (), sections: Sequence[Section] = ()) -> None:
         """Write all files, each whole or not at all, and log the main figures.
@@ -190,7 +191,7 @@ class RunReport(Callback):
         rank_zero_info(f"{title}{table}\nreport: {self.folder / 'report.md'}")
 
     def _log(self, trainer: Trainer, columns: Sequence[Column]) -> None:
-        """Give the loggers the metrics of the models to compare with; those of the run itself they have already."""
+        """Give the loggers the metrics of the models to compare with; those of the run itself are logged already."""
         finite = {name: value for name, value in _of_columns(columns).items() if math.isfinite(value)}
         for logger in trainer.loggers if finite else ():
             logger.log_metrics(finite, step=trainer.global_step)
