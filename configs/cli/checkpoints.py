@@ -1,4 +1,4 @@
-"""What a checkpoint says about the model it holds, and where the latest one lies."""
+"""The model that a checkpoint describes, and the search for the latest checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``malleable fit|validate|test|predict``: Lightning's command line, with recipes by name and no silent surprises."""
+"""``malleable fit|validate|test|predict``: Lightning's command line, with recipes by name and checks of checkpoints and options."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 
 
 class MalleableCLI(LightningCLI):
-    """Lightning's command line in subclass mode; ``base/fit.yaml`` lies under every configuration.
+    """Lightning's command line in subclass mode; ``base/fit.yaml`` holds the defaults of every configuration.
 
-    Our classes go by their short names, any other LightningModule or LightningDataModule by its import path.
+    Classes of malleable have short names; any other LightningModule or LightningDataModule is given by its import path.
     """
 
     config: Namespace
@@ -90,7 +90,7 @@ class MalleableCLI(LightningCLI):
         self.config[command].ckpt_path = ckpt_path if command == "fit" else _readable(ckpt_path, self.config[command].trainer.strategy)
 
     def _with_stored_model(self, parser: LightningArgumentParser, words: list[str], ckpt_path: str) -> list[str]:
-        """Lay a checkpoint's model under the configurations, and those of its settings that weights depend on over them."""
+        """Use a checkpoint's model as the default; settings that its weights depend on override the configurations."""
         command = str(self.config.subcommand)
         stored = stored_model(ckpt_path)
         model = self.config[command].model
@@ -143,7 +143,7 @@ class MalleableCLI(LightningCLI):
         return ["--config", json.dumps({"data": {"class_path": data.class_path, "init_args": layer}})] if layer else []
 
     def _parse_ckpt_path(self) -> None:
-        """Keep Lightning (2.5.5 to 2.7) from laying the checkpoint's hyper-parameters over the values given."""
+        """Disable the hook of Lightning (2.5.5 to 2.7) by which hyper-parameters of the checkpoint override given values."""
 
     @property
     def runs(self) -> Path:
@@ -154,7 +154,7 @@ class MalleableCLI(LightningCLI):
         return Path(config.trainer.default_root_dir or "runs") / name
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what cannot be meant, and give the run its folder."""
+        """Check the options, and give the run its folder."""
         command = str(self.subcommand)
         config = self.config[command]
         plain = json.loads(json.dumps(config.as_dict(), default=str))

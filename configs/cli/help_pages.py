@@ -1,4 +1,4 @@
-"""Help that needs neither torch nor Lightning: of the program, and of the commands that train and measure."""
+"""Help of the program and of its training commands, without imports of torch or Lightning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations laid one over the other: recipes by name, and classes that are replaced together with their arguments."""
+"""Merging of configurations: recipes by name, and classes that are replaced together with their arguments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RecipeFile(ActionConfigFile):
     """``--config``: a file, the name of a packaged recipe, or YAML between braces."""
 
     def __call__(self, parser: argparse.ArgumentParser, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Lay the file over what was given before."""
+        """Merge the file into the configuration; its values override earlier ones."""
         text = str(values)
         if text.lstrip().startswith("{"):
             content = parse_yaml(text, "--config") or {}
@@ -43,7 +43,7 @@ class Replace(argparse.Action):
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Drop what the announced option makes stale."""
+        """Drop the arguments of the class that the announced option replaces."""
         key, _, text = values.partition("=")
         try:
             value = parse_yaml(text, key)
@@ -55,7 +55,7 @@ class Replace(argparse.Action):
 
 
 def mark_replacements(words: Sequence[str]) -> list[str]:
-    """Announce every option of a command line, so that a class named there does not inherit another's arguments."""
+    """Put ``--replace`` before every option of a command line, so that a class named there does not get the arguments of another."""
     marked: list[str] = []
     for word, following in zip(words, [*words[1:], "--"], strict=True):
         if match := _FLAG.fullmatch(word):

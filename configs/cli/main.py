@@ -1,4 +1,4 @@
-"""The command line ``malleable``: light answers here, everything that trains in :mod:`malleable.cli`."""
+"""The command line ``malleable``. Commands that train are in :mod:`malleable.cli`, which is imported only for them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         if args is not None:
             raise
-        # Whoever reads the output, such as `head`, has ended; what is left to write goes nowhere.
+        # The reader of the output, such as `head`, has ended; discard the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         message = _message(error)
@@ -118,7 +118,7 @@ def _is_no_noise(record: logging.LogRecord) -> bool:
 
 
 class _Plain(logging.Formatter):
-    """Messages in which labels of files cannot command the terminal."""
+    """Formatter that escapes control characters, so that labels of files cannot send commands to the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return for_terminal(super().format(record), keep="\n\t")

@@ -1,4 +1,4 @@
-"""Recipes by name: ``sprec/movielens.yaml`` is looked up in the working directory, then among those that travel with the package."""
+"""Recipes by name: ``sprec/movielens.yaml`` is looked up in the working directory, then among those of the package."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def find_recipe(name: str) -> Path:
 
 
 def recipe_name(path: Path) -> str | None:
-    """Return the name a run of this configuration goes by, ``None`` for a fragment such as ``base/ddp.yaml``."""
+    """Return the name of the runs of a configuration, ``None`` for a fragment such as ``base/ddp.yaml``."""
     path = path.resolve()
     for folder in (FOLDER.resolve(), Path.cwd()):
         if path.is_relative_to(folder):

@@ -77,7 +77,7 @@ def _loader() -> Any:
 
 
 def _check_size(content: Any) -> None:
-    """Count values level by level; an alias counts as what it stands for."""
+    """Count values level by level; an alias counts as its value."""
     level, count = [content], 0
     for _ in range(DEPTH_LIMIT):
         following: list[Any] = []
