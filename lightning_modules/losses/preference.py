@@ -192,7 +192,8 @@ class Robust(PairwiseLoss):
         logits = self.beta * delta
         eps: Any = self.smoothing if smoothing is None else smoothing
         kept, flipped = F.softplus(-logits), F.softplus(logits)
-        return ((1 - eps) * kept - eps * flipped) / (1 - 2 * eps)
+        losses: Tensor = ((1 - eps) * kept - eps * flipped) / (1 - 2 * eps)
+        return losses
 
 
 class IPO(PairwiseLoss):
