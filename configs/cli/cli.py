@@ -285,7 +285,7 @@ def run(words: Sequence[str]) -> MalleableCLI:
 
 def _is_csv(logger: Any) -> bool:
     class_path = logger.get("class_path") if isinstance(logger, Namespace) else None
-    return bool(class_path) and issubclass(resolve_name(class_path), CSVLogger)
+    return class_path is not None and issubclass(resolve_name(class_path), CSVLogger)
 
 
 def _texts(value: Any) -> Iterator[str]:
