@@ -36,10 +36,10 @@ from .losses.preference import PairwiseLoss as PairwiseLoss
 from .losses.preference import PreferenceLoss as PreferenceLoss
 from .losses.preference import Robust as Robust
 from .losses.preference import Sigmoid as Sigmoid
-from .patches.containers import open_container as open_container
 from .patches.delta import Delta as Delta
 from .patches.patch import Patch as Patch
 from .patches.stack import PatchStack as PatchStack
+from .patches.storage import open_container as open_container
 from .recommendation.baselines import ItemKNN as ItemKNN
 from .recommendation.baselines import Markov as Markov
 from .recommendation.baselines import Popularity as Popularity

@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from malleable.datamodules.files.user_files import first_line
-from malleable.lightning_modules.patches.fingerprint import raw
-from malleable.lightning_modules.patches.safetensors_file import open_tensors
+from malleable.lightning_modules.patches.tensors import open_tensors, raw
 
 CHECKSUM = "sha256"
 

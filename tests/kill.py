@@ -50,8 +50,8 @@ from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.targets import TargetSettings
 from malleable.lightning_modules.graphs.nfe import NFE
 from malleable.lightning_modules.graphs.settings import EmbeddingTuning
-from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.patch import Patch
+from malleable.lightning_modules.patches.storage import open_container
 from malleable.runs import RunFolder, claimed_folders, find_run_checkpoint
 
 State = dict[str, str]

@@ -29,8 +29,8 @@ from malleable.lightning_modules.editing.undisturbed import undisturbed
 from malleable.lightning_modules.functional.editing.null_space import LowRank
 from malleable.lightning_modules.metrics.editing import RequestFigures
 from malleable.lightning_modules.patches.delta import Delta
-from malleable.lightning_modules.patches.names import canonical_name
 from malleable.lightning_modules.patches.patch import Patch
+from malleable.lightning_modules.patches.tensors import canonical_name
 from malleable.lightning_modules.serialization import from_plain
 
 log = logging.getLogger(__name__)

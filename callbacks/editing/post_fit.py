@@ -22,9 +22,9 @@ from malleable.datamodules.files.atomic import atomic_write
 from malleable.datamodules.files.plain_checkpoint import read_plain
 from malleable.lightning_modules.frozen_ddp import leave_frozen_unwrapped
 from malleable.lightning_modules.patches.delta import Delta
-from malleable.lightning_modules.patches.names import canonical_tensors
 from malleable.lightning_modules.patches.patch import Patch
 from malleable.lightning_modules.patches.stack import PatchStack
+from malleable.lightning_modules.patches.tensors import canonical_tensors
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from malleable.datamodules.files.fetch import hub_errors
 from malleable.datamodules.files.text_files import read_json
 from malleable.datamodules.files.user_files import check_model_folder, first_line, reading
-from malleable.lightning_modules.patches.safetensors_file import open_tensors
+from malleable.lightning_modules.patches.tensors import open_tensors
 
 if TYPE_CHECKING:
     from malleable.lightning_modules.language.config import LanguageModelConfig

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from malleable.lightning_modules.language.config import FINGERPRINT
-from malleable.lightning_modules.patches.names import canonical_name
+from malleable.lightning_modules.patches.tensors import canonical_name
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from malleable.datamodules.files.plain_checkpoint import read_plain
 from malleable.datamodules.identity import restore_tokenizer
 from malleable.lightning_modules.language.adapters import target_modules
 from malleable.lightning_modules.patches.stack import PatchStack
-from malleable.lightning_modules.patches.weights_folder import SECTION, write_section
+from malleable.lightning_modules.patches.storage import SECTION, write_section
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,8 @@ from malleable.datamodules.files.text_files import open_text
 from malleable.datamodules.files.user_files import check_tree
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.files import mirror, replacing
-from malleable.lightning_modules.patches.fingerprint import raw
 from malleable.lightning_modules.patches.manifest import dump_manifest, parse_manifest, plain, to_json
-from malleable.lightning_modules.patches.safetensors_file import load_tensors
+from malleable.lightning_modules.patches.tensors import load_tensors, raw
 
 MANIFEST = "patch.json"
 DELTAS = "deltas.safetensors"
@@ -40,7 +39,7 @@ class Patch:
     Attributes:
         kind: What made it, e.g. ``alpha_edit``.
         deltas: What it adds, by canonical tensor name; empty for a change that touches no weight.
-        base: :func:`~malleable.lightning_modules.patches.fingerprint.fingerprint` of the whole model that it was made on, as that is
+        base: :func:`~malleable.lightning_modules.patches.tensors.fingerprint` of the whole model that it was made on, as that is
             without any patch; empty for a change that is bound to no weights.
         title: A line for the reader.
         requests: What was asked for, one plain dictionary each; what came of it, under ``outcome``, does not count for the id.

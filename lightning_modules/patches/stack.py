@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from malleable.lightning_modules.patches.conflicts import Conflict, find_conflicts
-from malleable.lightning_modules.patches.fingerprint import Comparison, compare, digest, fingerprint
 from malleable.lightning_modules.patches.patch import Patch
+from malleable.lightning_modules.patches.tensors import Comparison, compare, digest, fingerprint
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,7 +39,7 @@ class Change(NamedTuple):
 
         Args:
             tensors: Those that the change was made for, e.g. of
-                :func:`~malleable.lightning_modules.patches.names.canonical_tensors`.
+                :func:`~malleable.lightning_modules.patches.tensors.canonical_tensors`.
         """
         with torch.no_grad():
             for name, value in self.tensors.items():

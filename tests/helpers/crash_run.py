@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from malleable.lightning_modules.patches import checkpoint_file
-from malleable.lightning_modules.patches.containers import open_container
+from malleable.lightning_modules.patches import storage
 from malleable.lightning_modules.patches.patch import Patch
+from malleable.lightning_modules.patches.storage import open_container
 
 _STEPS = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir"}
 
@@ -51,7 +51,7 @@ def apply_and_die(path: Path, patch: Patch, step: int) -> None:
 
     torch_save = torch.save
     if step == 0:
-        checkpoint_file.torch.save = half
+        storage.torch.save = half
     sys.addaudithook(watch)
     apply(path, patch)
     os._exit(0)

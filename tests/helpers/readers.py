@@ -379,7 +379,7 @@ class _Folder:
     def make(folder):
         from tiny_patch import apply, llama, random_patch
 
-        from malleable.lightning_modules.patches.containers import open_container
+        from malleable.lightning_modules.patches.storage import open_container
 
         llama().save_pretrained(folder / "m", max_shard_size="8KB")
         found = sorted(path.name for path in (folder / "m").glob("model-*"))
@@ -392,7 +392,7 @@ class _Folder:
         apply(folder / "m", random_patch(open_container(folder / "m").tensors))
 
     def read(folder):
-        from malleable.lightning_modules.patches.containers import open_container
+        from malleable.lightning_modules.patches.storage import open_container
 
         container = open_container(folder / "m")
         return [tensor.sum() for tensor in container.tensors.values()], container.stack.revert(container.stack.ids, container.tensors)
@@ -403,7 +403,7 @@ class _Checkpoint:
     def make(folder):
         from tiny_patch import apply, llama, random_patch, save_checkpoint
 
-        from malleable.lightning_modules.patches.containers import open_container
+        from malleable.lightning_modules.patches.storage import open_container
 
         path = save_checkpoint(llama(), folder / "c.ckpt", hyper_parameters={"_class_path": "malleable.SFT", "x": 1}, epoch=1, callbacks={})
         apply(path, random_patch(open_container(path).tensors))
@@ -411,7 +411,7 @@ class _Checkpoint:
     def read(folder):
         from malleable.checkpoints import AtomicCheckpointIO, stored_model
         from malleable.lightning_modules.language.export import read_checkpoint
-        from malleable.lightning_modules.patches.containers import open_container
+        from malleable.lightning_modules.patches.storage import open_container
 
         container = open_container(folder / "c.ckpt")
         stored_model(str(folder / "c.ckpt"))

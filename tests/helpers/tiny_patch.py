@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.delta import Delta
-from malleable.lightning_modules.patches.fingerprint import fingerprint
 from malleable.lightning_modules.patches.patch import Patch
+from malleable.lightning_modules.patches.storage import open_container
+from malleable.lightning_modules.patches.tensors import fingerprint
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 UP = "model.layers.1.mlp.up_proj.weight"

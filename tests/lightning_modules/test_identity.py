@@ -40,7 +40,7 @@ from malleable.lightning_modules.base import BaseModule
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
 from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.tuning import Tuning
-from malleable.lightning_modules.patches.names import canonical_tensors
+from malleable.lightning_modules.patches.tensors import canonical_tensors
 
 TEXT, COUNTED = (SFT, DPO, SPRec), (ItemKNN, Markov, Popularity)
 COMMANDS = ("fit", "validate", "test", "predict")

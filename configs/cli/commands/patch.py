@@ -13,11 +13,10 @@ from pathlib import Path
 from malleable.commands.patch_text import describe, difference, listing, patch_difference
 from malleable.datamodules.files.atomic import locked, recover
 from malleable.datamodules.files.escape import for_terminal
-from malleable.lightning_modules.patches.container import Container
-from malleable.lightning_modules.patches.containers import is_weights_folder, open_container
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.patch import Patch, is_patch, read_patches
 from malleable.lightning_modules.patches.stack import Change, PatchStack
+from malleable.lightning_modules.patches.storage import Container, is_weights_folder, open_container
 
 _TARGET = "a Lightning checkpoint (one file), or the folder of a PEFT adapter or a Hugging Face model"
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from malleable.datamodules.files.escape import for_terminal
-from malleable.lightning_modules.patches.container import Container
 from malleable.lightning_modules.patches.patch import Patch
+from malleable.lightning_modules.patches.storage import Container
 
 _BLOCK = 1 << 20  # values in memory at once, widened
 

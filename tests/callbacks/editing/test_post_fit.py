@@ -17,8 +17,8 @@ from small_facts import NEW, OTHERS, SETTINGS, share
 
 from malleable import AlphaEdit, Delta, PostFitEdit
 from malleable.lightning_modules.editing.settings import EditSettings
-from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.patch import read_patches
+from malleable.lightning_modules.patches.storage import open_container
 from malleable.main import main
 
 

@@ -8,8 +8,8 @@ import torch
 from tiny_patch import DOWN, UP, llama, random_patch, save_checkpoint
 
 from malleable.commands.patch import run
-from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.patch import Patch
+from malleable.lightning_modules.patches.storage import open_container
 from malleable.main import main
 
 EMPTY = torch.empty(0, 4)

@@ -16,7 +16,7 @@ from malleable.datamodules.files import atomic as files
 from malleable.datamodules.language.tokenizer import train_tokenizer
 from malleable.lightning_modules.language.config import LanguageModelConfig, build_language_model
 from malleable.lightning_modules.language.export import gathered_state, save_language_model
-from malleable.lightning_modules.patches.containers import open_container
+from malleable.lightning_modules.patches.storage import open_container
 
 TOKENS = torch.tensor([[2, 4, 5, 1]])
 TITLES = ["Alien", "Heat", "Dune"]

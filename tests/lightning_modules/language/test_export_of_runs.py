@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from malleable.callbacks.editing.post_fit import PostFitEdit
 from malleable.lightning_modules.language.config import LanguageModelConfig
 from malleable.lightning_modules.language.tuning import Tuning
-from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.delta import Delta
+from malleable.lightning_modules.patches.storage import open_container
 from malleable.lightning_modules.recommendation.sft import SFT
 
 TOKENS = torch.tensor([[2, 4, 5, 1]])
@@ -27,7 +27,7 @@ class AddOne(PostFitEdit):
     kind = "test"
 
     def make_patch(self, trainer, pl_module, model):
-        from malleable.lightning_modules.patches.names import canonical_tensors
+        from malleable.lightning_modules.patches.tensors import canonical_tensors
 
         shape = canonical_tensors(model)[EDITED].shape
         return self.patch(model, {EDITED: Delta(torch.full(shape, 0.5))}, title="add")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_patch import DOWN, UP, llama, random_patch, save_checkpoint
 
-from malleable.lightning_modules.patches.containers import open_container
+from malleable.lightning_modules.patches.storage import open_container
 
 SCRIPT = Path(__file__).resolve().parents[2] / "helpers" / "crash_run.py"
 

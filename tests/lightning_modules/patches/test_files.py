@@ -3,8 +3,8 @@ import os
 import pytest
 from tiny_patch import apply, llama, random_patch, save_checkpoint
 
-from malleable.lightning_modules.patches.containers import open_container
 from malleable.lightning_modules.patches.files import mirror, replacing
+from malleable.lightning_modules.patches.storage import open_container
 
 
 def tree(path):

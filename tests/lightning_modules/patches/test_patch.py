@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from malleable.lightning_modules.patches.delta import Delta
-from malleable.lightning_modules.patches.fingerprint import fingerprint
 from malleable.lightning_modules.patches.patch import Patch, is_patch, read_patches
+from malleable.lightning_modules.patches.tensors import fingerprint
 
 TENSORS = {"a.weight": torch.arange(12.0).view(4, 3), "b.bias": torch.arange(4.0), "c.weight": torch.ones(2)}
 TWINS = {"a": Delta(torch.ones(1, 1), torch.ones(1, 1)), "a.up": Delta(torch.ones(1))}

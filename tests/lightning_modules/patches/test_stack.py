@@ -6,9 +6,9 @@ import torch
 from tiny_patch import DOWN, QUERY, UP, gpt2, llama, random_patch, with_lora
 
 from malleable.lightning_modules.patches.delta import Delta
-from malleable.lightning_modules.patches.names import canonical_tensors
 from malleable.lightning_modules.patches.patch import Patch
 from malleable.lightning_modules.patches.stack import PatchStack
+from malleable.lightning_modules.patches.tensors import canonical_tensors
 
 
 def copies(tensors):
