@@ -43,9 +43,9 @@ from tiny_data import TinyData
 from toy_graph import toy_graph
 
 from malleable import EmbeddingReport, LastCheckpoint, ReferenceCache, RunReport  # noqa: F401  (imported before the forks)
-from malleable.callbacks.editing.edit_protocol import Protocol
 from malleable.callbacks.report.page import Section
 from malleable.checkpoints import AtomicCheckpointIO
+from malleable.lightning_modules.editing.evaluation import Protocol
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.targets import TargetSettings
 from malleable.lightning_modules.graphs.nfe import NFE

@@ -14,14 +14,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from malleable.callbacks.editing.edit_protocol import Findings, Protocol, edit_in_batches, examine
 from malleable.callbacks.editing.edit_report import UsedDirections, edit_sections, spectrum_section, survival_section
 from malleable.callbacks.editing.post_fit import PostFitEdit
 from malleable.callbacks.report.page import Column, Section
 from malleable.datamodules.editing.requests import EditRequest, checked, read_requests, request_of
 from malleable.datamodules.language.texts import read_texts
 from malleable.lightning_modules.editing.editor import AlphaEditor, Edited
-from malleable.lightning_modules.editing.known import KnownFacts, known_requests
+from malleable.lightning_modules.editing.evaluation import EvaluationResult, KnownFacts, Protocol, edit_in_batches, evaluate_edits, known_requests
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.statistics import StatisticsSettings
 from malleable.lightning_modules.editing.targets import Fact
@@ -85,7 +84,7 @@ class AlphaEdit(PostFitEdit):
         elif requests is not None:
             self.requests = checked([request_of(fields, number) for number, fields in enumerate(requests)], "requests")
         self.records: list[Edited] = []
-        self.before, self.after = Findings(), Findings()
+        self.before, self.after = EvaluationResult(), EvaluationResult()
         self._edited: list[EditRequest] = []
         self._course: dict[str, Any] = {}
 
@@ -125,10 +124,10 @@ class AlphaEdit(PostFitEdit):
                 editor.fit_statistics(self._texts(trainer), self.statistics, self.statistics_file)
         if self.settings.remember:
             editor.remember([Fact.of(request) for request in _unasked(self._patched(), requests)])
-        self.before = examine(model, tokenizer, requests, measured, self.protocol)
+        self.before = evaluate_edits(model, tokenizer, requests, measured, self.protocol)
         try:
             self.records, survival = edit_in_batches(editor, requests, self.protocol)
-            self.after = examine(model, tokenizer, requests, measured, self.protocol)
+            self.after = evaluate_edits(model, tokenizer, requests, measured, self.protocol)
             deltas = {self._name(editor, layer): self._delta(editor, layer) for layer in editor.layers}
             drift = editor.drift()
         finally:
@@ -159,12 +158,12 @@ class AlphaEdit(PostFitEdit):
         own = tuple(self.applied) == self.stack.ids
         known = self._edited == requests and own
         drift = self._course.get("drift") if known or (own and len(self.stack.ids) == 1) else None
-        self.after = examine(model, tokenizer, requests, measured, self.protocol)
+        self.after = evaluate_edits(model, tokenizer, requests, measured, self.protocol)
         if not patched:
-            self.before = Findings()
+            self.before = EvaluationResult()
         elif not known or not self.before.requests:
             with self.originals(model):
-                self.before = examine(model, tokenizer, requests, measured, self.protocol)
+                self.before = evaluate_edits(model, tokenizer, requests, measured, self.protocol)
         if drift is not None:
             self.after.figures["drift"] = drift
         self._edited = requests

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from malleable.callbacks.editing.edit_protocol import Findings
 from malleable.callbacks.report.figures import COLORS, short_title
 from malleable.callbacks.report.page import Section
 from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest
+from malleable.lightning_modules.editing.evaluation import EvaluationResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ class UsedDirections(NamedTuple):
     retained: int | None
 
 
-def edit_sections(requests: Sequence[EditRequest], before: Findings, after: Findings) -> list[Section]:
+def edit_sections(requests: Sequence[EditRequest], before: EvaluationResult, after: EvaluationResult) -> list[Section]:
     """The table of facts before and after.
 
     Args:

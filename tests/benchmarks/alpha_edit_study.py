@@ -27,15 +27,14 @@ os.environ["TQDM_DISABLE"] = "1"  # no bars of weights between the lines
 
 import torch
 
-from malleable.callbacks.editing.edit_protocol import Protocol, edit_in_batches, examine
 from malleable.datamodules.editing.datamodule import EditingDataModule
 from malleable.datamodules.editing.requests import EditRequest
 from malleable.datamodules.files.fetch import resolve_model
 from malleable.datamodules.sources.editing.countries import Countries
 from malleable.datamodules.sources.editing.texts import WordNetGlosses
 from malleable.lightning_modules.editing.editor import AlphaEditor
+from malleable.lightning_modules.editing.evaluation import KnownFacts, Protocol, edit_in_batches, evaluate_edits, known_requests
 from malleable.lightning_modules.editing.fine_tune import FineTuneSettings
-from malleable.lightning_modules.editing.known import KnownFacts, known_requests
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
 from malleable.lightning_modules.editing.targets import TargetSettings
@@ -150,11 +149,11 @@ class Bench:
             editor.use_moments(self.moments[seed])
         protocol = Protocol(texts=40, writing=0, survival=False, answers=0)
         if seed not in self.before:
-            self.before[seed] = examine(self.model, data.tokenizer, requests, data.measured_texts, protocol).figures["perplexity"]
+            self.before[seed] = evaluate_edits(self.model, data.tokenizer, requests, data.measured_texts, protocol).figures["perplexity"]
         start = time.perf_counter()
         try:
             edit_in_batches(editor, requests, protocol)
-            after = examine(self.model, data.tokenizer, requests, data.measured_texts, protocol).figures
+            after = evaluate_edits(self.model, data.tokenizer, requests, data.measured_texts, protocol).figures
         finally:
             editor.revert()
         after["perplexity_ratio"] = after["perplexity"] / self.before[seed]

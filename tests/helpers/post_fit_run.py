@@ -15,7 +15,7 @@ from small_facts import KNOWN, NEW, OTHERS, SETTINGS, TEXTS, also, learnt_decode
 from torch.utils.data import DataLoader
 
 from malleable import AlphaEdit, PostFitEdit
-from malleable.callbacks.editing.edit_protocol import Protocol
+from malleable.lightning_modules.editing.evaluation import Protocol
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.targets import Fact, TargetSettings
 

@@ -14,10 +14,9 @@ from small_facts import KNOWN, NEW, OTHERS, PARAPHRASE, SETTINGS, TEXTS
 
 from malleable import AlphaEdit, RunReport
 from malleable.callbacks.editing import alpha_edit
-from malleable.callbacks.editing.edit_protocol import Protocol, examine
 from malleable.callbacks.editing.edit_report import UsedDirections, edit_sections, spectrum_section, survival_section
 from malleable.callbacks.report.figures import save_figure
-from malleable.lightning_modules.editing.known import KnownFacts
+from malleable.lightning_modules.editing.evaluation import KnownFacts, Protocol, evaluate_edits
 from malleable.lightning_modules.editing.settings import EditSettings
 
 TRUE = {fact.subject: fact.target for fact in KNOWN}
@@ -195,7 +194,7 @@ def test_a_test_after_the_fit_asks_the_originals_no_second_time(learnt, tmp_path
     trainer, module = trainer_of(tmp_path, callback), copy.deepcopy(learnt)
     trainer.fit(module)
     before, asked = callback.before, []
-    monkeypatch.setattr(alpha_edit, "examine", lambda *arguments: asked.append(1) or examine(*arguments))
+    monkeypatch.setattr(alpha_edit, "evaluate_edits", lambda *arguments: asked.append(1) or evaluate_edits(*arguments))
     trainer.test(module, verbose=False)
     assert len(asked) == 1
     assert callback.before is before
@@ -245,21 +244,21 @@ def test_texts_of_a_file(learnt, tmp_path):
 
 
 def test_long_reports_show_the_facts_that_hold_least():
-    from malleable.callbacks.editing.edit_protocol import Findings
     from malleable.datamodules.editing.requests import EditRequest
+    from malleable.lightning_modules.editing.evaluation import EvaluationResult
     from malleable.lightning_modules.metrics.editing import RequestFigures
 
     requests = [EditRequest(str(number), "{} is", f"fact {number}", "new", "old") for number in range(100)]
     held = [RequestFigures(float(number != 90), *[math.nan] * 8) for number in range(100)]
-    before = Findings([RequestFigures(*[0.0] * 9)] * 100, ["old"] * 100)
-    (section,) = edit_sections(requests, before, Findings(held, ["new"] * 100))
+    before = EvaluationResult([RequestFigures(*[0.0] * 9)] * 100, ["old"] * 100)
+    (section,) = edit_sections(requests, before, EvaluationResult(held, ["new"] * 100))
     header, rows = section.table
     assert len(rows) == 60
     assert rows[-1][0] == "fact 90 is"
     assert rows[-1][-3:] == ["0 % → 0 %", "0 % → –", "0 % → –"]
     assert "Of 100 facts, the 60 that hold least" in section.text
     assert len(header) == len(rows[0])
-    assert edit_sections(requests, Findings(), Findings(held)) == []
+    assert edit_sections(requests, EvaluationResult(), EvaluationResult(held)) == []
 
 
 def test_pictures_of_survival_and_of_methods_without_a_null_space(tmp_path):

@@ -8,9 +8,8 @@ from small_editing import decoder, tokenizer
 from small_facts import ANSWERS, KNOWN, NEW, PARAPHRASE, learnt_decoder, share
 
 from malleable.datamodules.editing.requests import EditRequest, Probe
-from malleable.lightning_modules.editing.answers import take_answers
+from malleable.lightning_modules.editing.answers import measure, measure_generated, measure_writing, perplexity, say, stop_tokens, take_answers, write
 from malleable.lightning_modules.editing.prompts import Reader
-from malleable.lightning_modules.editing.protocol import measure, measure_generated, measure_writing, perplexity, say, stop_tokens, write
 from malleable.lightning_modules.metrics.editing import EditingMetrics, RequestFigures
 
 
