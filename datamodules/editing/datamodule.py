@@ -20,37 +20,36 @@ if TYPE_CHECKING:
 
 
 class EditingDataModule(BaseDataModule):
-    """Edit requests, and rows of text for the language model that they are to be made in.
+    """Edit requests, and text to train the language model that is edited.
 
-    A model trains on sentences that tell the facts, several to a document in ever other company, and on texts. Validation asks for told
-    facts again, in documents of their own; the test measures the text that edits should leave alone, which no training row holds where there are
-    texts.
+    The training rows are documents, each with several statements of facts in random order, and plain texts. Validation uses other documents of the
+    same statements. The test uses the text whose perplexity is measured; where there are plain texts, it is held out from training.
 
     Args:
-        source: Where the requests come from.
-        texts: Plain texts beside them.
-        tokenizer: Hub id, folder, GGUF file or known name, or a checkpoint, or the folder ``model/`` or ``adapter/`` of a run, whose tokenizer it
-            is; ``None`` trains a BPE on sentences and texts.
-        vocab_size: Tokens of that BPE.
-        sentences: Sentences of a document.
-        shuffles: Documents that tell each sentence in one epoch.
-        pack_length: Tokens of a row.
-        eval_documents: Documents, and texts, to validate and test with.
-        keep_told: Count sentences that no request changes among what a model should go on saying; without them neighbours are left to the
-            edits' own care.
-        batch_size: Rows of one training pass on one device, at most.
-        global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times devices.
-        eval_batch_size: Rows of one pass in validation and test; default: ``batch_size``.
-        num_workers: Loader processes on each device.
-        seed: Seed of the order of rows and of everything drawn.
-        local_files_only: Take a tokenizer's hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
+        source: Source of the requests and statements.
+        texts: Source of plain texts.
+        tokenizer: Hub id, folder, GGUF file or known name; or a checkpoint, or the folder ``model/`` or ``adapter/`` of a run, whose tokenizer is used.
+            ``None`` trains a BPE tokenizer on statements and texts.
+        vocab_size: Vocabulary size of that tokenizer.
+        sentences: Number of statements in a document.
+        shuffles: Number of documents of an epoch that contain each statement.
+        pack_length: Length of a row in tokens.
+        eval_documents: Number of documents and of texts for validation and test.
+        retain_statements: Add the statements that no request changes to the text that edits preserve. Without them the text contains no
+            neighbour of an edited fact.
+        batch_size: Maximum number of rows of a training batch on one device.
+        global_batch_size: Rows of an optimizer step over all devices. Default: ``batch_size`` times the number of devices.
+        eval_batch_size: Rows of a validation or test batch. Default: ``batch_size``.
+        num_workers: Worker processes on each device.
+        seed: Seed of the order of rows and of all random choices.
+        local_files_only: Look for a tokenizer's hub id in the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
 
     Attributes:
-        vocabulary: What a model must know of the tokenizer, valid after ``setup`` as are all others.
+        vocabulary: Vocabulary of the tokenizer. All attributes are set by ``setup``.
         tokenizer: The tokenizer.
-        edit_requests: What is to be edited.
-        edit_texts: What a model should go on saying: the texts trained on, and sentences that no request changes.
-        measured_texts: What perplexity is measured on: the texts held out, or such sentences where there are no texts.
+        edit_requests: Edit requests.
+        edit_texts: Text that edits preserve: the training texts and the statements that no request changes.
+        measured_texts: Text for perplexity: held-out texts, or such statements where there are no texts.
 
     Raises:
         ValueError: If a value is out of range or the data cannot be used; the message says which.
@@ -74,7 +73,7 @@ class EditingDataModule(BaseDataModule):
         shuffles: int = 10,
         pack_length: int = 256,
         eval_documents: int = 100,
-        keep_told: bool = True,
+        retain_statements: bool = True,
         batch_size: int = 16,
         global_batch_size: int | None = None,
         eval_batch_size: int | None = None,
@@ -96,11 +95,11 @@ class EditingDataModule(BaseDataModule):
         self.shuffles = shuffles
         self.pack_length = pack_length
         self.eval_documents = eval_documents
-        self.keep_told = keep_told
+        self.retain_statements = retain_statements
         self.local_files_only = local_files_only
         self._read: tuple[EditTables, list[str]] | None = None
         self._folder: str | None = None
-        self._told: list[str] | None = None
+        self._statements: list[str] | None = None
         self._train_rows: TextRows | None = None
 
     def prepare_data(self) -> None:
@@ -110,35 +109,35 @@ class EditingDataModule(BaseDataModule):
     def setup(self, stage: str) -> None:
         """Read requests and texts, and make the rows."""
         super().setup(stage)
-        if self._told is not None:
+        if self._statements is not None:
             return
         tables, texts = self._load()
         name = self._tokenizer_folder()
         tokenizer: Any = load_tokenizer(name, self.local_files_only)
         self.tokenizer = tokenizer
         largest = largest_token_id(
-            tokenizer, [*tables.told, *tables.kept, *texts, *(text for request in tables.requests for text in _strings(request))]
+            tokenizer, [*tables.statements, *tables.retained, *texts, *(text for request in tables.requests for text in _strings(request))]
         )
         self.vocabulary = Vocabulary(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, name, largest)
         self.edit_requests = checked(tables.requests, type(self.source).__name__)
         number = len(texts) - min(self.eval_documents, len(texts) // 2)
         texts, held = texts[:number], texts[number:]
-        kept = self._documents(tables.kept, 1, self.seed) if self.keep_told else []
-        self.edit_texts = kept + texts
-        self.measured_texts = held or kept[: self.eval_documents]
-        told = self._documents(tables.told, self.shuffles, self.seed + 1)
-        if not told and not texts:
+        retained = self._documents(tables.retained, 1, self.seed) if self.retain_statements else []
+        self.edit_texts = retained + texts
+        self.measured_texts = held or retained[: self.eval_documents]
+        statements = self._documents(tables.statements, self.shuffles, self.seed + 1)
+        if not statements and not texts:
             raise ValueError(f"{type(self.source).__name__} tells no facts, and there are no texts: give some with texts=...")
-        again = self._documents(tables.told, 1, self.seed + 2)[: self.eval_documents]
-        self._told = told + texts
+        again = self._documents(tables.statements, 1, self.seed + 2)[: self.eval_documents]
+        self._statements = statements + texts
         self.val_dataset = self._rows(again or held)
         self.test_dataset = self._rows(self.measured_texts)
 
     @property
     def train_dataset(self) -> TextRows | None:
         """Rows to train on, made at first use: edits of a published model need none."""
-        if self._train_rows is None and self._told is not None:
-            self._train_rows = self._rows(self._told)
+        if self._train_rows is None and self._statements is not None:
+            self._train_rows = self._rows(self._statements)
         return self._train_rows
 
     def row_tokens(self) -> Sequence[int]:
@@ -165,7 +164,7 @@ class EditingDataModule(BaseDataModule):
         if self.tokenizer_name is not None:
             return self.tokenizer_name
         tables, texts = self._load()
-        return str(train_tokenizer([*tables.told, *texts], self.vocab_size, across_words=False))
+        return str(train_tokenizer([*tables.statements, *texts], self.vocab_size, across_words=False))
 
     def _documents(self, sentences: Sequence[str], shuffles: int, seed: int) -> list[str]:
         documents = []

@@ -53,8 +53,8 @@ class Edited(NamedTuple):
         nll: Negative log-likelihood of a token of the answer with the target in place, nats.
         steps: Steps of the search.
         change: Length of the target's change, as a share of the residual stream's.
-        lacking: What the residual stream lacked of the target before each layer was changed, as a share of the change; the last entry is what
-            it lacked afterwards.
+        residuals: Norm of the remaining residual (target minus residual stream) before each layer is changed, relative to the norm of the
+            whole change; the last entry is after all layers.
     """
 
     fact: Fact
@@ -63,7 +63,7 @@ class Edited(NamedTuple):
     nll: float
     steps: int
     change: float
-    lacking: tuple[float, ...]
+    residuals: tuple[float, ...]
 
 
 class AlphaEditor:
@@ -245,28 +245,28 @@ class AlphaEditor:
 
     def _edit(self, facts: Sequence[Fact]) -> list[Edited]:
         targets = find_targets(self.model, self.layout, self.layers[-1], self.reader, facts, self.contexts, self.settings.targets)
-        # Where the model gave the answer already there is no change, and nothing to lack.
+        # Where the model gave the answer already, the change is zero: report a residual of zero instead of dividing by zero.
         scale = targets.change.norm(dim=1)
         scale = scale.masked_fill(scale == 0, torch.inf)
-        lacking = []
+        residuals = []
         for number, layer in enumerate(self.layers):
             keys, values = self._read(facts, [layer])
-            lack = targets.value - values
-            lacking.append(lack.norm(dim=1) / scale)
-            update = solve_update(keys[layer], lack / (len(self.layers) - number), self.metric(layer), self.keys.get(layer))
+            residual = targets.value - values
+            residuals.append(residual.norm(dim=1) / scale)
+            update = solve_update(keys[layer], residual / (len(self.layers) - number), self.metric(layer), self.keys.get(layer))
             self._add(layer, update)
         keys, values = self._read(facts, self.layers)
-        lacking.append((targets.value - values).norm(dim=1) / scale)
+        residuals.append((targets.value - values).norm(dim=1) / scale)
         if self.settings.remember:
             self._keep(keys)
-        return self._record(facts, targets, torch.stack(lacking, 1))
+        return self._record(facts, targets, torch.stack(residuals, 1))
 
-    def _record(self, facts: Sequence[Fact], targets: Targets, lacking: Tensor) -> list[Edited]:
+    def _record(self, facts: Sequence[Fact], targets: Targets, residuals: Tensor) -> list[Edited]:
         change = targets.change.norm(dim=1) / targets.start.norm(dim=1)
-        columns = [values.tolist() for values in (targets.loss, targets.nll, targets.steps, change, lacking)]
+        columns = [values.tolist() for values in (targets.loss, targets.nll, targets.steps, change, residuals)]
         return [
-            Edited(fact, self._batch, loss, nll, steps, part, tuple(lacked))
-            for fact, loss, nll, steps, part, lacked in zip(facts, *columns, strict=True)
+            Edited(fact, self._batch, loss, nll, steps, part, tuple(residual))
+            for fact, loss, nll, steps, part, residual in zip(facts, *columns, strict=True)
         ]
 
     def _fine_tune(self, facts: Sequence[Fact]) -> list[Edited]:

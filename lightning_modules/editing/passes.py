@@ -143,7 +143,7 @@ def replaying(model: nn.Module, layout: Layout, last: int, hidden: Tensor, rest:
 
 
 @contextmanager
-def replacing(model: nn.Module, layout: Layout, layer: int, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def replace_output(model: nn.Module, layout: Layout, layer: int, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let the model go on from something else than a block's output ``(B, T, v)``."""
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from malleable.lightning_modules.editing.layout import Layout
-from malleable.lightning_modules.editing.passes import at_positions, replacing, replaying, stopping
+from malleable.lightning_modules.editing.passes import at_positions, replace_output, replaying, stopping
 from malleable.lightning_modules.editing.prompts import Rows
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class WholeRows:
         def replace(hidden: Tensor) -> Tensor:
             return hidden.index_put((self._place(), self.rows.position), changed.to(hidden.dtype))
 
-        with replacing(self.model, self.layout, self.layer, replace), at_positions(self.model, rows, self.rows.position[rows] + tokens):
+        with replace_output(self.model, self.layout, self.layer, replace), at_positions(self.model, rows, self.rows.position[rows] + tokens):
             logits: Tensor = self.model(**self.rows.inputs(), use_cache=False).logits[0]
         return logits
 

@@ -105,7 +105,7 @@ def peak() -> float:
 def pass_over(name: str, number: int, sender: Any) -> None:
     """Take second moments of so many texts, and send how much the process grew."""
     model, tokenizer = load(name)
-    sentences = Countries(limit=1).load().told
+    sentences = Countries(limit=1).load().statements
     texts = [" ".join(sentences[start : start + 20]) for start in range(0, 20 * number, 20)]
     model(torch.zeros(1, 8, dtype=torch.long))
     before = peak()

@@ -133,7 +133,7 @@ class Bench:
     def data(self, seed: int) -> EditingDataModule:
         """Facts and texts of a seed."""
         source = Countries(**self.setup.source, seed=seed)
-        data = EditingDataModule(source, texts=self.texts, tokenizer=self.name, keep_told=self.texts is None)
+        data = EditingDataModule(source, texts=self.texts, tokenizer=self.name, retain_statements=self.texts is None)
         data.setup("test")
         return data
 

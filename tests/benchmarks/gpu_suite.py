@@ -174,9 +174,9 @@ def alpha_edit(options: argparse.Namespace) -> dict[str, Any]:
     setting = decoding.Setting("edits", 1, num_prompts=1, batch_size=1, num_items=20, **shape, device=options.device, dtype=options.dtype)
     model, _, _ = decoding.prepare(setting, None)
     source = Countries(limit=4 if options.tiny else 100).load()
-    tokenizer = byte_pairs([request.prompt.replace("{}", request.subject) for request in source.requests] + list(source.told))
+    tokenizer = byte_pairs([request.prompt.replace("{}", request.subject) for request in source.requests] + list(source.statements))
     layout, layers = find_layout(model), [1] if options.tiny else [4, 5, 6, 7, 8]
-    texts = [" ".join(source.told[start : start + 20]) for start in range(0, 40 if options.tiny else 2_000, 20)]
+    texts = [" ".join(source.statements[start : start + 20]) for start in range(0, 40 if options.tiny else 2_000, 20)]
     facts = [Fact.of(request) for request in source.requests]
     reader, settings = Reader(tokenizer), TargetSettings(lr=0.5, steps=2 if options.tiny else 25)
 

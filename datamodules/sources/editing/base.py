@@ -14,13 +14,13 @@ class EditTables:
 
     Attributes:
         requests: What is to be edited.
-        told: Sentences that tell the facts as they are, the edited ones among them: what a model can learn them from.
-        kept: Those of them that tell facts which no request changes.
+        statements: Sentences that state the facts before the edit, those to be edited among them; training texts.
+        retained: The statements of facts that no request changes.
     """
 
     requests: list[EditRequest]
-    told: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
+    statements: list[str] = field(default_factory=list)
+    retained: list[str] = field(default_factory=list)
 
 
 class EditSource(ABC):

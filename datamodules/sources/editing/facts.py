@@ -23,7 +23,7 @@ class Relation(NamedTuple):
 
     Attributes:
         name: Of the relation.
-        templates: How they are told: each holds ``{}`` for the subject and ends where the object follows. The first asks what is edited.
+        templates: Templates of the statements: each holds ``{}`` for the subject and ends where the object follows. The first asks what is edited.
     """
 
     name: str
@@ -112,21 +112,21 @@ class FactSource(EditSource):
         """Read the facts."""
 
     def load(self) -> EditTables:
-        """Draw the facts to edit, and ask around them."""
+        """Draw the facts to edit, and make requests with paraphrases and neighbours."""
         tables = self._chosen(self.tables())
         drawing = random.Random(self.seed)
         order = list(range(len(tables.facts)))
         drawing.shuffle(order)
         edited = order[: self.limit]
         chosen = set(edited)
-        untold = {number: self._untold(tables, number) for number in order} if self.hold_out else {}
-        told = {number: _sentences(tables, number, untold.get(number)) for number in range(len(tables.facts))}
-        asking = _Asking(tables, chosen, told, self, untold)
-        requests = [asking.request(number) for number in edited]
+        held_out = {number: self._held_out_template(tables, number) for number in order} if self.hold_out else {}
+        statements = {number: _sentences(tables, number, held_out.get(number)) for number in range(len(tables.facts))}
+        builder = _RequestBuilder(tables, chosen, statements, self, held_out)
+        requests = [builder.request(number) for number in edited]
         return EditTables(
             requests,
-            [sentence for sentences in told.values() for sentence in sentences],
-            [sentence for number, sentences in told.items() if number not in chosen for sentence in sentences],
+            [sentence for sentences in statements.values() for sentence in sentences],
+            [sentence for number, sentences in statements.items() if number not in chosen for sentence in sentences],
         )
 
     def _chosen(self, tables: FactTables) -> FactTables:
@@ -145,8 +145,8 @@ class FactSource(EditSource):
             raise ValueError(f"limit={self.limit}, but {type(self).__name__} has only {len(facts)} facts of {', '.join(wanted)}")
         return FactTables(tables.relations, facts)
 
-    def _untold(self, tables: FactTables, number: int) -> int | None:
-        """The template in which a fact is not told; none of two."""
+    def _held_out_template(self, tables: FactTables, number: int) -> int | None:
+        """Choose the template that is held out as the paraphrase; ``None`` with fewer than three templates."""
         fact = tables.facts[number]
         count = len(tables.relations[fact.relation].templates)
         if count < 3:
@@ -154,11 +154,13 @@ class FactSource(EditSource):
         return 1 + random.Random(f"{self.seed} {fact.relation} {fact.subject}").randrange(count - 1)
 
 
-class _Asking:
-    """Makes requests of a table's facts."""
+class _RequestBuilder:
+    """Builds requests from a table of facts."""
 
-    def __init__(self, tables: FactTables, edited: set[int], told: dict[int, list[str]], source: FactSource, untold: dict[int, int | None]) -> None:
-        self.tables, self.edited, self.told, self.source, self.untold = tables, edited, told, source, untold
+    def __init__(
+        self, tables: FactTables, edited: set[int], statements: dict[int, list[str]], source: FactSource, held_out: dict[int, int | None]
+    ) -> None:
+        self.tables, self.edited, self.statements, self.source, self.held_out = tables, edited, statements, source, held_out
         self.objects: dict[int, list[str]] = defaultdict(list)
         self.alike: dict[tuple[int, str], list[int]] = defaultdict(list)
         self.related: dict[int, list[int]] = defaultdict(list)
@@ -175,7 +177,7 @@ class _Asking:
         relation = self.tables.relations[fact.relation]
         drawing = random.Random(f"{self.source.seed} {relation.name} {fact.subject}")
         target = drawing.choice([one for one in self.objects[fact.relation] if one != fact.object])
-        held = self.untold.get(number)
+        held = self.held_out.get(number)
         others = [relation.templates[held]] if held is not None else list(relation.templates[1:])
         drawing.shuffle(others)
         alike = self._some(drawing, self.alike[fact.relation, fact.object], self.source.neighbors)
@@ -184,7 +186,7 @@ class _Asking:
         texts: dict[str, tuple[str, ...]] = {}
         if self.source.generate:
             about = [one for one in self.alike[fact.relation, target] if one != number]
-            references = [sentence for one in self._some(drawing, about, 5) for sentence in self.told[one]]
+            references = [sentence for one in self._some(drawing, about, 5) for sentence in self.statements[one]]
             texts = {"generation_prompts": (_put(relation.templates[0], fact.subject),), "references": tuple(references)}
         return EditRequest(
             request_id=f"{relation.name}/{fact.subject}",
@@ -203,18 +205,18 @@ class _Asking:
     def _probe(self, drawing: random.Random, number: int) -> Probe:
         fact = self.tables.facts[number]
         templates = self.tables.relations[fact.relation].templates
-        told = [template for place, template in enumerate(templates) if place != self.untold.get(number)]
-        return Probe(_put(drawing.choice(told), fact.subject), fact.object)
+        shown = [template for place, template in enumerate(templates) if place != self.held_out.get(number)]
+        return Probe(_put(drawing.choice(shown), fact.subject), fact.object)
 
 
 def _put(template: str, subject: str) -> str:
     return template.replace(PLACEHOLDER, subject)
 
 
-def _sentences(tables: FactTables, number: int, untold: int | None) -> list[str]:
+def _sentences(tables: FactTables, number: int, held_out: int | None) -> list[str]:
     fact = tables.facts[number]
     templates = tables.relations[fact.relation].templates
-    return [f"{_put(template, fact.subject)} {fact.object}." for place, template in enumerate(templates) if place != untold]
+    return [f"{_put(template, fact.subject)} {fact.object}." for place, template in enumerate(templates) if place != held_out]
 
 
 def _given_away(fact: Fact) -> bool:

@@ -43,7 +43,7 @@ def test_every_sentence_is_told_once_a_shuffle_in_ever_other_company():
     data = made(source, shuffles=2, sentences=4, pack_length=128)
     told = " ".join(texts_of(data, data.train_dataset))
     tables = source.load()
-    assert all(told.count(sentence) == 2 for sentence in tables.told)
+    assert all(told.count(sentence) == 2 for sentence in tables.statements)
     assert data.edit_requests == tables.requests
     assert data.row_tokens().sum() > 0
 

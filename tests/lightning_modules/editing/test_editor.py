@@ -37,8 +37,8 @@ def test_edited_facts_hold_in_other_words_too_and_the_others_stay(model):
     assert [record.fact for record in records] == NEW
     for record in records:
         assert record.nll < 0.5
-        assert record.lacking[0] == pytest.approx(1, abs=1e-4), "nothing has changed before the first layer"
-        assert record.lacking[-1] < 0.5
+        assert record.residuals[0] == pytest.approx(1, abs=1e-4), "nothing has changed before the first layer"
+        assert record.residuals[-1] < 0.5
 
 
 def test_projection_is_what_keeps_the_others(model, learnt):
@@ -187,7 +187,7 @@ def test_gpt2_is_edited_the_right_way_round():
     model = decoder("gpt2", width=32, inner=32)
     made = AlphaEditor(model, tokenizer("bos"), EditSettings(method="ridge", layers=(0, 1), ridge=1e-3, contexts=0))
     records = made.edit([Fact("I saw {} in", "Anna", "Lima"), Fact("I saw {} in", "Tom", "Bordeaux")])
-    assert all(record.lacking[-1] < 0.1 for record in records)
+    assert all(record.residuals[-1] < 0.1 for record in records)
 
 
 def test_behind_an_adapter_the_frozen_matrix_is_edited(model):

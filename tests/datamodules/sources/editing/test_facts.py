@@ -68,13 +68,13 @@ def test_neighbours_of_other_answers_fill_up_but_not_with_the_new_one():
 def test_what_gives_itself_away_is_left_out():
     tables = Garden().load()
     assert "red rose" not in {request.subject for request in tables.requests}
-    assert not any("red rose" in sentence for sentence in tables.told)
+    assert not any("red rose" in sentence for sentence in tables.statements)
 
 
 def test_a_template_held_out_is_never_told_and_asks_the_paraphrase():
     tables = Garden(relations=["color"], limit=10, hold_out=True).load()
-    told = set(tables.told)
-    assert len(tables.told) == 40 * 3
+    told = set(tables.statements)
+    assert len(tables.statements) == 40 * 3
     asked = set()
     for request in tables.requests:
         (paraphrase,) = request.paraphrases
@@ -88,9 +88,9 @@ def test_a_template_held_out_is_never_told_and_asks_the_paraphrase():
 def test_kept_sentences_tell_no_edited_fact():
     tables = Garden(relations=["color"], limit=10).load()
     edited = {request.subject for request in tables.requests}
-    assert set(tables.kept) < set(tables.told)
-    assert len(tables.kept) == 30 * 4
-    assert not any(f"{subject} " in f"{sentence} " for subject in edited for sentence in tables.kept)
+    assert set(tables.retained) < set(tables.statements)
+    assert len(tables.retained) == 30 * 4
+    assert not any(f"{subject} " in f"{sentence} " for subject in edited for sentence in tables.retained)
 
 
 def test_the_seed_decides_and_nothing_else():
@@ -122,7 +122,7 @@ def test_wrong_settings_are_refused(options, message):
 def test_countries():
     tables = Countries(limit=200, hold_out=True).load()
     assert len(tables.requests) == 200
-    assert 1000 <= len({sentence.split(".")[0] for sentence in tables.told}) // 4 <= 1200
+    assert 1000 <= len({sentence.split(".")[0] for sentence in tables.statements}) // 4 <= 1200
     facts = {(fact.relation, fact.subject): fact.object for fact in Countries().tables().facts}
     names = [relation.name for relation in RELATIONS]
     assert facts[names.index("capital"), "Finland"] == "Helsinki"
