@@ -28,7 +28,7 @@ class EditingDataModule(BaseDataModule):
     Args:
         source: Source of the requests and statements.
         texts: Source of plain texts.
-        tokenizer: Hub id, folder, GGUF file or known name; or a checkpoint, or the folder ``model/`` or ``adapter/`` of a run, whose tokenizer is used.
+        tokenizer: Hub id, folder, GGUF file or known name; or a checkpoint, or the folder ``model/`` or ``adapter/`` of a run.
             ``None`` trains a BPE tokenizer on statements and texts.
         vocab_size: Vocabulary size of that tokenizer.
         sentences: Number of statements in a document.
