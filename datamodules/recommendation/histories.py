@@ -115,8 +115,8 @@ def read_histories(path: Path, lookup: ItemLookup) -> list[History]:
         One history a line. The first line names the columns: ``user_id`` (may be missing), then ``item_id``, ``title`` or ``history`` (ids or
         titles), which takes all further cells. Without such a line all cells are titles, and a user has no place.
 
-    Items that the catalogue does not have are left out; rows without any known item are, too. Both are counted and reported. A user may have
-    several rows.
+    Items that the catalogue does not have are left out, and so are empty rows and rows without any known item; all are counted and reported. A user
+    may have several rows.
 
     Args:
         path: The file.
@@ -132,8 +132,10 @@ def read_histories(path: Path, lookup: ItemLookup) -> list[History]:
     rows = list(_READERS[kind](path, lookup))
     if not rows:
         raise ValueError(f"{path} holds no history")
-    if short := next((row for row in rows if not row.names), None):
-        raise ValueError(f"{short.place}: the history is empty; give at least one item")
+    if all(not row.names for row in rows):
+        raise ValueError(f"{rows[0].place}: the history is empty, and so are all others; give at least one item")
+    if empty := [row.place for row in rows if not row.names]:
+        log.warning("%s: %d of %d histories are empty and get no prediction (first: %s)", path, len(empty), len(rows), empty[0])
     found = [[lookup.find(name, row.place, row.kind) for name in row.names] for row in rows]
     histories = [
         History(number, items, row.user_id) for number, row in enumerate(rows) if (items := [item for item in found[number] if item is not None])
@@ -208,8 +210,8 @@ def _report(path: Path, rows: Sequence[_Row], found: Sequence[Sequence[int | Non
     for name, place in unknown:
         first.setdefault(name, place)
     message = f"{path}: left out {len(unknown)} items ({len(first)} distinct) that the catalogue does not have: {_described(first, lookup)}"
-    empty = [row.place for row, items in zip(rows, found, strict=True) if all(item is None for item in items)]
-    if len(empty) == len(rows):
+    empty = [row.place for row, items in zip(rows, found, strict=True) if items and all(item is None for item in items)]
+    if len(empty) == sum(bool(items) for items in found):
         raise ValueError(f"{message}. No history has a known item; name items by the ids of the source or by their titles")
     log.warning("%s", message)
     if empty:

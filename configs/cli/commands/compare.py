@@ -44,6 +44,15 @@ class Run:
     protocol: Mapping[str, Any] | None
 
 
+HELP = """usage: malleable compare [--all] RUN RUN [RUN ...]
+
+Show the test metrics of runs side by side; differences to the first run have paired 95 % intervals where the test rows are the same.
+
+  RUN    a run folder such as runs/sprec/tiny/version_0, or a name such as sprec/tiny for the latest run below `runs`
+  --all  show all metrics and cut-offs
+"""
+
+
 def run_compare(words: Sequence[str]) -> None:
     """Run ``malleable compare [--all] RUN RUN...``.
 
@@ -55,6 +64,9 @@ def run_compare(words: Sequence[str]) -> None:
         ValueError: If there are fewer than two runs, or an option is unknown.
         FileNotFoundError: If a run or its report is missing.
     """
+    if set(words) & {"-h", "--help"}:
+        sys.stdout.write(HELP)
+        return
     names = [word for word in words if not word.startswith("-")]
     if unknown := set(words) - set(names) - {"--all"}:
         raise ValueError(f"malleable compare has no option {sorted(unknown)[0]}; its only option is --all")

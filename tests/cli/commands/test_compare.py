@@ -147,3 +147,9 @@ def test_a_damaged_report_is_named(text, tmp_path):
 def test_it_starts_without_torch():
     code = "import sys, malleable.commands.compare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help(capsys, flag):
+    run_compare([flag])
+    assert capsys.readouterr().out.startswith("usage: malleable compare [--all] RUN RUN")

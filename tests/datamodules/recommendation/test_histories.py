@@ -158,7 +158,7 @@ def test_a_file_without_any_known_item_is_refused(tmp_path):
         ("h.csv", "\n", "holds no history"),
         ("h.csv", "item_id\n", "holds no history"),
         ("h.json", "[]", "holds no history"),
-        ("h.jsonl", "[]\n", "line 1: the history is empty"),
+        ("h.jsonl", "[]\n", "line 1: the history is empty, and so are all others"),
         ("h.jsonl", "{\n", "line 1: no JSON"),
         ("h.jsonl", '["Heat"]\n{"items": []}\n', "line 2: expected a list of ids or titles, or an object with a list 'history'"),
         ("h.jsonl", '{"history": ["Heat"], "user_id": [1]}', r"line 1, field user_id: an id is a text or an integer"),
@@ -167,3 +167,10 @@ def test_a_file_without_any_known_item_is_refused(tmp_path):
 def test_what_is_no_file_of_histories(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         read(write(tmp_path, name, text))
+
+
+def test_empty_histories_are_skipped_and_counted(tmp_path, caplog):
+    path = tmp_path / "h.jsonl"
+    path.write_text('["Heat"]\n[]\n{"user_id": "u", "history": []}\n')
+    assert [history.number for history in read_histories(path, ItemLookup(("Heat", "Alien"), [["1"], ["2"]]))] == [0]
+    assert f"{path}: 2 of 3 histories are empty and get no prediction (first: {path}, line 2)" in caplog.text
