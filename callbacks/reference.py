@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def reference_logps(trainer: Trainer, module: LanguageModel, rows: Any, loader: PhasedLoader[Any], label: str) -> Tensor:
-    """Return the summed log-probabilities of every answer of every row under the model as it stands, ``(rows, K)`` in nats, 0 where there is none."""
+    """Return the summed log-probability of each answer under the current model, ``(rows, K)`` in nats; 0 for missing answers."""
     shared_prompt = module.decoding.shared_prompt
     count = max((len(rows[index]["answers"]) for index in range(len(rows))), default=0)
 

@@ -125,7 +125,7 @@ def test_two_ranks_give_the_figures_of_one(on_two_ranks, alone, recipe, fragment
     expected, found = figures(alone(recipe), recipe), figures(folder / fragment, recipe)
     assert any(name.startswith("test_") for name in expected)
     assert all(value is not None and math.isfinite(value) for value in expected.values()), expected
-    assert found == pytest.approx(expected, abs=1e-4)
+    assert found == pytest.approx(expected, abs=1e-4, rel=1e-5)  # float32 rounds a perplexity of 250 by more than 1e-4
     assert_same_export(folder / fragment, alone(recipe), recipe)
     versions = list(run_folder(folder / fragment, recipe).parent.iterdir())
     assert [path.name for path in versions] == ["version_0"], "all ranks write into one folder"
