@@ -10,7 +10,7 @@ from .batch import PreferenceBatch as PreferenceBatch
 from .batch import QueryBatch as QueryBatch
 from .batch import Recommendations as Recommendations
 from .batch import Vocabulary as Vocabulary
-from .batch import collate as collate
+from .collate import collate as collate
 from .editing.datamodule import EditingDataModule as EditingDataModule
 from .editing.requests import EditRequest as EditRequest
 from .editing.requests import Probe as Probe

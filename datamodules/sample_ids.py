@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from malleable.datamodules.files.text_files import read_lines
 
 Ints = NDArray[np.integer[Any]]
 Hashes = NDArray[np.uint64]
@@ -75,3 +78,24 @@ def mix(values: Hashes) -> Hashes:
 
 def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def read_sample_ids(path: Path, known: Ints) -> Ints:
+    """Read ids of rows from a text file with one id on each line.
+
+    Args:
+        path: The file.
+        known: ``(N,)`` ids of the rows that there are.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line is not an id, or the id of no row; with the line.
+    """
+    ids = []
+    rows = set(known.tolist())
+    for number, line in read_lines(path):
+        text = line.strip()
+        if not text.isascii() or not text.isdigit() or int(text) not in rows:
+            raise ValueError(f"{path}, line {number}: {text!r:.80} is not the sample_id of a training row; one id is expected on each line")
+        ids.append(int(text))
+    return np.array(ids, dtype=np.int64)

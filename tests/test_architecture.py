@@ -16,7 +16,7 @@ MAX_FILES = 15
 SIZED = [*SOURCES, *sorted(path for path in (ROOT / "tests").rglob("*.py") if path.relative_to(ROOT).parts[1] not in ("helpers", "benchmarks"))]
 
 # The types of data that others may use: batches, files, identities of catalogues, negative samplers, edit requests.
-TYPES = tuple(f"malleable.datamodules.{name}" for name in ("batch", "editing.requests", "files", "identity", "negatives"))
+TYPES = tuple(f"malleable.datamodules.{name}" for name in ("batch", "collate", "editing.requests", "files", "identity", "negatives"))
 # Callbacks also use the loader and the reader of texts.
 DATA = (*TYPES, *(f"malleable.datamodules.{name}" for name in ("language.texts", "global_batches", "loading", "sample_ids")))
 # Longest folder first: what each may import of ours besides what lies in its own folder.

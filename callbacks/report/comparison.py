@@ -56,7 +56,7 @@ def measure(trainer: Trainer, module: LanguageModel, loader: Any) -> dict[str, A
 
 def batch_digest(batch: AnswerBatch) -> Tensor:
     """Digest of what is asked in the rows of a batch, to be added up over batches and ranks, ``(2,)``."""
-    return digest_rows(batch.sample_id, [batch.target[:, None], batch.history, batch.seen, batch.candidates])
+    return digest_rows(batch.sample_id, [batch.target[:, None], batch.history, batch.metric_history, batch.seen, batch.candidates])
 
 
 def protocol(module: LanguageModel, rows: Tensor) -> dict[str, str]:

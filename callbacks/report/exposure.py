@@ -48,7 +48,8 @@ class ExposureReport(Callback):
             return
         if self._metric is None:
             self._metric = self._make_metric(self.k or outputs.item_ids.shape[1], pl_module.device)
-        self._metric.update(outputs.item_ids, batch.history, batch.sample_id)
+        history = batch.history if batch.metric_history is None else batch.metric_history
+        self._metric.update(outputs.item_ids, history, batch.sample_id)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up over all processes; one without a batch takes part, because the others would wait for it."""

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from malleable.datamodules.batch import Catalog, PreferenceBatch, collate
+from malleable.datamodules.batch import Catalog, PreferenceBatch
+from malleable.datamodules.collate import collate
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.datamodules.files.table_files import read_parquet
 from malleable.datamodules.loading import RowView

@@ -15,14 +15,15 @@ from malleable.datamodules.files.fetch import cache_folder
 from malleable.datamodules.identity import is_stored, read_stored, vocabulary_of
 from malleable.datamodules.loading import PhasedLoader
 from malleable.datamodules.negatives import NegativeSampler
+from malleable.datamodules.recommendation.events import SPLITS
 from malleable.datamodules.recommendation.histories import ItemLookup, read_histories, read_users
 from malleable.datamodules.recommendation.packed_rows import PackedRows
 from malleable.datamodules.recommendation.prompt import PromptTemplate
-from malleable.datamodules.recommendation.rows import AnswerRows, Reach
-from malleable.datamodules.recommendation.splits import SPLITS, Ints, RowIndex, Split
+from malleable.datamodules.recommendation.rows import AnswerRows, Lengths, Reach
+from malleable.datamodules.recommendation.splits import Ints, RowIndex, Split
 from malleable.datamodules.recommendation.store import Recipe, Store
 from malleable.datamodules.recommendation.summary import log_summary
-from malleable.datamodules.sample_ids import keyed_order
+from malleable.datamodules.sample_ids import keyed_order, read_sample_ids
 from malleable.datamodules.sources.recommendation.base import Source
 
 ALL_USERS = "all"
@@ -141,6 +142,7 @@ class RecommendationDataModule(BaseDataModule):
                 store.rows[name],
                 store.sequences,
                 store.pieces,
+                lengths=self._lengths,
                 hide_seen=self.split.repeats == "drop",
                 negatives=negatives,
                 select=self._selected(name, store.rows[name].sample_id),
@@ -179,6 +181,10 @@ class RecommendationDataModule(BaseDataModule):
         """The training part of all histories in packed rows, laid out at first use; ``train_limit`` does not apply."""
         if self._packed is None:
             store = self._open()
+            if self.split.train_without is not None:
+                raise ValueError(
+                    "split.train_without leaves out rows of prompts and answers; packed histories have no such rows: choose view 'answer'"
+                )
             if store.pieces is None:
                 raise ValueError("packed histories need text, but tokenizer='none' has none; give a tokenizer")
             sequences = [items[:end] for items, end in zip(store.sequences, store.train_end, strict=True) if end > 1]
@@ -189,6 +195,11 @@ class RecommendationDataModule(BaseDataModule):
         """Return the loss-bearing tokens of each training row."""
         tokens: Sequence[int] = self.train_dataset.row_tokens()
         return tokens
+
+    @property
+    def _lengths(self) -> Lengths:
+        split = self.split
+        return Lengths(split.sequence_length or split.history_length, split.metric_length or split.history_length)
 
     @property
     def _pad_token_id(self) -> int:
@@ -204,7 +215,7 @@ class RecommendationDataModule(BaseDataModule):
         if self._store is None:
             recipe = Recipe(
                 source=self.source,
-                split=replace(self.split, train_limit=None, val_limit=None, test_limit=None),
+                split=replace(self.split, train_limit=None, train_without=None, val_limit=None, test_limit=None),
                 vocab_size=self.vocab_size,
                 max_prompt_length=self.max_prompt_length,
                 seed=self.seed,
@@ -232,9 +243,11 @@ class RecommendationDataModule(BaseDataModule):
     def _selected(self, name: str, ids: Ints) -> Ints:
         """Return the positions of the rows of a split that its limit leaves; a row does not depend on the others."""
         limit = getattr(self.split, f"{name}_limit")
-        if limit is None or limit >= len(ids):
-            return np.arange(len(ids))
-        return np.sort(keyed_order(ids, self.seed)[:limit])
+        kept = np.arange(len(ids)) if limit is None or limit >= len(ids) else np.sort(keyed_order(ids, self.seed)[:limit])
+        if name == "train" and self.split.train_without is not None:
+            # After the limit, so that no other row takes the place of one that is left out.
+            kept = kept[~np.isin(ids[kept], read_sample_ids(Path(self.split.train_without).expanduser(), ids))]
+        return kept
 
     def _file_rows(self, path: Path) -> AnswerRows:
         store = self._open()
@@ -256,11 +269,31 @@ class RecommendationDataModule(BaseDataModule):
             chosen = read_users(Path(users).expanduser(), place)
             places = [place[user] for _, user in chosen]
         self.predicted_users = dict(chosen)
-        return self._rows_to_predict([store.sequences[place] for place in places], [number for number, _ in chosen])
+        sequences = [store.sequences[place] for place in places]
+        # Items that filters leave out of the history, such as disliked ones, are not recommended either.
+        owned = [store.items_of(place) for place in places] if self.split.repeats == "drop" else None
+        return self._rows_to_predict(sequences, [number for number, _ in chosen], owned)
 
-    def _rows_to_predict(self, sequences: Sequence[Ints], numbers: Sequence[int]) -> AnswerRows:
+    def _rows_to_predict(self, sequences: Sequence[Ints], numbers: Sequence[int], owned: Sequence[Ints] | None = None) -> AnswerRows:
+        """Make rows without a target.
+
+        Args:
+            sequences: Items of each history, oldest first.
+            numbers: Id of each row.
+            owned: Further items of each user, which are not recommended.
+        """
         store = self._open()
         index = RowIndex(np.arange(len(sequences)), np.array([len(items) for items in sequences]))
         table = Reach(self.split.history_length, store.pieces, self.max_prompt_length).place("predict", sequences, index)
         table = replace(table, sample_id=np.array(numbers))
-        return AnswerRows(table, sequences, store.pieces, hide_seen=self.split.repeats == "drop", pad_token_id=self._pad_token_id)
+        unlisted = np.flatnonzero(~store.listed)
+        hidden = [np.concatenate([items, unlisted]) for items in owned] if owned is not None else [unlisted] * len(sequences)
+        return AnswerRows(
+            table,
+            sequences,
+            store.pieces,
+            lengths=self._lengths,
+            hide_seen=self.split.repeats == "drop",
+            hidden=hidden if owned is not None or len(unlisted) else None,
+            pad_token_id=self._pad_token_id,
+        )

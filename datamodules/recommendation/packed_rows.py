@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from malleable.datamodules.batch import PackedBatch, PackedExample, collate
+from malleable.datamodules.batch import PackedBatch, PackedExample
+from malleable.datamodules.collate import collate
 from malleable.datamodules.language.packing import cut_windows, fit
 from malleable.datamodules.recommendation.prompt import PromptPieces
 from malleable.datamodules.recommendation.splits import Ints

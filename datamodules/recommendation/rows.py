@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from malleable.datamodules.batch import AnswerBatch, Example, PreferenceBatch, collate
+from malleable.datamodules.batch import AnswerBatch, Example, PreferenceBatch
+from malleable.datamodules.collate import collate
 from malleable.datamodules.negatives import BoundSampler, RowItems
 from malleable.datamodules.recommendation.prompt import PromptPieces
 from malleable.datamodules.recommendation.splits import Ints, RowIndex
@@ -56,6 +57,19 @@ class RowTable:
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.sample_id)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many items before the target are used, at most.
+
+    Attributes:
+        sequence: By models of item sequences and counting baselines.
+        metric: By metrics that compare recommendations with the history.
+    """
+
+    sequence: int
+    metric: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +134,9 @@ class AnswerRows:
         table: Where the rows lie.
         sequences: Items of each history, oldest first.
         pieces: The tokenised template and catalogue; ``None`` gives rows of items alone, with empty prompts and answers.
+        lengths: Items that sequence models read and that metrics count; default: those that the prompt shows.
         hide_seen: List the items before the target as seen, not to be recommended again.
+        hidden: Further items that are not recommended, by row of ``table``.
         negatives: Chooses rejected answers to add to the true one.
         select: Positions in ``table`` of the rows to use; default: all.
         pad_token_id: Padding token of batches.
@@ -132,7 +148,9 @@ class AnswerRows:
         sequences: Sequence[Ints],
         pieces: PromptPieces | None,
         *,
+        lengths: Lengths | None = None,
         hide_seen: bool = True,
+        hidden: Sequence[Ints] | None = None,
         negatives: BoundSampler | None = None,
         select: Ints | None = None,
         pad_token_id: int = 0,
@@ -140,7 +158,9 @@ class AnswerRows:
         self.table = table
         self.sequences = sequences
         self.pieces = pieces
+        self.lengths = lengths
         self.hide_seen = hide_seen
+        self.hidden = hidden
         self.negatives = negatives
         self.select = np.arange(len(table)) if select is None else select
         self.pad_token_id = pad_token_id
@@ -154,20 +174,24 @@ class AnswerRows:
         table, row = self.table, self.select[index]
         start, end = table.start[row], table.end[row]
         before = self.sequences[int(table.sequence[row])][:end].tolist()
-        history = before[start:]
+        shown = before[start:]
         sample_id = int(table.sample_id[row])
         candidates = table.candidates[int(row)].tolist() if table.candidates is not None else []
         target = int(table.target[row])
         answers = [target, *self._rejected(sample_id, [*before, target], candidates)] if target >= 0 else [-1]
         example: Example = {
             "sample_id": sample_id,
-            "prompt": self.pieces.prompt(history, candidates) if self.pieces is not None else (),
+            "prompt": self.pieces.prompt(shown, candidates) if self.pieces is not None else (),
             "answers": [self.pieces.answers[item] if self.pieces is not None and item >= 0 else () for item in answers],
             "item_ids": answers,
-            "history": history,
+            "history": shown if self.lengths is None else before[-self.lengths.sequence :],
             "earlier": before,
             "seen": before if self.hide_seen else (),
         }
+        if self.lengths is not None and self.lengths.metric != self.lengths.sequence:
+            example["metric_history"] = before[-self.lengths.metric :]
+        if self.hidden is not None:
+            example["seen"] = [*example["seen"], *self.hidden[row].tolist()]
         if candidates:
             example["candidates"] = candidates
         return example

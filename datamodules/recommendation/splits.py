@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from malleable.datamodules.recommendation.events import NO_SPLIT, SPLITS, Events, first_of_each_item, k_core
 from malleable.datamodules.recommendation.summary import DataSummary, tied_share
 from malleable.datamodules.recommendation.titles import clean_title, merge_titles
 from malleable.datamodules.sample_ids import array_hash, content_ids, text_hashes
@@ -19,7 +20,6 @@ from malleable.datamodules.sources.recommendation.base import InteractionTables,
 log = logging.getLogger(__name__)
 
 Ints = NDArray[np.integer[Any]]
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,21 @@ class Split:
         kind: ``leave_last_out``: a user's last item is for the test, the one before it for validation. Of items with equal times the one
             further down in the file is the later one.
             ``global_time``: rows are cut by the time of their target, so that nothing later trains.
+            ``given``: the source says for each interaction whether it is of train, val or test.
         min_rating: Keep interactions rated at least so; ``None`` keeps all.
         min_user_events: Keep users with at least so many interactions.
         min_item_events: Keep items with at least so many; with both at k this is the k-core, applied until nothing changes.
             At 1 (the default) items without any interaction stay in the catalogue.
-        history_length: Items that a row shows, at most.
+        history_length: Items that a prompt shows, at most.
+        sequence_length: Items before the target that models of item sequences and counting baselines read, at most; ``None``: ``history_length``.
+        metric_length: Items before the target that metrics count as the user's history (MGU, DGU), at most; ``None``: ``history_length``.
         fractions: Shares of training, validation and test rows under ``global_time``.
         repeats: ``drop`` keeps a user's first interaction with an item, and what was seen is not recommended again;
             ``keep`` keeps them all, and everything may be recommended again.
         candidates: Items a row offers to choose from, the target among them, the others drawn from the unseen; ``None``: the catalogue.
         train_limit: Draw at most so many training rows.
+        train_without: Text file with the ``sample_id`` of training rows to leave out, one on each line. All other rows stay as they are, as needed
+            for a model that is trained from the start without these rows. Packed histories have no such rows and are refused.
         val_limit: Draw at most so many validation rows.
         test_limit: Draw at most so many test rows.
 
@@ -47,21 +52,34 @@ class Split:
         ValueError: If a value is out of range.
     """
 
-    kind: Literal["leave_last_out", "global_time"] = "leave_last_out"
+    kind: Literal["leave_last_out", "global_time", "given"] = "leave_last_out"
     min_rating: float | None = None
     min_user_events: int = 5
     min_item_events: int = 1
     history_length: int = 10
+    sequence_length: int | None = None
+    metric_length: int | None = None
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     repeats: Literal["drop", "keep"] = "drop"
     candidates: int | None = None
     train_limit: int | None = None
+    train_without: str | None = None
     val_limit: int | None = None
     test_limit: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in ("min_user_events", "min_item_events", "history_length", "train_limit", "val_limit", "test_limit"):
+        limits = (
+            "min_user_events",
+            "min_item_events",
+            "history_length",
+            "sequence_length",
+            "metric_length",
+            "train_limit",
+            "val_limit",
+            "test_limit",
+        )
+        for name in limits:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
@@ -101,8 +119,9 @@ class Interactions:
         sequences: Items of each user (or ready row), oldest first.
         train_end: ``(sequences,)`` number of leading items that belong to training.
         rows: Rows by split.
-        users: The source's id of the user of each sequence; empty for ready rows.
-        times: Times of the items of each sequence; empty for ready rows.
+        events: All interactions of known items; ``None`` for ready rows.
+        positions: Positions in ``events`` of the items of each sequence; empty for ready rows.
+        listed: ``(N,)`` whether the source has the item; an aligned catalogue may have more.
         summary: What filters and cleaning left.
     """
 
@@ -112,9 +131,25 @@ class Interactions:
     sequences: list[Ints]
     train_end: Ints
     rows: dict[str, RowIndex] = field(default_factory=dict)
-    users: list[str] = field(default_factory=list)
-    times: list[NDArray[np.float64]] = field(default_factory=list)
+    events: Events | None = None
+    positions: list[Ints] = field(default_factory=list)
+    listed: NDArray[np.bool_] | None = None
     summary: DataSummary = field(default_factory=DataSummary)
+
+    @property
+    def user(self) -> Ints:
+        """Position of the user of each sequence in the users of ``events``; empty for ready rows."""
+        return np.array([self.events.user[own[0]] for own in self.positions], dtype=np.int64) if self.events is not None else np.zeros(0, np.int64)
+
+    @property
+    def users(self) -> list[str]:
+        """The source's id of the user of each sequence; empty for ready rows."""
+        return [self.events.users[user] for user in self.user] if self.events is not None else []
+
+    @property
+    def times(self) -> list[NDArray[np.float64]]:
+        """Times of the items of each sequence; empty for ready rows."""
+        return [self.events.time[own] for own in self.positions] if self.events is not None else []
 
     def sample_ids(self) -> dict[str, Ints]:
         """Return the ids of the rows of each split: hashes of user, title and time; of ready rows, of the titles that they show and ask for."""
@@ -123,7 +158,7 @@ class Interactions:
         sequence, end = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         starts = np.cumsum([0, *map(len, self.sequences)])
         target = titles[np.concatenate(self.sequences)[starts[sequence] + end]]
-        if self.users:
+        if self.events is not None:
             ids = content_ids(text_hashes(self.users)[sequence], target, np.concatenate(self.times)[starts[sequence] + end])
         else:
             shown = np.array([array_hash(titles[items]) for items in self.sequences], dtype=np.uint64)
@@ -150,17 +185,6 @@ def prepare(source: InteractionTables | ReadyRows, split: Split) -> Interactions
     return data
 
 
-def k_core(users: Ints, items: Ints, min_user_events: int, min_item_events: int) -> NDArray[np.bool_]:
-    """Return which interactions stay when users and items below their minimum go, until nothing changes."""
-    keep = np.ones(len(users), dtype=bool)
-    while True:
-        enough = np.bincount(users[keep], minlength=users.max(initial=-1) + 1)[users] >= min_user_events
-        enough &= np.bincount(items[keep], minlength=items.max(initial=-1) + 1)[items] >= min_item_events
-        if not (keep & ~enough).any():
-            return keep
-        keep &= enough
-
-
 def _clean_items(items: pd.DataFrame, summary: DataSummary) -> tuple[list[str], list[tuple[str, ...]], list[list[str]], list[int]]:
     """Clean and merge titles: titles, genres and source ids of the catalogue, and the catalogue id of each row (-1: dropped)."""
     cleaned = [clean_title(title) for title in items["title"]]
@@ -181,61 +205,63 @@ def _from_tables(tables: InteractionTables, split: Split) -> Interactions:
     summary = DataSummary()
     titles, genres, keys, ids = _clean_items(tables.items, summary)
     summary.facts |= {"source": "; ".join(tables.notes)} if tables.notes else {}
-    names, user, item, time = _ordered_events(tables, ids, split, summary)
-    keep = k_core(user, item, split.min_user_events, split.min_item_events)
-    if not keep.any():
-        raise ValueError(
-            f"no interaction is left with min_rating={split.min_rating}, min_user_events={split.min_user_events} "
-            f"and min_item_events={split.min_item_events} out of {len(tables.interactions)}; lower them"
-        )
-    user, item, time = user[keep], item[keep], time[keep]
-    summary.count(f"min_user_events {split.min_user_events}, min_item_events {split.min_item_events}", user)
-    summary.describe_times(time)
+    events = Events.of(tables, ids)
+    chosen = _chosen(events, tables, split, summary)
     if split.min_item_events > 1:
-        kept = np.unique(item)
+        kept = np.unique(events.item[chosen])
         titles, genres, keys = [titles[i] for i in kept], [genres[i] for i in kept], [keys[i] for i in kept]
-        item = np.searchsorted(kept, item)
+        place = np.full(len(ids), -1)
+        place[kept] = np.arange(len(kept))
+        # Interactions with items that leave the catalogue go, so the positions move.
+        moved = np.cumsum(place[events.item] >= 0) - 1
+        events, chosen = events.renumbered(place), moved[chosen]
+    user, time = events.user[chosen], events.time[chosen]
     starts = np.flatnonzero(np.diff(user, prepend=-1))
-    sequences, times = np.split(item, starts[1:]), np.split(time, starts[1:])
-    users = [str(names[position]) for position in user[starts]]
-    data = Interactions(titles, genres, keys, sequences, np.zeros(len(sequences), dtype=np.int64), users=users, times=times, summary=summary)
-    if split.kind == "leave_last_out":
-        _leave_last_out(data)
-    else:
-        _global_time(data, times, split.fractions)
+    positions = np.split(chosen, starts[1:])
+    sequences = [events.item[own] for own in positions]
+    data = Interactions(
+        titles, genres, keys, sequences, np.zeros(len(sequences), dtype=np.int64), events=events, positions=positions, summary=summary
+    )
+    _SPLITTERS[split.kind](data, split)
     summary.describe_ties({name: tied_share(time, starts, data.rows[name].sequence, data.rows[name].end) for name in ("val", "test")})
     return data
 
 
-def _ordered_events(
-    tables: InteractionTables, ids: list[int], split: Split, summary: DataSummary
-) -> tuple[Sequence[str], Ints, Ints, NDArray[np.float64]]:
-    """Return user ids, and user, item and time of the rated, known interactions, by user, then time, then row of the file."""
-    events = tables.interactions
-    summary.count("read", events["user_id"])
+def _chosen(events: Events, tables: InteractionTables, split: Split, summary: DataSummary) -> Ints:
+    """Return the positions of the interactions that pass the filters.
+
+    Raises:
+        ValueError: If a filter leaves none, or ratings are needed and there are none.
+    """
+    given = tables.interactions
+    summary.count("read", given["user_id"])
+    positions = np.arange(len(events))
     if split.min_rating is not None:
-        if "rating" not in events:
+        if "rating" not in given:
             raise ValueError(f"min_rating={split.min_rating} needs ratings, but the interactions have no rating; leave min_rating out")
-        events = events[events["rating"] >= split.min_rating]
-        summary.count(f"rated >= {split.min_rating:g}", events["user_id"])
-    item = events["item_id"].map(dict(zip(tables.items["item_id"], ids, strict=True))).fillna(-1).to_numpy(np.int64)
-    known = item >= 0
-    if unknown := int((~known).sum()):
-        log.warning("dropped %d of %d interactions with items that are not in the items table or have no title", unknown, len(item))
-    # Users in order of their own id, so that the order of the file decides nothing but ties in time.
-    codes, names = pd.factorize(events["user_id"][known], sort=True)
-    user, item, time = codes.astype(np.int64), item[known], events["timestamp"].to_numpy(np.float64)[known]
-    summary.count("of known items", user)
-    order = np.lexsort((time, user))  # stable
-    user, item, time = user[order], item[order], time[order]
+        summary.count(f"rated >= {split.min_rating:g}", given["user_id"][given["rating"] >= split.min_rating])
+        positions = positions[events.rating >= split.min_rating]
+        if not len(positions):
+            ratings = events.rating[~np.isnan(events.rating)]
+            between = f"between {ratings.min():g} and {ratings.max():g}" if len(ratings) else "missing"
+            raise ValueError(f"min_rating={split.min_rating:g} leaves none of {len(events)} interactions: ratings are {between}; lower min_rating")
+    summary.count("of known items", events.user[positions])
     if split.repeats == "drop":
-        first = ~pd.DataFrame({"user": user, "item": item}).duplicated().to_numpy()
-        user, item, time = user[first], item[first], time[first]
-        summary.count("first of a user and item", user)
-    return names, user, item, time
+        positions = first_of_each_item(events, positions)
+        summary.count("first of a user and item", events.user[positions])
+    kept = positions[k_core(events.user[positions], events.item[positions], split.min_user_events, split.min_item_events)]
+    if not len(kept):
+        raise ValueError(
+            f"no interaction is left with min_user_events={split.min_user_events} and min_item_events={split.min_item_events} out of "
+            f"{len(positions)}, of {len(np.unique(events.user[positions]))} users; lower them"
+        )
+    summary.count(f"min_user_events {split.min_user_events}, min_item_events {split.min_item_events}", events.user[kept])
+    summary.describe_times(events.time[kept])
+    return kept
 
 
-def _leave_last_out(data: Interactions) -> None:
+def _leave_last_out(data: Interactions, split: Split) -> None:
+    del split
     lengths = np.array([len(items) for items in data.sequences])
     # A user with two items trains nothing but can be tested; one item gives no row at all.
     data.train_end = np.maximum(lengths - 2, 0)
@@ -245,10 +271,11 @@ def _leave_last_out(data: Interactions) -> None:
         data.rows[name] = RowIndex(own, lengths[own] - back)
 
 
-def _global_time(data: Interactions, times: list[NDArray[np.float64]], fractions: Sequence[float]) -> None:
+def _global_time(data: Interactions, split: Split) -> None:
+    times = data.times
     targets = np.sort(np.concatenate([time[1:] for time in times]))
     cuts = []
-    for share in np.cumsum(fractions)[:2]:
+    for share in np.cumsum(split.fractions)[:2]:
         position = round(share * len(targets))
         # Equal times stay on one side, so that nothing trains that happens together with a test.
         cuts.append(targets[position] if position < len(targets) else np.inf)
@@ -257,6 +284,43 @@ def _global_time(data: Interactions, times: list[NDArray[np.float64]], fractions
     data.train_end = bounds[1]
     for index, name in enumerate(SPLITS):
         data.rows[name] = _rows_between(np.maximum(bounds[index], 1), bounds[index + 1])
+
+
+def _given(data: Interactions, split: Split) -> None:
+    """Place rows by the split that the source gives for their targets.
+
+    Raises:
+        ValueError: If an interaction has no split, or a user's training interaction comes after one of validation or test.
+    """
+    del split
+    assert data.events is not None
+    lengths = np.array([len(items) for items in data.sequences])
+    positions = np.concatenate(data.positions)
+    given = data.events.split[positions]
+    if (missing := given == NO_SPLIT).any():
+        raise ValueError(
+            f"kind='given' needs a split (train, val or test) for each interaction, but {int(missing.sum())} of {len(given)} have none (first: data "
+            f"row {data.events.row[positions[missing.argmax()]] + 1}); fill the column split, or choose leave_last_out or global_time"
+        )
+    first = np.cumsum(lengths) - lengths
+    # A split that comes before the split of the user's interaction before it.
+    earlier = np.append(False, given[1:] < given[:-1])
+    earlier[first] = False
+    if earlier.any():
+        position = positions[earlier.argmax()]
+        raise ValueError(
+            f"user {data.events.users[data.events.user[position]]!r} has a {SPLITS[data.events.split[position]]} interaction (data row "
+            f"{data.events.row[position] + 1}) after one of {SPLITS[given[earlier.argmax() - 1]]}: with kind='given', the splits of a user must "
+            "follow each other in time (train, val, test); choose leave_last_out or global_time"
+        )
+    counts = [np.add.reduceat(given == number, first) for number in range(len(SPLITS))]
+    data.train_end = counts[0]
+    bounds = np.cumsum([np.zeros_like(lengths), *counts], axis=0)
+    for number, name in enumerate(SPLITS):
+        data.rows[name] = _rows_between(np.maximum(bounds[number], 1), bounds[number + 1])
+
+
+_SPLITTERS = {"leave_last_out": _leave_last_out, "global_time": _global_time, "given": _given}
 
 
 def _rows_between(first: Ints, last: Ints) -> RowIndex:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pyarrow import compute
 
 from malleable.datamodules.batch import Catalog, Vocabulary
@@ -20,17 +21,19 @@ from malleable.datamodules.files.sealed import is_whole
 from malleable.datamodules.language import tokenizer as tokenizers
 from malleable.datamodules.negatives import ItemSampler
 from malleable.datamodules.recommendation.alignment import align
+from malleable.datamodules.recommendation.events import SPLITS, Events
 from malleable.datamodules.recommendation.prompt import PromptPieces, PromptTemplate, tokenize
 from malleable.datamodules.recommendation.rows import Ragged, Reach, RowTable
-from malleable.datamodules.recommendation.splits import SPLITS, Interactions, Ints, RowIndex, Split, prepare
+from malleable.datamodules.recommendation.splits import Interactions, Ints, RowIndex, Split, prepare
 from malleable.datamodules.recommendation.summary import DataSummary
 from malleable.datamodules.sources.recommendation.base import Source
 
 log = logging.getLogger(__name__)
 
 # Raise it when what is stored changes its meaning.
-FORMAT = 5
+FORMAT = 6
 _NONE = np.zeros(0, dtype=np.int64)
+_EVENT_TYPES = {"user": pa.int32(), "item": pa.int32(), "time": pa.float64(), "rating": pa.float64(), "row": pa.int64(), "split": pa.int8()}
 _NO_ROWS = RowTable(_NONE, _NONE, _NONE, _NONE, _NONE)
 
 
@@ -79,8 +82,11 @@ class Store:
         sequences: Items of each user or ready row, oldest first.
         train_end: Leading items of each sequence that belong to training.
         rows: Rows by split.
-        users: The source's id of the user of each sequence; empty for ready rows.
         summary: What filters and cleaning left.
+        listed: ``(N,)`` whether the source has the item; a catalogue taken from a checkpoint may have more.
+        events: All interactions of known items, also those that filters leave out of ``sequences``; ``None`` for ready rows.
+        user: Position of the user of each sequence in ``events.users``; empty for ready rows.
+        positions: Positions in ``events`` of the items of each sequence.
     """
 
     catalog: Catalog
@@ -89,8 +95,20 @@ class Store:
     sequences: Sequence[Ints]
     train_end: Ints
     rows: dict[str, RowTable]
-    users: list[str]
     summary: DataSummary
+    listed: NDArray[np.bool_]
+    events: Events | None = None
+    user: Ints = field(default_factory=lambda: _NONE)
+    positions: Sequence[Ints] = ()
+
+    @property
+    def users(self) -> list[str]:
+        """The source's id of the user of each sequence; empty for ready rows."""
+        return [self.events.users[user] for user in self.user] if self.events is not None else []
+
+    def items_of(self, sequence: int) -> Ints:
+        """Return all items that the user of a sequence has interacted with, whatever the filters."""
+        return self.sequences[sequence] if self.events is None else np.unique(self.events.item[self.events.of_user(self.user[sequence])])
 
     @classmethod
     def open_or_build(cls, recipe: Recipe, folder: Path) -> Store:
@@ -133,9 +151,21 @@ class Store:
             pieces = PromptPieces(items=items["item"], answers=answers, candidates=items["candidate"], eos_token_id=eos, **fields)
         rows = {name: _read_rows(tables[name]) if name in tables else _NO_ROWS for name in SPLITS}
         sequences = tables["sequences"]
-        users = sequences["user"].to_pylist() if "user" in sequences.column_names else []
-        train_end = sequences["train_end"].to_numpy()
-        return cls(catalog, items["keys"], pieces, Ragged(sequences["items"]), train_end, rows, users, DataSummary(**meta["summary"]))
+        store = cls(
+            catalog,
+            items["keys"],
+            pieces,
+            Ragged(sequences["items"]),
+            sequences["train_end"].to_numpy(),
+            rows,
+            DataSummary(**meta["summary"]),
+            np.array(items["listed"], dtype=bool),
+        )
+        if "events" in tables:
+            events = {name: tables["events"][name].to_numpy() for name in tables["events"].column_names}
+            store.events = Events(tables["users"]["user_id"].to_pylist(), **events)
+            store.user, store.positions = sequences["user"].to_numpy(), Ragged(sequences["positions"])
+        return store
 
 
 def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any]]:
@@ -153,15 +183,15 @@ def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any
         prompt = asdict(recipe.template)
     tables = {
         "items": _items(data, pieces),
-        "sequences": {
-            "items": _ragged(data.sequences),
-            "train_end": pa.array(data.train_end, pa.int32()),
-            **({"user": pa.array(data.users, pa.string())} if data.users else {}),
-        },
+        "sequences": {"items": _ragged(data.sequences), "train_end": pa.array(data.train_end, pa.int32())},
         **_rows(data, recipe, pieces),
     }
-    fields = ("prefix", "separator", "suffix", "candidates_prefix")
-    template = {name: getattr(pieces, name) for name in fields} if pieces is not None else None
+    if (events := data.events) is not None:
+        tables["users"] = {"user_id": pa.array(events.users, pa.string())}
+        tables["events"] = {name: pa.array(getattr(events, name), kind) for name, kind in _EVENT_TYPES.items()}
+        tables["sequences"] |= {"user": pa.array(data.user, pa.int32()), "positions": _ragged(data.positions)}
+    names = ("prefix", "separator", "suffix", "candidates_prefix")
+    template = {name: getattr(pieces, name) for name in names} if pieces is not None else None
     return tables, {
         "vocabulary": asdict(vocabulary) if vocabulary else None,
         "prompt": prompt,
@@ -181,7 +211,7 @@ def _rows(data: Interactions, recipe: Recipe, pieces: PromptPieces | None) -> di
         table = reach.place(name, data.sequences, index, ids[name])
         tables[name] = {
             "sample_id": pa.array(table.sample_id, pa.int64()),
-            **{field: pa.array(getattr(table, field), pa.int32()) for field in ("sequence", "start", "end", "target")},
+            **{column: pa.array(getattr(table, column), pa.int32()) for column in ("sequence", "start", "end", "target")},
             "candidates": _ragged(table.candidates if table.candidates is not None else [_NONE] * len(table)),
         }
     return tables
@@ -210,6 +240,7 @@ def _items(data: Interactions, pieces: PromptPieces | None) -> dict[str, pa.Arra
         "genres": pa.array([list(genres) for genres in data.genres], strings),
         "keys": pa.array(data.keys, strings),
         "popularity": pa.array(data.popularity(), pa.int64()),
+        "listed": pa.array(np.ones(len(data.titles), dtype=bool) if data.listed is None else data.listed, pa.bool_()),
         **{name: pa.array([list(ids) for ids in column], ints) for name, column in tokens.items()},
     }
 

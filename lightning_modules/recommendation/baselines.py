@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from malleable.datamodules.batch import AnswerBatch, Catalog, Example, Recommendations, collate_answers
+from malleable.datamodules.batch import AnswerBatch, Catalog, Example, Recommendations
+from malleable.datamodules.collate import collate_answers
 from malleable.lightning_modules.base import BaseModule, LossOutput, Split, needs_weights
 from malleable.lightning_modules.functional.recommendation.baselines import (
     cosine_similarity,

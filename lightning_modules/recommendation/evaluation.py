@@ -52,4 +52,4 @@ def update_metrics(metrics: dict[str, Metric], recommended: Recommendations, bat
         if isinstance(metric, RankingMetrics):
             metric.update(recommended.item_ids, batch.target, batch.sample_id)
         elif isinstance(metric, ExposureMetrics):
-            metric.update(recommended.item_ids, batch.history, batch.sample_id)
+            metric.update(recommended.item_ids, batch.history if batch.metric_history is None else batch.metric_history, batch.sample_id)

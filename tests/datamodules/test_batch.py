@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from malleable.datamodules.batch import AnswerBatch, Batch, Catalog, KnowledgeGraph, PackedBatch, PreferenceBatch, QueryBatch, collate
+from malleable.datamodules.batch import AnswerBatch, Batch, Catalog, KnowledgeGraph, PackedBatch, PreferenceBatch, QueryBatch
+from malleable.datamodules.collate import collate
 from malleable.datamodules.padding import pad
 
 ROWS = [

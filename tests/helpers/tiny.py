@@ -1,6 +1,7 @@
 """Small things that many tests share: a catalogue, rows, a language model of a few thousand weights."""
 
-from malleable.datamodules.batch import AnswerBatch, Batch, Catalog, Example, PackedBatch, PreferenceBatch, Vocabulary, collate
+from malleable.datamodules.batch import AnswerBatch, Batch, Catalog, Example, PackedBatch, PreferenceBatch, Vocabulary
+from malleable.datamodules.collate import collate
 from malleable.lightning_modules.language.config import LanguageModelConfig, Scratch
 
 EOS = 1

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from malleable.datamodules.base import BaseDataModule
-from malleable.datamodules.batch import AnswerBatch, Catalog, Example, collate_answers
+from malleable.datamodules.batch import AnswerBatch, Catalog, Example
+from malleable.datamodules.collate import collate_answers
 
 TITLES = ("Tea | green", "Kettle", "Cup", "Saucer", "Sugar $5", "Spoon", "Cake", "Napkin")
 GENRES = (("drink",), ("kitchen",), ("kitchen",), ("kitchen",), ("food",), ("kitchen",), ("food",), ("home", "kitchen"))

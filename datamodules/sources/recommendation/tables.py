@@ -20,17 +20,18 @@ from malleable.datamodules.sources.recommendation.base import InteractionTables,
 
 log = logging.getLogger(__name__)
 
-INTERACTION_FIELDS = ("user_id", "item_id", "timestamp", "rating")
+INTERACTION_FIELDS = ("user_id", "item_id", "timestamp", "rating", "split")
 ITEM_FIELDS = ("item_id", "title", "genres")
-OPTIONAL = {"rating", "genres"}
+OPTIONAL = {"rating", "split", "genres"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class Tables(Source):
-    """Two files: interactions (``user_id, item_id, timestamp[, rating]``) and items (``item_id, title[, genres]``).
+    """Two files: interactions (``user_id, item_id, timestamp[, rating][, split]``) and items (``item_id, title[, genres]``).
 
     Kinds by file name: ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` (each also ``.gz``) and ``.parquet``. Further columns are left alone. Times are
-    seconds or ISO 8601; genres are lists, or text with a delimiter between them. Terms and licence are the user's own.
+    seconds or ISO 8601; genres are lists, or text with a delimiter between them. A rating may be a label, 0 or 1. ``split`` is ``train``, ``val`` or
+    ``test``, and is read where :class:`~malleable.datamodules.recommendation.splits.Split` is ``given``. Terms and licence are the user's own.
 
     Every row of CSV and TSV has as many cells as the first line, which names the columns. A cell of CSV with a delimiter, a quote or a line feed
     in it stands in quotes, and its quotes are doubled. The encoding is UTF-8, or that of a byte-order mark (UTF-8, UTF-16).

@@ -2,7 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from malleable.datamodules.recommendation.splits import Split, k_core, prepare
+from malleable.datamodules.recommendation.events import k_core
+from malleable.datamodules.recommendation.splits import Split, prepare
 from malleable.datamodules.sources.recommendation.base import InteractionTables, ReadyRow, ReadyRows, items_table
 
 TITLES = ["A", "B", "C", "D", "E", "F"]
@@ -82,7 +83,7 @@ def test_cold_items_stay_in_the_catalogue_without_an_item_core():
 
 
 def test_nothing_left_is_an_error():
-    with pytest.raises(ValueError, match="no interaction is left with min_rating=None, min_user_events=5 and min_item_events=1 out of 3; lower them"):
+    with pytest.raises(ValueError, match="no interaction is left with min_user_events=5 and min_item_events=1 out of 3, of 1 users; lower them"):
         prepare(tables(one_user("abc")), Split())
     with pytest.raises(ValueError, match="no row is left: every history has fewer than two usable items"):
         prepare(tables(one_user("a")), Split(min_user_events=1))

@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from shared import shared_data
 from toy_shop import ToyShop, toy_users
 
-from malleable.datamodules.batch import Catalog, PackedBatch, collate_answers
+from malleable.datamodules.batch import Catalog, PackedBatch
+from malleable.datamodules.collate import collate_answers
 from malleable.lightning_modules.recommendation.baselines import ItemKNN, Markov, Popularity, learn, training_rows
 
 KINDS = (Popularity, ItemKNN, Markov)

@@ -1,7 +1,8 @@
 import torch
 from torchmetrics import MeanMetric
 
-from malleable.datamodules.batch import Catalog, Recommendations, collate_answers
+from malleable.datamodules.batch import Catalog, Recommendations
+from malleable.datamodules.collate import collate_answers
 from malleable.lightning_modules.recommendation.evaluation import allowed_items, recommendation_metrics, update_metrics
 
 

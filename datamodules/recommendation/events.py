@@ -1,0 +1,120 @@
+"""All interactions of known items, with user, time, rating, row of the source and given split."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from malleable.datamodules.sources.recommendation.base import InteractionTables
+
+log = logging.getLogger(__name__)
+
+Ints = NDArray[np.integer[Any]]
+Floats = NDArray[np.float64]
+SPLITS = ("train", "val", "test")
+NO_SPLIT = -1
+# Names of the splits in files of others.
+SPLIT_NAMES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2, "testing": 2}
+
+
+@dataclass(frozen=True)
+class Events:
+    """Interactions of known items, ordered by user, then time, then row of the source.
+
+    Nothing is filtered by rating or by frequency: a view chooses positions in these arrays. Shapes: E interactions.
+
+    Attributes:
+        users: The source's ids of the users, ascending.
+        user: ``(E,)`` position in ``users``.
+        item: ``(E,)`` position in the catalogue.
+        time: ``(E,)``.
+        rating: ``(E,)`` rating, or a label 0 or 1; ``nan`` where it is unknown.
+        row: ``(E,)`` number of the row in the source, from 0.
+        split: ``(E,)`` given split: 0 train, 1 val, 2 test, -1 none.
+    """
+
+    users: list[str]
+    user: Ints
+    item: Ints
+    time: Floats
+    rating: Floats
+    row: Ints
+    split: Ints
+
+    def __len__(self) -> int:
+        """Return the number of interactions."""
+        return len(self.user)
+
+    @classmethod
+    def of(cls, tables: InteractionTables, ids: list[int]) -> Events:
+        """Order the interactions of a source.
+
+        Args:
+            tables: The source's tables.
+            ids: Catalogue position of each row of ``tables.items``; -1 for items without a title.
+
+        Raises:
+            ValueError: If there is no interaction, or none has a known item.
+        """
+        events = tables.interactions
+        if not len(events):
+            raise ValueError("the table of interactions has no row; give one row for each interaction")
+        item = events["item_id"].map(dict(zip(tables.items["item_id"], ids, strict=True))).fillna(-1).to_numpy(np.int64)
+        known = item >= 0
+        if not known.any():
+            raise ValueError(
+                f"none of the {len(item)} interactions has an item of the items table (item_id {events['item_id'].iloc[0]!r} in the interactions, "
+                f"{next(iter(tables.items['item_id']), None)!r} in the items); compare the columns item_id of both tables"
+            )
+        if unknown := int((~known).sum()):
+            log.warning("dropped %d of %d interactions with items that are not in the items table or have no title", unknown, len(item))
+        # Users are ordered by their own id, so that the order of the file decides ties in time only.
+        codes, names = pd.factorize(events["user_id"][known], sort=True)
+        user, time = codes.astype(np.int64), events["timestamp"].to_numpy(np.float64)[known]
+        order = np.lexsort((time, user))  # stable
+        rows = np.flatnonzero(known)[order]
+        rating = events["rating"].to_numpy(np.float64)[rows] if "rating" in events else np.full(len(rows), np.nan)
+        split = _split_numbers(events["split"].iloc[rows]) if "split" in events else np.full(len(rows), NO_SPLIT)
+        return cls([str(name) for name in names], user[order], item[rows], time[order], rating, rows, split)
+
+    def renumbered(self, place: Ints) -> Events:
+        """Return the interactions with other item numbers.
+
+        Args:
+            place: ``(N,)`` new number of each item; -1 drops its interactions.
+        """
+        item = place[self.item]
+        kept = item >= 0
+        columns = {name: getattr(self, name)[kept] for name in ("user", "time", "rating", "row", "split")}
+        return replace(self, item=item[kept], **columns)
+
+    def of_user(self, user: int) -> slice:
+        """Return the positions of a user's interactions."""
+        return slice(*np.searchsorted(self.user, [user, user + 1]))
+
+
+def first_of_each_item(events: Events, positions: Ints) -> Ints:
+    """Return the positions that are a user's first interaction with an item."""
+    repeated = pd.DataFrame({"user": events.user[positions], "item": events.item[positions]}).duplicated().to_numpy()
+    return positions[~repeated]
+
+
+def k_core(users: Ints, items: Ints, min_user_events: int, min_item_events: int) -> NDArray[np.bool_]:
+    """Return which interactions stay when users and items below their minimum go, until nothing changes."""
+    keep = np.ones(len(users), dtype=bool)
+    while True:
+        enough = np.bincount(users[keep], minlength=users.max(initial=-1) + 1)[users] >= min_user_events
+        enough &= np.bincount(items[keep], minlength=items.max(initial=-1) + 1)[items] >= min_item_events
+        if not (keep & ~enough).any():
+            return keep
+        keep &= enough
+
+
+def _split_numbers(names: pd.Series) -> Ints:
+    folded = names.map(lambda name: name.strip().casefold() if isinstance(name, str) else name)
+    return folded.map(SPLIT_NAMES).fillna(NO_SPLIT).to_numpy(np.int64)
