@@ -79,6 +79,7 @@ _PLACES = {
     "--model.tuning.lr 1e-4": "an option of the model",
     "--data.batch_size 16": "an option of the data module",
     "--data.source.path FILE": "an option of a class within it",
+    "--trainer.callbacks.SelfPlayLoop.rounds 3": "an option of a callback of the recipe, by its class",
     "--checkpoint.monitor val_loss": "an option of Lightning's ModelCheckpoint",
 }
 
