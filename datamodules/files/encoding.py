@@ -84,14 +84,14 @@ def _first_undecodable(source: BinaryIO, encoding: str) -> tuple[str, str] | Non
     """Return the place of the first bytes that cannot be decoded, and the reason."""
     one_byte = len("\n\n".encode(encoding)) == len("\n".encode(encoding)) + 1  # where a line feed is a byte, lines can be told in the bytes
     decoder = codecs.getincrementaldecoder(encoding)()
-    number = 1
+    number, line = 1, b""
     while True:
-        line = source.readline(_PIECE)
+        before, line = line, source.readline(_PIECE)
         try:
             number += decoder.decode(line, final=not line).count("\n")
         except UnicodeDecodeError as error:
-            # In front of the line stands what is left of a character that began before it.
-            position = error.start - (len(error.object) - len(line))
+            # In front of the piece stands what is left of a character that began before it.
+            position = error.start - (len(error.object) - len(line)) + (0 if line else len(before))
             byte = f", byte {position + 1}" if one_byte and position >= 0 else ""
             return f", line {number}{byte}", f"{error.reason} 0x{error.object[error.start : error.start + 1].hex()}"
         except UnicodeError as error:  # UTF-16 without a mark where there must be one
