@@ -6,9 +6,9 @@ from .last_checkpoint import LastCheckpoint as LastCheckpoint
 from .line_progress import LineProgress as LineProgress
 from .predictions import PredictionWriter as PredictionWriter
 from .reference import ReferenceCache as ReferenceCache
+from .report.baselines import Baselines as Baselines
 from .report.embeddings import EmbeddingReport as EmbeddingReport
 from .report.exposure import ExposureReport as ExposureReport
-from .report.floors import Floors as Floors
 from .report.report import RunReport as RunReport
 from .self_play.loop import SelfPlayLoop as SelfPlayLoop
 from .self_play.phases import PhaseSettings as PhaseSettings

@@ -40,6 +40,7 @@ from .patches.delta import Delta as Delta
 from .patches.patch import Patch as Patch
 from .patches.stack import PatchStack as PatchStack
 from .patches.storage import open_container as open_container
+from .recommendation.baselines import Baseline as Baseline
 from .recommendation.baselines import ItemKNN as ItemKNN
 from .recommendation.baselines import Markov as Markov
 from .recommendation.baselines import Popularity as Popularity

@@ -208,6 +208,11 @@ class BaseModule(CheckedLoading, ABC):
     def compute_loss(self, batch: Any) -> LossOutput:
         """Compute the loss of a batch; no logging, no side effects."""
 
+    @property
+    def headline_metrics(self) -> tuple[str, ...]:
+        """Names of the main test metrics, without the split; reports show these first. Default: none. May be a class attribute."""
+        return ()
+
     def configure_metrics(self) -> dict[str, Metric]:
         """Make the metrics of one evaluation split, by name; each is fed by :meth:`evaluate`."""
         return {}

@@ -66,14 +66,16 @@ def marked(metric: str) -> str:
 
 
 def is_secondary(key: str, headline: Iterable[str]) -> bool:
-    """Return whether a logged key is of a known metric that is not a main one at any cut-off; losses and whatever else is logged are not.
+    """Return whether a logged key belongs to a known metric that is not a main one at any cut-off.
+
+    Losses, perplexity and unknown keys are never secondary. Without main metrics, no key is.
 
     Args:
-        key: Such as ``val_gini_10``.
-        headline: The main metrics, such as ``hr_10``.
+        key: Logged key, such as ``val_gini_10``.
+        headline: Main metrics, such as ``hr_10``.
     """
-    name = _name(key.removeprefix("val_").removeprefix("train_"))
-    return name in NOTES and name not in {"loss", "perplexity", *map(_name, headline)}
+    name, main = _name(key.removeprefix("val_").removeprefix("train_")), set(map(_name, headline))
+    return bool(main) and name in NOTES and name not in {"loss", "perplexity"} | main
 
 
 def definitions(metrics: Iterable[str]) -> list[list[str]]:

@@ -41,7 +41,7 @@ class Column:
 
     Attributes:
         title: Heading in tables.
-        key: Prefix in ``metrics.json``: ``floor_popularity`` gives ``floor_popularity_hr_10``.
+        key: Prefix in ``metrics.json``: ``baseline_popularity`` gives ``baseline_popularity_hr_10``.
         values: Values by metric, without the split's name.
     """
 
@@ -56,6 +56,15 @@ class HasSections(Protocol):
 
     def report_sections(self) -> list[Section]:
         """Return the sections known by now."""
+
+
+@runtime_checkable
+class HasHeadlineMetrics(Protocol):
+    """A module or callback that names its main test metrics; read on rank zero after fit and after test."""
+
+    @property
+    def headline_metrics(self) -> Sequence[str]:
+        """Names without the split's name, such as ``hr_10``."""
 
 
 @runtime_checkable

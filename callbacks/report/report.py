@@ -17,7 +17,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from malleable.callbacks.report.figures import draw_curves, draw_phases, save_figure, split_curve
 from malleable.callbacks.report.logged import logged_anew
 from malleable.callbacks.report.metric_notes import definitions, is_secondary, marked
-from malleable.callbacks.report.page import Column, HasColumns, HasPhases, HasRows, HasSections, Rows, Section, figure_names, markdown, plain_table
+from malleable.callbacks.report.page import (
+    Column,
+    HasColumns,
+    HasHeadlineMetrics,
+    HasPhases,
+    HasRows,
+    HasSections,
+    Rows,
+    Section,
+    figure_names,
+    markdown,
+    plain_table,
+)
 from malleable.callbacks.report.row_recorder import RowRecorder
 from malleable.datamodules.files.atomic import atomic_write
 
@@ -26,10 +38,6 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 2048
 PANELS_A_ROW = 3
-RECOMMENDATION = ("hr_10", "ndcg_10", "mrr_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10", "coverage_10")
-LINK_PREDICTION = ("mrr", "mr", "hits_1", "hits_3", "hits_10", "mrr_tail", "mrr_head")
-EDITING = ("efficacy", "generalization", "specificity", "efficacy_exact", "specificity_exact", "fluency", "consistency", "perplexity")
-HEADLINE = RECOMMENDATION + LINK_PREDICTION + EDITING
 
 
 class RunReport(Callback):
@@ -48,12 +56,13 @@ class RunReport(Callback):
 
     Args:
         dirpath: Folder of the report; default: ``report`` in the run folder.
-        headline: Metrics, without the split's name, that the log and the top of the page show; all where the run has none of them.
+        headline: Metrics, without the split's name, that the log and the top of the page show. Default: the ``headline_metrics`` of the tested
+            module and of the callbacks. If the test has none of them, all metrics are shown.
     """
 
-    def __init__(self, dirpath: str | None = None, headline: Sequence[str] = HEADLINE) -> None:
+    def __init__(self, dirpath: str | None = None, headline: Sequence[str] | None = None) -> None:
         self.dirpath = dirpath
-        self.headline = tuple(headline)
+        self.headline: tuple[str, ...] | None = None if headline is None else tuple(headline)
         self.folder: Path | None = None
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.metrics: dict[str, float] = {}
@@ -160,23 +169,26 @@ class RunReport(Callback):
         sections += _data_sections(getattr(trainer, "datamodule", None))
         self.phases = [phase for callback in contributors if isinstance(callback, HasPhases) for phase in callback.report_phases()]
         self.facts["devices"] = f"{trainer.world_size} × {trainer.strategy.root_device.type}"
-        self.write(_title(trainer, pl_module), type(pl_module).__name__, columns, sections)
+        declared = [name for source in (pl_module, *contributors) if isinstance(source, HasHeadlineMetrics) for name in source.headline_metrics]
+        headline = declared if self.headline is None else self.headline
+        self.write(_title(trainer, pl_module), type(pl_module).__name__, columns, sections, headline)
         if stage == "test":
             self._log(trainer, columns)
 
-    def write(self, title: str, name: str, columns: Sequence[Column] = (), sections: Sequence[Section] = ()) -> None:
-        """Write all files, each whole or not at all, and log the main figures.
+    def write(self, title: str, name: str, columns: Sequence[Column] = (), sections: Sequence[Section] = (), headline: Sequence[str] = ()) -> None:
+        """Write all files, each whole or not at all, and log the main metrics.
 
         Args:
             title: Heading of the page.
             name: Name of the tested model.
             columns: Models to compare with.
-            sections: Parts that others contribute.
+            sections: Sections of other callbacks.
+            headline: Names of the main metrics.
         """
         assert self.folder is not None
         header, rows = self._comparison(name, columns)
-        main = [row for row in rows if row[0] in self.headline] or rows
-        sections = [*self._first_sections(header, main), *sections, *self._last_sections(header, rows if len(rows) > len(main) else [])]
+        main = [row for row in rows if row[0] in headline] or rows
+        sections = [*self._first_sections(header, main, headline), *sections, *self._last_sections(header, rows if len(rows) > len(main) else [])]
         self.rows.save(self.folder)
         everything = self.metrics | _of_columns(columns)
         finite = {key: value if math.isfinite(value) else None for key, value in everything.items()}
@@ -197,9 +209,9 @@ class RunReport(Callback):
             logger.log_metrics(finite, step=trainer.global_step)
             logger.save()
 
-    def _first_sections(self, header: Sequence[str], rows: Rows) -> list[Section]:
+    def _first_sections(self, header: Sequence[str], rows: Rows, headline: Sequence[str]) -> list[Section]:
         sections = [self._metrics_section("Test metrics", header, rows)] if rows else []
-        panels = curve_panels({name: points for name, points in self.history.items() if not is_secondary(name, self.headline)})
+        panels = curve_panels({name: points for name, points in self.history.items() if not is_secondary(name, headline)})
         if panels:
             size = (4.2 * min(PANELS_A_ROW, len(panels)), 3.0 * -(-len(panels) // PANELS_A_ROW))
             sections.append(Section("Training", figure=lambda figure: draw_panels(figure, panels, self.phases), figure_size=size))

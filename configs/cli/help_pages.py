@@ -18,7 +18,7 @@ examples:
   malleable fit --config sprec/tiny.yaml --data.batch_size 8      change a value of it
   malleable fit --config sprec/tiny.yaml --config base/ddp.yaml   lay a second file over it
   malleable test --config sprec/tiny.yaml --ckpt_path last        measure its latest run
-  malleable compare sprec/tiny sft/tiny                           compare the latest fits of two recipes, or run folders
+  malleable compare sprec/tiny sft/tiny                           compare the latest runs of two recipes, or run folders
   malleable patch apply edits/paris model.ckpt                    apply a patch; `malleable patch revert` brings the weights back
   malleable fit --help                                            see the options of a command
   malleable fit --model.help SPRec                                see the options of one class
@@ -51,7 +51,7 @@ CALLBACKS = {
     "ReferenceCache": "computes the reference log-probabilities of DPO once",
     "AlphaEdit": "edits facts after training",
     "RunReport": "writes the report of a run",
-    "Floors": "adds counting baselines to the report",
+    "Baselines": "adds counting baselines to the report",
     "ExposureReport": "adds what is recommended how often to the report",
     "EmbeddingReport": "exports the tables of a knowledge graph and analyses them",
     "PredictionWriter": "writes predictions with your ids",
@@ -79,7 +79,6 @@ _PLACES = {
     "--model.tuning.lr 1e-4": "an option of the model",
     "--data.batch_size 16": "an option of the data module",
     "--data.source.path FILE": "an option of a class within it",
-    "--trainer.callbacks.SelfPlayLoop.rounds 3": "an option of a callback of the recipe, by its class",
     "--checkpoint.monitor val_loss": "an option of Lightning's ModelCheckpoint",
 }
 

@@ -188,6 +188,11 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         if split == "val":
             super().log_loss(batch, split)
 
+    @property
+    def headline_metrics(self) -> tuple[str, ...]:
+        """Ranks of both directions, and reciprocal ranks of each."""
+        return ("mrr", "mr", *(f"hits_{k}" for k in self.ranking.ks), "mrr_tail", "mrr_head")
+
     def configure_metrics(self) -> dict[str, Metric]:
         """Filtered ranks."""
         assert self.graph is not None

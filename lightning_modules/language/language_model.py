@@ -32,7 +32,7 @@ from malleable.lightning_modules.language.model_settings import model_settings
 from malleable.lightning_modules.language.precision import check_training_precision
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.metrics.editing import Perplexity
-from malleable.lightning_modules.recommendation.evaluation import recommendation_metrics, update_metrics
+from malleable.lightning_modules.recommendation.evaluation import recommendation_headline, recommendation_metrics, update_metrics
 from malleable.lightning_modules.serialization import from_plain
 
 log = logging.getLogger(__name__)
@@ -247,6 +247,11 @@ class LanguageModel(BaseModule):
         """Generate rejected answers of a batch; see :func:`~malleable.lightning_modules.recommendation.negatives.generate_negatives`."""
         options: Any = {"weights_version": self.weights_version, "sync_any": self.sync_any}
         return self.items.generate_negatives(self.model, batch, sampler, seed, **options)
+
+    @property
+    def headline_metrics(self) -> tuple[str, ...]:
+        """Main metrics of recommended lists; the perplexity where there is no catalogue."""
+        return ("perplexity",) if self.catalog is None else recommendation_headline(self.ks)
 
     def configure_metrics(self) -> dict[str, Metric]:
         """Accuracy and exposure of recommended lists; without a catalogue the perplexity."""

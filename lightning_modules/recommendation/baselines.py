@@ -1,4 +1,4 @@
-"""Recommenders that only count, the floor of every table; they run under the same ``test`` and ``predict`` as all others.
+"""Counting baselines: recommenders without gradients, with the same ``fit``, ``test`` and ``predict`` as all others.
 
 Shapes: B rows, L history items, S seen items, N items.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from malleable.datamodules.batch import AnswerBatch, Catalog, Example, Recommendations
+from malleable.datamodules.batch import AnswerBatch, Catalog, Recommendations
 from malleable.datamodules.collate import collate_answers
 from malleable.lightning_modules.base import BaseModule, LossOutput, Split, needs_weights
 from malleable.lightning_modules.functional.recommendation.baselines import (
@@ -27,7 +27,13 @@ from malleable.lightning_modules.functional.recommendation.baselines import (
     top_items,
     transition_scores,
 )
-from malleable.lightning_modules.recommendation.evaluation import allowed_items, recommendation_metrics, update_metrics
+from malleable.lightning_modules.recommendation.counted_rows import answer_rows, counted, items_only, training_rows
+from malleable.lightning_modules.recommendation.evaluation import (
+    allowed_items,
+    recommendation_headline,
+    recommendation_metrics,
+    update_metrics,
+)
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +168,11 @@ class Baseline(BaseModule):
         scores = self.scores(batch)
         return Recommendations(*top_items(scores, k or max(self.ks), allowed_items(batch, scores.shape[1], self.exclude_seen)))
 
+    @property
+    def headline_metrics(self) -> tuple[str, ...]:
+        """Main metrics of recommended lists."""
+        return recommendation_headline(self.ks)
+
     def configure_metrics(self) -> dict[str, Metric]:
         """Accuracy and exposure of the recommended lists."""
         assert self.catalog is not None
@@ -227,7 +238,7 @@ class Baseline(BaseModule):
         """Return the training rows where all of them are to be counted: batches leave out those that fill no global batch."""
         trainer: Any = self.attached
         whole = trainer is not None and isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches == 1.0
-        return _answer_rows(trainer.datamodule) if whole else None
+        return answer_rows(trainer.datamodule) if whole else None
 
     def _of_all_processes(self, rows: Tensor) -> list[Tensor]:
         return [rows] if self.trainer.world_size == 1 else gather_all_tensors(rows)
@@ -350,51 +361,12 @@ def learn(modules: Sequence[Baseline], rows: Any) -> None:
         module.configure_model()
         module.reset()
     for start in range(0, len(rows), CHUNK):
-        batch = collate_answers([_items_only(rows[index]) for index in range(start, min(start + CHUNK, len(rows)))])
+        batch = collate_answers([items_only(rows[index]) for index in range(start, min(start + CHUNK, len(rows)))])
         for module in modules:
             module.count(*counted(batch.to(module.device)))
-
-
-def counted(batch: AnswerBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """What :meth:`Baseline.count` takes of a batch; where nothing is listed as seen, the history stands for it."""
-    target = batch.target.masked_fill(batch.sample_id < 0, -1)
-    seen = batch.seen if batch.seen.shape[1] else batch.history
-    last = batch.history[:, -1] if batch.history.shape[1] else torch.full_like(target, -1)
-    return target, seen, last
-
-
-def training_rows(source: Any) -> Any:
-    """The training rows of a data module that have a history and a target: its ``answer_dataset``, or its ``train_dataset``.
-
-    Raises:
-        MisconfigurationException: If it has none.
-    """
-    rows = _answer_rows(source)
-    if rows is None:
-        raise MisconfigurationException(
-            f"{type(source).__name__} has no training rows of a history and a target; use a data module whose `train_dataset` or `answer_dataset` has"
-        )
-    return rows
-
-
-def _answer_rows(source: Any) -> Any:
-    rows = getattr(source, "answer_dataset", None) or getattr(source, "train_dataset", None)
-    return rows if rows and "answers" in rows[0] else None
 
 
 def _grown(table: Tensor, size: int) -> Tensor:
     """Pad a table of items with zeros for new items, along every dimension."""
     more = size - len(table)
     return nn.functional.pad(table, (0, more) * table.dim()) if more > 0 else table
-
-
-def _items_only(row: Example) -> Example:
-    """Drop the text, which counting does not read, and all answers but the true one."""
-    return {
-        "sample_id": row["sample_id"],
-        "prompt": (),
-        "answers": [()],
-        "item_ids": list(row.get("item_ids", (-1,)))[:1],
-        "history": row.get("history", ()),
-        "seen": row.get("seen", row.get("history", ())),
-    }

@@ -46,6 +46,12 @@ def recommendation_metrics(catalog: Catalog, ks: tuple[int, ...]) -> dict[str, M
     }
 
 
+def recommendation_headline(ks: tuple[int, ...]) -> tuple[str, ...]:
+    """Return the names of the main metrics of recommended lists, at cut-off 10 or, if that is not among them, the largest one."""
+    k = 10 if 10 in ks else max(ks)
+    return tuple(f"{name}_{k}" for name in ("hr", "ndcg", "mrr", "div_ratio", "or_ratio", "mgu", "dgu", "coverage"))
+
+
 def update_metrics(metrics: dict[str, Metric], recommended: Recommendations, batch: AnswerBatch) -> None:
     """Feed metrics of recommended lists; others are left alone."""
     for metric in metrics.values():

@@ -12,7 +12,7 @@ import os
 import torch
 from lightning.pytorch import Trainer
 from malleable.callbacks.report.exposure import ExposureReport
-from malleable.callbacks.report.floors import Floors
+from malleable.callbacks.report.baselines import Baselines
 from malleable.callbacks.predictions import PredictionWriter
 from malleable.callbacks.report.report import RunReport
 from malleable.lightning_modules.recommendation.baselines import Markov
@@ -23,7 +23,7 @@ module = Markov(ks=(1, 3))
 data = ToyShop(num_users=13, batch_size=4 // ranks, global_batch_size=4, popularity=False)
 trainer = Trainer(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_epochs=2, logger=False, enable_progress_bar=False,
                   enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder,
-                  callbacks=[RunReport(), Floors(), ExposureReport(), PredictionWriter()])
+                  callbacks=[RunReport(), Baselines(), ExposureReport(), PredictionWriter()])
 trainer.fit(module, data)
 trainer.test(module, data, verbose=False)
 trainer.predict(module, data)

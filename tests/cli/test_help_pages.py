@@ -23,7 +23,7 @@ def test_all_commands_are_in_the_help():
 @pytest.mark.parametrize(
     ("listed", "kind", "bases"),
     [
-        (MODELS, LightningModule, {"BaseModule", "LanguageModel"}),
+        (MODELS, LightningModule, {"BaseModule", "LanguageModel", "Baseline"}),
         (DATA, LightningDataModule, {"BaseDataModule"}),
         (CALLBACKS, Callback, {"PostFitEdit"}),
     ],

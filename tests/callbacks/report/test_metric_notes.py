@@ -1,11 +1,13 @@
 import pytest
 
 from malleable.callbacks.report.metric_notes import NOTES, arrow, definitions, is_secondary, marked
-from malleable.callbacks.report.report import HEADLINE
 from malleable.lightning_modules.metrics.editing import RequestFigures
 from malleable.lightning_modules.metrics.exposure import ExposureMetrics
 from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics
 from malleable.lightning_modules.metrics.ranking import RankingMetrics, ScoredRankingMetrics
+from malleable.lightning_modules.recommendation.evaluation import recommendation_headline
+
+HEADLINE = recommendation_headline((1, 5, 10))
 
 
 def figures():
@@ -14,6 +16,7 @@ def figures():
         yield from metric.compute() if not isinstance(metric, LinkPredictionMetrics) else ("mr", "mrr", "hits_3", "mrr_tail", "mrr_head")
     yield from RequestFigures._fields
     yield from HEADLINE
+    yield from ("fluency", "consistency", "perplexity")
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
@@ -40,3 +43,4 @@ def test_curves_of_main_metrics_and_of_what_is_no_metric_are_drawn():
     ]
     assert drawn == ["train_loss", "val_loss", "val_hr_5", "train_rewards_margins", "lr"]
     assert not is_secondary("val_gini_10", ("gini_5",))
+    assert not is_secondary("val_gini_10", ())

@@ -4,7 +4,7 @@ import logging
 import pytest
 import torch
 from boring import BoringDataModule, BoringModule
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -22,7 +22,7 @@ class Contributor(Callback):
         return [Section("Extra | part", "Words.", (("name", "value"), [("x|y", 0.5)]), lambda figure: figure.subplots().plot([1, 2]))]
 
     def report_columns(self):
-        return [Column("Always 2", "floor_two", {"mean_output": 2.0, "other": float("nan")})]
+        return [Column("Always 2", "baseline_two", {"mean_output": 2.0, "other": float("nan")})]
 
 
 def run(tmp_path, callbacks, test=True, **settings):
@@ -51,8 +51,8 @@ def test_a_report_after_fit_and_test(tmp_path, caplog):
     assert sorted(path.name for path in folder.iterdir()) == ["extra_part.png", "metrics.json", "report.md", "training.png"]
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["test_mean_output"] == pytest.approx(trainer.callback_metrics["test_mean_output"].item())
-    assert metrics["floor_two_mean_output"] == 2
-    assert metrics["floor_two_other"] is None
+    assert metrics["baseline_two_mean_output"] == 2
+    assert metrics["baseline_two_other"] is None
     assert {"train_loss", "val_loss", "val_mean_output", "test_loss", "test_distance"} <= set(metrics)
     page = (folder / "report.md").read_text()
     assert page.startswith("# BoringModule on BoringDataModule\n\n## Test metrics")
@@ -79,10 +79,10 @@ def test_the_loggers_get_every_figure_of_the_report_once(tmp_path):
     logger = Recorder()
     run(tmp_path, [RunReport(str(tmp_path / "report")), Contributor()], logger=[logger])
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
-    names = [name for row in logger.rows for name in row if name.startswith(("test_", "floor_"))]
-    assert sorted(names) == sorted(name for name, value in metrics.items() if name.startswith(("test_", "floor_")) and value is not None)
-    (floor,) = (row for row in logger.rows if "floor_two_mean_output" in row)
-    assert floor == {"floor_two_mean_output": 2.0}
+    names = [name for row in logger.rows for name in row if name.startswith(("test_", "baseline_"))]
+    assert sorted(names) == sorted(name for name, value in metrics.items() if name.startswith(("test_", "baseline_")) and value is not None)
+    (baseline,) = (row for row in logger.rows if "baseline_two_mean_output" in row)
+    assert baseline == {"baseline_two_mean_output": 2.0}
 
 
 def test_the_log_shows_the_main_metrics_only(tmp_path, caplog):
@@ -96,6 +96,38 @@ def test_the_log_shows_the_main_metrics_only(tmp_path, caplog):
     assert "loss" not in first
     assert "## All test metrics" in rest
     assert "| loss |" in rest
+
+
+def top_rows(page):
+    """Names of the metrics in the first table of a page."""
+    table = page.partition("## Test metrics")[2].partition("##")[0]
+    return {line.split("|")[1].split()[0] for line in table.splitlines() if line.startswith("| ")} - {"metric", "---"}
+
+
+@pytest.mark.parametrize(
+    ("headline", "shown"), [(None, {"mean_output", "distance"}), (("loss",), {"loss"}), ((), {"loss", "mean_output", "distance"})]
+)
+def test_modules_and_callbacks_declare_the_main_metrics(tmp_path, headline, shown):
+    class Module(BoringModule):
+        headline_metrics = ("mean_output",)
+
+    class Other(Contributor):
+        headline_metrics = ("distance", "of another run")
+
+    trainer = quiet(tmp_path, callbacks=[Other(), RunReport(headline=headline)])
+    trainer.test(Module(), BoringDataModule(), verbose=False)
+    assert top_rows((tmp_path / "report/report.md").read_text()) == shown
+
+
+def test_modules_without_main_metrics_show_all(tmp_path):
+    """Also a LightningModule that does not inherit from ours."""
+
+    class Plain(LightningModule):
+        def test_step(self, batch, batch_idx):
+            self.log_dict({"test_hr_10": 0.5, "test_gini_10": 0.5, "test_own": 1.0}, batch_size=1)
+
+    quiet(tmp_path, callbacks=[RunReport()]).test(Plain(), BoringDataModule(), verbose=False)
+    assert top_rows((tmp_path / "report/report.md").read_text()) == {"hr_10", "gini_10", "own"}
 
 
 def test_fit_alone_reports_too(tmp_path):

@@ -11,7 +11,8 @@ from toy_shop import ToyShop, toy_users
 
 from malleable.datamodules.batch import Catalog, PackedBatch
 from malleable.datamodules.collate import collate_answers
-from malleable.lightning_modules.recommendation.baselines import ItemKNN, Markov, Popularity, learn, training_rows
+from malleable.lightning_modules.recommendation.baselines import ItemKNN, Markov, Popularity, learn
+from malleable.lightning_modules.recommendation.counted_rows import training_rows
 
 KINDS = (Popularity, ItemKNN, Markov)
 
@@ -193,5 +194,5 @@ def test_refusals(tmp_path):
         module.training_step(packed, 0)
     boring = BoringDataModule()
     boring.setup("fit")
-    with pytest.raises(MisconfigurationException, match="BoringDataModule has no training rows of a history and a target"):
+    with pytest.raises(MisconfigurationException, match="BoringDataModule has no training rows with a history and a target"):
         training_rows(boring)

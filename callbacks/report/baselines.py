@@ -1,0 +1,124 @@
+"""Counting baselines on the test rows of a recommender, for its report."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torchmetrics import Metric
+
+from malleable.callbacks.report.page import Column
+from malleable.datamodules.batch import AnswerBatch
+from malleable.lightning_modules.metrics.exposure import ExposureMetrics
+from malleable.lightning_modules.metrics.ranking import RankingMetrics
+from malleable.lightning_modules.recommendation.baselines import Baseline, ItemKNN, Markov, Popularity, learn
+from malleable.lightning_modules.recommendation.counted_rows import training_rows
+from malleable.lightning_modules.recommendation.evaluation import recommendation_metrics, update_metrics
+
+
+class Baselines(Callback):
+    """Evaluate counting baselines in every test, on the rows and with the metrics of the tested module.
+
+    The baselines count the training rows of the data module once, whatever the model was trained on.
+    :class:`~malleable.callbacks.report.report.RunReport` shows them beside the tested module, and stores their metrics as
+    ``baseline_popularity_hr_10`` and so on. They are neither trained by gradients nor part of checkpoints.
+
+    Args:
+        baselines: Baselines with their settings; they take the catalogue from the data module. In a configuration each is a class name, or
+            ``class_path`` and ``init_args``. Default: :class:`Popularity`, :class:`ItemKNN` and :class:`Markov`.
+
+    Raises:
+        TypeError: If an element is not a :class:`~malleable.lightning_modules.recommendation.baselines.Baseline`.
+    """
+
+    def __init__(self, baselines: Sequence[Baseline] | None = None) -> None:
+        given = (Popularity(), ItemKNN(), Markov()) if baselines is None else tuple(baselines)
+        wrong = [baseline for baseline in given if not isinstance(baseline, Baseline)]
+        if wrong:
+            raise TypeError(f"baselines must be modules derived from Baseline, such as [Popularity(), ItemKNN(last=5)], got {wrong[0]!r:.80}")
+        self.baselines = dict(zip(_numbered([_snake_case(type(baseline).__name__) for baseline in given], "_{}"), given, strict=True))
+        self._titles = _numbered([type(baseline).__name__ for baseline in given], " ({})")
+        self.values: dict[str, dict[str, float]] = {}
+        self._modules: dict[str, Baseline] = {}
+        self._metrics: dict[str, dict[str, Metric]] = {}
+        self._rows: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there is a data module with a catalogue.
+
+        Raises:
+            MisconfigurationException: If there is none.
+        """
+        source = getattr(trainer, "datamodule", None)
+        if not hasattr(source, "catalog"):
+            raise MisconfigurationException(
+                f"Baselines counts the training rows of a data module with a `catalog`, got {type(source).__name__}; "
+                "pass `datamodule=...` or leave Baselines out"
+            )
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the training rows, unless they are counted already, and make new metrics."""
+        source = trainer.datamodule  # type: ignore[attr-defined]
+        rows = training_rows(source)
+        if rows is not self._rows:
+            # Copies: tables have the size of this catalogue, and a given module may be the tested one.
+            self._modules = {name: copy.deepcopy(baseline).eval() for name, baseline in self.baselines.items()}
+            for module in self._modules.values():
+                module.catalog = source.catalog
+            learn(list(self._modules.values()), rows)
+            self._rows = rows
+        for name, module in self._modules.items():
+            module.to(pl_module.device)
+            self._metrics[name] = {key: metric.to(pl_module.device) for key, metric in _metrics(pl_module, source).items()}
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Recommend for the same rows.
+
+        Raises:
+            MisconfigurationException: If a batch is not an :class:`~malleable.datamodules.batch.AnswerBatch`.
+        """
+        if not isinstance(batch, AnswerBatch):
+            raise MisconfigurationException(f"Baselines needs test rows with a history and a target, got {type(batch).__name__}; leave Baselines out")
+        for name, module in self._modules.items():
+            metrics = self._metrics[name]
+            update_metrics(metrics, module.recommend(batch, _width(metrics)), batch)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute the metrics over all processes."""
+        self.values = {
+            name: {key: float(value) for metric in metrics.values() for key, value in metric.compute().items()}
+            for name, metrics in self._metrics.items()
+        }
+
+    def report_columns(self) -> list[Column]:
+        """Return the metrics of the baselines in the last test."""
+        titles = dict(zip(self.baselines, self._titles, strict=True))
+        return [Column(titles[name], f"baseline_{name}", values) for name, values in self.values.items()]
+
+
+def _snake_case(name: str) -> str:
+    """Return a class name in snake case: ``item_knn`` of ``ItemKNN``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def _numbered(names: Sequence[str], suffix: str) -> list[str]:
+    """Append a number to the second and later occurrences of a name."""
+    counts = [names[: place + 1].count(name) for place, name in enumerate(names)]
+    return [name if count == 1 else name + suffix.format(count) for name, count in zip(names, counts, strict=True)]
+
+
+def _metrics(module: LightningModule, source: Any) -> dict[str, Metric]:
+    """Return new metrics of recommended lists: those of the tested module, or the usual ones if it has none."""
+    configure = getattr(module, "configure_metrics", dict)
+    own: dict[str, Metric] = {name: metric for name, metric in configure().items() if isinstance(metric, RankingMetrics | ExposureMetrics)}
+    return own or recommendation_metrics(source.catalog, (1, 5, 10))
+
+
+def _width(metrics: dict[str, Metric]) -> int:
+    return max(max(metric.ks) for metric in metrics.values() if isinstance(metric, RankingMetrics | ExposureMetrics))

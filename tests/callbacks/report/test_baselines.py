@@ -1,0 +1,132 @@
+import json
+
+import pytest
+import torch
+from boring import BoringDataModule, BoringModule
+from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from toy_shop import ToyShop
+
+from malleable.callbacks.report.baselines import Baselines, _snake_case
+from malleable.callbacks.report.report import RunReport
+from malleable.lightning_modules.recommendation.baselines import Baseline, ItemKNN, Markov, Popularity
+
+
+def trainer(tmp_path, *callbacks):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+    return Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=list(callbacks), **quiet)
+
+
+def test_baselines_are_what_each_baseline_measures_itself(tmp_path):
+    callback = Baselines()
+    trainer(tmp_path, RunReport(), callback).test(Popularity(ks=(1, 3)), ToyShop(), verbose=False)
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    for name, kind in (("popularity", Popularity), ("item_knn", ItemKNN), ("markov", Markov)):
+        alone = trainer(tmp_path).test(kind(ks=(1, 3)), ToyShop(), verbose=False)[0]
+        own = {key.replace("test_", f"baseline_{name}_"): value for key, value in alone.items()}
+        assert own == pytest.approx({key: metrics[key] for key in own})
+    assert metrics["baseline_popularity_hr_3"] == metrics["test_hr_3"]
+    assert "| metric | Popularity | 95 % interval | Popularity | ItemKNN | Markov |" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_baselines_are_what_a_fit_of_each_baseline_gives(tmp_path):
+    """Also where the last training rows fill no batch."""
+    module, data = Markov(ks=(1, 3)), ToyShop(batch_size=5)
+    callback = Baselines([Markov()])
+    runner = trainer(tmp_path, callback)
+    runner.fit(module, data)
+    assert len(data.train_dataset) % 5
+    (found,) = runner.test(module, data, verbose=False)
+    assert {f"test_{key}": value for key, value in callback.values["markov"].items()} == pytest.approx(found)
+
+
+def test_rows_are_counted_once_for_many_tests(tmp_path, monkeypatch):
+    counted = []
+    count = Baseline.count
+    monkeypatch.setattr(Baseline, "count", lambda self, *rows: (counted.append(type(self)), count(self, *rows)))
+    callback, data = Baselines([Popularity()]), ToyShop()
+    data.setup = lambda stage, once=data.setup: None if data.train_dataset else once(stage)
+    runner = trainer(tmp_path, callback)
+    runner.test(Markov(), data, verbose=False)
+    first = callback.values
+    assert counted.count(Popularity) == 1
+    runner.test(Markov(), data, verbose=False)
+    assert counted.count(Popularity) == 1
+    assert callback.values == first
+    assert [column.key for column in callback.report_columns()] == ["baseline_popularity"]
+
+
+class Recent(Baseline):
+    """A baseline of one's own: the last items of the history."""
+
+    def scores(self, batch):
+        ranks = torch.arange(1, 1 + batch.history.shape[1]).expand_as(batch.history)
+        return torch.zeros(len(batch), len(self.catalog)).scatter(1, batch.history.clamp_min(0), ranks.float())
+
+
+def test_configured_baselines_and_those_of_ones_own(tmp_path):
+    callback = Baselines([ItemKNN(last=1), Recent(exclude_seen=False), ItemKNN(last=3)])
+    module = Popularity(ks=(1, 3))
+    trainer(tmp_path, RunReport(), callback).test(module, ToyShop(), verbose=False)
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    for key, last in (("item_knn", 1), ("item_knn_2", 3)):
+        (alone,) = trainer(tmp_path).test(ItemKNN(last=last, ks=(1, 3)), ToyShop(), verbose=False)
+        assert metrics[f"baseline_{key}_ndcg_3"] == pytest.approx(alone["test_ndcg_3"])
+    assert metrics["baseline_recent_hr_3"] == 0, "the next item is never among the last ones"
+    assert "| Popularity | 95 % interval | ItemKNN | Recent | ItemKNN (2) |" in (tmp_path / "report" / "report.md").read_text()
+    assert all(baseline.catalog is None and not baseline.is_built for baseline in callback.baselines.values()), "copies are counted"
+
+
+def test_baselines_are_neither_trained_nor_saved(tmp_path):
+    callback = Baselines()
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "max_epochs": 1}
+    runner = Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[callback], **quiet)
+    data = BoringDataModule()
+    data.catalog = None
+    runner.fit(BoringModule(), data)
+    runner.save_checkpoint(tmp_path / "saved.ckpt")
+    content = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    assert "Baselines" not in str(content["callbacks"])
+    assert set(content["state_dict"]) == {"layer.weight", "layer.bias"}
+
+
+def test_baselines_in_a_configuration():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    listed = ["Popularity", {"class_path": "ItemKNN", "init_args": {"last": 5}}, f"{__name__}.Recent"]
+    config = parser.parse_object({"callback": {"class_path": "malleable.Baselines", "init_args": {"baselines": listed}}})
+    callback = parser.instantiate_classes(config).callback
+    assert [type(baseline) for baseline in callback.baselines.values()] == [Popularity, ItemKNN, Recent]
+    assert callback.baselines["item_knn"].last == 5
+
+
+def test_keys_are_class_names_in_snake_case():
+    assert [_snake_case(name) for name in ("Popularity", "ItemKNN", "BPRModel", "Top10Items")] == [
+        "popularity",
+        "item_knn",
+        "bpr_model",
+        "top10_items",
+    ]
+
+
+def test_errors(tmp_path):
+    with pytest.raises(TypeError, match=r"baselines must be modules derived from Baseline, .* got 'popularity'"):
+        Baselines(["popularity"])
+    with pytest.raises(MisconfigurationException, match=r"with a `catalog`, got BoringDataModule; pass `datamodule=...` or leave Baselines out"):
+        trainer(tmp_path, Baselines()).test(BoringModule(), BoringDataModule(), verbose=False)
+
+
+def test_rows_of_another_kind_are_refused(tmp_path):
+    class Odd(ToyShop):
+        def setup(self, stage):
+            super().setup(stage)
+            boring = BoringDataModule()
+            boring.setup(stage)
+            self.test_dataset, self.collate_test = boring.test_dataset, boring.collate
+
+        def collate(self, rows):
+            return self.collate_test(rows) if isinstance(rows[0], tuple) else super().collate(rows)
+
+    with pytest.raises(MisconfigurationException, match="Baselines needs test rows with a history and a target, got BoringBatch"):
+        trainer(tmp_path, Baselines()).test(BoringModule(), Odd(), verbose=False)
