@@ -45,6 +45,7 @@ from toy_graph import toy_graph
 from malleable import EmbeddingReport, LastCheckpoint, ReferenceCache, RunReport  # noqa: F401  (imported before the forks)
 from malleable.callbacks.report.page import Section
 from malleable.checkpoints import AtomicCheckpointIO
+from malleable.datamodules.files.run_folders import find_run_checkpoint
 from malleable.lightning_modules.editing.evaluation import Protocol
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.targets import TargetSettings
@@ -52,7 +53,7 @@ from malleable.lightning_modules.graphs.nfe import NFE
 from malleable.lightning_modules.graphs.settings import EmbeddingTuning
 from malleable.lightning_modules.patches.patch import Patch
 from malleable.lightning_modules.patches.storage import open_container
-from malleable.runs import RunFolder, claimed_folders, find_run_checkpoint
+from malleable.runs import RunFolder, claimed_folders
 
 State = dict[str, str]
 SHARED = Path(tempfile.gettempdir()) / f"malleable-kill-{os.getpid()}"  # what jobs read: the same in all forks

@@ -13,9 +13,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.datamodules.files.plain_checkpoint import read_plain
+from malleable.datamodules.files.run_folders import Wanted, find_run_checkpoint
 from malleable.datamodules.files.user_files import first_line
-from malleable.runs import Wanted, find_run_checkpoint
-from malleable.yaml_files import read_yaml
+from malleable.datamodules.files.yaml_files import read_yaml
 
 # Of a whole checkpoint: what only the continuation of its run needs.
 _LOOP_STATES = {"optimizer_states", "lr_schedulers", "loops", "MixedPrecision", "AMPScalerState"}
@@ -72,7 +72,7 @@ def find_checkpoint(ckpt_path: str, runs: Path, wanted: Wanted | None = None) ->
 
     Args:
         ckpt_path: A file, a folder written by a sharded strategy, or ``last`` or ``best`` as in
-            :func:`~malleable.runs.find_run_checkpoint`.
+            :func:`~malleable.datamodules.files.run_folders.find_run_checkpoint`.
         runs: Folder of the runs among which ``last`` and ``best`` are looked for, one ``version_*`` each.
         wanted: Model and data that such a run must have.
 

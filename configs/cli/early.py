@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
+from malleable.datamodules.files.yaml_files import read_yaml
 from malleable.recipes import find_recipe, similar
-from malleable.yaml_files import read_yaml
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (*TRAINER_COMMANDS, "compare", "recipes", "patch")

@@ -13,8 +13,8 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace
 
+from malleable.datamodules.files.yaml_files import parse_yaml, read_yaml
 from malleable.recipes import find_recipe
-from malleable.yaml_files import parse_yaml, read_yaml
 
 log = logging.getLogger(__name__)
 

@@ -1,17 +1,12 @@
-"""Run folders: claimed before a run starts, and searched for the checkpoints of earlier runs."""
+"""Run folders, claimed before a run starts."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -19,15 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from malleable.callbacks.restart import finish_epoch
 from malleable.datamodules.files.atomic import recover_below
-from malleable.datamodules.files.plain_checkpoint import read_plain
-from malleable.yaml_files import read_yaml
-
-log = logging.getLogger(__name__)
-
-EDITED = "edited.ckpt"
-
-
-# Claiming
+from malleable.datamodules.files.run_folders import run_versions
 
 
 @contextmanager
@@ -97,7 +84,7 @@ def claim_version(root: Path) -> int:
     Processes that call this at the same time get different numbers: the system refuses to make a folder twice.
     """
     root.mkdir(parents=True, exist_ok=True)
-    version = max((number for number, _ in _versions(root)), default=-1) + 1
+    version = max((number for number, _ in run_versions(root)), default=-1) + 1
     while True:
         try:
             (root / f"version_{version}").mkdir()
@@ -123,151 +110,3 @@ def _is_first(trainer: Trainer) -> bool:
     # Before its process group exists, the strategy of a second node does not know its global rank.
     environment: Any = getattr(trainer.strategy, "cluster_environment", None)
     return environment is None or (environment.node_rank() == 0 and environment.local_rank() == 0)
-
-
-def _versions(root: Path) -> list[tuple[int, Path]]:
-    """Numbers and folders of the runs below ``root``, the latest first."""
-    found = ((re.fullmatch(r"version_(\d+)", path.name), path) for path in root.glob("version_*") if path.is_dir())
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
-
-
-# Searching
-
-
-class Wanted(NamedTuple):
-    """What a checkpoint is wanted for.
-
-    Attributes:
-        model: Import path of the module.
-        data: Import path of the data module; ``None`` where there is none.
-        source: The data module's ``source``, as plain data; ``None`` where it has none.
-    """
-
-    model: str | None = None
-    data: str | None = None
-    source: Any = None
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Wanted:
-        """Return what a configuration describes.
-
-        Args:
-            config: Plain data with the keys ``model`` and ``data``.
-        """
-        model, data = (part if isinstance(part := config.get(key), Mapping) else {} for key in ("model", "data"))
-        arguments = data.get("init_args")
-        return cls(model.get("class_path"), data.get("class_path"), arguments.get("source") if isinstance(arguments, Mapping) else None)
-
-    def differences(self, stored: Wanted) -> list[str]:
-        """Name what a stored configuration has differently; what it does not say is not compared."""
-        found = [
-            f"{name} {then}, here {now}"
-            for name, then, now in (("model", stored.model, self.model), ("data", stored.data, self.data))
-            if then and now and then != now
-        ]
-        if not found and stored.source and self.source:
-            then, now = dict(_leaves(stored.source)), dict(_leaves(self.source))
-            # An option that only one side knows is of another version of the package.
-            changed = [key for key in sorted(then.keys() & now.keys()) if not _same(then[key], now[key])]
-            found += [f"data.source{key} {then[key]}, here {now[key]}" for key in changed]
-        return found
-
-
-def find_run_checkpoint(which: str, runs: Path, wanted: Wanted | None = None) -> str:
-    """Return a checkpoint of the latest run that fits.
-
-    The latest run is the one with the largest number, whatever the times of its files: clocks are set back, and copies are new. The newest
-    checkpoint of a run is the one with the most optimizer steps; the edited one is newer than the trained one.
-
-    Args:
-        which: ``last``: the run's newest checkpoint; ``best``: the one that the run would test.
-        runs: Folder of the runs, one ``version_*`` each.
-        wanted: Model and data that the run must have; default: any.
-
-    Raises:
-        FileNotFoundError: If there is none; the message names the nearest run and how it differs.
-    """
-    nearest: tuple[int, str] | None = None
-    for _, run in _versions(runs):
-        newest = _newest(run / "checkpoints")
-        if newest is None:
-            continue
-        other = (wanted or Wanted()).differences(_stored(run, newest))
-        if not other:
-            if nearest:
-                log.info("%s is that of %s; later runs are of another model or other data", which, run)
-            return str(newest if which == "last" else _best(newest, runs))
-        if nearest is None or len(other) < nearest[0]:
-            nearest = len(other), f"the nearest run is {run}: {'; '.join(other)}. To use it nevertheless, give --ckpt_path {newest}"
-    if nearest:
-        raise FileNotFoundError(f"no run under {runs} has this model and this data; {nearest[1]}")
-    raise FileNotFoundError(f"no {which} checkpoint under {runs}; give the file with --ckpt_path")
-
-
-def _newest(folder: Path) -> Path | None:
-    named = [path for name in ("last*.ckpt", EDITED) for path in folder.glob(name)]
-    progress = {path: _progress(path) for path in named}
-    if not named or None in progress.values():
-        # A run killed while `last.ckpt` was replaced leaves none, or a link to nowhere; the checkpoints of epochs are whole.
-        progress |= {path: _progress(path) for path in folder.glob("*.ckpt") if path not in progress}
-    known = {path: steps for path, steps in progress.items() if steps is not None}
-    return max(known, key=lambda path: (known[path], path.name == EDITED, path.name == "last.ckpt", path.name), default=None)
-
-
-def _progress(path: Path) -> float | None:
-    """Return the optimizer steps of a checkpoint, ``None`` if it is not whole; of the folder of a sharded strategy, its time."""
-    if not path.exists():
-        return None
-    if path.is_dir():
-        return path.stat().st_mtime
-    try:
-        return float(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    except Exception as error:  # whatever a damaged file makes torch raise
-        log.warning("%s is no whole checkpoint and is left out (%s)", path, type(error).__name__)
-        return None
-
-
-def _best(newest: Path, runs: Path) -> Path:
-    """Return the checkpoint that a run would test, by what its newest one says."""
-    if newest.name == EDITED or newest.is_dir():
-        return newest
-    states = read_plain(newest).get("callbacks") or {}
-    found = [state for key, state in states.items() if str(key).startswith("ModelCheckpoint") and state.get("best_model_path")]
-    if not found:
-        raise FileNotFoundError(f"{newest} does not say which checkpoint of its run is the best one; give the file with --ckpt_path")
-    state = max(found, key=lambda state: state.get("monitor") is not None)
-    stored = Path(state["best_model_path"])
-    # The run's folder may have another name by now; a resumed run may still have its best checkpoint in the folder of the first.
-    own = stored.parent == Path(state.get("dirpath") or stored.parent)
-    places = [newest.parent / stored.name] if own else [runs.joinpath(*stored.parts[-3:]), stored]
-    existing = [path for path in places if path.exists()]
-    if not existing:
-        raise FileNotFoundError(
-            f"the best checkpoint of {newest.parent.parent} is gone: {places[0]} does not exist; give another file with --ckpt_path"
-        )
-    return existing[0]
-
-
-def _stored(run: Path, checkpoint: Path) -> Wanted:
-    """Return what a run was made of, by its configuration or else by its checkpoint."""
-    with suppress(OSError, ValueError):
-        if config := read_yaml(run / "config_fit.yaml"):
-            return Wanted.of(config)
-    if checkpoint.is_dir():
-        return Wanted()
-    values = read_plain(checkpoint).get("hyper_parameters") or {}
-    return Wanted(values.get("_class_path"))
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from _leaves(value, prefix if key == "init_args" else f"{prefix}.{key}")
-    else:
-        yield prefix, tree
-
-
-def _same(then: Any, now: Any) -> bool:
-    if isinstance(then, str) and isinstance(now, str) and os.path.realpath(then) == os.path.realpath(now):
-        return True
-    return json.dumps(then, default=str) == json.dumps(now, default=str)

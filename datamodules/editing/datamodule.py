@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from malleable.datamodules.base import BaseDataModule
 from malleable.datamodules.batch import Vocabulary
 from malleable.datamodules.editing.requests import EditRequest, checked
+from malleable.datamodules.files.run_folders import exported
 from malleable.datamodules.identity import is_stored, read_stored, vocabulary_of
 from malleable.datamodules.language.text_rows import TextRows
 from malleable.datamodules.language.tokenizer import largest_token_id, load_tokenizer, train_tokenizer
@@ -28,7 +29,7 @@ class EditingDataModule(BaseDataModule):
     Args:
         source: Source of the requests and statements.
         texts: Source of plain texts.
-        tokenizer: Hub id, folder, GGUF file or known name; or a checkpoint, or the folder ``model/`` or ``adapter/`` of a run.
+        tokenizer: Hub id, folder, GGUF file or known name; or a checkpoint, the folder ``model/`` or ``adapter/`` of a run, or ``last:<recipe>``.
             ``None`` trains a BPE tokenizer on statements and texts.
         vocab_size: Vocabulary size of that tokenizer.
         sentences: Number of statements in a document.
@@ -89,7 +90,7 @@ class EditingDataModule(BaseDataModule):
             raise ValueError(f"pack_length must be >= 2, got {pack_length}")
         self.source = source
         self.texts = texts
-        self.tokenizer_name = tokenizer
+        self.tokenizer_name = None if tokenizer is None else exported(tokenizer)
         self.vocab_size = vocab_size
         self.sentences = sentences
         self.shuffles = shuffles

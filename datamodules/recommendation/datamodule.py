@@ -12,6 +12,7 @@ import numpy as np
 from malleable.datamodules.base import BaseDataModule
 from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.files.fetch import cache_folder
+from malleable.datamodules.files.run_folders import exported
 from malleable.datamodules.identity import is_stored, read_stored, vocabulary_of
 from malleable.datamodules.loading import PhasedLoader
 from malleable.datamodules.negatives import NegativeSampler
@@ -39,7 +40,7 @@ class RecommendationDataModule(BaseDataModule):
         source: Where the interactions come from.
         tokenizer: Hub id, folder, GGUF file or known name; ``None`` trains a BPE on the catalogue's titles; ``none`` makes rows of
             items without any text. A checkpoint, or the folder ``model/`` or ``adapter/`` of a run, gives the tokenizer, the template
-            and the catalogue that its weights were trained with: items keep their places there.
+            and the catalogue that its weights were trained with: items keep their places there. ``last:<recipe>`` is the latest run of a recipe.
         vocab_size: Tokens of the BPE trained on the catalogue.
         template: The prompt: ``history``, ``instruction`` or its fields; default: the checkpoint's where ``tokenizer`` is one, else ``history``.
         split: Filters, split and history length.
@@ -99,6 +100,7 @@ class RecommendationDataModule(BaseDataModule):
         local_files_only: bool = False,
     ) -> None:
         super().__init__(batch_size, global_batch_size, eval_batch_size, num_workers, seed)
+        tokenizer = None if tokenizer is None else exported(tokenizer)
         if extend_catalog and not is_stored(tokenizer):
             raise ValueError(f"extend_catalog needs the catalogue that is extended: tokenizer=<checkpoint>, got tokenizer={tokenizer!r}")
         if negatives is not None:

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from malleable.datamodules.batch import Vocabulary
+from malleable.datamodules.files.run_folders import exported
 from malleable.lightning_modules.functional.defaults import drawn_on_cpu
 from malleable.lightning_modules.functional.language.attention import MASKED_ATTENTION
 from malleable.lightning_modules.language.adapters import with_adapter
@@ -69,12 +71,12 @@ class LanguageModelConfig:
     """Which causal language model, and how it is tuned.
 
     Attributes:
-        name: Hugging Face id, local folder, ``*.gguf`` file, or an alias of :mod:`malleable.datamodules.files.fetch`;
-            ``None`` builds a small Llama from scratch.
+        name: Hugging Face id, local folder, ``*.gguf`` file, or an alias of :mod:`malleable.datamodules.files.fetch`; ``last:<recipe>`` is the
+            folder ``model`` of the latest run of a recipe; ``None`` builds a small Llama from scratch.
         dtype: Number format of the weights; never taken from the checkpoint, so that results do not depend on it. Adapters, and whatever else
             trains beside them, are float32 on any base.
         lora: Train adapters only; ``None`` tunes every weight.
-        adapter: Folder or hub id of a PEFT adapter to continue from.
+        adapter: Folder or hub id of a PEFT adapter to continue from, or ``last:<recipe>``.
         quantization: ``4bit`` loads NF4 weights through bitsandbytes (needs a GPU and LoRA).
         gradient_checkpointing: Recompute activations in the backward pass, without re-entrance.
         local_files_only: Take a hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
@@ -100,11 +102,18 @@ class LanguageModelConfig:
     scratch: Scratch = field(default_factory=Scratch)
 
     def __post_init__(self) -> None:
-        """Refuse attention implementations that training passes do not support.
+        """Find runs that are named, and refuse attention implementations that training passes do not support.
 
         Raises:
-            ValueError: If ``attention`` is not one that takes masks of our own.
+            FileNotFoundError: If a named run does not exist, or has not exported its weights.
+            ValueError: If ``attention`` is not one that takes masks of our own, or a named run has an adapter where a model is needed or vice versa.
         """
+        for field_name, folder in (("name", "model"), ("adapter", "adapter")):
+            given = getattr(self, field_name)
+            if given is not None and given != (found := exported(given)):
+                if Path(found).name != folder:
+                    raise ValueError(f"{field_name}={given} is {found}, not a folder {folder}; an adapter goes into `adapter`, its base into `name`")
+                setattr(self, field_name, found)
         if self.attention not in MASKED_ATTENTION:
             raise ValueError(f"attention must be one of {', '.join(MASKED_ATTENTION)}, got '{self.attention}'; use sdpa")
 

@@ -25,6 +25,7 @@ import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -41,7 +42,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from malleable import DPO, Catalog, PhasedLoader, ReferenceCache, collate
+from malleable import DPO, Catalog, PhasedLoader, PreferenceBatch, ReferenceCache, collate
 from malleable.datamodules.batch import Example, Vocabulary
 from malleable.lightning_modules.language.config import LanguageModelConfig
 from malleable.lightning_modules.language.tuning import Tuning
@@ -58,6 +59,9 @@ class StepTime(NamedTuple):
 
     wall_s: float
     cpu_s: float
+
+
+collate_pairs = partial(collate, kind=PreferenceBatch)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Ours:
 
     def steps(self) -> list[StepTime]:
         """Train, and return the time of each step after the warm-up."""
-        loader: PhasedLoader[Any] = PhasedLoader(make_rows(self.setting), self.setting.batch_size, collate_fn=collate)
+        loader: PhasedLoader[Any] = PhasedLoader(make_rows(self.setting), self.setting.batch_size, collate_fn=collate_pairs)
         timer = OurTimer(self.setting)
         with tempfile.TemporaryDirectory() as run:
             trainer = Trainer(
@@ -157,7 +161,7 @@ class Ours:
         module = self.module()
         module.configure_model()
         module.model.load_state_dict(state)
-        loss = module.compute_loss(collate(rows)).loss
+        loss = module.compute_loss(collate_pairs(rows)).loss
         loss.backward()
         return loss.item(), gradients(module.model)
 

@@ -14,7 +14,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from malleable.checkpoints import find_checkpoint
-from malleable.runs import Wanted, claim_version, claimed_folders
+from malleable.datamodules.files.run_folders import Wanted
+from malleable.runs import claim_version, claimed_folders
 
 SOURCE = {"class_path": "s.Tables", "init_args": {"file": "a.csv"}}
 SFT = {"model": {"class_path": "m.SFT"}, "data": {"class_path": "d.Data", "init_args": {"source": SOURCE}}}

@@ -1,6 +1,6 @@
 import pytest
 
-from malleable.yaml_files import DEPTH_LIMIT, SIZE_LIMIT, parse_yaml, read_yaml
+from malleable.datamodules.files.yaml_files import DEPTH_LIMIT, SIZE_LIMIT, parse_yaml, read_yaml
 
 # Nine aliases on each of nine levels: some hundred bytes that stand for 9**9 values.
 ALIASES = "\n".join(["a0: &a0 [x]", *(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 10))])

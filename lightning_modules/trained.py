@@ -1,0 +1,106 @@
+"""Modules of earlier runs as inputs of later ones: an oracle, a judge, an encoder, the first of two stages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from malleable.datamodules.batch import Catalog
+from malleable.datamodules.files.plain_checkpoint import read_plain
+from malleable.datamodules.files.run_folders import LAST, find_run, run_checkpoint
+from malleable.lightning_modules.base import BaseModule
+
+log = logging.getLogger(__name__)
+
+ModuleT = TypeVar("ModuleT", bound=BaseModule)
+SHOWN = 3
+
+
+def find_trained(name: str, root: str | Path = "runs") -> Path:
+    """Return the checkpoint of an earlier run.
+
+    Args:
+        name: A checkpoint file; a run folder; or ``last:<recipe>``, the latest run of a recipe. Of a run, the checkpoint is the one that it would
+            test: the edited one, else the best one, else the last one.
+        root: Folder of the runs of recipes.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is the folder of a sharded strategy.
+    """
+    path = Path(name).expanduser()
+    if name.startswith(LAST) or (path.is_dir() and (path / "checkpoints").is_dir()):
+        path = run_checkpoint(find_run(name, Path(root)))
+        log.info("%s is %s", name, path)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is the folder of a sharded strategy; make one file of it: malleable test with this --ckpt_path writes one beside it"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {name}; give a checkpoint file, a run folder, or last:<recipe>")
+    return path
+
+
+def load_trained(name: str, kind: type[ModuleT], root: str | Path = "runs", **arguments: Any) -> ModuleT:
+    """Load the module of an earlier run, in evaluation mode and with frozen weights, on the CPU.
+
+    Args:
+        name: As in :func:`find_trained`.
+        kind: Class that the module must have, or a base class of it. Classes outside of malleable are only loaded where they are given here.
+        root: Folder of the runs of recipes.
+        **arguments: Arguments of the module that win over stored ones.
+
+    Raises:
+        FileNotFoundError: If there is no such run or checkpoint.
+        ValueError: If the checkpoint holds more than plain data, does not name its class, or is of another class.
+    """
+    path = find_trained(name, root)
+    own = f"{kind.__module__}.{kind.__qualname__}"
+    stored = (read_plain(path).get("hyper_parameters") or {}).get("_class_path", own)
+    if stored != own and not (isinstance(stored, str) and stored.startswith("malleable.")):
+        raise ValueError(
+            f"{path} is of the class {stored}, which is not of malleable, and importing it could run code; if you trust it, give kind={stored}"
+        )
+    try:
+        found = kind if stored == own else resolve_name(stored)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is of the class {stored}, which this version of malleable does not have; train the model again") from error
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ValueError(f"{path} is a {stored.rpartition('.')[2]}, but a {kind.__name__} is needed; give a run of such a module")
+    module: ModuleT = found.load_from_checkpoint(path, map_location="cpu", weights_only=True, **arguments)
+    return module.eval().requires_grad_(False)
+
+
+def item_positions(catalog: Catalog, trained: Catalog, needed: Sequence[int] | None = None) -> Tensor:
+    """Return where the items of a catalogue are in the catalogue of an earlier run; items are compared by title.
+
+    Ids of a source and positions may differ between runs: another filter, another order of the file, merged titles.
+
+    Args:
+        catalog: N items.
+        trained: Items of the earlier run.
+        needed: Positions in ``catalog`` of items that must be found; default: none.
+
+    Returns:
+        ``(N,)`` int64 positions in ``trained``, -1 for items that it does not have.
+
+    Raises:
+        ValueError: If a needed item is missing, or no item is found.
+    """
+    places = {title: place for place, title in enumerate(trained.titles)}
+    positions = torch.tensor([places.get(title, -1) for title in catalog.titles])
+    missing = [catalog.titles[item] for item in needed or () if positions[item] < 0]
+    if missing or not bool((positions >= 0).any()):
+        titles = missing or catalog.titles
+        examples = ", ".join(map(repr, titles[:SHOWN])) + (", ..." if len(titles) > SHOWN else "")
+        raise ValueError(
+            f"{len(titles)} items are not in the catalogue of {len(trained)} items of the earlier run, which is compared by title: {examples}; "
+            "train the earlier model on data that has them"
+        )
+    return positions
