@@ -22,6 +22,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger
 
 import malleable
+from malleable.callback_options import CallbackOption, split_callback_options
 from malleable.callbacks.last_checkpoint import LastCheckpoint
 from malleable.callbacks.line_progress import LineProgress
 from malleable.callbacks.predictions import DescribesPredictions, PredictionWriter
@@ -53,6 +54,7 @@ class MalleableCLI(LightningCLI):
         parser = self.parser_class(**kwargs)
         parser.add_argument("-c", "--config", action=RecipeFile, help="A YAML file, or the name of a recipe; later ones are laid over earlier ones.")
         parser.add_argument("--replace", action=Replace)
+        parser.add_argument("--callback", action=CallbackOption)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -72,7 +74,7 @@ class MalleableCLI(LightningCLI):
         words = [str(word) for word in args] if isinstance(args, list) else []
         words, part = take_help(words)
         self._words = words
-        self.config = parser.parse_args(mark_replacements(words))
+        self.config = parser.parse_args(_prepared(words))
         if part:
             print_help(part, self.config[str(self.config.subcommand)])
         command = str(self.config.subcommand)
@@ -87,7 +89,7 @@ class MalleableCLI(LightningCLI):
         readable = ckpt_path if command == "fit" else _readable(ckpt_path, config.trainer.strategy)
         words = self._with_stored_model(parser, words, ckpt_path)
         words += self._stored_data(words, readable)
-        self.config = parser.parse_args(mark_replacements(words))
+        self.config = parser.parse_args(_prepared(words))
         self.config[command].ckpt_path = ckpt_path if command == "fit" else _readable(ckpt_path, self.config[command].trainer.strategy)
 
     def _with_stored_model(self, parser: LightningArgumentParser, words: list[str], ckpt_path: str) -> list[str]:
@@ -106,7 +108,7 @@ class MalleableCLI(LightningCLI):
         if stored["class_path"] == model.class_path:
             start = words.index(command) + 1
             words = [*words[:start], "--config", json.dumps({"model": stored}, default=str), *words[start:]]
-            model = parser.parse_args(mark_replacements(words))[command].model
+            model = parser.parse_args(_prepared(words))[command].model
             if changed := differences(model.as_dict(), stored):
                 log.info("given values win over those of %s: %s", ckpt_path, changed)
         other = other_settings(model.init_args.as_dict(), arguments, getattr(resolve_name(model.class_path), "weight_settings", ()))
@@ -238,6 +240,12 @@ class MalleableCLI(LightningCLI):
             log.info("ZeRO stage 3: testing the weights in memory, not %s", path)
             path = ""
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path or None)
+
+
+def _prepared(words: Sequence[str]) -> list[str]:
+    """Return a command line for the parser, which does not know that classes drop arguments and that callbacks have names."""
+    others, callbacks = split_callback_options(words)
+    return [*mark_replacements(others), *callbacks]
 
 
 def _readable(ckpt_path: str, strategy: Namespace | str) -> str:

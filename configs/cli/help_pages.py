@@ -18,7 +18,7 @@ examples:
   malleable fit --config sprec/tiny.yaml --data.batch_size 8      change a value of it
   malleable fit --config sprec/tiny.yaml --config base/ddp.yaml   lay a second file over it
   malleable test --config sprec/tiny.yaml --ckpt_path last        measure its latest run
-  malleable compare sprec/tiny sft/tiny                           compare the latest runs of two recipes, or run folders
+  malleable compare sprec/tiny sft/tiny                           compare the latest fits of two recipes, or run folders
   malleable patch apply edits/paris model.ckpt                    apply a patch; `malleable patch revert` brings the weights back
   malleable fit --help                                            see the options of a command
   malleable fit --model.help SPRec                                see the options of one class
@@ -79,6 +79,7 @@ _PLACES = {
     "--model.tuning.lr 1e-4": "an option of the model",
     "--data.batch_size 16": "an option of the data module",
     "--data.source.path FILE": "an option of a class within it",
+    "--trainer.callbacks.SelfPlayLoop.rounds 3": "an option of a callback of the recipe, by its class",
     "--checkpoint.monitor val_loss": "an option of Lightning's ModelCheckpoint",
 }
 

@@ -25,6 +25,7 @@ _MISSING = re.compile(r"(?:module|type object) '([\w.]+)' has no attribute '(\w+
 _EXPECTED = re.compile(r"Expected an? (?:<class '(?:[\w.]*\.)?(\w+)'>|typing\.Literal\[(.*)\])")
 _UNKNOWN = re.compile(r"[Uu]nrecognized arguments: (--[\w.+]+)")
 _HELP = re.compile(r"--((?:model|data)\.[\w.]+)\.help")
+CALLBACKS = "trainer.callbacks"
 # Lines that surround a cause: alternatives that were not meant, and values repeated.
 _AROUND = re.compile(r"Does not validate|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but")
 
@@ -152,7 +153,8 @@ def _sentence(cause: Cause, alike: Sequence[Cause], message: str, options: Seque
     if match := _REFUSED.match(cause.text):
         known = _options(cause.owner)
         name = cause.owner.rpartition(".")[2]
-        return f"{option}.{match[1]}: {name} has no option {match[1]!r}{similar(match[1], known)}; its options are {', '.join(known)}"
+        others = f". For another callback, write --{CALLBACKS}.CLASS.{match[1]}" if cause.key == CALLBACKS else ""
+        return f"{option}.{match[1]}: {name} has no option {match[1]!r}{similar(match[1], known)}; its options are {', '.join(known)}{others}"
     if match := _NAME.match(cause.text):
         return f"{option}: there is no class {match[1]}{similar(match[1], _subclasses(cause.types))}; give a name of malleable or an import path"
     if match := _MISSING.match(cause.text):

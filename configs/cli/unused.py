@@ -133,14 +133,13 @@ def check_unused(words: Sequence[str], config: Mapping[str, Any], files: bool = 
     options, values = given_options(words), Values(config)
     in_files = list(_file_options(words)) if files else []
     for rule in RULES:
-        # On a command line an option of a callback is one of the callback named last.
-        name = rule.option.replace(f"{LOOP}.", "trainer.callbacks.")
-        given = _sets(name, options)
+        # On a command line an option of a callback without its class is one of the callback named last.
+        given = next((name for name in (rule.option, rule.option.replace(f"{LOOP}.", "trainer.callbacks.")) if _sets(name, options)), None)
         file = next((file for file, found in in_files if _sets(rule.option, found)), None)
         if not (given or file) or not rule.unused(values):
             continue
         if given:
-            raise ValueError(f"--{name} has no effect: {rule.reason}; leave it out")
+            raise ValueError(f"--{given} has no effect: {rule.reason}; leave it out")
         log.warning("%s: %s has no effect: %s", file, rule.option, rule.reason)
 
 

@@ -5,7 +5,6 @@ All readers of text go through :func:`open_text`, so that encodings, limits and 
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import io
 import json
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO, TypeVar, cast
 
+from malleable.datamodules.files.encoding import CONVERT, EncodingError, check_encoding, describe_undecodable, marked_encoding
 from malleable.datamodules.files.user_files import check_file, reading
 
 BLANKS = " \t"
@@ -29,16 +29,6 @@ EXPANSION_LIMIT = 100
 """Bytes of text that a byte of a compressed file of more than ``_SMALL`` bytes of text may stand for; tables of text compress to a tenth."""
 _SMALL = 1 << 25
 _CHUNK = 1 << 18
-# The mark of UTF-32 begins with that of UTF-16.
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-_CONVERT = "save it as UTF-8, or set the option `encoding` where the source has one (cp1252, latin-1, utf-16, ...)"
-
 _Kind = TypeVar("_Kind")
 
 
@@ -86,20 +76,6 @@ def file_kind(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
 
-def check_encoding(encoding: str | None) -> None:
-    """Check the name of an encoding.
-
-    Raises:
-        ValueError: If Python has no text encoding of that name.
-    """
-    try:
-        if encoding is None or codecs.lookup(encoding)._is_text_encoding:
-            return
-    except (LookupError, ValueError):
-        pass
-    raise ValueError(f"encoding {encoding!r} is unknown; give one such as utf-8, cp1252, latin-1, utf-16 or shift_jis, or leave it out for UTF-8")
-
-
 @contextmanager
 def open_text(path: Path, encoding: str | None = None, line_limit: int = LINE_LIMIT) -> Iterator[TextIO]:
     """Open a text file, compressed by gzip if it ends in ``.gz``. Lines end at line feeds only.
@@ -113,44 +89,37 @@ def open_text(path: Path, encoding: str | None = None, line_limit: int = LINE_LI
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no regular file, not text in that encoding, or no gzip, or larger than the limits.
+        EncodingError: If it is not text in that encoding; with line and byte.
+        ValueError: If it is no regular file, or no gzip, or larger than the limits.
     """
     check_file(path)
     check_encoding(encoding)
     try:
-        with reading(path, "gzip file"), _open_bytes(path) as source, io.BufferedReader(_Limited(source, path, line_limit), _CHUNK) as limited:
-            start = limited.peek(4)[:4]
-            known = next((name for mark, name in _MARKS if start.startswith(mark)), None)
+        with reading(path, "gzip file"), open_bytes(path) as source, io.BufferedReader(_Limited(source, path, line_limit), _CHUNK) as limited:
+            marked = marked_encoding(limited.peek(4)[:4])
+            used = marked or encoding or "utf-8"
             try:
-                with io.TextIOWrapper(limited, known or encoding or "utf-8", newline="\n") as file:
+                with io.TextIOWrapper(limited, used, newline="\n") as file:
                     yield file
             except UnicodeError as error:
-                raise _Undecodable(known or encoding or "utf-8", error) from error
+                raise _Undecodable(error) from error
     except _Undecodable as failed:
-        raise ValueError(f"{_undecodable(path, failed)}; {_CONVERT}") from failed.__cause__
+        with open_bytes(path) as source:
+            message = describe_undecodable(source, str(path), used, failed.error, is_marked=marked is not None)
+        raise EncodingError(message) from failed.error
 
 
 class _Undecodable(Exception):
-    def __init__(self, encoding: str, error: UnicodeError) -> None:
-        super().__init__(encoding, error)
-        self.encoding, self.error = encoding, error
+    """Carries an error out of the contexts that would take it for a damaged file."""
+
+    def __init__(self, error: UnicodeError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
-def _open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file, compressed by gzip if it ends in ``.gz``."""
     return cast("BinaryIO", gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
-
-
-def _undecodable(path: Path, failed: _Undecodable) -> str:
-    """Return where and why a file is not text in an encoding."""
-    encoding = failed.encoding.upper().removesuffix("-SIG")
-    if encoding == "UTF-8":
-        with _open_bytes(path) as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    line.decode(failed.encoding)
-                except UnicodeDecodeError as error:
-                    return f"{path}, line {number}, byte {error.start + 1}: not text in UTF-8 ({error.reason} 0x{line[error.start]:02x})"
-    return f"{path} is not text in {encoding} ({failed.error})"
 
 
 def numbered_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
@@ -163,7 +132,7 @@ def numbered_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[in
     with open_text(path, encoding) as file:
         for number, line in enumerate(file, start=1):
             if "\0" in line:
-                raise ValueError(f"{path}, line {number}: a NUL character; the file is not text, or text in UTF-16 without a mark: {_CONVERT}")
+                raise ValueError(f"{path}, line {number}: a NUL character; the file is not text, or text in UTF-16 without a mark: {CONVERT}")
             yield number, line
 
 

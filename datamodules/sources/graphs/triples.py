@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from malleable.datamodules.files.encoding import check_encoding
 from malleable.datamodules.files.table_files import check_delimiter
-from malleable.datamodules.files.text_files import check_encoding
 from malleable.datamodules.graphs.triple_files import FIELDS, SUFFIXES, check_columns, read_ids, read_labels, read_names
 from malleable.datamodules.sources.graphs.base import GraphSource, GraphTables, Ints, number
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from malleable.datamodules.files.encoding import check_encoding
 from malleable.datamodules.files.table_files import check_delimiter, column_names, other_delimiter, read_parquet, read_table
-from malleable.datamodules.files.text_files import check_encoding, file_kind, id_text, read_json_rows
+from malleable.datamodules.files.text_files import file_kind, id_text, read_json_rows
 from malleable.datamodules.files.user_files import check_file, first_line
 from malleable.datamodules.sources.recommendation.base import InteractionTables, Source, items_table
 

@@ -1,4 +1,7 @@
+import csv
+import io
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import asdict
@@ -9,8 +12,9 @@ import yaml
 from safetensors.numpy import save_file
 
 from malleable.callbacks.report.row_recorder import DIGEST, ROWS_FILE
-from malleable.commands import compare
-from malleable.commands.compare import SPLIT_DEFAULTS, difference, load_run, run_compare
+from malleable.commands import reported_runs
+from malleable.commands.compare import difference, run_compare
+from malleable.commands.reported_runs import SPLIT_DEFAULTS, load_run
 from malleable.datamodules.recommendation.splits import Split
 from malleable.lightning_modules.metrics.significance import paired_bootstrap, row_values
 from malleable.main import main
@@ -18,8 +22,8 @@ from malleable.main import main
 RANKS = {"a": np.array([1, 2, 30, 4] * 10), "b": np.array([1, 1, 3, 40] * 10)}
 
 
-def write_run(folder, ranks, split=None, target=None, seed=1, grounding="trie", digest="x"):
-    """A run folder as a test leaves it."""
+def write_run(folder, ranks, split=None, target=None, seed=1, grounding="trie", digest="x", command="fit", source=None):
+    """A run folder as a fit with its test leaves it, or a test."""
     ranks = np.where(ranks > 10, np.inf, ranks).astype(np.float32)
     report = folder / "report"
     report.mkdir(parents=True)
@@ -32,9 +36,13 @@ def write_run(folder, ranks, split=None, target=None, seed=1, grounding="trie", 
         metadata={DIGEST: digest},
     )
     split = None if split is None else {**SPLIT_DEFAULTS, **split}
-    data = {"class_path": "RecommendationDataModule", "init_args": {"source": {"class_path": "X"}, "split": split, "seed": seed}}
-    model = {"class_path": "SFT", "init_args": {"decoding": {"grounding": grounding}, "ks": [10]}} if grounding else "ItemKNN"
-    (folder / "config_fit.yaml").write_text(yaml.safe_dump({"data": data, "model": model}))
+    data = {
+        "class_path": "RecommendationDataModule",
+        "init_args": {"source": {"class_path": "X", "init_args": source or {}}, "split": split, "seed": seed},
+    }
+    model = {"class_path": "malleable.SFT", "init_args": {"decoding": {"grounding": grounding}, "ks": [10]}}
+    model = model if grounding else {"class_path": "malleable.ItemKNN"}
+    (folder / f"config_{command}.yaml").write_text(yaml.safe_dump({"data": data, "model": model}))
     return str(folder)
 
 
@@ -51,7 +59,7 @@ def test_two_runs_have_their_metrics_and_paired_intervals(tmp_path, capsys):
     first, second = (load_run(name) for name in names)
     mean, low, high = paired_bootstrap(*(row_values("ndcg_10", run.rows["rank"]) for run in (first, second)))
     assert f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" in line
-    assert difference("div_ratio_10", first, second) == ""
+    assert difference("div_ratio_10", first, second) is None
     assert f"{second.metrics['ndcg_10']:.4f}" in line
     run_compare([*names, "--all"])
     assert "hr_5" in capsys.readouterr().out
@@ -64,14 +72,18 @@ def test_a_certain_difference_is_marked(tmp_path, capsys):
     assert not lines["hr_10"].rstrip().endswith("*")
 
 
+OTHER = "it was tested on other rows, or with other candidates, seen items or titles"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"split": {"kind": "global_time"}}, "measured on other data or under another protocol (split.kind: leave_last_out and global_time)"),
-        ({"split": {"candidates": 20}}, "measured on other data or under another protocol (split.candidates: None and 20)"),
-        ({"grounding": "embedding"}, "measured on other data or under another protocol (model.grounding: trie and embedding)"),
-        ({"target": np.zeros(40, dtype=int)}, "it was tested on other rows, or with other candidates, seen items or titles"),
-        ({"digest": "other"}, "it was tested on other rows, or with other candidates, seen items or titles"),
+        ({"split": {"kind": "global_time"}, "digest": "y"}, f"{OTHER} (split.kind: leave_last_out and global_time)"),
+        ({"split": {"candidates": 20}, "digest": "y"}, f"{OTHER} (split.candidates: None and 20)"),
+        ({"grounding": "embedding"}, "measured under another protocol (model.grounding: trie and embedding)"),
+        ({"target": np.zeros(40, dtype=int)}, OTHER),
+        ({"digest": "other"}, OTHER),
+        ({"digest": ""}, "the ranks of its test rows, or of the first run's, are not stored"),
     ],
 )
 def test_runs_of_other_data_or_protocols_are_marked_and_not_paired(change, reason, tmp_path, capsys):
@@ -87,13 +99,85 @@ def test_what_changes_no_row_of_the_test_does_not_matter(tmp_path, capsys):
     names = [
         write_run(tmp_path / "a", RANKS["a"]),
         write_run(tmp_path / "b", RANKS["b"], {"history_length": 3, "val_limit": 4}, seed=2, grounding=""),
+        write_run(tmp_path / "c", RANKS["b"], source={"interactions": "other.csv", "encoding": "cp1252", "delimiter": ";"}),
     ]
     run_compare(names)
-    assert "difference (95 %)" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.count("difference (95 %)") == 2
+    assert "not paired" not in text
+
+
+def test_headings_name_the_models_where_they_differ(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, grounding in enumerate(("trie", "")):
+        write_run(tmp_path / "runs" / "shop" / f"version_{number}", RANKS["a"], grounding=grounding)
+    run_compare(["shop/version_0", "shop/version_1"])
+    header = capsys.readouterr().out.splitlines()[0]
+    assert header.split("  ")[0] == "metric"
+    assert "SFT shop/version_0" in header
+    assert "ItemKNN shop/version_1" in header
+    run_compare(["shop/version_0", "shop/version_0"])
+    assert "SFT" not in capsys.readouterr().out
+
+
+def test_the_name_of_a_recipe_is_its_latest_fit(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs" / "shop"
+    write_run(runs / "version_0", RANKS["a"])
+    write_run(runs / "version_1", RANKS["b"])
+    write_run(runs / "version_2", RANKS["b"], grounding="", command="test")
+    assert load_run("shop").name == load_run("runs/shop").name == "shop/version_1"
+    run_compare(["shop", "shop/version_2"])
+    text = capsys.readouterr().out
+    assert (
+        "shop is runs/shop/version_1 (SFT, fit), the latest fit; others: runs/shop/version_2 (ItemKNN, test), runs/shop/version_0 (SFT, fit)" in text
+    )
+    write_run(tmp_path / "runs" / "baselines" / "version_0", RANKS["a"], command="test", grounding="")
+    assert load_run("baselines").note == "baselines is runs/baselines/version_0 (ItemKNN, test), the latest test"
+
+
+def test_a_run_without_a_test_is_named_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "shop" / "version_3"
+    folder.mkdir(parents=True)
+    (folder / "config_predict.yaml").write_text("model: ItemKNN\n")
+    for name in ("shop/version_3", "runs/shop/version_3"):
+        with pytest.raises(FileNotFoundError, match=r"^runs/shop/version_3 is a run of `predict` without the report of a test: runs/shop/ver"):
+            load_run(name)
+    with pytest.raises(FileNotFoundError, match=r"^no run of 'shop' has the report of a test \(runs/shop/version_3 \(ItemKNN, predict\)\)"):
+        load_run("shop")
+
+
+def test_other_formats(tmp_path, capsys, caplog):
+    names = [
+        write_run(tmp_path / "a", RANKS["a"]),
+        write_run(tmp_path / "b", RANKS["b"], grounding=""),
+        write_run(tmp_path / "c", RANKS["b"], digest="y"),
+    ]
+    first, second, _ = (load_run(name) for name in names)
+    mean, low, high = difference("ndcg_10", first, second)
+    run_compare([*names, "--format", "markdown"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"| metric | SFT {names[0]} | ItemKNN {names[1]} | difference (95 %) | SFT {names[2]} | not paired |\n| --- | ")
+    assert "\n\n- differences to the first run" in text
+    with caplog.at_level(logging.INFO):
+        run_compare([*names, "--format=csv"])
+    header, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    own = f"ItemKNN {names[1]}"
+    assert header == ["metric", f"SFT {names[0]}", own, f"{own}: difference", f"{own}: low", f"{own}: high", f"SFT {names[2]}"]
+    (row,) = (row for row in rows if row[0] == "ndcg_10")
+    assert [float(cell) for cell in row[1:6]] == [first.metrics["ndcg_10"], second.metrics["ndcg_10"], mean, low, high]
+    assert f"SFT {names[2]}: {OTHER}" in caplog.text
+    run_compare(["--format", "json", *names])
+    content = json.loads(capsys.readouterr().out)
+    assert [run["model"] for run in content["runs"]] == ["SFT", "ItemKNN", "SFT"]
+    assert [run["not_paired"] for run in content["runs"]] == [None, None, OTHER]
+    (row,) = (row for row in content["metrics"] if row["metric"] == "ndcg_10")
+    assert row["differences"] == [None, {"mean": mean, "low": low, "high": high}, None]
 
 
 def test_files_have_the_names_that_the_report_gives_them():
-    assert (compare.ROWS_FILE, compare.DIGEST) == (ROWS_FILE, DIGEST)
+    assert (reported_runs.ROWS_FILE, reported_runs.DIGEST) == (ROWS_FILE, DIGEST)
 
 
 def test_the_known_defaults_are_those_of_the_class():
@@ -122,7 +206,9 @@ def test_a_recipe_means_its_latest_run(tmp_path, monkeypatch):
     ("words", "message"),
     [
         (["one"], "needs two runs at least"),
-        (["one", "--al"], "no option --al; its only option is --all"),
+        (["one", "--al"], "no option --al \\(did you mean --all\\?\\); its options are --all and --format"),
+        (["one", "two", "--format", "cvs"], r"--format cvs: the formats are table, markdown, csv, json \(did you mean csv"),
+        (["one", "two", "--format"], "the formats are"),
         (["nowhere", "nothing"], "no report of a run 'nowhere'"),
     ],
 )
@@ -152,4 +238,4 @@ def test_it_starts_without_torch():
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help(capsys, flag):
     run_compare([flag])
-    assert capsys.readouterr().out.startswith("usage: malleable compare [--all] RUN RUN")
+    assert capsys.readouterr().out.startswith("usage: malleable compare [--all] [--format FORMAT] RUN RUN")

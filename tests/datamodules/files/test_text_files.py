@@ -78,7 +78,7 @@ def test_rows_have_their_places(tmp_path):
         ("a.jsonl", b"[" * 100_000, r"a.jsonl, line 1: no JSON"),
         ("a.json", b"[1]\n[2]", r"a.json: no JSON .*ends in .jsonl"),
         ("a.json", b'{\n"x": 1}', r"a.json, line 1: no JSON .*expected a JSON array, or one JSON value a line"),
-        ("a.jsonl", b"\xff\xfe1", r"a.jsonl is not text in UTF-16"),
+        ("a.jsonl", b"\xff\xfe1", r"a.jsonl, line 1: not text in UTF-16"),
     ],
 )
 def test_wrong_files_are_named(tmp_path, name, content, message):

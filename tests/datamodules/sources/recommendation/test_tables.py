@@ -297,7 +297,7 @@ def test_encodings(tmp_path, encoding, option, kind):
     items.write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
     assert Tables(str(tmp_path / "events.csv"), str(items), encoding=option).load().items["title"].tolist() == ["Misérables"]
     if encoding in ("cp1252", "latin-1"):
-        with pytest.raises(ValueError, match=r"items.*line \d, byte \d+: not text in UTF-8 .*set the option `encoding`"):
+        with pytest.raises(ValueError, match=r"items.*line \d, byte \d+: not text in UTF-8 .*set the option `encoding: cp1252`"):
             Tables(str(tmp_path / "events.csv"), str(items)).load()
 
 
@@ -308,7 +308,7 @@ def test_delimiters(tmp_path):
     for wrong in ("", ";;", '"', "\n"):
         with pytest.raises(ValueError, match="delimiter must be one character"):
             Tables("a.csv", "b.csv", delimiter=wrong)
-    with pytest.raises(ValueError, match="encoding 'klingon' is unknown"):
+    with pytest.raises(ValueError, match="encoding: 'klingon' is unknown"):
         Tables("a.csv", "b.csv", encoding="klingon")
 
 
