@@ -23,7 +23,7 @@ def test_the_callback_of_that_class_is_changed_and_the_others_stay(boring, resol
     assert (new["SelfPlayLoop"]["rounds"], new["SelfPlayLoop"]["warmup"]["epochs"], new["RunReport"]["dirpath"]) == (3, 2, "x")
     assert new["SelfPlayLoop"]["negatives"]["init_args"]["decode"] == "greedy"
     assert new["SelfPlayLoop"]["warmup"] == {**old["SelfPlayLoop"]["warmup"], "epochs": 2}
-    assert new["Floors"] == old["Floors"]
+    assert new["Baselines"] == old["Baselines"]
 
 
 def test_it_wins_over_every_file_wherever_it_stands(boring, resolved):
@@ -63,7 +63,7 @@ def test_the_saved_configuration_has_it(run, tmp_path):
         (
             ["--trainer.callbacks.SelfPlay.rounds", "3"],
             "--trainer.callbacks.SelfPlay.rounds: the configuration has no callback SelfPlay (did you mean SelfPlayLoop?); the callbacks are "
-            "SelfPlayLoop, Floors, RunReport; add one: --trainer.callbacks+=SelfPlay --trainer.callbacks.rounds VALUE",
+            "SelfPlayLoop, Baselines, RunReport; add one: --trainer.callbacks+=SelfPlay --trainer.callbacks.rounds VALUE",
         ),
         (
             ["--trainer.callbacks.rounds", "3"],
@@ -81,10 +81,10 @@ def test_errors_name_the_option(boring, capsys, words, expected):
 
 
 def test_a_value_is_needed():
-    with pytest.raises(ValueError, match=r"--trainer\.callbacks\.Floors\.x needs a value: --trainer\.callbacks\.Floors\.x VALUE"):
-        split_callback_options(["fit", "--trainer.callbacks.Floors.x", "--config", "y"])
+    with pytest.raises(ValueError, match=r"--trainer\.callbacks\.Baselines\.x needs a value: --trainer\.callbacks\.Baselines\.x VALUE"):
+        split_callback_options(["fit", "--trainer.callbacks.Baselines.x", "--config", "y"])
     with pytest.raises(ValueError, match="needs a value"):
-        split_callback_options(["fit", "--trainer.callbacks.Floors.x"])
+        split_callback_options(["fit", "--trainer.callbacks.Baselines.x"])
 
 
 def test_other_options_stay_where_they_are():
