@@ -1,7 +1,7 @@
-"""What gives weights their meaning: tokenizer, prompt template, items and labels, stored with them and compared.
+"""Identity of the data that weights were trained on: tokenizer, prompt template, items and labels.
 
-A checkpoint has the entries ``catalog``, ``vocabulary`` or ``graph`` and, where text is read, ``tokenizer``; an exported folder has the
-same in ``malleable.json`` beside the tokenizer's own files.
+It is stored with the weights and compared when they are loaded. A checkpoint has the entries ``catalog``, ``vocabulary`` or ``graph`` and, for
+models that read text, ``tokenizer``. An exported folder has the same entries in ``malleable.json``, beside the files of the tokenizer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from malleable.datamodules.recommendation.prompt import PromptTemplate
 
 log = logging.getLogger(__name__)
 
-Described = Catalog | Vocabulary | KnowledgeGraph
+DataDescription = Catalog | Vocabulary | KnowledgeGraph
 
 __all__ = [
     "KINDS",
@@ -39,11 +39,11 @@ __all__ = [
     "from_plain",
     "identity",
     "is_stored",
-    "put",
+    "load_identity",
     "read_stored",
     "rules_digest",
+    "store_identity",
     "stores_data",
-    "take",
     "vocabulary_of",
     "with_tokenizer",
     "write_folder",
@@ -55,75 +55,75 @@ SETTINGS = "settings"
 FOLDER_FILE = "malleable.json"
 TOKENS = "tokens of items"
 SHOWN = 3
-"""Examples in a message, at most."""
+"""Maximum number of examples in a message."""
 ADVICE = {
-    "catalog": "Use what the checkpoint stores: --data.tokenizer <checkpoint> (in Python, tokenizer='<checkpoint>' of the data module); "
-    "to add new items behind the stored ones, give --extend_catalog (extend_catalog=True), too",
-    "vocabulary": "Use the tokenizer that the checkpoint stores: --data.tokenizer <checkpoint> (in Python, tokenizer=... of the data module)",
-    "graph": "Use the data it was trained on",
+    "catalog": "Use the catalogue of the checkpoint: --data.tokenizer <checkpoint> (in Python, tokenizer='<checkpoint>' of the data module); "
+    "to append new items to it, give --extend_catalog (extend_catalog=True), too",
+    "vocabulary": "Use the tokenizer of the checkpoint: --data.tokenizer <checkpoint> (in Python, tokenizer=... of the data module)",
+    "graph": "Use the data that the checkpoint was trained on",
 }
 
 
-def vocabulary_of(described: Described) -> Vocabulary | None:
-    """Return the vocabulary of a catalogue, or the vocabulary itself; ``None`` where there is none."""
-    if isinstance(described, Catalog):
-        return described.vocabulary
-    return described if isinstance(described, Vocabulary) else None
+def vocabulary_of(description: DataDescription) -> Vocabulary | None:
+    """Return the vocabulary of a catalogue, or the vocabulary itself; ``None`` for a graph."""
+    if isinstance(description, Catalog):
+        return description.vocabulary
+    return description if isinstance(description, Vocabulary) else None
 
 
-def with_tokenizer(described: Described, tokenizer: str) -> Described:
-    """Return a copy whose vocabulary loads its tokenizer from another place."""
-    vocabulary = vocabulary_of(described)
+def with_tokenizer(description: DataDescription, tokenizer: str) -> DataDescription:
+    """Return a copy whose vocabulary loads its tokenizer from ``tokenizer``."""
+    vocabulary = vocabulary_of(description)
     if vocabulary is None:
-        return described
+        return description
     vocabulary = replace(vocabulary, tokenizer=tokenizer)
-    return replace(described, vocabulary=vocabulary) if isinstance(described, Catalog) else vocabulary
+    return replace(description, vocabulary=vocabulary) if isinstance(description, Catalog) else vocabulary
 
 
 # --- comparison ---
 
 
-def identity(described: Described, *, text: bool = True) -> dict[str, Any]:
-    """Return all that weights depend on, by name, as plain values that can be compared.
+def identity(description: DataDescription, *, text: bool = True) -> dict[str, Any]:
+    """Return everything that the weights depend on, by name, as values that can be compared.
 
     Args:
-        described: Of the data or of a checkpoint.
-        text: Whether the weights read text; otherwise the items alone count.
+        description: Description of the data or of a checkpoint.
+        text: Whether the model reads text; otherwise only the items are compared.
     """
-    if isinstance(described, KnowledgeGraph):
-        return {"entities": described.entities, "relations": described.relations}
-    parts: dict[str, Any] = {"items": described.titles} if isinstance(described, Catalog) else {}
-    vocabulary = vocabulary_of(described)
+    if isinstance(description, KnowledgeGraph):
+        return {"entities": description.entities, "relations": description.relations}
+    parts: dict[str, Any] = {"items": description.titles} if isinstance(description, Catalog) else {}
+    vocabulary = vocabulary_of(description)
     if not text or vocabulary is None:
         return parts
     parts |= {"vocab_size": vocabulary.vocab_size, "eos_token_id": vocabulary.eos_token_id}
     if vocabulary.tokenizer is not None and (digest := tokenizer_digest(vocabulary.tokenizer)) is not None:
         parts["tokenizer"] = digest
-    if isinstance(described, Catalog):
-        if described.template is not None:
-            # Fields that a checkpoint of an earlier version lacks had their defaults.
-            parts["template"] = {**asdict(PromptTemplate()), **described.template}
-        parts[TOKENS] = dict(zip(described.titles, described.token_ids, strict=False))
+    if isinstance(description, Catalog):
+        if description.template is not None:
+            # Fields that are missing in a checkpoint of an earlier version had their default values.
+            parts["template"] = {**asdict(PromptTemplate()), **description.template}
+        parts[TOKENS] = dict(zip(description.titles, description.token_ids, strict=False))
     return parts
 
 
 def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Name everything that both sides have and that differs, with both values."""
+    """Return a message for each entry that both mappings have and that differs, with both values."""
     return [found for name in stored if name in given and stored[name] != given[name] for found in _describe(name, stored[name], given[name])]
 
 
-def check_identity(kind: str, stored: Described, given: Described, *, text: bool = True, extend: bool = False) -> None:
-    """Refuse data under which weights would mean something else.
+def check_identity(kind: str, stored: DataDescription, given: DataDescription, *, text: bool = True, extend: bool = False) -> None:
+    """Check that data match the data that weights were trained on.
 
     Args:
         kind: ``catalog``, ``vocabulary`` or ``graph``.
-        stored: Of the checkpoint, or of the module.
-        given: Of the data.
-        text: Whether the weights read text.
-        extend: Whether the data may have new items behind the stored ones.
+        stored: Description in the checkpoint or module.
+        given: Description of the data.
+        text: Whether the model reads text.
+        extend: Whether the data may have new items after the stored ones.
 
     Raises:
-        MisconfigurationException: If they differ; the message names both values and says what to do.
+        MisconfigurationException: If they differ.
     """
     if stored is given or stored == given:
         return
@@ -148,7 +148,7 @@ def _describe(name: str, stored: Any, given: Any) -> list[str]:
 
 
 def _describe_mapping(name: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    # Items that only one side has are named by the sequence of items.
+    # Items that only one side has are reported under `items`.
     names = [key for key in stored if key in given] if name == TOKENS else list(dict.fromkeys([*stored, *given]))
     other = [key for key in names if stored.get(key) != given.get(key) and not (_is_default(stored.get(key)) and _is_default(given.get(key)))]
     if not other:
@@ -159,7 +159,7 @@ def _describe_mapping(name: str, stored: Mapping[str, Any], given: Mapping[str, 
 
 
 def _is_default(value: Any) -> bool:
-    """Whether a value says nothing: another version of a library may leave it out."""
+    """Return whether a value is a default, which another version of a library may omit."""
     return value in (None, False, "default") or value in ([], {}, ())
 
 
@@ -186,27 +186,27 @@ def _short(value: Any) -> str:
 # --- storage ---
 
 
-def as_plain(described: Described) -> dict[str, Any]:
-    """Return a description as data that a checkpoint may hold."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(described).items()}
+def as_plain(description: DataDescription) -> dict[str, Any]:
+    """Return a description as plain data."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(description).items()}
 
 
-def from_plain(kind: str, stored: Mapping[str, Any]) -> Described:
-    """Rebuild a description; entries of a later version are left out."""
+def from_plain(kind: str, stored: Mapping[str, Any]) -> DataDescription:
+    """Rebuild a description from plain data; unknown entries, which later versions may write, are ignored."""
     known = {field.name for field in fields(KINDS[kind])}
     values = {name: _tuples(value) for name, value in stored.items() if name in known}
     if values.get("vocabulary") is not None:
         values["vocabulary"] = from_plain("vocabulary", values["vocabulary"])
-    described: Described = KINDS[kind](**values)
+    description: DataDescription = KINDS[kind](**values)
     hints = get_type_hints(KINDS[kind])
-    for name, value in vars(described).items():
+    for name, value in vars(description).items():
         if not _fits(value, hints[name]):
             raise TypeError(f"{name} is {value!r:.80}")
-    return described
+    return description
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the type that a field of a description says."""
+    """Return whether a value has the type of a field."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(part, inner[0]) for part in value)
@@ -215,49 +215,53 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, origin or hint) and not (hint is int and isinstance(value, bool))
 
 
-def put(entries: dict[str, Any], kind: str, described: Described) -> None:
-    """Put a description and its tokenizer into a checkpoint."""
-    entries[kind] = as_plain(described)
-    vocabulary = vocabulary_of(described)
+def store_identity(entries: dict[str, Any], kind: str, description: DataDescription) -> None:
+    """Store a description and its tokenizer in a checkpoint."""
+    entries[kind] = as_plain(description)
+    vocabulary = vocabulary_of(description)
     if vocabulary is not None and vocabulary.tokenizer is not None and (packed := pack_tokenizer(vocabulary.tokenizer)) is not None:
         entries["tokenizer"] = packed
 
 
 def restore_tokenizer(name: str, folder: Path) -> bool:
-    """Write a tokenizer whose files were removed after this process had read them into a folder; return whether it was read."""
+    """Write a tokenizer that this process has read, and whose files were removed since, into a folder; return whether it was read."""
     return write_known(name, folder)
 
 
-def take(entries: Mapping[str, Any], kind: str) -> Described | None:
-    """Take a description out of a checkpoint; its tokenizer is written into the cache folder and named by that path."""
+def load_identity(entries: Mapping[str, Any], kind: str) -> DataDescription | None:
+    """Return a description from a checkpoint, or ``None``; its tokenizer is written to the cache folder and loads from there.
+
+    Raises:
+        ValueError: If the entry or the tokenizer is damaged.
+    """
     if kind not in entries:
         return None
     try:
-        described = from_plain(kind, entries[kind])
-        if "tokenizer" in entries and vocabulary_of(described) is not None:
-            described = with_tokenizer(described, str(unpack_tokenizer(entries["tokenizer"])))
+        description = from_plain(kind, entries[kind])
+        if "tokenizer" in entries and vocabulary_of(description) is not None:
+            description = with_tokenizer(description, str(unpack_tokenizer(entries["tokenizer"])))
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError, zlib.error) as error:
         raise ValueError(f"the checkpoint's entry {kind!r} or its tokenizer is damaged ({type(error).__name__}: {first_line(error)})") from error
-    return described
+    return description
 
 
-def write_folder(folder: Path, kind: str, described: Described, settings: Mapping[str, Any]) -> None:
+def write_folder(folder: Path, kind: str, description: DataDescription, settings: Mapping[str, Any]) -> None:
     """Write ``malleable.json`` into an exported folder."""
-    vocabulary = vocabulary_of(described)
+    vocabulary = vocabulary_of(description)
     digest = None if vocabulary is None or vocabulary.tokenizer is None else tokenizer_digest(vocabulary.tokenizer)
-    content = {kind: as_plain(described), "tokenizer_digest": digest, SETTINGS: dict(settings)}
+    content = {kind: as_plain(description), "tokenizer_digest": digest, SETTINGS: dict(settings)}
     with atomic_write(folder / FOLDER_FILE) as temporary:
         temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def check_folder(name: str | None, given: Catalog | Vocabulary) -> None:
-    """Refuse data that is read by another tokenizer than the model in an exported folder was trained with, and warn of another template.
+    """Check that data use the tokenizer that the model in an exported folder was trained with; warn if the prompt template differs.
 
-    Items may differ: such a model is a base to go on from, and reads and writes any title.
+    Items may differ: the model is a base model for further training, and can read and generate any title.
 
     Args:
-        name: Name of a model or an adapter; nothing is known of one that is no exported folder.
-        given: Of the data.
+        name: Name of a model or adapter; names that are not exported folders are not checked.
+        given: Description of the data.
 
     Raises:
         MisconfigurationException: If the tokenizers differ.
@@ -267,20 +271,20 @@ def check_folder(name: str | None, given: Catalog | Vocabulary) -> None:
         return
     entries = _entries(path)
     kind = "catalog" if "catalog" in entries else "vocabulary"
-    stored, here = (identity(described) for described in (from_plain(kind, entries[kind]), given))
+    stored, here = (identity(description) for description in (from_plain(kind, entries[kind]), given))
     if entries["tokenizer_digest"] is not None:
         stored["tokenizer"] = entries["tokenizer_digest"]
     if found := differences(*({key: side[key] for key in ("vocab_size", "tokenizer") if side.get(key)} for side in (stored, here))):
         raise MisconfigurationException(
-            f"the model in {path} was trained with another tokenizer than the data's: {'; '.join(found).replace('the checkpoint', path.name)}. "
-            f"Use its own: --data.tokenizer {name} (in Python, tokenizer='{name}' of the data module)"
+            f"the model in {path} was trained with another tokenizer than the data use: {'; '.join(found).replace('the checkpoint', path.name)}. "
+            f"Use the model's tokenizer: --data.tokenizer {name} (in Python, tokenizer='{name}' of the data module)"
         )
     if found := differences({"template": stored.get("template")}, {"template": here.get("template", stored.get("template"))}):
-        log.warning("the model in %s was trained with another prompt: %s", path, "; ".join(found).replace("the checkpoint", path.name))
+        log.warning("the model in %s was trained with another prompt template: %s", path, "; ".join(found).replace("the checkpoint", path.name))
 
 
 def is_stored(name: str | None) -> bool:
-    """Whether a name is a checkpoint or an exported folder that says what its weights depend on."""
+    """Return whether a name is a checkpoint or an exported folder with ``malleable.json``."""
     if name is None:
         return False
     path = Path(name).expanduser()
@@ -288,37 +292,39 @@ def is_stored(name: str | None) -> bool:
 
 
 def stores_data(name: str) -> bool:
-    """Whether a checkpoint or exported folder stores a catalogue or a vocabulary."""
+    """Return whether a checkpoint or exported folder contains a catalogue or a vocabulary."""
     return is_stored(name) and any(kind in _entries(Path(name).expanduser()) for kind in ("catalog", "vocabulary"))
 
 
 def read_stored(name: str) -> Catalog | Vocabulary:
-    """Read the catalogue, else the vocabulary, of a checkpoint or an exported folder; its tokenizer is a local folder.
+    """Read the catalogue, or else the vocabulary, of a checkpoint or an exported folder; its tokenizer is a local folder.
 
     Raises:
-        ValueError: If the file is no checkpoint, has neither, or its tokenizer is not the one that it was trained with.
+        ValueError: If the file is not a checkpoint, contains neither, or has another tokenizer than the model was trained with.
     """
     path = Path(name).expanduser()
     entries = _entries(path)
     try:
-        described = take(entries, "catalog") or take(entries, "vocabulary")
+        description = load_identity(entries, "catalog") or load_identity(entries, "vocabulary")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if described is None or isinstance(described, KnowledgeGraph):
-        raise ValueError(f"{name} has neither a catalogue nor a vocabulary; give a checkpoint of a language model or recommender, or a tokenizer")
+    if description is None or isinstance(description, KnowledgeGraph):
+        raise ValueError(
+            f"{name} contains neither a catalogue nor a vocabulary; give a checkpoint of a language model or recommender, or a tokenizer"
+        )
     if (path / FOLDER_FILE).is_file():
-        return _with_own_tokenizer(path, described, entries["tokenizer_digest"])
-    tokenizer = getattr(vocabulary_of(described), "tokenizer", None)
+        return _with_own_tokenizer(path, description, entries["tokenizer_digest"])
+    tokenizer = getattr(vocabulary_of(description), "tokenizer", None)
     if "tokenizer" not in entries and tokenizer is not None and tokenizer_digest(tokenizer) is None:
         raise ValueError(
             f"{name} was written by an earlier version, without its tokenizer, and {tokenizer} is not on this machine; "
             "copy that folder here, name the tokenizer with --data.tokenizer, or train again"
         )
-    return described
+    return description
 
 
 def _entries(path: Path) -> dict[str, Any]:
-    """What a checkpoint or exported folder stores."""
+    """Read the entries of a checkpoint or exported folder."""
     if (path / FOLDER_FILE).is_file():
         folder: dict[str, Any] = read_json(path / FOLDER_FILE)
         known = isinstance(folder, dict) and any(isinstance(folder.get(kind), dict) for kind in KINDS)
@@ -330,19 +336,19 @@ def _entries(path: Path) -> dict[str, Any]:
     return read_plain(file)
 
 
-def _with_own_tokenizer(path: Path, described: Catalog | Vocabulary, digest: str | None) -> Catalog | Vocabulary:
+def _with_own_tokenizer(path: Path, description: Catalog | Vocabulary, digest: str | None) -> Catalog | Vocabulary:
     if digest is None:
-        return described
+        return description
     if (found := tokenizer_digest(str(path))) != digest:
         raise ValueError(
-            f"the tokenizer in {path} is not the one its model was trained with (digest {str(found)[:12]}, trained with {digest[:12]}); "
+            f"the tokenizer in {path} differs from the one that its model was trained with (digest {str(found)[:12]}, expected {digest[:12]}); "
             "export the model again"
         )
-    return cast("Catalog | Vocabulary", with_tokenizer(described, str(path)))
+    return cast("Catalog | Vocabulary", with_tokenizer(description, str(path)))
 
 
 def _sharded(path: Path) -> Path | None:
-    """The file of a sharded checkpoint's folder that holds its plain data, ``None`` where there is none."""
+    """Return the file with the plain data of a sharded checkpoint, or ``None``."""
     if not path.is_dir():
         return None
     if (path / "meta.pt").is_file():  # FSDP

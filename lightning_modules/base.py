@@ -1,4 +1,4 @@
-"""The base of every module: one step, one way to log, one optimizer, one schedule."""
+"""Base class of all modules: steps, logging, optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import Metric
 
 from malleable.datamodules.batch import Batch
-from malleable.datamodules.identity import KINDS, SETTINGS, check_identity, differences, put, take, vocabulary_of
+from malleable.datamodules.identity import KINDS, SETTINGS, check_identity, differences, load_identity, store_identity, vocabulary_of
 from malleable.lightning_modules.frozen_ddp import leave_frozen_unwrapped
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.ranks import gather_over_ranks
-from malleable.lightning_modules.serialization import nested, plain
+from malleable.lightning_modules.serialization import nested, to_plain
 from malleable.lightning_modules.stored_weights import CheckedLoading
 
 log = logging.getLogger(__name__)
@@ -36,13 +36,13 @@ T = TypeVar("T")
 
 
 class LossOutput(NamedTuple):
-    """What a module makes of a batch.
+    """Output of :meth:`BaseModule.compute_loss`.
 
     Attributes:
         loss: Scalar with gradient.
-        extras: Detached scalars to log beside it, under ``{split}_{name}``.
-        weight: What the loss is a mean over (rows, tokens), so that means over evaluation batches and ranks come out right; rows repeated only to
-            fill a batch do not count. A tensor stays on its device. Default: the rows that count.
+        extras: Further detached scalars, logged as ``{split}_{name}``.
+        weight: Number of rows or tokens that the loss is a mean of; evaluation averages over batches and ranks with it. Padding rows (rows
+            repeated only to fill a batch) do not count. A tensor is not moved to another device. Default: number of real rows.
     """
 
     loss: Tensor
@@ -51,7 +51,7 @@ class LossOutput(NamedTuple):
 
 
 def needs_weights(method: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a method of a :class:`BaseModule` that computes with its weights: before ``configure_model`` it raises an error that says so."""
+    """Decorate a method of a :class:`BaseModule` that needs the weights, so that it raises an error before ``configure_model``."""
 
     @functools.wraps(method)
     def checked(*args: P.args, **options: P.kwargs) -> T:
@@ -62,26 +62,26 @@ def needs_weights(method: Callable[P, T]) -> Callable[P, T]:
 
 
 class BaseModule(CheckedLoading, ABC):
-    """The steps of all methods; a subclass writes :meth:`compute_loss` and, to be tested, :meth:`evaluate`.
+    """Base class of all modules. A subclass implements :meth:`compute_loss` and, for metrics, :meth:`evaluate`.
 
-    Order of hooks: ``__init__`` (typed attributes, no weights), ``setup`` (what comes from the data module is set),
+    Order of hooks: ``__init__`` (typed attributes, no weights), ``setup`` (attributes from the data module),
     ``configure_model`` (weights; a second call does nothing), ``configure_metrics``.
 
     Args:
-        optimizer: Makes the one optimizer from the trainable parameters; default: AdamW at the module's own rate.
-        lr_scheduler: Makes a scheduler, stepped every optimizer step.
+        optimizer: Factory of the optimizer, called with the trainable parameters. Default: :meth:`default_optimizer`.
+        lr_scheduler: Factory of the learning-rate scheduler, which is stepped after every optimizer step. Default: :meth:`default_lr_scheduler`.
     """
 
     trains: ClassVar[bool] = True
     """False for methods without training: `test` and `predict` then need no checkpoint."""
     required_from_datamodule: ClassVar[tuple[str, ...]] = ()
-    """Attributes that, left ``None``, are taken from the data module's attribute of the same name."""
+    """Attributes that ``setup`` copies from the data module if they are ``None``. Their absence is an error."""
     optional_from_datamodule: ClassVar[tuple[str, ...]] = ()
-    """The same for attributes that may stay ``None``."""
+    """Attributes that ``setup`` copies from the data module if they are ``None``. They may stay ``None``."""
     weight_settings: ClassVar[tuple[str, ...]] = ()
-    """Constructor arguments, as dotted names, that change what given weights compute: a checkpoint's values must be the module's."""
+    """Dotted names of constructor arguments that change the output of given weights. A checkpoint must have the module's values."""
     reads_text: ClassVar[bool] = True
-    """Whether weights depend on the tokenizer and the template, besides the items."""
+    """Whether the weights depend on the tokenizer and the prompt template, besides the items."""
 
     def __init__(self, optimizer: OptimizerCallable | None = None, lr_scheduler: LRSchedulerCallable | None = None) -> None:
         super().__init__()
@@ -92,10 +92,10 @@ class BaseModule(CheckedLoading, ABC):
         self._loss_sums: dict[str, dict[str, Tensor]] = {}
 
     def setup(self, stage: str) -> None:
-        """Take attributes from the data module; what the module has already must be the same.
+        """Copy attributes from the data module. Attributes that the module already has must match.
 
         Raises:
-            MisconfigurationException: If it is nowhere, or the data's is not the module's.
+            MisconfigurationException: If a required attribute is missing, or an attribute of the data module differs from the module's.
         """
         self._leave_steps_uncompiled()
         source = getattr(self.trainer, "datamodule", None)
@@ -110,15 +110,15 @@ class BaseModule(CheckedLoading, ABC):
             if own is not None:
                 check_identity(name, own, given, text=self.reads_text, extend=getattr(source, "extend_catalog", False))
             if not _has_tokenizer(own) or _has_tokenizer(given):
-                # The data's counts of the same items are the current ones.
+                # Counts of the same items are more recent in the data module.
                 setattr(self, name, given)
                 self.eval_metrics.clear()
         leave_frozen_unwrapped(getattr(self.trainer, "strategy", None))
 
     def _leave_steps_uncompiled(self) -> None:
-        """Undo what the Trainer made of ``torch.compile(module)``: steps that log and feed metrics cannot be compiled."""
+        """Undo ``torch.compile(module)``: steps that log and update metrics cannot be compiled."""
         if self._compiler_ctx is not None:
-            log.info("torch.compile(%s): steps log and run without compilation; of a language model the decoder is compiled", type(self).__name__)
+            log.info("torch.compile(%s): the steps run uncompiled, because they log; a language model's decoder is compiled", type(self).__name__)
             to_uncompiled(self)
 
     @classmethod
@@ -132,10 +132,10 @@ class BaseModule(CheckedLoading, ABC):
         return True
 
     def check_built(self) -> None:
-        """Check that there are weights.
+        """Check that the weights exist.
 
         Raises:
-            MisconfigurationException: If ``configure_model`` has not been called, or had nothing to build from.
+            MisconfigurationException: If ``configure_model`` has not been called, or was called without a required attribute.
         """
         if not self.is_built:
             missing = [name for name in self.required_from_datamodule if getattr(self, name) is None]
@@ -145,29 +145,29 @@ class BaseModule(CheckedLoading, ABC):
             )
 
     def settings(self) -> dict[str, Any]:
-        """Return the values of :attr:`weight_settings`, which checkpoints store."""
+        """Return the values of :attr:`weight_settings`, which are stored in checkpoints."""
         return {name: nested(self.hparams, name) for name in self.weight_settings}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what the weights depend on: settings, tokenizer, template, items or labels."""
+        """Store the settings, tokenizer, template, items or labels that the weights depend on."""
         checkpoint[SETTINGS] = self.settings()
         stored = [name for name in self.data_attributes() if name in KINDS and getattr(self, name) is not None]
         for name in stored:
-            if not (name == "vocabulary" and "catalog" in stored):  # which has it
-                put(checkpoint, name, getattr(self, name))
+            if not (name == "vocabulary" and "catalog" in stored):  # the catalogue contains the vocabulary
+                store_identity(checkpoint, name, getattr(self, name))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what the module lacks of what the weights depend on, and refuse what differs.
+        """Restore missing attributes that the weights depend on, and compare those that the module has.
 
         Raises:
-            MisconfigurationException: If the checkpoint's items, labels, tokenizer or template are not the module's.
+            MisconfigurationException: If items, labels, tokenizer or template of the checkpoint differ from the module's.
         """
         for name in self.data_attributes():
             if name not in KINDS:
                 continue
-            stored, own = take(checkpoint, name), getattr(self, name)
+            stored, own = load_identity(checkpoint, name), getattr(self, name)
             if stored is None and own is None and name in self.required_from_datamodule:
-                raise MisconfigurationException(f"{type(self).__name__} needs `{name}`, and the checkpoint has none: pass {name}=...")
+                raise MisconfigurationException(f"{type(self).__name__} needs `{name}`, which the checkpoint does not contain: pass {name}=...")
             if own is None:
                 setattr(self, name, stored)
             elif stored is not None:
@@ -175,38 +175,38 @@ class BaseModule(CheckedLoading, ABC):
                 check_identity(name, stored, own, text=self.reads_text, extend=getattr(source, "extend_catalog", False))
 
     def check_settings(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other settings.
+        """Check that a checkpoint has the settings of this module.
 
         Raises:
-            MisconfigurationException: If a value differs; the message names both.
+            MisconfigurationException: If a value differs; the message contains both values.
         """
         if SETTINGS not in checkpoint:
-            log.warning("the checkpoint is of an earlier version: it does not store the settings of its model, which are not compared")
+            log.warning("the checkpoint was written by an earlier version, without the settings of its model: they are not compared")
         elif found := differences(checkpoint[SETTINGS], self.settings()):
             raise MisconfigurationException(
-                f"the checkpoint's weights were trained with other settings than those of this {type(self).__name__}: {'; '.join(found)}. "
-                "Leave these options out, or give the checkpoint's values"
+                f"the checkpoint was trained with other settings than this {type(self).__name__} has: {'; '.join(found)}. "
+                "Omit these options, or set them to the checkpoint's values"
             )
 
     @property
     def attached(self) -> Trainer | None:
-        """The Trainer that runs the module, ``None`` outside of one."""
+        """The Trainer that runs the module, or ``None``."""
         try:
             return self.trainer
         except RuntimeError:
             return None
 
     def save_config(self) -> None:
-        """Store the constructor's arguments as plain data; call it last in ``__init__``."""
+        """Save the constructor arguments as plain data; must be the last call in ``__init__``."""
         frame = inspect.currentframe()
         assert frame is not None
         self.save_hyperparameters(ignore=[*self.data_attributes(), "optimizer", "lr_scheduler"], frame=frame.f_back)
         for name, value in list(self.hparams.items()):
-            self.hparams[name] = plain(value)
+            self.hparams[name] = to_plain(value)
 
     @abstractmethod
     def compute_loss(self, batch: Any) -> LossOutput:
-        """Compute the loss of a batch; no logging, no side effects."""
+        """Compute the loss of a batch, without logging or other side effects."""
 
     @property
     def headline_metrics(self) -> tuple[str, ...]:
@@ -214,25 +214,25 @@ class BaseModule(CheckedLoading, ABC):
         return ()
 
     def configure_metrics(self) -> dict[str, Metric]:
-        """Make the metrics of one evaluation split, by name; each is fed by :meth:`evaluate`."""
+        """Return new metrics for one evaluation split, by name; :meth:`evaluate` updates them."""
         return {}
 
     def evaluate(self, batch: Any, metrics: dict[str, Metric]) -> Any:
-        """Feed the metrics with a batch; what it returns reaches the callbacks as the step's output."""
+        """Update the metrics with a batch; callbacks receive the return value as the step's output."""
         return None
 
     def metrics(self, split: Split) -> dict[str, Metric]:
-        """The metrics of a split, made at first use."""
+        """Return the metrics of a split, which are created on first use."""
         if split not in self.eval_metrics:
             self.eval_metrics[split] = {name: metric.to(self.device) for name, metric in self.configure_metrics().items()}
         return self.eval_metrics[split]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed what the step draws (dropout) by its number, so that a resumed run repeats it exactly."""
+        """Seed the generator from the step number, so that a resumed run draws the same dropout masks."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        # Seeds run up to 2**32, so the product passes what a generator takes.
+        # The product of seeds up to 2**32 exceeds the range of a generator's seed.
         number = (((seed * 1_000_003 + self.current_epoch) * 1_000_003 + batch_idx) * 1_009 + self.global_rank) % (1 << 63)
-        # On a CPU only its own generator: `torch.manual_seed` also queues a call for accelerators, with the whole stack, in every step.
+        # On a CPU, seed only the CPU generator: `torch.manual_seed` also queues a call for accelerators, with a stack trace, in every step.
         (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(number)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -241,43 +241,43 @@ class BaseModule(CheckedLoading, ABC):
             self.end_of_step()
 
     def end_of_step(self) -> None:
-        """Do what follows an optimizer step."""
+        """Run after each optimizer step; does nothing by default."""
 
     def _ends_step(self, batch_idx: int) -> bool:
         return bool((batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch)
 
     @float32_by_default()
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss; the last batch of an optimizer step logs the step's figures."""
+        """Return the loss; log the figures of an optimizer step after its last batch."""
         output = self.compute_loss(batch)
         figures = {"loss": output.loss.detach(), **output.extras}
         self._step_figures.append({name: value.float() for name, value in figures.items()})
         if self._ends_step(batch_idx):
             self._log_step()
         if self.trainer.strategy.handles_gradient_accumulation:
-            # Lightning divides by the accumulated batches, and then DeepSpeed does so again.
+            # Both Lightning and DeepSpeed divide by the number of accumulated batches.
             return output.loss * self.trainer.accumulate_grad_batches
         return output.loss
 
     def log_loss(self, batch: Any, split: Split) -> LossOutput | None:
-        """Add up the loss of an evaluation batch; the epoch's end logs its mean, in which each row of all ranks counts once."""
+        """Accumulate the loss of an evaluation batch; the mean over the distinct rows of all ranks is logged at the end of the epoch."""
         output = self.compute_loss(batch)
         weight = (batch.sample_id >= 0).sum() if output.weight is None else torch.as_tensor(output.weight, device=output.loss.device)
-        # In float64, so that long evaluations lose nothing; MPS has none.
+        # float64 avoids rounding errors in long evaluations; MPS does not support it.
         weight = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
         sums = self._loss_sums.setdefault(split, {})
         for name, value in {"loss": output.loss, **output.extras}.items():
-            # A batch that only repeats rows has no mean.
+            # The mean over a batch of padding rows only is undefined.
             total = torch.where(weight > 0, value.detach().to(weight.dtype) * weight, 0.0)
             sums[name] = sums.get(name, 0.0) + torch.stack([total, weight])
         return output
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        """Log the loss and feed the metrics."""
+        """Accumulate the loss and update the metrics."""
         return self._evaluation_step(batch, batch_idx, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> Any:
-        """Log the loss and feed the metrics."""
+        """Accumulate the loss and update the metrics."""
         return self._evaluation_step(batch, batch_idx, "test")
 
     def on_validation_epoch_end(self) -> None:
@@ -291,11 +291,11 @@ class BaseModule(CheckedLoading, ABC):
         self._log_metrics("test")
 
     def configure_optimizers(self) -> Any:
-        """Make one optimizer over the parameter groups, and the schedule stepped with it."""
+        """Return one optimizer over all parameter groups, with its learning-rate scheduler."""
         groups = self.parameter_groups()
         optimizer = self.optimizer(groups) if self.optimizer is not None else self.default_optimizer(groups)
         if hasattr(optimizer, "_step_supports_amp_scaling"):
-            # A fused optimizer could undo the scale of gradients in its step. Lightning does not clip those; it must undo the scale itself.
+            # Lightning does not clip gradients that a fused optimizer unscales in its step; without this flag Lightning unscales them itself.
             optimizer._step_supports_amp_scaling = False
         scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler is not None else self.default_lr_scheduler(optimizer)
         if scheduler is None:
@@ -303,11 +303,11 @@ class BaseModule(CheckedLoading, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Trainable parameters; matrices decay, vectors do not."""
+        """Return the groups of trainable parameters; weight decay applies to matrices, not to vectors."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not trainable:
-            raise MisconfigurationException(f"{type(self).__name__} has no trainable parameter; use `test` or `predict`, or unfreeze something")
-        # A parameter that DeepSpeed has partitioned is empty; its shape is beside it.
+            raise MisconfigurationException(f"{type(self).__name__} has no trainable parameter; use `test` or `predict`, or unfreeze parameters")
+        # A parameter partitioned by DeepSpeed is empty; `ds_shape` is its full shape.
         dims = [len(getattr(parameter, "ds_shape", parameter.shape)) for parameter in trainable]
         matrices = [parameter for parameter, dim in zip(trainable, dims, strict=True) if dim >= 2]
         vectors = [parameter for parameter, dim in zip(trainable, dims, strict=True) if dim < 2]
@@ -315,17 +315,17 @@ class BaseModule(CheckedLoading, ABC):
         return [group for group in groups if group["params"]]
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Make the method's own optimizer."""
+        """Return the default optimizer of the method."""
         return torch.optim.AdamW(groups)
 
     def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Make the method's own schedule, or ``None`` for a constant rate."""
+        """Return the default learning-rate scheduler of the method, or ``None`` for a constant rate."""
         return None
 
     @float32_by_default()
     def _evaluation_step(self, batch: Batch, batch_idx: int, split: Split) -> Any:
         if batch_idx == 0:
-            # Nothing counts of an evaluation that was interrupted.
+            # Discard the state of an evaluation that was interrupted.
             self._loss_sums.pop(split, None)
             for metric in self.metrics(split).values():
                 metric.reset()
@@ -334,7 +334,7 @@ class BaseModule(CheckedLoading, ABC):
         return self.evaluate(batch, self.metrics(split))
 
     def _mark_repeats(self, batch: Batch, batch_idx: int, split: Literal["train", "val", "test"]) -> Tensor:
-        """Negate the ids of rows that a ``DistributedSampler`` repeated to fill the last batch."""
+        """Return the ids, negative for rows that a ``DistributedSampler`` has repeated to fill the last batch."""
         trainer = self.attached
         if trainer is None:
             return batch.sample_id
@@ -349,7 +349,7 @@ class BaseModule(CheckedLoading, ABC):
         return torch.where((position < own) | (batch.sample_id < 0), batch.sample_id, -1 - batch.sample_id)
 
     def _log_step(self) -> None:
-        """Log means over the step's batches and over the ranks: what one large batch on one device would have logged."""
+        """Log means over the batches of an optimizer step and over the ranks, equal to those of one large batch on one device."""
         batches, self._step_figures = self._step_figures, []
         means = torch.stack([torch.stack(list(figures.values())) for figures in batches]).mean(0)
         means = self.trainer.strategy.reduce(means, reduce_op="mean")
@@ -358,12 +358,12 @@ class BaseModule(CheckedLoading, ABC):
 
     def _log_mean_loss(self, split: Split) -> None:
         sums = self._loss_sums.pop(split, {})
-        # A rank without a batch takes part in the reduction, too: the others would wait for it.
+        # A rank without a batch must take part in the reduction, or the other ranks would wait for it.
         names = list(dict.fromkeys(name for own in gather_over_ranks(list(sums)) for name in own))
         if not names:
             return
         nothing = torch.zeros(2, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
-        # The reduction gives back the mean over ranks of both sums; their ratio is that of the sums.
+        # Both sums are reduced to means over ranks; the number of ranks cancels in their ratio.
         totals, weights = self.trainer.strategy.reduce(torch.stack([sums.get(name, nothing) for name in names]), reduce_op="mean").unbind(1)
         for name, value in zip(names, totals / weights, strict=True):
             self.log(f"{split}_{name}", value.float(), prog_bar=name == "loss", rank_zero_only=False)
@@ -375,6 +375,6 @@ class BaseModule(CheckedLoading, ABC):
             metric.reset()
 
 
-def _has_tokenizer(described: Any) -> bool:
-    vocabulary = vocabulary_of(described)
+def _has_tokenizer(data: Any) -> bool:
+    vocabulary = vocabulary_of(data)
     return vocabulary is not None and vocabulary.tokenizer is not None

@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 def leave_frozen_unwrapped(strategy: Any) -> None:
     """Let a ``DDPStrategy`` run ``fit`` with a module that has no trainable parameter.
 
-    ``DistributedDataParallel`` refuses such a module. It is then left unwrapped, because there are no gradients to reduce; its weights and buffers
-    are taken from the first rank, as the wrapper would do. Call it before the strategy is set up, e.g. in a hook ``setup``; other strategies are
-    left alone.
+    ``DistributedDataParallel`` refuses such a module. The module is not wrapped, because there are no gradients to reduce. Its weights and buffers
+    are broadcast from the first rank, as the wrapper would do. Call this function before the strategy is set up, e.g. in the hook ``setup``. Other
+    strategies are not changed.
 
     Args:
         strategy: The Trainer's strategy.

@@ -1,4 +1,4 @@
-"""Settings and losses as plain data, which a checkpoint may hold, and back."""
+"""Conversion of settings and losses to plain data, which checkpoints store, and back."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any, get_args, get_type_hints
 from torch import nn
 
 
-def plain(value: Any) -> Any:
-    """Turn a dataclass, or an object with ``as_plain``, into the plain dictionary a checkpoint may hold."""
+def to_plain(value: Any) -> Any:
+    """Convert a dataclass, or an object with ``as_plain``, to a plain dictionary; return other values unchanged."""
     if hasattr(value, "as_plain"):
         return value.as_plain()
     return json.loads(json.dumps(asdict(value))) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def from_plain(kind: Any, value: Any) -> Any:
-    """Rebuild a dataclass from the plain dictionary a checkpoint holds; instances and other values pass through."""
+    """Rebuild a dataclass from a plain dictionary; return other values unchanged."""
     if not isinstance(value, Mapping):
         return value
     hints = get_type_hints(kind)
@@ -29,20 +29,20 @@ def from_plain(kind: Any, value: Any) -> Any:
 
 
 def nested(values: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a dotted name, ``None`` where a part on the way is missing or ``None``."""
+    """Return the value of a dotted name, or ``None`` if a part of the path is missing or ``None``."""
     value: Any = values
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 
-class Described(nn.Module):
-    """A module made of plain arguments."""
+class SerializableModule(nn.Module):
+    """Module that can be rebuilt from its constructor arguments."""
 
     def as_plain(self) -> dict[str, Any]:
-        """Describe the object as data that a checkpoint may hold, see :func:`object_from_plain`.
+        """Return the class path and the constructor arguments; see :func:`object_from_plain`.
 
-        A subclass with arguments of its own keeps each as an attribute of the same name, or overrides this.
+        A subclass must store each constructor argument in an attribute of the same name, or override this method.
         """
         kind = type(self)
         arguments = [name for name in inspect.signature(kind).parameters if hasattr(self, name)]
@@ -50,14 +50,14 @@ class Described(nn.Module):
 
 
 def object_from_plain(base: type, value: Any) -> Any:
-    """Make the object that :meth:`Described.as_plain` has described; instances and ``None`` pass through.
+    """Build an object from the output of :meth:`SerializableModule.as_plain`; return instances and ``None`` unchanged.
 
     Raises:
-        TypeError: If the class is no ``base``.
+        TypeError: If the class is not a subclass of ``base``.
     """
     if not isinstance(value, Mapping):
         return value
     kind = resolve_name(value["class_path"])
     if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise TypeError(f"the checkpoint names {value['class_path']} as its loss, which is no {base.__name__}")
+        raise TypeError(f"the checkpoint names the class {value['class_path']}, which is not a subclass of {base.__name__}; use another checkpoint")
     return kind(**value.get("init_args", {}))

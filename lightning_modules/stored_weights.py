@@ -1,4 +1,4 @@
-"""Checks of what a checkpoint stores: the classes that it names, and weights that do not fit."""
+"""Checks of checkpoints: classes that they name, and weights that do not fit a module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN = 3
 
 
 class CheckedLoading(LightningModule):
-    """A module whose checkpoints run no code, and whose weights are named where they do not fit."""
+    """Module that loads checkpoints without running code from them, and whose errors name the tensors that do not fit."""
 
     @classmethod
     def load_from_checkpoint(
@@ -33,33 +33,33 @@ class CheckedLoading(LightningModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Build a module with the arguments and weights of a checkpoint, which is read as tensors and plain data.
+        """Build a module from a checkpoint, which is read as tensors and plain data.
 
         Args:
-            checkpoint_path: A file of this machine.
-            map_location: As of Lightning, and so are the next two.
-            hparams_file: A file of arguments of the module.
-            strict: Refuse weights that are missing or unexpected.
-            weights_only: ``False`` is refused.
-            kwargs: Arguments of the module, which win over stored ones.
+            checkpoint_path: A local file.
+            map_location: As in Lightning.
+            hparams_file: As in Lightning.
+            strict: Whether missing or unexpected weights are an error.
+            weights_only: Must not be ``False``.
+            kwargs: Arguments of the module; they override stored ones.
 
         Raises:
-            ValueError: If the file holds more than tensors and plain data, or its arguments name classes of other packages, which are imported where
-                they are given here instead.
+            ValueError: If the file contains anything else than tensors and plain data, or if its arguments name classes of other packages. Pass such
+                arguments as ``kwargs`` instead.
         """
         if weights_only is False:
-            raise ValueError("weights_only=False would run code from the checkpoint; checkpoints are read as tensors and plain data")
+            raise ValueError("weights_only=False would run code from the checkpoint; leave it out: checkpoints are read as tensors and plain data")
         stored = read_plain(Path(checkpoint_path)).get("hyper_parameters") or {}
         if foreign := foreign_classes({name: value for name, value in stored.items() if name not in kwargs and not name.startswith("_")}):
             raise ValueError(
-                f"{checkpoint_path} names {foreign[0]}, which is not of malleable, and importing it could run code; if you trust it, give "
-                f"{cls.__name__}.load_from_checkpoint the argument that it is part of"
+                f"{checkpoint_path} names {foreign[0]}, which is not part of malleable; importing it could run code. If you trust it, pass the "
+                f"argument that contains it to {cls.__name__}.load_from_checkpoint"
             )
         try:
             module: Self = super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only=True, **kwargs)
         except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, RuntimeError) as error:
             raise ValueError(
-                f"{checkpoint_path} does not make a {cls.__name__}: its arguments or entries are damaged, or those of another class "
+                f"cannot build {cls.__name__} from {checkpoint_path}: the checkpoint is damaged or was written by another class "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
         return module
@@ -68,7 +68,7 @@ class CheckedLoading(LightningModule):
         """Load weights.
 
         Raises:
-            MisconfigurationException: If they are those of a module of another class or size.
+            MisconfigurationException: If the weights have other names or shapes than those of this module.
         """
         try:
             return super().load_state_dict(state_dict, strict, assign)
@@ -79,19 +79,20 @@ class CheckedLoading(LightningModule):
 
 
 def foreign_classes(arguments: Any, known: Collection[str] = ()) -> list[str]:
-    """Return the import paths in stored arguments of a class that are neither of this package, PyTorch or Lightning, nor known.
+    """Return the import paths in stored arguments that belong to other packages than malleable, PyTorch and Lightning.
 
-    Parsers import what a ``class_path`` names, and a text where a class is expected, so that a stranger's file could run any module that is found.
+    Parsers import every ``class_path``, and strings where a class is expected. A checkpoint from an untrusted source could therefore run code of any
+    installed module.
 
     Args:
         arguments: Plain data.
-        known: Import paths that the user has named.
+        known: Import paths that the user has given; they are not returned.
     """
     return sorted({path for path, named in _texts(arguments) if path not in known and _is_foreign(path, named)})
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, bool]]:
-    """Yield every text, and whether it is the value of ``class_path``."""
+    """Yield every string, and whether it is the value of ``class_path``."""
     if isinstance(value, str):
         yield value, key == "class_path"
     elif isinstance(value, Mapping):
@@ -114,7 +115,7 @@ def _is_foreign(path: str, named: bool) -> bool:
 
 
 def misfit(module: nn.Module, state: Mapping[str, Any]) -> str:
-    """Return in which tensors stored weights and a module differ."""
+    """Return a message that names the tensors in which stored weights and a module differ."""
     own = {name: tuple(value.shape) for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     stored = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
     both = sorted(own.keys() & stored.keys())

@@ -1,4 +1,4 @@
-"""Tensors in a safetensors file with a checksum: a changed bit is found when the file is read."""
+"""Safetensors files with a checksum, which is verified when a file is read."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ CHECKSUM = "sha256"
 
 
 def save_verified(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
-    """Write tensors and texts, with the checksum of both.
+    """Write tensors and metadata, with a checksum of both.
 
     Args:
         tensors: Tensors on the CPU by name.
-        path: The file.
-        about: Texts by name, stored in the header.
+        path: File to write.
+        about: Metadata, stored in the header.
     """
     about = dict(about or {})
     save_file(dict(tensors), path, {**about, CHECKSUM: _checksum(tensors, about)})
 
 
 def load_verified(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what :func:`save_verified` wrote. A file of an earlier version, which has no checksum, is read unchecked.
+    """Read a file that :func:`save_verified` has written. A file of an earlier version, without a checksum, is not verified.
 
     Returns:
-        The tensors and the texts.
+        The tensors and the metadata.
 
     Raises:
-        ValueError: If the file is not whole, or its content is not what was written.
+        ValueError: If the file is incomplete or its checksum does not match.
     """
     try:
         with open_tensors(path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
             about = dict(file.metadata() or {})
-    except ValueError as error:  # callers say what to do
+    except ValueError as error:  # callers add what to do
         raise ValueError(f"{path} is damaged ({first_line(error.__cause__ or error)})") from error
     checksum = about.pop(CHECKSUM, None)
     if checksum is not None and checksum != _checksum(tensors, about):
-        raise ValueError(f"{path} is damaged (its checksum is another one)")
+        raise ValueError(f"{path} is damaged (its checksum does not match)")
     return tensors, about
 
 

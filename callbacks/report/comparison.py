@@ -15,7 +15,7 @@ from malleable.callbacks.report.figures import draw_curves, draw_exposure, draw_
 from malleable.callbacks.report.page import Section
 from malleable.callbacks.sweep import inference
 from malleable.datamodules.batch import AnswerBatch
-from malleable.lightning_modules.functional.recommendation.row_digest import digest_rows
+from malleable.lightning_modules.functional.recommendation.row_hash import hash_rows
 from malleable.lightning_modules.language.language_model import LanguageModel
 
 CURVES = ("hr_10", "ndcg_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10")
@@ -56,7 +56,7 @@ def measure(trainer: Trainer, module: LanguageModel, loader: Any) -> dict[str, A
 
 def batch_digest(batch: AnswerBatch) -> Tensor:
     """Digest of what is asked in the rows of a batch, to be added up over batches and ranks, ``(2,)``."""
-    return digest_rows(batch.sample_id, [batch.target[:, None], batch.history, batch.metric_history, batch.seen, batch.candidates])
+    return hash_rows(batch.sample_id, [batch.target[:, None], batch.history, batch.metric_history, batch.seen, batch.candidates])
 
 
 def protocol(module: LanguageModel, rows: Tensor) -> dict[str, str]:

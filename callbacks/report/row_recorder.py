@@ -17,7 +17,7 @@ from torch import Tensor
 from malleable.datamodules.batch import AnswerBatch, Catalog
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.lightning_modules.base import BaseModule
-from malleable.lightning_modules.functional.recommendation.row_digest import digest_rows
+from malleable.lightning_modules.functional.recommendation.row_hash import hash_rows
 from malleable.lightning_modules.metrics.row_ranks import RowRanks
 from malleable.lightning_modules.metrics.significance import Floats, bootstrap_interval, row_values
 
@@ -53,7 +53,7 @@ class RowRecorder:
         sample_id = getattr(batch, "sample_id", None)
         if isinstance(sample_id, Tensor):
             asked = [batch.target[:, None], batch.seen, batch.candidates] if isinstance(batch, AnswerBatch) else []
-            total = digest_rows(sample_id, asked)
+            total = hash_rows(sample_id, asked)
             self._count = total if self._count is None else self._count + total
 
     def finish(self, trainer: Trainer, module: LightningModule) -> None:

@@ -1,1 +1,1 @@
-"""Pure tensor mathematics: log-probabilities, tries, decoding, grounding."""
+"""Functions on tensors: log-probabilities, decoding, grounding, graph embeddings and edits."""

@@ -1,4 +1,4 @@
-"""Defaults under which tensors are created: where initial weights are drawn, and in which dtype."""
+"""Context managers for the default device and dtype of new tensors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def float32_by_default() -> Iterator[None]:
-    """Context, or decorator, in which new floating-point tensors are float32 where a precision plugin has made a half precision the default.
+    """Set the default dtype to float32 if it is a half precision; a context manager and decorator.
 
-    Plugins such as ``bf16-true`` set the default dtype around weights, steps and metrics. Masks, sums and metric states would then be rounded,
-    although only weights and activations are meant. A wider default, such as that of ``64-true``, stays.
+    Precision plugins such as ``bf16-true`` set the default dtype while weights, steps and metrics run. Masks, sums and metric states would then be
+    rounded to half precision, too. Wider defaults, such as float64 under ``64-true``, are not changed.
     """
     default = torch.get_default_dtype()
     if default not in HALF:
@@ -30,10 +30,10 @@ def float32_by_default() -> Iterator[None]:
 
 @contextmanager
 def drawn_on_cpu() -> Iterator[None]:
-    """Context in which initial weights are drawn from the CPU's generator, in float32 at least, so that a seed gives one model on every device.
+    """Draw initial weights from the CPU generator, in float32 or wider, so that a seed gives the same model on every device.
 
-    Strategies make their device the default while a module is configured. Move what is built here afterwards, to
-    ``torch.get_default_device()``, or leave that to the strategy.
+    Strategies set their device as the default while they configure a module. Move the weights to ``torch.get_default_device()`` after this
+    context, or leave that to the strategy.
     """
     with torch.device("cpu"), float32_by_default():
         yield

@@ -1,4 +1,7 @@
-"""Random numbers that depend on a key alone: a row draws the same in any batch, on any rank, on any device."""
+"""Random numbers that depend on a key only, so that a row gets the same numbers in any batch, on any rank and on any device.
+
+Shapes: ``seeds`` and ``counter`` broadcast to the shape of the result.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from torch import Tensor
 
 
 def keyed_uniform(seeds: Tensor, counter: Tensor) -> Tensor:
-    """Draw from the open unit interval.
+    """Draw from the uniform distribution on the open interval (0, 1).
 
     Args:
         seeds: int64.
-        counter: int64, broadcast against ``seeds``; each pair of seed and counter has its own number.
+        counter: int64, broadcast against ``seeds``; each pair (seed, counter) gives an independent number.
 
     Returns:
         float32.
@@ -21,7 +24,7 @@ def keyed_uniform(seeds: Tensor, counter: Tensor) -> Tensor:
         Steele, Lea, Flood (2014), Fast Splittable Pseudorandom Number Generators: the mixing function of SplitMix64.
         Differs: used as a hash of (seed, counter).
     """
-    bits = _shift(mix(mix(seeds) + counter), 41)  # 23 bits and a half are exact in float32
+    bits = _shift(mix(mix(seeds) + counter), 41)  # 23 bits plus 0.5 are exact in float32
     return (bits.float() + 0.5) * 2.0**-23
 
 
@@ -30,7 +33,7 @@ def keyed_normal(seeds: Tensor, counter: Tensor) -> Tensor:
 
     Args:
         seeds: int64.
-        counter: int64, broadcast against ``seeds``; each pair of seed and counter has its own number.
+        counter: int64, broadcast against ``seeds``; each pair (seed, counter) gives an independent number.
 
     Returns:
         float32.
@@ -43,11 +46,11 @@ def keyed_normal(seeds: Tensor, counter: Tensor) -> Tensor:
 
 
 def keyed_gumbel(seeds: Tensor, counter: Tensor) -> Tensor:
-    """Draw from the standard Gumbel distribution: the position of the largest of ``logits + draws`` is a draw from their softmax.
+    """Draw from the standard Gumbel distribution; ``(logits + draws).argmax()`` is then a draw from the softmax of the logits.
 
     Args:
         seeds: int64.
-        counter: int64, broadcast against ``seeds``; each pair of seed and counter has its own number.
+        counter: int64, broadcast against ``seeds``; each pair (seed, counter) gives an independent number.
 
     Returns:
         float32.
@@ -56,7 +59,7 @@ def keyed_gumbel(seeds: Tensor, counter: Tensor) -> Tensor:
 
 
 def mix(value: Tensor) -> Tensor:
-    """Scramble int64, modulo 2**64."""
+    """Apply the mixing function of SplitMix64 to int64 values, modulo 2**64."""
     value = value + _signed(0x9E3779B97F4A7C15)
     value = (value ^ _shift(value, 30)) * _signed(0xBF58476D1CE4E5B9)
     value = (value ^ _shift(value, 27)) * _signed(0x94D049BB133111EB)
@@ -64,7 +67,7 @@ def mix(value: Tensor) -> Tensor:
 
 
 def _shift(value: Tensor, bits: int) -> Tensor:
-    """Shift right, filling with zeros."""
+    """Shift right logically, i.e. fill with zeros."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Full precision whatever the run's settings: guards against autocast, half-precision tables and reduced-precision products."""
+"""Full-precision computation under autocast, half-precision weights and reduced-precision matrix products."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.
 
 
 def full(part: Tensor) -> Tensor:
-    """Convert half precision to single precision; other dtypes are returned as they are."""
+    """Convert half precision to single precision; return other dtypes unchanged."""
     return part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function so that it computes outside autocast.
+    """Decorate a function so that it runs with autocast disabled.
 
     Ranks depend on small differences of large terms, which half precision does not resolve.
     """
@@ -56,7 +56,7 @@ def exact_products() -> Iterator[None]:
 
 
 def _product_precisions() -> list[str]:
-    """One name for each backend; before torch 2.9 one for all."""
+    """Return the precision of each backend; before torch 2.9, one precision for all."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         return [torch.get_float32_matmul_precision()]
     return [backend.fp32_precision for backend in _BACKENDS]

@@ -1,6 +1,6 @@
-"""Work shared over the ranks of a distributed run, with the same result on every rank.
+"""Distribution of work over the ranks of a distributed run, with the same result on every rank.
 
-Every function is collective: all ranks call it, or none. Without an initialised process group each does what one rank would.
+Functions that communicate are collective: all ranks must call them. Without an initialised process group they behave as with one rank.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Number of ranks."""
+    """Return the number of ranks."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this rank, from 0."""
+    """Return the index of this rank, from 0."""
     return distributed.get_rank() if world_size() > 1 else 0
 
 
 def shard(items: Sequence[T]) -> list[T]:
-    """Items of this rank: every ``world_size``-th one."""
+    """Return the items of this rank: every ``world_size``-th one."""
     return list(items[rank() :: world_size()])
 
 
 def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
-    """Add up a tensor over the ranks.
+    """Sum a tensor over the ranks.
 
     Args:
-        values: Of one shape on all ranks; ``nan`` on one rank is ``nan`` in the sum.
-        device: Where the process group adds up: the model's device.
+        values: Tensor of the same shape on all ranks; ``nan`` on one rank gives ``nan`` in the sum.
+        device: Device of the collective operation: the model's device.
 
     Returns:
         The sum, on the device of ``values``.
@@ -47,7 +47,7 @@ def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
 
 
 def gather_over_ranks(value: T) -> list[T]:
-    """Collect a picklable value of each rank, in the order of the ranks."""
+    """Return the values of all ranks, in the order of the ranks; values must be picklable."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -56,19 +56,20 @@ def gather_over_ranks(value: T) -> list[T]:
 
 
 def merge_over_ranks(values: Mapping[int, T]) -> list[T]:
-    """Collect values that ranks made for the keys ``0..N-1``, each key on one rank, in the order of the keys."""
+    """Return the values of all ranks in the order of their keys ``0..N-1``, each of which is on one rank."""
     merged = {key: value for part in gather_over_ranks(dict(values)) for key, value in part.items()}
     return [merged[key] for key in sorted(merged)]
 
 
 def on_first_rank(make: Callable[[], T]) -> T:
-    """Make a value on the first rank and give it to all.
+    """Compute a value on the first rank and broadcast it.
 
     Args:
         make: Called on the first rank only; it must not be collective.
 
     Raises:
-        Exception: What ``make`` raised, on the first rank; the others raise a ``RuntimeError`` with its message.
+        Exception: On the first rank, the exception of ``make``.
+        RuntimeError: On the other ranks, with the message of that exception.
     """
     if world_size() == 1:
         return make()
@@ -77,7 +78,7 @@ def on_first_rank(make: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             value = make()
-        except Exception as raised:  # the other ranks wait for a message, whatever went wrong
+        except Exception as raised:  # the other ranks wait for a message in any case
             error = raised
     message = [value, None if error is None else f"{type(error).__name__}: {error}"]
     distributed.broadcast_object_list(message, 0)

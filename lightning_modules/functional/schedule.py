@@ -1,4 +1,4 @@
-"""Learning-rate courses as pure functions of the step."""
+"""Learning-rate schedules as functions of the step."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 
 
 def warmup_decay(step: int, total: float, warmup: int = 0, decay: str = "linear") -> float:
-    """Factor of the peak rate: a linear rise, then decay to zero.
+    """Return the learning rate as a fraction of the peak rate: a linear warm-up, then decay to zero.
 
     Args:
-        step: Optimizer steps made so far.
-        total: Steps of the whole course; ``math.inf`` holds the peak rate.
-        warmup: Steps of the rise; cut to the whole course.
+        step: Number of completed optimizer steps.
+        total: Total number of steps; ``math.inf`` keeps the peak rate after the warm-up.
+        warmup: Number of warm-up steps, at most ``total``.
         decay: ``linear``, ``cosine`` or ``constant``.
 
     Raises:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from malleable.lightning_modules.functional.graphs.interaction import Vectors, score_pairs
 from malleable.lightning_modules.functional.graphs.one_vs_all import KeyOf, Kind, one_vs_all_loss
 from malleable.lightning_modules.functional.precision import full, full_precision
-from malleable.lightning_modules.serialization import Described
+from malleable.lightning_modules.serialization import SerializableModule
 
 
 class Positives(NamedTuple):
@@ -52,7 +52,7 @@ class Positives(NamedTuple):
         return torch.ones_like(self.row, dtype=torch.float32) if self.real is None else self.real.float()[self.row]
 
 
-class EmbeddingLoss(Described, ABC):
+class EmbeddingLoss(SerializableModule, ABC):
     """A loss of queries whose true tails are known."""
 
     per_query: ClassVar[bool] = False
@@ -215,7 +215,7 @@ class NegativeSampling(EmbeddingLoss):
         return parts @ positives.shares.to(parts.dtype) / normaliser
 
 
-class Regulariser(Described, ABC):
+class Regulariser(SerializableModule, ABC):
     """A penalty on what the triples of a batch are made of, added to the loss as a mean over true tails.
 
     Args:

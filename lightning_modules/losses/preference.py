@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malleable.lightning_modules.serialization import Described
+from malleable.lightning_modules.serialization import SerializableModule
 
 
 class PreferenceOutput(NamedTuple):
@@ -29,7 +29,7 @@ class PreferenceOutput(NamedTuple):
     rewards: Tensor
 
 
-class PreferenceLoss(Described, ABC):
+class PreferenceLoss(SerializableModule, ABC):
     """A loss on log-ratios between policy and reference.
 
     A loss with a state keeps it in float32 buffers, which are stored in checkpoints and stay float32 when the module is converted. It changes the

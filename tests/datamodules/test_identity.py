@@ -9,7 +9,17 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.batch import Catalog, KnowledgeGraph, Vocabulary
-from malleable.datamodules.identity import as_plain, check_identity, differences, from_plain, is_stored, put, read_stored, vocabulary_of, write_folder
+from malleable.datamodules.identity import (
+    as_plain,
+    check_identity,
+    differences,
+    from_plain,
+    is_stored,
+    read_stored,
+    store_identity,
+    vocabulary_of,
+    write_folder,
+)
 from malleable.datamodules.language.tokenizer import load_tokenizer, pack_tokenizer, tokenizer_digest, train_tokenizer, unpack_tokenizer
 from malleable.datamodules.recommendation.prompt import PromptTemplate
 
@@ -25,7 +35,7 @@ def checkpoint(tmp_path):
     """A checkpoint that holds the catalogue of the small shop, and its data module."""
     data = prepared(small_shop.shop(tmp_path / "shop"))
     entries = {"state_dict": {}}
-    put(entries, "catalog", data.catalog)
+    store_identity(entries, "catalog", data.catalog)
     torch.save(entries, tmp_path / "a.ckpt")
     return str(tmp_path / "a.ckpt"), data
 
@@ -213,7 +223,7 @@ def test_an_exported_folder_gives_the_same(checkpoint, tmp_path):
     data = prepared(small_shop.reordered(tmp_path / "new", tokenizer=str(folder)))
     check_identity("catalog", trained.catalog, data.catalog)
     shutil.copy(train_tokenizer(["other", "titles"], 290) / "tokenizer.json", folder)
-    with pytest.raises(ValueError, match="is not the one its model was trained with"):
+    with pytest.raises(ValueError, match="differs from the one that its model was trained with"):
         read_stored(str(folder))
 
 
@@ -234,5 +244,5 @@ def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="does not open as a checkpoint of plain data"):
         read_stored(str(tmp_path / "a.ckpt"))
     torch.save({"state_dict": {}}, tmp_path / "b.ckpt")
-    with pytest.raises(ValueError, match="has neither a catalogue nor a vocabulary"):
+    with pytest.raises(ValueError, match="contains neither a catalogue nor a vocabulary"):
         read_stored(str(tmp_path / "b.ckpt"))

@@ -442,10 +442,10 @@ class _Stored:
     def make(folder):
         from tiny import tiny_catalog
 
-        from malleable.datamodules.identity import put, write_folder
+        from malleable.datamodules.identity import store_identity, write_folder
 
         checkpoint: dict[str, Any] = {"state_dict": {}}
-        put(checkpoint, "catalog", tiny_catalog())
+        store_identity(checkpoint, "catalog", tiny_catalog())
         torch.save(checkpoint, folder / "c.ckpt")
         (folder / "model").mkdir()
         write_folder(folder / "model", "catalog", tiny_catalog(), {"x": 1})

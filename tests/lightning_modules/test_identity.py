@@ -204,7 +204,7 @@ def test_an_earlier_checkpoint_is_read_with_a_word(trained, tmp_path, caplog):
     torch.save(old, tmp_path / "old.ckpt")
     options = {"ckpt_path": tmp_path / "old.ckpt", "weights_only": True}
     assert figures(make(SFT), small_shop.shop(path.parent / "shop"), tmp_path, **options) == pytest.approx(expected, abs=1e-5)
-    assert "of an earlier version: it does not store the settings" in caplog.text
+    assert "written by an earlier version, without the settings" in caplog.text
     with pytest.raises(MisconfigurationException, match="in another order"):
         figures(make(SFT), small_shop.reordered(tmp_path / "new"), tmp_path, **options)
 
@@ -219,7 +219,7 @@ def test_another_number_of_heads_is_refused(command, trained, tmp_path):
     other.scratch = Scratch(hidden_size=16, num_layers=1, num_heads=4, max_length=64)
     predicted = tmp_path / "histories.csv"
     predicted.write_text("item_id\nf1,f2\n")
-    message = r"other settings than those of this SFT: .*language_model.scratch.num_heads 2 in the checkpoint, 4 here.*Leave these options out"
+    message = r"other settings than this SFT has: .*language_model.scratch.num_heads 2 in the checkpoint, 4 here.*Omit these options"
     with pytest.raises(MisconfigurationException, match=message):
         meet(command, make(SFT, language_model=other), small_shop.shop(path.parent / "shop", predict_file=str(predicted)), tmp_path, path)
     with pytest.raises(MisconfigurationException, match=message):

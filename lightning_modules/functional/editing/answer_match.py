@@ -1,4 +1,4 @@
-"""Whether a freely generated text gives an answer."""
+"""Match of a generated text with an expected answer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？]")
 
 
 def normalize_answer(text: str) -> str:
-    """Lower-case a text and drop punctuation, English articles and repeated blanks.
+    """Lower-case a text, and remove punctuation, English articles and repeated spaces.
 
     Source:
-        Rajpurkar et al. (2016), SQuAD, arXiv:1606.05250, as its authors' evaluation does; on Unicode's compatibility form.
+        Rajpurkar et al. (2016), SQuAD, arXiv:1606.05250, evaluation script of the authors.
+        Differs: the text is first converted to Unicode's compatibility form (NFKC).
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     bare = "".join(" " if unicodedata.category(letter).startswith("P") else letter for letter in folded)
@@ -21,11 +22,11 @@ def normalize_answer(text: str) -> str:
 
 
 def first_sentence(text: str, least: int = 0) -> str:
-    """First line of a text up to the end of its first sentence.
+    """Return the first line of a text up to the end of its first sentence.
 
     Args:
-        text: Leading blanks and line breaks are dropped.
-        least: Characters before which a full stop is none of a sentence ("St. Petersburg").
+        text: A text; leading spaces and line breaks are removed.
+        least: Number of characters before which a full stop does not end the sentence ("St. Petersburg").
     """
     line = text.strip().split("\n", 1)[0]
     found = _SENTENCE_END.search(line, max(0, least - 1))
@@ -33,13 +34,13 @@ def first_sentence(text: str, least: int = 0) -> str:
 
 
 def gives_answer(text: str, answer: str) -> bool:
-    """Whether the first sentence of a text has all words of an answer, in order and without others between them.
+    """Return whether the first sentence of a text contains the words of an answer, consecutively and in order.
 
-    Both are normalised (:func:`normalize_answer`). Scripts without blanks between words are searched for the answer's characters.
+    Both are normalised with :func:`normalize_answer`. In scripts without spaces between words, the characters of the answer are searched.
 
     Args:
-        text: What a model generated.
-        answer: What it should say.
+        text: Generated text.
+        answer: Expected answer.
     """
     wanted = normalize_answer(answer)
     if not wanted:

@@ -1,6 +1,6 @@
-"""Updates of a matrix that leave what it makes of ordinary keys alone: second moments, null spaces, closed-form solutions.
+"""Updates of a weight matrix that preserve its output for ordinary text: second moments, null spaces, closed-form solutions.
 
-A matrix ``W`` maps keys to values, ``v = W k``. Keys are rows here, as activations are, so an update acts as ``keys @ update.T``.
+A matrix ``W`` maps keys to values, ``v = W k``. Keys are stored as rows, like activations, so an update is applied as ``keys @ update.T``.
 
 Shapes: N keys of text, d width of a key, v width of a value, u facts of a batch, n keys of earlier batches, m retained directions.
 """
@@ -17,20 +17,20 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-ROWS = 1 << 13  # keys multiplied in single precision before they are added up in double
+ROWS = 1 << 13  # number of keys that are multiplied in single precision before the sum in double precision
 
 ThresholdMode = Literal["absolute", "relative_to_max", "relative_energy", "rank"]
 
 
 class SecondMoment:
-    """Uncentred second moment of keys, ``mean k k^T``, in one pass and in double precision.
+    """Uncentred second moment of keys, ``mean k k^T``, accumulated in double precision.
 
-    A few keys of text (the first token's) are hundreds of times longer than the rest, and would swamp the small eigenvalues of a sum in single
-    precision.
+    The keys of first tokens are hundreds of times longer than others. In single precision, their rounding errors would exceed the small eigenvalues
+    of the sum.
 
     Args:
         width: d.
-        device: Where the sum lies.
+        device: Device of the sum.
     """
 
     def __init__(self, width: int, device: torch.device | None = None) -> None:
@@ -45,18 +45,18 @@ class SecondMoment:
         self.count += len(keys)
 
     def merge(self, other: SecondMoment) -> None:
-        """Add what another has seen."""
+        """Add the keys of another second moment."""
         self.total += other.total.to(self.total.device)
         self.count += other.count
 
     def mean(self) -> Tensor:
-        """The moment, ``(d, d)``.
+        """Return the mean, ``(d, d)``.
 
         Raises:
-            ValueError: If there are no keys, or some were not finite.
+            ValueError: If there are no keys, or if a key is not finite.
         """
         if not self.count:
-            raise ValueError("the second moment has no keys: give it text")
+            raise ValueError("the second moment has no keys; add keys of at least one text")
         if not bool(self.total.diagonal().isfinite().all()):
             raise ValueError("the second moment has keys that are not finite: the model overflows in this precision; load it in float32")
         return (self.total + self.total.T) / (2 * self.count)
@@ -66,8 +66,8 @@ class Spectrum(NamedTuple):
     """Eigenvalues and eigenvectors of a second moment.
 
     Attributes:
-        values: ``(d,)``, from the least, none below 0.
-        vectors: ``(d, d)``, a column each.
+        values: ``(d,)``, in ascending order, >= 0.
+        vectors: ``(d, d)``, as columns.
     """
 
     values: Tensor
@@ -75,26 +75,28 @@ class Spectrum(NamedTuple):
 
     @classmethod
     def of(cls, moment: Tensor) -> Spectrum:
-        """Decompose a symmetric ``(d, d)``."""
+        """Decompose a symmetric matrix ``(d, d)``."""
         values, vectors = torch.linalg.eigh(moment)
-        # Rounding makes some of what should be zeros negative.
+        # Rounding can make zero eigenvalues negative.
         return cls(values.clamp_min(0), vectors)
 
 
 @dataclass
 class Threshold:
-    """Which directions of a second moment count as unused.
+    """Selection of the directions of a second moment that an edit may change.
 
     Attributes:
-        mode: ``absolute`` keeps eigenvalues below ``value``; ``relative_to_max`` those below ``value`` times the largest one;
-            ``relative_energy`` the smallest ones as long as their sum stays within ``value`` of all; ``rank`` the ``value`` smallest.
-        value: See ``mode``. Absolute values hold for moments that are means over tokens.
+        mode: ``absolute`` retains eigenvalues below ``value``; ``relative_to_max`` eigenvalues below ``value`` times the largest one;
+            ``relative_energy`` the smallest eigenvalues whose sum is at most the share ``value`` of the sum of all; ``rank`` the ``value`` smallest
+            eigenvalues.
+        value: See ``mode``. Absolute values refer to moments that are means over tokens.
 
     Raises:
-        ValueError: If ``value`` is out of its range.
+        ValueError: If ``mode`` is unknown or ``value`` is out of range.
 
     Source:
-        Fang et al. (2025), AlphaEdit, arXiv:2410.02355, section 3.2 (1e-2; the authors' code has 2e-2); the other modes are ours.
+        Fang et al. (2025), AlphaEdit, arXiv:2410.02355, section 3.2 (1e-2; 2e-2 in the authors' code).
+        Differs: modes other than ``absolute`` are added.
     """
 
     mode: ThresholdMode = "absolute"
@@ -112,35 +114,38 @@ class Threshold:
             raise ValueError(f"threshold.value is a number of directions under rank, got {self.value}")
 
     def retained(self, values: Tensor) -> int:
-        """Number of directions to keep, m, of eigenvalues ``(d,)`` in rising order.
+        """Return the number of retained directions, m.
+
+        Args:
+            values: ``(d,)`` eigenvalues in ascending order.
 
         Raises:
-            ValueError: If none is left, so that nothing could be changed.
+            ValueError: If no direction is retained.
         """
         if self.mode == "absolute":
-            kept = values < self.value
+            retained = values < self.value
         elif self.mode == "relative_to_max":
-            kept = values < self.value * values[-1]
+            retained = values < self.value * values[-1]
         elif self.mode == "relative_energy":
-            kept = values.cumsum(0) <= self.value * values.sum()
+            retained = values.cumsum(0) <= self.value * values.sum()
         else:
-            kept = torch.arange(len(values)) < self.value
-        number = int(kept.sum())
+            retained = torch.arange(len(values)) < self.value
+        number = int(retained.sum())
         if not number:
             raise ValueError(
-                f"threshold {self.mode} {self.value:g} keeps none of {len(values)} directions (their moments lie between {values[0]:.3g} and "
-                f"{values[-1]:.3g}): no edit is possible; raise it, or use another mode"
+                f"threshold {self.mode} {self.value:g} retains none of {len(values)} directions (their moments are between {values[0]:.3g} and "
+                f"{values[-1]:.3g}): no edit is possible; increase threshold.value, or use another mode"
             )
         if number == len(values):
-            log.warning("threshold %s %g keeps all %s directions: nothing is protected", self.mode, self.value, number)
+            log.warning("threshold %s %g retains all %s directions: edits are not restricted", self.mode, self.value, number)
         return number
 
 
 class NullSpace:
-    """Projector on the directions that text hardly uses, ``P``, kept as a basis of it or of the rest, whichever is thinner.
+    """Projector ``P`` onto the retained directions, stored as a basis of these or of their complement, whichever is smaller.
 
     Args:
-        spectrum: Of the second moment of keys.
+        spectrum: Spectrum of the second moment of keys.
         retained: m.
     """
 
@@ -151,26 +156,26 @@ class NullSpace:
         self.basis = (spectrum.vectors[:, retained:] if self.complement else spectrum.vectors[:, :retained]).contiguous()
 
     def project(self, keys: Tensor) -> Tensor:
-        """Project keys, ``(N, d)``."""
+        """Project keys ``(N, d)``; return ``(N, d)``."""
         basis = self.basis.to(keys.dtype)
         inside = keys @ basis @ basis.T
         return keys - inside if self.complement else inside
 
     def dense(self) -> Tensor:
-        """The projector, ``(d, d)``."""
+        """Return the projector as a matrix, ``(d, d)``."""
         return self.project(torch.eye(len(self.basis), dtype=self.basis.dtype, device=self.basis.device))
 
 
 class KeyMetric(ABC):
-    """What a change costs: ``tr(D M D^T)`` for an update ``D``; :meth:`solve` applies the inverse of ``M``."""
+    """Penalty ``tr(D M D^T)`` of an update ``D``; :meth:`solve` applies the inverse of ``M``."""
 
     @abstractmethod
     def solve(self, keys: Tensor) -> Tensor:
-        """``k M^-1`` of keys ``(N, d)``; 0 along directions in which nothing may change."""
+        """Return ``k M^-1`` for keys ``(N, d)``; 0 along directions that may not change."""
 
 
 class Ridge(KeyMetric):
-    """Every direction costs alike, ``M = ridge I``.
+    """Equal penalty for all directions, ``M = ridge I``.
 
     Args:
         ridge: lambda, > 0.
@@ -180,15 +185,15 @@ class Ridge(KeyMetric):
         self.ridge = _positive("ridge", ridge)
 
     def solve(self, keys: Tensor) -> Tensor:
-        """``k / ridge``."""
+        """Return ``k / ridge``."""
         return keys / self.ridge
 
 
 class NullSpaceRidge(Ridge):
-    """Alike within a null space, infinitely much outside of it.
+    """Equal penalty for all directions of a null space, and no changes outside it.
 
     Args:
-        null_space: Where changes may lie.
+        null_space: Directions that may change.
         ridge: lambda, > 0.
 
     Source:
@@ -200,17 +205,17 @@ class NullSpaceRidge(Ridge):
         self.null_space = null_space
 
     def solve(self, keys: Tensor) -> Tensor:
-        """``k P / ridge``."""
+        """Return ``k P / ridge``."""
         return self.null_space.project(keys) / self.ridge
 
 
 class Covariance(KeyMetric):
-    """As much as text uses a direction, ``M = weight C``.
+    """Penalty proportional to the second moment of keys, ``M = weight C``.
 
     Args:
-        spectrum: Of the second moment C.
-        weight: > 0.
-        floor: Least eigenvalue, as a share of the largest: directions that no text used would cost nothing.
+        spectrum: Spectrum of the second moment C.
+        weight: Factor, > 0.
+        floor: Lower bound of the eigenvalues, relative to the largest one; without it, unused directions would have no penalty.
 
     Source:
         Meng et al. (2023), Mass-Editing Memory in a Transformer, arXiv:2210.07229, Eq. 14.
@@ -221,13 +226,13 @@ class Covariance(KeyMetric):
         self.costs = _positive("weight", weight) * spectrum.values.clamp_min(floor * spectrum.values[-1])
 
     def solve(self, keys: Tensor) -> Tensor:
-        """``k U diag(1 / costs) U^T``."""
+        """Return ``k U diag(1 / costs) U^T``."""
         vectors = self.vectors.to(keys.dtype)
         return keys @ vectors / self.costs.to(keys.dtype) @ vectors.T
 
 
 class LowRank(NamedTuple):
-    """A matrix ``up @ down``.
+    """Low-rank matrix ``up @ down``.
 
     Attributes:
         up: ``(v, u)``.
@@ -238,34 +243,37 @@ class LowRank(NamedTuple):
     down: Tensor
 
     def dense(self) -> Tensor:
-        """The matrix, ``(v, d)``."""
+        """Return the matrix, ``(v, d)``."""
         return self.up @ self.down
 
 
 def solve_update(keys: Tensor, residuals: Tensor, metric: KeyMetric, past: Tensor | None = None) -> LowRank:
-    """Find the cheapest update that makes of keys what is missing: minimise ``|D K - R|^2 + |D K_p|^2 + tr(D M D^T)``.
+    """Compute the update ``D`` that minimises ``|D K - R|^2 + |D K_p|^2 + tr(D M D^T)``.
 
-    The system has a row for each key ever edited instead of one for each column of the matrix:
-    ``D = [R, 0] (K' M^-1 K + I)^-1 K' M^-1`` with ``K`` the new keys and the past ones. It is solved in double precision.
+    The dual system has a row for each key instead of one for each column of the matrix:
+    ``D = [R, 0] (K' M^-1 K + I)^-1 K' M^-1``, where ``K`` contains new and past keys. It is solved in double precision.
 
     Args:
         keys: ``(u, d)`` keys of the facts.
-        residuals: ``(u, v)`` what their values lack.
-        metric: What a change costs.
-        past: ``(n, d)`` keys of earlier edits, whose values are to stay.
+        residuals: ``(u, v)`` differences between the target values and the present values of the keys.
+        metric: Penalty of the update.
+        past: ``(n, d)`` keys of earlier edits, whose values are preserved.
 
     Returns:
-        The update, double precision.
+        The update, in double precision.
 
     Raises:
         ValueError: If keys or residuals are not finite.
 
     Source:
         Fang et al. (2025), AlphaEdit, arXiv:2410.02355, Eq. 14.
-        Differs: the dual form, which is equal.
+        Differs: solved in the dual form, which has the same solution.
     """
     if not (bool(keys.isfinite().all()) and bool(residuals.isfinite().all())):
-        raise ValueError("keys or residuals of the edit are not finite: the model overflows, or a target was lost")
+        raise ValueError(
+            "keys or residuals of the edit are not finite: the model overflows in this precision (load it in float32), or the optimisation of a "
+            "target diverged"
+        )
     new = keys.double()
     every = new if past is None or not len(past) else torch.cat([new, past.double()])
     mapped = metric.solve(every)
@@ -277,12 +285,19 @@ def solve_update(keys: Tensor, residuals: Tensor, metric: KeyMetric, past: Tenso
 
 
 def compress_keys(keys: Tensor) -> Tensor:
-    """Find at most d rows with the same ``K^T K`` as ``(n, d)``: all that :func:`solve_update` takes of the past."""
+    """Return at most d rows with the same ``K^T K`` as keys ``(n, d)``; :func:`solve_update` depends on past keys only through this product."""
     return keys if len(keys) <= keys.shape[1] else torch.linalg.qr(keys.double(), mode="r").R
 
 
 def mean_drift(update: LowRank, moment: Tensor) -> float:
-    """Mean of ``|D k|^2`` over the text that the moment ``(d, d)`` is of, ``tr(D C D^T)``; for ``D = D P`` at most threshold times ``|D|^2``."""
+    """Compute the mean of ``|D k|^2`` over the keys of a second moment ``C``, ``tr(D C D^T)``.
+
+    If ``D = D P``, it is at most the absolute threshold times ``|D|^2``.
+
+    Args:
+        update: D.
+        moment: ``(d, d)``.
+    """
     up, down = (part.to(moment.device).double() for part in update)
     return float((up.T @ up * (down @ moment.double() @ down.T)).sum())
 

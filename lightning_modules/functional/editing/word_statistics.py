@@ -1,4 +1,4 @@
-"""How varied a text is, and how like others: entropies of n-grams, and cosines of weighted word counts."""
+"""Statistics of words: entropy of n-grams, and cosine similarity of TF-IDF vectors."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ TERM = re.compile(r"\b\w\w+\b")
 
 
 def words(text: str) -> list[str]:
-    """Cut a text into words and marks."""
+    """Split a text into words and punctuation marks."""
     return WORD.findall(text)
 
 
 def ngram_entropy(items: Sequence[str], n: int) -> float:
-    """Entropy of the distribution of a sequence's n-grams, bits; 0 where there are none."""
+    """Compute the entropy of the n-gram distribution of a sequence, in bits; 0 if it has no n-gram."""
     counts = Counter(zip(*(items[start:] for start in range(n)), strict=False))
     total = sum(counts.values())
     return -sum(count / total * math.log2(count / total) for count in counts.values()) if total else 0.0
 
 
 def fluency(text: str) -> float:
-    """Weighted entropy of a text's word pairs and triples, bits: 0 for a word without end.
+    """Compute the weighted entropy of the bigrams and trigrams of a text, in bits; 0 if it repeats one word.
 
     Source:
-        Meng et al. (2022), Locating and Editing Factual Associations in GPT, arXiv:2202.05262, as its authors compute it:
-        ``(2/3 H2 + 4/3 H3) / 2``, reported times 100.
-        Differs: words are cut by a pattern, not by NLTK.
+        Meng et al. (2022), Locating and Editing Factual Associations in GPT, arXiv:2202.05262, code of the authors:
+        ``(2/3 H2 + 4/3 H3) / 2``, which they report times 100.
+        Differs: words are split by a regular expression instead of NLTK.
     """
     items = words(text)
     return (2 / 3 * ngram_entropy(items, 2) + 4 / 3 * ngram_entropy(items, 3)) / 2
 
 
 class Tfidf:
-    """Counts of words, weighted by how few texts hold them.
+    """TF-IDF vectors of texts.
 
     Args:
-        texts: Where the weights come from: ``1 + log((1 + N) / (1 + texts with the word))``; words of no text are left out.
+        texts: Texts from which the weights of words are computed: ``1 + log((1 + N) / (1 + texts with the word))``. Words outside them are ignored.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -48,19 +48,19 @@ class Tfidf:
         self.idf = {term: 1 + math.log((1 + len(documents)) / (1 + count)) for term, count in held.items()}
 
     def vector(self, text: str) -> dict[str, float]:
-        """Weighted counts of a text's words, of length 1; empty if none is known."""
+        """Return the weighted word counts of a text, normalised to length 1; empty if no word is known."""
         counts = Counter(term for term in _terms(text) if term in self.idf)
         weighted = {term: count * self.idf[term] for term, count in counts.items()}
         length = math.sqrt(sum(value * value for value in weighted.values()))
         return {term: value / length for term, value in weighted.items()}
 
     def cosine(self, one: str, other: str) -> float:
-        """Cosine of two texts, between 0 and 1."""
+        """Compute the cosine similarity of two texts, between 0 and 1."""
         return dot(self.vector(one), self.vector(other))
 
 
 def dot(one: Mapping[str, float], other: Mapping[str, float]) -> float:
-    """Inner product of sparse vectors."""
+    """Compute the inner product of sparse vectors."""
     return sum(value * other[term] for term, value in one.items() if term in other)
 
 

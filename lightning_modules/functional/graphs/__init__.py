@@ -1,1 +1,1 @@
-"""Scores and flows of knowledge-graph embeddings."""
+"""Score functions, losses and relation patterns of knowledge-graph embeddings."""

@@ -1,6 +1,6 @@
-"""Interactions of normalizing flows: an entity is a random variable ``f_e(x)``, a relation an affine map of it.
+"""Interactions of normalizing flows: an entity is a random variable ``f_e(x)``, a relation is an affine map of it.
 
-Shapes: B queries, E entities, N rows, D width of a part. A row of a table holds its parts one after another: ``[mu | s]`` or
+Shapes: B queries, E entities, N rows, D width of a part. A row of a table is the concatenation of its parts: ``[mu | s]`` or
 ``[mu | s_neg | s_pos]`` for entities, ``[b | a]`` (translation, scale) for relations.
 """
 
@@ -19,7 +19,7 @@ from malleable.lightning_modules.functional.graphs.interaction import Interactio
 from malleable.lightning_modules.functional.graphs.squared_distance import folded_key, slope_form, squared_distance_query
 
 Base = Literal["normal", "uniform"]
-# c = 2 E[x; x > 0] of a base of mean 0 and variance 1.
+# c = 2 E[x; x > 0] for a base of mean 0 and variance 1.
 CROSS_TERM: dict[str, float] = {"normal": math.sqrt(2 / math.pi), "uniform": math.sqrt(3) / 2}
 
 
@@ -27,7 +27,7 @@ class NFE1(Interaction):
     """Mean-squared distance of two affine flows: ``|m - mu|^2 + |sigma_1 - sigma_2|^2``.
 
     ``m = a mu_h + b``, ``sigma_1 = |a s_h|`` and ``sigma_2 = |s_t|``.
-    With a Gaussian base it is the squared 2-Wasserstein distance of diagonal Gaussians.
+    For a Gaussian base, this is the squared 2-Wasserstein distance of diagonal Gaussians.
 
     Source:
         Xiao, He, Cao (2023), Knowledge Graph Embedding by Normalizing Flows, AAAI 37(4):4756-4764, NFE-1.
@@ -37,44 +37,48 @@ class NFE1(Interaction):
     relation_parts = ("b", "a")
 
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """``2 [m | sigma_1]`` and minus the squared norm."""
+        """Return ``2 [m | sigma_1]``, ``(B, 2D)``, and minus the squared norm of ``[m | sigma_1]``, ``(B,)``."""
         shift, scale = relation.chunk(2, -1)
         mean, slope = head.chunk(2, -1)
         return squared_distance_query(torch.cat([torch.addcmul(shift, scale, mean), (scale * slope).abs()], -1))
 
     def key(self, entity: Tensor) -> Vectors:
-        """``[mu | |s|]`` and minus the squared norm."""
+        """Return ``[mu | |s|]``, ``(E, 2D)``, and minus its squared norm, ``(E,)``."""
         return folded_key(entity, entity.shape[-1] // 2)
 
     def deviation(self, entity: Tensor) -> Tensor:
-        """``|s|``."""
+        """Return ``|s|``, ``(N, D)``."""
         return entity.chunk(2, -1)[1].abs()
 
     def location(self, entity: Tensor) -> Tensor:
-        """``mu``."""
+        """Return ``mu``, ``(N, D)``."""
         return entity.chunk(2, -1)[0]
 
     def flow(self, relation: Tensor) -> Map:
-        """``y -> a y + b``."""
+        """Return the map ``y -> a y + b``."""
         shift, scale = relation.chunk(2, -1)
         return Map(scale, shift)
 
 
 @dataclass(frozen=True)
 class NFE2(NFE1):
-    """Mean-squared distance of two flows with one slope on either side of zero.
+    """Mean-squared distance of two flows with different slopes below and above zero.
 
-    ``|dm|^2 + |dalpha|^2 / 2 + |dbeta|^2 / 2 + c dm . (dbeta - dalpha)``, alpha the slopes below and beta those above zero. The
-    quadratic form ``M`` of ``(m, alpha, beta)`` is positive definite: a squared distance, whose inner product is ``(M q) . k``.
+    ``|dm|^2 + |dalpha|^2 / 2 + |dbeta|^2 / 2 + c dm . (dbeta - dalpha)`` with slopes alpha below zero and beta above zero. The quadratic form ``M``
+    of ``(m, alpha, beta)`` is positive definite, so this is a squared distance with the inner product ``(M q) . k``.
 
     Args:
-        base: Base variable: standard normal, or uniform of variance one.
-        swap_on_negative_scale: Let a negative scale exchange the two slopes, as the flow does; the authors' code takes absolute values only.
+        base: Base variable: ``normal`` (standard normal) or ``uniform`` (of variance 1).
+        swap_on_negative_scale: Whether a negative scale exchanges the two slopes, as it does in the flow. The authors' code only takes absolute
+            values.
+
+    Raises:
+        ValueError: If ``base`` is unknown.
 
     Source:
         As :class:`NFE1`, NFE-2.
-        Differs: one product in 3D instead of five in D. It contains the irrational c, so scores that are equal only by algebra can differ in the
-        last bit; those of entities with equal rows do not.
+        Differs: one product of width 3D instead of five of width D. Because c is irrational, scores that are equal only algebraically can differ in
+        the last bit; entities with equal rows have equal scores.
     """
 
     base: Base = "normal"
@@ -83,12 +87,12 @@ class NFE2(NFE1):
     entity_parts = ("mu", "s_neg", "s_pos")
 
     def __post_init__(self) -> None:
-        """Refuse another base."""
+        """Check the base."""
         if self.base not in CROSS_TERM:
             raise ValueError(f"base must be one of {sorted(CROSS_TERM)}, got {self.base!r}")
 
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """``2 M [m | alpha_1 | beta_1]`` and minus the form's value."""
+        """Return ``2 M q`` with ``q = [m | alpha_1 | beta_1]``, ``(B, 3D)``, and ``-q . M q``, ``(B,)``."""
         shift, scale = relation.chunk(2, -1)
         mean, below, above = head.chunk(3, -1)
         if self.swap_on_negative_scale:
@@ -98,17 +102,20 @@ class NFE2(NFE1):
         return Vectors(2 * mapped, -(mapped * torch.cat(parts, -1)).sum(-1))
 
     def key(self, entity: Tensor) -> Vectors:
-        """``[mu | |s_neg| | |s_pos|]`` and minus the form's value."""
+        """Return ``k = [mu | |s_neg| | |s_pos|]``, ``(E, 3D)``, and ``-k . M k``, ``(E,)``."""
         return folded_key(entity, entity.shape[-1] // 3, CROSS_TERM[self.base])
 
     def deviation(self, entity: Tensor) -> Tensor:
-        """Standard deviation of ``f(x)``: ``E f^2 = (alpha^2 + beta^2) / 2`` and ``E f = c (beta - alpha) / 2``, both about mu."""
+        """Return the standard deviation of ``f(x)``, ``(N, D)``.
+
+        About mu, ``E f^2 = (alpha^2 + beta^2) / 2`` and ``E f = c (beta - alpha) / 2``.
+        """
         _, below, above = entity.chunk(3, -1)
         offset = CROSS_TERM[self.base] / 2 * (above.abs() - below.abs())
         return ((below.square() + above.square()) / 2 - offset.square()).clamp_min(0).sqrt()
 
     def location(self, entity: Tensor) -> Tensor:
-        """``mu``."""
+        """Return ``mu``, ``(N, D)``."""
         return entity.chunk(3, -1)[0]
 
 
@@ -116,27 +123,30 @@ class NFE2(NFE1):
 class NFE3(NFE1):
     """Kullback-Leibler divergence of Gaussians, query first: ``KL(N(m, sigma_1^2) || N(mu, sigma_2^2))``.
 
-    ``sigma_1 = softplus(a) softplus(s_h)`` and ``sigma_2 = softplus(s_t)``; the mean takes ``a`` itself.
+    ``sigma_1 = softplus(a) softplus(s_h)`` and ``sigma_2 = softplus(s_t)``; the mean is scaled by ``a`` itself.
 
     Args:
-        consistent: Scale deviations by ``|a|``, as the flow does.
-        min_deviation: Floor of every deviation, > 0: the inverse square of one that vanishes has no bound.
+        consistent: Scale deviations by ``|a|``, as the flow does, instead of ``softplus(a)``.
+        min_deviation: Lower bound of every deviation, > 0: the divergence contains their inverse squares.
+
+    Raises:
+        ValueError: If ``min_deviation`` <= 0.
 
     Source:
         As :class:`NFE1`, NFE-3.
-        Differs: the floor; one product instead of three.
+        Differs: deviations have a lower bound; one product instead of three.
     """
 
     consistent: bool = False
     min_deviation: float = 1e-4
 
     def __post_init__(self) -> None:
-        """Refuse a floor that is none."""
+        """Check the lower bound."""
         if self.min_deviation <= 0:
             raise ValueError(f"min_deviation must be > 0, got {self.min_deviation}")
 
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """``[-(sigma_1^2 + m^2) / 2 | m]`` and ``sum log sigma_1 + D / 2``."""
+        """Return ``[-(sigma_1^2 + m^2) / 2 | m]``, ``(B, 2D)``, and ``sum log sigma_1 + D / 2``, ``(B,)``."""
         shift, scale = relation.chunk(2, -1)
         mean, slope = head.chunk(2, -1)
         mapped = torch.addcmul(shift, scale, mean)
@@ -145,16 +155,16 @@ class NFE3(NFE1):
         return Vectors(vector, deviation.log().sum(-1) + mapped.shape[-1] / 2)
 
     def key(self, entity: Tensor) -> Vectors:
-        """``[sigma_2^-2 | mu sigma_2^-2]`` and ``-sum log sigma_2 - sum mu^2 / (2 sigma_2^2)``."""
+        """Return ``[sigma_2^-2 | mu sigma_2^-2]``, ``(E, 2D)``, and ``-sum log sigma_2 - sum mu^2 / (2 sigma_2^2)``, ``(E,)``."""
         return Vectors(*_PrecisionKey.apply(entity, self.min_deviation))  # type: ignore[no-untyped-call]
 
     def deviation(self, entity: Tensor) -> Tensor:
-        """``softplus(s)``, floored."""
+        """Return ``softplus(s)``, at least ``min_deviation``, ``(N, D)``."""
         return F.softplus(entity.chunk(2, -1)[1]).clamp_min(self.min_deviation)
 
 
 class AffinePoint(Interaction):
-    """The affine group acting on points: ``|a mu_h + b - mu_t|^2``; NFE without uncertainty.
+    """Squared distance of points under affine maps, ``|a mu_h + b - mu_t|^2``: NFE without uncertainty.
 
     Source:
         As :class:`NFE1`, the ablation without uncertainty.
@@ -165,25 +175,25 @@ class AffinePoint(Interaction):
     relation_parts = ("b", "a")
 
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """``2 (a mu_h + b)`` and minus the squared norm."""
+        """Return ``2 m`` with ``m = a mu_h + b``, ``(B, D)``, and ``-|m|^2``, ``(B,)``."""
         shift, scale = relation.chunk(2, -1)
         return squared_distance_query(torch.addcmul(shift, scale, head))
 
     def key(self, entity: Tensor) -> Vectors:
-        """``mu`` and minus the squared norm."""
+        """Return ``mu``, ``(E, D)``, and ``-|mu|^2``, ``(E,)``."""
         return folded_key(entity, entity.shape[-1])
 
     def flow(self, relation: Tensor) -> Map:
-        """``y -> a y + b``."""
+        """Return the map ``y -> a y + b``."""
         shift, scale = relation.chunk(2, -1)
         return Map(scale, shift)
 
 
 class Sigma(Interaction):
-    """Deviations alone: ``||a s_h| - |s_t||^2``, written NFE-1-sigma.
+    """Squared distance of deviations only, ``||a s_h| - |s_t||^2`` (NFE-1-sigma).
 
     Source:
-        As :class:`NFE1`, the ablation of the mean.
+        As :class:`NFE1`, the ablation without means.
         Differs: no means and translations are allocated.
     """
 
@@ -191,38 +201,38 @@ class Sigma(Interaction):
     relation_parts = ("a",)
 
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """``2 |a s_h|`` and minus the squared norm."""
+        """Return ``2 |a s_h|``, ``(B, D)``, and ``-|a s_h|^2``, ``(B,)``."""
         return squared_distance_query((relation * head).abs())
 
     def key(self, entity: Tensor) -> Vectors:
-        """``|s|`` and minus the squared norm."""
+        """Return ``|s|``, ``(E, D)``, and ``-|s|^2``, ``(E,)``."""
         return folded_key(entity, 0)
 
     def deviation(self, entity: Tensor) -> Tensor:
-        """``|s|``."""
+        """Return ``|s|``, ``(N, D)``."""
         return entity.abs()
 
     def location(self, entity: Tensor) -> None:
-        """There is none."""
+        """Return ``None``: entities have no location."""
 
     def flow(self, relation: Tensor) -> Map:
-        """``sigma -> |a| sigma``."""
+        """Return the map ``sigma -> |a| sigma`` of deviations."""
         return Map(relation.abs(), torch.zeros_like(relation))
 
 
 class _PrecisionKey(torch.autograd.Function):
-    """The key of NFE-3 with its derivatives written out, which is half the passes."""
+    """Key of NFE-3 with an explicit backward pass, which needs half as many passes over the rows as autograd."""
 
     @staticmethod
-    def forward(ctx: Any, entity: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, entity: Tensor, min_deviation: float) -> tuple[Tensor, Tensor]:
         mean, slope = entity.chunk(2, -1)
-        deviation = F.softplus(slope).clamp_min_(floor)
+        deviation = F.softplus(slope).clamp_min_(min_deviation)
         vector = torch.empty_like(entity)
         precision, weighted = vector.chunk(2, -1)
         torch.mul(deviation, deviation, out=precision).reciprocal_()
         torch.mul(mean, precision, out=weighted)
         bias = deviation.log().addcmul_(mean, weighted, value=0.5).sum(-1).neg_()
-        ctx.floor = floor
+        ctx.min_deviation = min_deviation
         ctx.save_for_backward(entity, vector)
         return vector, bias
 
@@ -235,9 +245,9 @@ class _PrecisionKey(torch.autograd.Function):
         gradient = torch.empty_like(entity)
         of_mean, of_slope = gradient.chunk(2, -1)
         torch.mul(second, precision, out=of_mean).addcmul_(bias, weighted, value=-1)
-        # By the precision: first + mu second - bias mu^2 / 2; then by the deviation: -2 deviation^-3 of that, and -bias / deviation.
+        # Derivative by the precision: first + mu second - bias mu^2 / 2. By the deviation: -2 deviation^-3 times that, minus bias / deviation.
         by_precision = torch.addcmul(second, bias, mean, value=-0.5).mul_(mean).add_(first)
         torch.addcmul(bias, precision, by_precision, value=2, out=of_slope).mul_(precision.sqrt()).neg_()
-        # At the floor, up to rounding, the deviation no longer follows the slope.
-        of_slope.mul_(slope.sigmoid()).masked_fill_(precision >= (1 - 1e-6) * ctx.floor**-2, 0.0)
+        # Where the deviation is clamped (up to rounding), its derivative by the slope is 0.
+        of_slope.mul_(slope.sigmoid()).masked_fill_(precision >= (1 - 1e-6) * ctx.min_deviation**-2, 0.0)
         return gradient, None

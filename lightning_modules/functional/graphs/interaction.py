@@ -1,12 +1,12 @@
-"""How knowledge-graph embeddings score: every interaction as one inner product with biases.
+"""Score functions of knowledge-graph embeddings as inner products with biases.
 
-An interaction turns a query ``(h, r)`` and an entity into a vector and a bias each, so that
+An interaction maps a query ``(h, r)`` and an entity ``t`` to a vector and a bias each, so that
 
     score(h, r, t) = query.vector . key.vector + query.bias + key.bias
 
-and the scores of all entities are one matrix product. Margins (gamma) belong to the caller.
+and the scores of all entities are one matrix product. The caller adds the margin (gamma).
 
-Shapes: B queries, E entities, N rows, D width of a part, W width of the product. A row of a table holds its parts one after another.
+Shapes: B queries, E entities, N rows, D width of a part, W width of the product. A row of a table is the concatenation of its parts.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from torch.nn import functional as F
 
 from malleable.lightning_modules.functional.precision import exact_products, full, full_precision
 
-# Products of fewer rows take kernels in which the order of summation depends on the column, so that equal columns differ in the last bit.
+# Kernels for fewer rows sum in an order that depends on the column, so that the scores of equal columns could differ in the last bit.
 MIN_ROWS = 8
 
 
 class Vectors(NamedTuple):
-    """Rows whose inner products, with their biases, are scores.
+    """Vectors and biases of queries or entities. A score is the inner product of two vectors plus both biases.
 
     Attributes:
         vector: ``(N, W)``.
-        bias: ``(N,)``, ``None`` for zero.
+        bias: ``(N,)``; ``None`` means zero.
     """
 
     vector: Tensor
     bias: Tensor | None = None
 
     def rows(self, index: Tensor | slice) -> Vectors:
-        """Take some rows."""
+        """Return the rows at ``index``."""
         return Vectors(self.vector[index], None if self.bias is None else self.bias[index])
 
     def full(self) -> Vectors:
@@ -45,7 +45,7 @@ class Vectors(NamedTuple):
 
 
 class Map(NamedTuple):
-    """The map ``y -> scale y + shift`` of a relation, coordinate by coordinate; complex where entities are.
+    """Elementwise map ``y -> scale y + shift`` of a relation; complex if entities are complex.
 
     Attributes:
         scale: ``(N, D)``.
@@ -56,15 +56,22 @@ class Map(NamedTuple):
     shift: Tensor
 
     def after(self, first: Map) -> Map:
-        """Compose: this map of what ``first`` gives."""
+        """Return the composition that applies ``first``, then this map."""
         return Map(self.scale * first.scale, self.scale * first.shift + self.shift)
 
 
 @full_precision
 def score_all(query: Vectors, key: Vectors) -> Tensor:
-    """Score every entity for every query, ``(B, E)``, by one product in full precision.
+    """Score every entity for every query by one product in full precision.
 
-    Entities with equal rows have equal scores, bit for bit, whatever B.
+    Entities with equal rows have bitwise equal scores for any B.
+
+    Args:
+        query: ``(B, W)``.
+        key: ``(E, W)``.
+
+    Returns:
+        ``(B, E)``.
     """
     query, key = query.full(), key.full()
     missing = MIN_ROWS - len(query.vector)
@@ -76,13 +83,13 @@ def score_all(query: Vectors, key: Vectors) -> Tensor:
 
 
 def product(query: Vectors, key: Vectors) -> Tensor:
-    """Multiply as it stands, ``(B, E)`` in memory of its own."""
+    """Compute the scores ``(B, E)`` of queries ``(B, W)`` and entities ``(E, W)`` in the current precision, as a new tensor."""
     scores = query.vector @ key.vector.T if key.bias is None else torch.addmm(key.bias, query.vector, key.vector.T)
     return scores if query.bias is None else scores.add_(query.bias[:, None])
 
 
 def score_pairs(query: Vectors, key: Vectors) -> Tensor:
-    """Score row by row: entries of :func:`score_all` without the others.
+    """Score each query with the entity of the same row.
 
     Args:
         query: ``(N, W)``.
@@ -98,13 +105,13 @@ def score_pairs(query: Vectors, key: Vectors) -> Tensor:
 
 
 class Interaction(ABC):
-    """What a model makes of the rows of its tables.
+    """Base class of score functions.
 
     Attributes:
         entity_parts: Names of the parts of an entity row.
         relation_parts: Names of the parts of a relation row.
-        distance: The score is minus a distance, to which a margin is added.
-        complex_parts: Pairs of parts are real and imaginary parts of complex numbers.
+        distance: Whether the score is a negative distance, to which a margin is added.
+        complex_parts: Whether pairs of parts are the real and imaginary parts of complex numbers.
     """
 
     entity_parts: ClassVar[tuple[str, ...]]
@@ -114,20 +121,20 @@ class Interaction(ABC):
 
     @abstractmethod
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """Turn rows of heads ``(B, parts x D)`` and relations ``(B, parts x D)`` into the query's side."""
+        """Map rows of heads ``(B, parts x D)`` and relations ``(B, parts x D)`` to query vectors ``(B, W)`` and biases ``(B,)``."""
 
     @abstractmethod
     def key(self, entity: Tensor) -> Vectors:
-        """Turn rows of entities ``(E, parts x D)`` into the entity's side."""
+        """Map rows of entities ``(E, parts x D)`` to key vectors ``(E, W)`` and biases ``(E,)``."""
 
     def deviation(self, entity: Tensor) -> Tensor | None:
-        """Standard deviation of each coordinate, ``(N, D)``; ``None`` for points."""
+        """Return the standard deviation of each coordinate, ``(N, D)``; ``None`` if entities are points."""
         return None
 
     def location(self, entity: Tensor) -> Tensor | None:
-        """Where an entity lies, ``(N, D)``, complex where the model is; ``None`` where it has no location."""
+        """Return the location of each entity, ``(N, D)``, complex for complex models; ``None`` if entities have no location."""
         return entity
 
     def flow(self, relation: Tensor) -> Map:
-        """The map that a relation makes of locations (of deviations, where there are no locations)."""
-        raise NotImplementedError(f"{type(self).__name__} gives a relation no map of its own")
+        """Return the map of locations that each relation defines; the map of deviations if there are no locations."""
+        raise NotImplementedError(f"{type(self).__name__} does not define maps of relations")

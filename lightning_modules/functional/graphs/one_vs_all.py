@@ -1,4 +1,4 @@
-"""The loss of queries against all entities, in chunks of entities, without keeping the scores.
+"""Cross-entropy of queries against all entities, in chunks of entities, without storing all scores.
 
 Shapes: B queries, E entities, P true tails, W width of the product, n entities of a chunk.
 """
@@ -18,7 +18,7 @@ from malleable.lightning_modules.functional.precision import full, full_precisio
 
 Kind = Literal["sigmoid", "softmax"]
 KeyOf = Callable[[Tensor], Vectors]
-# Numbers of a chunk: what stays in a processor's cache (measured), and 256 MB on an accelerator (not measured; see `kg_epoch.py --chunk`).
+# Scores of a chunk: 2 MB fit the cache of a CPU (measured), 256 MB on an accelerator (not measured; see `kg_epoch.py --chunk`).
 CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
@@ -36,32 +36,35 @@ def one_vs_all_loss(
     normaliser: Tensor | float = 1.0,
     chunk: int | None = None,
 ) -> Tensor:
-    """Sum of cross-entropies of queries against all entities, over the ``normaliser``.
+    """Compute the sum of the cross-entropies of queries against all entities, divided by ``normaliser``.
 
         sum_i w_i [ Phi(s_i) - smoothing / E sum_e s_ie ] - (1 - smoothing) sum_p s_p
 
-    with ``Phi = sum_e softplus`` (sigmoid) or ``logsumexp`` (softmax). Each chunk of entities goes from its rows to the gradient of its rows
-    before the next one is read, so that neither scores nor keys of all entities are kept, and none are computed twice (softmax: once more for
-    its normaliser).
+    with ``Phi = sum_e softplus`` (sigmoid) or ``logsumexp`` (softmax). The gradient of a chunk of entities is computed before the next chunk is read.
+    Therefore scores and keys of all entities are never stored, and scores are computed only once (with softmax, once more for the normaliser of the
+    softmax).
 
     Args:
         query: ``(B, W)``.
-        table: ``(E, ...)`` rows of the entities; gradient reaches it, and nothing else that ``key_of`` uses.
-        key_of: Turns rows into the entities' side, row by row.
+        table: ``(E, ...)`` rows of the entities. Only these get a gradient, not other tensors that ``key_of`` uses.
+        key_of: Maps rows of entities to key vectors, each row independently.
         target: ``(P,)`` true tails.
-        target_row: ``(P,)`` the query of each.
-        row_weight: ``(B,)`` w: the true tails of each query, so that grouping identical queries changes nothing; 0 leaves a query and its true
-            tails out.
-        kind: Each entity by itself, or all against each other.
-        smoothing: Share of the labels spread evenly over all entities.
-        normaliser: What the sum is divided by.
-        chunk: Most entities at a time; default: as many as the device holds well.
+        target_row: ``(P,)`` query of each true tail.
+        row_weight: ``(B,)`` weight w of each query: its number of true tails, so that grouping identical queries does not change the loss. Queries
+            of weight 0 are left out, with their true tails.
+        kind: ``sigmoid`` (binary cross-entropy of each entity) or ``softmax``.
+        smoothing: Label smoothing: share of the labels that is distributed uniformly over all entities.
+        normaliser: Divisor of the sum.
+        chunk: Maximum number of entities scored at once. Default: chosen for the device.
+
+    Returns:
+        Scalar.
     """
     if chunk is None:
         chunk = max(64, CHUNK.get(table.device.type, CHUNK["cuda"]) // max(len(query.vector), table.shape[1]))
     query = query.full()
     row_weight = row_weight.to(query.vector.dtype)
-    # A number is filled in on the device: copying it there would wait for the device.
+    # `new_full` fills the number in on the device; a copy to the device would synchronise.
     divisor = normaliser.to(row_weight) if isinstance(normaliser, Tensor) else row_weight.new_full((), normaliser)
     counted = row_weight > 0
     label = (smoothing - 1) * counted.to(row_weight.dtype)[target_row]
@@ -73,7 +76,8 @@ def one_vs_all_loss(
 class _Task(NamedTuple):
     """Arguments of the loss besides the queries and the table.
 
-    ``label`` and ``residual`` are what each true tail subtracts from the loss and from its score's gradient; 0 where its query is left out.
+    ``label`` and ``residual``, ``(P,)``, are added to the loss (times the score) and to the gradient of the score of each true tail. They are 0 if
+    the query is left out.
     """
 
     key_of: KeyOf
@@ -90,7 +94,7 @@ class _Task(NamedTuple):
 
 
 class _OneVsAll(torch.autograd.Function):
-    """Loss and gradients chunk by chunk; the gradients wait for their factor."""
+    """Loss and gradients, computed chunk by chunk in the forward pass; the backward pass scales the gradients."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, query_bias: Tensor | None, table: Tensor, task: _Task) -> Tensor:
@@ -99,7 +103,7 @@ class _OneVsAll(torch.autograd.Function):
         grads = [torch.zeros_like(part) if want and part is not None else None for want, part in zip(wanted[:2], queries, strict=True)]
         grads.append(torch.empty_like(table) if wanted[2] else None)
         weight = task.row_weight * task.scale
-        # A query's weight goes to its vector: it is narrower than its scores.
+        # Weights multiply the queries, which are smaller than their scores.
         weighted = Vectors(query * weight[:, None], weight)
         total = query.new_zeros(())
         normaliser = _log_normaliser(queries, table, task) if task.kind == "softmax" else None
@@ -132,8 +136,8 @@ class _OneVsAll(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("the gradients of this loss were handed out already; compute the loss again instead of retain_graph=True")
-        # Handed out, not kept: what nobody else holds becomes the parameter's gradient without a copy.
+            raise RuntimeError("this loss supports one backward pass only; compute the loss again instead of using retain_graph=True")
+        # Drop the references: autograd takes over a gradient without a copy if there is no other reference to it.
         grads, ctx.grads = ctx.grads, None
         if not _is_one(factor):
             grads = [None if grad is None else grad.mul_(factor) for grad in grads]
@@ -141,12 +145,12 @@ class _OneVsAll(torch.autograd.Function):
 
 
 def _is_one(factor: Tensor) -> bool:
-    """Whether a CPU's factor is 1, which saves a pass over the gradients; reading another device's would wait for it."""
+    """Return whether a factor on the CPU is 1, which saves a pass over the gradients; on other devices reading it would synchronise."""
     return factor.device.type == "cpu" and factor.item() == 1
 
 
 class _Cells(NamedTuple):
-    """The true tails among the scores of a chunk: flat places, ``(P,)``, and labels and residuals, 0 for tails outside of the chunk."""
+    """Flat positions of the true tails in the scores of a chunk, ``(P,)``, with labels and residuals, which are 0 outside the chunk."""
 
     place: Tensor
     label: Tensor
@@ -154,7 +158,7 @@ class _Cells(NamedTuple):
 
 
 def _cells(rows: slice, entities: int, task: _Task) -> _Cells:
-    # No tail is left out by a mask: the number that remains would have to be read from the device.
+    # Tails outside the chunk are not removed by a mask: the number of remaining tails would have to be read from the device.
     count = rows.stop - rows.start
     if count == entities:
         return _Cells(task.target_row * count + task.target, task.label, task.residual)
@@ -164,7 +168,7 @@ def _cells(rows: slice, entities: int, task: _Task) -> _Cells:
 
 
 def _value(scores: Tensor, cells: _Cells, weight: Tensor, entities: int, task: _Task) -> Tensor:
-    """A chunk's part of the loss, all but a softmax's normaliser."""
+    """Compute the part of the loss that belongs to a chunk, without the normaliser of the softmax."""
     value = task.scale * (scores.view(-1)[cells.place] @ cells.label)
     if task.smoothing:
         value -= task.smoothing / entities * (scores.sum(1) @ weight)
@@ -174,7 +178,7 @@ def _value(scores: Tensor, cells: _Cells, weight: Tensor, entities: int, task: _
 
 
 def _residual(scores: Tensor, cells: _Cells, normaliser: Tensor | None, entities: int, task: _Task) -> None:
-    """Turn scores into what is left of probabilities after the labels, in place: the gradient without the queries' weights."""
+    """Replace scores by probabilities minus labels in place: the gradient of the scores without the weights of the queries."""
     if normaliser is None:
         scores.sigmoid_()
     else:
@@ -185,19 +189,19 @@ def _residual(scores: Tensor, cells: _Cells, normaliser: Tensor | None, entities
 
 
 def _log_normaliser(query: Vectors, table: Tensor, task: _Task) -> Tensor:
-    """``logsumexp`` of each query's scores."""
+    """Compute the ``logsumexp`` of the scores of each query, ``(B,)``."""
     parts = [product(query, task.key_of(full(rows))).logsumexp(1) for rows in torch.split(table, task.chunk)]
     return torch.stack(parts).logsumexp(0)
 
 
 def _chunks(task: _Task, entities: int) -> Iterator[slice]:
-    """The entities in chunks."""
+    """Yield the chunks of entities."""
     for start in range(0, entities, task.chunk):
         yield slice(start, min(start + task.chunk, entities))
 
 
 def _row_gradient(out: Tensor, residual: Tensor, query: Vectors, key: Vectors, leaf: Tensor) -> None:
-    """Write the gradient of a chunk's rows, given that of its scores, ``(n, B)`` without the queries' weights."""
+    """Write the gradient of the rows of a chunk to ``out``, given the gradient ``residual``, ``(n, B)``, of their unweighted scores."""
     if key.vector is leaf and key.bias is None:
         torch.mm(residual, query.vector, out=out)
         return

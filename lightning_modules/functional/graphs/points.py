@@ -1,4 +1,4 @@
-"""Interactions of point vectors: a relation translates, scales or rotates.
+"""Interactions of point embeddings, in which a relation is a translation, scaling or rotation.
 
 Shapes: B queries, E entities, N rows, D width of a part. Complex rows are ``[Re | Im]``.
 """
@@ -19,22 +19,22 @@ class Translation(Interaction):
 
     Source:
         Bordes et al. (2013), Translating Embeddings for Modeling Multi-relational Data, NeurIPS 26.
-        Differs: the squared L2 norm (named among the two of section 2), and no projection to the unit sphere.
+        Differs: the squared L2 norm (one of the two norms in section 2), and no projection to the unit sphere.
     """
 
     entity_parts = ("mu",)
     relation_parts = ("b",)
 
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """``2 (h + r)`` and minus the squared norm."""
+        """Return ``2 (h + r)``, ``(B, D)``, and ``-|h + r|^2``, ``(B,)``."""
         return squared_distance_query(head + relation)
 
     def key(self, entity: Tensor) -> Vectors:
-        """``t`` and minus the squared norm."""
+        """Return ``t``, ``(E, W)``, and ``-|t|^2``, ``(E,)``."""
         return folded_key(entity, entity.shape[-1])
 
     def flow(self, relation: Tensor) -> Map:
-        """``y -> y + r``."""
+        """Return the map ``y -> y + r``."""
         return Map(torch.ones_like(relation), relation)
 
 
@@ -50,15 +50,15 @@ class Diagonal(Interaction):
     distance = False
 
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """``h r``."""
+        """Return ``h r``, ``(B, D)``."""
         return Vectors(head * relation)
 
     def key(self, entity: Tensor) -> Vectors:
-        """The entity itself."""
+        """Return ``t``, ``(E, W)``."""
         return Vectors(entity)
 
     def flow(self, relation: Tensor) -> Map:
-        """``y -> r y``."""
+        """Return the map ``y -> r y``."""
         return Map(relation, torch.zeros_like(relation))
 
 
@@ -74,15 +74,15 @@ class ComplexDiagonal(Diagonal):
     complex_parts = True
 
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """``[Re h r | Im h r]``."""
+        """Return ``[Re h r | Im h r]``, ``(B, 2D)``."""
         return Vectors(complex_product(head, *relation.chunk(2, -1)))
 
     def location(self, entity: Tensor) -> Tensor:
-        """The complex vector."""
+        """Return the entity as a complex vector, ``(N, D)``."""
         return torch.complex(*entity.chunk(2, -1))
 
     def flow(self, relation: Tensor) -> Map:
-        """``y -> r y``."""
+        """Return the map ``y -> r y``."""
         scale = torch.complex(*relation.chunk(2, -1))
         return Map(scale, torch.zeros_like(scale))
 
@@ -92,7 +92,7 @@ class Rotation(Interaction):
 
     Source:
         Sun et al. (2019), RotatE, arXiv:1902.10197, Eq. 3.
-        Differs: the squared L2 norm instead of the sum of moduli, which is no inner product.
+        Differs: the squared L2 norm instead of the sum of moduli, which is not an inner product.
     """
 
     entity_parts = ("real", "imaginary")
@@ -100,24 +100,24 @@ class Rotation(Interaction):
     complex_parts = True
 
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """Twice the rotated head; a rotation keeps the norm."""
+        """Return twice the rotated head, ``(B, 2D)``, and ``-|h|^2``, ``(B,)``; a rotation does not change the norm."""
         return Vectors(2 * complex_product(head, relation.cos(), relation.sin()), -head.square().sum(-1))
 
     def key(self, entity: Tensor) -> Vectors:
-        """``t`` and minus the squared norm."""
+        """Return ``t``, ``(E, W)``, and ``-|t|^2``, ``(E,)``."""
         return folded_key(entity, entity.shape[-1])
 
     def location(self, entity: Tensor) -> Tensor:
-        """The complex vector."""
+        """Return the entity as a complex vector, ``(N, D)``."""
         return torch.complex(*entity.chunk(2, -1))
 
     def flow(self, relation: Tensor) -> Map:
-        """``y -> exp(i theta) y``."""
+        """Return the map ``y -> exp(i theta) y``."""
         scale = torch.polar(torch.ones_like(relation), relation)
         return Map(scale, torch.zeros_like(scale))
 
 
 def complex_product(left: Tensor, real: Tensor, imaginary: Tensor) -> Tensor:
-    """Multiply ``[Re | Im]`` rows by complex numbers, ``(N, 2D)``."""
+    """Multiply rows ``[Re | Im]``, ``(N, 2D)``, by complex numbers ``real + i imaginary``, ``(N, D)`` each; return ``(N, 2D)``."""
     left_real, left_imaginary = left.chunk(2, -1)
     return torch.cat([left_real * real - left_imaginary * imaginary, left_real * imaginary + left_imaginary * real], -1)

@@ -1,7 +1,7 @@
-"""Which relations undo themselves, undo one another, or follow from two others: read off the maps they make.
+"""Symmetric, inverse and composed relations, found by comparing the maps of relations.
 
-Two maps are compared by what they make of the entities: the mean squared difference over the entities, over the mean spread of both results. 0 is
-equality; maps that have nothing in common differ by 2 or more.
+The difference of two maps is the mean squared distance of their results over all entities, divided by the mean variance of the results. It is 0 for
+equal maps, and 2 or more for unrelated maps.
 
 Shapes: R relations, E entities, D width.
 """
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from malleable.lightning_modules.functional.graphs.interaction import Map
 
-ROWS = 1 << 14  # entities widened at a time
+ROWS = 1 << 14  # entities converted to double precision at once
 
 
 class Moments(NamedTuple):
-    """Where entities lie.
+    """Mean and variance of the locations of the entities.
 
     Attributes:
-        mean: ``(D,)``, complex where entities are.
-        variance: ``(D,)`` real.
+        mean: ``(D,)``, complex if entities are complex.
+        variance: ``(D,)``, real.
     """
 
     mean: Tensor
@@ -31,7 +31,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, location: Tensor) -> Moments:
-        """Moments of ``(E, D)`` locations, in double precision."""
+        """Compute the moments of locations ``(E, D)`` in double precision."""
         kind = torch.complex128 if location.is_complex() else torch.double
         parts = torch.split(location, ROWS)
         mean = torch.stack([part.to(kind).sum(0) for part in parts]).sum(0) / len(location)
@@ -39,25 +39,28 @@ class Moments(NamedTuple):
         return cls(mean, torch.stack(squares).sum(0) / len(location))
 
     def place(self, flow: Map) -> Tensor:
-        """A point for each map, ``(R, 2D)`` (complex: ``4D``): squared distances are mean squared differences over the entities.
+        """Map each relation to a point, so that squared distances of points are mean squared distances of results over the entities.
 
         ``E |a mu + b|^2 = |a|^2 Var mu + |a E mu + b|^2``.
+
+        Returns:
+            ``(R, 2D)``; for complex entities ``(R, 4D)``.
         """
         point = torch.cat([flow.scale * self.variance.sqrt(), flow.scale * self.mean + flow.shift], -1)
         return torch.view_as_real(point).flatten(-2) if point.is_complex() else point
 
     def spread(self, flow: Map) -> Tensor:
-        """Variance of what each map makes of the entities, ``(R,)``."""
+        """Compute the variance of the results of each map over the entities, ``(R,)``."""
         return (flow.scale.abs().square() * self.variance).sum(-1)
 
 
-def neutral(flow: Map) -> Map:
-    """The map that changes nothing, ``(1, D)``."""
+def identity_map(flow: Map) -> Map:
+    """Return the identity map, ``(1, D)``, in the dtype of ``flow``."""
     return Map(torch.ones_like(flow.scale[:1]), torch.zeros_like(flow.shift[:1]))
 
 
 def differences(first: Map, second: Map, moments: Moments) -> Tensor:
-    """Compare every map of one set with every map of another, ``(R1, R2)``."""
+    """Compute the difference of every map of ``first`` and every map of ``second``, ``(R1, R2)``."""
     left, right = moments.place(first), moments.place(second)
     squares = left.square().sum(-1)[:, None] + right.square().sum(-1) - 2 * left @ right.T
     spread = (moments.spread(first)[:, None] + moments.spread(second)) / 2
@@ -65,20 +68,20 @@ def differences(first: Map, second: Map, moments: Moments) -> Tensor:
 
 
 def self_inverse(flow: Map, moments: Moments) -> Tensor:
-    """How far each relation applied twice is from changing nothing, ``(R,)``: 0 for symmetric relations."""
-    return differences(flow.after(flow), neutral(flow), moments)[:, 0]
+    """Compute the difference of each relation applied twice from the identity, ``(R,)``; 0 for symmetric relations."""
+    return differences(flow.after(flow), identity_map(flow), moments)[:, 0]
 
 
 def inverse(flow: Map, moments: Moments) -> Tensor:
-    """How far relation ``j`` after relation ``i`` is from changing nothing, ``(R, R)``."""
-    return torch.stack([differences(flow.after(_row(flow, i)), neutral(flow), moments)[:, 0] for i in range(len(flow.scale))])
+    """Compute the difference of relation ``j`` after relation ``i`` from the identity, ``(R, R)``; 0 for inverse relations."""
+    return torch.stack([differences(flow.after(_row(flow, i)), identity_map(flow), moments)[:, 0] for i in range(len(flow.scale))])
 
 
 def composition(flow: Map, moments: Moments) -> tuple[Tensor, Tensor]:
-    """Find the relation nearest to relation ``j`` after relation ``i``, other than both.
+    """Find the relation that differs least from relation ``j`` after relation ``i``, except ``i`` and ``j``.
 
     Returns:
-        ``(R, R)`` differences, ``inf`` where no third relation is left, and ``(R, R)`` its number.
+        Its difference, ``(R, R)``, ``inf`` if there is no other relation, and its number, ``(R, R)``.
     """
     found = []
     number = torch.arange(len(flow.scale), device=flow.scale.device)

@@ -16,30 +16,42 @@ from malleable.lightning_modules.functional.precision import full_precision
 
 
 def squared_distance_query(point: Tensor) -> Vectors:
-    """The query's side of ``-|q - k|^2``."""
+    """Return the query vectors and biases of ``-|q - k|^2`` for points ``(N, W)``."""
     return Vectors(2 * point, -point.square().sum(-1))
 
 
 def slope_form(mean: Tensor, below: Tensor, above: Tensor, cross: float) -> Tensor:
-    """``M (mean, below, above)`` with ``M = [[1, -c/2, c/2], [-c/2, 1/2, 0], [c/2, 0, 1/2]]``, coordinate by coordinate, ``(N, 3D)``."""
+    """Compute ``M (mean, below, above)`` with ``M = [[1, -c/2, c/2], [-c/2, 1/2, 0], [c/2, 0, 1/2]]`` for each coordinate.
+
+    Args:
+        mean: ``(N, D)``.
+        below: ``(N, D)`` slopes below zero.
+        above: ``(N, D)`` slopes above zero.
+        cross: c.
+
+    Returns:
+        ``(N, 3D)``.
+    """
     half = cross / 2
     return torch.cat([torch.add(mean, above - below, alpha=half), below / 2 - half * mean, torch.add(above / 2, mean, alpha=half)], -1)
 
 
 @full_precision
 def folded_key(entity: Tensor, first: int, cross: float | None = None) -> Vectors:
-    """The entity's side of minus a squared distance: the row with absolute values from column ``first`` on, and minus its square.
+    """Return the key vectors and biases of a negative squared distance.
+
+    The vector is the row with absolute values from column ``first`` on. The bias is minus its squared norm.
 
     Args:
         entity: ``(N, W)``.
-        first: First column whose sign does not count.
-        cross: c of :func:`slope_form`, in which three parts are squared; ``None`` for the plain square.
+        first: First column whose absolute value is used.
+        cross: c of :func:`slope_form`, whose quadratic form is then the squared norm; ``None`` for the Euclidean norm.
     """
     return Vectors(*_FoldedKey.apply(entity, first, cross))  # type: ignore[no-untyped-call]
 
 
 class _FoldedKey(torch.autograd.Function):
-    """One pass over the rows each way, where the single operations make ten."""
+    """One pass over the rows in each direction; separate operations would need ten."""
 
     @staticmethod
     def forward(ctx: Any, entity: Tensor, first: int, cross: float | None) -> tuple[Tensor, Tensor]:

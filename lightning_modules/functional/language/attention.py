@@ -1,4 +1,4 @@
-"""Attention masks for rows that hold more than one sequence.
+"""Attention masks for rows that contain several sequences.
 
 Shapes: B rows, T key positions, Q query positions.
 """
@@ -14,20 +14,19 @@ import torch
 from torch import Tensor, nn
 
 MASKED_ATTENTION = ("sdpa", "eager")
-"""Attention implementations that take a ``(B, 1, Q, T)`` mask."""
-
+"""Attention implementations that accept a ``(B, 1, Q, T)`` mask."""
 
 CAUSAL_ATTENTION = "malleable_causal_sdpa"
-"""Name under which transformers knows SDPA without a mask; see :func:`causal_attention`."""
+"""Name under which SDPA without a mask is registered in transformers; see :func:`causal_attention`."""
 
 
 @contextmanager
 def causal_attention(config: Any) -> Iterator[None]:
-    """Let SDPA layers run causal kernels without a mask; other implementations stay as they are.
+    """Run SDPA layers with causal kernels and without a mask; other attention implementations are not changed.
 
-    Transformers builds a mask also where none is given: compiled always, and otherwise after a look at the positions, for which the host waits. It
-    builds none for an attention implementation that it has no mask function for. SDPA under another name is one; without a mask it takes
-    ``is_causal=True``, which is FlashAttention on CUDA.
+    Transformers builds a mask even if none is given: always under compilation, otherwise after a check of the positions, which synchronises with
+    the device. It builds no mask for an attention implementation without a registered mask function. Therefore SDPA is registered under another
+    name. Without a mask it runs with ``is_causal=True``, which is FlashAttention on CUDA.
 
     Args:
         config: The model's configuration.
@@ -35,7 +34,7 @@ def causal_attention(config: Any) -> Iterator[None]:
     if getattr(config, "_attn_implementation", None) != "sdpa":
         yield
         return
-    # Of a loaded model its library is loaded, too.
+    # transformers is imported already if a model is loaded; an import here would slow down other users of this module.
     functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
     functions.register(CAUSAL_ATTENTION, functions["sdpa"])
     config._attn_implementation = CAUSAL_ATTENTION
@@ -45,12 +44,12 @@ def causal_attention(config: Any) -> Iterator[None]:
         config._attn_implementation = "sdpa"
 
 
-class Reach(NamedTuple):
-    """How far the layers of one type can attend.
+class AttentionSpan(NamedTuple):
+    """Positions that the layers of one type attend to.
 
     Attributes:
-        layer_type: Key of their mask in the dictionary that the model takes; ``None`` where all layers share one mask.
-        kind: ``full``; ``window``: the last ``size`` positions; ``chunk``: the positions of the same block of ``size``.
+        layer_type: Key of the mask in the dictionary that the model accepts; ``None`` if all layers use one mask.
+        kind: ``full``; ``window``: the last ``size`` positions; ``chunk``: the positions in the same block of ``size``.
         size: Number of positions; 0 for ``full``.
     """
 
@@ -58,8 +57,8 @@ class Reach(NamedTuple):
     kind: Literal["full", "window", "chunk"] = "full"
     size: int = 0
 
-    def sees(self, query_positions: Tensor, key_positions: Tensor) -> Tensor | None:
-        """Return which keys lie within reach, ``(B, Q, T)`` bool; ``None`` means all.
+    def mask(self, query_positions: Tensor, key_positions: Tensor) -> Tensor | None:
+        """Return which keys a query attends to, ``(B, Q, T)`` bool; ``None`` means all.
 
         Args:
             query_positions: ``(B, Q)`` int64, counted within each sequence.
@@ -73,36 +72,36 @@ class Reach(NamedTuple):
         return None
 
 
-def mask_plans(config: Any) -> list[tuple[Reach, ...]]:
-    """List the ways in which a model of this configuration may take block masks, the most specific first.
+def mask_plans(config: Any) -> list[tuple[AttentionSpan, ...]]:
+    """Return the candidate mask plans of a model: the attention spans of its layer types.
 
-    Which one is exact must be measured (:mod:`malleable.lightning_modules.functional.language.pass_forms`).
-    The empty plan is the mask of "may attend" as it is.
+    Which plan is exact must be measured, see :mod:`malleable.lightning_modules.functional.language.pass_forms`. The empty plan uses one mask for all
+    layers. Plans are ordered: without windows, the empty plan comes first, otherwise the most specific one.
     """
     types = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
 
-    def reach(layer_type: str | None) -> Reach:
+    def span(layer_type: str | None) -> AttentionSpan:
         name = str(layer_type)
         if window and ("sliding" in name or "local" in name):
-            return Reach(layer_type, "window", window)
+            return AttentionSpan(layer_type, "window", window)
         if chunk and "chunk" in name:
-            return Reach(layer_type, "chunk", chunk)
-        return Reach(layer_type)
+            return AttentionSpan(layer_type, "chunk", chunk)
+        return AttentionSpan(layer_type)
 
-    plans: list[tuple[Reach, ...]] = [tuple(reach(name) for name in types)] if types else []
+    plans: list[tuple[AttentionSpan, ...]] = [tuple(span(name) for name in types)] if types else []
     if window:
-        plans.append((Reach(None, "window", window),))
-    # Without a window the plain mask needs no dictionary.
+        plans.append((AttentionSpan(None, "window", window),))
+    # Without a window, one mask for all layers suffices.
     return [*plans, ()] if any(part.size for plan in plans for part in plan) else [(), *plans]
 
 
 def avoid_planned_kernels() -> None:
-    """Switch off cuDNN's attention kernels for this process.
+    """Disable the attention kernels of cuDNN in this process.
 
-    They are planned again for each shape, which takes longer than the attention itself where widths change from batch to batch, as they do in
-    text: steps in half precision become 10 to 20 times slower. FlashAttention (rows without a mask of their own) and the memory-efficient
-    kernels (any mask) need no plan. ``torch.backends.cuda.enable_cudnn_sdp(True)``, called later, switches them on again.
+    They need a plan for each shape. Planning takes longer than the attention itself if the widths of batches vary, as they do for text: steps in
+    half precision become 10 to 20 times slower. FlashAttention (without a mask) and the memory-efficient kernels (any mask) need no plan. Call
+    ``torch.backends.cuda.enable_cudnn_sdp(True)`` to enable the cuDNN kernels again.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -110,37 +109,37 @@ def avoid_planned_kernels() -> None:
 def model_mask(
     model: nn.Module,
     allowed: Tensor,
-    plan: tuple[Reach, ...] = (),
+    plan: tuple[AttentionSpan, ...] = (),
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
 ) -> Tensor | dict[str, Tensor]:
-    """Turn "may attend" into the mask that a Hugging Face decoder takes.
+    """Convert a boolean mask to the attention mask of a Hugging Face decoder.
 
     Args:
         model: The decoder; its ``config`` names the attention implementation.
-        allowed: ``(B, Q, T)`` bool, True where a query may see a key in a layer without a window.
-        plan: Reach of the layers; empty where every layer reaches all positions.
-        query_positions: ``(B, Q)`` int64, counted within each sequence; needed with a plan.
+        allowed: ``(B, Q, T)`` bool, True where a query attends to a key in layers without a window.
+        plan: Attention spans of the layer types; empty if all layers attend to all positions.
+        query_positions: ``(B, Q)`` int64, positions within each sequence; required with a plan.
         key_positions: ``(B, T)`` int64; default: ``query_positions``.
 
     Returns:
-        ``(B, 1, Q, T)``: boolean for SDPA, additive for eager attention; a dictionary by layer type where the plan has several.
+        ``(B, 1, Q, T)``, boolean for SDPA, additive for eager attention; a dictionary by layer type if the plan has several.
 
     Raises:
-        ValueError: If the implementation takes no mask of one's own.
+        ValueError: If the attention implementation does not accept a mask.
     """
     masks: dict[str | None, Tensor] = {}
-    for reach in plan:
+    for span in plan:
         assert query_positions is not None
-        sees = reach.sees(query_positions, query_positions if key_positions is None else key_positions)
-        masks[reach.layer_type] = _format(model, allowed if sees is None else allowed & sees)
+        within = span.mask(query_positions, query_positions if key_positions is None else key_positions)
+        masks[span.layer_type] = _format(model, allowed if within is None else allowed & within)
     if not masks:
         return _format(model, allowed)
     return masks[None] if None in masks else {str(name): mask for name, mask in masks.items()}
 
 
 def _format(model: nn.Module, allowed: Tensor) -> Tensor:
-    """Return the ``(B, 1, Q, T)`` mask that the attention implementation takes."""
+    """Convert ``(B, Q, T)`` bool to the ``(B, 1, Q, T)`` mask of the attention implementation."""
     implementation = getattr(model.config, "_attn_implementation", "sdpa")
     mask = allowed[:, None]
     if implementation == "sdpa":
@@ -148,17 +147,17 @@ def _format(model: nn.Module, allowed: Tensor) -> Tensor:
     if implementation == "eager":
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-    raise ValueError(f"attention '{implementation}' takes no block mask; load the model with attn_implementation='sdpa'")
+    raise ValueError(f"attention '{implementation}' does not accept a block mask; load the model with attn_implementation='sdpa'")
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
-    """Causal attention within documents.
+    """Return the mask of causal attention within documents.
 
     Args:
-        document_ids: ``(B, T)``; equal numbers belong together, 0 is padding.
+        document_ids: ``(B, T)``; tokens with equal numbers belong to one document, 0 is padding.
 
     Returns:
-        ``(B, T, T)`` bool; padding sees itself alone, so that no row of the softmax is empty.
+        ``(B, T, T)`` bool; padding attends to itself only, so that no row of the softmax is empty.
     """
     width = document_ids.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=document_ids.device).tril()

@@ -1,4 +1,4 @@
-"""Free text from a language model, token by token.
+"""Generation of free text with a language model.
 
 Shapes: B rows, P prompt tokens, T new tokens, V vocabulary.
 """
@@ -31,24 +31,24 @@ def generate_text(
     seeds: Tensor | None = None,
     sync_any: Callable[[bool], bool] | None = None,
 ) -> Tensor:
-    """Let the model write on after each prompt.
+    """Generate a continuation of each prompt.
 
     Args:
         model: Hugging Face causal language model.
         prompt_ids: ``(B, P)`` int64, padded on the left.
         prompt_mask: ``(B, P)`` bool, True on real tokens.
-        max_new_tokens: Most tokens to write.
-        eos_token_id: The token that ends a row, or several: a newline, too, where answers are one line.
-        pad_token_id: Fills rows that have ended; default: the (first) token that ends them.
-        temperature: Divides the logits, >= 0; 0 takes the most probable token.
-        top_p: Draw among the most probable tokens that make up this probability, in (0, 1].
-        top_k: Draw among so many of the most probable tokens.
-        seeds: ``(B,)`` int64, needed if ``temperature`` > 0. What a row draws depends on its own prompt and seed only.
-        sync_any: Tells whether any rank's argument is true. Given, all ranks run the model equally often, as sharded
-            weights (ZeRO-3, FSDP) require.
+        max_new_tokens: Maximum number of new tokens.
+        eos_token_id: Token, or tokens, that end a row; e.g. also a newline, for answers of one line.
+        pad_token_id: Token that fills rows that have ended; default: the (first) end token.
+        temperature: Divides the logits, >= 0; 0 selects the most probable token.
+        top_p: Sample from the most probable tokens that together have this probability, in (0, 1].
+        top_k: Sample from this number of most probable tokens.
+        seeds: ``(B,)`` int64, required if ``temperature`` > 0. The samples of a row depend only on its prompt and seed.
+        sync_any: Returns whether its argument is true on any rank. If given, all ranks run the model equally often, as sharded weights (ZeRO-3,
+            FSDP) require.
 
     Returns:
-        ``(B, T)`` int64 with T <= ``max_new_tokens``, each row's end token included.
+        ``(B, T)`` int64 with T <= ``max_new_tokens``, including the end token of each row.
 
     Raises:
         ValueError: If an argument is out of range, or if there is not one seed for each row.
@@ -85,21 +85,21 @@ def generate_text(
             written.append(tokens)
             lengths += running
             real, running = running, running & ~torch.isin(tokens, stops)
-    # ranks that kept step with others have columns of padding only
+    # ranks that waited for others have columns of padding only
     return torch.cat(written, 1)[:, : int(lengths.max())]
 
 
 def text_decoder(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> CachedDecoder | RowDecoder:
-    """Return the fastest decoder of one continuation a row that is exact for a model.
+    """Return the fastest exact decoder of a model for one continuation of each row.
 
     Args:
         model: Hugging Face causal language model.
         prompt_ids: ``(B, P)`` int64, padded on the left.
         prompt_mask: ``(B, P)`` bool, True on real tokens.
-        max_new_tokens: Tokens of the longest continuation.
+        max_new_tokens: Maximum number of new tokens.
 
     Raises:
-        ValueError: If the model can run no batch of sequences.
+        ValueError: If no decoder is exact for the model.
     """
     forms, width = pass_forms(model), prompt_ids.shape[1] + max_new_tokens
     if forms.cached.fits(width):
@@ -108,7 +108,7 @@ def text_decoder(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_
 
 
 class CachedDecoder:
-    """Rows padded on the left that grow by a token at a time, under the model's own cache.
+    """Decoder of left-padded rows with the model's own cache, one token of each row at a time.
 
     Args:
         model: Hugging Face causal language model.
@@ -116,7 +116,7 @@ class CachedDecoder:
         prompt_mask: ``(B, P)`` bool.
 
     Attributes:
-        logits: ``(B, 1, V)``, at the prompts' last tokens.
+        logits: ``(B, 1, V)``, at the last tokens of the prompts.
     """
 
     def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
@@ -125,7 +125,7 @@ class CachedDecoder:
         self.logits = self._run(prompt_ids)
 
     def extend(self, tokens: Tensor, real: Tensor) -> Tensor:
-        """Feed a token of each row.
+        """Feed the next token of each row.
 
         Args:
             tokens: ``(B, 1)`` int64.
@@ -153,7 +153,7 @@ class CachedDecoder:
 
 
 def _draw(logits: Tensor, top_p: float, top_k: int | None, seeds: Tensor, step: int) -> Tensor:
-    """Choose a token of ``(B, V)`` logits by the inverse of the cumulative probabilities, ``(B, 1)``."""
+    """Sample a token from each row of ``(B, V)`` logits by inverse transform sampling; return ``(B, 1)``."""
     probs, order = logits.softmax(-1).double().sort(dim=-1, descending=True, stable=True)
     probs = probs[:, :top_k]
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)

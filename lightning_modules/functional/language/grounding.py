@@ -1,4 +1,4 @@
-"""From free text to items: the titles whose embeddings are nearest.
+"""Grounding of free text to items: nearest titles by embedding.
 
 Shapes: B rows, N items, d width, T tokens.
 """
@@ -27,20 +27,20 @@ def nearest_titles(
     gamma: float = 0.0,
     allowed: Tensor | None = None,
 ) -> Decoded:
-    """Find the k titles nearest to each embedding in the Euclidean sense.
+    """Find the k titles with the smallest Euclidean distance to each embedding.
 
-    With ``gamma`` > 0 distances D, scaled to [0, 1] in each row, become (1 + P)^-gamma * D.
+    With ``gamma`` > 0, the distances D, scaled to [0, 1] in each row, are multiplied by (1 + P)^-gamma.
 
     Args:
         embeddings: ``(B, d)``.
         title_embeddings: ``(N, d)``.
-        k: Items to return a row.
-        popularity: ``(N,)`` or ``(B, N)``, popularity or a collaborative score of each item; scaled to [0, 1] for P.
+        k: Number of items to return for each row.
+        popularity: ``(N,)`` or ``(B, N)``, popularity or collaborative score of each item; P is this, scaled to [0, 1].
         gamma: Weight of ``popularity``, >= 0.
         allowed: ``(N,)`` or ``(B, N)`` bool, the items that may be returned; ``None`` allows all.
 
     Returns:
-        Items and their negative (adjusted) distances.
+        Items of each row and their negative (adjusted) distances.
 
     Raises:
         ValueError: If ``gamma`` is negative, or positive without ``popularity``.
@@ -62,12 +62,12 @@ def nearest_titles(
 
 
 def embed_texts(model: nn.Module, token_ids: Sequence[Sequence[int]], *, batch_size: int = 64, pad_token_id: int = 0) -> Tensor:
-    """Embed texts by the language model's last hidden state at their last token.
+    """Embed each text as the last layer's hidden state at its last token.
 
     Args:
         model: Hugging Face causal language model.
         token_ids: Tokens of each text.
-        batch_size: Texts of one forward pass.
+        batch_size: Number of texts in a forward pass.
         pad_token_id: Padding token.
 
     Returns:
@@ -77,13 +77,13 @@ def embed_texts(model: nn.Module, token_ids: Sequence[Sequence[int]], *, batch_s
         ValueError: If a text has no tokens.
 
     Source:
-        BIGRec's released code, which embeds generated and real titles alike.
+        The released code of BIGRec, which embeds generated and real titles in the same way.
     """
     lengths = torch.tensor([len(text) for text in token_ids])
     if not lengths.all():
-        raise ValueError(f"text {int(lengths.argmin())} has no tokens and so no embedding; leave it out")
+        raise ValueError(f"text {int(lengths.argmin())} has no tokens and cannot be embedded; leave it out")
     device = next(model.parameters()).device
-    order = lengths.argsort(stable=True)  # alike lengths together: little padding
+    order = lengths.argsort(stable=True)  # texts of similar length need little padding
     parts = []
     for index in torch.split(order, batch_size):
         width = int(lengths[index].max())
@@ -93,7 +93,7 @@ def embed_texts(model: nn.Module, token_ids: Sequence[Sequence[int]], *, batch_s
 
 
 def last_hidden_states(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:
-    """Return the last layer's hidden state at each row's last real token, ``(B, d)`` float32.
+    """Return the hidden state of the last layer at the last real token of each row, ``(B, d)`` float32.
 
     Args:
         model: Hugging Face causal language model.
@@ -101,12 +101,12 @@ def last_hidden_states(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> 
         lengths: ``(B,)`` int64, real tokens of each row.
 
     Raises:
-        ValueError: If the model returns no hidden states, or none that are exact in a batch.
+        ValueError: If the model returns no hidden states, or if they are not exact in a batch.
     """
     forms = pass_forms(model)
     width = input_ids.shape[1]
     if not forms.states or not (forms.embedding.fits(width) or forms.unpadded):
-        raise ValueError(forms.refusal("embeddings of texts", "ground answers by the trie instead"))
+        raise ValueError(forms.refusal("embeddings of texts", "use grounding 'trie' instead"))
     with evaluating(model):
         form: RowForm = "causal" if forms.causal.fits(width) else "padded" if forms.embedding.fits(width) else "unpadded"
         return states_at_end(model, input_ids, lengths, form=form).float()
@@ -114,7 +114,7 @@ def last_hidden_states(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> 
 
 def _distances(left: Tensor, right: Tensor) -> Tensor:
     """Compute Euclidean distances ``(B, N)`` by one matrix product."""
-    # distances do not change, but a shared offset, large in hidden states, would cost the product its precision
+    # a common offset, which is large for hidden states, does not change distances, but reduces the precision of the product
     centre = right.mean(0)
     left, right = left - centre, right - centre
     squared = left.square().sum(1, keepdim=True) + right.square().sum(1) - 2 * left @ right.T
@@ -122,6 +122,6 @@ def _distances(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _scaled(values: Tensor) -> Tensor:
-    """Scale each row to [0, 1]; rows of equal values become 0."""
+    """Scale each row to [0, 1]; rows with equal values become 0."""
     low, high = values.aminmax(dim=-1, keepdim=True)
     return (values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)

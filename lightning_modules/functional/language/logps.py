@@ -1,11 +1,10 @@
-"""Log-probabilities of answers, the prompt computed once.
+"""Log-probabilities of answers, computed with one pass over each prompt.
 
-A prompt and its K answers lie in one row: ``[padding | prompt | answer 1 | ... | answer K | padding]``. Each answer sees
-the prompt and itself, and its positions restart where the prompt ends, so the result equals K separate rows while the
-prompt is run once. The language-model head runs only where an answer token is predicted.
+A prompt and its K answers share one row: ``[padding | prompt | answer 1 | ... | answer K | padding]``. Each answer attends to the prompt and to
+itself, and its positions start at the end of the prompt. The result equals that of K separate rows, but the prompt is computed once. The
+language-model head runs only at positions that predict an answer token.
 
-A prompt with one answer is a whole sequence and lies in a row of its own, padded on the right, which causal
-kernels run without a mask.
+A prompt with one answer is a whole sequence in its own row, padded on the right, which causal kernels run without a mask.
 
 Shapes: B rows, P prompt tokens, K answers, A answer tokens, T = P + all answers' tokens, V vocabulary.
 """
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from malleable.lightning_modules.functional.language.attention import Reach, causal_attention, document_mask, model_mask
+from malleable.lightning_modules.functional.language.attention import AttentionSpan, causal_attention, document_mask, model_mask
 from malleable.lightning_modules.functional.language.pass_forms import RowForm, bare_model, pass_forms
 from malleable.lightning_modules.functional.language.selected_logps import selected_token_logps
 from malleable.lightning_modules.functional.language.whole_rows import logits_at, separate_answers, separate_documents
@@ -26,14 +25,14 @@ NO_PROMPT = "every row needs at least one prompt token; give the template a pref
 
 
 class SharedRow(NamedTuple):
-    """The one row of a prompt and its answers.
+    """Rows of a prompt and its answers each.
 
     Attributes:
         input_ids: ``(B, T)``.
         position_ids: ``(B, T)``.
-        allowed: ``(B, T, T)`` bool, who may attend to whom.
-        num_kept: Trailing positions whose logits are needed.
-        predictors: ``(B, K, A)``; where, among those, each answer token is predicted.
+        allowed: ``(B, T, T)`` bool, which keys each query attends to.
+        num_kept: Number of last positions whose logits are needed.
+        predictors: ``(B, K, A)``, index within these positions at which each answer token is predicted.
     """
 
     input_ids: Tensor
@@ -44,17 +43,20 @@ class SharedRow(NamedTuple):
 
 
 def shared_row(prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, num_columns: int | None = None) -> SharedRow:
-    """Lay a prompt and its answers into one row.
+    """Put a prompt and its answers into one row.
 
-    The last token of an answer predicts nothing and is left out of the row. The shape of the row follows from the shapes of the arguments
-    and ``num_columns`` alone, so that nothing waits for the device.
+    The last token of an answer predicts nothing and is not part of the row. The shape of the row depends only on the shapes of the arguments and on
+    ``num_columns``, so that no synchronisation with the device is needed.
 
     Args:
-        prompt_ids: ``(B, P)``, padded on the left, at least one real token a row.
+        prompt_ids: ``(B, P)``, padded on the left, at least one real token in each row.
         prompt_mask: ``(B, P)`` bool.
         answer_ids: ``(B, K, A)``, padded on the right.
         answer_mask: ``(B, K, A)`` bool.
-        num_columns: Columns behind the prompt, at least as many as the answers of any row need; default: ``K * (A - 1)``, which always do.
+        num_columns: Number of columns after the prompt, at least as many as the answers of any row need. Default: ``K * (A - 1)``, the maximum.
+
+    Raises:
+        ValueError: If a row has no prompt token, or its answers need more than ``num_columns``.
     """
     rows, width = prompt_ids.shape
     count, longest = answer_ids.shape[1:]
@@ -63,7 +65,7 @@ def shared_row(prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answ
     ends = (lengths - 1).clamp_min(0).cumsum(1)
     offsets = ends - (lengths - 1).clamp_min(0)
     check_rows(prompt_mask.any(1), NO_PROMPT)
-    check_rows(ends[:, -1] <= extra, "the answers of a row need more than num_columns; make the batch again with `collate`, or leave it out")
+    check_rows(ends[:, -1] <= extra, "the answers of a row need more than num_columns columns; create the batch with `collate`, or omit num_columns")
 
     column = torch.arange(extra, device=prompt_ids.device).expand(rows, -1).contiguous()
     answer = torch.searchsorted(ends, column, right=True)
@@ -76,20 +78,20 @@ def shared_row(prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answ
 
     # branch: -1 padding, 0 prompt, j answer j.
     branch = torch.cat([prompt_mask.long() - 1, torch.where(real, owner + 1, -1)], 1)
-    sees = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
     causal = torch.ones(width + extra, width + extra, dtype=torch.bool, device=prompt_ids.device).tril()
     diagonal = torch.eye(width + extra, dtype=torch.bool, device=prompt_ids.device)
-    allowed = (sees & causal & (branch >= 0)[:, None, :]) | diagonal
+    allowed = (same & causal & (branch >= 0)[:, None, :]) | diagonal
     token = torch.arange(longest, device=answer_ids.device)
     predictors = torch.where(answer_mask & (token > 0), offsets[..., None] + token, 0)
     return SharedRow(input_ids, position_ids, allowed, extra + 1, predictors)
 
 
 def check_rows(valid: Tensor, message: str) -> None:
-    """Raise unless all of ``valid`` (bool) is true; on an accelerator the kernel itself fails, without waiting for it.
+    """Raise an error unless all entries of ``valid`` (bool) are true; on an accelerator, an asynchronous assertion without synchronisation.
 
     Raises:
-        ValueError: On a CPU; elsewhere the device reports an assertion with the message.
+        ValueError: On a CPU. On an accelerator, the device reports a failed assertion with the message.
     """
     if valid.device.type != "cpu":
         torch._assert_async(valid.all(), message)
@@ -107,7 +109,7 @@ def answer_token_logps(
     shared_prompt: bool | None = None,
     num_columns: int | None = None,
 ) -> Tensor:
-    """Log-probability of every answer token, in nats.
+    """Compute the log-probability of every answer token, in nats.
 
     Args:
         model: Hugging Face causal language model.
@@ -115,15 +117,15 @@ def answer_token_logps(
         prompt_mask: ``(B, P)`` bool.
         answer_ids: ``(B, K, A)``, padded on the right.
         answer_mask: ``(B, K, A)`` bool.
-        shared_prompt: Run the prompt once for all its answers, if it has several. ``None`` does so where it is exact for this model; True requires
-            it; False lays out one row an answer.
+        shared_prompt: Whether to run a prompt once for all its answers, if it has several. ``None``: if that is exact for this model; True: always;
+            False: never, each answer gets its own row.
         num_columns: As in :func:`shared_row`.
 
     Returns:
         ``(B, K, A)`` float32, 0 on padding.
 
     Raises:
-        ValueError: If a row has no prompt token: the first answer token would have no predictor. If the model cannot run the pass.
+        ValueError: If a row has no prompt token, so that nothing predicts the first answer token, or if no form of the pass is exact for the model.
     """
     parts = (prompt_ids, prompt_mask, answer_ids, answer_mask)
     forms = pass_forms(model)
@@ -135,7 +137,7 @@ def answer_token_logps(
         return shared_logps(model, *parts, num_columns=num_columns, plan=forms.shared.plan)
     width = prompt_ids.shape[1] + answer_ids.shape[2]
     if forms.shared.fits(width) and not forms.causal.fits(width):
-        # Masks of our own need no look at the positions, where the library's make the host wait for the device.
+        # A custom mask avoids the synchronisation of the library's mask, which reads the positions.
         alone = [part.repeat_interleave(answer_ids.shape[1], 0) for part in parts[:2]] + [part.flatten(0, 1)[:, None] for part in parts[2:]]
         return shared_logps(model, *alone, plan=forms.shared.plan).reshape(answer_ids.shape)
     return separate_logps(model, *parts, form=forms.row_form(width))
@@ -149,9 +151,9 @@ def shared_logps(
     answer_mask: Tensor,
     *,
     num_columns: int | None = None,
-    plan: tuple[Reach, ...] = (),
+    plan: tuple[AttentionSpan, ...] = (),
 ) -> Tensor:
-    """Run the shared row of :func:`answer_token_logps`.
+    """Compute :func:`answer_token_logps` with one shared row for each prompt.
 
     Args:
         model: Hugging Face causal language model.
@@ -160,7 +162,7 @@ def shared_logps(
         answer_ids: ``(B, K, A)``, padded on the right.
         answer_mask: ``(B, K, A)`` bool.
         num_columns: As in :func:`shared_row`.
-        plan: Reach of the model's layers.
+        plan: Attention spans of the model's layers.
 
     Returns:
         ``(B, K, A)`` float32, 0 on padding.
@@ -180,7 +182,7 @@ def shared_logps(
 def separate_logps(
     model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, *, form: RowForm = "padded"
 ) -> Tensor:
-    """Run a row for each answer of :func:`answer_token_logps`.
+    """Compute :func:`answer_token_logps` with one row for each answer.
 
     Args:
         model: Hugging Face causal language model.
@@ -196,7 +198,7 @@ def separate_logps(
     check_rows(prompt_mask.any(1), NO_PROMPT)
     input_ids, lengths, starts = separate_answers(prompt_ids, prompt_mask, answer_ids, answer_mask, whole=form == "unpadded")
     tokens = starts[:, None] - 1 + torch.arange(answer_ids.shape[2], device=starts.device)
-    # Positions behind the end of a row are masked below.
+    # Positions after the end of a row are masked below.
     tokens = torch.minimum(tokens, lengths[:, None] - 1)
     rows = torch.arange(len(tokens), device=starts.device)[:, None].expand_as(tokens)
     logits = logits_at(model, input_ids, lengths, rows.flatten(), tokens.flatten(), form=form)
@@ -205,7 +207,7 @@ def separate_logps(
 
 
 def answer_logps(model: nn.Module, batch: Any, *, shared_prompt: bool | None = None) -> Tensor:
-    """Summed log-probability of every answer of an ``AnswerBatch``, ``(B, K)`` float32, in nats."""
+    """Compute the summed log-probability of every answer of an ``AnswerBatch``, ``(B, K)`` float32, in nats."""
     parts = (batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask)
     return answer_token_logps(model, *parts, shared_prompt=shared_prompt, num_columns=batch.answer_columns).sum(-1)
 
@@ -213,17 +215,20 @@ def answer_logps(model: nn.Module, batch: Any, *, shared_prompt: bool | None = N
 def packed_token_logps(
     model: nn.Module, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, *, one_document: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of every token of packed documents but each document's first.
+    """Compute the log-probability of every token of packed documents except the first token of each document.
 
     Args:
         model: Hugging Face causal language model.
         input_ids: ``(B, T)``.
         document_ids: ``(B, T)``, 0 on padding.
         position_ids: ``(B, T)``, restarting in each document.
-        one_document: Each row is one document, padded on the right: it needs no mask. False is always right.
+        one_document: Whether each row is one document, padded on the right, which needs no mask. False is always correct.
 
     Returns:
-        ``(B, T - 1)`` float32 in nats, 0 where nothing is predicted, and the ``(B, T - 1)`` mask of targets.
+        Log-probabilities ``(B, T - 1)`` float32 in nats, 0 for tokens that are not predicted, and the mask of predicted tokens ``(B, T - 1)`` bool.
+
+    Raises:
+        ValueError: If no form of the pass is exact for the model.
     """
     forms = pass_forms(model)
     if one_document and forms.causal.fits(input_ids.shape[1]):
@@ -236,14 +241,14 @@ def packed_token_logps(
 
 
 def packed_batch_logps(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of every token of a ``PackedBatch``; see :func:`packed_token_logps`."""
+    """Compute :func:`packed_token_logps` of a ``PackedBatch``."""
     return packed_token_logps(model, batch.input_ids, batch.document_ids, batch.position_ids, one_document=batch.one_document)
 
 
 def packed_row_logps(
-    model: nn.Module, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, *, plan: tuple[Reach, ...] = ()
+    model: nn.Module, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, *, plan: tuple[AttentionSpan, ...] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Run the packed rows of :func:`packed_token_logps` as they are, under masks of the layers' reach ``plan``."""
+    """Compute :func:`packed_token_logps` with packed rows, with a mask for the attention spans ``plan``."""
     mask = model_mask(model, document_mask(document_ids), plan, position_ids)
     logits = model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
     return _target_logps(logits, input_ids, document_ids)
@@ -252,13 +257,13 @@ def packed_row_logps(
 def _target_logps(logits: Tensor, input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Select the log-probability of each next token of a document from ``(B, T, V)`` logits; see :func:`packed_token_logps`."""
     targets = document_targets(document_ids)
-    # The targets are moved, not the logits: a slice of the logits would be copied, forward and backward.
+    # Shift the targets instead of the logits: a slice of the logits would be copied in the forward and the backward pass.
     logps = selected_token_logps(logits, input_ids.roll(-1, 1))[:, :-1]
     return logps.masked_fill(~targets, 0.0), targets
 
 
 def separate_document_logps(model: nn.Module, input_ids: Tensor, document_ids: Tensor, *, form: RowForm = "padded") -> tuple[Tensor, Tensor]:
-    """Run the documents of :func:`packed_token_logps` in rows of their own; ``form`` as in ``logits_at``."""
+    """Compute :func:`packed_token_logps` with one row for each document; ``form`` as in ``logits_at``."""
     rows, lengths, place = separate_documents(input_ids, document_ids)
     row, column = (torch.arange(rows.shape[1], device=lengths.device) < lengths[:, None] - 1).nonzero(as_tuple=True)
     logits = logits_at(model, rows, lengths, row, column, form=form)
@@ -269,5 +274,5 @@ def separate_document_logps(model: nn.Module, input_ids: Tensor, document_ids: T
 
 
 def document_targets(document_ids: Tensor) -> Tensor:
-    """Return which tokens but the first are predicted within their document, ``(B, T - 1)`` bool."""
+    """Return which of the tokens 1..T-1 are predicted, i.e. follow a token of the same document, ``(B, T - 1)`` bool."""
     return (document_ids[:, 1:] == document_ids[:, :-1]) & (document_ids[:, 1:] > 0)

@@ -1,4 +1,4 @@
-"""Measures which forms of each pass are exact for a model, against plain passes of one sequence at a time.
+"""Comparison of the forms of each pass with reference passes of one sequence at a time.
 
 Shapes: B prompts, K answers, A answer tokens, N = B * K sequences, V vocabulary.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malleable.lightning_modules.functional.language.attention import MASKED_ATTENTION, Reach, mask_plans
+from malleable.lightning_modules.functional.language.attention import MASKED_ATTENTION, AttentionSpan, mask_plans
 from malleable.lightning_modules.functional.language.free_text import CachedDecoder
 from malleable.lightning_modules.functional.language.logps import packed_row_logps, separate_logps, shared_logps
 from malleable.lightning_modules.functional.language.pass_forms import Capability, PassForms, RowForm
@@ -26,16 +26,16 @@ from malleable.lightning_modules.functional.language.whole_rows import reset_rop
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4  # nats, for a twin in float32: exact forms differ by 1e-6, others by 0.01 and more
-MODEL_TOLERANCE = 1e-3  # for a model's own weights, whose logits may be large
-MASKED = ("shared", "packed", "tree")  # the forms under masks of our own
+TOLERANCE = 1e-4  # in nats, for a small float32 copy: exact forms differ by 1e-6, others by 0.01 or more
+MODEL_TOLERANCE = 1e-3  # for the weights of the model itself, whose logits may be large
+MASKED = ("shared", "packed", "tree")  # forms that need a custom mask
 PROMPTS = (3, 7, 5)
-ANSWERS = ((4, 2), (3, 3), (1, 4))  # two sequences are equally long
+ANSWERS = ((4, 2), (3, 3), (1, 4))  # two sequences have equal length
 
 
 @dataclass
 class Sample:
-    """Random prompts with answers, and what plain passes compute for them.
+    """Random prompts with answers, and the results of reference passes.
 
     Attributes:
         prompt_ids: ``(B, P)``, padded on the left.
@@ -44,7 +44,7 @@ class Sample:
         answer_mask: ``(B, K, A)`` bool.
         sequences: Tokens of each prompt and answer.
         logps: ``(N, longest - 1)`` float32, log-probability of each token but the first; 0 on padding.
-        states: ``(N, d)`` float32, hidden states at the last tokens; ``None`` where the model returns none.
+        states: ``(N, d)`` float32, hidden states at the last tokens; ``None`` if the model returns none.
     """
 
     prompt_ids: Tensor
@@ -57,7 +57,7 @@ class Sample:
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return prompts and answers as the passes take them."""
+        """Return prompts and answers in the order of the arguments of the passes."""
         return self.prompt_ids, self.prompt_mask, self.answer_ids, self.answer_mask
 
     @property
@@ -69,8 +69,8 @@ class Sample:
         return logps.masked_fill(~self.answer_mask, 0.0)
 
 
-Run = Callable[[Any, Sample, tuple[Reach, ...]], tuple[Tensor, Tensor]]
-"""Runs a form, and returns what it computes and what plain passes do."""
+Run = Callable[[Any, Sample, tuple[AttentionSpan, ...]], tuple[Tensor, Tensor]]
+"""Runs a form, and returns its result and that of the reference passes."""
 
 
 def check_passes(model: nn.Module) -> PassForms:
@@ -80,13 +80,13 @@ def check_passes(model: nn.Module) -> PassForms:
         model: Hugging Face causal language model without adapters.
 
     Raises:
-        ValueError: If the model cannot run a plain pass, or is not causal.
+        ValueError: If the model cannot run a reference pass, or is not causal.
     """
-    with _undisturbed():
+    with _default_environment():
         try:
             return _check_twin(model)
         except Exception as error:
-            log.debug("no twin of %s can be checked: %s", type(model).__name__, error)
+            log.debug("no small copy of %s can be checked: %s", type(model).__name__, error)
         limit = small_windows(model.config)[1]
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         forms = _limited(_measure(model, model, max(MODEL_TOLERANCE, 64 * torch.finfo(dtype).eps)), limit)
@@ -94,7 +94,7 @@ def check_passes(model: nn.Module) -> PassForms:
 
 
 def _check_twin(model: nn.Module) -> PassForms:
-    """Measure a twin whose windows are short; forms that fail there may be exact for rows within the windows."""
+    """Measure a small copy with short windows; forms that are not exact for it may be exact for rows within the original windows."""
     config, limit = small_windows(model.config)
     forms = _measure(model, build_twin(model, config), TOLERANCE)
     names = [name for name in _FORMS if not getattr(forms, name).limit]
@@ -107,24 +107,23 @@ def _check_twin(model: nn.Module) -> PassForms:
 
 
 def _counts_columns(model: nn.Module) -> bool:
-    """Return whether masks do not express the windows of a model.
+    """Return whether a model applies its windows to columns of the cache, which no mask can express.
 
-    Such windows reach over columns of the cache, and a tree of beams has more columns than any of its sequences has tokens: no limit on the
-    length of a sequence makes it exact.
+    A tree of beams has more columns than any of its sequences has tokens, so it is not exact for any length of sequences.
     """
     config, limit = small_windows(model.config, rope=False)
     return math.isfinite(limit) and not _measure(model, build_twin(model, config), TOLERANCE).tree.limit
 
 
 def _limited(forms: PassForms, limit: float) -> PassForms:
-    """Hold the forms that are exact to rows within a limit."""
-    held = {name: getattr(forms, name) for name in _FORMS}
-    return replace(forms, **{name: replace(value, limit=min(value.limit, limit)) for name, value in held.items()})
+    """Restrict the forms to rows of at most ``limit`` tokens."""
+    capabilities = {name: getattr(forms, name) for name in _FORMS}
+    return replace(forms, **{name: replace(value, limit=min(value.limit, limit)) for name, value in capabilities.items()})
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keep random generators, autocast, default device and default number format of the caller out, and unchanged."""
+def _default_environment() -> Iterator[None]:
+    """Run on the CPU in float32 without autocast, and restore the caller's random generators, default device and default dtype."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -135,22 +134,22 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _measure(model: Any, twin: Any, tolerance: float) -> PassForms:
-    """Compare every form with plain passes.
+    """Compare every form with the reference passes.
 
     Args:
-        model: Whose forms are wanted.
-        twin: What is run: its twin or itself.
-        tolerance: Largest difference of log-probabilities, in nats.
+        model: Model whose forms are measured.
+        twin: Model that is run: a small copy of ``model``, or ``model`` itself.
+        tolerance: Maximum difference of log-probabilities, in nats.
     """
     attention = getattr(model.config, "_attn_implementation", None)
-    # The windows of a twin may be shorter than those of the model, whose plans are the same in number and order.
+    # A small copy may have shorter windows than the model, but its plans have the same number and order.
     plans = list(zip(mask_plans(twin.config), mask_plans(model.config), strict=True)) if attention in MASKED_ATTENTION else []
     found: dict[str, Capability] = {}
     reasons: list[tuple[str, str]] = []
     with evaluating(twin):
         sample = _draw(twin)
         for name, run in _FORMS.items():
-            reason = f"attention '{attention}' takes no block mask"
+            reason = f"attention '{attention}' does not accept a block mask"
             for own, plan in plans if name in MASKED else [((), ())]:
                 reason = _failure(run, twin, sample, own, tolerance)
                 if not reason:
@@ -162,20 +161,20 @@ def _measure(model: Any, twin: Any, tolerance: float) -> PassForms:
     return PassForms(type(model).__name__, **found, unpadded=unpadded, states=sample.states is not None, reasons=tuple(reasons))
 
 
-def _failure(run: Run, model: nn.Module, sample: Sample, plan: tuple[Reach, ...], tolerance: float) -> str:
-    """Run a form, and return why it is not exact; an empty string if it is."""
+def _failure(run: Run, model: nn.Module, sample: Sample, plan: tuple[AttentionSpan, ...], tolerance: float) -> str:
+    """Run a form, and return the reason why it is not exact; an empty string if it is exact."""
     reset_rope(model)
     try:
         got, expected = run(model, sample, plan)
-    # Models refuse arguments in many ways: each means that the form cannot be used.
+    # Models reject arguments with various exceptions; each means that the form cannot be used.
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
     difference = float((got.float() - expected).abs().max())
-    return "" if difference <= tolerance else f"differs by {difference:.2g} from plain passes"
+    return "" if difference <= tolerance else f"differs by {difference:.2g} from reference passes"
 
 
 def _draw(model: Any) -> Sample:
-    """Draw a sample and run the plain passes."""
+    """Draw a sample and run the reference passes."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -204,34 +203,34 @@ def _draw(model: Any) -> Sample:
 
 
 def _check_causal(model: nn.Module, sequence: Sequence[int], logps: Tensor) -> None:
-    """Refuse a model whose logits depend on later tokens: it would read the answers that it is to predict."""
+    """Raise an error if the logits depend on later tokens, i.e. on the answers that are to be predicted."""
     other = [*sequence[:-1], next(token for token in sequence[:-1] if token != sequence[-1])]
     changed, _ = _plain_pass(model, torch.tensor([other], device=logps.device))
     if not torch.allclose(changed[:-1], logps[:-1], atol=1e-2):
         raise ValueError(
             f"{type(model).__name__} attends to later tokens and cannot be trained or decoded as a causal language model; "
-            "take a decoder, or save this model with is_decoder=True in its configuration"
+            "use a decoder, or save this model with is_decoder=True in its configuration"
         )
 
 
 def _plain_pass(model: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Run one sequence by itself: log-probabilities ``(T - 1,)`` and, where each token has one, the last hidden state ``(1, d)``."""
+    """Run one sequence; return its log-probabilities ``(T - 1,)``, and the hidden state of the last token ``(1, d)`` or ``None``."""
     reset_rope(model)
     try:
         output = model(input_ids=input_ids, output_hidden_states=True, use_cache=False)
     except Exception:
         output = model(input_ids=input_ids, use_cache=False)
     states = getattr(output, "hidden_states", None)
-    # Some return several streams of a layer, stacked.
+    # Some models return several hidden states for each token, stacked in a fourth dimension.
     state = states[-1][:, -1].float() if states is not None and states[-1].ndim == 3 else None
     return selected_token_logps(output.logits[:, :-1], input_ids[:, 1:])[0], state
 
 
-def _run_shared(model: nn.Module, sample: Sample, plan: tuple[Reach, ...]) -> tuple[Tensor, Tensor]:
+def _run_shared(model: nn.Module, sample: Sample, plan: tuple[AttentionSpan, ...]) -> tuple[Tensor, Tensor]:
     return shared_logps(model, *sample.parts, plan=plan), sample.answer_logps
 
 
-def _run_packed(model: nn.Module, sample: Sample, plan: tuple[Reach, ...]) -> tuple[Tensor, Tensor]:
+def _run_packed(model: nn.Module, sample: Sample, plan: tuple[AttentionSpan, ...]) -> tuple[Tensor, Tensor]:
     half = len(sample.sequences) // 2
     rows = [_pack(sample.sequences[:half]), _pack(sample.sequences[half:])]
     device = sample.prompt_ids.device
@@ -244,13 +243,13 @@ def _run_packed(model: nn.Module, sample: Sample, plan: tuple[Reach, ...]) -> tu
 
 
 def _pack(documents: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int]]:
-    """Return tokens, document numbers and positions of documents laid end to end."""
+    """Concatenate documents; return tokens, document numbers and positions."""
     tokens = [token for document in documents for token in document]
     numbers = [number for number, document in enumerate(documents, 1) for _ in document]
     return tokens, numbers, [position for document in documents for position in range(len(document))]
 
 
-def _run_tree(model: nn.Module, sample: Sample, plan: tuple[Reach, ...]) -> tuple[Tensor, Tensor]:
+def _run_tree(model: nn.Module, sample: Sample, plan: tuple[AttentionSpan, ...]) -> tuple[Tensor, Tensor]:
     decoder = TreeDecoder(model, sample.prompt_ids, sample.prompt_mask, plan)
     rows, count, width = sample.answer_ids.shape
     logits = [decoder.logits.expand(-1, count, -1)]
@@ -263,7 +262,7 @@ def _run_tree(model: nn.Module, sample: Sample, plan: tuple[Reach, ...]) -> tupl
     return logps.masked_fill(~sample.answer_mask, 0.0), sample.answer_logps
 
 
-def _run_cached(model: nn.Module, sample: Sample, plan: tuple[Reach, ...]) -> tuple[Tensor, Tensor]:
+def _run_cached(model: nn.Module, sample: Sample, plan: tuple[AttentionSpan, ...]) -> tuple[Tensor, Tensor]:
     decoder = CachedDecoder(model, sample.prompt_ids, sample.prompt_mask)
     ids, mask = sample.answer_ids[:, -1], sample.answer_mask[:, -1]
     logits = [decoder.logits]
@@ -271,35 +270,35 @@ def _run_cached(model: nn.Module, sample: Sample, plan: tuple[Reach, ...]) -> tu
     return selected_token_logps(torch.cat(logits, 1), ids).masked_fill(~mask, 0.0), sample.answer_logps[:, -1]
 
 
-def _run_padded(model: nn.Module, sample: Sample, plan: tuple[Reach, ...]) -> tuple[Tensor, Tensor]:
+def _run_padded(model: nn.Module, sample: Sample, plan: tuple[AttentionSpan, ...]) -> tuple[Tensor, Tensor]:
     return separate_logps(model, *sample.parts, form="padded"), sample.answer_logps
 
 
-def _run_embedding(model: nn.Module, sample: Sample, plan: tuple[Reach, ...], form: RowForm = "padded") -> tuple[Tensor, Tensor]:
+def _run_embedding(model: nn.Module, sample: Sample, plan: tuple[AttentionSpan, ...], form: RowForm = "padded") -> tuple[Tensor, Tensor]:
     if sample.states is None:
-        raise ValueError("the model returns no hidden state for each token")
+        raise ValueError("the model does not return one hidden state for each token")
     input_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, device=sample.states.device) for row in sample.sequences], batch_first=True)
     lengths = torch.tensor([len(row) for row in sample.sequences], device=sample.states.device)
     return states_at_end(model, input_ids, lengths, form=form), sample.states
 
 
-def _run_causal(model: Any, sample: Sample, plan: tuple[Reach, ...]) -> tuple[Tensor, Tensor]:
+def _run_causal(model: Any, sample: Sample, plan: tuple[AttentionSpan, ...]) -> tuple[Tensor, Tensor]:
     if model.config._attn_implementation != "sdpa":
         raise ValueError("attention other than SDPA has no causal kernels")
     return _run_whole(model, sample, "causal")
 
 
-def _run_unpadded(model: nn.Module, sample: Sample, plan: tuple[Reach, ...]) -> tuple[Tensor, Tensor]:
+def _run_unpadded(model: nn.Module, sample: Sample, plan: tuple[AttentionSpan, ...]) -> tuple[Tensor, Tensor]:
     return _run_whole(model, sample, "unpadded")
 
 
 def _run_whole(model: nn.Module, sample: Sample, form: RowForm) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities and hidden states."""
+    """Run whole sequences; return log-probabilities and hidden states, concatenated."""
     got, expected = separate_logps(model, *sample.parts, form=form), sample.answer_logps
     if sample.states is None:
         return got, expected
-    states, plain = _run_embedding(model, sample, (), form)
-    return torch.cat([got.flatten(), states.flatten()]), torch.cat([expected.flatten(), plain.flatten()])
+    states, expected_states = _run_embedding(model, sample, (), form)
+    return torch.cat([got.flatten(), states.flatten()]), torch.cat([expected.flatten(), expected_states.flatten()])
 
 
 _FORMS: dict[str, Run] = {

@@ -1,6 +1,6 @@
-"""Small models of the same class and configuration as another one, to measure what its attention and its state can do.
+"""Small copies of a model, of the same class and configuration, on which the forms of passes are measured.
 
-A twin has random weights in float32, windows short enough to matter in a dozen tokens, and narrow layers where the model is large.
+A copy has random float32 weights, windows so short that a dozen tokens exceed them, and narrow layers if the model is large.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import nn
 from malleable.lightning_modules.functional.language.attention import MASKED_ATTENTION
 
 WINDOW = 4
-ROPE_LENGTH = 6  # some sequences are longer, some are not
-MAX_PARAMETERS = 20_000_000  # of a twin; larger models get narrow ones
+ROPE_LENGTH = 6  # some sequences of the sample are longer, others are not
+MAX_PARAMETERS = 20_000_000  # copies of larger models get narrow layers
 VOCABULARY = 96
-WIDTH = 64  # of narrow feed-forward layers
+WIDTH = 64  # width of narrow feed-forward layers
 EXPERTS = 4
 
 
 def small_windows(config: Any, *, rope: bool = True) -> tuple[Any, float]:
-    """Shorten everything in a configuration beyond whose size layers compute another function.
+    """Shorten all windows in a configuration, i.e. the lengths above which layers compute another function.
 
     Args:
         config: A Hugging Face configuration; not changed.
-        rope: Shorten the length from which rotary embeddings are scaled, too.
+        rope: Also shorten the length above which rotary embeddings are scaled.
 
     Returns:
-        The changed copy, and the longest row in tokens that none of the original sizes touches; infinite where there is none.
+        The changed copy, and the maximum length of a row in tokens that is within all original windows; infinite without windows.
     """
     config = copy.deepcopy(config)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -49,7 +49,7 @@ def _is_window(name: str) -> bool:
 
 
 def _shorten_rope(config: Any, rope: dict[str, Any]) -> float:
-    """Shorten the length from which rotary embeddings are scaled by the row; return the longest row that is not."""
+    """Shorten the length above which rotary embeddings are scaled; return the maximum length of a row without scaling."""
     original: int | None = None
     if rope.get("rope_type") == "dynamic":
         original, config.max_position_embeddings = config.max_position_embeddings, ROPE_LENGTH
@@ -58,19 +58,19 @@ def _shorten_rope(config: Any, rope: dict[str, Any]) -> float:
         rope["original_max_position_embeddings"] = ROPE_LENGTH
         if hasattr(config, "original_max_position_embeddings"):
             config.original_max_position_embeddings = ROPE_LENGTH
-    # Of rows as long as this, rotary embeddings that were scaled before keep their scale.
+    # Rows of exactly this length do not reset embeddings that were scaled before.
     return math.inf if original is None else original - 1
 
 
 def build_twin(model: Any, config: Any) -> nn.Module:
-    """Build a small model on the CPU.
+    """Build a small copy of a model on the CPU.
 
     Args:
-        model: Gives the class and the size; its weights are not read.
-        config: Gives the architecture; not changed.
+        model: Model of the class and size; its weights are not read.
+        config: Configuration of the copy; not changed.
 
     Raises:
-        Exception: Whatever the class raises where it cannot be built narrow.
+        Exception: Any exception of the class, if it cannot be built with narrow layers.
     """
     config = copy.deepcopy(config)
     large = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()) > MAX_PARAMETERS
@@ -78,16 +78,16 @@ def build_twin(model: Any, config: Any) -> nn.Module:
         _narrow(config.get_text_config() if hasattr(config, "get_text_config") else config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # FSDP2 puts a class of its own before the model's.
+    # FSDP2 prepends a class to the MRO.
     kind: Any = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
     attention = getattr(config, "_attn_implementation", None)
-    # Other implementations need a device; without a mask of ours they compute the same.
+    # Other implementations need a GPU; without a custom mask they compute the same function.
     attention = attention if attention in MASKED_ATTENTION else "sdpa"
     if large:
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in kind._from_config(copy.deepcopy(config), dtype=torch.float32).parameters())
         if size > 2 * MAX_PARAMETERS:
-            raise ValueError(f"{kind.__name__} has {size:,} parameters where it should be narrow")
+            raise ValueError(f"the narrow copy of {kind.__name__} has {size:,} parameters, more than {2 * MAX_PARAMETERS:,}")
     with torch.device("cpu"):
         twin: nn.Module = kind._from_config(config, attn_implementation=attention, dtype=torch.float32)
     _draw_weights(twin)
@@ -96,7 +96,7 @@ def build_twin(model: Any, config: Any) -> nn.Module:
 
 @torch.no_grad()
 def _draw_weights(model: nn.Module) -> None:
-    """Draw matrices wide enough that each layer shows in the logits; fresh models start with layers of almost no effect."""
+    """Draw weights with a variance so large that each layer affects the logits; default initialisations are too small for this."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and "A_log" not in name:
@@ -107,7 +107,7 @@ FEED_FORWARD = ("intermediate_size", "moe_intermediate_size", "shared_expert_int
 
 
 def _narrow(config: Any) -> None:
-    """Keep all layers and head widths, but two heads, few experts, and small feed-forward layers and vocabulary."""
+    """Reduce a configuration to two heads, few experts, and a small feed-forward width and vocabulary; keep all layers and head widths."""
     heads = config.num_attention_heads
     grouped = getattr(config, "num_key_value_heads", heads) not in (None, heads)
     config.hidden_size = config.hidden_size * 2 // heads

@@ -1,4 +1,4 @@
-"""Random titles of a catalogue, drawn as a language model would write them.
+"""Sampling of titles of a catalogue from a language model.
 
 Shapes: B rows, R rows still searched, P prompt tokens, S samples, C candidates, N items, V vocabulary.
 """
@@ -15,7 +15,7 @@ from malleable.lightning_modules.functional.keyed_random import keyed_gumbel, ke
 from malleable.lightning_modules.functional.language.decoding import BeamSearch
 from malleable.lightning_modules.functional.language.tree_attention import evaluating
 from malleable.lightning_modules.functional.language.trie import Candidates, Trie
-from malleable.lightning_modules.functional.language.trie_search import NEVER, Decoded, TrieSearch, segment_log_softmax
+from malleable.lightning_modules.functional.language.trie_search import NEG_INF, Decoded, TrieSearch, segment_log_softmax
 
 
 def sample(
@@ -32,23 +32,23 @@ def sample(
     allowed: Tensor | None = None,
     sync_any: Callable[[bool], bool] | None = None,
 ) -> Decoded:
-    """Draw titles from the model, restricted to the catalogue at each token.
+    """Sample titles token by token, restricted at each token to titles of the catalogue.
 
     Args:
         model: Hugging Face causal language model (attention ``eager`` or ``sdpa``).
         trie: The catalogue's titles.
         prompt_ids: ``(B, P)`` int64, padded on the left.
         prompt_mask: ``(B, P)`` bool, True on real tokens.
-        seeds: ``(B,)`` int64. A row's samples depend on its own prompt and seed only, whatever batch or rank it is in.
+        seeds: ``(B,)`` int64. The samples of a row depend only on its prompt and seed, not on the batch or rank.
         num_samples: S.
-        temperature: Divides the logits, >= 0; 0 takes the most probable token each time, as one beam would.
-        top_p: Draw among the most probable tokens that make up this probability, in (0, 1].
-        distinct: Draw without replacement.
-        allowed: ``(N,)`` or ``(B, N)`` bool, the items that may be drawn; ``None`` allows all.
+        temperature: Divides the logits, >= 0; 0 selects the most probable token (greedy search).
+        top_p: Sample from the most probable tokens that together have this probability, in (0, 1].
+        distinct: Sample without replacement.
+        allowed: ``(N,)`` or ``(B, N)`` bool, the items that may be sampled; ``None`` allows all.
         sync_any: As in :func:`beam_search`.
 
     Returns:
-        Items ``(B, S)`` in the order drawn, -1 where there is none, and the log-probability with which a single draw gives each.
+        Items ``(B, S)`` in the order of sampling, padded with -1, and the log-probability of each under sampling with replacement.
 
     Raises:
         ValueError: If ``temperature``, ``top_p`` or ``num_samples`` is out of range, or if there is not one seed for each row.
@@ -65,11 +65,11 @@ def sample(
         raise ValueError(f"seeds must hold one number for each of the {len(prompt_ids)} rows, got shape {tuple(seeds.shape)}")
     method = WithoutReplacement if distinct else WithReplacement
     with evaluating(model):
-        return method(model, trie, prompt_ids, prompt_mask, allowed, Draw(seeds, num_samples, temperature, top_p)).run(sync_any)
+        return method(model, trie, prompt_ids, prompt_mask, allowed, SamplingOptions(seeds, num_samples, temperature, top_p)).run(sync_any)
 
 
-class Draw(NamedTuple):
-    """How to draw; see :func:`sample`."""
+class SamplingOptions(NamedTuple):
+    """Arguments of :func:`sample` that control the distribution."""
 
     seeds: Tensor
     num_samples: int
@@ -78,11 +78,11 @@ class Draw(NamedTuple):
 
 
 class WithReplacement(TrieSearch):
-    """Independent walks down the trie; those at one node share its forward pass. The arguments are those of :func:`sample`.
+    """Independent samples; samples at the same node share a forward pass. The arguments are those of :func:`sample`.
 
     Attributes:
-        place: ``(R, S)`` int64, which of its row's nodes each sample stands at.
-        walking: ``(R, S)`` bool, False once a sample's title is settled.
+        place: ``(R, S)`` int64, index of the current node of each sample among the nodes of its row.
+        active: ``(R, S)`` bool, False once the title of a sample is determined.
     """
 
     def __init__(
@@ -92,47 +92,47 @@ class WithReplacement(TrieSearch):
         prompt_ids: Tensor,
         prompt_mask: Tensor,
         allowed: Tensor | None,
-        draw: Draw,
+        draw: SamplingOptions,
     ) -> None:
         super().__init__(model, trie, prompt_ids, prompt_mask, allowed)
         self.draw = draw
         self.seeds = draw.seeds[:, None]
         self.place = self.node.expand(-1, draw.num_samples)
-        self.walking = self.live.expand(-1, draw.num_samples)
+        self.active = self.live.expand(-1, draw.num_samples)
         self.item = torch.full_like(self.place, -1)
-        self.score = torch.zeros(self.walking.shape, dtype=torch.float32, device=self.walking.device).masked_fill(~self.walking, NEVER)
+        self.score = torch.zeros(self.active.shape, dtype=torch.float32, device=self.active.device).masked_fill(~self.active, NEG_INF)
 
     def result(self) -> Decoded:
         """Return the samples."""
         return Decoded(self.item, self.score)
 
-    def select(self, keep: Tensor) -> None:
-        """Keep some rows only."""
-        super().select(keep)
-        self.seeds, self.place, self.walking = self.seeds[keep], self.place[keep], self.walking[keep]
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows."""
+        super().select(rows)
+        self.seeds, self.place, self.active = self.seeds[rows], self.place[rows], self.active[rows]
 
     def advance(self, logits: Tensor, width: int) -> None:
-        """Draw a child for each sample, settle those that lead to a single title, and gather the others' nodes."""
+        """Sample a child for each sample, finish samples that lead to a single title, and gather the nodes of the others."""
         candidates = self.view.expand(self.node, self.live, width)
-        logps = tempered(self.child_logits(logits, candidates), candidates.beam, logits.shape[1], self.draw)
+        logps = truncated_log_softmax(self.child_logits(logits, candidates), candidates.beam, logits.shape[1], self.draw)
         chosen = self._choose(logps, candidates.beam)
         node = candidates.node.gather(1, chosen)
-        self.score[self.rows] += logps.gather(1, chosen).masked_fill(~self.walking, 0.0)
-        settled = self.walking & (self.view.count(node) == 1)
+        self.score[self.rows] += logps.gather(1, chosen).masked_fill(~self.active, 0.0)
+        finished = self.active & (self.view.count(node) == 1)
         item = self.view.item(self.view.leaf(node))
-        self.item[self.rows] = torch.where(settled, item, self.item[self.rows])
-        self.walking = self.walking & ~settled
-        # candidates that some sample walks on from become the next nodes, in their order
-        taken = torch.zeros_like(candidates.node).scatter_reduce(1, chosen, self.walking.long(), "amax")
+        self.item[self.rows] = torch.where(finished, item, self.item[self.rows])
+        self.active = self.active & ~finished
+        # the candidates of active samples become the next nodes, in their order
+        taken = torch.zeros_like(candidates.node).scatter_reduce(1, chosen, self.active.long(), "amax")
         self.place = (taken.cumsum(1) - 1).gather(1, chosen).clamp(min=0)
         top = taken.sort(dim=1, descending=True, stable=True)
         self.node, self.parent = candidates.node.gather(1, top.indices), candidates.beam.gather(1, top.indices)
         self.live = top.values > 0
 
     def _choose(self, logps: Tensor, segment: Tensor) -> Tensor:
-        """Choose a candidate of its node for each sample, ``(R, S)``, by the inverse of the cumulative probabilities."""
+        """Sample a candidate of its node for each sample, ``(R, S)``, by inverse transform sampling."""
         ends = logps.double().exp().cumsum(1)
-        # probabilities up to the end of each node's candidates, and up to their start
+        # cumulative probability at the end and at the start of the candidates of each node
         upto = ends.new_zeros(len(ends), self.node.shape[1]).scatter_reduce(1, segment, ends, "amax").cummax(1).values
         start = torch.nn.functional.pad(upto[:, :-1], (1, 0)).gather(1, self.place)
         counter = torch.arange(self.place.shape[1], device=ends.device) * self.trie.max_length + self.depth
@@ -141,27 +141,27 @@ class WithReplacement(TrieSearch):
 
 
 class WithoutReplacement(BeamSearch):
-    """Stochastic beams: log-probabilities with Gumbel noise whose maximum over siblings is their parent's.
+    """Stochastic beam search: log-probabilities with Gumbel noise, whose maximum over siblings equals the value of their parent.
 
     The arguments are those of :func:`sample`.
     """
 
-    def __init__(self, model: nn.Module, trie: Trie, prompt_ids: Tensor, prompt_mask: Tensor, allowed: Tensor | None, draw: Draw) -> None:
+    def __init__(self, model: nn.Module, trie: Trie, prompt_ids: Tensor, prompt_mask: Tensor, allowed: Tensor | None, draw: SamplingOptions) -> None:
         super().__init__(model, trie, prompt_ids, prompt_mask, allowed, draw.num_samples, draw.num_samples, renormalize=True)
         self.draw = draw
         self.seeds = draw.seeds[:, None]
 
-    def select(self, keep: Tensor) -> None:
-        """Keep some rows only."""
-        super().select(keep)
-        self.seeds = self.seeds[keep]
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows."""
+        super().select(rows)
+        self.seeds = self.seeds[rows]
 
     def log_probs(self, logits: Tensor, candidates: Candidates) -> Tensor:
-        """Return the log-probability of each candidate after its parent, tempered and cut, ``(R, C)``."""
-        return tempered(self.child_logits(logits, candidates), candidates.beam, logits.shape[1], self.draw)
+        """Return the log-probability of each candidate given its parent, with temperature and top-p, ``(R, C)``."""
+        return truncated_log_softmax(self.child_logits(logits, candidates), candidates.beam, logits.shape[1], self.draw)
 
     def priorities(self, candidates: Candidates, score: Tensor) -> Tensor:
-        """Perturb the scores."""
+        """Return the scores with Gumbel noise, ``(R, C)``."""
         noisy = score + keyed_gumbel(self.seeds, candidates.node)
         shape = (len(score), self.node.shape[1])
         peak = score.new_full(shape, torch.finfo(score.dtype).min).scatter_reduce(1, candidates.beam, noisy, "amax").gather(1, candidates.beam)
@@ -169,14 +169,14 @@ class WithoutReplacement(BeamSearch):
         # -log(exp(-parent) - exp(-peak) + exp(-noisy)), as in the paper's appendix B.3
         shift = parent - noisy + torch.log1p(-(noisy - peak).exp())
         priority = parent - shift.clamp(min=0) - torch.log1p((-shift.abs()).exp())
-        return priority.masked_fill(score == NEVER, NEVER)
+        return priority.masked_fill(score == NEG_INF, NEG_INF)
 
 
-def tempered(logits: Tensor, segment: Tensor, num_segments: int, draw: Draw) -> Tensor:
-    """Normalise the children of each node, sharpened and cut to the most probable ones.
+def truncated_log_softmax(logits: Tensor, segment: Tensor, num_segments: int, draw: SamplingOptions) -> Tensor:
+    """Compute the log-probabilities of the children of each node, with temperature and top-p.
 
     Args:
-        logits: ``(R, C)`` float32, ``-inf`` on children that are not allowed.
+        logits: ``(R, C)`` float32, ``-inf`` for children that are not allowed.
         segment: ``(R, C)`` int64, ascending, the node of each child.
         num_segments: Number of nodes.
         draw: Temperature and top-p.
@@ -188,13 +188,13 @@ def tempered(logits: Tensor, segment: Tensor, num_segments: int, draw: Draw) -> 
     if draw.temperature > 0 and draw.top_p == 1:
         return logps
     order = logps.sort(dim=1, descending=True, stable=True).indices
-    order = order.gather(1, segment.gather(1, order).sort(dim=1, stable=True).indices)  # by node, the best child first
+    order = order.gather(1, segment.gather(1, order).sort(dim=1, stable=True).indices)  # by node, then by descending probability
     best = torch.nn.functional.pad(segment.diff(dim=1) > 0, (1, 0), value=True)
     if draw.temperature == 0:
-        kept = best
+        selected = best
     else:
         probs = logps.gather(1, order).double().exp()
         before = probs.cumsum(1) - probs
-        kept = best | (before - (before * best).cummax(1).values < draw.top_p)
-    kept = torch.zeros_like(kept).scatter(1, order, kept)
-    return segment_log_softmax(logps.masked_fill(~kept, NEVER), segment, num_segments)
+        selected = best | (before - (before * best).cummax(1).values < draw.top_p)
+    selected = torch.zeros_like(selected).scatter(1, order, selected)
+    return segment_log_softmax(logps.masked_fill(~selected, NEG_INF), segment, num_segments)

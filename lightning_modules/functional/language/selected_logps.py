@@ -1,6 +1,6 @@
-"""Log-probabilities of chosen tokens without a float32 copy of the logits.
+"""Log-probabilities of selected tokens without a float32 copy of the logits.
 
-Shapes: B rows, T positions, N chosen tokens a row, V vocabulary.
+Shapes: B rows, T positions, N selected tokens of a row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits in float32 at a time: 2 MiB stay in a processor's cache; on an accelerator 128 MiB, so that launches do not count.
+# Number of logits converted to float32 at once: 2 MiB fit the cache of a CPU; 128 MiB on an accelerator make launch overhead negligible.
 CHUNK = 1 << 19
 ACCELERATOR_CHUNK = 1 << 25
 
 
 def selected_token_logps(logits: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Compute the log-probabilities of chosen tokens in float32 from logits of any floating-point type.
+    """Compute the log-probabilities of selected tokens in float32 from logits of any floating-point dtype.
 
-    Equals ``logits.log_softmax(-1, dtype=torch.float32)`` indexed at ``positions`` and ``targets``, but only parts of the logits are ever
-    converted to float32. Between forward and backward the logits themselves and one float32 number a position are stored; backward
-    allocates the gradient in the type of the logits. For bfloat16 the peak is ``2 B T V`` numbers of 2 bytes plus one part, where
-    ``log_softmax`` takes the logits and about three float32 copies (14 bytes a logit instead of 4).
+    Equals ``logits.log_softmax(-1, dtype=torch.float32)`` indexed at ``positions`` and ``targets``, but converts only a part of the logits to float32
+    at once. Between forward and backward pass, the logits and one float32 number for each position are stored. The backward pass allocates the
+    gradient in the dtype of the logits. For bfloat16, peak memory is 4 bytes for each logit, against 14 bytes for ``log_softmax``, which needs the
+    logits and about three float32 copies.
 
-    The gradient can be differentiated again (``create_graph=True``), at the memory of ``log_softmax``.
+    Second derivatives are supported (``create_graph=True``), with the memory of ``log_softmax``.
 
     Args:
-        logits: ``(B, T, V)``; float64 stays float64.
-        targets: ``(B, N)`` int64, the chosen tokens.
-        positions: ``(B, N)`` int64, the position of each chosen token's logits; default: ``N = T``, one token a position in order.
+        logits: ``(B, T, V)``; float64 is not converted.
+        targets: ``(B, N)`` int64, the selected tokens.
+        positions: ``(B, N)`` int64, position of the logits of each selected token; default: one token for each position, N = T.
 
     Returns:
         ``(B, N)`` float32 (float64 for float64 logits), in nats.
@@ -43,7 +43,7 @@ def selected_token_logps(logits: Tensor, targets: Tensor, positions: Tensor | No
 
 
 class _SelectedLogps(torch.autograd.Function):
-    """Chosen log-probabilities ``(N,)`` of logits ``(R, V)`` at ``place`` (rows) and ``targets`` (columns)."""
+    """Log-probabilities ``(N,)`` of logits ``(R, V)`` at rows ``place`` and columns ``targets``."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, place: Tensor) -> Tensor:
@@ -56,14 +56,14 @@ class _SelectedLogps(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, total, targets, place = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # Products with second derivatives are asked for: only operations that autograd records can give them.
+            # Second derivatives (create_graph=True) need operations that autograd records.
             return _recorded_gradient(logits, targets, place, grad), None, None
         weight = torch.zeros_like(total).index_put_((place,), grad, accumulate=True)
         result = torch.empty_like(logits)
         size, vocab = _part(logits), logits.shape[1]
         for start in range(0, len(logits), size):
             part = (logits[start : start + size] - total[start : start + size, None]).exp_().mul_(-weight[start : start + size, None])
-            # Tokens of other parts add 0 to the first logit: boolean indexing would synchronise with the device.
+            # Tokens of other parts add 0 to the first logit, because boolean indexing would synchronise with the device.
             inside = (place >= start) & (place < start + size)
             column = torch.where(inside, (place - start) * vocab + targets, 0)
             part.view(-1).index_put_((column,), torch.where(inside, grad, 0.0), accumulate=True)
@@ -72,12 +72,12 @@ class _SelectedLogps(torch.autograd.Function):
 
 
 def _recorded_gradient(logits: Tensor, targets: Tensor, place: Tensor, grad: Tensor) -> Tensor:
-    """Compute the gradient of chosen log-probabilities by operations that autograd records, ``(R, V)``."""
+    """Compute the gradient of the log-probabilities, ``(R, V)``, with operations that autograd records."""
     weight = torch.zeros(len(logits), dtype=grad.dtype, device=grad.device).index_put((place,), grad, accumulate=True)
     result = -weight[:, None] * logits.to(grad.dtype).softmax(-1)
     return result.index_put((place, targets), grad, accumulate=True).to(logits.dtype)
 
 
 def _part(logits: Tensor) -> int:
-    """Rows of ``(R, V)`` logits that are converted at a time."""
+    """Return the number of rows of ``(R, V)`` logits that are converted at once."""
     return max(1, (CHUNK if logits.device.type == "cpu" else ACCELERATOR_CHUNK) // logits.shape[1])

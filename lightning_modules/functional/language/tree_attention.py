@@ -1,4 +1,4 @@
-"""Decoding many continuations of a prompt in one row: they share the prompt's cache, and no beam is ever copied or reordered.
+"""Decoding of several continuations of a prompt in one row, which share the cache of the prompt and need no reordering of beams.
 
 Shapes: R rows, P prompt tokens, n tokens of a step, X tokens fed after the prompt so far, V vocabulary, H heads, D head width.
 """
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from malleable.lightning_modules.functional.language.attention import Reach, document_mask, model_mask
+from malleable.lightning_modules.functional.language.attention import AttentionSpan, document_mask, model_mask
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run without gradients and dropout; afterwards each submodule is in the mode it was in."""
+    """Run without gradients and in evaluation mode; restore the mode of each submodule afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -29,10 +29,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class SharedCache:
-    """Keys and values of prompt and tree, in growing buffers.
+    """Cache of the keys and values of prompt and tree.
 
-    It offers what Hugging Face's attention layers ask of a cache when masks and positions are given. All keys stay, also those beyond a sliding
-    window: masks hide them. Its buffers grow by doubling, where a ``DynamicCache`` copies all keys and values at every step.
+    It implements the part of the cache interface of Hugging Face that attention layers use when masks and positions are given. It keeps keys outside
+    a sliding window, which masks exclude. Buffers grow by doubling; a ``DynamicCache`` copies all keys and values in every step.
     """
 
     is_compileable = False
@@ -45,11 +45,11 @@ class SharedCache:
 
     @property
     def is_sliding(self) -> list[bool]:
-        """Return whether each layer drops keys beyond its window."""
+        """Return whether each layer drops keys outside its window: False for all."""
         return [False] * len(self.keys)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append ``(R, H, n, D)`` keys and values to a layer and return all of them."""
+        """Append keys and values ``(R, H, n, D)`` to a layer; return all of its keys and values."""
         if layer_idx == len(self.keys):
             self.keys.append(key_states)
             self.values.append(value_states)
@@ -59,57 +59,57 @@ class SharedCache:
         start = self.lengths[layer_idx]
         end = start + key_states.shape[-2]
         if end > self.keys[layer_idx].shape[-2]:
-            room = self.prompt_length + 2 * (end - self.prompt_length)
-            self.keys[layer_idx] = _with_room(self.keys[layer_idx][..., :start, :], room)
-            self.values[layer_idx] = _with_room(self.values[layer_idx][..., :start, :], room)
+            capacity = self.prompt_length + 2 * (end - self.prompt_length)
+            self.keys[layer_idx] = _copy_to_buffer(self.keys[layer_idx][..., :start, :], capacity)
+            self.values[layer_idx] = _copy_to_buffer(self.values[layer_idx][..., :start, :], capacity)
         self.keys[layer_idx][..., start:end, :] = key_states
         self.values[layer_idx][..., start:end, :] = value_states
         self.lengths[layer_idx] = end
         return self.keys[layer_idx][..., :end, :], self.values[layer_idx][..., :end, :]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of tokens a layer holds."""
+        """Return the number of tokens in the cache of a layer."""
         return self.lengths[layer_idx] if layer_idx < len(self.lengths) else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return the length and the offset of the keys that ``query_length`` further tokens will see."""
+        """Return the length and the offset of the keys that the next ``query_length`` tokens attend to."""
         return self.get_seq_length(layer_idx) + query_length, 0
 
     def select(self, rows: Tensor) -> None:
-        """Keep some rows only."""
+        """Keep only these rows."""
         self.keys = [keys[..., :length, :][rows] for keys, length in zip(self.keys, self.lengths, strict=True)]
         self.values = [values[..., :length, :][rows] for values, length in zip(self.values, self.lengths, strict=True)]
 
 
-def _with_room(states: Tensor, length: int) -> Tensor:
-    """Copy ``(R, H, X, D)`` into a buffer of ``length`` columns."""
+def _copy_to_buffer(states: Tensor, length: int) -> Tensor:
+    """Copy states ``(R, H, X, D)`` to a new buffer with ``length`` columns."""
     buffer = states.new_empty(*states.shape[:-2], length, states.shape[-1])
     buffer[..., : states.shape[-2], :] = states
     return buffer
 
 
 class TreeDecoder:
-    """Feeds the tokens of a tree of continuations, a level at a time.
+    """Decoder of a tree of continuations, one level at a time.
 
-    The tokens of a step are further columns of the prompt's row. A mask lets each see the prompt and its own ancestors, and
-    positions restart after the prompt, so that every token computes what it would at the end of its own sequence.
+    The tokens of a step are appended as columns to the row of the prompt. Each token attends to the prompt and to its ancestors, and its position is
+    its depth after the prompt. The result therefore equals that of a separate sequence for each token.
 
     Args:
-        model: Hugging Face causal language model with a key-value cache, under an attention implementation that takes
-            4-D masks (``eager`` or ``sdpa``), which uses the ``position_ids`` it is given.
+        model: Hugging Face causal language model with a key-value cache, an attention implementation that accepts 4-D masks (``eager`` or ``sdpa``),
+            and support for ``position_ids``.
         prompt_ids: ``(R, P)`` int64, padded on the left.
         prompt_mask: ``(R, P)`` bool, True on real tokens.
-        plan: Reach of the model's layers; see :func:`~malleable.lightning_modules.functional.language.attention.model_mask`.
+        plan: Attention spans of the model's layers; see :func:`~malleable.lightning_modules.functional.language.attention.model_mask`.
 
     Attributes:
-        logits: ``(R, 1, V)``, at the prompt's last token.
+        logits: ``(R, 1, V)``, at the last token of the prompt.
 
     Source:
         Miao et al. (2024), SpecInfer, arXiv:2305.09781, tree attention.
-        Differs: the tree is searched, not verified; finished rows leave.
+        Differs: the tree is searched instead of verified; finished rows are removed.
     """
 
-    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, plan: tuple[Reach, ...] = ()) -> None:
+    def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, plan: tuple[AttentionSpan, ...] = ()) -> None:
         self.model, self.plan = model, plan
         self.prompt_mask = prompt_mask.bool()
         self.lengths = self.prompt_mask.sum(1, keepdim=True)
@@ -131,9 +131,9 @@ class TreeDecoder:
 
         Args:
             tokens: ``(R, n)`` int64.
-            parent: ``(R, n)`` int64, which token of the previous call (of the prompt: 0) each one descends from.
-            depth: Number of tokens between the prompt's end and each token; an int or ``(R, n)`` int64.
-            within: ``(R, n, n)`` bool, which tokens of this call each token sees; default: itself.
+            parent: ``(R, n)`` int64, index in the previous call of the parent of each token; 0 in the first call.
+            depth: Number of tokens between the end of the prompt and each token; an int or ``(R, n)`` int64.
+            within: ``(R, n, n)`` bool, which tokens of this call each token attends to; default: itself.
 
         Returns:
             Logits ``(R, n, V)``.
@@ -157,11 +157,11 @@ class TreeDecoder:
         return logits
 
     def select(self, rows: Tensor) -> None:
-        """Keep some rows only."""
+        """Keep only these rows."""
         self.cache.select(rows)
         self.prompt_mask, self.lengths, self.visible = self.prompt_mask[rows], self.lengths[rows], self.visible[rows]
         self.positions = self.positions[rows]
 
     def idle(self) -> None:
-        """Run the model without effect, to keep step with ranks that still have work."""
+        """Run the model and discard the result, because sharded weights require all ranks to run it equally often."""
         self.model(input_ids=self.lengths.new_zeros(1, 1), use_cache=False)

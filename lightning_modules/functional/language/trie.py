@@ -1,4 +1,4 @@
-"""The catalogue's titles as a prefix tree on the device.
+"""Prefix tree of the titles of a catalogue, as tensors.
 
 Shapes: N items, L leaves (distinct titles), M nodes, R rows, W beams, C candidates.
 """
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 class Trie:
     """Prefix tree of token sequences; each leaf is one distinct title.
 
-    Nodes are numbered level by level from the root, 0, so that the children of a node are neighbours, in the order of their
-    tokens. Leaves are numbered in depth-first order, so that the leaves below a node are neighbours too.
+    Nodes are numbered level by level from the root, 0, so that the children of a node have consecutive numbers, in the order of their tokens. Leaves
+    are numbered in depth-first order, so that the leaves below a node have consecutive numbers, too.
 
     Attributes:
         token: ``(M,)`` int64, the token that leads to each node; 0 at the root.
@@ -30,11 +30,11 @@ class Trie:
         num_children: ``(M,)`` int64; 0 at leaves.
         first_leaf: ``(M,)`` int64, the first leaf at or below each node.
         last_leaf: ``(M,)`` int64, one past the last leaf at or below each node.
-        item_leaf: ``(N,)`` int64, the leaf of each item; items with equal titles share one.
-        title_start: ``(L,)`` int64, where each leaf's title starts in ``title_token``.
-        title_length: ``(L,)`` int64, tokens of each leaf's title.
-        title_token: Tokens of all titles, leaf after leaf.
-        max_length: Tokens of the longest title.
+        item_leaf: ``(N,)`` int64, the leaf of each item; items with equal titles share a leaf.
+        title_start: ``(L,)`` int64, start of the title of each leaf in ``title_token``.
+        title_length: ``(L,)`` int64, number of tokens of the title of each leaf.
+        title_token: Tokens of all titles, in the order of the leaves.
+        max_length: Number of tokens of the longest title.
         max_token: Largest token id.
         duplicates: Items that share a title, one tuple for each such title.
     """
@@ -60,7 +60,7 @@ class Trie:
             token_ids: Tokens of each item's title, in item order, each title ending with the end-of-sequence token.
 
         Raises:
-            ValueError: If there is no item, if a title is empty, or if a title is the beginning of another one.
+            ValueError: If there is no item, if a title is empty, or if a title is a prefix of another one.
         """
         if not token_ids:
             raise ValueError("a trie needs at least one item, got an empty catalogue")
@@ -71,7 +71,7 @@ class Trie:
         for shorter, longer in pairwise(distinct):
             if longer[: len(shorter)] == shorter:
                 raise ValueError(
-                    f"the title of item {titles.index(shorter)} is the beginning of the title of item {titles.index(longer)}; "
+                    f"the title of item {titles.index(shorter)} is a prefix of the title of item {titles.index(longer)}; "
                     f"end every title with the end-of-sequence token"
                 )
         leaf_of = {title: leaf for leaf, title in enumerate(distinct)}
@@ -89,7 +89,7 @@ class Trie:
         )
 
     def to(self, device: torch.device | str) -> Trie:
-        """Return the tree with its tables on ``device``."""
+        """Return the tree with its tensors on ``device``."""
         tables: dict[str, Any] = {field.name: value.to(device) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
         return replace(self, **tables)
 
@@ -98,7 +98,7 @@ class Trie:
         return len(self.item_leaf)
 
     def restrict(self, allowed: Tensor | None = None) -> TrieView:
-        """Return the tree without the items that are not allowed.
+        """Return a view of the tree with the allowed items only.
 
         Args:
             allowed: ``(N,)`` or ``(B, N)`` bool; ``None`` allows every item.
@@ -121,12 +121,12 @@ class Trie:
 
 
 class Candidates(NamedTuple):
-    """The children of a row's beams, laid end to end.
+    """Children of the beams of each row, concatenated.
 
     Attributes:
-        beam: ``(R, C)`` int64, the beam each candidate continues.
+        beam: ``(R, C)`` int64, index of the parent beam.
         node: ``(R, C)`` int64.
-        valid: ``(R, C)`` bool, False on padding and where no allowed item lies below.
+        valid: ``(R, C)`` bool, False for padding and for nodes without an allowed item below.
     """
 
     beam: Tensor
@@ -136,12 +136,12 @@ class Candidates(NamedTuple):
 
 @dataclass(frozen=True)
 class TrieView:
-    """A tree of which each row sees the allowed items only.
+    """View of a tree with the allowed items of each row.
 
     Attributes:
-        trie: The whole tree.
-        leaf_item: ``(1 or R, L)`` int64, the lowest allowed item of each leaf, N where there is none.
-        leaves_before: ``(1 or R, L + 1)`` int64, allowed leaves before each leaf.
+        trie: The complete tree.
+        leaf_item: ``(1 or R, L)`` int64, the lowest allowed item of each leaf, N if there is none.
+        leaves_before: ``(1 or R, L + 1)`` int64, number of allowed leaves before each leaf.
     """
 
     trie: Trie
@@ -149,7 +149,7 @@ class TrieView:
     leaves_before: Tensor
 
     def select(self, rows: Tensor) -> TrieView:
-        """Return the view of some rows."""
+        """Return the view of these rows."""
         if len(self.leaf_item) == 1:
             return self
         return TrieView(self.trie, self.leaf_item[rows], self.leaves_before[rows])
@@ -160,10 +160,10 @@ class TrieView:
         return before.gather(1, self.trie.last_leaf[node]) - before.gather(1, self.trie.first_leaf[node])
 
     def leaf(self, node: Tensor) -> Tensor:
-        """Find the first allowed leaf at or below each node, ``(R, W)`` int64; nodes without one give some leaf."""
+        """Find the first allowed leaf at or below each node, ``(R, W)`` int64; arbitrary for nodes without one."""
         before = self.leaves_before
         rank = before.expand(len(node), -1).gather(1, self.trie.first_leaf[node])
-        # One row for all stays one row: a copy for each would be (R, L + 1) in every step.
+        # Do not expand a common row: that would copy (R, L + 1) numbers in every step.
         return (torch.searchsorted(before[0] if len(before) == 1 else before, rank + 1) - 1).clamp(max=self.leaf_item.shape[1] - 1)
 
     def item(self, leaf: Tensor) -> Tensor:
@@ -171,12 +171,12 @@ class TrieView:
         return self.leaf_item.expand(len(leaf), -1).gather(1, leaf)
 
     def expand(self, node: Tensor, live: Tensor, width: int) -> Candidates:
-        """Lay out the children of the live beams.
+        """Return the children of the live beams.
 
         Args:
-            node: ``(R, W)`` int64.
+            node: ``(R, W)`` int64, the node of each beam.
             live: ``(R, W)`` bool.
-            width: Largest number of children of a row's live beams.
+            width: C, maximum over the rows of the number of children of live beams.
         """
         counts = self.trie.num_children[node] * live
         ends = counts.cumsum(1)
@@ -193,7 +193,7 @@ def _link(titles: Sequence[tuple[int, ...]], lengths: Tensor) -> dict[str, Tenso
     table = torch.full((len(titles), int(lengths.max()) + 1), -1)
     for index, title in enumerate(titles):
         table[index, 1 : len(title) + 1] = torch.tensor(title)
-    table[:, 0] = 0  # the root, as a token that all titles begin with
+    table[:, 0] = 0  # the root, as a first token that all titles share
     starts = torch.ones_like(table, dtype=torch.bool)
     starts[1:] = (table[1:] != table[:-1]).cumsum(1) > 0
     is_node = starts & (table >= 0)
@@ -203,7 +203,7 @@ def _link(titles: Sequence[tuple[int, ...]], lengths: Tensor) -> dict[str, Tenso
     token = table.T[level, row]
     parent = number[level - 1, row][1:]
     num_children = torch.bincount(parent, minlength=len(token))
-    # a node's leaves end where the next prefix of its length starts
+    # the leaves of a node end where the next prefix of the same length starts
     ends = torch.where(starts, torch.arange(len(titles))[:, None], len(titles)).flip(0).cummin(0).values.flip(0)
     ends = torch.nn.functional.pad(ends[1:], (0, 0, 0, 1), value=len(titles))
     return {
@@ -223,6 +223,6 @@ def _duplicates(leaves: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     shared = tuple(tuple(group) for group in groups.values() if len(group) > 1)
     if shared:
         log.warning(
-            "%d titles are shared by several items (e.g. items %s); decoding returns the lowest allowed id of each", len(shared), list(shared[0])
+            "%d titles belong to several items each (e.g. items %s); decoding returns only the lowest allowed id", len(shared), list(shared[0])
         )
     return shared

@@ -1,4 +1,4 @@
-"""The loop that all searches of a trie share: feed the live nodes of each row, choose among their children, again.
+"""Base class of searches in a trie, which run the model on the live nodes of each row and select among their children.
 
 Shapes: B rows, R rows still searched, P prompt tokens, W nodes fed in a row, C candidates, S segments, V vocabulary.
 """
@@ -17,18 +17,18 @@ from malleable.lightning_modules.functional.language.tree_attention import TreeD
 from malleable.lightning_modules.functional.language.trie import Candidates, Trie
 from malleable.lightning_modules.functional.language.whole_rows import RowDecoder
 
-NEVER = -torch.inf
-CHUNK = 1 << 19  # logits normalised at a time: 2 MiB in float32 stay in a processor's cache
-ACCELERATOR_CHUNK = 1 << 26  # 256 MiB, so that launches do not count
-MIN_LIVE_SHARE = 0.75  # once fewer of the rows than this are still searched, the others leave the batch
+NEG_INF = -torch.inf
+CHUNK = 1 << 19  # logits normalised at once: 2 MiB in float32 fit the cache of a CPU
+ACCELERATOR_CHUNK = 1 << 26  # 256 MiB make launch overhead negligible
+MIN_LIVE_SHARE = 0.75  # finished rows are removed from the batch when the share of unfinished rows falls below this
 
 
 class Decoded(NamedTuple):
     """Items of each row and their scores.
 
     Attributes:
-        item_ids: ``(B, k)`` int64, -1 where there are fewer than k.
-        scores: ``(B, k)`` float32, in nats, ``-inf`` beside -1.
+        item_ids: ``(B, k)`` int64, padded with -1.
+        scores: ``(B, k)`` float32, in nats, ``-inf`` for padding.
     """
 
     item_ids: Tensor
@@ -36,7 +36,7 @@ class Decoded(NamedTuple):
 
 
 class TrieSearch(ABC):
-    """Rows that walk down a trie, several nodes of a level at a time.
+    """Search in a trie, level by level, with several nodes of each row at a time.
 
     Args:
         model: Hugging Face causal language model; see :class:`TreeDecoder`.
@@ -46,14 +46,14 @@ class TrieSearch(ABC):
         allowed: ``(N,)`` or ``(B, N)`` bool; ``None`` allows every item.
 
     Attributes:
-        rows: ``(R,)`` int64, the rows still in the batch.
-        node: ``(R, W)`` int64, the nodes to be fed next.
-        live: ``(R, W)`` bool; live nodes stand before the others.
-        parent: ``(R, W)`` int64, the token of the previous call that each node follows.
-        depth: Tokens between the prompt and the nodes.
+        rows: ``(R,)`` int64, the rows that are still in the batch.
+        node: ``(R, W)`` int64, the nodes whose tokens are fed next.
+        live: ``(R, W)`` bool; live nodes come first.
+        parent: ``(R, W)`` int64, index in the previous call of the token before each node.
+        depth: Number of tokens between the prompt and the nodes.
 
     Raises:
-        ValueError: If the trie has tokens that the model has not, or if ``allowed`` has another number of rows.
+        ValueError: If the trie has tokens outside the model's vocabulary, or if ``allowed`` has another number of rows.
     """
 
     def __init__(self, model: nn.Module, trie: Trie, prompt_ids: Tensor, prompt_mask: Tensor, allowed: Tensor | None) -> None:
@@ -66,7 +66,7 @@ class TrieSearch(ABC):
         self.decoder = beam_decoder(model, prompt_ids, prompt_mask, trie.max_length)
         vocab_size = self.decoder.logits.shape[2]
         if trie.max_token >= vocab_size:
-            raise ValueError(f"the titles have token {trie.max_token}, but the model knows {vocab_size} tokens; use the model's own tokenizer")
+            raise ValueError(f"the titles contain token {trie.max_token}, but the model has {vocab_size} tokens; use the tokenizer of the model")
         self.rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
         self.node = prompt_ids.new_zeros(len(prompt_ids), 1)
         self.live = self.view.count(self.node) > 0
@@ -74,10 +74,10 @@ class TrieSearch(ABC):
         self.depth = 0
 
     def run(self, sync_any: Callable[[bool], bool] | None = None) -> Decoded:
-        """Search until no row has a live node; ranks that finish early keep step with the others where ``sync_any`` is given."""
+        """Search until no row has a live node; with ``sync_any``, ranks that finish early run the model as often as the others."""
         self.advance(self.decoder.logits, int(self.trie.num_children[0]))
         while True:
-            num_rows, num_nodes, width, num_branching = self._survey()
+            num_rows, num_nodes, width, num_branching = self._count_live()
             if not (sync_any or bool)(num_rows > 0):
                 return self.result()
             if num_rows == 0:
@@ -90,45 +90,45 @@ class TrieSearch(ABC):
 
     @abstractmethod
     def advance(self, logits: Tensor, width: int) -> None:
-        """Choose the next nodes.
+        """Select the next nodes.
 
         Args:
-            logits: ``(R, W, V)``, after each node.
-            width: Largest number of children of a row's live nodes.
+            logits: ``(R, W, V)``, logits after each node.
+            width: Maximum over the rows of the number of children of live nodes.
         """
 
     @abstractmethod
     def result(self) -> Decoded:
-        """Return what was found."""
+        """Return the items found."""
 
     def step(self, width: int, num_branching: int) -> None:
-        """Run the model once, and go on from there.
+        """Run the model once and select the next nodes.
 
         Args:
-            width: Largest number of children of a row's live nodes.
-            num_branching: Live nodes that lead to several titles, over all rows.
+            width: Maximum over the rows of the number of children of live nodes.
+            num_branching: Number of live nodes of all rows that lead to several titles.
         """
         logits = self.decoder.extend(self.trie.token[self.node], self.parent, self.depth)
         self.depth += 1
         self.advance(logits, width)
 
     def narrow(self, num_nodes: int) -> None:
-        """Keep the first nodes of each row only."""
+        """Keep only the first nodes of each row."""
         self.node, self.live, self.parent = self.node[:, :num_nodes], self.live[:, :num_nodes], self.parent[:, :num_nodes]
 
-    def select(self, keep: Tensor) -> None:
-        """Keep some of the rows still in the batch only, by their position in it."""
-        self.decoder.select(keep)
-        self.view = self.view.select(keep)
-        self.rows, self.node, self.live, self.parent = self.rows[keep], self.node[keep], self.live[keep], self.parent[keep]
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows, given by their position in the batch."""
+        self.decoder.select(rows)
+        self.view = self.view.select(rows)
+        self.rows, self.node, self.live, self.parent = self.rows[rows], self.node[rows], self.live[rows], self.parent[rows]
 
     def child_logits(self, logits: Tensor, candidates: Candidates) -> Tensor:
-        """Gather each candidate's logit, ``(R, C)`` float32, ``-inf`` on invalid ones."""
+        """Return the logit of each candidate, ``(R, C)`` float32, ``-inf`` for invalid ones."""
         column = candidates.beam * logits.shape[2] + self.trie.token[candidates.node]
-        return logits.flatten(1).gather(1, column).float().masked_fill(~candidates.valid, NEVER)
+        return logits.flatten(1).gather(1, column).float().masked_fill(~candidates.valid, NEG_INF)
 
-    def _survey(self) -> list[int]:
-        """Count the rows with live nodes, the most live nodes and children of a row, and live nodes above several titles."""
+    def _count_live(self) -> list[int]:
+        """Return the number of rows with live nodes, the maximum numbers of live nodes and children of a row, and the number of branching nodes."""
         counts = self.live.sum(1)
         children = (self.trie.num_children[self.node] * self.live).sum(1)
         branching = self.live & (self.view.count(self.node) > 1)
@@ -136,16 +136,16 @@ class TrieSearch(ABC):
 
 
 def beam_decoder(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int) -> TreeDecoder | RowDecoder:
-    """Return the fastest decoder that is exact for a model.
+    """Return the fastest exact decoder of a model for several continuations of each row.
 
     Args:
         model: Hugging Face causal language model.
         prompt_ids: ``(R, P)`` int64, padded on the left.
         prompt_mask: ``(R, P)`` bool, True on real tokens.
-        max_new_tokens: Tokens of the longest continuation.
+        max_new_tokens: Number of tokens of the longest continuation.
 
     Raises:
-        ValueError: If the model can run no batch of sequences.
+        ValueError: If no decoder is exact for the model.
     """
     forms, width = pass_forms(model), prompt_ids.shape[1] + max_new_tokens
     if forms.tree.fits(width):
@@ -154,26 +154,26 @@ def beam_decoder(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_
 
 
 def logsumexp(logits: Tensor) -> Tensor:
-    """Reduce ``(..., V)`` in float32, a part at a time."""
+    """Compute ``logsumexp`` over the last dimension of ``(..., V)`` in float32, in parts."""
     flat = logits.flatten(0, -2)
     size = max(1, (CHUNK if logits.device.type == "cpu" else ACCELERATOR_CHUNK) // flat.shape[1])
     return torch.cat([part.float().logsumexp(-1) for part in torch.split(flat, size)]).reshape(logits.shape[:-1])
 
 
 def segment_log_softmax(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """Normalise within segments.
+    """Compute the log-softmax within segments.
 
     Args:
-        values: ``(R, C)`` float32; ``-inf`` takes no part.
+        values: ``(R, C)`` float32; entries of ``-inf`` are ignored.
         segment: ``(R, C)`` int64, the segment of each value.
         num_segments: S.
 
     Returns:
-        Log-probabilities ``(R, C)``, ``-inf`` where ``values`` are.
+        Log-probabilities ``(R, C)``, ``-inf`` where ``values`` are ``-inf``.
     """
     shape = (len(values), num_segments)
-    # a finite minimum, for segments without any value
+    # start from a finite minimum, because a segment may have no finite value
     peak = values.new_full(shape, torch.finfo(values.dtype).min).scatter_reduce(1, segment, values, "amax")
     shifted = values - peak.gather(1, segment)
     total = values.new_zeros(shape).scatter_add(1, segment, shifted.exp())
-    return (shifted - total.log().gather(1, segment)).masked_fill(values == NEVER, NEVER)
+    return (shifted - total.log().gather(1, segment)).masked_fill(values == NEG_INF, NEG_INF)

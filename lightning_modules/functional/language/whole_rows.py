@@ -1,8 +1,8 @@
-"""Plain passes: whole sequences, one a row, without a cache.
+"""Passes over whole sequences, one in each row, without a cache.
 
-They are the fallback of every faster pass, for models whose attention or state does not allow it, and the fast form of one answer to each prompt.
-Rows are padded on the right, where causal attention, ALiBi, sliding windows and recurrent states are unaffected by padding, or are run without
-padding, those of equal length together. Neither needs an attention mask, and without one SDPA takes causal kernels (FlashAttention on CUDA).
+They are the fallback for models for which a faster form is not exact, and the fast form for one answer to each prompt. Rows are padded on the right,
+where padding does not affect causal attention, ALiBi, sliding windows and recurrent states, or rows of equal length are run together without
+padding. Both work without an attention mask, so that SDPA can use causal kernels (FlashAttention on CUDA).
 
 Shapes: N rows, T tokens, P positions whose logits are needed, V vocabulary, B prompts, K answers, A answer tokens, R searched rows,
 n tokens of a step.
@@ -22,19 +22,22 @@ from malleable.lightning_modules.functional.language.pass_forms import RowForm, 
 
 
 def logits_at(model: nn.Module, input_ids: Tensor, lengths: Tensor, rows: Tensor, tokens: Tensor, *, form: RowForm) -> Tensor:
-    """Compute logits at some tokens of whole sequences.
+    """Compute logits at selected tokens of whole sequences.
 
     Args:
         model: Hugging Face causal language model.
         input_ids: ``(N, T)`` int64, padded on the right.
-        lengths: ``(N,)`` int64, real tokens of each row.
+        lengths: ``(N,)`` int64, number of real tokens of each row.
         rows: ``(P,)`` int64, the row of each position.
         tokens: ``(P,)`` int64, the column of each position.
-        form: Run all rows in one pass, by causal kernels (``causal``) or as the model decides (``padded``); or rows of equal length together
-            (``unpadded``).
+        form: ``causal``: one pass with causal kernels; ``padded``: one pass with the default mask of the model; ``unpadded``: one pass for each
+            length, without padding.
 
     Returns:
         ``(P, V)``.
+
+    Raises:
+        ValueError: If ``form`` is ``unpadded`` and the weights are sharded.
     """
     if form != "unpadded":
         with _kernels(model, form):
@@ -51,7 +54,7 @@ def logits_at(model: nn.Module, input_ids: Tensor, lengths: Tensor, rows: Tensor
 
 
 def states_at_end(model: nn.Module, input_ids: Tensor, lengths: Tensor, *, form: RowForm) -> Tensor:
-    """Compute the last layer's hidden state at the last token of whole sequences, ``(N, d)``; the arguments are those of :func:`logits_at`."""
+    """Compute the hidden state of the last layer at the last token of whole sequences, ``(N, d)``; the arguments are those of :func:`logits_at`."""
     if form != "unpadded":
         with _kernels(model, form):
             return _states_at_end(model, input_ids, lengths)
@@ -69,11 +72,11 @@ def _kernels(model: nn.Module, form: RowForm) -> AbstractContextManager[None]:
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    """Refuse to run rows of equal length together where ranks that have other lengths would wait for each other's weights."""
+    """Raise an error if weights are sharded: ranks with another number of lengths would wait for each other's weights."""
     if is_sharded(model):
         raise ValueError(
-            f"{type(model).__name__} needs rows of equal length for this batch, in as many passes as there are lengths, but its weights are sharded "
-            "over ranks that must run equally often; use DDP or ZeRO-2, or shorter rows"
+            f"{type(model).__name__} needs a separate pass for each length of rows in this batch, but its weights are sharded over ranks, "
+            "which must run equally many passes; use DDP or ZeRO-2, or shorter rows"
         )
 
 
@@ -104,12 +107,12 @@ def _states_at_end(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tens
 
 @contextmanager
 def _head_at(model: Any, rows: Tensor, tokens: Tensor) -> Iterator[list[bool]]:
-    """Run the language-model head at these positions only; what is yielded stays empty where the head is no module."""
+    """Run the language-model head at these positions only; the yielded list stays empty if the head is not a module, which is then not changed."""
     head, gathered = model.get_output_embeddings(), []
 
     def gather(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         gathered.append(True)
-        # The gradient of a selection is one kernel, where that of `inputs[0][rows, tokens]` sorts the positions.
+        # The backward pass of `index_select` is one kernel; that of `inputs[0][rows, tokens]` sorts the positions.
         return (inputs[0].flatten(0, 1).index_select(0, rows * inputs[0].shape[1] + tokens)[None],)
 
     handle = None if head is None else head.register_forward_pre_hook(gather)
@@ -121,9 +124,9 @@ def _head_at(model: Any, rows: Tensor, tokens: Tensor) -> Iterator[list[bool]]:
 
 
 def reset_rope(model: nn.Module) -> None:
-    """Let rotary embeddings that were scaled for a longer sequence return to their original scale.
+    """Reset rotary embeddings to their original scale.
 
-    Under dynamic scaling their frequencies otherwise depend on the longest sequence so far.
+    With dynamic scaling, their frequencies otherwise depend on the longest sequence so far.
     """
     for module in model.modules():
         original = getattr(module, "original_max_seq_len", None)
@@ -138,18 +141,18 @@ def reset_rope(model: nn.Module) -> None:
 def separate_answers(
     prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, *, whole: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay each answer behind its prompt into a row of its own.
+    """Put each answer after its prompt, in a separate row.
 
     Args:
         prompt_ids: ``(B, P)`` int64, padded on the left.
         prompt_mask: ``(B, P)`` bool.
         answer_ids: ``(B, K, A)`` int64, padded on the right.
         answer_mask: ``(B, K, A)`` bool.
-        whole: Keep the last token of each answer, which predicts nothing: under dynamic rotary embeddings the length of a row counts.
+        whole: Keep the last token of each answer, which predicts nothing, because results of dynamic rotary embeddings depend on the length of a row.
 
     Returns:
-        Tokens ``(B * K, P + A - 1)``, or ``(B * K, P + A)``, padded on the right; their ``(B * K,)`` lengths; and the ``(B * K,)`` lengths of the
-        prompts.
+        Tokens ``(B * K, P + A - 1)``, or with ``whole`` ``(B * K, P + A)``, padded on the right; lengths of the rows ``(B * K,)``; and lengths of the
+        prompts ``(B * K,)``.
     """
     count, width = answer_ids.shape[1:]
     last = 0 if whole else 1
@@ -157,25 +160,24 @@ def separate_answers(
         answer_ids = answer_ids.new_zeros(*answer_ids.shape[:2], 1)
     starts = prompt_mask.sum(1)
     column = torch.arange(prompt_ids.shape[1] + max(0, width - last), device=prompt_ids.device)
-    behind = column - starts[:, None]
-    # Where each column of the row lies in the prompt, or in the answer.
-    prompts = prompt_ids.gather(1, (behind + prompt_ids.shape[1]).clamp(0, prompt_ids.shape[1] - 1))
-    answers = answer_ids.gather(2, behind.clamp(0, max(0, width - 1))[:, None].expand(-1, count, -1))
-    input_ids = torch.where(behind[:, None] < 0, prompts[:, None], answers)
+    offset = column - starts[:, None]  # position relative to the start of the answer
+    prompts = prompt_ids.gather(1, (offset + prompt_ids.shape[1]).clamp(0, prompt_ids.shape[1] - 1))
+    answers = answer_ids.gather(2, offset.clamp(0, max(0, width - 1))[:, None].expand(-1, count, -1))
+    input_ids = torch.where(offset[:, None] < 0, prompts[:, None], answers)
     lengths = starts[:, None] + (answer_mask.sum(-1) - last).clamp_min(0)
     return input_ids.flatten(0, 1), lengths.flatten(), starts.repeat_interleave(count)
 
 
 def separate_documents(input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay the documents of packed rows into rows of their own.
+    """Put each document of packed rows in a separate row.
 
     Args:
         input_ids: ``(B, T)`` int64.
         document_ids: ``(B, T)`` int64, 0 on padding.
 
     Returns:
-        Tokens ``(N, longest)``, padded on the right; their ``(N,)`` lengths; and where each real token lies in the flattened batch, ``(tokens,)``
-        int64, document after document.
+        Tokens ``(N, longest)``, padded on the right; their lengths ``(N,)``; and the index of each real token in the flattened batch, ``(tokens,)``
+        int64, in the order of the documents.
     """
     real = (document_ids.flatten() > 0).nonzero()[:, 0]
     key = document_ids + torch.arange(len(document_ids), device=document_ids.device)[:, None] * (document_ids.shape[1] + 1)
@@ -187,9 +189,9 @@ def separate_documents(input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor,
 
 
 class RowDecoder:
-    """The interface of :class:`~malleable.lightning_modules.functional.language.tree_attention.TreeDecoder`, by plain passes.
+    """Decoder with the interface of :class:`~malleable.lightning_modules.functional.language.tree_attention.TreeDecoder`, without a cache.
 
-    The whole sequence of every token is run again, so that a step costs as much as all steps before it.
+    Each step runs the whole sequence of every token again, so that it costs as much as all previous steps together.
 
     Args:
         model: Hugging Face causal language model.
@@ -198,7 +200,7 @@ class RowDecoder:
         form: As in :func:`logits_at`.
 
     Attributes:
-        logits: ``(R, 1, V)``, at the prompt's last token.
+        logits: ``(R, 1, V)``, at the last token of the prompt.
     """
 
     def __init__(self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, form: RowForm) -> None:
@@ -207,7 +209,7 @@ class RowDecoder:
         column = torch.arange(prompt_ids.shape[1], device=prompt_ids.device)
         place = (column + prompt_ids.shape[1] - self.lengths[:, None]).clamp_max(prompt_ids.shape[1] - 1)
         self.prompt_ids = prompt_ids.gather(1, place)
-        # Tokens between the prompt and each token of the last call, ``(R, n, X)``, padded on the right, and how many of them are real.
+        # Path from the prompt to each token of the last call: its tokens, ``(R, n, X)``, padded on the right, and its length, ``(R, n)``.
         self.path = self.prompt_ids.new_zeros(len(prompt_ids), 1, 0)
         self.size = self.prompt_ids.new_zeros(len(prompt_ids), 1)
         self.logits = self._run()
@@ -216,7 +218,7 @@ class RowDecoder:
         """Feed the next tokens; see :meth:`TreeDecoder.extend`."""
         own, added = tokens[..., None], torch.ones_like(tokens)
         if within is not None:
-            # The tokens of this call that lie on the path of each one come first, in their order.
+            # Sort the tokens of this call that are on the path of each token to the front, in their order.
             order = within.long().sort(dim=2, descending=True, stable=True).indices
             added = within.sum(2)
             own = tokens[:, None].expand(-1, tokens.shape[1], -1).gather(2, order)[..., : int(added.max())]
@@ -228,21 +230,21 @@ class RowDecoder:
         return self._run()
 
     def select(self, rows: Tensor) -> None:
-        """Keep some rows only."""
+        """Keep only these rows."""
         self.lengths, self.prompt_ids, self.path, self.size = self.lengths[rows], self.prompt_ids[rows], self.path[rows], self.size[rows]
 
     def idle(self) -> None:
-        """Run the model without effect, to keep step with ranks that still have work."""
+        """Run the model and discard the result, because sharded weights require all ranks to run it equally often."""
         self.model(input_ids=self.prompt_ids.new_zeros(1, 1), use_cache=False)
 
     def _run(self) -> Tensor:
-        """Return logits ``(R, n, V)`` at the ends of the paths."""
+        """Return the logits ``(R, n, V)`` at the ends of the paths."""
         rows, count, width = self.path.shape
         column = torch.arange(self.prompt_ids.shape[1] + width, device=self.path.device)
-        behind = (column - self.lengths[:, None])[:, None].expand(-1, count, -1)
+        offset = (column - self.lengths[:, None])[:, None].expand(-1, count, -1)
         prompts = torch.nn.functional.pad(self.prompt_ids, (0, width))[:, None]
-        paths = torch.nn.functional.pad(self.path, (0, 1)).gather(2, behind.clamp(0, width))
-        input_ids = torch.where(behind < 0, prompts, paths).flatten(0, 1)
+        paths = torch.nn.functional.pad(self.path, (0, 1)).gather(2, offset.clamp(0, width))
+        input_ids = torch.where(offset < 0, prompts, paths).flatten(0, 1)
         lengths = (self.lengths[:, None] + self.size).flatten()
         ends = logits_at(self.model, input_ids, lengths, torch.arange(len(input_ids), device=lengths.device), lengths - 1, form=self.form)
         return ends.reshape(rows, count, -1)

@@ -1,1 +1,1 @@
-"""Counting baselines and digests of recommendation rows."""
+"""Counting baselines and hashes of recommendation rows."""

@@ -1,6 +1,6 @@
-"""Recommenders that only count: popularity, item neighbours, next items.
+"""Counting recommenders: popularity, item neighbours, item transitions.
 
-Counts are integers: they stay exact whatever the precision of a run.
+Counts are integers, which are exact in every precision of the Trainer.
 
 Shapes: B rows, L history items, N items.
 """
@@ -13,30 +13,35 @@ from torch.nn.functional import embedding_bag, pad
 
 
 def count_items(counts: Tensor, items: Tensor) -> None:
-    """Add the occurrences of ``items`` (any shape, negative ones are padding) to ``counts``, ``(N,)``, in place."""
-    kept = items[items >= 0]
-    counts.index_add_(0, kept, torch.ones_like(kept, dtype=counts.dtype))
+    """Add the occurrences of ``items`` to ``counts`` in place.
+
+    Args:
+        counts: ``(N,)``.
+        items: Items of any shape; negative ones are padding.
+    """
+    real = items[items >= 0]
+    counts.index_add_(0, real, torch.ones_like(real, dtype=counts.dtype))
 
 
 def count_pairs(table: Tensor, first: Tensor, second: Tensor) -> None:
     """Add pairs of items to ``table``, in place.
 
     Args:
-        table: ``(N, N)`` contiguous; row is the first item, column the second.
+        table: ``(N, N)`` contiguous; the row is the first item, the column the second one.
         first: Items of any shape; negative ones are padding.
-        second: Items that ``first`` broadcasts with.
+        second: Items of a shape that broadcasts with ``first``.
     """
-    kept = (first >= 0) & (second >= 0)
-    cells = (first * len(table) + second)[kept]
+    real = (first >= 0) & (second >= 0)
+    cells = (first * len(table) + second)[real]
     table.view(-1).index_add_(0, cells, torch.ones_like(cells, dtype=table.dtype))
 
 
 def cosine_similarity(pairs: Tensor, counts: Tensor) -> Tensor:
-    """Cosine of the items' user vectors, 0 on the diagonal.
+    """Compute the cosine similarity of items, whose vectors have an entry for each user; the diagonal is 0.
 
     Args:
-        pairs: ``(N, N)``, users who have both items, each pair counted once, in either order.
-        counts: ``(N,)`` users who have the item.
+        pairs: ``(N, N)``, number of users with both items; each pair is counted once, in either order.
+        counts: ``(N,)``, number of users with the item.
 
     Returns:
         ``(N, N)`` float32, symmetric.
@@ -54,7 +59,7 @@ def neighbour_scores(similarity: Tensor, history: Tensor, last: int = 10) -> Ten
     Args:
         similarity: ``(N, N)``.
         history: ``(B, L)``, oldest first, padded with -1 on the left.
-        last: Items of the history that count.
+        last: Number of last items that are used.
 
     Returns:
         ``(B, N)``.
@@ -66,10 +71,10 @@ def neighbour_scores(similarity: Tensor, history: Tensor, last: int = 10) -> Ten
 
 
 def transition_scores(transitions: Tensor, history: Tensor) -> Tensor:
-    """Count what came next after the last item of each history.
+    """Return how often each item followed the last item of each history.
 
     Args:
-        transitions: ``(N, N)``; row is the item, column the one after it.
+        transitions: ``(N, N)``; the row is the item, the column the next item.
         history: ``(B, L)``, padded with -1 on the left.
 
     Returns:
@@ -82,15 +87,15 @@ def transition_scores(transitions: Tensor, history: Tensor) -> Tensor:
 
 
 def top_items(scores: Tensor, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Take the best items of each row; equal scores go by id.
+    """Select the k best items of each row; items of equal score are ordered by id.
 
     Args:
         scores: ``(B, N)``.
         k: Number of items.
-        allowed: ``(B, N)`` bool, items that may be taken.
+        allowed: ``(B, N)`` bool, items that may be selected.
 
     Returns:
-        Items ``(B, k)``, -1 where fewer than k may be taken, and their scores, ``-inf`` beside -1.
+        Items ``(B, k)``, padded with -1 if fewer than k are allowed, and their scores ``(B, k)``, ``-inf`` for padding.
     """
     scores = scores.float()
     if allowed is not None:

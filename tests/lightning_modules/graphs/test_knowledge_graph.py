@@ -370,5 +370,5 @@ class TestCheckpoints:
             NFE.load_from_checkpoint(path, graph=other)
 
     def test_a_checkpoint_without_a_graph(self):
-        with pytest.raises(MisconfigurationException, match="NFE needs `graph`, and the checkpoint has none"):
+        with pytest.raises(MisconfigurationException, match="NFE needs `graph`, which the checkpoint does not contain"):
             NFE().on_load_checkpoint({})

@@ -14,7 +14,7 @@ from malleable.datamodules.language.tokenizer import load_tokenizer, train_token
 from malleable.lightning_modules.language.adapters import without_adapter
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch, build_language_model, dropout_off, fingerprint
 from malleable.lightning_modules.language.export import gathered_state, save_language_model
-from malleable.lightning_modules.serialization import from_plain, plain
+from malleable.lightning_modules.serialization import from_plain, to_plain
 
 TOKENS = torch.tensor([[2, 4, 5, 1]])
 
@@ -142,8 +142,8 @@ def test_gradient_checkpointing_keeps_gradients(base):
 
 def test_plain_round_trip(base):
     config = lora(base, adapter=None)
-    assert plain(config) == asdict(config)
-    assert from_plain(LanguageModelConfig, plain(config)) == config
+    assert to_plain(config) == asdict(config)
+    assert from_plain(LanguageModelConfig, to_plain(config)) == config
     assert from_plain(LanguageModelConfig, config) is config
     assert from_plain(LanguageModelConfig, None) is None
 

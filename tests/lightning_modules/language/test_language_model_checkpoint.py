@@ -118,7 +118,7 @@ def test_another_vocabulary_is_refused(tmp_path):
 
 
 def test_a_checkpoint_without_catalogue_needs_one():
-    with pytest.raises(MisconfigurationException, match="SFT needs `vocabulary`, and the checkpoint has none: pass vocabulary="):
+    with pytest.raises(MisconfigurationException, match="SFT needs `vocabulary`, which the checkpoint does not contain: pass vocabulary="):
         SFT().on_load_checkpoint({"state_dict": {}})
 
 

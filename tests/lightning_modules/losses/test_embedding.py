@@ -145,7 +145,7 @@ def test_gradients_are_handed_out_once():
     sides = Sides()
     loss = sides.run(BCESum())
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="compute the loss again instead of retain_graph=True"):
+    with pytest.raises(RuntimeError, match="compute the loss again instead of using retain_graph=True"):
         loss.backward()
 
 

@@ -272,5 +272,5 @@ def test_a_loss_survives_as_plain_data(loss, monkeypatch):
 
 
 def test_only_a_preference_loss_is_made_from_a_checkpoint():
-    with pytest.raises(TypeError, match=r"torch\.nn\.MSELoss as its loss, which is no PreferenceLoss"):
+    with pytest.raises(TypeError, match=r"torch\.nn\.MSELoss, which is not a subclass of PreferenceLoss"):
         object_from_plain(PreferenceLoss, {"class_path": "torch.nn.MSELoss"})

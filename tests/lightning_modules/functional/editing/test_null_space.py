@@ -226,11 +226,11 @@ def test_threshold_modes(threshold, expected):
 
 def test_threshold_that_keeps_nothing_is_refused_and_one_that_keeps_all_warned_of(caplog):
     values = torch.tensor([0.5, 1.0])
-    with pytest.raises(ValueError, match=r"keeps none of 2 directions .* between 0.5 and 1"):
+    with pytest.raises(ValueError, match=r"retains none of 2 directions .* between 0.5 and 1"):
         Threshold("absolute", 0.1).retained(values)
     with caplog.at_level(logging.WARNING):
         assert Threshold("absolute", 2.0).retained(values) == 2
-    assert "nothing is protected" in caplog.text
+    assert "edits are not restricted" in caplog.text
 
 
 @pytest.mark.parametrize(("mode", "value"), [("absolute", 0.0), ("relative_energy", 1.5), ("rank", 2.5)])

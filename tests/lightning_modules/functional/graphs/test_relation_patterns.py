@@ -7,7 +7,7 @@ import torch
 
 from malleable.lightning_modules.functional.graphs import relation_patterns
 from malleable.lightning_modules.functional.graphs.interaction import Map
-from malleable.lightning_modules.functional.graphs.relation_patterns import Moments, composition, differences, inverse, neutral, self_inverse
+from malleable.lightning_modules.functional.graphs.relation_patterns import Moments, composition, differences, identity_map, inverse, self_inverse
 
 D = 5
 PLACES = torch.randn(40, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.3
@@ -56,7 +56,7 @@ def test_moments_do_not_depend_on_how_many_entities_are_taken_at_a_time(places, 
 
 def test_symmetric():
     shift = torch.randn(1, D, dtype=torch.float64)
-    mirror, still = Map(-torch.ones_like(shift), shift), neutral(affine())
+    mirror, still = Map(-torch.ones_like(shift), shift), identity_map(affine())
     found = self_inverse(stack(mirror, still, affine(2)), MOMENTS)
     assert found[:2].max() < 1e-12
     assert found[2:].min() > 0.1

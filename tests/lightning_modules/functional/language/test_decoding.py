@@ -229,5 +229,5 @@ def test_filters_for_other_rows_are_refused():
 
 
 def test_titles_of_another_tokenizer_are_refused():
-    with pytest.raises(ValueError, match="the titles have token 99, but the model knows 40 tokens"):
+    with pytest.raises(ValueError, match="the titles contain token 99, but the model has 40 tokens"):
         beam_search(small_lm(), Trie.build([[99, EOS]]), PROMPTS, MASK, num_beams=1, k=1)

@@ -125,14 +125,14 @@ def test_empty_prompt_is_refused():
 def test_answers_that_were_exchanged_for_longer_ones_are_refused():
     batch, longer = batch_of([EXAMPLES[0]], pad_to_multiple_of=1), batch_of([EXAMPLES[1]], pad_to_multiple_of=1)
     batch = batch.replace(answer_ids=longer.answer_ids.repeat(1, 3, 1), answer_mask=longer.answer_mask.repeat(1, 3, 1))
-    with pytest.raises(ValueError, match="make the batch again"):
+    with pytest.raises(ValueError, match="create the batch with `collate`"):
         answer_logps(llama(), batch)
 
 
 def test_unknown_attention_is_refused():
     model = llama()
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not compute a prompt shared by its answers exactly .* takes no block mask"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not compute a prompt shared by its answers exactly .* does not accept a block mask"):
         answer_logps(model, batch_of(EXAMPLES), shared_prompt=True)
 
 

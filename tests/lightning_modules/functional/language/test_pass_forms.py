@@ -108,7 +108,9 @@ def test_a_model_that_sees_later_tokens_is_refused():
 def test_a_model_that_returns_several_streams_cannot_embed():
     model = tiny_model("gemma3n_text")
     assert pass_forms.pass_forms(model).describe()["shared"] == "windowed"
-    with pytest.raises(ValueError, match=r"Gemma3nForCausalLM does not compute embeddings of texts exactly .*no hidden state for each token"):
+    with pytest.raises(
+        ValueError, match=r"Gemma3nForCausalLM does not compute embeddings of texts exactly .*does not return one hidden state for each token"
+    ):
         embed_texts(model, [[5, 6]])
 
 

@@ -6,7 +6,7 @@ import torch
 from small_lm import EOS, prompts, random_titles, real, score_all_in_trie, small_lm
 
 from malleable.lightning_modules.functional.language.decoding import beam_search
-from malleable.lightning_modules.functional.language.sampling import Draw, sample, tempered
+from malleable.lightning_modules.functional.language.sampling import SamplingOptions, sample, truncated_log_softmax
 from malleable.lightning_modules.functional.language.trie import Trie
 
 TITLES = random_titles()
@@ -84,11 +84,13 @@ def test_a_small_top_p_is_one_beam_too():
 def test_top_p_keeps_the_fewest_children_that_reach_it():
     probabilities = torch.tensor([[0.2, 0.5, 0.3, 0.6, 0.4]])
     segment = torch.tensor([[0, 0, 0, 1, 1]])
-    draw = Draw(SEEDS, 1, 1.0, 0.7)
+    draw = SamplingOptions(SEEDS, 1, 1.0, 0.7)
     # 0.5 alone is short of 0.7, with 0.3 it is not; 0.6 is short, too
     expected = torch.tensor([[0.0, 0.5 / 0.8, 0.3 / 0.8, 0.6, 0.4]])
-    torch.testing.assert_close(tempered(probabilities.log(), segment, 2, draw).exp(), expected)
-    torch.testing.assert_close(tempered(probabilities.log(), segment, 2, draw._replace(top_p=0.55)).exp(), torch.tensor([[0, 0.625, 0.375, 1, 0]]))
+    torch.testing.assert_close(truncated_log_softmax(probabilities.log(), segment, 2, draw).exp(), expected)
+    torch.testing.assert_close(
+        truncated_log_softmax(probabilities.log(), segment, 2, draw._replace(top_p=0.55)).exp(), torch.tensor([[0, 0.625, 0.375, 1, 0]])
+    )
 
 
 def test_without_replacement_all_titles_come_once():

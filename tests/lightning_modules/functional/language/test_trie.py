@@ -29,7 +29,7 @@ def test_items_with_equal_titles_share_a_leaf(caplog):
     trie = Trie.build([[4, 1], [5, 1], [4, 1], [4, 1]])
     assert trie.item_leaf.tolist() == [0, 1, 0, 0]
     assert trie.duplicates == ((0, 2, 3),)
-    assert "1 titles are shared by several items (e.g. items [0, 2, 3])" in caplog.text
+    assert "1 titles belong to several items each (e.g. items [0, 2, 3])" in caplog.text
     leaf = torch.tensor([[0, 1]])
     assert trie.restrict().item(leaf).tolist() == [[0, 1]]
     assert trie.restrict(torch.tensor([False, True, False, True])).item(leaf).tolist() == [[3, 1]]
@@ -84,7 +84,7 @@ def test_bad_catalogues_are_refused():
         Trie.build([])
     with pytest.raises(ValueError, match="item 1 has no tokens"):
         Trie.build([[3, 1], []])
-    with pytest.raises(ValueError, match="item 1 is the beginning of the title of item 0; end every title with the end-of-sequence token"):
+    with pytest.raises(ValueError, match="item 1 is a prefix of the title of item 0; end every title with the end-of-sequence token"):
         Trie.build([[3, 4], [3]])
 
 

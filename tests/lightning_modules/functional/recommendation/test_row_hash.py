@@ -1,19 +1,19 @@
 import torch
 
-from malleable.lightning_modules.functional.recommendation.row_digest import digest_rows
+from malleable.lightning_modules.functional.recommendation.row_hash import hash_rows
 
 ROWS = torch.randint(0, 50, (6, 4), generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(6)
 
 
 def digest(rows=ROWS, ids=IDS, **fields):
-    return digest_rows(ids, [rows[:, :1], fields.get("history", rows[:, 1:]), fields.get("candidates")]).tolist()
+    return hash_rows(ids, [rows[:, :1], fields.get("history", rows[:, 1:]), fields.get("candidates")]).tolist()
 
 
 def test_order_batches_and_padding_do_not_matter():
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     assert digest(ROWS[order]) == digest()
-    parts = [digest_rows(IDS[part], [ROWS[part, :1], ROWS[part, 1:], None]) for part in (slice(0, 2), slice(2, 6))]
+    parts = [hash_rows(IDS[part], [ROWS[part, :1], ROWS[part, 1:], None]) for part in (slice(0, 2), slice(2, 6))]
     assert (parts[0] + parts[1]).tolist() == digest()
     for padding in ((2, 0), (0, 2)):
         assert digest(history=torch.nn.functional.pad(ROWS[:, 1:], padding, value=-1)) == digest()
