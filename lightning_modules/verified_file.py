@@ -38,7 +38,7 @@ def load_verified(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with open_tensors(path) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
             about = dict(file.metadata() or {})
     except ValueError as error:  # callers add what to do
         raise ValueError(f"{path} is damaged ({first_line(error.__cause__ or error)})") from error

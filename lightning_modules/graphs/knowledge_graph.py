@@ -22,7 +22,7 @@ from malleable.lightning_modules.functional.precision import full, full_precisio
 from malleable.lightning_modules.graphs.answers import GraphAnswers
 from malleable.lightning_modules.graphs.settings import EmbeddingTuning, Init, LinkRanking
 from malleable.lightning_modules.losses.embedding import BCESum, EmbeddingLoss, Positives, Regulariser
-from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics, Tails, check_scores
+from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics, QueryEntities, check_scores
 from malleable.lightning_modules.serialization import from_plain, object_from_plain
 
 log = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
     def evaluate(self, batch: QueryBatch, metrics: dict[str, Metric]) -> None:
         """Rank the true tails among all entities."""
         for part, scores in self._scores(batch, ranking=True):
-            true, known = Tails(part.target, None if part.one_each else part.target_row), Tails(part.known, part.known_row)
+            true, known = QueryEntities(part.target, None if part.one_each else part.target_row), QueryEntities(part.known, part.known_row)
             for metric in metrics.values():
                 metric.update(scores, true, known, part.relation, part.sample_id)
 
@@ -334,7 +334,7 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
             self._moduli(tails, names[0]),
         )
         penalties: Tensor = self.regulariser(rows, query.rows(positives.row), self.interaction.key(tails))
-        return penalties @ positives.shares.to(penalties.dtype)
+        return penalties @ positives.weights.to(penalties.dtype)
 
     def _moduli(self, rows: Tensor, parts: tuple[str, ...]) -> Tensor:
         if parts == ("phase",):

@@ -1,1 +1,1 @@
-"""Losses: small modules on tensors, without model, tokenizer or Trainer."""
+"""Losses as modules on tensors, independent of models, tokenizers and the Trainer."""

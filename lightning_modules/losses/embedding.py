@@ -1,7 +1,7 @@
-"""Losses and regularisers of knowledge-graph embeddings: small objects on queries, entities and true tails.
+"""Losses and regularisers of knowledge-graph embeddings.
 
-Shapes: B queries, E entities, P true tails, K negatives, W width of the product. Losses are means over true tails unless said otherwise, with
-sums over entities: their size grows with the graph.
+Shapes: B queries, E entities, P true tails, K negatives, W width of the product. Unless stated otherwise, losses are means over true tails of sums
+over entities, so that their size grows with the graph.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from malleable.lightning_modules.serialization import SerializableModule
 
 
 class Positives(NamedTuple):
-    """The true tails of a batch of queries.
+    """True tails of a batch of queries.
 
     Attributes:
         target: ``(P,)`` entities.
-        row: ``(P,)`` the query of each.
-        num_rows: B; queries without a true tail bear no loss.
-        real: ``(B,)`` bool, False for queries that are repeated only to fill a batch and count for nothing; ``None``: all count.
-        one_each: Every query has one true tail, in order: ``row`` is ``0..B-1``.
+        row: ``(P,)`` query of each true tail.
+        num_rows: B; queries without a true tail do not contribute to the loss.
+        real: ``(B,)`` bool, False for padding queries, which do not count; ``None``: all queries count.
+        one_each: Whether each query has exactly one true tail, in order, so that ``row`` is ``0..B-1``.
     """
 
     target: Tensor
@@ -38,55 +38,58 @@ class Positives(NamedTuple):
 
     @property
     def counts(self) -> Tensor:
-        """True tails of each query that count, ``(B,)`` float32."""
+        """Number of true tails of each query, 0 for padding, ``(B,)`` float32."""
         if self.one_each and self.real is not None:
             return self.real.float()
         ones = torch.ones_like(self.row, dtype=torch.float32)
-        # Not `bincount`, which reads its largest number from the device.
+        # `bincount` would synchronise, because it reads the largest number from the device.
         counts = ones.new_zeros(self.num_rows).index_add_(0, self.row, ones)
         return counts if self.real is None else counts * self.real
 
     @property
-    def shares(self) -> Tensor:
-        """1 for each true tail that counts, 0 for others, ``(P,)`` float32."""
+    def weights(self) -> Tensor:
+        """1 for each true tail of a real query, 0 for padding, ``(P,)`` float32."""
         return torch.ones_like(self.row, dtype=torch.float32) if self.real is None else self.real.float()[self.row]
 
 
 class EmbeddingLoss(SerializableModule, ABC):
-    """A loss of queries whose true tails are known."""
+    """Base class of losses on queries with known true tails."""
 
     per_query: ClassVar[bool] = False
-    """A mean over queries instead of true tails."""
+    """Whether the loss is a mean over queries instead of true tails."""
     samples: ClassVar[bool] = False
-    """Only the true tails and drawn entities are scored, so that gradients of the entity table are sparse."""
+    """Whether only true tails and sampled entities are scored, so that the gradient of the entity table is sparse."""
 
     @abstractmethod
     def forward(self, query: Vectors, entity: nn.Embedding, key_of: KeyOf, positives: Positives, normaliser: Tensor | float) -> Tensor:
-        """Sum the losses and divide by the ``normaliser``.
+        """Compute the sum of the losses, divided by ``normaliser``.
 
         Args:
             query: ``(B, W)``.
-            entity: Rows of the entities.
-            key_of: Turns rows into the entities' side.
+            entity: Table of the entities.
+            key_of: Maps rows of entities to key vectors.
             positives: The true tails.
-            normaliser: True tails (queries, if :attr:`per_query`) that the sum is a mean over.
+            normaliser: Number of true tails (of queries, if :attr:`per_query`) in the optimizer step.
+
+        Returns:
+            Scalar.
         """
 
     def weight(self, positives: Positives) -> Tensor:
-        """Number of true tails (queries, if :attr:`per_query`) that the loss is a mean over, a scalar on their device."""
+        """Return the number of true tails (of queries, if :attr:`per_query`) that count, as a scalar on their device."""
         counts = positives.counts
         return (counts > 0).sum() if self.per_query else counts.sum()
 
 
 class OneVsAll(EmbeddingLoss):
-    """Every entity a candidate.
+    """Base class of losses that score every entity.
 
     Args:
-        smoothing: Share of the label spread evenly over all entities, in [0, 1).
-        chunk: Most entities scored at a time, which bounds memory; default: as many as the device holds well.
+        smoothing: Label smoothing: share of the labels that is distributed uniformly over all entities, in [0, 1).
+        chunk: Maximum number of entities scored at once, which bounds memory. Default: chosen for the device.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of range.
     """
 
     kind: ClassVar[Kind]
@@ -94,14 +97,14 @@ class OneVsAll(EmbeddingLoss):
     def __init__(self, smoothing: float = 0.0, chunk: int | None = None) -> None:
         super().__init__()
         if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
+            raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be >= 1, got {chunk}")
         self.smoothing = smoothing
         self.chunk = chunk
 
     def forward(self, query: Vectors, entity: nn.Embedding, key_of: KeyOf, positives: Positives, normaliser: Tensor | float) -> Tensor:
-        """Sum over all entities, chunk by chunk."""
+        """Compute the loss over all entities, chunk by chunk."""
         counts = positives.counts
         return one_vs_all_loss(
             query,
@@ -118,16 +121,16 @@ class OneVsAll(EmbeddingLoss):
 
 
 class BCESum(OneVsAll):
-    """Binary cross-entropy against every entity, only the query's own tail positive: ``sum_e softplus(s_e) - s_t``.
+    """Binary cross-entropy over all entities with one positive, the true tail: ``sum_e softplus(s_e) - s_t``.
 
-    Other known tails count as negatives. Queries grouped with their m true tails count m times, which is the same loss.
+    Other known tails are negatives. A query that is grouped with its m true tails counts m times, so that grouping does not change the loss.
 
     Args:
-        smoothing: Share of the label spread evenly over all entities, in [0, 1).
-        chunk: Most entities scored at a time.
+        smoothing: Label smoothing: share of the labels that is distributed uniformly over all entities, in [0, 1).
+        chunk: Maximum number of entities scored at once.
 
     Source:
-        Xiao, He, Cao (2023), Knowledge Graph Embedding by Normalizing Flows, AAAI 37(4):4756-4764: the authors' code.
+        Xiao, He, Cao (2023), Knowledge Graph Embedding by Normalizing Flows, AAAI 37(4):4756-4764, code of the authors.
     """
 
     kind = "sigmoid"
@@ -137,8 +140,8 @@ class Softmax(OneVsAll):
     """Cross-entropy of the true tail among all entities: ``logsumexp(s) - s_t``.
 
     Args:
-        smoothing: Share of the label spread evenly over all entities, in [0, 1).
-        chunk: Most entities scored at a time.
+        smoothing: Label smoothing: share of the labels that is distributed uniformly over all entities, in [0, 1).
+        chunk: Maximum number of entities scored at once.
 
     Source:
         Lacroix, Usunier, Obozinski (2018), Canonical Tensor Decomposition for Knowledge Base Completion, arXiv:1806.07297, Eq. 5.
@@ -148,13 +151,13 @@ class Softmax(OneVsAll):
 
 
 class KvsAll(OneVsAll):
-    """Binary cross-entropy against every entity, all true tails of a query positive at once; the mean over queries.
+    """Binary cross-entropy over all entities with all true tails of a query as positives; a mean over queries.
 
-    It takes queries with all their true tails (grouped ones).
+    Each query must be given once, with all its true tails.
 
     Args:
-        smoothing: Share of the label spread evenly over all entities, in [0, 1).
-        chunk: Most entities scored at a time.
+        smoothing: Label smoothing: share of the labels that is distributed uniformly over all entities, in [0, 1).
+        chunk: Maximum number of entities scored at once.
 
     Source:
         Dettmers et al. (2018), Convolutional 2D Knowledge Graph Embeddings, arXiv:1707.01476, section 4.1.
@@ -166,19 +169,19 @@ class KvsAll(OneVsAll):
 
 
 class NegativeSampling(EmbeddingLoss):
-    """Binary cross-entropy of the true tail and of entities drawn evenly: ``softplus(-s_t) + sum_k w_k softplus(s_k)``.
+    """Binary cross-entropy of the true tail and uniformly sampled entities: ``softplus(-s_t) + sum_k w_k softplus(s_k)``.
 
     Args:
-        num_negatives: K, entities drawn.
-        temperature: Weights ``w = softmax(temperature s)`` without gradient (self-adversarial); 0: all ``1 / K``.
-        shared: Draw one set for all queries of the batch, which is one product.
+        num_negatives: K, number of sampled entities.
+        temperature: Temperature of self-adversarial weights ``w = softmax(temperature s)``, which have no gradient; 0: all weights ``1 / K``.
+        shared: Sample one set of entities for all queries of the batch, which are then scored by one matrix product.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of range.
 
     Source:
         Sun et al. (2019), RotatE, arXiv:1902.10197, Eq. 5 and 6.
-        Differs: a sum, not the mean, of the true tail's and the drawn entities' parts; a drawn true tail is left out.
+        Differs: the sum instead of the mean of the two parts; a sampled entity that is the true tail is left out.
     """
 
     samples = True
@@ -195,7 +198,7 @@ class NegativeSampling(EmbeddingLoss):
 
     @full_precision
     def forward(self, query: Vectors, entity: nn.Embedding, key_of: KeyOf, positives: Positives, normaliser: Tensor | float) -> Tensor:
-        """Score true tails and drawn entities."""
+        """Compute the loss of true tails and sampled entities."""
         target, row = positives.target, positives.row
         drawn = torch.randint(entity.num_embeddings, (1 if self.shared else len(target), self.num_negatives), device=target.device)
         own = query.full().rows(row)
@@ -210,13 +213,13 @@ class NegativeSampling(EmbeddingLoss):
         real = drawn != target[:, None]
         scores = scores.masked_fill(~real, -torch.inf)
         weight = (self.temperature * scores).softmax(1).detach() if self.temperature else real / real.sum(1, keepdim=True).clamp_min(1)
-        # A row of true tails alone has no weights.
+        # The weights are nan if all sampled entities are the true tail.
         parts = F.softplus(-truth) + (weight.nan_to_num() * F.softplus(scores)).sum(1)
-        return parts @ positives.shares.to(parts.dtype) / normaliser
+        return parts @ positives.weights.to(parts.dtype) / normaliser
 
 
 class Regulariser(SerializableModule, ABC):
-    """A penalty on what the triples of a batch are made of, added to the loss as a mean over true tails.
+    """Base class of penalties on the embeddings of the triples of a batch, added to the loss as a mean over true tails.
 
     Args:
         weight: Factor, >= 0.
@@ -233,25 +236,25 @@ class Regulariser(SerializableModule, ABC):
 
     @abstractmethod
     def forward(self, rows: tuple[Tensor, Tensor, Tensor], query: Vectors, key: Vectors) -> Tensor:
-        """Penalise.
+        """Compute the penalty of each true tail.
 
         Args:
-            rows: Moduli of the heads', relations' and tails' rows, ``(P, ...)`` each.
-            query: The queries' side, ``(P, W)``.
-            key: The true tails' side, ``(P, W)``.
+            rows: Absolute values (moduli) of the rows of heads, relations and tails, ``(P, ...)`` each.
+            query: Vectors of the queries, ``(P, W)``.
+            key: Vectors of the true tails, ``(P, W)``.
 
         Returns:
-            The penalty of each true tail, ``(P,)``.
+            ``(P,)``.
         """
 
 
 class NormRegulariser(Regulariser):
-    """Powers of the moduli of all three rows."""
+    """Base class of penalties on powers of the absolute values of heads, relations and tails."""
 
     power: ClassVar[int]
 
     def forward(self, rows: tuple[Tensor, Tensor, Tensor], query: Vectors, key: Vectors) -> Tensor:
-        """``weight / 3 sum |.|^p``."""
+        """Return ``weight / 3 sum |.|^p``, ``(P,)``."""
         return self.weight / 3 * torch.stack([row.pow(self.power).sum(-1) for row in rows]).sum(0)
 
 
@@ -269,7 +272,7 @@ class F2(NormRegulariser):
 
 
 class N3(NormRegulariser):
-    """Nuclear 3-norm, ``weight / 3 (|h|_3^3 + |r|_3^3 + |t|_3^3)``, of complex coordinates their moduli.
+    """Nuclear 3-norm, ``weight / 3 (|h|_3^3 + |r|_3^3 + |t|_3^3)``, with moduli of complex coordinates.
 
     Args:
         weight: Factor, >= 0.
@@ -282,16 +285,16 @@ class N3(NormRegulariser):
 
 
 class DURA(Regulariser):
-    """Duality-induced: ``weight (|q|^2 + |k|^2)`` of the query's and the true tail's vectors.
+    """Duality-induced regulariser, ``weight (|q|^2 + |k|^2)`` for the vectors of query and true tail.
 
     Args:
         weight: Factor, >= 0.
 
     Source:
         Zhang, Cai, Wang (2020), Duality-Induced Regularizer for Tensor Factorization Based Knowledge Graph Completion, arXiv:2011.05816, Eq. 6.
-        Differs: the dual half comes with the reciprocal query, which has a relation of its own.
+        Differs: the dual part results from the reciprocal query, which has its own relation.
     """
 
     def forward(self, rows: tuple[Tensor, Tensor, Tensor], query: Vectors, key: Vectors) -> Tensor:
-        """Penalise both sides of the product."""
+        """Return ``weight (|q|^2 + |k|^2)``, ``(P,)``."""
         return self.weight * (query.vector.square().sum(-1) + key.vector.square().sum(-1))

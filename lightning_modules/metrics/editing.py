@@ -1,4 +1,4 @@
-"""What edits did: to the facts themselves, in other words, to their neighbours, to the text, and after later edits."""
+"""Metrics of edits: efficacy, generalization, specificity, perplexity, fluency, consistency and survival."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ SHARES = ("efficacy", "generalization", "specificity")
 
 
 class RequestFigures(NamedTuple):
-    """What came of a request: shares between 0 and 1, ``nan`` where nothing was asked.
+    """Measurements of an edit request, between 0 and 1; ``nan`` if the request has no such prompts.
+
+    "Most probable" refers to the tokens of the vocabulary, under teacher forcing.
 
     Attributes:
-        efficacy: Whether the new answer is likelier than the old one (likeliest of all, where the old one is not known).
-        generalization: The same, mean over its paraphrases.
-        specificity: Share of the neighbours' questions whose own answer is likelier than the new one.
-        efficacy_exact: Whether every token of the new answer is the likeliest.
-        generalization_exact: The same, mean over its paraphrases.
-        specificity_exact: Share of the neighbours' questions of whose own answer every token is the likeliest.
-        efficacy_accuracy: Share of the new answer's tokens that are the likeliest.
-        generalization_accuracy: The same, mean over its paraphrases.
-        specificity_accuracy: The same of the neighbours' own answers, mean over them.
-        efficacy_generated: Whether the text that is generated after the prompt gives the new answer, without teacher forcing.
-        generalization_generated: The same, mean over its paraphrases.
-        specificity_generated: Share of the neighbours' questions after which the generated text gives their own answer.
+        efficacy: Whether the new answer is more probable than the old one; if the old one is unknown, whether all its tokens are most probable.
+        generalization: Mean of efficacy over the paraphrases.
+        specificity: Share of the neighbour prompts whose original answer is more probable than the new one.
+        efficacy_exact: Whether every token of the new answer is most probable.
+        generalization_exact: Mean of efficacy_exact over the paraphrases.
+        specificity_exact: Share of the neighbour prompts for which every token of the original answer is most probable.
+        efficacy_accuracy: Share of the tokens of the new answer that are most probable.
+        generalization_accuracy: Mean of efficacy_accuracy over the paraphrases.
+        specificity_accuracy: Mean over the neighbour prompts of the share of the tokens of the original answer that are most probable.
+        efficacy_generated: Whether the text generated after the prompt contains the new answer.
+        generalization_generated: Mean of efficacy_generated over the paraphrases.
+        specificity_generated: Share of the neighbour prompts for which the generated text contains the original answer.
     """
 
     efficacy: float
@@ -48,7 +50,7 @@ class RequestFigures(NamedTuple):
 
 
 class _Sums(Metric):
-    """Sums of values that may be missing, over all devices."""
+    """Sums and counts of values, summed over processes; nan values are missing."""
 
     full_state_update = False
     is_differentiable = False
@@ -61,36 +63,35 @@ class _Sums(Metric):
             self.add_state(name, torch.zeros(width, dtype=torch.double), dist_reduce_fx="sum")
 
     def _add(self, values: Tensor) -> None:
-        """Add ``(N, width)``."""
+        """Add values ``(N, width)``."""
         values = values.to(self.total)
         known = ~values.isnan()
-        # Not in place: states reset in inference mode could not be changed outside it.
+        # Not in place: a state that was reset in inference mode cannot be modified outside it.
         self.total = self.total + values.nan_to_num().sum(0)
         self.count = self.count + known.sum(0)
 
 
 class EditingMetrics(_Sums):
-    """Means of :class:`RequestFigures` over the requests that have the figure, in percent.
+    """Means of :class:`RequestFigures` over the requests that have each figure, in percent.
 
-    ``score`` is the harmonic mean of efficacy, generalization and specificity, where there are all three.
+    ``score`` is the harmonic mean of efficacy, generalization and specificity, if all three exist.
 
     Source:
-        Meng et al. (2022), Locating and Editing Factual Associations in GPT, arXiv:2202.05262, section 3.3; published figures of zsRE are the
-        shares of right tokens, ``*_accuracy``. ``*_generated``: Yang et al. (2025), The Mirage of Model Editing, arXiv:2502.11177, whose
-        evaluation generates until a stop token; see :func:`~malleable.lightning_modules.functional.editing.answer_match.gives_answer` for the match.
-        Differs: its authors let a language model judge the match.
+        Meng et al. (2022), Locating and Editing Factual Associations in GPT, arXiv:2202.05262, section 3.3. Published figures on zsRE correspond to
+        ``*_accuracy``. ``*_generated``: Yang et al. (2025), The Mirage of Model Editing, arXiv:2502.11177, who generate until a stop token.
+        Differs: answers are matched by :func:`~malleable.lightning_modules.functional.editing.answer_match.gives_answer`, not by a language model.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(len(RequestFigures._fields), **options)
 
     def update(self, figures: Sequence[RequestFigures]) -> None:
-        """Add the figures of requests, each request once."""
+        """Add the figures of requests; each request must be added once."""
         if figures:
             self._add(torch.tensor(figures, dtype=torch.double))
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the means that there are."""
+        """Return the means; figures that no request has are left out."""
         rows = zip(RequestFigures._fields, self.total, self.count, strict=True)
         means = {name: 100 * total / count for name, total, count in rows if count > 0}
         if means.keys() >= set(SHARES):
@@ -99,13 +100,13 @@ class EditingMetrics(_Sums):
 
 
 class Perplexity(_Sums):
-    """Perplexity, a token's mean over all texts."""
+    """Perplexity: the exponential of the mean negative log-likelihood of a token."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(1, **options)
 
     def update(self, loss: Tensor, weight: Tensor) -> None:
-        """Add a mean negative log-likelihood, nats, over ``weight`` tokens. One that is not a number makes the perplexity none."""
+        """Add a mean negative log-likelihood, in nats, over ``weight`` tokens. If one is nan, the perplexity is nan."""
         weight = weight.to(self.total)
         self.total = self.total - loss.detach().to(self.total) * weight
         self.count = self.count + weight
@@ -116,13 +117,13 @@ class Perplexity(_Sums):
 
 
 class Fluency(_Sums):
-    """Mean entropy of what a model writes, hundredths of a bit: falls when it repeats itself."""
+    """Mean n-gram entropy of generated texts, in hundredths of a bit; small for repetitive texts."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(1, **options)
 
     def update(self, texts: Sequence[str]) -> None:
-        """Add texts, each by itself."""
+        """Add texts."""
         if texts:
             self._add(torch.tensor([[100 * fluency(text)] for text in texts]))
 
@@ -132,11 +133,11 @@ class Fluency(_Sums):
 
 
 class Consistency(_Sums):
-    """Mean cosine, in percent, of what a model writes of a subject and texts of which its new answer is true.
+    """Mean cosine similarity, in percent, of texts generated about a subject and reference texts about subjects with the new answer.
 
     Args:
-        tfidf: Weights of words, of all these texts.
-        **options: Of :class:`torchmetrics.Metric`, such as ``sync_on_compute``.
+        tfidf: TF-IDF weights, computed from all reference texts.
+        **options: Arguments of :class:`torchmetrics.Metric`, such as ``sync_on_compute``.
     """
 
     def __init__(self, tfidf: Tfidf, **options: Any) -> None:
@@ -144,7 +145,7 @@ class Consistency(_Sums):
         self.tfidf = tfidf
 
     def update(self, written: Sequence[str], references: Sequence[str]) -> None:
-        """Add a subject: what was written of it, and the texts it should resemble."""
+        """Add a subject: its generated texts and its reference texts."""
         self._add(torch.tensor([[100 * self.tfidf.cosine(" ".join(written), " ".join(references))]]))
 
     def compute(self) -> dict[str, Tensor]:
@@ -153,11 +154,11 @@ class Consistency(_Sums):
 
 
 class EditSurvival(_Sums):
-    """Which edits hold after later ones.
+    """Share of edits that are still effective after later edits.
 
     Args:
-        num_batches: Batches of edits, B.
-        **options: Of :class:`torchmetrics.Metric`, such as ``sync_on_compute``.
+        num_batches: B, number of batches of edits.
+        **options: Arguments of :class:`torchmetrics.Metric`, such as ``sync_on_compute``.
     """
 
     def __init__(self, num_batches: int, **options: Any) -> None:
@@ -165,12 +166,12 @@ class EditSurvival(_Sums):
         self.num_batches = num_batches
 
     def update(self, after: int, batch: Tensor, held: Tensor) -> None:
-        """Add how facts fare after batch ``after``.
+        """Add measurements of facts after batch ``after``.
 
         Args:
-            after: The last batch made.
-            batch: ``(N,)`` the batch that edited each fact.
-            held: ``(N,)`` whether, or how far, each holds.
+            after: Index of the last batch of edits.
+            batch: ``(N,)`` index of the batch that edited each fact.
+            held: ``(N,)`` whether, or to which degree between 0 and 1, each edit is effective.
         """
         place = torch.as_tensor(batch, device=self.total.device).long() + after * self.num_batches
         held = torch.as_tensor(held).to(self.total)
@@ -178,11 +179,11 @@ class EditSurvival(_Sums):
         self.count = self.count.index_add(0, place, torch.ones_like(held))
 
     def compute(self) -> dict[str, Tensor]:
-        """Return shares in percent.
+        """Return the shares in percent.
 
         Returns:
-            ``matrix`` ``(B, B)``: of the facts of a batch (column) after a batch (row), ``nan`` where none were asked; ``curve`` ``(B,)``: of
-            all facts edited so far after each batch.
+            ``matrix`` ``(B, B)``: share of the facts of a batch (column) after a batch (row), ``nan`` without measurements; ``curve`` ``(B,)``: share
+            of all facts edited so far, after each batch.
         """
         total, count = self.total.view(self.num_batches, -1), self.count.view(self.num_batches, -1)
         return {"matrix": 100 * total / count, "curve": 100 * total.sum(1) / count.sum(1)}

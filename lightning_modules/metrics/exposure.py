@@ -1,7 +1,7 @@
-"""Who gets recommended: diversity, concentration and fairness of exposure.
+"""Metrics of exposure: diversity, concentration and fairness of recommended items.
 
-All figures are ratios of counts over the whole test set, so the states are integer histograms, summed over processes;
-they are the same on any number of devices and in any order.
+All figures are ratios of counts over the whole test set. The states are integer histograms, summed over processes, so that the figures do not depend
+on the order of rows or the number of devices.
 
 Shapes: B rows, K recommended items, L history items, N items of the catalogue, G groups.
 """
@@ -18,41 +18,41 @@ from torchmetrics import Metric
 from malleable.lightning_modules.metrics.ranking import check_ks, check_width
 
 Tail = Literal["items", "interactions"]
-OVER_RECOMMENDED = 3  # how many of the most recommended items ORRatio adds up
+OVER_RECOMMENDED = 3  # number of most recommended items in ORRatio
 
 
 class ExposureMetrics(Metric):
     """Diversity, over-recommendation, fairness and popularity of recommended lists.
 
-    With U rows, each with K slots; ``counts`` is how often each item fills a slot:
+    There are U rows with K slots each; ``counts`` are the numbers of slots of each item:
 
-    - ``div_ratio_k``: distinct items / (K U); higher is more diverse.
-    - ``or_ratio_k``: slots of the 3 most recommended items / (K U); lower is better.
-    - ``coverage_k``: distinct items / N.
-    - ``gini_k``: Gini coefficient of ``counts`` over all N items; 0 uniform, 1 - 1/N one item.
-    - ``entropy_k``: entropy of ``counts`` in nats; log N uniform.
-    - ``valid_ratio_k``: filled slots / (K U).
-    - ``mgu_k``, ``dgu_k`` (with ``genres``): mean over groups of the absolute GP - GH, and max minus min of GP - GH, where GP is each
-      group's share of the filled slots and GH its share of the history items; an item of m counted genres gives 1/m to each.
-    - ``pop_mgu_k``, ``pop_dgu_k`` (with ``popularity``): the same over groups of equally many items, by popularity.
-    - ``arp_k``, ``arp_ratio_k``: mean training interactions of the recommended items, and over that of the history items.
-    - ``aplt_k``: share of filled slots that hold a tail item.
+    - ``div_ratio_k``: distinct items / (K U); higher is more diverse. - ``or_ratio_k``: slots of the 3 most recommended items / (K U); lower is
+    better. - ``coverage_k``: distinct items / N. - ``gini_k``: Gini coefficient of ``counts`` over all N items; 0 uniform, 1 - 1/N one item. -
+    ``entropy_k``: entropy of ``counts`` in nats; log N uniform. - ``valid_ratio_k``: filled slots / (K U). - ``mgu_k``, ``dgu_k`` (with ``genres``):
+    mean over groups of the absolute GP - GH, and maximum minus minimum of GP - GH, where GP is the share of a
+      group in the filled slots and GH its share in the history items. An item with m counted genres adds 1/m to each.
+    - ``pop_mgu_k``, ``pop_dgu_k`` (with ``popularity``): MGU and DGU for groups of equally many items by popularity.
+    - ``arp_k``, ``arp_ratio_k``: mean number of training interactions of the recommended items, and its ratio to that of the history items.
+    - ``aplt_k``: share of filled slots with a tail item.
 
     Args:
         num_items: Size of the catalogue, N.
         ks: Cut-offs.
-        genres: Genres of each item; ``None`` or nothing where unknown.
-        counted_genres: Genres that count; default: all that occur.
-        popularity: Training interactions of each item; ``None`` or nothing where unknown.
-        tail: What is outside the head: ``items``, the most popular fifth of all items (rounded up); ``interactions``, the most
-            popular items that together have 80 % of the interactions.
-        num_groups: Popularity groups.
+        genres: Genres of each item; ``None`` or empty if unknown.
+        counted_genres: Genres that form groups; default: all genres of the items.
+        popularity: Training interactions of each item; ``None`` or empty if unknown.
+        tail: Definition of the head; all other items are tail items. ``items``: the most popular fifth of all items, rounded up; ``interactions``:
+            the most popular items that together have 80 % of the interactions.
+        num_groups: Number of popularity groups.
+
+    Raises:
+        ValueError: If an argument is out of range or has a wrong length.
 
     Source:
         DivRatio, ORRatio: Gao et al. (2025), arXiv:2412.09243, and its authors' evaluation. MGU, DGU: Jiang et al. (2024),
         arXiv:2402.15215. Popularity groups: Gao et al. (2025), arXiv:2503.07377. ARP, APLT: Abdollahpouri et al. (2019),
         arXiv:1901.07555.
-        Differs: U is all test rows; the authors leave out rows whose target is unknown in some figures and not in others.
+        Differs: U is the number of all test rows; the authors leave out rows with an unknown target in some figures only.
     """
 
     full_state_update = False
@@ -93,18 +93,18 @@ class ExposureMetrics(Metric):
 
         Args:
             recommended: ``(B, K)`` item ids, best first, padded with -1, K at least the largest cut-off.
-            history: ``(B, L)`` item ids that the prompts show, padded with -1.
+            history: ``(B, L)`` item ids of the histories, padded with -1.
             sample_id: ``(B,)``; negative rows are skipped.
         """
         check_width(recommended, self.ks[-1])
         real = sample_id >= 0
-        # Not in place: states reset in inference mode could not be changed outside it.
+        # Not in place: a state that was reset in inference mode cannot be modified outside it.
         self.slot_counts = self.slot_counts + torch.stack([self._histogram(recommended[real, :k], "recommended") for k in self.ks])
         self.history_counts = self.history_counts + self._histogram(history[real], "history")
         self.rows = self.rows + real.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the metrics over all rows of all processes; ``nan`` where nothing was counted."""
+        """Return the metrics over all rows of all processes; ``nan`` where all counts are 0."""
         counts, history = self.slot_counts.cpu(), self.history_counts.cpu().double()
         self._computed_counts = counts.clone()
         result: dict[str, Tensor] = {}
@@ -113,15 +113,20 @@ class ExposureMetrics(Metric):
             for prefix, weights in self.groups.items():
                 values[f"{prefix}mgu"], values[f"{prefix}dgu"] = group_unfairness(row @ weights, history @ weights)
             if self.popularity is not None:
-                mean, wanted = (row @ self.popularity) / row.sum(), (history @ self.popularity) / history.sum()
-                values |= {"arp": mean, "arp_ratio": mean / wanted, "aplt": row[self.tail_mask].sum() / row.sum()}
+                mean, history_mean = (row @ self.popularity) / row.sum(), (history @ self.popularity) / history.sum()
+                values |= {"arp": mean, "arp_ratio": mean / history_mean, "aplt": row[self.tail_mask].sum() / row.sum()}
             result |= {f"{name}_{k}": value.float().to(self.device) for name, value in values.items()}
         return result
 
     def item_counts(self, k: int) -> Tensor:
-        """How often each item was recommended among the first ``k``, ``(N,)``, over all processes, at the last :meth:`compute`."""
+        """Return how often each item was among the first ``k``, ``(N,)``, over all processes, at the last call of :meth:`compute`.
+
+        Raises:
+            RuntimeError: If :meth:`compute` has not been called.
+            ValueError: If ``k`` is not a cut-off.
+        """
         if self._computed_counts is None:
-            raise RuntimeError("item_counts are known after compute(); call it first, on all processes")
+            raise RuntimeError("item_counts is available after compute(); call compute() first, on all processes")
         if k not in self.ks:
             raise ValueError(f"k must be one of the cut-offs {self.ks}, got {k}")
         return self._computed_counts[self.ks.index(k)]
@@ -129,7 +134,7 @@ class ExposureMetrics(Metric):
     def _histogram(self, items: Tensor, name: str) -> Tensor:
         counts = torch.bincount(items[items >= 0], minlength=self.num_items)
         if len(counts) > self.num_items:
-            raise ValueError(f"{name} holds item {len(counts) - 1}, outside the catalogue of {self.num_items} items (ids from 0)")
+            raise ValueError(f"{name} contains item {len(counts) - 1}, but the catalogue has items 0 to {self.num_items - 1}")
         return counts
 
     def _concentration(self, counts: Tensor, slots: Tensor) -> dict[str, Tensor]:
@@ -146,7 +151,7 @@ class ExposureMetrics(Metric):
 
 
 def gini(counts: Tensor) -> Tensor:
-    """Gini coefficient of non-negative counts ``(N,)``: 0 where all are equal, 1 - 1/N where one has all."""
+    """Compute the Gini coefficient of non-negative counts ``(N,)``: 0 if all are equal, 1 - 1/N if only one is not 0."""
     ordered = counts.double().sort().values
     number = len(ordered)
     weights = 2 * torch.arange(1, number + 1, dtype=torch.double) - number - 1
@@ -154,17 +159,17 @@ def gini(counts: Tensor) -> Tensor:
 
 
 def group_unfairness(recommended: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
-    """Return MGU and DGU of two group masses ``(G,)``; each is normalised to shares first."""
+    """Compute MGU and DGU of the totals ``(G,)`` of groups, which are normalised to shares first."""
     difference = recommended / recommended.sum() - history / history.sum()
     return difference.abs().mean(), difference.max() - difference.min()
 
 
 def genre_weights(genres: Sequence[Sequence[str]], counted: Sequence[str] | None = None) -> Tensor:
-    """Weight of each item in each counted genre, ``(N, G)`` float64; rows add up to 1, or 0 without a counted genre."""
+    """Compute the weight of each item in each counted genre, ``(N, G)`` float64; rows sum to 1, or to 0 without a counted genre."""
     occurring = sorted({genre for item in genres for genre in item})
     names = occurring if counted is None else list(dict.fromkeys(counted))
     if not set(names) & set(occurring):
-        raise ValueError(f"no item has a counted genre: counted {names}, the items' genres are {occurring}")
+        raise ValueError(f"no item has a genre of counted_genres {names}; the items have the genres {occurring}")
     column = {name: index for index, name in enumerate(names)}
     weights = torch.zeros(len(genres), len(names), dtype=torch.double)
     for row, item in enumerate(genres):
@@ -175,7 +180,7 @@ def genre_weights(genres: Sequence[Sequence[str]], counted: Sequence[str] | None
 
 
 def popularity_groups(popularity: Tensor, num_groups: int = 8) -> Tensor:
-    """Membership ``(N, G)`` in groups of equally many items, the most popular first; ties go by id."""
+    """Return the membership ``(N, G)`` of items in groups of equal size, the most popular group first; ties are ordered by id."""
     order = popularity.argsort(descending=True, stable=True)
     number = len(popularity)
     groups = min(num_groups, number)
@@ -185,7 +190,7 @@ def popularity_groups(popularity: Tensor, num_groups: int = 8) -> Tensor:
 
 
 def tail_items(popularity: Tensor, tail: Tail = "items") -> Tensor:
-    """Mask ``(N,)`` of the items outside the head, as :class:`ExposureMetrics` defines it; ties go by id."""
+    """Return the mask ``(N,)`` of tail items, as defined in :class:`ExposureMetrics`; ties are ordered by id."""
     order = popularity.argsort(descending=True, stable=True)
     if tail == "items":
         head = -(-len(popularity) // 5)

@@ -1,7 +1,7 @@
 """Filtered ranks of true tails among all entities, and their means.
 
-Shapes: B queries, E entities, P true tails, F known tails, R relations without reciprocals. Ranks count from 1. Queries with a negative
-``sample_id`` are repeats that fill a batch and are skipped.
+Shapes: B queries, E entities, P true tails, F known tails, R relations without reciprocals. Ranks start at 1. Queries with a negative
+``sample_id`` are padding and are skipped.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from torchmetrics import Metric
 from malleable.lightning_modules.metrics.ranking import RESOLUTION, Ties, check_ks, tie_weight
 from malleable.lightning_modules.metrics.row_ranks import RowRanks
 
-# Scores compared at a time: what stays in a processor's cache (measured), and 256 MB on an accelerator (not measured; see `kg_ranking.py`).
+# Number of scores compared at once: 4 MB fit the cache of a CPU (measured), 256 MB on an accelerator (not measured; see `kg_ranking.py`).
 COMPARED = {"cpu": 1 << 20, "cuda": 1 << 26}
-EXACT = 1 << 24  # integers that float32 counts without a gap
+EXACT = 1 << 24  # float32 represents all integers up to this exactly
 
 
-class Tails(NamedTuple):
-    """Tails of queries, one after another.
+class QueryEntities(NamedTuple):
+    """Entities that belong to queries, concatenated.
 
     Attributes:
         entity: ``(P,)`` entities.
-        row: ``(P,)`` the query of each; ``None``: one for each query, in order.
+        row: ``(P,)`` query of each entity; ``None``: one entity for each query, in order.
     """
 
     entity: Tensor
     row: Tensor | None
 
 
-def filtered_ranks(scores: Tensor, true: Tails, known: Tails, ties: Ties = "pessimistic") -> Tensor:
-    """Rank each true tail among the entities that are not known to be true: ``1 + #greater + weight * #ties``.
+def filtered_ranks(scores: Tensor, true: QueryEntities, known: QueryEntities, ties: Ties = "pessimistic") -> Tensor:
+    """Rank each true tail among the entities that are not known answers: ``1 + #greater + weight * #ties``.
 
     Args:
         scores: ``(B, E)``.
-        true: What to rank; several of one query are ranked apart.
-        known: ``(F,)`` the filter, distinct within a query; the ranked tail may be among it or not.
-        ties: Where a true tail lies among entities of equal score; weight 0 (optimistic), 1/2 (realistic) or 1 (pessimistic). A figure such as
-            the reciprocal rank is that of the mean rank under ``realistic``, not the mean of the figure over the tied ranks.
+        true: ``(P,)`` true tails; several true tails of one query are ranked independently.
+        known: ``(F,)`` known answers, which are left out of the ranking; distinct within a query, with or without the ranked tail.
+        ties: Rank among entities of equal score; the weight is 0 (``optimistic``), 1/2 (``realistic``) or 1 (``pessimistic``). With ``realistic``,
+            figures such as the reciprocal rank are computed from the mean rank of the tied entities.
 
     Returns:
-        ``(P,)`` float64; fractional under ``realistic``.
+        ``(P,)`` float64; fractional with ``realistic``.
 
     Raises:
-        ValueError: If a score is not a number: every comparison with it would be false, and the rank 1.
+        ValueError: If a score is nan: all comparisons with it would be false, and the rank would be 1.
 
     Source:
         Bordes et al. (2013), Translating Embeddings for Modeling Multi-relational Data, section 4.2 (filtered ranks).
@@ -56,11 +56,11 @@ def filtered_ranks(scores: Tensor, true: Tails, known: Tails, ties: Ties = "pess
     return _ranks(scores, true, known, ties)
 
 
-def _ranks(scores: Tensor, true: Tails, known: Tails, ties: Ties) -> Tensor:
-    """:func:`filtered_ranks` without a look at the scores; with one true tail for each query nothing waits for the device."""
+def _ranks(scores: Tensor, true: QueryEntities, known: QueryEntities, ties: Ties) -> Tensor:
+    """Compute :func:`filtered_ranks` without the check of the scores; with one true tail for each query there is no synchronisation."""
     weight = tie_weight(ties)
     if true.row is not None and true.row.device.type == "cpu" and _one_each(true.row, len(scores)):
-        true = Tails(true.entity, None)
+        true = QueryEntities(true.entity, None)
     row = torch.arange(len(scores), device=scores.device) if true.row is None else true.row
     own = scores[row, true.entity]
     place, entity = _known_of(true, known, len(scores))
@@ -76,32 +76,36 @@ def _ranks(scores: Tensor, true: Tails, known: Tails, ties: Ties) -> Tensor:
 
 
 def check_scores(scores: Tensor) -> None:
-    """Check that all scores ``(B, N)`` are numbers.
+    """Check that no score of ``(B, N)`` is nan.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If a score is nan.
     """
-    # One number for all: a sum is not a number where one of its terms is not (or where infinities of both signs meet).
+    # The sum is nan if a term is nan, or if there are infinities of both signs; only then all scores are checked.
     if bool(scores.sum().isnan()) and bool(scores.isnan().any()):
         _refuse_invalid(int(scores.isnan().any(1).sum()), len(scores))
 
 
 def _refuse_invalid(invalid: int, queries: int) -> None:
     if invalid:
-        raise ValueError(f"{invalid} of {queries} queries have scores that are not numbers: training has diverged; lower the learning rate")
+        raise ValueError(f"{invalid} of {queries} queries have nan scores: training has diverged; use a lower learning rate")
 
 
 class LinkPredictionMetrics(Metric):
-    """Mean rank, mean reciprocal rank and hits of filtered ranks, of both directions together and apart.
+    """Mean rank, mean reciprocal rank and hits of filtered ranks, for both directions together and separately.
 
-    Relations ``0..R-1`` ask for tails, their reciprocals ``R..2R-1`` for heads. The state holds sums of integers for each of them, so the figures
-    are the same in any order and on any number of devices. After ``compute``, ``relation_figures`` has ``(2R,)`` values of each figure, and under
-    ``queries`` their number. Updates read nothing from the device, so scores that are not numbers are reported by ``compute``.
+    Queries with relations ``0..R-1`` predict tails, those with the reciprocals ``R..2R-1`` heads. The state contains integer sums for each relation,
+    so that the figures do not depend on the order of queries or the number of devices. After ``compute``, ``relation_figures`` has the figures of
+    each relation, ``(2R,)`` each, and under ``queries`` the number of queries. Updates do not synchronise with the device, so that nan scores are
+    reported by ``compute``.
 
     Args:
         num_relations: 2R.
         ks: Cut-offs; keys are ``mr``, ``mrr``, ``hits_10``, ``mrr_tail``, ``mrr_head``.
-        ties: Policy for equal scores.
+        ties: Policy for equal scores, see :func:`filtered_ranks`.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     full_state_update = False
@@ -119,18 +123,18 @@ class LinkPredictionMetrics(Metric):
         self.ties: Ties = ties
         self.names = ("mr", "mrr", *(f"hits_{k}" for k in self.ks))
         self.relation_figures: dict[str, Tensor] = {}
-        # Queries, twice the rank (ranks may be halves), reciprocal rank in units of 1 / RESOLUTION, hits.
+        # Number of queries, twice the rank (ranks may be half-integers), reciprocal rank in units of 1 / RESOLUTION, hits.
         self.add_state("sums", torch.zeros(num_relations, 1 + len(self.names), dtype=torch.long), dist_reduce_fx="sum")
-        # Queries with scores that are not numbers.
+        # Number of queries with nan scores.
         self.add_state("invalid", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, scores: Tensor, true: Tails, known: Tails, relation: Tensor, sample_id: Tensor) -> None:
+    def update(self, scores: Tensor, true: QueryEntities, known: QueryEntities, relation: Tensor, sample_id: Tensor) -> None:
         """Add queries.
 
         Args:
             scores: ``(B, E)``, higher is better.
-            true: ``(P,)`` true tails and their queries.
-            known: ``(F,)`` the filter.
+            true: ``(P,)`` true tails.
+            known: ``(F,)`` known answers, which are left out of the ranking.
             relation: ``(B,)`` relation of each query.
             sample_id: ``(B,)``; negative rows are skipped.
         """
@@ -143,15 +147,15 @@ class LinkPredictionMetrics(Metric):
             self.row_ranks.add(ids, true.entity, ranks)
         columns = [torch.ones_like(ranks), 2 * ranks, (RESOLUTION / ranks).round(), *((ranks <= k).double() for k in self.ks)]
         added = torch.zeros_like(self.sums).index_add_(0, relation, torch.stack(columns, 1).long() * real[:, None])
-        # Not in place: states reset in inference mode could not be changed outside it.
+        # Not in place: a state that was reset in inference mode cannot be modified outside it.
         self.sums = self.sums + added
         self.invalid = self.invalid + (scores.amax(1).isnan() & (sample_id >= 0)).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the figures over all queries of all processes; ``nan`` without queries, and no figure of a direction without any.
+        """Return the figures over all queries of all processes; ``nan`` without queries; figures of a direction only if it has queries.
 
         Raises:
-            ValueError: If a score was not a number.
+            ValueError: If a score was nan.
         """
         sums = self.sums.cpu()
         _refuse_invalid(int(self.invalid), int(sums[:, 0].sum()))
@@ -168,7 +172,7 @@ class LinkPredictionMetrics(Metric):
 
 
 def _count(scores: Tensor, own: Tensor, row: Tensor | None, compare: Callable[..., Tensor]) -> Tensor:
-    """Entities whose scores compare with the true tail's, ``(P,)``."""
+    """Count the entities whose scores satisfy ``compare`` with the score of the true tail, ``(P,)``."""
     entities = scores.shape[1]
     size = max(1, COMPARED.get(scores.device.type, COMPARED["cuda"]) // max(1, entities))
     buffer = torch.empty(min(size, len(own)), entities, dtype=torch.float32, device=scores.device)
@@ -176,13 +180,13 @@ def _count(scores: Tensor, own: Tensor, row: Tensor | None, compare: Callable[..
     for start in range(0, len(own), size):
         part = slice(start, min(start + size, len(own)))
         rows = scores[part] if row is None else scores[row[part]]
-        # Compared into floats, which sum up several times faster than truth values.
+        # Results of the comparison are stored as floats, which are summed several times faster than booleans.
         counts[part] = compare(rows, own[part, None], out=buffer[: len(rows)]).sum(1, dtype=counts.dtype)
     return counts
 
 
-def _known_of(true: Tails, known: Tails, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Pair each true tail with the known tails of its query: places among the true ones, and entities."""
+def _known_of(true: QueryEntities, known: QueryEntities, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Pair each true tail with the known answers of its query; return indices of true tails, and known entities."""
     assert known.row is not None
     if true.row is None:
         return known.row, known.entity
@@ -196,5 +200,5 @@ def _known_of(true: Tails, known: Tails, num_rows: int) -> tuple[Tensor, Tensor]
 
 
 def _one_each(row: Tensor, num_rows: int) -> bool:
-    """Whether every query has one true tail, in order."""
+    """Return whether each query has exactly one true tail, in order."""
     return len(row) == num_rows and bool((row == torch.arange(num_rows, device=row.device)).all())

@@ -1,10 +1,9 @@
-"""How well a ranking finds what was wanted.
+"""Ranking metrics.
 
-Two entries: :class:`RankingMetrics` for recommended lists with one true item, :class:`ScoredRankingMetrics` for scored
-candidates with graded labels. Both keep sums only and give the same figure on any number of devices and in any order.
+:class:`RankingMetrics` is for recommended lists with one true item, :class:`ScoredRankingMetrics` for scored candidates with graded labels. Their
+states are integer sums, so that the figures do not depend on the order of rows or the number of devices.
 
-Shapes: B rows, K recommended items, C candidates. Ranks count from 1. Rows with a negative ``sample_id`` are repeats that
-fill a batch and are skipped.
+Shapes: B rows, K recommended items, C candidates. Ranks start at 1. Rows with a negative ``sample_id`` are padding and are skipped.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from malleable.lightning_modules.metrics.row_ranks import RowRanks
 Ties = Literal["optimistic", "realistic", "pessimistic"]
 Gain = Literal["linear", "exp"]
 TIE_WEIGHTS: dict[str, float] = {"optimistic": 0.0, "realistic": 0.5, "pessimistic": 1.0}
-RESOLUTION = 2.0**32  # sums of integers in this unit do not depend on their order, as sums of floats do
+RESOLUTION = 2.0**32  # values are summed as integers in this unit, because sums of floats depend on the order
 
 
 def rank_of_target(scores: Tensor, target: Tensor, ties: Ties = "realistic") -> Tensor:
-    """Rank one item among all: ``1 + #greater + weight * #ties``, weight 0, 1/2 or 1.
+    """Compute the rank of one item among all: ``1 + #greater + weight * #ties``.
 
     Args:
-        scores: ``(B, C)``; an item that may not be recommended has ``-inf``; ``nan`` counts as ``-inf``.
+        scores: ``(B, C)``; ``-inf`` for items that may not be recommended; ``nan`` counts as ``-inf``.
         target: ``(B,)`` column of the true item.
-        ties: Where the target lies among items of equal score.
+        ties: Rank of the target among items of equal score; the weight is 0 (``optimistic``), 1/2 (``realistic``) or 1 (``pessimistic``).
 
     Returns:
-        ``(B,)`` float64; fractional under ``realistic``.
+        ``(B,)`` float64; fractional with ``realistic``.
     """
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     own = scores.gather(1, target[:, None])
@@ -43,11 +42,11 @@ def rank_of_target(scores: Tensor, target: Tensor, ties: Ties = "realistic") -> 
 
 
 def rank_in_list(recommended: Tensor, target: Tensor) -> Tensor:
-    """Rank of the true item in a recommended list, ``inf`` where it is missing.
+    """Return the rank of the true item in a recommended list, ``inf`` if it is not in the list.
 
     Args:
         recommended: ``(B, K)`` item ids, best first, padded with -1.
-        target: ``(B,)``; -1 where the true item is outside the catalogue, which nothing matches.
+        target: ``(B,)``; -1 if the true item is not in the catalogue, so that it is never found.
 
     Returns:
         ``(B,)`` float64.
@@ -58,9 +57,9 @@ def rank_in_list(recommended: Tensor, target: Tensor) -> Tensor:
 
 
 def item_ranks(scores: Tensor, labels: Tensor, mask: Tensor | None = None, ties: Ties = "realistic") -> Tensor:
-    """Rank every candidate of every row.
+    """Compute the rank of every candidate.
 
-    Among equal scores higher labels come first (optimistic), last (pessimistic), or half-way between the two.
+    Among equal scores, candidates with higher labels come first (``optimistic``) or last (``pessimistic``); ``realistic`` is the mean of both ranks.
 
     Args:
         scores: ``(B, C)``; ``nan`` counts as ``-inf``.
@@ -73,7 +72,7 @@ def item_ranks(scores: Tensor, labels: Tensor, mask: Tensor | None = None, ties:
     """
     weight = tie_weight(ties)
     real = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
-    # `sort` puts nan last, so masked candidates stay behind real ones of any score.
+    # `sort` puts nan last, so that masked candidates come after real ones of any score.
     keys = torch.where(scores.isnan(), torch.inf, -scores).masked_fill(~real, torch.nan)
     ranks = _ranks(keys, labels, descending=weight < 1)
     if weight == 0.5 and _has_ties(keys):
@@ -82,38 +81,41 @@ def item_ranks(scores: Tensor, labels: Tensor, mask: Tensor | None = None, ties:
 
 
 def hit_rate(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether any relevant candidate is among the first ``k``; ``(B, C)`` ranks and labels to ``(B,)``."""
+    """Return 1 if a relevant candidate is among the first ``k``, else 0; ranks and labels are ``(B, C)``, the result ``(B,)``."""
     return _hits(ranks, labels, k).any(1).double()
 
 
 def precision(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Relevant candidates among the first ``k``, over ``k``."""
+    """Divide the number of relevant candidates among the first ``k`` by ``k``; ranks and labels are ``(B, C)``, the result ``(B,)``."""
     return _hits(ranks, labels, k).sum(1).double() / k
 
 
 def recall(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Relevant candidates among the first ``k``, over all relevant ones."""
+    """Divide the number of relevant candidates among the first ``k`` by the number of all relevant ones; ``(B, C)`` to ``(B,)``."""
     return _hits(ranks, labels, k).sum(1).double() / (labels > 0).sum(1).clamp_min(1)
 
 
 def capped_recall(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Relevant candidates among the first ``k``, over the most that could be there, ``min(k, relevant)``."""
+    """Divide the number of relevant candidates among the first ``k`` by its maximum, ``min(k, relevant)``; ``(B, C)`` to ``(B,)``."""
     return _hits(ranks, labels, k).sum(1).double() / (labels > 0).sum(1).clamp(1, k)
 
 
 def reciprocal_rank(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
-    """One over the first relevant candidate's rank, 0 beyond ``k``."""
+    """Return the reciprocal of the rank of the first relevant candidate, 0 if it exceeds ``k``; ``(B, C)`` to ``(B,)``."""
     return ranks.masked_fill(~_hits(ranks, labels, k), torch.inf).amin(1).reciprocal()
 
 
 def ndcg(ranks: Tensor, labels: Tensor, k: int, gain: Gain = "linear") -> Tensor:
-    """Discounted gain of the first ``k`` over that of the ideal order.
+    """Compute the discounted cumulative gain of the first ``k``, divided by that of the ideal order.
 
     Args:
         ranks: ``(B, C)``.
         labels: ``(B, C)`` graded relevance >= 0.
         k: Cut-off.
-        gain: ``linear`` takes the label, ``exp`` takes ``2 ** label - 1``.
+        gain: ``linear``: the label; ``exp``: ``2 ** label - 1``.
+
+    Returns:
+        ``(B,)``.
     """
     gains = labels.double() if gain == "linear" else torch.exp2(labels.double()) - 1
     gains = gains.masked_fill(ranks.isinf(), 0.0)
@@ -124,10 +126,10 @@ def ndcg(ranks: Tensor, labels: Tensor, k: int, gain: Gain = "linear") -> Tensor
 
 
 def average_precision(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Precision at each relevant candidate among the first ``k``, summed, over ``min(k, relevant)``.
+    """Sum the precision at each relevant candidate among the first ``k``, divided by ``min(k, relevant)``; ``(B, C)`` to ``(B,)``.
 
-    So a perfect list of ``k`` has the value 1 however many candidates are relevant; libraries that divide by the number of relevant ones
-    (trec_eval, ranx) have less.
+    A perfect list of length ``k`` therefore has the value 1. Libraries that divide by the number of relevant candidates (trec_eval, ranx) give
+    smaller values if more than ``k`` are relevant.
     """
     found = ranks.masked_fill(~_hits(ranks, labels, k), torch.inf).sort(1).values
     number = torch.arange(1, found.shape[1] + 1, device=found.device)
@@ -135,17 +137,16 @@ def average_precision(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 class RankingMetrics(Metric):
-    """HR, nDCG and MRR of recommended lists with one true item a row.
+    """HR, nDCG and MRR of recommended lists with one true item for each row.
 
-    The state is a histogram of the true item's rank: integers, whatever the number of rows. The ranks of single rows are collected in addition
-    where ``row_ranks`` is set.
+    The state is a histogram of the rank of the true item. If ``row_ranks`` is set, the ranks of all rows are also collected there.
 
     Args:
         ks: Cut-offs; keys are ``hr_10``, ``ndcg_10``, ``mrr_10``.
 
     Source:
-        Gao et al. (2025), arXiv:2412.09243, and its authors' evaluation: one relevant item, whose ideal gain is 1; rows whose
-        true item is outside the catalogue count as misses.
+        Gao et al. (2025), arXiv:2412.09243, and the evaluation code of the authors: one relevant item, whose ideal gain is 1; rows whose true item is
+        not in the catalogue count as misses.
     """
 
     full_state_update = False
@@ -165,7 +166,7 @@ class RankingMetrics(Metric):
 
         Args:
             recommended: ``(B, K)`` item ids, best first, padded with -1, K at least the largest cut-off.
-            target: ``(B,)`` true item, -1 where it is outside the catalogue.
+            target: ``(B,)`` true item, -1 if it is not in the catalogue.
             sample_id: ``(B,)``; negative rows are skipped.
         """
         check_width(recommended, self.ks[-1])
@@ -174,7 +175,7 @@ class RankingMetrics(Metric):
         if self.row_ranks is not None:
             self.row_ranks.add(sample_id, target, ranks)
         ranks = ranks[real]
-        # Not in place: states reset in inference mode could not be changed outside it.
+        # Not in place: a state that was reset in inference mode cannot be modified outside it.
         self.rank_counts = self.rank_counts + torch.bincount(ranks[ranks <= self.ks[-1]].long() - 1, minlength=self.ks[-1])
         self.rows = self.rows + real.sum()
 
@@ -192,9 +193,12 @@ class ScoredRankingMetrics(Metric):
 
     Args:
         ks: Cut-offs; keys are ``hr_10``, ``recall_10``, ``recall_cap_10``, ``precision_10``, ``mrr_10``, ``map_10``, ``ndcg_10``.
-        gain: Gain of a label in nDCG.
-        ties: Policy for equal scores; a constant scorer never reaches 1 under ``realistic``.
+        gain: Gain of a label in nDCG: ``linear`` or ``exp``.
+        ties: Policy for equal scores, see :func:`item_ranks`.
         skip_empty: Leave out rows without a relevant candidate; otherwise they count as 0.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     full_state_update = False
@@ -243,7 +247,7 @@ class ScoredRankingMetrics(Metric):
 
 
 def tie_weight(ties: Ties) -> float:
-    """Share of the tied items that count as better than the one ranked."""
+    """Return the share of tied items that are ranked before the target."""
     if ties not in TIE_WEIGHTS:
         raise ValueError(f"ties must be one of {sorted(TIE_WEIGHTS)}, got {ties!r}")
     return TIE_WEIGHTS[ties]
@@ -257,9 +261,9 @@ def check_ks(ks: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_width(recommended: Tensor, k: int) -> None:
-    """Refuse lists that are shorter than the largest cut-off, which would count as misses."""
+    """Check that lists are not shorter than the largest cut-off; missing items would count as misses."""
     if recommended.ndim != 2 or recommended.shape[1] < k:
-        raise ValueError(f"recommended must be (B, K) with K >= {k}, got {tuple(recommended.shape)}; recommend at least {k} items, padded with -1")
+        raise ValueError(f"recommended must be (B, K) with K >= {k}, got {tuple(recommended.shape)}; pad it to {k} columns with -1")
 
 
 def _hits(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -267,7 +271,7 @@ def _hits(ranks: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def _ranks(keys: Tensor, labels: Tensor, descending: bool) -> Tensor:
-    """Rank by ascending key, then by label."""
+    """Rank by ascending key, then by label; return ``(B, C)``."""
     by_label = labels.argsort(dim=1, descending=descending, stable=True)
     order = by_label.gather(1, keys.gather(1, by_label).argsort(dim=1, stable=True))
     numbers = torch.arange(1, keys.shape[1] + 1, device=keys.device, dtype=torch.double)

@@ -1,4 +1,4 @@
-"""Ranks of single test rows, collected beside the sums of a metric."""
+"""Ranks of individual test rows, collected in addition to the sums of a metric."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 
 class RowRanks:
-    """Collects the rank of the true answer of each row; a metric with the attribute ``row_ranks`` fills it."""
+    """Ranks of the true answers of all rows; a metric adds them if its attribute ``row_ranks`` is set."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -17,17 +17,17 @@ class RowRanks:
         """Add rows.
 
         Args:
-            sample_id: ``(B,)``; negative rows are left out when gathered.
+            sample_id: ``(B,)``; rows with a negative id are left out by :meth:`gather`.
             target: ``(B,)`` true answer.
-            ranks: ``(B,)`` its rank, ``inf`` where it is not in the list.
+            ranks: ``(B,)`` rank of the true answer, ``inf`` if it is not in the list.
         """
         self._parts.append((sample_id, target, ranks))
 
     def gather(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the rows of all processes on the CPU, in the order of their ids; collective, also for a process without rows.
+        """Return the rows of all processes on the CPU, in the order of their ids. All processes must call it, also those without rows.
 
         Args:
-            device: Where the process group gathers.
+            device: Device of the collective operation.
 
         Returns:
             ``sample_id`` and ``target``, ``(R,)`` int64, and ``rank``, ``(R,)`` float32.

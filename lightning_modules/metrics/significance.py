@@ -1,6 +1,6 @@
-"""Is a difference between two runs more than chance? Resampling over rows, for any per-row metric; without torch, so that it starts quickly.
+"""Significance of differences between two runs, by resampling of rows. Does not import torch, so that it starts quickly.
 
-Shapes: R rows; both runs must list the same rows in the same order.
+Shapes: R rows; both runs must have the same rows in the same order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-CHUNK = 1 << 22  # drawn numbers held at a time
+CHUNK = 1 << 22  # maximum number of random numbers in memory
 _METRIC = re.compile(r"((?:hr|hits|ndcg)(?=_)|mrr|mr$)(?:_(\d+))?")
 
 
@@ -26,14 +26,14 @@ class Interval(NamedTuple):
 
 
 def row_values(metric: str, ranks: Any) -> Floats | None:
-    """Return the value of a ranking metric for each row, whose mean is the metric.
+    """Return the values of a ranking metric for each row; their mean is the metric.
 
     Args:
-        metric: Such as ``hr_10``, ``ndcg_10``, ``mrr``, ``hits_3`` or ``mr``.
-        ranks: ``(R,)`` rank of the true answer, from 1; ``inf`` where it is not in the list.
+        metric: Name of the metric, e.g. ``hr_10``, ``ndcg_10``, ``mrr``, ``hits_3`` or ``mr``.
+        ranks: ``(R,)`` rank of the true answer, from 1; ``inf`` if it is not in the list.
 
     Returns:
-        ``(R,)``; ``None`` for a metric that is no mean over ranks.
+        ``(R,)``, or ``None`` for a metric that is not a mean over rows.
     """
     match = _METRIC.fullmatch(metric)
     if match is None:
@@ -45,13 +45,16 @@ def row_values(metric: str, ranks: Any) -> Floats | None:
 
 
 def bootstrap_interval(values: Any, level: float = 0.95, samples: int = 2000, seed: int = 0) -> Interval:
-    """Percentile bootstrap of a mean over rows.
+    """Compute the percentile bootstrap interval of a mean over rows.
 
     Args:
-        values: ``(R,)`` per-row metric, an array or a tensor; for a paired interval, the difference of two runs.
-        level: Share of resamples within the limits, in (0, 1).
+        values: ``(R,)`` metric of each row, an array or tensor; for a paired interval, the difference of two runs.
+        level: Confidence level, in (0, 1).
         samples: Number of resamples.
-        seed: Seed of the draws.
+        seed: Seed of the resampling.
+
+    Raises:
+        ValueError: If ``level`` is out of range or ``values`` has another shape.
 
     Source:
         Efron and Tibshirani (1993), An Introduction to the Bootstrap, section 13.3.
@@ -68,26 +71,26 @@ def bootstrap_interval(values: Any, level: float = 0.95, samples: int = 2000, se
 
 
 def paired_bootstrap(first: Any, second: Any, level: float = 0.95, samples: int = 2000, seed: int = 0) -> Interval:
-    """Bootstrap the mean of ``second - first`` over rows, each ``(R,)``."""
+    """Compute the bootstrap interval of the mean of ``second - first``, ``(R,)`` each."""
     return bootstrap_interval(_difference(first, second), level, samples, seed)
 
 
 def randomization_test(first: Any, second: Any, samples: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p-value of equal means: how often exchanging the two runs at random, row by row, gives as large a difference.
+    """Compute the two-sided p-value of a paired randomization test of equal means, which exchanges the two runs randomly in each row.
 
     Args:
-        first: ``(R,)`` per-row metric of one run.
-        second: The same rows of another run.
+        first: ``(R,)`` metric of each row in one run.
+        second: ``(R,)`` metric of the same rows in another run.
         samples: Number of random exchanges.
-        seed: Seed of the draws.
+        seed: Seed of the exchanges.
 
     Source:
         Smucker, Allan and Carterette (2007), A comparison of statistical significance tests for information retrieval evaluation, section 2.1.
-        Differs: the observed labelling counts as one of the samples, so p is never 0.
+        Differs: the observed assignment counts as one of the samples, so that p is never 0.
     """
     difference = _difference(first, second)
     generator = np.random.default_rng(seed)
-    observed = abs(difference.sum()) * (1 - 1e-12)  # an equal sum in another order must count
+    observed = abs(difference.sum()) * (1 - 1e-12)  # tolerance, because equal sums can differ by rounding
     step = max(1, CHUNK // len(difference))
     extreme = 0
     for start in range(0, samples, step):
@@ -98,12 +101,14 @@ def randomization_test(first: Any, second: Any, samples: int = 10_000, seed: int
 
 def _difference(first: Any, second: Any) -> Floats:
     if first.shape != second.shape:
-        raise ValueError(f"both runs need the same rows, got shapes {tuple(first.shape)} and {tuple(second.shape)}")
+        raise ValueError(
+            f"both runs must have the same rows, got shapes {tuple(first.shape)} and {tuple(second.shape)}; compare runs on the same test data"
+        )
     return _rows(second) - _rows(first)
 
 
 def _rows(values: Any) -> Floats:
     if values.ndim != 1 or not len(values):
-        raise ValueError(f"values must be one number a row, (R,) with R >= 1, got shape {tuple(values.shape)}")
-    # A tensor may need a gradient or lie on another device.
+        raise ValueError(f"values must be one number for each row, (R,) with R >= 1, got shape {tuple(values.shape)}")
+    # A tensor may require a gradient or be on another device.
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Where a patch meets one that it was not made on top of."""
+"""Conflicts between a patch and the patches of a stack that it does not require."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from malleable.lightning_modules.patches.patch import Patch
 
 @dataclass(frozen=True)
 class Overlap:
-    """Two deltas of one tensor.
+    """Comparison of two deltas of one tensor.
 
     Attributes:
-        tensor: Its canonical name.
-        cosine: Of the two deltas, as vectors.
-        share_in_rows: Share of the new delta's squared norm in the row space of the other, ``None`` if that one is dense.
+        tensor: Canonical name of the tensor.
+        cosine: Cosine similarity of the two deltas.
+        share_in_rows: Share of the squared norm of the new delta in the row space of the other delta; ``None`` if the other delta is dense.
     """
 
     tensor: str
@@ -27,12 +27,12 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Conflict:
-    """What a new patch and one in the stack both do.
+    """Overlap of a new patch and a patch of the stack.
 
     Attributes:
-        other: The patch in the stack.
-        overlaps: Tensors that both touch.
-        contradictions: Requests, theirs and ours, for the same prompt and subject with different targets.
+        other: The patch of the stack.
+        overlaps: Tensors that both patches change.
+        contradictions: Pairs of requests, of the other and of the new patch, with the same prompt and subject but different targets.
     """
 
     other: Patch
@@ -42,22 +42,22 @@ class Conflict:
     def __str__(self) -> str:
         lines = [f"conflict with {self.other.id} ({self.other.kind}{': ' if self.other.title else ''}{self.other.title}):"]
         for overlap in self.overlaps:
-            share = "" if overlap.share_in_rows is None else f", {overlap.share_in_rows:.1%} of the new change lies in its row space"
+            share = "" if overlap.share_in_rows is None else f", {overlap.share_in_rows:.1%} of the new change is in its row space"
             lines.append(f"  {overlap.tensor}: cosine {overlap.cosine:+.3f}{share}")
         for theirs, ours in self.contradictions:
-            lines.append(f"  {_question(ours)}: {_target(theirs)} there, {_target(ours)} here")
+            lines.append(f"  {_question(ours)}: {_target(theirs)} in that patch, {_target(ours)} in the new one")
         return "\n".join(lines)
 
 
 def find_conflicts(patch: Patch, stack: Iterable[Patch]) -> list[Conflict]:
-    """Compare a patch with those of a stack that it was not made on top of.
+    """Find conflicts of a new patch with applied patches.
 
     Args:
-        patch: The new one.
-        stack: Those applied; the ones that ``patch`` requires are passed over.
+        patch: The new patch.
+        stack: Applied patches; patches that ``patch`` requires are skipped.
 
     Returns:
-        One conflict for each that touches a tensor of the new one or answers a request of it otherwise.
+        A conflict for each applied patch that changes a tensor of the new patch, or has a request with another target.
     """
     conflicts = []
     for other in stack:

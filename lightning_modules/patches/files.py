@@ -1,4 +1,4 @@
-"""Files and folders of patched weights: written whole or not at all, and copied."""
+"""Atomic replacement and copies of files and folders of patched weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from malleable.datamodules.files.atomic import atomic_write
 
 @contextmanager
 def replacing(path: Path, *, own_modes: bool = False) -> Iterator[Path]:
-    """Yield a temporary path to write a file or folder to, which replaces ``path``.
+    """Yield a temporary path for a file or folder that replaces ``path`` at the end of the context.
 
     See :func:`~malleable.datamodules.files.atomic.atomic_write`.
 
     Raises:
-        OSError: If the system does not let it be written; nothing has changed then.
+        OSError: If writing fails; ``path`` has not changed then.
     """
     try:
         with atomic_write(path, own_modes=own_modes) as building:
@@ -31,17 +31,17 @@ def mirror(source: Path, target: Path, without: Collection[str] = (), *, link: b
     """Copy a folder.
 
     Args:
-        source: The folder.
-        target: Where to; must not exist.
-        without: Names at its top that are left out.
-        link: Share the files by hard links where the file system can, and keep symbolic links: for a folder that takes the
-            place of ``source``.
+        source: Folder to copy.
+        target: Path of the copy; must not exist.
+        without: Names of files and folders directly in ``source`` that are not copied.
+        link: Create hard links instead of copies where the file system supports them, and keep symbolic links. Only for a folder that replaces
+            ``source``.
     """
 
-    def left_out(folder: str, names: list[str]) -> list[str]:
+    def ignored(folder: str, names: list[str]) -> list[str]:
         return [name for name in names if name in without] if Path(folder) == source else []
 
-    shutil.copytree(source, target, ignore=left_out, copy_function=_link_or_copy if link else shutil.copy2, symlinks=link)
+    shutil.copytree(source, target, ignore=ignored, copy_function=_link_or_copy if link else shutil.copy2, symlinks=link)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -1,4 +1,4 @@
-"""The JSON file of a patch: written with sorted keys, read with every field checked."""
+"""Manifest of a patch: a JSON file with sorted keys, whose fields are checked when it is read."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _FIELDS: dict[str, type] = {
 }
 
 
-def plain(value: Any, what: str) -> Any:
-    """Return a value as what JSON makes of it: tuples as lists, undefined and infinite figures as ``None``.
+def to_json_types(value: Any, what: str) -> Any:
+    """Convert a value to JSON types: tuples to lists, nan and infinite numbers to ``None``.
 
     Raises:
-        ValueError: If it is no plain data; the message begins with ``what``.
+        ValueError: If JSON cannot represent the value; the message begins with ``what``.
     """
     try:
         return _finite(json.loads(json.dumps(value)))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} must be plain data (dictionaries, lists, texts, numbers): {error}") from error
+        raise ValueError(f"{what} must be plain data (dictionaries, lists, strings, numbers): {error}") from error
 
 
 def to_json(value: Any) -> str:
-    """Return the one JSON text of a value: keys sorted, no spaces."""
+    """Return the canonical JSON text of a value: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -49,16 +49,18 @@ def dump_manifest(fields: Mapping[str, Any]) -> str:
 
 
 def parse_manifest(text: str) -> dict[str, Any]:
-    """Return the fields of a manifest.
+    """Parse a manifest, and return its fields.
 
     Raises:
-        ValueError: If the text is no JSON, of another format version, or lacks a field.
+        ValueError: If the text is not JSON, has another format version, or a field is missing or has a wrong type.
     """
     fields = parse_json(text, "it is not JSON")
     if not isinstance(fields, dict):
-        raise ValueError(f"it must be a JSON object, got {type(fields).__name__}")
+        raise ValueError(f"a manifest must be a JSON object, got {type(fields).__name__}")
     if fields.get("format") != FORMAT:
-        raise ValueError(f"it has format version {fields.get('format')!r}; this malleable reads version {FORMAT}: use the one that wrote it")
+        raise ValueError(
+            f"format version {fields.get('format')!r} is not supported, only {FORMAT}; use the version of malleable that wrote the patch"
+        )
     for name, kind in _FIELDS.items():
         if not isinstance(fields.get(name), kind):
             raise ValueError(f"{name!r} must be a {kind.__name__}, got {fields.get(name)!r:.60}")
@@ -69,10 +71,10 @@ def parse_manifest(text: str) -> dict[str, Any]:
 def _check_contents(fields: Mapping[str, Any]) -> None:
     for name, item in (*(("requests", item) for item in fields["requests"]), *fields["figures"].items(), *fields["tensors"].items()):
         if not isinstance(item, dict):
-            raise ValueError(f"{name!r} must hold objects, got {item!r:.60}")
+            raise ValueError(f"{name!r} must contain objects, got {item!r:.60}")
     for name, item in (*(("requires", item) for item in fields["requires"]), *fields["base"].items(), *fields["libraries"].items()):
         if not isinstance(item, str):
-            raise ValueError(f"{name!r} must be a text, got {item!r:.60}")
+            raise ValueError(f"{name!r} must be a string, got {item!r:.60}")
     try:
         datetime.fromisoformat(fields["created"])
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A patch: what is added to which tensors, why, and with which effect; a folder of one JSON and one safetensors file."""
+"""Patch of a model: changes of tensors with their requests and measurements, stored as a folder with a JSON and a safetensors file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from malleable.datamodules.files.text_files import open_text
 from malleable.datamodules.files.user_files import check_tree
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.files import mirror, replacing
-from malleable.lightning_modules.patches.manifest import dump_manifest, parse_manifest, plain, to_json
+from malleable.lightning_modules.patches.manifest import dump_manifest, parse_manifest, to_json, to_json_types
 from malleable.lightning_modules.patches.tensors import load_tensors, raw
 
 MANIFEST = "patch.json"
@@ -34,25 +34,25 @@ def _libraries() -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A change of a model, made once and never altered.
+    """Immutable change of a model.
 
     Attributes:
-        kind: What made it, e.g. ``alpha_edit``.
-        deltas: What it adds, by canonical tensor name; empty for a change that touches no weight.
-        base: :func:`~malleable.lightning_modules.patches.tensors.fingerprint` of the whole model that it was made on, as that is
-            without any patch; empty for a change that is bound to no weights.
-        title: A line for the reader.
-        requests: What was asked for, one plain dictionary each; what came of it, under ``outcome``, does not count for the id.
+        kind: Method that made the patch, e.g. ``alpha_edit``.
+        deltas: Changes by canonical tensor name; empty for a patch that changes no weights.
+        base: :func:`~malleable.lightning_modules.patches.tensors.fingerprint` of the complete model, without any patch, that the patch was made for;
+            empty for a patch that does not depend on weights.
+        title: One-line description.
+        requests: Edit requests as plain dictionaries. Their results, under ``outcome``, do not affect the id.
         settings: Hyper-parameters.
-        figures: Measurements ``{"before": {...}, "after": {...}}``; undefined and infinite ones become ``None``.
-        requires: Ids of the patches that lay below when it was made, in order.
+        figures: Measurements ``{"before": {...}, "after": {...}}``; nan and infinite values become ``None``.
+        requires: Ids of the patches that were applied when this patch was made, in order.
         created: Time in UTC, ISO 8601.
-        libraries: Versions it was made with.
-        folder: Where it was read from; other files there go along when it is written elsewhere.
-        id: First 12 hexadecimal digits of a hash over kind, requests, base and deltas: equal edits have equal ids on every machine.
+        libraries: Versions of the libraries that the patch was made with.
+        folder: Folder that the patch was read from. :meth:`write` copies its other files.
+        id: First 12 hexadecimal digits of a hash of kind, requests, base and deltas: equal edits have equal ids on every machine.
 
     Raises:
-        ValueError: If it touches a tensor that its base does not name, or a field is not plain data.
+        ValueError: If the patch changes a tensor that is not in its base, or if a field is not plain data.
     """
 
     kind: str
@@ -71,17 +71,17 @@ class Patch:
     def __post_init__(self) -> None:
         unnamed = sorted(self.deltas.keys() - self.base.keys())
         if unnamed:
-            raise ValueError(f"a patch may only touch tensors of its base, which has no {unnamed[0]!r} ({len(unnamed)} such tensors)")
+            raise ValueError(f"a patch can only change tensors of its base, which does not contain {unnamed[0]!r} ({len(unnamed)} such tensors)")
         if not set(self.figures) <= {"before", "after"}:
-            raise ValueError(f"figures are given as 'before' and 'after', got {sorted(self.figures)}")
+            raise ValueError(f"figures must have the keys 'before' and 'after', got {sorted(self.figures)}")
         for name in ("requests", "settings", "figures", "requires"):
-            object.__setattr__(self, name, plain(getattr(self, name), name))
+            object.__setattr__(self, name, to_json_types(getattr(self, name), name))
         object.__setattr__(self, "id", self._content_hash())
         self.tensors()
 
     def _content_hash(self) -> str:
-        asked = [{name: value for name, value in request.items() if name != "outcome"} for request in self.requests]
-        state = hashlib.sha256(to_json([self.kind, asked, dict(self.base)]).encode())
+        requests = [{name: value for name, value in request.items() if name != "outcome"} for request in self.requests]
+        state = hashlib.sha256(to_json([self.kind, requests, dict(self.base)]).encode())
         for name, delta in sorted(self.deltas.items()):
             for part in (delta.up, delta.down):
                 if part is not None:
@@ -90,12 +90,12 @@ class Patch:
         return state.hexdigest()[:12]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what ``deltas.safetensors`` holds: ``name`` of a dense delta, ``name.up`` and ``name.down`` of a low-rank one."""
+        """Return the content of ``deltas.safetensors``: ``name`` for a dense delta, ``name.up`` and ``name.down`` for a low-rank one."""
         stored: dict[str, Tensor] = {}
         for name, delta in sorted(self.deltas.items()):
             parts = {name: delta.up} if delta.down is None else {f"{name}.up": delta.up, f"{name}.down": delta.down}
             if stored.keys() & parts.keys():
-                raise ValueError(f"two deltas would both be stored as {sorted(stored.keys() & parts.keys())[0]!r}; give one of them densely")
+                raise ValueError(f"two deltas would both be stored as {sorted(stored.keys() & parts.keys())[0]!r}; pass one of them as a dense delta")
             stored |= parts
         return stored
 
@@ -110,13 +110,13 @@ class Patch:
         return dump_manifest({**fields, "base": dict(self.base), "libraries": dict(self.libraries), "tensors": forms})
 
     def write(self, folder: Path) -> Path:
-        """Write the patch as a folder, which appears when it is whole, and return it.
+        """Write the patch to a new folder atomically, and return the folder.
 
         Raises:
-            FileExistsError: If there is something already.
+            FileExistsError: If the folder exists.
         """
         if folder.exists():
-            raise FileExistsError(f"{folder} exists already; a patch is never overwritten: give another folder")
+            raise FileExistsError(f"{folder} exists already, and patches are never overwritten; give another folder")
         with replacing(folder) as building:
             if self.folder is None:
                 building.mkdir()
@@ -132,28 +132,27 @@ class Patch:
         """Read a patch folder.
 
         Raises:
-            FileNotFoundError: If it is none.
-            ValueError: If a file of it is damaged, a link that leads outside, a named pipe or a device, or the two do not belong together; the
-                message names the file.
+            FileNotFoundError: If the folder is not a patch.
+            ValueError: If a file is damaged, a link to a place outside the folder, a named pipe or a device, or if manifest and tensors do not match.
         """
         if not is_patch(folder):
-            raise FileNotFoundError(f"{folder} is no patch: it has no {MANIFEST}; give the folder that holds one")
+            raise FileNotFoundError(f"{folder} is not a patch: it has no {MANIFEST}; give a folder that contains one")
         check_tree(folder)
         tensors = load_tensors(folder / DELTAS) if (folder / DELTAS).exists() else {}
         return cls.from_parts(_text(folder / MANIFEST), tensors, str(folder), folder)
 
     @classmethod
     def from_parts(cls, manifest: str, tensors: Mapping[str, Tensor], source: str, folder: Path | None = None) -> Patch:
-        """Put a patch together from the contents of its two files.
+        """Build a patch from the contents of its two files.
 
         Args:
             manifest: Text of ``patch.json``.
             tensors: Contents of ``deltas.safetensors``.
-            source: What a message calls the place they come from.
-            folder: The folder they come from.
+            source: Name of the source in error messages.
+            folder: Folder of the files.
 
         Raises:
-            ValueError: If the manifest is wrong, the tensors are others than it names, or its id is not that of the contents.
+            ValueError: If the manifest is invalid, if it names other tensors, or if its id does not match the contents.
         """
         try:
             fields = parse_manifest(manifest)
@@ -169,17 +168,17 @@ class Patch:
         except ValueError as error:
             raise ValueError(f"{source}/{MANIFEST}: {error}") from error
         if patch.id != fields["id"]:
-            raise ValueError(f"{source} says id {fields['id']}, but its contents have {patch.id}: a file of it was changed; get the patch anew")
+            raise ValueError(f"{source} has id {fields['id']}, but its contents have id {patch.id}: a file was changed; copy the patch again")
         return patch
 
 
 def is_patch(folder: Path) -> bool:
-    """Say whether a folder is a patch."""
+    """Return whether a folder is a patch."""
     return (folder / MANIFEST).is_file()
 
 
 def read_patches(folder: Path) -> list[Patch]:
-    """Read all patches that lie directly in a folder, the oldest first; an unfinished one, under a hidden name, is none."""
+    """Read all patches directly in a folder, in order of creation; incomplete patches, which have hidden names, are skipped."""
     found = [path for path in folder.iterdir() if is_patch(path) and not path.name.startswith(".")]
     return sorted(map(Patch.read, found), key=lambda patch: (patch.created, patch.id))
 
@@ -193,7 +192,7 @@ def _deltas(forms: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
     named = {key for name, form in forms.items() for key in _keys(name, form)}
     if named != tensors.keys():
         missing, extra = sorted(named - tensors.keys()), sorted(tensors.keys() - named)
-        raise ValueError(f"its tensors are not those of the manifest: missing {missing[:3]}, unexpected {extra[:3]}")
+        raise ValueError(f"the tensors differ from the manifest: missing {missing[:3]}, unexpected {extra[:3]}")
     deltas = {}
     for name, form in forms.items():
         try:
@@ -201,7 +200,7 @@ def _deltas(forms: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if list(deltas[name].shape) != form.get("shape"):
-            raise ValueError(f"{name} has shape {list(deltas[name].shape)}, the manifest says {form.get('shape')}")
+            raise ValueError(f"{name} has shape {list(deltas[name].shape)}, but {form.get('shape')} in the manifest")
     return deltas
 
 

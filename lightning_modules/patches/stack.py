@@ -1,6 +1,6 @@
-"""The patches of one model: its patched weights are always the originals plus all deltas, rounded once.
+"""Patches of one model. Patched weights are always computed as the originals plus all deltas, rounded once.
 
-Nothing is added or taken away step by step, so a patch can leave from anywhere in the stack, and the originals come back bit by bit.
+Weights are never changed incrementally. Therefore any patch of the stack can be reverted, and reverting all restores the originals bit by bit.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Change(NamedTuple):
-    """The outcome of applying or reverting; nothing is changed until it is written.
+    """Result of applying or reverting patches, before it is written.
 
     Attributes:
-        stack: The stack afterwards.
-        tensors: New values of the tensors that change, on the CPU in the format of their originals.
-        unchecked: Number of tensors of the patch's base that the target does not hold.
-        conflicts: Where the patch meets others, if that was allowed.
+        stack: The new stack.
+        tensors: New values of the changed tensors, on the CPU in the dtype of their originals.
+        unchecked: Number of tensors of the patch's base that the target does not contain.
+        conflicts: Conflicts with other patches, if these were allowed.
     """
 
     stack: PatchStack
@@ -35,11 +35,10 @@ class Change(NamedTuple):
     conflicts: Sequence[Conflict] = ()
 
     def write_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the new values into tensors of memory, such as a live model's: devices, formats and ties stay as they are.
+        """Copy the new values into tensors in memory, e.g. of a model; devices, dtypes and tied weights do not change.
 
         Args:
-            tensors: Those that the change was made for, e.g. of
-                :func:`~malleable.lightning_modules.patches.tensors.canonical_tensors`.
+            tensors: Tensors that the change was computed for, e.g. from :func:`~malleable.lightning_modules.patches.tensors.canonical_tensors`.
         """
         with torch.no_grad():
             for name, value in self.tensors.items():
@@ -48,12 +47,12 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PatchStack:
-    """The patches of a model, the first applied first, with what they hide.
+    """Patches of a model, in the order of application, with the original values of the tensors that they change.
 
     Attributes:
         patches: The patches.
-        originals: Bit-exact copies of the tensors that they touch, by canonical name, as they are without any patch.
-        digests: Digest of each of these tensors as patched, by which a later change is noticed.
+        originals: Unpatched values of the changed tensors, by canonical name.
+        digests: Digests of the patched values of these tensors, with which later changes are detected.
     """
 
     patches: tuple[Patch, ...] = ()
@@ -62,23 +61,23 @@ class PatchStack:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Ids of the patches, in order: what a new patch made on this model ``requires``."""
+        """Ids of the patches, in order; a new patch of this model ``requires`` them."""
         return tuple(patch.id for patch in self.patches)
 
     def base(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Return the fingerprint of the model as it is without any patch: the ``base`` of a new patch made on it.
+        """Return the fingerprint of the model without its patches, the ``base`` of a new patch.
 
         Args:
-            tensors: The model as it stands, by canonical name; read one at a time.
+            tensors: Current tensors of the model by canonical name; read one at a time.
         """
         untouched = {name: digest(tensors[name]) for name in tensors if name not in self.originals}
         return untouched | fingerprint(self.originals)
 
     def find(self, prefix: str) -> Patch:
-        """Return the patch whose id begins with ``prefix``.
+        """Return the patch whose id starts with ``prefix``.
 
         Raises:
-            ValueError: If there is none or more than one.
+            ValueError: If there is no such patch, or more than one.
         """
         found = [patch for patch in self.patches if patch.id.startswith(prefix)]
         if len(found) != 1:
@@ -87,65 +86,68 @@ class PatchStack:
         return found[0]
 
     def apply(self, patch: Patch, tensors: Mapping[str, Tensor], *, allow_conflicts: bool = False, force: bool = False) -> Change:
-        """Lay a patch on top.
+        """Apply a patch.
 
         Args:
             patch: The patch.
-            tensors: The model as it stands, by canonical name; a checkpoint's may lack what was not trained. Read one at a time.
-            allow_conflicts: Apply also if a patch that this one was not made on top of touches the same tensors or requests.
-            force: Apply also if tensors that the patch does not touch are not those it was made on, or patches that it requires
-                are absent. Its deltas were then made for another model: their effect is no longer the measured one.
+            tensors: Current tensors of the model by canonical name, read one at a time. A checkpoint may contain trained tensors only.
+            allow_conflicts: Apply the patch also if applied patches that it does not require change the same tensors or have contradicting requests.
+            force: Apply the patch also if other tensors differ from the model that it was made for, or if patches that it requires are not applied.
+                Its effect then differs from the measured one.
 
         Returns:
-            The change; ``tensors`` are left alone.
+            The change; ``tensors`` are not modified.
 
         Raises:
-            ValueError: If it is applied already, tensors that it touches are missing, quantised, of another shape or other
-                values than it was made on, a tensor was changed beneath the stack, or for what the arguments allow.
+            ValueError: If the patch is applied already; if tensors that it changes are missing, quantised, or of another shape or other values than
+            in
+                its base; if patched tensors have changed since; or in the cases that ``allow_conflicts`` and ``force`` permit.
         """
         if patch.id in self.ids:
-            raise ValueError(f"patch {patch.id} is applied already; revert it first to apply it anew")
+            raise ValueError(f"patch {patch.id} is applied already; to apply it again, revert it first")
         _check_touched(patch, tensors)
         self._check_untouched_since(tensors, "export it --merged and make the patch on the result")
         found = compare(patch.base, self.base(tensors))
         _check_base(patch, found, force)
         absent = [id for id in patch.requires if id not in self.ids]
         if absent and not force:
-            raise ValueError(f"patch {patch.id} was made on top of {', '.join(absent)}; apply these first, or force it")
+            raise ValueError(f"patch {patch.id} requires {', '.join(absent)}, which are not applied; apply these first, or use force")
         conflicts = find_conflicts(patch, self.patches)
         if conflicts and not allow_conflicts:
             report = "\n".join(map(str, conflicts))
-            raise ValueError(f"patch {patch.id} meets others that it was not made on top of:\n{report}\nrevert those, or allow conflicts")
+            raise ValueError(f"patch {patch.id} conflicts with patches that it does not require:\n{report}\nrevert those, or allow conflicts")
         new = {name: tensors[name].detach().to("cpu", copy=True) for name in patch.deltas.keys() - self.originals.keys()}
         change = self._change((*self.patches, patch), {**self.originals, **new}, patch.deltas)
         return change._replace(unchecked=len(found.missing), conflicts=conflicts)
 
     def revert(self, ids: Iterable[str], tensors: Mapping[str, Tensor], *, force: bool = False) -> Change:
-        """Take patches away, from anywhere in the stack; the others stay as if these had never been there.
+        """Revert patches, from any position of the stack. The result is as if they had never been applied.
 
         Args:
-            ids: Their ids, or beginnings of them.
-            tensors: The model as it stands.
-            force: Revert also if a remaining patch was made on top of one of them, or the patched tensors were changed since
-                (by training, say: that change is lost).
+            ids: Ids of the patches, or prefixes of ids.
+            tensors: Current tensors of the model.
+            force: Revert patches also if a remaining patch requires one of them, or if the patched tensors have changed since, e.g. by training. Such
+                changes are lost.
 
         Returns:
-            The change; ``tensors`` are left alone.
+            The change; ``tensors`` are not modified.
 
         Raises:
-            ValueError: If an id is unknown or means several patches, or for what ``force`` allows.
+            ValueError: If an id is unknown or ambiguous, or in the cases that ``force`` permits.
         """
-        gone = {self.find(prefix).id: self.find(prefix) for prefix in ids}
-        left = tuple(patch for patch in self.patches if patch.id not in gone)
-        held = [f"{patch.id} (on {', '.join(needed)})" for patch in left if (needed := [id for id in patch.requires if id in gone])]
-        if held and not force:
-            raise ValueError(f"other patches were made on top: {', '.join(held)}; revert those too, or force it")
+        reverted = {self.find(prefix).id: self.find(prefix) for prefix in ids}
+        remaining = tuple(patch for patch in self.patches if patch.id not in reverted)
+        dependent = [
+            f"{patch.id} (requires {', '.join(required)})" for patch in remaining if (required := [id for id in patch.requires if id in reverted])
+        ]
+        if dependent and not force:
+            raise ValueError(f"other patches require these: {', '.join(dependent)}; revert those, too, or use force")
         if not force:
-            self._check_untouched_since(tensors, "reverting would lose that; force it to go back all the same")
-        return self._change(left, self.originals, {name for patch in gone.values() for name in patch.deltas})
+            self._check_untouched_since(tensors, "reverting would discard this change; use force to revert nevertheless")
+        return self._change(remaining, self.originals, {name for patch in reverted.values() for name in patch.deltas})
 
     def _change(self, patches: tuple[Patch, ...], originals: Mapping[str, Tensor], names: Collection[str]) -> Change:
-        """Compute the tensors ``names`` under ``patches``, and the stack that goes with them."""
+        """Compute the tensors ``names`` with ``patches`` applied, and the new stack."""
         touched = sorted({name for patch in patches for name in patch.deltas})
         tensors = {name: _patched(name, originals[name], patches) for name in sorted(names)}
         digests = {name: digest(tensors[name]) if name in tensors else self.digests[name] for name in touched}
@@ -154,23 +156,23 @@ class PatchStack:
     def _check_untouched_since(self, tensors: Mapping[str, Tensor], advice: str) -> None:
         changed = [name for name, value in self.digests.items() if name not in tensors or digest(tensors[name]) != value]
         if changed:
-            raise ValueError(f"{_few(changed)} changed after the patches {', '.join(self.ids)} were applied, by training or by hand; {advice}")
+            raise ValueError(f"{_few(changed)} changed after the patches {', '.join(self.ids)} were applied, e.g. by training; {advice}")
 
     def as_plain(self) -> dict[str, Any]:
-        """Return the stack as the plain data that a checkpoint may hold."""
+        """Return the stack as plain data and tensors, for a checkpoint."""
         patches = [{"manifest": patch.manifest(), "tensors": patch.tensors()} for patch in self.patches]
         return {"patches": patches, "originals": dict(self.originals), "digests": dict(self.digests)}
 
     @classmethod
     def from_plain(cls, section: Mapping[str, Any] | None, source: str) -> PatchStack:
-        """Read what :meth:`as_plain` gave; ``None`` is an empty stack.
+        """Build a stack from the output of :meth:`as_plain`; ``None`` gives an empty stack.
 
         Args:
-            section: The plain data.
-            source: What a message calls the place it comes from.
+            section: Output of :meth:`as_plain`.
+            source: Name of the source in error messages.
 
         Raises:
-            ValueError: If it is damaged.
+            ValueError: If the data are damaged.
         """
         if section is None:
             return cls()
@@ -178,28 +180,28 @@ class PatchStack:
             parts = [(item["manifest"], item["tensors"]) for item in section["patches"]]
             originals, digests = section["originals"], section["digests"]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"the patches in {source} are damaged: no {error}") from error
+            raise ValueError(f"the patches in {source} are damaged: {error} is missing") from error
         tensors = [*(own for _, own in parts), originals]
         if not all(isinstance(text, str) for text, _ in parts) or not all(map(_are_tensors, tensors)) or not isinstance(digests, dict):
-            raise ValueError(f"the patches in {source} are damaged: an entry is of another type")
+            raise ValueError(f"the patches in {source} are damaged: an entry has a wrong type")
         patches = tuple(Patch.from_parts(manifest, tensors, f"{source}, patch {place}") for place, (manifest, tensors) in enumerate(parts))
         return cls.checked(patches, originals, digests, source)
 
     @classmethod
     def checked(cls, patches: tuple[Patch, ...], originals: Mapping[str, Tensor], digests: Mapping[str, str], source: str) -> PatchStack:
-        """Put a stack together from stored parts.
+        """Build a stack from stored parts.
 
         Raises:
-            ValueError: If the originals are not those of the tensors that the patches touch.
+            ValueError: If the originals do not match the patches.
         """
         touched = {name for patch in patches for name in patch.deltas}
         if not touched == originals.keys() == digests.keys():
             wrong = touched ^ originals.keys() or touched ^ digests.keys()
-            raise ValueError(f"the patches in {source} are damaged: they and the stored originals differ in {_few(wrong)}")
+            raise ValueError(f"the patches in {source} are damaged: patches and stored originals do not have the same tensors: {_few(wrong)}")
         bases = {name: patch.base[name] for patch in patches for name in patch.deltas}
         damaged = [name for name, original in originals.items() if digest(original) != bases[name]]
         if damaged:
-            raise ValueError(f"the patches in {source} are damaged: the stored originals of {_few(damaged)} are not what the patches were made on")
+            raise ValueError(f"the patches in {source} are damaged: the stored originals of {_few(damaged)} differ from the base of the patches")
         return cls(patches, originals, digests)
 
 
@@ -208,7 +210,7 @@ def _are_tensors(value: Any) -> bool:
 
 
 def _patched(name: str, original: Tensor, patches: Iterable[Patch]) -> Tensor:
-    """Add the deltas, in the order of their ids, so that a set of patches gives the same bits whatever the order it came in."""
+    """Add the deltas in the order of their ids, so that the result does not depend on the order in which patches were applied."""
     wide = torch.float64 if original.dtype == torch.float64 else torch.float32
     deltas = [patch.deltas[name] for patch in sorted(patches, key=lambda patch: patch.id) if name in patch.deltas]
     if not deltas:
@@ -218,7 +220,9 @@ def _patched(name: str, original: Tensor, patches: Iterable[Patch]) -> Tensor:
         total = total + delta.dense().to(wide)
     patched = (original.to(wide) + total).to(original.dtype)
     if not patched.isfinite().all():
-        raise ValueError(f"{name} is not finite once patched: {original.dtype} holds no values that large, or the tensor itself is damaged")
+        raise ValueError(
+            f"{name} is not finite after patching: values exceed the range of {original.dtype}, or the tensor is damaged; use a wider dtype"
+        )
     return patched
 
 
@@ -226,16 +230,16 @@ def _check_touched(patch: Patch, tensors: Mapping[str, Tensor]) -> None:
     missing = [name for name in patch.deltas if name not in tensors]
     if missing:
         if any(name.endswith(f".{own}") for name in missing for own in tensors):
-            advice = "it names its tensors otherwise: load it and save it again with transformers"
+            advice = "its tensors have other names: load it and save it again with transformers"
         else:
-            advice = "if it stores only what was trained, give the folder of the base model, or a checkpoint of all weights"
-        raise ValueError(f"patch {patch.id} changes {_few(missing)}, which the target does not hold; {advice}")
+            advice = "if it contains trained weights only, give the folder of the base model, or a checkpoint of all weights"
+        raise ValueError(f"patch {patch.id} changes {_few(missing)}, which the target does not contain; {advice}")
     for name, delta in patch.deltas.items():
         tensor = tensors[name]
         if tensor.dtype not in _FLOATS:
-            raise ValueError(f"{name} is stored as {tensor.dtype}: quantised weights cannot be patched; patch the model before quantising it")
+            raise ValueError(f"{name} has dtype {tensor.dtype}, and quantised weights cannot be patched; patch the model before quantisation")
         if tuple(tensor.shape) != delta.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the patch {patch.id} is for {delta.shape}: it was made on another model")
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {delta.shape} in patch {patch.id}: the patch was made for another model")
 
 
 def _check_base(patch: Patch, found: Comparison, force: bool) -> None:
@@ -243,20 +247,20 @@ def _check_base(patch: Patch, found: Comparison, force: bool) -> None:
         return
     doubled = [name for name, same in found.copies.items() if same in patch.deltas]
     if doubled:
-        raise ValueError(f"{_few(doubled)} in the target equals a tensor that the patch changes: tied, but stored twice; save the model again")
+        raise ValueError(f"{_few(doubled)} in the target equals a tensor that the patch changes: tied weights are stored twice; save the model again")
     touched = [name for name in found.differing if name in patch.deltas]
-    # What a target that stores only trained weights may lack is the frozen model, not an adapter.
+    # A checkpoint of trained weights may lack tensors of the frozen model, but not of an adapter.
     others = [*found.differing, *found.unknown, *(name for name in found.missing if ".lora_" in name)]
     if not touched and (not others or force):
         return
-    advice = f"and it changes {_few(touched)}: force does not help" if touched else "though none that it changes; force it to apply it all the same"
+    advice = f"and it changes {_few(touched)}: force does not help" if touched else "but none that it changes; use force to apply it nevertheless"
     raise ValueError(
-        f"patch {patch.id} was made on other weights; tensors that differ: {len(others)} (of {len(patch.base)} in its base the target holds "
-        f"{found.checked}), such as {_few(others)}, {advice}; give the weights it was made on, in their number format"
+        f"patch {patch.id} was made for other weights; tensors that differ: {len(others)} (the target contains {found.checked} of the "
+        f"{len(patch.base)} tensors of its base), such as {_few(others)}, {advice}; give the weights it was made for, in their dtype"
     )
 
 
 def _few(names: Collection[str]) -> str:
-    """Name up to three, and say how many there are."""
+    """Return up to three names and the number of the others."""
     shown = ", ".join(sorted(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -49,7 +49,7 @@ class Container(ABC):
     def write(self, change: Change, out: Path | None = None) -> Path:
         """Write the changed weights atomically, and return the path.
 
-        Other stored content is kept. This object still shows the state before the change; open the path again to read the new one.
+        Other stored content is kept. This object still has the state before the change; open the path again to read the new state.
 
         Args:
             change: A change of :attr:`tensors`, as returned by :attr:`stack`. An empty stack removes the section of patches.
@@ -60,7 +60,7 @@ class Container(ABC):
             OSError: If writing fails; nothing has changed then.
         """
         if out is not None and out.exists():
-            raise FileExistsError(f"{out} exists already; give a new path with --out, or none to change {self.path} itself")
+            raise FileExistsError(f"{out} exists already; give a new path with --out, or omit --out to change {self.path} itself")
         self._write(change, self.path if out is None else out)
         return out or self.path
 
@@ -70,7 +70,7 @@ class Container(ABC):
 
 
 class CheckpointFile(Container):
-    """A Lightning checkpoint of one file, opened without pickle and mapped into memory.
+    """Lightning checkpoint in one file, opened without pickle and memory-mapped.
 
     Args:
         path: Checkpoint file.
@@ -85,10 +85,12 @@ class CheckpointFile(Container):
         self._content = _load(path)
         state = {key: value for key, value in self._content["state_dict"].items() if isinstance(value, Tensor)}
         if sparse := [key for key, value in state.items() if value.layout != torch.strided or value.is_meta or value.is_quantized]:
-            raise ValueError(f"{path} holds sparse, quantised or empty tensors, such as {sparse[0]!r}, which cannot be patched")
+            raise ValueError(f"{path} contains sparse, quantised or meta tensors, such as {sparse[0]!r}, which cannot be patched")
         keys = canonical_names(state, prefix)
         if not keys:
-            raise ValueError(f"{path} holds no tensor under {prefix!r} but e.g. {sorted(state)[:3]}; give the --prefix under which the model lies")
+            raise ValueError(
+                f"{path} has no tensor with the prefix {prefix!r}, but e.g. {sorted(state)[:3]}; give the --prefix of the model's tensors"
+            )
         named = {name: state[key] for name, key in keys.items()}
         aliases = untied(named)
         self._keys = {name: [keys[alias] for alias in names] for name, names in aliases.items()}
@@ -118,7 +120,7 @@ def _save(content: dict[str, Any], file: Path) -> None:
 def _load(path: Path) -> dict[str, Any]:
     content = read_plain(path)
     if "state_dict" not in content:
-        raise ValueError(f"{path} is no Lightning checkpoint: it has no 'state_dict'")
+        raise ValueError(f"{path} is not a Lightning checkpoint: it has no 'state_dict'; give a checkpoint, or the folder of a model or adapter")
     return content
 
 
@@ -182,11 +184,11 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / "adapter_config.json").is_file():
         if (folder / "adapter_model.safetensors").is_file():
             return [folder / "adapter_model.safetensors"]
-        raise ValueError(f"{folder} is an adapter without adapter_model.safetensors; load it and save it with save_pretrained of PEFT")
+        raise ValueError(f"{folder} is an adapter without adapter_model.safetensors; load it and save it again with save_pretrained of PEFT")
     named = read_json(folder / "config.json")
     explicit = named.get("transformers_weights") if isinstance(named, dict) else None
     if explicit is not None and (not isinstance(explicit, str) or not is_file_name(explicit) or not (folder / explicit).is_file()):
-        raise ValueError(f"{folder / 'config.json'}, field transformers_weights: {explicit!r:.200} is no file of the folder")
+        raise ValueError(f"{folder / 'config.json'}, field transformers_weights: {explicit!r:.200} is not a file of the folder; copy it there")
     if explicit and not explicit.endswith(".index.json"):
         return [folder / explicit]
     if not explicit and (folder / "model.safetensors").is_file():
@@ -195,12 +197,12 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         raise ValueError(
             f"{folder} has no safetensors weights (model.safetensors, its sharded form, or adapter_model.safetensors); "
-            "load what it holds and save it with save_pretrained of transformers or PEFT"
+            "load the model and save it again with save_pretrained of transformers or PEFT"
         )
     names = shard_names(index)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} is incomplete: its index names {missing[0]} ({len(missing)} such files missing); download it again")
+        raise ValueError(f"{folder} is incomplete: {missing[0]} of its index is missing ({len(missing)} files in all); download the model again")
     return [folder / name for name in names]
 
 
@@ -213,7 +215,7 @@ def _read_section(folder: Path) -> PatchStack:
     if not folder.exists():
         return PatchStack()
     if not (folder / _ORDER).exists():
-        raise ValueError(f"{folder} was not written by malleable: it has no {_ORDER}; move it elsewhere, that name is needed for patches")
+        raise ValueError(f"{folder} was not written by malleable: it has no {_ORDER}; rename the folder, because patches are stored under this name")
     try:
         section = read_json(folder / _ORDER)
     except ValueError as error:
@@ -226,7 +228,7 @@ def _read_section(folder: Path) -> PatchStack:
 
 
 def write_section(folder: Path, stack: PatchStack) -> None:
-    """Write the patches of a weights folder, with the original values, into ``folder``."""
+    """Write the patches of a weights folder and the original values of the changed tensors to ``folder``."""
     folder.mkdir()
     (folder / _ORDER).write_text(json.dumps({"order": list(stack.ids), "digests": dict(stack.digests)}, indent=1) + "\n", encoding="utf-8")
     if stack.originals:
@@ -245,21 +247,21 @@ def open_container(path: str | Path, prefix: str = "model.") -> Container:
 
     Raises:
         FileNotFoundError: If ``path`` does not exist.
-        ValueError: If it holds no supported weights, or is damaged.
+        ValueError: If it contains no supported weights, or is damaged.
     """
     path = Path(path).resolve()
     recover(path)
     if path.is_file():
         return CheckpointFile(path, prefix)
     if not path.exists():
-        raise FileNotFoundError(f"no {path}; give a checkpoint, or the folder of a model or adapter")
+        raise FileNotFoundError(f"{path} does not exist; give a checkpoint, or the folder of a model or adapter")
     if is_patch(path):
         raise ValueError(f"{path} is a patch, not weights; give a checkpoint, or the folder of a model or adapter")
     if is_weights_folder(path):
         return WeightsFolder(path)
     if any((path / name).exists() for name in _SHARDED):
-        raise ValueError(f"{path} is a checkpoint in shards; {_one_file(path)}")
-    raise ValueError(f"{path} holds no weights: a model's folder has a config.json, an adapter's an adapter_config.json, a checkpoint is a file")
+        raise ValueError(f"{path} is a sharded checkpoint; {_one_file(path)}")
+    raise ValueError(f"{path} contains no weights; give a folder with config.json (model) or adapter_config.json (adapter), or a checkpoint file")
 
 
 def is_weights_folder(path: Path) -> bool:
@@ -270,7 +272,7 @@ def is_weights_folder(path: Path) -> bool:
 def _one_file(folder: Path) -> str:
     whole = folder.with_name(f"consolidated-{folder.name}")
     if whole.is_file():
-        return f"give its one-file form, {whole}"
+        return f"give the consolidated checkpoint, {whole}"
     if (folder / "latest").exists():
-        return f"`malleable test --ckpt_path {folder}` with its recipe writes its one-file form beside it: give that"
-    return f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {folder}` writes its one-file form: give that"
+        return f"run `malleable test --ckpt_path {folder}` with its recipe, which writes a consolidated checkpoint beside it, and give that"
+    return f"run `python -m lightning.pytorch.utilities.consolidate_checkpoint {folder}`, and give the consolidated checkpoint that it writes"

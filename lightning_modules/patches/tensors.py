@@ -74,7 +74,7 @@ def canonical_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensors[name] for name in untied(tensors)}
 
 
-_BLOCK = 1 << 20  # values that are converted at a time
+_BLOCK = 1 << 20  # number of values that are converted at once
 
 
 def digest(tensor: Tensor) -> str:
@@ -152,7 +152,7 @@ def open_tensors(file: Path) -> Iterator[Any]:
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """Read all tensors of a file; see :func:`open_tensors`."""
     with open_tensors(file) as stored:
-        return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  (no mapping)
+        return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  (not a mapping)
 
 
 def write_changed(source: Path, target: Path, values: Mapping[str, Tensor]) -> None:

@@ -48,7 +48,7 @@ from malleable.datamodules.graphs.queries import QueryRows
 from malleable.datamodules.sources.graphs.base import Ints
 from malleable.lightning_modules.functional.graphs.interaction import score_all
 from malleable.lightning_modules.graphs.knowledge_graph import KnowledgeGraphModule
-from malleable.lightning_modules.metrics.link_prediction import Tails, filtered_ranks
+from malleable.lightning_modules.metrics.link_prediction import QueryEntities, filtered_ranks
 from malleable.lightning_modules.metrics.ranking import Ties
 
 BARS: dict[str, dict[str, float]] = {"pykeen": {"codex_s": 3.0, "wn18rr": 3.0}, "loop": {}}
@@ -87,9 +87,9 @@ class Ours:
         """Scores of all entities."""
         return score_all(self.module.query(batch.head, batch.relation), self.module.key())
 
-    def tails(self, batch: Any) -> tuple[Tails, Tails]:
+    def tails(self, batch: Any) -> tuple[QueryEntities, QueryEntities]:
         """True and known tails."""
-        return Tails(batch.target, batch.target_row), Tails(batch.known, batch.known_row)
+        return QueryEntities(batch.target, batch.target_row), QueryEntities(batch.known, batch.known_row)
 
 
 class PyKEEN:

@@ -19,7 +19,7 @@ from malleable.lightning_modules.functional.graphs.points import Translation
 from malleable.lightning_modules.graphs.nfe import NFE
 from malleable.lightning_modules.graphs.point_embeddings import TransE
 from malleable.lightning_modules.graphs.settings import EmbeddingTuning, Init
-from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics, Tails
+from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics, QueryEntities
 
 DEGREE = (0, *range(1, 12))
 
@@ -192,7 +192,7 @@ class TestRelations:
         metric = LinkPredictionMetrics(12)
         relation, rank = torch.tensor([(r, r + 1) for r in (0, 1, 3, 4, 5)] + [(6 + r, 1) for r in (0, 1, 3, 4)]).unbind(1)
         row, none = torch.arange(9), torch.zeros(0, dtype=torch.long)
-        metric.update(-torch.arange(12.0).expand(9, 12), Tails(rank - 1, row), Tails(none, none), relation, row)
+        metric.update(-torch.arange(12.0).expand(9, 12), QueryEntities(rank - 1, row), QueryEntities(none, none), relation, row)
         metric.compute()
         return metric
 

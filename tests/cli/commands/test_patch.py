@@ -102,11 +102,11 @@ def test_conflicts_are_reported_and_need_consent(target, edits, patch, monkeypat
 
 def test_force_is_for_what_lies_below(target, edits, patch, monkeypatch, capsys):
     code, message = fails(monkeypatch, capsys, "apply", edits[2], target)
-    assert (code, "apply these first, or force it" in message) == (1, True)
+    assert (code, "apply these first, or use force" in message) == (1, True)
     patch("apply", edits[2], target, "--force")
     patch("apply", edits[0], target, "--allow_conflicts")
     code, message = fails(monkeypatch, capsys, "revert", target)
-    assert (code, "revert those too, or force it" in message) == (1, True)
+    assert (code, "revert those, too, or use force" in message) == (1, True)
     assert patch("revert", target, "--force").endswith("has 1 patch\n")
 
 
@@ -224,10 +224,10 @@ def test_a_merged_export_has_the_weights_and_no_patches(edits, patch, tmp_path, 
         (["revert", "model.ckpt", "--all"], "model.ckpt holds no patches"),
         (["revert", "model.ckpt", "abc", "--all"], "give no ids with it"),
         (["export", "model.ckpt", "out", "abc", "--merged"], "give no id with it"),
-        (["apply", "edits", "model.ckpt"], "edits is no patch: it has no patch.json"),
+        (["apply", "edits", "model.ckpt"], "edits is not a patch: it has no patch.json"),
         (["apply", "edits/first", "nowhere.ckpt"], "nowhere.ckpt; give a checkpoint"),
         (["apply", "edits/first", "model.ckpt", "--out", "model.ckpt"], "model.ckpt exists already"),
-        (["list", "model.ckpt", "--prefix", "net."], "holds no tensor under 'net.'"),
+        (["list", "model.ckpt", "--prefix", "net."], "has no tensor with the prefix 'net.'"),
     ],
 )
 def test_mistakes_are_explained(target, edits, monkeypatch, capsys, words, message):

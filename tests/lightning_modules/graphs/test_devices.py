@@ -12,7 +12,7 @@ from malleable.lightning_modules.graphs.nfe import NFE
 from malleable.lightning_modules.graphs.point_embeddings import ComplEx, DistMult, RotatE, TransE
 from malleable.lightning_modules.graphs.settings import EmbeddingTuning, Init
 from malleable.lightning_modules.losses.embedding import DURA, N3, BCESum, KvsAll, NegativeSampling, Softmax
-from malleable.lightning_modules.metrics.link_prediction import Tails, filtered_ranks
+from malleable.lightning_modules.metrics.link_prediction import QueryEntities, filtered_ranks
 
 ROWS = query_rows(tiny_triples())
 MODELS = {
@@ -139,7 +139,8 @@ class TestTies:
                 assert torch.equal(scores[:, half : 2 * half], scores[:, twin])
                 # The pessimistic rank counts the twin, the optimistic one does not.
                 best, worst = (
-                    filtered_ranks(scores, Tails(twin[number], None), Tails(number[:0], number[:0]), ties) for ties in ("optimistic", "pessimistic")
+                    filtered_ranks(scores, QueryEntities(twin[number], None), QueryEntities(number[:0], number[:0]), ties)
+                    for ties in ("optimistic", "pessimistic")
                 )
                 assert (worst - best >= 1).all()
                 module.evaluate(batch, metrics)

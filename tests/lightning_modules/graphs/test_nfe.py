@@ -13,7 +13,7 @@ from malleable.datamodules.batch import KnowledgeGraph
 from malleable.lightning_modules.graphs.nfe import NFE, Flow
 from malleable.lightning_modules.graphs.settings import EmbeddingTuning, LinkRanking
 from malleable.lightning_modules.losses.embedding import BCESum
-from malleable.lightning_modules.metrics.link_prediction import Tails, filtered_ranks
+from malleable.lightning_modules.metrics.link_prediction import QueryEntities, filtered_ranks
 
 KINDS = {
     "nfe1": ("NFE1", Flow(), {}),
@@ -45,7 +45,7 @@ def literal_scores(kind, module, batch):
 
 
 def tails_of(batch):
-    return Tails(batch.target, batch.target_row), Tails(batch.known, batch.known_row)
+    return QueryEntities(batch.target, batch.target_row), QueryEntities(batch.known, batch.known_row)
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
@@ -116,7 +116,7 @@ def test_not_a_number_raises():
         module.tables[0].weight[3, 2] = torch.nan
     metrics = module.configure_metrics()
     module.evaluate(collate_queries(query_rows(tiny_triples())), metrics)
-    with pytest.raises(ValueError, match="72 of 72 queries have scores that are not numbers"):
+    with pytest.raises(ValueError, match="72 of 72 queries have nan scores"):
         metrics["ranking"].compute()
 
 

@@ -222,14 +222,14 @@ def test_a_checkpoint_describes_them(thing):
     again = object_from_plain(base, stored)
     assert type(again) is type(thing)
     assert again.as_plain() == stored
-    with pytest.raises(TypeError, match=f"which is no {base.__name__}"):
+    with pytest.raises(TypeError, match=f"which is not a subclass of {base.__name__}"):
         object_from_plain(base, {"class_path": "torch.nn.MSELoss"})
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BCESum(smoothing=1), r"smoothing must lie in \[0, 1\), got 1"),
+        (lambda: BCESum(smoothing=1), r"smoothing must be in \[0, 1\), got 1"),
         (lambda: Softmax(chunk=0), "chunk must be >= 1, got 0"),
         (lambda: NegativeSampling(0), "num_negatives must be >= 1, got 0"),
         (lambda: NegativeSampling(temperature=-1), "temperature must be >= 0, got -1"),

@@ -108,7 +108,7 @@ def test_length_norm_divides_before_beta():
     lengths = torch.tensor([[2, 4]] * 4)
     expected = Sigmoid(beta=0.1)(policy() / lengths, REFERENCE / lengths).losses
     torch.testing.assert_close(Sigmoid(beta=0.1, length_norm=True)(policy(), REFERENCE, lengths).losses, expected)
-    with pytest.raises(ValueError, match="length_norm needs the answers' lengths"):
+    with pytest.raises(ValueError, match="length_norm needs the lengths of the answers"):
         Sigmoid(length_norm=True)(policy(), REFERENCE)
 
 
@@ -122,8 +122,8 @@ def test_no_gradient_reaches_the_reference():
     ("make", "message"),
     [
         (lambda: Sigmoid(beta=0), "beta must be > 0, got 0"),
-        (lambda: Sigmoid(smoothing=1.2), r"smoothing must lie in \[0, 1\], got 1.2"),
-        (lambda: Robust(smoothing=0.5), r"smoothing must lie in \[0, 0.5\), got 0.5"),
+        (lambda: Sigmoid(smoothing=1.2), r"smoothing must be in \[0, 1\], got 1.2"),
+        (lambda: Robust(smoothing=0.5), r"smoothing must be in \[0, 0.5\), got 0.5"),
     ],
 )
 def test_bad_values(make, message):
@@ -159,12 +159,12 @@ def test_smoothing_of_each_row_replaces_that_of_the_loss(kind):
 
 @pytest.mark.parametrize("loss", [IPO(), Hinge(), DMPO(), SDPO()])
 def test_smoothing_that_has_no_effect_is_refused(loss):
-    with pytest.raises(ValueError, match="takes no smoothing for single rows; use Sigmoid or Robust"):
+    with pytest.raises(ValueError, match="does not accept a smoothing for each row; use Sigmoid or Robust"):
         loss(policy(), REFERENCE, smoothing=torch.full((4,), 0.1))
 
 
 def test_a_missing_reference_is_refused():
-    with pytest.raises(ValueError, match="Sigmoid compares with a reference: give its log-probabilities"):
+    with pytest.raises(ValueError, match="Sigmoid needs log-probabilities of a reference"):
         Sigmoid()(policy())
 
 

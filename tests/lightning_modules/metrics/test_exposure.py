@@ -129,7 +129,7 @@ def test_bounds_hold_and_order_of_rows_changes_nothing():
 
 def test_item_counts_are_those_of_the_last_compute():
     metric = ExposureMetrics(6, ks=(1, 2))
-    with pytest.raises(RuntimeError, match=r"known after compute\(\)"):
+    with pytest.raises(RuntimeError, match=r"available after compute\(\)"):
         metric.item_counts(2)
     measured(metric)
     metric.reset()
@@ -144,13 +144,13 @@ def test_refusals():
         ExposureMetrics(3, genres=GENRES)
     with pytest.raises(ValueError, match="popularity must have one entry for each of the 3 items, got 2"):
         ExposureMetrics(3, popularity=[1, 2])
-    with pytest.raises(ValueError, match=r"no item has a counted genre: counted \['z'\]"):
+    with pytest.raises(ValueError, match=r"no item has a genre of counted_genres \['z'\]"):
         ExposureMetrics(6, genres=GENRES, counted_genres=("z",))
     with pytest.raises(ValueError, match="tail must be 'items' or 'interactions', got 'long'"):
         ExposureMetrics(3, popularity=[1, 2, 3], tail="long")
-    with pytest.raises(ValueError, match="recommended holds item 9, outside the catalogue of 6 items"):
+    with pytest.raises(ValueError, match="recommended contains item 9, but the catalogue has items 0 to 5"):
         ExposureMetrics(6, ks=(1,)).update(torch.tensor([[9]]), torch.tensor([[0]]), torch.tensor([0]))
-    with pytest.raises(ValueError, match="history holds item 6, outside the catalogue"):
+    with pytest.raises(ValueError, match="history contains item 6, but the catalogue"):
         ExposureMetrics(6, ks=(1,)).update(torch.tensor([[0]]), torch.tensor([[6]]), torch.tensor([0]))
     with pytest.raises(ValueError, match=r"recommended must be \(B, K\) with K >= 10"):
         ExposureMetrics(6).update(torch.tensor([[0]]), torch.tensor([[0]]), torch.tensor([0]))

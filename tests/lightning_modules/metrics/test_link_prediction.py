@@ -9,16 +9,16 @@ import torch
 from launch import launch
 
 from malleable.lightning_modules.metrics import link_prediction
-from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics, Tails, filtered_ranks
+from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics, QueryEntities, filtered_ranks
 
 TIES = ("optimistic", "realistic", "pessimistic")
 
 
 def tails(*rows):
-    """Tails of each query."""
+    """QueryEntities of each query."""
     pairs = [(entity, row) for row, entities in enumerate(rows) for entity in entities]
     entity, row = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
-    return Tails(entity, row)
+    return QueryEntities(entity, row)
 
 
 # Five entities; entity 4 was never seen in training.
@@ -57,7 +57,7 @@ def random_case(seed, rows=13, entities=31):
     filters = [sorted({*k, *t[:1]}) for k, t in zip(known, true, strict=True)]
     shuffled = tails(*filters)
     order = torch.randperm(len(shuffled.row), generator=generator)
-    return scores, true, filters, tails(*true), Tails(shuffled.entity[order], shuffled.row[order])
+    return scores, true, filters, tails(*true), QueryEntities(shuffled.entity[order], shuffled.row[order])
 
 
 @pytest.mark.parametrize("compared", [1, 100, 1 << 20])
@@ -78,7 +78,7 @@ def test_properties():
     best, middle, worst = (filtered_ranks(scores, true, known, ties) for ties in TIES)
     assert (best <= middle).all()
     assert (middle <= worst).all()
-    assert (worst <= filtered_ranks(scores, true, Tails(known.entity[:0], known.row[:0]))).all()
+    assert (worst <= filtered_ranks(scores, true, QueryEntities(known.entity[:0], known.row[:0]))).all()
     # A margin changes no rank.
     assert torch.equal(filtered_ranks(scores + 3, true, known), worst)
     # A constant scorer: last of the unfiltered candidates, and half-way.
@@ -97,7 +97,7 @@ def test_what_is_not_a_number_raises():
     for cell in ((0, 1), (1, 0), (2, 4)):
         scores = SCORES.clone()
         scores[cell] = torch.nan
-        with pytest.raises(ValueError, match="1 of 3 queries have scores that are not numbers: training has diverged"):
+        with pytest.raises(ValueError, match="1 of 3 queries have nan scores: training has diverged"):
             filtered_ranks(scores, TRUE, KNOWN)
     infinite = SCORES.clone()
     infinite[0, 0], infinite[0, 3] = torch.inf, -torch.inf
@@ -154,7 +154,7 @@ SCRIPT = """
 import json, os
 import torch
 from torch import distributed
-from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics, Tails
+from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics, QueryEntities
 
 rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 if size > 1:
@@ -174,7 +174,7 @@ for ties in ("optimistic", "realistic", "pessimistic"):
     for part in torch.arange(rank, len(rows), size).split(7):
         at = rows[part]
         row, known = mask[at].nonzero().unbind(1)
-        metric.update(scores[at], Tails(target[at], torch.arange(len(at))), Tails(known, row), relation[at], ids[part])
+        metric.update(scores[at], QueryEntities(target[at], torch.arange(len(at))), QueryEntities(known, row), relation[at], ids[part])
     result.append({name: value.item() for name, value in metric.compute().items()})
     result.append(metric.relation_figures["mrr"].tolist())
 print(json.dumps(result))

@@ -218,7 +218,7 @@ def test_no_rows_is_not_a_number():
 def test_refusals():
     with pytest.raises(ValueError, match=r"ks must be cut-offs >= 1, got \(0, 5\)"):
         RankingMetrics(ks=(0, 5))
-    with pytest.raises(ValueError, match=r"K >= 10, got \(4, 5\); recommend at least 10 items"):
+    with pytest.raises(ValueError, match=r"K >= 10, got \(4, 5\); pad it to 10 columns"):
         RankingMetrics().update(torch.zeros(4, 5, dtype=torch.long), torch.zeros(4, dtype=torch.long), torch.arange(4))
     with pytest.raises(ValueError, match=r"ties must be one of .*'optimistic'.*, got 'lucky'"):
         rank_of_target(torch.zeros(1, 2), torch.tensor([0]), "lucky")

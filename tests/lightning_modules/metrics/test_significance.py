@@ -38,9 +38,9 @@ def test_equal_runs_are_never_significant():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"both runs need the same rows, got shapes \(3,\) and \(4,\)"):
+    with pytest.raises(ValueError, match=r"both runs must have the same rows, got shapes \(3,\) and \(4,\)"):
         paired_bootstrap(torch.zeros(3), torch.zeros(4))
-    with pytest.raises(ValueError, match=r"one number a row, \(R,\) with R >= 1, got shape \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"one number for each row, \(R,\) with R >= 1, got shape \(2, 2\)"):
         randomization_test(torch.zeros(2, 2), torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"level must be in \(0, 1\), got 95"):
         bootstrap_interval(torch.zeros(3), level=95)

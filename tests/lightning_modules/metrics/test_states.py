@@ -16,7 +16,7 @@ from malleable.lightning_modules.metrics import editing, exposure, link_predicti
 TEXT = "the cat sat on the mat and the cat sat"
 LISTS, IDS = torch.tensor([[0, 1, 2], [2, 1, 0]]), torch.tensor([3, 4])
 SCORES = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2]])
-TAILS = link_prediction.Tails(torch.tensor([1, 0]), torch.tensor([0, 1]))
+TAILS = link_prediction.QueryEntities(torch.tensor([1, 0]), torch.tensor([0, 1]))
 # A metric with arguments of an update for each class.
 CASES = {
     "EditingMetrics": (lambda: editing.EditingMetrics(), lambda: [[editing.RequestFigures(*([1.0] * len(editing.RequestFigures._fields)))]]),

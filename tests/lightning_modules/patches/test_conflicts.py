@@ -55,5 +55,5 @@ def test_requests_of_another_form_do_not_contradict():
 def test_the_report_reads_well():
     factored, dense = (patch({"a": delta}, title="Lyon") for delta in (low_rank(1), Delta(low_rank(1).dense())))
     (first,), (second,) = (find_conflicts(patch({"a": low_rank(1)}), [other]) for other in (factored, dense))
-    assert str(first) == f"conflict with {factored.id} (alpha_edit: Lyon):\n  a: cosine +1.000, 100.0% of the new change lies in its row space"
+    assert str(first) == f"conflict with {factored.id} (alpha_edit: Lyon):\n  a: cosine +1.000, 100.0% of the new change is in its row space"
     assert str(second) == f"conflict with {dense.id} (alpha_edit: Lyon):\n  a: cosine +1.000"

@@ -67,7 +67,7 @@ def test_zero_has_no_direction():
     [
         (torch.tensor([1.0, float("nan")]), None, "must be finite"),
         (torch.ones(2, 1), torch.tensor([[float("inf"), 1.0]]), "must be finite"),
-        (torch.ones(2, dtype=torch.int64), None, r"real numbers, got torch\.int64"),
+        (torch.ones(2, dtype=torch.int64), None, r"floating-point tensor, got torch\.int64"),
         (torch.ones(2, 3), torch.ones(2, 3), r"got \(2, 3\) and \(2, 3\)"),
         (torch.ones(2), torch.ones(1, 2), r"got \(2,\) and \(1, 2\)"),
         (torch.ones(2, 0), torch.ones(0, 2), "r >= 1"),

@@ -75,7 +75,7 @@ def test_a_patch_without_weights(tmp_path):
 
 def test_nothing_is_overwritten(folder):
     before = (folder / "patch.json").read_bytes()
-    with pytest.raises(FileExistsError, match="never overwritten: give another folder"):
+    with pytest.raises(FileExistsError, match="never overwritten; give another folder"):
         make(kind="other").write(folder)
     assert (folder / "patch.json").read_bytes() == before
 
@@ -100,7 +100,7 @@ def test_all_patches_of_a_folder(folder, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"base": {"a.weight": "0"}}, r"only touch tensors of its base, which has no 'b\.bias'"),
+        ({"base": {"a.weight": "0"}}, r"only change tensors of its base, which does not contain 'b\.bias'"),
         ({"figures": {"now": {}}}, r"'before' and 'after', got \['now'\]"),
         ({"settings": {"model": torch.ones(1)}}, "settings must be plain data"),
         ({"deltas": TWINS, "base": dict.fromkeys(TWINS, "")}, r"both be stored as 'a\.up'"),
@@ -114,11 +114,11 @@ def test_what_is_no_patch_is_refused(fields, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "format version 2; this malleable reads version 1"),
+        ({"format": 2}, "format version 2 is not supported, only 1"),
         ({"kind": 3}, "'kind' must be a str, got 3"),
         ({"base": None}, "'base' must be a dict, got None"),
-        ({"requests": ["x"]}, "'requests' must hold objects, got 'x'"),
-        ({"requires": [1]}, "'requires' must be a text, got 1"),
+        ({"requests": ["x"]}, "'requests' must contain objects, got 'x'"),
+        ({"requires": [1]}, "'requires' must be a string, got 1"),
         ({"created": "yesterday"}, "'created' must be a time like .* got 'yesterday'"),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_manifest_that_is_no_manifest(folder, text, message):
         (lambda tensors: tensors.pop("b.bias"), r"missing \['b\.bias'\], unexpected \[\]"),
         (lambda tensors: tensors.update(extra=torch.ones(1)), r"missing \[\], unexpected \['extra'\]"),
         (lambda tensors: tensors["b.bias"].fill_(float("nan")), r"b\.bias: a delta must be finite"),
-        (lambda tensors: tensors.update({"b.bias": torch.ones(5)}), r"b\.bias has shape \[5\], the manifest says \[4\]"),
+        (lambda tensors: tensors.update({"b.bias": torch.ones(5)}), r"b\.bias has shape \[5\], but \[4\] in the manifest"),
     ],
 )
 def test_wrong_deltas_are_refused_by_name(folder, change, message):
@@ -162,10 +162,10 @@ def test_damaged_deltas_are_refused_by_name(folder):
 def test_files_of_two_patches_do_not_pass_for_one(folder, tmp_path):
     tensors = load_file(folder / "deltas.safetensors")
     save_file({**tensors, "b.bias": -tensors["b.bias"]}, folder / "deltas.safetensors")
-    with pytest.raises(ValueError, match=rf"edit says id {make().id}, but its contents have [0-9a-f]{{12}}"):
+    with pytest.raises(ValueError, match=rf"edit has id {make().id}, but its contents have id [0-9a-f]{{12}}"):
         Patch.read(folder)
 
 
 def test_a_folder_that_is_no_patch(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is no patch: it has no patch\.json"):
+    with pytest.raises(FileNotFoundError, match=r"is not a patch: it has no patch\.json"):
         Patch.read(tmp_path)

@@ -160,7 +160,7 @@ def refused(target, message, call):
 
 def test_another_base_is_refused_and_the_target_untouched(target):
     patch = random_patch(canonical_tensors(llama(seed=1)))
-    message = rf"{patch.id} was made on other weights; tensors that differ: 16 \(of 21 in its base the target holds 21\), .*: force does not help"
+    message = rf"{patch.id} was made for other weights; .* differ: 16 \(the target contains 21 of the 21 tensors of its base\), .*: force does not help"
     refused(target, message, lambda: target.apply(patch))
     refused(target, message, lambda: target.apply(patch, force=True))
 
@@ -168,7 +168,7 @@ def test_another_base_is_refused_and_the_target_untouched(target):
 def test_other_weights_beside_those_it_touches_need_force(target):
     patch = random_patch(target.tensors)
     target.tensors[UP] += 1
-    refused(target, rf"tensors that differ: 1 .* such as {UP}, though none that it changes; force it", lambda: target.apply(patch))
+    refused(target, rf"tensors that differ: 1 .* such as {UP}, but none that it changes; use force", lambda: target.apply(patch))
     target.apply(patch, force=True)
 
 
@@ -177,7 +177,7 @@ def test_an_adapter_on_one_side_only_needs_force(made_on_adapter):
     bare, wrapped = (canonical_tensors(model) for model in (llama(), with_lora(llama())))
     made_on, target = (wrapped, Target(bare)) if made_on_adapter else (bare, Target(wrapped))
     patch = random_patch(made_on)
-    refused(target, "tensors that differ: 4 .*lora_A.* force it", lambda: target.apply(patch))
+    refused(target, "tensors that differ: 4 .*lora_A.* use force", lambda: target.apply(patch))
     target.apply(patch, force=True)
 
 
@@ -187,31 +187,31 @@ def test_what_was_not_stored_is_not_compared():
     trained = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
     patch = random_patch(tensors, [name], rank=1)
     assert PatchStack().apply(patch, trained).unchecked == len(tensors) - len(trained)
-    refused(Target(trained), "if it stores only what was trained, give the folder", lambda: PatchStack().apply(random_patch(tensors), trained))
+    refused(Target(trained), "if it contains trained weights only, give the folder", lambda: PatchStack().apply(random_patch(tensors), trained))
 
 
 def test_other_names_of_the_same_model_are_recognised(target):
     short = {name.removeprefix("model."): tensor for name, tensor in target.tensors.items()}
-    refused(Target(short), "it names its tensors otherwise", lambda: PatchStack().apply(random_patch(target.tensors), short))
+    refused(Target(short), "its tensors have other names", lambda: PatchStack().apply(random_patch(target.tensors), short))
 
 
 def test_another_shape_is_refused(target):
     patch = random_patch(target.tensors)
     target.tensors[DOWN] = target.tensors[DOWN].T.clone()
-    refused(target, rf"has shape \(24, 16\), the patch {patch.id} is for \(16, 24\)", lambda: target.apply(patch, force=True))
+    refused(target, rf"has shape \(24, 16\), but \(16, 24\) in patch {patch.id}", lambda: target.apply(patch, force=True))
 
 
 def test_quantised_weights_are_refused(target):
     patch = random_patch(target.tensors)
     target.tensors[DOWN] = target.tensors[DOWN].to(torch.int8)
-    refused(target, r"stored as torch\.int8: quantised weights cannot be patched", lambda: target.apply(patch, force=True))
+    refused(target, r"has dtype torch\.int8, and quantised weights cannot be patched", lambda: target.apply(patch, force=True))
 
 
 def test_a_result_that_its_format_cannot_hold_is_refused():
     target = Target(copies(canonical_tensors(llama(dtype=torch.float16))))
     deltas = {DOWN: Delta(torch.full((16, 24), 1e6))}
     patch = Patch(kind="alpha_edit", deltas=deltas, base=target.stack.base(target.tensors))
-    refused(target, r"is not finite once patched: torch\.float16 holds no values that large", lambda: target.apply(patch))
+    refused(target, r"is not finite after patching: values exceed the range of torch\.float16", lambda: target.apply(patch))
 
 
 def test_a_tied_tensor_that_is_stored_twice_is_refused(target):
@@ -231,12 +231,12 @@ def test_a_patch_is_applied_once(target):
 def test_what_lay_below_must_lie_below_and_stay(target):
     below = random_patch(target.tensors)
     above = random_patch(target.tensors, (DOWN,), 1, requires=[below.id])
-    refused(target, f"{above.id} was made on top of {below.id}; apply", lambda: target.apply(above))
+    refused(target, f"{above.id} requires {below.id}, which are not applied; apply", lambda: target.apply(above))
     target.apply(below)
     target.apply(above)  # and is no conflict
-    refused(target, rf"made on top: {above.id} \(on {below.id}\); revert those too", lambda: target.revert(below.id))
+    refused(target, rf"require these: {above.id} \(requires {below.id}\); revert those, too", lambda: target.revert(below.id))
     target.revert(below.id, force=True)
-    refused(target, "made on top", lambda: Target(copies(canonical_tensors(llama()))).apply(above))
+    refused(target, "which are not applied", lambda: Target(copies(canonical_tensors(llama()))).apply(above))
 
 
 def test_conflicts_need_consent(target):
@@ -251,7 +251,7 @@ def test_weights_trained_since_are_not_lost_by_accident(target):
     before, patch = copies(target.tensors), random_patch(target.tensors)
     target.apply(patch)
     target.tensors[DOWN][0, 0] += 1
-    refused(target, f"{DOWN} changed after the patches {patch.id} were applied.*reverting would lose that", lambda: target.revert(patch.id))
+    refused(target, f"{DOWN} changed after the patches {patch.id} were applied.*reverting would discard this change", lambda: target.revert(patch.id))
     refused(target, "changed after the patches", lambda: target.apply(random_patch(before, (UP,), 1), force=True))
     target.revert(patch.id, force=True)
     assert equal(target.tensors, before)
@@ -285,10 +285,10 @@ def test_it_travels_as_plain_data(target):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda section: section.pop("originals"), "patches in here are damaged: no 'originals'"),
-        (lambda section: section["originals"].pop(DOWN), f"the stored originals differ in {DOWN}"),
-        (lambda section: section["digests"].pop(DOWN), f"the stored originals differ in {DOWN}"),
-        (lambda section: section["originals"][DOWN].add_(1), f"the stored originals of {DOWN} are not what the patches were made on"),
+        (lambda section: section.pop("originals"), "patches in here are damaged: 'originals' is missing"),
+        (lambda section: section["originals"].pop(DOWN), f"stored originals do not have the same tensors: {DOWN}"),
+        (lambda section: section["digests"].pop(DOWN), f"stored originals do not have the same tensors: {DOWN}"),
+        (lambda section: section["originals"][DOWN].add_(1), f"the stored originals of {DOWN} differ from the base of the patches"),
         (lambda section: section["patches"][0].update(manifest="{"), r"here, patch 0/patch\.json: it is not JSON"),
     ],
 )

@@ -80,7 +80,7 @@ def test_a_checkpoint_of_the_adapter_alone(tmp_path):
     whole = open_container(save_checkpoint(model, tmp_path / "whole.ckpt")).tensors
     path = save_checkpoint(model, tmp_path / "adapter.ckpt", only="lora_")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=f"changes {DOWN}, which the target does not hold; if it stores only what was trained, give"):
+    with pytest.raises(ValueError, match=f"changes {DOWN}, which the target does not contain; if it contains trained weights only, give"):
         apply(path, random_patch(whole))
     assert path.read_bytes() == before
     apply(path, random_patch(whole, [QUERY.replace(".weight", ".lora_B.weight")]))
@@ -101,7 +101,7 @@ def test_another_base_leaves_the_file_alone(tmp_path):
     path = save_checkpoint(llama(), tmp_path / "model.ckpt")
     other = save_checkpoint(llama(seed=1), tmp_path / "other.ckpt")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="was made on other weights"):
+    with pytest.raises(ValueError, match="was made for other weights"):
         apply(path, random_patch(open_container(other).tensors))
     assert path.read_bytes() == before
 
@@ -109,7 +109,7 @@ def test_another_base_leaves_the_file_alone(tmp_path):
 def test_another_attribute_of_the_module(tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": {f"net.{key}": value for key, value in llama().state_dict().items()}}, path)
-    with pytest.raises(ValueError, match=r"holds no tensor under 'model\.' but e\.g\. \['net\.lm_head.* give the --prefix"):
+    with pytest.raises(ValueError, match=r"has no tensor with the prefix 'model\.', but e\.g\. \['net\.lm_head.* give the --prefix"):
         open_container(path)
     assert DOWN in open_container(path, "net.").tensors
 
@@ -117,7 +117,7 @@ def test_another_attribute_of_the_module(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"weights": {}}, "is no Lightning checkpoint: it has no 'state_dict'"),
+        ({"weights": {}}, "is not a Lightning checkpoint: it has no 'state_dict'"),
         ({"state_dict": {}, "x": print}, "holds more than tensors and plain data .*print"),
     ],
 )
@@ -290,7 +290,7 @@ def lose_shard(folder):
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "has no safetensors weights .* save_pretrained"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"half"), r"model\.safetensors is damaged"),
         (damage_index, r"model\.safetensors\.index\.json is damaged"),
-        (lose_shard, r"is incomplete: its index names model-00001-of-00001\.safetensors"),
+        (lose_shard, r"is incomplete: model-00001-of-00001\.safetensors of its index is missing"),
         (lambda folder: (folder / "patches").mkdir(), r"patches was not written by malleable: it has no stack\.json"),
     ],
 )
@@ -307,7 +307,7 @@ def test_what_is_damaged_is_refused_by_name(tmp_path, change, message):
         ("stack.json", b"{", r"stack\.json is damaged"),
         ("stack.json", b'{"order": []}', r"stack\.json is damaged: expected an object with order"),
         ("originals.safetensors", b"half", r"originals\.safetensors is damaged"),
-        ("{id}/patch.json", b"{}", r"patch\.json: it has format version None"),
+        ("{id}/patch.json", b"{}", r"patch\.json: format version None"),
     ],
 )
 def test_a_damaged_section_is_refused_by_name(tmp_path, name, text, message):
@@ -331,9 +331,12 @@ def test_a_path_is_what_lies_there(tmp_path):
 @pytest.mark.parametrize(
     ("inside", "message"),
     [
-        ("latest", r"is a checkpoint in shards; `malleable test --ckpt_path .*epoch=1\.ckpt` with its recipe writes its one-file form"),
-        (".metadata", r"in shards; `python -m lightning\.pytorch\.utilities\.consolidate_checkpoint .*epoch=1\.ckpt` writes"),
-        ("nothing.txt", "holds no weights: a model's folder has a config"),
+        (
+            "latest",
+            r"is a sharded checkpoint; run `malleable test --ckpt_path .*epoch=1\.ckpt` with its recipe, which writes a consolidated checkpoint",
+        ),
+        (".metadata", r"sharded checkpoint; run `python -m lightning\.pytorch\.utilities\.consolidate_checkpoint .*epoch=1\.ckpt`"),
+        ("nothing.txt", "contains no weights; give a folder with config"),
     ],
 )
 def test_other_folders_are_refused_with_advice(tmp_path, inside, message):
@@ -348,7 +351,7 @@ def test_the_one_file_form_that_is_there_is_named(tmp_path):
     (tmp_path / "last.ckpt").mkdir()
     (tmp_path / "last.ckpt" / "latest").touch()
     (tmp_path / "consolidated-last.ckpt").touch()
-    with pytest.raises(ValueError, match=r"give its one-file form, .*consolidated-last\.ckpt"):
+    with pytest.raises(ValueError, match=r"give the consolidated checkpoint, .*consolidated-last\.ckpt"):
         open_container(tmp_path / "last.ckpt")
 
 
