@@ -93,7 +93,7 @@ def test_conflicts_are_reported_and_need_consent(target, edits, patch, monkeypat
     code, message = fails(monkeypatch, capsys, "apply", edits[1], target)
     assert code == 1
     assert f"conflict with {Patch.read(edits[0]).id}" in message
-    assert '["{} lies in", "Łódź"]: " Poland" there, " Peru" here' in message
+    assert '["{} lies in", "Łódź"]: " Poland" in that patch, " Peru" in the new one' in message
     assert target.read_bytes() == stored
     shown = patch("apply", edits[1], target, "--allow_conflicts")
     assert f"{DOWN}: cosine" in shown
@@ -225,7 +225,7 @@ def test_a_merged_export_has_the_weights_and_no_patches(edits, patch, tmp_path, 
         (["revert", "model.ckpt", "abc", "--all"], "give no ids with it"),
         (["export", "model.ckpt", "out", "abc", "--merged"], "give no id with it"),
         (["apply", "edits", "model.ckpt"], "edits is not a patch: it has no patch.json"),
-        (["apply", "edits/first", "nowhere.ckpt"], "nowhere.ckpt; give a checkpoint"),
+        (["apply", "edits/first", "nowhere.ckpt"], "nowhere.ckpt does not exist; give a checkpoint"),
         (["apply", "edits/first", "model.ckpt", "--out", "model.ckpt"], "model.ckpt exists already"),
         (["list", "model.ckpt", "--prefix", "net."], "has no tensor with the prefix 'net.'"),
     ],

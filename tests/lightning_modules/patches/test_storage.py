@@ -362,5 +362,5 @@ def test_a_patch_is_not_a_target(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no .*nowhere; give a checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give a checkpoint"):
         open_container(tmp_path / "nowhere")
