@@ -24,8 +24,11 @@ _NAME = re.compile(r"Expected a dot import path string: (\S+)")
 _MISSING = re.compile(r"(?:module|type object) '([\w.]+)' has no attribute '(\w+)'")
 _EXPECTED = re.compile(r"Expected an? (?:<class '(?:[\w.]*\.)?(\w+)'>|typing\.Literal\[(.*)\])")
 _UNKNOWN = re.compile(r"[Uu]nrecognized arguments: (--[\w.+]+)")
+_REQUIRED = re.compile(r"the following arguments are required: (\w+)\.model\b")
 _HELP = re.compile(r"--((?:model|data)\.[\w.]+)\.help")
 CALLBACKS = "trainer.callbacks"
+# How values of several parts are written on a command line.
+EXAMPLES = {"tuple": "'[5, 10]'", "list": "'[5, 10]'", "Sequence": "'[5, 10]'", "set": "'[5, 10]'", "dict": "'{name: value}'"}
 # Lines that surround a cause: alternatives that were not meant, and values repeated.
 _AROUND = re.compile(r"Does not validate|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but")
 
@@ -116,6 +119,11 @@ def explain(message: str, options: Sequence[str] = ()) -> str:
         message: What the parser reports: nested lines for each alternative of each type.
         options: The parser's own options.
     """
+    if match := _REQUIRED.search(message):
+        return (
+            f"no model is given: malleable {match[1]} --config RECIPE, where RECIPE is a YAML file of yours or a packaged one (`malleable recipes` "
+            "lists them), or --model CLASS"
+        )
     found = list(causes(message))
     if not found:
         return message
@@ -162,7 +170,8 @@ def _sentence(cause: Cause, alike: Sequence[Cause], message: str, options: Seque
     expected = list(dict.fromkeys(match[1] or match[2] for other in alike if (match := _EXPECTED.match(other.text))))
     if expected:
         given = re.findall(r"(?:Given value|Got value): (?!NestedArg)(.*)", message)
-        return f"{option}: expected {' or '.join(expected)}{f', got {given[0]}' if given else ''}"
+        example = next((f"; write it as {option} {EXAMPLES[name]}" for name in expected if name in EXAMPLES), "")
+        return f"{option}: expected {' or '.join(expected)}{f', got {given[0]}' if given else ''}{example}"
     return f"{option}: {cause.text}" if cause.key else cause.text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -96,13 +97,14 @@ class _Quoted:
     def _place(self, first: int) -> str:
         return f"line {first}" if self.number <= first else f"lines {first} to {self.number}"
 
-    @staticmethod
-    def _problem(error: csv.Error) -> str:
+    def _problem(self, error: csv.Error) -> str:
         text = str(error)
         if "unexpected end" in text:
             return "a quote opens a cell and nothing closes it; remove it, or double it within a cell in quotes"
         if "expected after" in text:
-            return "a cell in quotes goes on behind its closing quote; put the whole cell in quotes, and double the quotes within it"
+            problem = "a cell in quotes goes on behind its closing quote; put the whole cell in quotes, and double the quotes within it"
+            other = next((found[1] for found in re.finditer(r'" *([,;\t|])', "".join(self.pending)) if found[1] != self.delimiter), None)
+            return f"{problem}; or set the option `delimiter` to {other!r}, if that stands between the cells" if other else problem
         if "new-line character" in text:
             return "a carriage return within a cell; end lines in a line feed, with or without a carriage return before it"
         return text

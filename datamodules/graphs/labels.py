@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from malleable.datamodules.batch import ASKED, KnowledgeGraph
+from malleable.datamodules.files.sniffing import sniff_encoding
 from malleable.datamodules.files.table_files import read_cells
 from malleable.datamodules.files.text_files import file_kind, read_json
 from malleable.datamodules.graphs.triple_files import header_order
@@ -137,7 +138,7 @@ def _json_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
 def _lines(path: Path, delimiter: str | None = None) -> Iterator[tuple[int, list[str]]]:
     """Yield number and cells of each line that is not empty."""
     delimiter = delimiter or ("," if file_kind(path) == ".csv" else "\t")
-    return read_cells(path, delimiter, quotes=delimiter != "\t")
+    return read_cells(path, delimiter, sniff_encoding(path), quotes=delimiter != "\t")
 
 
 def _find(label: str, known: dict[str, int], where: str) -> int:

@@ -17,7 +17,7 @@ from malleable.datamodules.identity import is_stored, read_stored, vocabulary_of
 from malleable.datamodules.loading import PhasedLoader
 from malleable.datamodules.negatives import NegativeSampler
 from malleable.datamodules.recommendation.events import SPLITS
-from malleable.datamodules.recommendation.histories import ItemLookup, read_histories, read_users
+from malleable.datamodules.recommendation.histories import ItemLookup, Written, read_histories, read_users
 from malleable.datamodules.recommendation.packed_rows import PackedRows
 from malleable.datamodules.recommendation.prompt import PromptTemplate
 from malleable.datamodules.recommendation.rows import AnswerRows, Lengths, Reach
@@ -253,7 +253,7 @@ class RecommendationDataModule(BaseDataModule):
 
     def _file_rows(self, path: Path) -> AnswerRows:
         store = self._open()
-        histories = read_histories(path, ItemLookup(store.catalog.titles, store.keys))
+        histories = read_histories(path, ItemLookup(store.catalog.titles, store.keys), Written.by(self.source))
         users = {history.number: history.user_id for history in histories if history.user_id is not None}
         self.predicted_users = users or None
         return self._rows_to_predict([np.array(history.items) for history in histories], [history.number for history in histories])
@@ -268,7 +268,7 @@ class RecommendationDataModule(BaseDataModule):
             places = list(range(len(chosen)))
         else:
             place = {user: number for number, user in enumerate(store.users)}
-            chosen = read_users(Path(users).expanduser(), place)
+            chosen = read_users(Path(users).expanduser(), place, Written.by(self.source))
             places = [place[user] for _, user in chosen]
         self.predicted_users = dict(chosen)
         sequences = [store.sequences[place] for place in places]

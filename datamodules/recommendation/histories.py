@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from malleable.datamodules.files.sniffing import DELIMITERS, sniff_delimiter, sniff_encoding
 from malleable.datamodules.files.table_files import read_cells
-from malleable.datamodules.files.text_files import cell_text, file_kind, id_text, read_json_rows, read_lines
+from malleable.datamodules.files.text_files import JsonRow, cell_text, file_kind, id_text, read_json_rows, read_lines
 from malleable.datamodules.recommendation.titles import clean_title
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,9 @@ KINDS = ("id", "title")
 USER_FIELDS = ("user_id", "user")
 # Names of the columns of CSV, and what the cells below are.
 _COLUMNS = {"history": None, "item_id": "id", "title": "title"}
+# What a cell of the one kind may be instead.
+_OTHERS = {"id": ("title", "a title"), "title": ("id", "an item id")}
+_COLUMN_OF = {"id": "item_id", "title": "title"}
 _SHOWN = 3
 
 
@@ -44,6 +48,37 @@ class _Row(NamedTuple):
     names: list[Any]
     kind: str | None = None
     user_id: str | None = None
+
+
+class Written(NamedTuple):
+    """How the tables of a source are written: files to predict for that do not tell otherwise are taken to be written alike.
+
+    Attributes:
+        delimiter: What stands between cells; ``None`` for a comma.
+        encoding: Of files that are not UTF-8; ``None`` where it is not known.
+    """
+
+    delimiter: str | None = None
+    encoding: str | None = None
+
+    @classmethod
+    def by(cls, source: Any) -> Written:
+        """Return the options of a source that has them."""
+        return cls(getattr(source, "delimiter", None), getattr(source, "encoding", None))
+
+    def cells(self, path: Path, names: Container[str]) -> Iterator[tuple[int, list[str]]]:
+        """Yield number and cells of the rows of a table, see :mod:`malleable.datamodules.files.sniffing`."""
+        encoding = sniff_encoding(path, self.encoding)
+        delimiter = "\t" if file_kind(path) == ".tsv" else sniff_delimiter(path, names, self.delimiter or ",", encoding)
+        return read_cells(path, delimiter, encoding)
+
+    def json_rows(self, path: Path) -> Iterator[JsonRow]:
+        """Yield the rows of a file of JSON."""
+        return read_json_rows(path, sniff_encoding(path, self.encoding))
+
+
+PLAIN = Written()
+"""Files of no source: UTF-8 or cp1252, with commas."""
 
 
 class ItemLookup:
@@ -105,15 +140,18 @@ class ItemLookup:
         return list(dict.fromkeys(self.titles[names[name]] for name in close))
 
 
-def read_histories(path: Path, lookup: ItemLookup) -> list[History]:
+def read_histories(path: Path, lookup: ItemLookup, written: Written = PLAIN) -> list[History]:
     """Read a file of histories.
 
     ``.jsonl``, ``.json``
         A JSON value a line, or a JSON array of them: a list of items, oldest first, or an object with the list as ``history`` and, where known,
         ``user_id``. An item is a number, which is an id; a text, which is an id or a title; or ``{"id": ...}`` or ``{"title": ...}``.
-    ``.csv``
+    ``.csv``, ``.tsv``
         One history a line. The first line names the columns: ``user_id`` (may be missing), then ``item_id``, ``title`` or ``history`` (ids or
-        titles), which takes all further cells. Without such a line all cells are titles, and a user has no place.
+        titles), which takes all further cells. Without such a line all cells are titles, and a user has no place. Commas, semicolons or tabs stand
+        between cells: the first line tells.
+
+    Texts are UTF-8, or in the encoding of their byte-order mark, of the source or of Windows (cp1252).
 
     Items that the catalogue does not have are left out, and so are empty rows and rows without any known item; all are counted and reported. A user
     may have several rows.
@@ -121,6 +159,7 @@ def read_histories(path: Path, lookup: ItemLookup) -> list[History]:
     Args:
         path: The file.
         lookup: Finds the items.
+        written: How the tables of the source are written.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -128,8 +167,8 @@ def read_histories(path: Path, lookup: ItemLookup) -> list[History]:
     """
     kind = file_kind(path)
     if kind not in _READERS:
-        raise ValueError(f"{path} is no file of histories: give .csv (one history a line), .jsonl or .json (one list of items a row)")
-    rows = list(_READERS[kind](path, lookup))
+        raise ValueError(f"{path} is no file of histories: give .csv or .tsv (one history a line), .jsonl or .json (one list of items a row)")
+    rows = list(_READERS[kind](path, lookup, written))
     if not rows:
         raise ValueError(f"{path} holds no history")
     if all(not row.names for row in rows):
@@ -144,27 +183,29 @@ def read_histories(path: Path, lookup: ItemLookup) -> list[History]:
     return histories
 
 
-def read_users(path: Path, known: Container[str]) -> list[tuple[int, str]]:
+def read_users(path: Path, known: Container[str], written: Written = PLAIN) -> list[tuple[int, str]]:
     """Read a file of users.
 
     Args:
-        path: ``.csv`` with a column ``user_id``, or without a header and with the ids first; ``.txt`` with an id a line; ``.jsonl`` or ``.json`` with
-            ids, or objects that have ``user_id``.
+        path: ``.csv`` or ``.tsv`` with a column ``user_id``, or without a header and with the ids first; ``.txt`` with an id a line; ``.jsonl`` or
+            ``.json`` with ids, or objects that have ``user_id``.
         known: The users of the data.
+        written: How the tables of the source are written.
 
     Returns:
-        Number of the row, from 0, and user. Unknown users are left out, counted and reported.
+        Number of the row, from 0, and user. Unknown users are left out, counted and reported; users in several rows are reported.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is of another kind, an id is missing, or no user is known; with file and line.
     """
     kind = file_kind(path)
-    if kind not in (".csv", ".txt", ".jsonl", ".json"):
-        raise ValueError(f"{path} is no file of users: give `all`, or a .csv, .txt, .jsonl or .json file with one id a row")
-    rows = list(_users_of_json(path) if kind.startswith(".json") else _users_of_lines(path, kind))
+    if kind not in (".csv", ".tsv", ".txt", ".jsonl", ".json"):
+        raise ValueError(f"{path} is no file of users: give `all`, or a .csv, .tsv, .txt, .jsonl or .json file with one id a row")
+    rows = list(_users_of_json(path, written) if kind.startswith(".json") else _users_of_lines(path, kind, written))
     if not rows:
         raise ValueError(f"{path} holds no user")
+    _report_repeated(path, rows)
     unknown = [(place, user) for place, user in rows if user not in known]
     if unknown:
         place, user = unknown[0]
@@ -178,14 +219,25 @@ def read_users(path: Path, known: Container[str]) -> list[tuple[int, str]]:
     return [(number, user) for number, (_, user) in enumerate(rows) if user in known]
 
 
-def _users_of_json(path: Path) -> Iterator[tuple[str, str]]:
-    for _, place, row in read_json_rows(path):
+def _report_repeated(path: Path, rows: Sequence[tuple[str, str]]) -> None:
+    counts = Counter(user for _, user in rows)
+    if repeated := [user for user, count in counts.items() if count > 1]:
+        places = [place.rpartition(", ")[2] for place, user in rows if user == repeated[0]]
+        both = " and ".join(places[:2])
+        log.warning("%s: %d users have several rows (first: %r, %s); each row gets a list of its own", path, len(repeated), repeated[0], both)
+
+
+def _users_of_json(path: Path, written: Written) -> Iterator[tuple[str, str]]:
+    for _, place, row in written.json_rows(path):
         value = next((row[name] for name in USER_FIELDS if name in row), None) if isinstance(row, dict) else row
         yield place, id_text(value, f"{place}, field user_id")
 
 
-def _users_of_lines(path: Path, kind: str) -> Iterator[tuple[str, str]]:
-    rows = read_cells(path, ",") if kind == ".csv" else ((number, [cell_text(line)]) for number, line in read_lines(path))
+def _users_of_lines(path: Path, kind: str, written: Written) -> Iterator[tuple[str, str]]:
+    if kind == ".txt":
+        rows = ((number, [cell_text(line)]) for number, line in read_lines(path, sniff_encoding(path, written.encoding)))
+    else:
+        rows = ((number, cells) for number, cells in written.cells(path, USER_FIELDS))
     lines = [(f"{path}, line {number}", cells) for number, cells in rows]
     header = [cell.casefold() for cell in lines[0][1]] if lines else []
     column = next((header.index(name) for name in USER_FIELDS if name in header), None)
@@ -201,14 +253,12 @@ def _report(path: Path, rows: Sequence[_Row], found: Sequence[Sequence[int | Non
     Raises:
         ValueError: If nothing is left.
     """
-    unknown = [
-        (str(name), row.place) for row, items in zip(rows, found, strict=True) for name, item in zip(row.names, items, strict=True) if item is None
-    ]
+    unknown = [(name, row) for row, items in zip(rows, found, strict=True) for name, item in zip(row.names, items, strict=True) if item is None]
     if not unknown:
         return
-    first: dict[str, str] = {}
-    for name, place in unknown:
-        first.setdefault(name, place)
+    first: dict[str, tuple[Any, _Row]] = {}
+    for name, row in unknown:
+        first.setdefault(str(name), (name, row))
     message = f"{path}: left out {len(unknown)} items ({len(first)} distinct) that the catalogue does not have: {_described(first, lookup)}"
     empty = [row.place for row, items in zip(rows, found, strict=True) if items and all(item is None for item in items)]
     if len(empty) == sum(bool(items) for items in found):
@@ -218,17 +268,28 @@ def _report(path: Path, rows: Sequence[_Row], found: Sequence[Sequence[int | Non
         log.warning("%s: %d of %d histories have no known item and get no prediction (first: %s)", path, len(empty), len(rows), empty[0])
 
 
-def _described(first: Mapping[str, str], lookup: ItemLookup) -> str:
-    shown = []
-    for name, place in list(first.items())[:_SHOWN]:
-        near = ", ".join(map(repr, lookup.nearest(name)))
-        shown.append(f"{place.rpartition(', ')[2]}: {name!r} is neither a title nor an item id" + (f" (nearest titles: {near})" if near else ""))
+def _described(first: Mapping[str, tuple[Any, _Row]], lookup: ItemLookup) -> str:
+    shown = [f"{row.place.rpartition(', ')[2]}: {_problem(name, row, lookup)}" for name, row in list(first.values())[:_SHOWN]]
     return "; ".join(shown) + ("; ..." if len(first) > _SHOWN else "")
 
 
-def _read_json(path: Path, lookup: ItemLookup) -> Iterator[_Row]:
+def _problem(name: Any, row: _Row, lookup: ItemLookup) -> str:
+    """Return why a name is none of an item, and what may be meant."""
+    text = str(name)
+    if isinstance(name, str) and row.kind in _OTHERS:
+        column, (other, described) = _COLUMN_OF[row.kind], _OTHERS[row.kind]
+        if lookup.find(name, row.place, other) is not None:
+            return f"{text!r} is {described}; rename the column {column} to {_COLUMN_OF[other]}, or to history where it has both"
+    for mark in DELIMITERS:
+        if mark in text and any(lookup.find(part.strip(), row.place, kind) is not None for part in text.split(mark) for kind in KINDS):
+            return f"{text!r} holds several items; put a header line with {mark!r} in it over the file, for example user_id{mark}item_id"
+    near = ", ".join(map(repr, lookup.nearest(text)))
+    return f"{text!r} is neither a title nor an item id" + (f" (nearest titles: {near})" if near else "")
+
+
+def _read_json(path: Path, lookup: ItemLookup, written: Written) -> Iterator[_Row]:
     del lookup
-    for _, place, row in read_json_rows(path):
+    for _, place, row in written.json_rows(path):
         fields = row if isinstance(row, dict) else {"history": row}
         names = fields.get("history")
         if not isinstance(names, list):
@@ -237,8 +298,8 @@ def _read_json(path: Path, lookup: ItemLookup) -> Iterator[_Row]:
         yield _Row(place, names, None, None if user is None else id_text(user, f"{place}, field user_id"))
 
 
-def _read_csv(path: Path, lookup: ItemLookup) -> Iterator[_Row]:
-    lines = [(f"{path}, line {number}", cells) for number, cells in read_cells(path, ",") if any(map(str.strip, cells))]
+def _read_csv(path: Path, lookup: ItemLookup, written: Written) -> Iterator[_Row]:
+    lines = [(f"{path}, line {number}", cells) for number, cells in written.cells(path, {*USER_FIELDS, *_COLUMNS}) if any(map(str.strip, cells))]
     if not lines:
         return
     place, cells = lines[0]
@@ -288,7 +349,7 @@ def _titles(lines: list[tuple[str, list[str]]], lookup: ItemLookup) -> Iterator[
     yield from rows
 
 
-_READERS = {".csv": _read_csv, ".jsonl": _read_json, ".json": _read_json}
+_READERS = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_json, ".json": _read_json}
 
 
 def _unique(names: Iterator[str]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from malleable.lightning_modules.metrics.ranking import Ties
+from malleable.lightning_modules.metrics.ranking import Ties, check_ks
 
 MAX_SCORES = 1 << 26  # scores of evaluation kept at once: 256 MB
 
@@ -69,3 +69,7 @@ class LinkRanking:
     top_k: int = 10
     exclude_known: bool = True
     max_scores: int = MAX_SCORES
+
+    def __post_init__(self) -> None:
+        """Check the cut-offs."""
+        self.ks = check_ks(self.ks)

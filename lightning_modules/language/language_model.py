@@ -32,6 +32,7 @@ from malleable.lightning_modules.language.model_settings import model_settings
 from malleable.lightning_modules.language.precision import check_training_precision
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.metrics.editing import Perplexity
+from malleable.lightning_modules.metrics.ranking import check_ks
 from malleable.lightning_modules.recommendation.evaluation import recommendation_headline, recommendation_metrics, update_metrics
 from malleable.lightning_modules.serialization import from_plain
 
@@ -97,7 +98,7 @@ class LanguageModel(BaseModule):
         self.frozen = frozen
         self.decoding: Decoding = from_plain(Decoding, decoding) or Decoding()
         self.tuning: Tuning = from_plain(Tuning, tuning) or Tuning()
-        self.ks = tuple(ks)
+        self.ks = check_ks(ks)
         self.model: Any = None
         self._items: ItemDecoder | None = None
         self._base_fingerprint = ""

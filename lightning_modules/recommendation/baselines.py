@@ -27,6 +27,7 @@ from malleable.lightning_modules.functional.recommendation.baselines import (
     top_items,
     transition_scores,
 )
+from malleable.lightning_modules.metrics.ranking import check_ks
 from malleable.lightning_modules.recommendation.counted_rows import answer_rows, counted, items_only, training_rows
 from malleable.lightning_modules.recommendation.evaluation import (
     allowed_items,
@@ -67,7 +68,7 @@ class Baseline(BaseModule):
         super().__init__()
         self.catalog = catalog
         self.exclude_seen = exclude_seen
-        self.ks = tuple(ks)
+        self.ks = check_ks(ks)
         # Without a parameter and an optimizer the Trainer would count no steps, save nothing, and refuse DDP.
         self.anchor = nn.Parameter(torch.zeros(()))
         self.register_buffer("num_rows", torch.tensor(0))

@@ -21,6 +21,7 @@ def error(capsys, *words):
         (["--model", "SPRecc"], "--model: there is no class SPRecc (did you mean SPRec?); give a name of malleable or an import path"),
         (["--model.loss", "Sigmod"], "--model.loss: there is no class Sigmod (did you mean Sigmoid?); give a name of malleable or an import path"),
         (["--model.decoding.num_beams", "x"], "--model.decoding.num_beams: expected int, got x"),
+        (["--model.init_args.ks", "10"], "--model.ks: expected tuple, got 10; write it as --model.ks '[5, 10]'"),
         (["--model.language_model.scratch.hidden", "4"], "there is no option --model.language_model.scratch.hidden"),
         (["--data.split.knd", "x"], "--data.split.knd: Split has no option 'knd' (did you mean kind?); its options are kind, min_rating, "),
         (
@@ -35,6 +36,15 @@ def error(capsys, *words):
 )
 def test_the_deepest_cause_is_the_message(capsys, words, expected):
     assert error(capsys, *words).startswith(f"error: {expected}")
+
+
+def test_a_command_without_a_model_says_what_to_do(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["fit"], ["test", "--data.batch_size", "3"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        text = capsys.readouterr().err.splitlines()[-1]
+        assert text.startswith(f"error: no model is given: malleable {words[0]} --config RECIPE, where RECIPE is a YAML file of yours or a packaged")
 
 
 def test_debugging_shows_the_whole_report(capsys, monkeypatch):

@@ -129,6 +129,9 @@ class Tables(Source):
             example = items["item_id"][items.duplicated("item_id")].iloc[0]
             notes.append(f"{repeated:,} rows of {self.items.name} repeat an item_id (e.g. {example}), the first of each stays")
             log.warning("%s: %d lines repeat an item_id; the first of each stays", self.items, repeated)
+            if conflict := _conflict(self.items, items):
+                notes.append(conflict)
+                log.warning("%s", conflict)
             items = items.drop_duplicates("item_id")
         genres = _genres(self.items, items["genres"], self.genre_delimiter) if "genres" in items else [()] * len(items)
         return items_table(list(items["item_id"]), list(items["title"]), genres), tuple(notes)
@@ -164,6 +167,20 @@ class Tables(Source):
         delimiter = self.delimiter or _DELIMITERS.get(file_kind(path))
         other = other_delimiter(header, delimiter) if delimiter else None
         return f"set delimiter: {other!r} if that stands between the cells, else " if other else ""
+
+
+def _conflict(path: Path, items: pd.DataFrame) -> str:
+    """Return how many ids have several titles, with an example; empty where there are none."""
+    titles = items["title"].str.strip()
+    first = titles.groupby(items["item_id"]).transform("first")
+    other = items[(titles != first).to_numpy()]
+    if other.empty:
+        return ""
+    place = other.index[0]
+    key = other["item_id"].loc[place]
+    start = int((items["item_id"] == key).to_numpy().argmax())
+    one, two = (f"{items['title'].iloc[position]!r:.60} in {_where(path, items, position)}" for position in (start, items.index.get_loc(place)))
+    return f"{other['item_id'].nunique():,} item_ids of {path.name} have several titles (e.g. {key}: {one} and {two}), the first stays"
 
 
 def _check_fields(name: str, columns: Mapping[str, str], fields: tuple[str, ...]) -> None:

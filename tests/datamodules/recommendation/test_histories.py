@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from malleable.datamodules.recommendation.histories import ItemLookup, read_histories
+from malleable.datamodules.recommendation.histories import ItemLookup, Written, read_histories, read_users
 
 TITLES = ["The Lion King (1994)", "Heat (1995)", "Alien (1979)", "Alien (2003)", "1984 (1984)", "7"]
 LOOKUP = ItemLookup(TITLES, [["10"], ["11", "99"], ["12"], ["13"], ["14"], ["15"]])
@@ -174,3 +174,52 @@ def test_empty_histories_are_skipped_and_counted(tmp_path, caplog):
     path.write_text('["Heat"]\n[]\n{"user_id": "u", "history": []}\n')
     assert [history.number for history in read_histories(path, ItemLookup(("Heat", "Alien"), [["1"], ["2"]]))] == [0]
     assert f"{path}: 2 of 3 histories are empty and get no prediction (first: {path}, line 2)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "encoding", "written"),
+    [
+        ("h.csv", "user_id;item_id\né;12;13\n", "utf-8", {}),
+        ("h.csv", "user_id;item_id\r\né;12;13\r\n", "cp1252", {}),
+        ("h.csv", '"user_id";"item_id"\né;"12";13\n', "cp1252", {}),
+        ("h.csv", "user_id\titem_id\né\t12\t13\n", "utf-16", {}),
+        ("h.tsv", "user_id\titem_id\né\t12\t13\n", "utf-8", {}),
+        ("h.csv", "user_id;item_id\né;12;13\n", "utf-16-le", {"encoding": "utf-16-le", "delimiter": ";"}),
+        ("h.csv", "user_id:item_id\né:12:13\n", "utf-8", {"encoding": "cp1252", "delimiter": ":"}),
+        ("h.json", '[{"history": [12, "13"], "user_id": "é"}]', "cp1252", {}),
+    ],
+)
+def test_spreadsheets_write_other_delimiters_and_encodings(tmp_path, caplog, name, text, encoding, written):
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    histories = read_histories(tmp_path / name, LOOKUP, Written(**written))
+    assert [(history.user_id, history.items) for history in histories] == [("é", [2, 3])]
+    assert ("read as cp1252, because it is not UTF-8 (line " in caplog.text) == (encoding == "cp1252")
+
+
+def test_a_single_column_takes_the_delimiter_of_the_next_line(tmp_path):
+    assert read(write(tmp_path, "h.csv", "item_id\n12;13\n10\n")) == [(None, [2, 3]), (None, [0])]
+    assert read(write(tmp_path, "h.csv", "title\nHeat,7\n")) == [(None, [1, 5])]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("item_id\nHeat\n", "line 2: 'Heat' is a title; rename the column item_id to title"),
+        ("title\n12\n", "line 2: '12' is an item id; rename the column title to item_id"),
+        (
+            "Heat;Alien (1979)\n",
+            "line 1: 'Heat;Alien (1979)' holds several items; put a header line with ';' in it over the file",
+        ),
+        ("item_id\n12|13\n", "line 2: '12|13' holds several items; put a header line with '|'"),
+    ],
+)
+def test_what_a_column_does_not_hold(tmp_path, text, message):
+    with pytest.raises(ValueError, match="No history has a known item") as raised:
+        read(write(tmp_path, "h.csv", text))
+    assert message in str(raised.value)
+
+
+def test_users_in_several_rows_are_reported(tmp_path, caplog):
+    path = write(tmp_path, "u.csv", "name;user_id\nx;u1\ny;u2\nz;u1\n")
+    assert read_users(path, {"u1", "u2"}) == [(0, "u1"), (1, "u2"), (2, "u1")]
+    assert "1 users have several rows (first: 'u1', line 2 and line 4); each row gets a list of its own" in caplog.text

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from malleable.lightning_modules.graphs.settings import LinkRanking
 from malleable.lightning_modules.metrics.ranking import (
     RankingMetrics,
     ScoredRankingMetrics,
@@ -224,3 +225,10 @@ def test_refusals():
         rank_of_target(torch.zeros(1, 2), torch.tensor([0]), "lucky")
     with pytest.raises(ValueError, match="gain must be 'linear' or 'exp', got 'square'"):
         ScoredRankingMetrics(gain="square")
+
+
+@pytest.mark.parametrize("ks", [(0,), (), (5, -1)])
+def test_modules_refuse_cut_offs_before_any_data_is_read(ks):
+    for make in (SFT, ItemKNN, LinkRanking):
+        with pytest.raises(ValueError, match="ks must be cut-offs >= 1, got"):
+            make(ks=ks)

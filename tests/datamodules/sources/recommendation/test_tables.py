@@ -312,6 +312,20 @@ def test_delimiters(tmp_path):
         Tables("a.csv", "b.csv", encoding="klingon")
 
 
+def test_a_delimiter_behind_a_quoted_cell_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"events.csv, line 1: a cell in quotes goes on .*; or set the option `delimiter` to ';', if that stands"):
+        events_csv(tmp_path, '"user_id";"item_id";"timestamp"\n"u";"a";1\n').load()
+
+
+def test_an_id_with_two_titles_is_a_conflict(tmp_path, caplog):
+    _, notes = items_csv(tmp_path, "item_id,title\na,Heat\nb,Alien\na,Heat \nb,Aliens\n")._load_items()
+    assert notes == (
+        "2 rows of items.csv repeat an item_id (e.g. a), the first of each stays",
+        "1 item_ids of items.csv have several titles (e.g. b: 'Alien' in line 3 and 'Aliens' in line 5), the first stays",
+    )
+    assert notes[1] in caplog.text
+
+
 @pytest.mark.parametrize("value", ["true", "[]", "{}", "null", "1" + 400 * "0"])
 @pytest.mark.parametrize("field", ["timestamp", "rating"])
 def test_values_of_json_that_are_no_numbers(tmp_path, value, field):
