@@ -124,7 +124,7 @@ def self_play_sections(
     curves = round_curves(history)
     if curves:
         size = (11.0, 3.0 * -(-len(curves) // 3))
-        text = "Validation after the warm-up (0) and after each round."
+        text = "Validation at the ends of the warm-up (0) and of each round; half a round is the end of its supervised phase."
         sections.append(Section("Rounds", text, figure=lambda figure: _draw_rounds(figure, curves), figure_size=size))
     if difference:
         text = f"The figures of the model before self-play are not shown beside this test: {difference}."
@@ -137,17 +137,26 @@ def self_play_sections(
     return sections
 
 
-def round_curves(history: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Validation metrics at the end of the warm-up and of each round, by metric."""
-    curves: dict[str, tuple[list[int], list[float]]] = {}
+def round_curves(history: Sequence[dict[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Return the validation metrics at the ends of phases, by metric.
+
+    Args:
+        history: For each finished phase, what was logged.
+
+    Returns:
+        Abscissas and ordinates: 0 is the end of the warm-up, n the end of round n, n - 1/2 the end of its supervised phase where another follows.
+    """
+    paired = any(entry["phase"] == "dpo" for entry in history)
+    curves: dict[str, tuple[list[float], list[float]]] = {}
     for name in CURVES:
-        points = {entry["round"]: entry[f"val_{name}"] for entry in history if f"val_{name}" in entry}
-        if len(points) > 1:
-            curves[name] = (list(points), list(points.values()))
+        measured = [entry for entry in history if f"val_{name}" in entry]
+        if len(measured) > 1:
+            places = [entry["round"] - (0.5 if paired and entry["phase"] == "sft" else 0) for entry in measured]
+            curves[name] = (places, [entry[f"val_{name}"] for entry in measured])
     return curves
 
 
-def _draw_rounds(figure: Any, curves: dict[str, tuple[list[int], list[float]]]) -> None:
+def _draw_rounds(figure: Any, curves: dict[str, tuple[list[float], list[float]]]) -> None:
     columns = min(3, len(curves))
     places = figure.subplots(-(-len(curves) // columns), columns, squeeze=False).flatten()
     for place, (name, points) in zip(places, curves.items(), strict=False):

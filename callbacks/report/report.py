@@ -70,6 +70,7 @@ class RunReport(Callback):
         self.rows = RowRecorder()
         self.phases: list[tuple[int, str]] = []
         self.seconds = 0.0
+        self._earlier = 0.0  # of these, before the run was resumed
         self._started: float | None = None
         self._last_step = -1
         self._noted: dict[str, Any] = {}
@@ -81,9 +82,10 @@ class RunReport(Callback):
         return {"history": history, "seconds": self._elapsed(), "metrics": dict(self.metrics)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the curves of the interrupted run."""
-        self.history = {name: [(int(step), float(value)) for step, value in points] for name, points in state_dict["history"].items()}
-        self.seconds = state_dict["seconds"]
+        """Go on with the curves of the interrupted run; a test of the best checkpoint of a fit keeps those of the whole fit."""
+        if self._fits or not self.history:
+            self.history = {name: [(int(step), float(value)) for step, value in points] for name, points in state_dict["history"].items()}
+            self.seconds = self._earlier = state_dict["seconds"]
         if self._fits:
             # A run that was killed after its last step logs nothing more.
             self.metrics = {name: value for name, value in state_dict.get("metrics", {}).items() if not name.startswith("test_")}
@@ -125,10 +127,12 @@ class RunReport(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what was trained, also by a run that was killed after its last step and has nothing left to train."""
         self.seconds, self._started = self._elapsed(), None
+        resumed = f", {self.seconds - self._earlier:.0f} s of it since the run was resumed" if self._earlier else ""
         self.facts |= {
             "optimizer steps": str(trainer.global_step),
             "epochs": str(trainer.current_epoch),
-            "training time": f"{self.seconds:.0f} s",
+            "training time": f"{self.seconds:.0f} s"
+            + (f", {self.seconds - self._earlier:.0f} s of it since it was resumed" if self._earlier else ""),
         }
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -22,7 +22,7 @@ from malleable.callbacks.restart import finish_epoch
 from malleable.callbacks.run_files import run_folder, stored_copies
 from malleable.callbacks.self_play.limits import check_limits, check_rounds
 from malleable.callbacks.self_play.negatives import compare_decoding, negatives
-from malleable.callbacks.self_play.phases import Phase, PhaseSettings, SelfPlayState, reset_moments
+from malleable.callbacks.self_play.phases import Phase, PhaseSettings, SelfPlayState, plan_phases, reset_moments
 from malleable.callbacks.self_play.round_file import RoundFile, draw_positions
 from malleable.datamodules.batch import Catalog, Recommendations
 from malleable.datamodules.loading import PhasedLoader, RowView, sample_ids
@@ -103,7 +103,7 @@ class SelfPlayLoop(Callback):
         self.diagnostic_rows = diagnostic_rows
         self.seed = seed
         self.state = SelfPlayState()
-        self.phases = self.plan(rounds, {name: settings.epochs for name, settings in self.settings.items()})
+        self.phases = plan_phases(rounds, {name: settings.epochs for name, settings in self.settings.items()})
         self._loader = loader
         self._cached: RoundFile | None = None
         self._pad_token_id = 0
@@ -121,12 +121,6 @@ class SelfPlayLoop(Callback):
                 f"{self.settings['dpo'].epochs} preference epochs a round: with beta <= 1/2 the exact optimum of a round moves away from the data, "
                 "so long phases drift; watch div_ratio, or_ratio and the chosen log-probabilities"
             )
-
-    @staticmethod
-    def plan(rounds: int, epochs: dict[str, int]) -> list[Phase]:
-        """List what each epoch of the run is: a pure function of the settings."""
-        order = [("warmup", 0)] + [(kind, number) for number in range(1, rounds + 1) for kind in ("sft", "dpo")]
-        return [Phase(kind, number, epoch) for kind, number in order for epoch in range(epochs[kind])]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain data."""
@@ -150,7 +144,7 @@ class SelfPlayLoop(Callback):
                 f"SelfPlayLoop needs a module that recommends, such as SPRec; {type(pl_module).__name__} has no `generate_negatives`"
             )
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            check_limits(trainer, len(self.phases))
+            check_limits(trainer, self.phases)
             trainer.fit_loop.max_epochs = len(self.phases)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         self._folder = run_folder(trainer)
@@ -207,6 +201,11 @@ class SelfPlayLoop(Callback):
         if trainer.is_last_batch:
             self._note(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the model of the epoch's end is validated."""
+        if trainer.is_last_batch and not trainer.sanity_checking:
+            self.state.validated = trainer.current_epoch
+
     def _note(self, trainer: Trainer) -> None:
         self.state.figures |= {key: float(value) for key, value in logged_anew(trainer.callback_metrics, self._earlier).items()}
 
@@ -217,7 +216,7 @@ class SelfPlayLoop(Callback):
         last = epoch + 1 == len(self.phases)
         if last or self.phases[epoch + 1].epoch == 0:
             self._note(trainer)
-            self.state.history.append({"phase": phase.kind, "round": phase.round, **self.state.figures})
+            self.state.finish(phase, epoch)
         if phase.kind == "warmup" and (last or self.phases[epoch + 1].kind != "warmup"):
             self._measure_before(trainer, cast("LanguageModel", pl_module))
         if not last and not trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -58,6 +59,17 @@ class Phase(NamedTuple):
     epoch: int
 
 
+def plan_phases(rounds: int, epochs: Mapping[str, int]) -> list[Phase]:
+    """List what each epoch of a run is.
+
+    Args:
+        rounds: Rounds of self-play.
+        epochs: Epochs of ``warmup``, ``sft`` and ``dpo``.
+    """
+    order = [("warmup", 0)] + [(kind, number) for number in range(1, rounds + 1) for kind in ("sft", "dpo")]
+    return [Phase(kind, number, epoch) for kind, number in order for epoch in range(epochs[kind])]
+
+
 @dataclass
 class SelfPlayState:
     """All that a resumed run needs, as plain data.
@@ -66,9 +78,10 @@ class SelfPlayState:
         epoch: The epoch whose rows are shown; -1 before the first.
         path: File of the running round, relative to the run's folder.
         digest: Checksum of that file.
-        history: For each finished phase its name and the figures logged by then.
+        history: For each finished phase its name and the figures logged by then; those of validation only if it was validated at its end.
         before: Test figures and recommendation counts of the model after its warm-up, and what they depend on.
         figures: Last value of what was logged in the running phase.
+        validated: The last epoch at whose end the model was validated; -1 before the first.
         marks: For each phase the optimizer step at which it began, and ``supervised`` or ``preference``.
     """
 
@@ -79,6 +92,17 @@ class SelfPlayState:
     before: dict[str, Any] = field(default_factory=dict)
     marks: list[list[Any]] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
+    validated: int = -1
+
+    def finish(self, phase: Phase, epoch: int) -> None:
+        """Add the figures of a phase to the history.
+
+        Args:
+            phase: The phase.
+            epoch: Its last epoch. Figures of an earlier validation are not those of the phase's end, and are left out.
+        """
+        figures = {name: value for name, value in self.figures.items() if self.validated == epoch or not name.startswith("val_")}
+        self.history.append({"phase": phase.kind, "round": phase.round, **figures})
 
 
 def reset_moments(optimizer: Any) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from malleable.callbacks.restart import finish_epoch
+from malleable.callbacks.restart import finish_epoch, reopen
 from malleable.datamodules.files.atomic import recover_below
 from malleable.datamodules.files.run_folders import run_versions
 
@@ -22,7 +22,7 @@ def claimed_folders(trainer: Trainer) -> Iterator[None]:
     """Give the run a ``version_N`` folder that no other run has, before its data is prepared.
 
     The first process of the run makes the folder; :class:`RunFolder` tells the others. A run that ends without having written
-    anything leaves no folder.
+    anything, or fails with nothing but its configuration, leaves no folder.
 
     Args:
         trainer: Its loggers without a version get the claimed one.
@@ -34,14 +34,28 @@ def claimed_folders(trainer: Trainer) -> Iterator[None]:
             recover_below(folder.parent)  # what killed runs have left half-written
     try:
         yield
+    except BaseException:
+        for folder in claimed:
+            _discard_configuration(folder)
+        raise
     finally:
         for folder in claimed:
             with suppress(OSError):  # the run has written something
                 folder.rmdir()
 
 
+def _discard_configuration(folder: Path) -> None:
+    """Remove the stored configuration of a run that failed before it wrote anything else."""
+    files = list(folder.iterdir()) if folder.is_dir() else []
+    if all(re.fullmatch(r"config_\w+\.yaml", file.name) for file in files):
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
 class RunFolder(Callback):
     """Makes one run folder of those of all processes, and lets a resumed run compare its checkpoints with those of the interrupted one."""
+
+    _limit: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the loggers of all processes the version that the first process claimed."""
@@ -52,12 +66,16 @@ class RunFolder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish an epoch that was interrupted between its last step and its end."""
         finish_epoch(trainer)
+        if self._limit is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self._limit = self._limit, None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let monitored checkpoints of the interrupted run count.
 
         Lightning forgets their scores where the folder is another one, so that the best epoch since the interruption would become the best of all.
         """
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._limit = reopen(trainer, checkpoint)
         if trainer.state.fn != TrainerFn.FITTING or not trainer.ckpt_path or "://" in str(trainer.ckpt_path):
             return
         folder = Path(trainer.ckpt_path).absolute().parent

@@ -4,7 +4,7 @@ from boring import BoringDataModule, BoringModule
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from malleable.callbacks.restart import finish_epoch
+from malleable.callbacks.restart import finish_epoch, reopen
 
 ROWS = (12, 20, 8)  # of each epoch: 3, 5 and 2 batches
 
@@ -14,6 +14,7 @@ class Lengths(Callback):
 
     def __init__(self):
         self.epoch = 0
+        self.limit = None
         self.began = []
         self.ended = []
         self.validated = []
@@ -36,9 +37,14 @@ class Lengths(Callback):
     def on_fit_start(self, trainer, pl_module):
         self.show(trainer, self.epoch)
 
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        self.limit = reopen(trainer, checkpoint)
+
     def on_train_start(self, trainer, pl_module):
         finish_epoch(trainer)
         finish_epoch(trainer)
+        if self.limit is not None:
+            trainer.fit_loop.epoch_loop.max_steps = self.limit
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.began.append(trainer.current_epoch)
@@ -55,12 +61,12 @@ class Lengths(Callback):
             self.show(trainer, trainer.current_epoch + 1)
 
 
-def fit(folder, epochs, ckpt_path=None, every=None):
+def fit(folder, epochs, ckpt_path=None, every=None, **limits):
     torch.manual_seed(0)
     lengths, module = Lengths(), BoringModule()
     saving = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=every) if every else ModelCheckpoint(folder / "unused")
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "num_sanity_val_steps": 0}
-    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=epochs, callbacks=[lengths, saving], default_root_dir=folder, **quiet)
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=epochs, callbacks=[lengths, saving], default_root_dir=folder, **quiet, **limits)
     trainer.fit(module, BoringDataModule(num_rows=20, batch_size=4), ckpt_path=ckpt_path)
     return lengths, module.layer.weight, trainer.global_step
 
@@ -73,6 +79,17 @@ def test_resuming_at_any_step_equals_going_on(tmp_path, step):
     assert (total, steps) == (10, 10)
     assert resumed.batches == whole.batches[step:]
     assert resumed.began == [epoch for epoch in whole.began if epoch > whole.batches[step - 1][0]]
+    assert resumed.ended == [(epoch, end) for epoch, end in whole.ended if end >= step]
+    assert resumed.validated == [found for found in whole.validated if found[1] >= step]
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("step", "limit"), [(3, 10), (6, 10), (8, 10), (10, 10), (3, 5), (8, 8)])
+def test_the_same_with_a_limit_of_steps(tmp_path, step, limit):
+    whole, expected, total = fit(tmp_path, 3, every=1, max_steps=limit)
+    resumed, found, steps = fit(tmp_path, 3, ckpt_path=tmp_path / f"step={step}.ckpt", max_steps=limit)
+    assert (total, steps) == (limit, limit)
+    assert resumed.batches == whole.batches[step:]
     assert resumed.ended == [(epoch, end) for epoch, end in whole.ended if end >= step]
     assert resumed.validated == [found for found in whole.validated if found[1] >= step]
     assert torch.equal(found, expected)

@@ -112,11 +112,15 @@ def test_wrong_files_of_users(name, text, message, predict, tmp_path):
         predict("--data.predict_users", name)
 
 
-def test_what_to_predict_for_is_asked_for(predict):
+def test_what_to_predict_for_is_asked_for(predict, tmp_path):
     with pytest.raises(MisconfigurationException, match=r"give what to predict for: predict_file, or predict_users: all"):
         predict()
     with pytest.raises(ValueError, match="predict_file and predict_users exclude each other"):
         predict("--data.predict_users", "all", "--data.predict_file", "x.csv")
+    (tmp_path / "none.csv").write_text("item_id\nnothing\n")
+    with pytest.raises(ValueError, match="No history has a known item"):
+        predict("--data.predict_file", "none.csv")
+    assert not list((tmp_path / "runs").rglob("version_*"))
 
 
 def test_a_graph_answers_without_a_callback_in_the_recipe(predict, tmp_path):

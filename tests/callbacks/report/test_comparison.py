@@ -70,10 +70,12 @@ def test_counts_of_all_ranks_are_added(tmp_path):
     assert set(summed) == {"sum"}
 
 
-def test_curves_take_the_last_figure_of_each_round():
-    """One point a round; a metric that was measured once is no curve, and what is no curve's metric is left out."""
-    assert round_curves(HISTORY) == {"hr_10": ([0, 1, 2], [0.1, 0.2, 0.3]), "or_ratio_10": ([1, 2], [0.4, 0.3])}
+def test_curves_have_a_point_at_the_end_of_each_phase_that_was_validated():
+    """A metric that was measured once is no curve, and what is no curve's metric is left out."""
+    assert round_curves(HISTORY) == {"hr_10": ([0, 0.5, 1, 2], [0.1, 0.15, 0.2, 0.3]), "or_ratio_10": ([1, 2], [0.4, 0.3])}
     assert round_curves(HISTORY[:1]) == {}
+    alone = [entry for entry in HISTORY if entry["phase"] in ("warmup", "sft")]
+    assert round_curves(alone) == {"hr_10": ([0, 1], [0.1, 0.15])}
 
 
 def test_sections_of_a_whole_run():

@@ -164,6 +164,18 @@ def test_curves_go_on_after_a_resumption_and_load_without_pickle(tmp_path):
     }
     assert second.history["train_loss"][:4] == first.history["train_loss"]
     assert second.seconds > first.seconds
+    own = second.seconds - torch.load(path, weights_only=True)["callbacks"]["RunReport"]["seconds"]
+    assert second.facts["training time"] == f"{second.seconds:.0f} s, {own:.0f} s of it since the run was resumed"
+
+
+def test_the_curves_of_a_whole_fit_stay_when_its_best_checkpoint_is_tested(tmp_path):
+    report = RunReport()
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="first", every_n_epochs=10, save_last=False, save_top_k=1)
+    early = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer = run(tmp_path, [report, checkpoint, early], test=False, enable_checkpointing=True)
+    steps = len(report.history["train_loss"])
+    trainer.test(BoringModule(), BoringDataModule(), tmp_path / "epoch=0.ckpt", verbose=False)
+    assert len(report.history["train_loss"]) == steps == 8
 
 
 def test_fast_dev_run_writes_nothing(tmp_path):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from malleable.callbacks.reference import ReferenceCache
 from malleable.callbacks.self_play.loop import SelfPlayLoop
-from malleable.callbacks.self_play.phases import Phase, PhaseSettings, reset_moments
+from malleable.callbacks.self_play.phases import Phase, PhaseSettings, plan_phases, reset_moments
 from malleable.callbacks.self_play.round_file import RoundFile, answer_statistics
 from malleable.datamodules.batch import PreferenceBatch
 from malleable.datamodules.loading import PhasedLoader
@@ -63,7 +63,7 @@ def assert_equal(first, second) -> None:
 
 
 def test_plan_is_a_pure_function():
-    assert SelfPlayLoop.plan(2, {"warmup": 2, "sft": 1, "dpo": 1}) == [
+    assert plan_phases(2, {"warmup": 2, "sft": 1, "dpo": 1}) == [
         Phase("warmup", 0, 0),
         Phase("warmup", 0, 1),
         Phase("sft", 1, 0),
@@ -71,8 +71,8 @@ def test_plan_is_a_pure_function():
         Phase("sft", 2, 0),
         Phase("dpo", 2, 0),
     ]
-    assert SelfPlayLoop.plan(0, {"warmup": 1, "sft": 1, "dpo": 1}) == [Phase("warmup", 0, 0)]
-    assert SelfPlayLoop.plan(1, {"warmup": 0, "sft": 0, "dpo": 2}) == [Phase("dpo", 1, 0), Phase("dpo", 1, 1)]
+    assert plan_phases(0, {"warmup": 1, "sft": 1, "dpo": 1}) == [Phase("warmup", 0, 0)]
+    assert plan_phases(1, {"warmup": 0, "sft": 0, "dpo": 2}) == [Phase("dpo", 1, 0), Phase("dpo", 1, 1)]
 
 
 def test_a_whole_run(tmp_path):
@@ -381,3 +381,12 @@ def test_a_loop_without_rounds_needs_no_rows_for_them(tmp_path):
     _, trainer, steps = run(tmp_path, make_loop(rounds=0, rows_per_round=10_000, warmup=PhaseSettings(epochs=1)))
     assert {kind for kind, *_ in steps} == {"warmup"}
     assert trainer.current_epoch == 1
+
+
+def test_figures_of_validation_are_those_of_the_end_of_a_phase(tmp_path):
+    """Validated after epochs 2, 4 and 6: in the warm-up of three epochs, and at the ends of the supervised phases."""
+    loop = make_loop(warmup=PhaseSettings(epochs=3, lr=1e-2, warmup_steps=0), diagnostic_rows=0, compare_on="none")
+    trainer = quiet_trainer(tmp_path, max_epochs=-1, check_val_every_n_epoch=2, callbacks=[loop])
+    trainer.fit(make_module(dropout=0.0), TinyData(batch_size=4))
+    validated = {(entry["phase"], entry["round"]): "val_hr_3" in entry for entry in loop.state.history if entry["phase"] != "play"}
+    assert validated == {("warmup", 0): False, ("sft", 1): True, ("dpo", 1): False, ("sft", 2): True, ("dpo", 2): False}

@@ -80,3 +80,15 @@ def test_refusals(tmp_path):
     module.catalog = tiny_catalog()
     with pytest.raises(MisconfigurationException, match="needs a PhasedLoader"):
         quiet_trainer(tmp_path, max_epochs=-1, callbacks=[make_loop(loader=plain)]).fit(module, plain)
+
+
+def test_rounds_that_end_without_a_validation_are_named(tmp_path, caplog):
+    def check(warmup, every):
+        caplog.clear()
+        loop = make_loop(warmup=PhaseSettings(epochs=warmup))
+        trainer = quiet_trainer(tmp_path, max_epochs=-1, check_val_every_n_epoch=every)
+        with caplog.at_level("INFO"):
+            loop.setup(trainer, make_module(), "fit")
+        return "no round ends in an epoch with a validation" in caplog.text
+
+    assert [check(2, 1), check(2, 2), check(3, 2)] == [False, False, True]

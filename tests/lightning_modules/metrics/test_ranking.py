@@ -18,6 +18,8 @@ from malleable.lightning_modules.metrics.ranking import (
     recall,
     reciprocal_rank,
 )
+from malleable.lightning_modules.recommendation.baselines import ItemKNN
+from malleable.lightning_modules.recommendation.sft import SFT
 
 
 def test_rank_of_target_places_it_among_ties_by_policy():
