@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,12 @@ def protocol_difference(stored: Mapping[str, str] | None, tested: Mapping[str, s
 
 
 def self_play_sections(
-    history: Sequence[dict[str, Any]], before: dict[str, Any], after: Tensor | None, titles: Sequence[str], difference: str = ""
+    history: Sequence[dict[str, Any]],
+    before: dict[str, Any],
+    after: Tensor | None,
+    titles: Sequence[str],
+    difference: str = "",
+    keys: Sequence[str] = (),
 ) -> list[Section]:
     """Make the parts of a report that self-play contributes.
 
@@ -104,6 +110,7 @@ def self_play_sections(
         after: Counts of recommendations of the tested model.
         titles: Titles of the items.
         difference: In what the test differs from the protocol of ``before``, which is then not shown.
+        keys: Ids of the items, if they have any.
     """
     sections = []
     played = [entry for entry in history if entry["phase"] == "play"]
@@ -132,8 +139,8 @@ def self_play_sections(
     elif before and after is not None:
         versions = {"before self-play": before["counts"], "after": after}
         sections.append(Section("Exposure", figure=lambda figure: draw_exposure_curve(figure.subplots(), versions)))
-        bars = Section("Most recommended titles", figure=lambda figure: draw_exposure(figure.subplots(), versions, titles), figure_size=(8.0, 5.5))
-        sections.append(bars)
+        bars = partial(draw_exposure, versions=versions, titles=titles, keys=keys)
+        sections.append(Section("Most recommended titles", figure=lambda figure: bars(figure.subplots()), figure_size=(8.0, 5.5)))
     return sections
 
 

@@ -76,7 +76,7 @@ class ExposureReport(Callback):
                 "Most recommended titles",
                 text=f"{int((self.recommended > 0).sum())} of {len(catalog)} titles are recommended at all.",
                 table=_table(self.recommended, catalog),
-                figure=lambda figure: draw_exposure(figure.subplots(), versions, catalog.titles, TOP),
+                figure=lambda figure: draw_exposure(figure.subplots(), versions, catalog.titles, TOP, catalog.keys),
                 figure_size=(9.0, 5.0),
             ),
             Section("Concentration of exposure", figure=lambda figure: draw_exposure_curve(figure.subplots(), versions)),

@@ -5,16 +5,18 @@ Shapes: N items of the catalogue, E entities of a graph.
 
 from __future__ import annotations
 
+import math
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from malleable.callbacks.report.fonts import drawable, installed_families
 from malleable.datamodules.files.atomic import atomic_write
 
 if TYPE_CHECKING:
@@ -43,6 +45,11 @@ STYLE: Any = {  # matplotlib types the keys one by one
 TITLE_LENGTH = 38
 MAX_DOTS = 20_000  # of a scatter plot
 BINS = 12  # of an abscissa
+LONG = 40  # points of a curve, from which on a running mean is drawn
+NOISY = 0.25  # points at which it turns, as a share
+MIN_WINDOW, WINDOWS = 5, 15  # points of a running mean at least, and their share of a curve
+SHORT_LABEL = 14  # characters of a legend's label, of which three stand side by side
+LEGEND_PAD, LEGEND_ROW = 24.0, 14.0  # points between axes and title for a legend of one row, and for each further row
 
 Counts = Tensor | Sequence[float]
 
@@ -52,8 +59,8 @@ def save_figure(path: Path, draw: Callable[[Figure], None], size: tuple[float, f
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # titles of every script; a box stands for what no font has
+    with matplotlib.rc_context(STYLE | {"font.family": list(installed_families())}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # combining marks, which fonts compose differently
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         with atomic_write(path) as temporary:
@@ -61,7 +68,12 @@ def save_figure(path: Path, draw: Callable[[Figure], None], size: tuple[float, f
 
 
 def draw_curves(
-    axes: Axes, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str = "", x_label: str = "optimizer step", y_label: str = ""
+    axes: Axes,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str = "",
+    x_label: str = "optimizer step",
+    y_label: str = "",
+    smoothed: Collection[str] = (),
 ) -> None:
     """Draw lines.
 
@@ -71,14 +83,59 @@ def draw_curves(
         title: Heading.
         x_label: Label of the abscissa.
         y_label: Label of the ordinate.
+        smoothed: Names of curves of which a running mean is drawn where they are noisy, with their own values faint behind it.
     """
     for index, (name, (x, y)) in enumerate(curves.items()):
-        marker = "o" if len(x) <= 30 else ""
-        axes.plot(x, y, color=COLORS[index % len(COLORS)], marker=marker, markersize=4, label=name)
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+        color = COLORS[index % len(COLORS)]
+        if name in smoothed and is_noisy(y):
+            axes.plot(x, y, color=color, linewidth=0.8, alpha=0.25)
+            y = running_mean(y, max(MIN_WINDOW, len(y) // WINDOWS))
+        axes.plot(x, y, color=color, marker="o" if len(x) <= 30 else "", markersize=4, label=name)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set_title(title)
     axes.margins(x=0.02)
     if len(curves) > 1:
-        axes.legend(ncols=1 if len(curves) <= 4 else 2)
+        add_legend(axes)
+
+
+def is_noisy(values: Sequence[float]) -> bool:
+    """Whether a curve is long and goes up and down from point to point, so that its course is hard to see.
+
+    Args:
+        values: Ordinates in order; ``nan`` is a gap.
+    """
+    steps = [later - earlier for earlier, later in pairwise(values) if later != earlier]
+    turns = sum(one * two < 0 for one, two in pairwise(steps))
+    return len(values) >= LONG and turns >= NOISY * len(values)
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Return the mean of the values around each one; those at the ends of a curve, and beside gaps, have fewer neighbours.
+
+    Args:
+        values: Values in order; ``nan`` is a gap, over which no mean reaches.
+        width: Number of values of a mean.
+    """
+    means: list[float] = []
+    for is_gap, part in groupby(values, key=math.isnan):
+        own = list(part)
+        if is_gap:
+            means += own
+            continue
+        sums = [0.0, *accumulate(own)]
+        for place in range(len(own)):
+            low, high = max(0, place - width // 2), min(len(own), place + width // 2 + 1)
+            means.append((sums[high] - sums[low]) / (high - low))
+    return means
+
+
+def add_legend(axes: Axes) -> None:
+    """Put a legend between title and axes, where it covers nothing that is drawn."""
+    labels = axes.get_legend_handles_labels()[1]
+    columns = min(len(labels), 3 if max(map(len, labels)) <= SHORT_LABEL else 2)
+    rows = -(-len(labels) // columns)
+    axes.set_title(axes.get_title(loc="left") or axes.get_title(), pad=LEGEND_PAD + LEGEND_ROW * (rows - 1))
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=columns, borderaxespad=0.2, columnspacing=1.2, handlelength=1.6)
 
 
 def split_curve(curve: tuple[Sequence[float], Sequence[float]], phases: Sequence[tuple[int, str]]) -> tuple[list[float], list[float]]:
@@ -114,10 +171,10 @@ def draw_phases(axes: Axes, phases: Sequence[tuple[int, str]], end: float) -> No
         if name != names[0] and start < stop:
             first = name not in axes.get_legend_handles_labels()[1]
             axes.axvspan(start, stop, color=COLORS[names.index(name) % len(COLORS)], alpha=0.12, linewidth=0, label=name if first else None)
-    axes.legend(ncols=1 if len(axes.get_legend_handles_labels()[1]) <= 4 else 2)
+    add_legend(axes)
 
 
-def draw_exposure(axes: Axes, versions: Mapping[str, Counts], titles: Sequence[str], top: int = 12) -> None:
+def draw_exposure(axes: Axes, versions: Mapping[str, Counts], titles: Sequence[str], top: int = 12, keys: Sequence[str] = ()) -> None:
     """Draw how often the most recommended titles were recommended, as horizontal bars, one colour a version.
 
     Args:
@@ -125,6 +182,7 @@ def draw_exposure(axes: Axes, versions: Mapping[str, Counts], titles: Sequence[s
         versions: Recommendation counts of each item, ``(N,)``, by name of the version; shares of each version are drawn.
         titles: Titles of the N items.
         top: Number of titles: those with the largest share in any version, ordered by the first version.
+        keys: Id of each item, for titles that no installed font can draw.
     """
     shares = _shares(versions)
     stacked = torch.stack(list(shares.values()))
@@ -134,14 +192,13 @@ def draw_exposure(axes: Axes, versions: Mapping[str, Counts], titles: Sequence[s
     for index, (name, share) in enumerate(shares.items()):
         places = [place + (index - (len(shares) - 1) / 2) * height for place in range(len(chosen))]
         axes.barh(places, (100 * share[chosen]).tolist(), height, color=COLORS[index % len(COLORS)], label=name)
-    axes.set_yticks(range(len(chosen)), [short_title(titles[item]) for item in chosen.tolist()])
+    axes.set_yticks(range(len(chosen)), [short_title(titles[item], key=keys[item] if keys else "") for item in chosen.tolist()])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("share (%)")
-    axes.set_title("Most recommended titles", pad=24 if len(shares) > 1 else None)
+    axes.set_title("Most recommended titles")
     if len(shares) > 1:
-        # Between title and axes, because bars may be long anywhere.
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=len(shares), borderaxespad=0.2)
+        add_legend(axes)
 
 
 def draw_exposure_curve(axes: Axes, versions: Mapping[str, Counts]) -> None:
@@ -157,7 +214,7 @@ def draw_exposure_curve(axes: Axes, versions: Mapping[str, Counts]) -> None:
     _set_log_scale(axes)
     axes.set_ylim(0, 102)
     axes.set(title="Concentration of exposure", xlabel="n most frequent items", ylabel="share they take (%)")
-    axes.legend(loc="lower right")
+    add_legend(axes)
 
 
 def draw_uncertainty(axes: Axes, degree: Tensor, uncertainty: Tensor, correlation: float) -> None:
@@ -182,7 +239,7 @@ def draw_uncertainty(axes: Axes, degree: Tensor, uncertainty: Tensor, correlatio
     axes.plot(*medians, color=COLORS[1], marker="o", markersize=4, label="median of like degrees")
     _set_log_scale(axes)
     axes.set(title=f"Uncertainty of entities (Spearman {correlation:+.2f})", xlabel="training triples of the entity", ylabel="mean deviation")
-    axes.legend()
+    add_legend(axes)
 
 
 def _set_log_scale(axes: Axes) -> None:
@@ -194,8 +251,9 @@ def _set_log_scale(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # shows some between two powers of ten, none over many
 
 
-def short_title(title: str, length: int = TITLE_LENGTH) -> str:
-    """Leave out the middle of a long title, and keep dollar signs from being read as mathematics."""
+def short_title(title: str, length: int = TITLE_LENGTH, key: str = "") -> str:
+    """Leave out the middle of a long title, replace what no font can draw, and keep dollar signs from being read as mathematics."""
+    title = drawable(title, key)
     end = 7  # a year in brackets
     cut = title if len(title) <= length else f"{title[: length - end - 1].rstrip()}…{title[-end:]}"
     return cut.replace("$", r"\$")

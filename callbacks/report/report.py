@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from malleable.callbacks.report.figures import draw_curves, draw_phases, save_figure, split_curve
+from malleable.callbacks.report.figures import draw_curves, draw_phases, is_noisy, save_figure, split_curve
 from malleable.callbacks.report.logged import logged_anew
 from malleable.callbacks.report.metric_notes import definitions, is_secondary, marked
 from malleable.callbacks.report.page import (
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 2048
 PANELS_A_ROW = 3
+SMOOTHED = "Noisy curves of training are running means; what single steps logged is drawn faintly."
 
 
 class RunReport(Callback):
@@ -131,8 +132,7 @@ class RunReport(Callback):
         self.facts |= {
             "optimizer steps": str(trainer.global_step),
             "epochs": str(trainer.current_epoch),
-            "training time": f"{self.seconds:.0f} s"
-            + (f", {self.seconds - self._earlier:.0f} s of it since it was resumed" if self._earlier else ""),
+            "training time": f"{self.seconds:.0f} s{resumed}",
         }
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -218,7 +218,8 @@ class RunReport(Callback):
         panels = curve_panels({name: points for name, points in self.history.items() if not is_secondary(name, headline)})
         if panels:
             size = (4.2 * min(PANELS_A_ROW, len(panels)), 3.0 * -(-len(panels) // PANELS_A_ROW))
-            sections.append(Section("Training", figure=lambda figure: draw_panels(figure, panels, self.phases), figure_size=size))
+            text = SMOOTHED if any(is_noisy(curve[1]) for curves in panels.values() for name, curve in curves.items() if _is_training(name)) else ""
+            sections.append(Section("Training", text, figure=lambda figure: draw_panels(figure, panels, self.phases), figure_size=size))
         return sections
 
     def _last_sections(self, header: Sequence[str], rows: Rows) -> list[Section]:
@@ -286,11 +287,16 @@ def draw_panels(figure: Figure, panels: Mapping[str, Mapping[str, tuple[list[int
     columns = min(PANELS_A_ROW, len(panels))
     axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
     for place, (metric, curves) in zip(axes, panels.items(), strict=False):
-        split = {name: curve if name.startswith("val") else split_curve(curve, phases) for name, curve in curves.items()}
-        draw_curves(place, split, title=metric)
+        split = {name: split_curve(curve, phases) if _is_training(name) else curve for name, curve in curves.items()}
+        draw_curves(place, split, title=metric, smoothed=[name for name in split if _is_training(name)])
         draw_phases(place, phases, max(x[-1] for x, _ in curves.values()))
     for place in axes[len(panels) :]:
         place.set_visible(False)
+
+
+def _is_training(name: str) -> bool:
+    """Whether a curve is logged by single steps, rather than over a whole split."""
+    return not name.startswith("val")
 
 
 def _of_columns(columns: Sequence[Column]) -> dict[str, float]:

@@ -113,6 +113,7 @@ class SelfPlayLoop(Callback):
         self._test_rows: Tensor | None = None
         self._difference = ""
         self._titles: tuple[str, ...] = ()
+        self._keys: tuple[str, ...] = ()
         self._earlier: dict[str, Any] = {}
         if not self.phases:
             raise ValueError("the loop has no epoch: give the warm-up epochs or play at least one round")
@@ -379,7 +380,8 @@ class SelfPlayLoop(Callback):
         """Add up the counts of all ranks, and compare the test with that of the warmed-up model."""
         if self._counts is not None and self._test_rows is not None:
             module = cast("LanguageModel", pl_module)
-            self._titles = cast("Catalog", module.catalog).titles
+            catalog = cast("Catalog", module.catalog)
+            self._titles, self._keys = catalog.titles, catalog.keys
             self._counts, rows = (trainer.strategy.reduce(total, reduce_op="sum").cpu() for total in (self._counts, self._test_rows))
             self._difference = protocol_difference(self.state.before.get("protocol"), protocol(module, rows))
 
@@ -394,4 +396,4 @@ class SelfPlayLoop(Callback):
 
     def report_sections(self) -> list[Section]:
         """Curves over the rounds, and what is recommended before and after."""
-        return self_play_sections(self.state.history, self.state.before, self._counts, self._titles, self._difference)
+        return self_play_sections(self.state.history, self.state.before, self._counts, self._titles, self._difference, self._keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,9 +46,9 @@ def claimed_folders(trainer: Trainer) -> Iterator[None]:
 
 
 def _discard_configuration(folder: Path) -> None:
-    """Remove the stored configuration of a run that failed before it wrote anything else."""
+    """Remove what Lightning stores of the configuration of a run that failed before it wrote anything else."""
     files = list(folder.iterdir()) if folder.is_dir() else []
-    if all(re.fullmatch(r"config_\w+\.yaml", file.name) for file in files):
+    if all(re.fullmatch(r"(config_\w+|hparams)\.yaml", file.name) for file in files):
         for file in files:
             file.unlink(missing_ok=True)
 

@@ -40,7 +40,7 @@ def test_the_deepest_cause_is_the_message(capsys, words, expected):
 
 def test_a_command_without_a_model_says_what_to_do(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for words in (["fit"], ["test", "--data.batch_size", "3"]):
+    for words in (["fit"], ["test", "--seed_everything", "3"]):
         with pytest.raises(SystemExit):
             main(words)
         text = capsys.readouterr().err.splitlines()[-1]

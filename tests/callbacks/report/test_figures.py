@@ -2,8 +2,17 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from malleable.callbacks.report import figures
-from malleable.callbacks.report.figures import draw_curves, draw_exposure, draw_exposure_curve, draw_uncertainty, save_figure, short_title
+from malleable.callbacks.report import figures, fonts
+from malleable.callbacks.report.figures import (
+    draw_curves,
+    draw_exposure,
+    draw_exposure_curve,
+    draw_phases,
+    draw_uncertainty,
+    running_mean,
+    save_figure,
+    short_title,
+)
 
 TITLES = [f"Title {item}" for item in range(6)]
 
@@ -90,3 +99,64 @@ def test_a_short_logarithmic_axis_has_plain_numbers():
     labels = [label.get_text() for label in (*axes.get_xticklabels(), *axes.get_xticklabels(minor=True)) if label.get_text()]
     assert labels
     assert all(label.isdigit() for label in labels)
+
+
+def test_no_legend_covers_what_is_drawn():
+    curves = {f"val @{k}": ([1, 2, 3], [k, 5.0, 10.0 - k]) for k in (1, 3, 5, 10)}
+    drawings = {
+        "curves": lambda place: (draw_curves(place, curves, title="hr"), draw_phases(place, [(0, "supervised"), (2, "preference")], 3)),
+        "exposure": lambda place: draw_exposure_curve(place, {"before self-play": [5, 1, 1], "training interactions": [1, 1, 1]}),
+        "titles": lambda place: draw_exposure(place, {"before": [5, 1, 0], "after": [0, 1, 5]}, TITLES),
+        "uncertainty": lambda place: draw_uncertainty(place, torch.tensor([3, 4, 50]), torch.rand(3), 0.5),
+    }
+    for name, draw in drawings.items():
+        figure = Figure(layout="constrained")
+        place = figure.subplots()
+        draw(place)
+        figure.canvas.draw()
+        legend = place.get_legend().get_window_extent()
+        title = max((text.get_window_extent() for text in (place.title, place._left_title) if text.get_text()), key=lambda box: box.y0)
+        assert place.get_window_extent().y1 <= legend.y0 + 2, name
+        assert legend.y1 <= title.y0 + 2, name
+
+
+def test_a_running_mean_stops_at_gaps():
+    nan = float("nan")
+    means = running_mean([1.0, 2.0, 6.0, nan, 10.0, 20.0], 3)
+    assert means[:3] == [1.5, 3.0, 4.0]
+    assert means[3] != means[3]
+    assert means[4:] == [15.0, 15.0]
+
+
+def test_noisy_curves_are_smoothed_before_their_own_values():
+    place, steps = axes(), list(range(100))
+    values = [float(step % 2) for step in steps]
+    draw_curves(place, {"train": (steps, values), "val": (steps, values)}, smoothed=["train"])
+    faint, mean, other = place.lines
+    assert (list(faint.get_ydata()), faint.get_alpha(), list(other.get_ydata())) == (values, 0.25, values)
+    assert all(0.4 < value < 0.6 for value in list(mean.get_ydata())[10:-10])
+    assert place.get_legend_handles_labels()[1] == ["train", "val"]
+    for plain in (values[:30], [float(step) for step in steps]):
+        calm = axes()
+        draw_curves(calm, {"train": (steps[: len(plain)], plain)}, smoothed=["train"])
+        assert len(calm.lines) == 1
+
+
+def test_characters_that_no_font_has_are_replaced(monkeypatch, caplog):
+    monkeypatch.setattr(fonts, "_characters", lambda: frozenset(range(0x100)))
+    fonts._report.cache_clear()
+    with caplog.at_level("INFO"):
+        assert fonts.drawable("Café", "7") == "Café"
+        assert not caplog.records
+        assert fonts.drawable("Tea \U0001f375", "7") == "Tea \\U0001f375"
+        assert fonts.drawable("日本の茶", "7") == "id 7"
+        assert fonts.drawable("日本の茶") == "\\u65e5\\u672c\\u306e\\u8336"
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    place = axes()
+    draw_exposure(place, {"recommended": [2, 1]}, ["日本の茶", "Tea"], keys=["P-1", "P-2"])
+    assert [label.get_text() for label in place.get_yticklabels()] == ["id P-1", "Tea"]
+
+
+def test_the_own_font_of_matplotlib_comes_first():
+    assert fonts.installed_families()[0] == fonts.DEFAULT
+    assert fonts.drawable("Crème & Teapot → ½") == "Crème & Teapot → ½"
