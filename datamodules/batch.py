@@ -16,7 +16,7 @@ from torch import Tensor
 
 from malleable.datamodules.record import Record
 
-ASKED = "?"
+WILDCARD = "?"
 """Stands in a written query for what it asks."""
 
 

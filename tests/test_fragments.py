@@ -38,8 +38,8 @@ VARIANTS = {
     "sft/tiny.yaml, adapter": ["--model.language_model.lora", "{r: 2, dropout: 0.0}"],
 }
 REFUSED = {
-    ("baselines/movielens.yaml", "deepspeed_zero2"): "ItemKNN counts and has no weights to shard: it cannot run `fit` with CPUDeepSpeedStrategy",
-    ("baselines/movielens.yaml", "deepspeed_zero3"): "ItemKNN counts and has no weights to shard: it cannot run `fit` with CPUDeepSpeedStrategy",
+    ("baselines/movielens.yaml", "deepspeed_zero2"): "ItemKNN has no weights that can be sharded: it cannot run `fit` with CPUDeepSpeedStrategy",
+    ("baselines/movielens.yaml", "deepspeed_zero3"): "ItemKNN has no weights that can be sharded: it cannot run `fit` with CPUDeepSpeedStrategy",
     ("alpha_edit/tiny.yaml", "deepspeed_zero2"): "AlphaEdit cannot run `fit` with CPUDeepSpeedStrategy: it needs whole weights",
     ("alpha_edit/tiny.yaml", "deepspeed_zero3"): "AlphaEdit cannot run `fit` with CPUDeepSpeedStrategy: it needs whole weights",
 }

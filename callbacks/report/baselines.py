@@ -15,7 +15,7 @@ from malleable.callbacks.report.page import Column
 from malleable.datamodules.batch import AnswerBatch
 from malleable.lightning_modules.metrics.exposure import ExposureMetrics
 from malleable.lightning_modules.metrics.ranking import RankingMetrics
-from malleable.lightning_modules.recommendation.baselines import Baseline, ItemKNN, Markov, Popularity, learn
+from malleable.lightning_modules.recommendation.baselines import Baseline, ItemKNN, Markov, Popularity, count_rows
 from malleable.lightning_modules.recommendation.counted_rows import training_rows
 from malleable.lightning_modules.recommendation.evaluation import recommendation_metrics, update_metrics
 
@@ -69,7 +69,7 @@ class Baselines(Callback):
             self._modules = {name: copy.deepcopy(baseline).eval() for name, baseline in self.baselines.items()}
             for module in self._modules.values():
                 module.catalog = source.catalog
-            learn(list(self._modules.values()), rows)
+            count_rows(list(self._modules.values()), rows)
             self._rows = rows
         for name, module in self._modules.items():
             module.to(pl_module.device)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from malleable.datamodules.batch import ASKED, KnowledgeGraph
+from malleable.datamodules.batch import WILDCARD, KnowledgeGraph
 from malleable.datamodules.files.sniffing import sniff_encoding
 from malleable.datamodules.files.table_files import read_cells
 from malleable.datamodules.files.text_files import file_kind, read_json
@@ -18,7 +18,7 @@ from malleable.datamodules.sources.graphs.base import Ints
 
 log = logging.getLogger(__name__)
 
-FORM = f"head<TAB>relation<TAB>tail with {ASKED} for the one that is asked (.csv: commas for tabs; a last {ASKED} may be left out)"
+FORM = f"head<TAB>relation<TAB>tail with {WILDCARD} for the one that is asked (.csv: commas for tabs; a last {WILDCARD} may be left out)"
 
 
 def read_queries(path: Path, graph: KnowledgeGraph, delimiter: str | None = None) -> Ints:
@@ -48,11 +48,11 @@ def read_queries(path: Path, graph: KnowledgeGraph, delimiter: str | None = None
         where = f"{path}, line {number}"
         if order is not None and len(cells) > max(order):
             cells = [cells[column] for column in order]
-        query = [*cells, ASKED] if len(cells) == 2 else cells
-        if len(query) != 3 or query.count(ASKED) != 1:
+        query = [*cells, WILDCARD] if len(cells) == 2 else cells
+        if len(query) != 3 or query.count(WILDCARD) != 1:
             raise ValueError(f"{where}: {cells} is no query, expected {FORM}")
         columns = zip(query, fields.items(), strict=True)
-        head, relation, tail = (-1 if label == ASKED else _find(label, known, f"{where}, field {field}") for label, (field, known) in columns)
+        head, relation, tail = (-1 if label == WILDCARD else _find(label, known, f"{where}, field {field}") for label, (field, known) in columns)
         queries.append((tail, relation + len(relations), -1) if head < 0 else (head, relation, tail))
     if not queries:
         raise ValueError(f"{path} holds no query; expected lines of {FORM}")

@@ -1,4 +1,4 @@
-"""Answers of a knowledge-graph embedding by label: triples scored, tails, heads and relations found, tables exported."""
+"""Queries to a knowledge-graph embedding by label: scores of triples, best tails, heads and relations, relation patterns, export."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from malleable.datamodules.batch import ASKED, KnowledgeGraph, QueryBatch, Recommendations
+from malleable.datamodules.batch import WILDCARD, KnowledgeGraph, QueryBatch, Recommendations
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.lightning_modules.functional.graphs.interaction import Interaction, Map, Vectors, score_all, score_pairs
 from malleable.lightning_modules.functional.graphs.relation_patterns import Moments, composition, inverse, self_inverse
@@ -22,7 +22,7 @@ from malleable.lightning_modules.functional.precision import full, full_precisio
 
 Name = str | int
 
-ROWS = 1 << 14  # rows of a table taken at a time, which bounds memory
+ROWS = 1 << 14  # number of table rows processed at once, which bounds memory
 
 
 class Answer(NamedTuple):
@@ -30,9 +30,9 @@ class Answer(NamedTuple):
 
     Attributes:
         label: Label of the entity or relation.
-        id: Its number.
-        score: Score of the triple; a logit under the default loss, which nothing has calibrated.
-        uncertainty: Mean deviation of the entity; ``None`` for points and relations.
+        id: Number of the entity or relation.
+        score: Score of the triple; with the default loss an uncalibrated logit.
+        uncertainty: Mean standard deviation of the entity; ``None`` for point embeddings and relations.
     """
 
     label: str
@@ -45,9 +45,9 @@ class Pattern(NamedTuple):
     """A pattern among relations.
 
     Attributes:
-        kind: ``symmetric`` (r), ``inverse`` (r, r'), ``composed`` (first, second, what they amount to).
+        kind: ``symmetric`` (r), ``inverse`` (r, r') or ``composed`` (first relation, second relation, composition).
         relations: Labels of the relations.
-        difference: Distance from the exact pattern, see :mod:`~malleable.lightning_modules.functional.graphs.relation_patterns`.
+        difference: Difference from the exact pattern, see :mod:`~malleable.lightning_modules.functional.graphs.relation_patterns`.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class Pattern(NamedTuple):
 
 
 class GraphAnswers(ABC):
-    """The part of a knowledge-graph embedding that answers: entities and relations are given by label or number."""
+    """Mixin that answers queries to a knowledge-graph embedding; entities and relations are given by label or number."""
 
     query_fields: ClassVar[tuple[str, ...]] = ("head", "relation", "tail")
     answer_fields: ClassVar[tuple[str, ...]] = ("answer", "score", "uncertainty")
@@ -73,11 +73,11 @@ class GraphAnswers(ABC):
 
     @abstractmethod
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """The side of queries ``(h, r, ?)``."""
+        """Return the vectors and biases of queries ``(h, r, ?)``, given by ids ``(B,)``."""
 
     @abstractmethod
     def key(self, entity: Tensor | None = None) -> Vectors:
-        """The side of entities, or of all."""
+        """Return the vectors and biases of entities, given by ids ``(N,)``, or of all entities."""
 
     @full_precision
     @torch.no_grad()
@@ -93,20 +93,20 @@ class GraphAnswers(ABC):
             head: Entity.
             relation: Relation.
             k: Number of answers.
-            exclude: Known triples, whose tails are not to be proposed again.
+            exclude: Known triples, whose tails are not returned.
         """
         heads, relations = self._ids([head]), self._ids([relation], True)
         triples = [self._triple(triple) for triple in exclude]
         return self._best(heads, relations, k, [t for h, r, t in triples if h == heads.item() and r == relations.item()])
 
     def predict_heads(self, relation: Name, tail: Name, k: int = 10, exclude: Sequence[tuple[Name, Name, Name]] = ()) -> list[Answer]:
-        """Find the k best heads of ``(?, relation, tail)``, asked as ``(tail, relation + R, ?)``.
+        """Find the k best heads of ``(?, relation, tail)``, as the query ``(tail, relation + R, ?)``.
 
         Args:
             relation: Relation.
             tail: Entity.
             k: Number of answers.
-            exclude: Known triples, whose heads are not to be proposed again.
+            exclude: Known triples, whose heads are not returned.
         """
         tails, relations = self._ids([tail]), self._ids([relation], True)
         triples = [self._triple(triple) for triple in exclude]
@@ -115,7 +115,7 @@ class GraphAnswers(ABC):
 
     @torch.no_grad()
     def predict_relations(self, head: Name, tail: Name, k: int = 10) -> list[Answer]:
-        """Find the k best relations of ``(head, ?, tail)``, reciprocals left out.
+        """Find the k best relations of ``(head, ?, tail)``, without reciprocals.
 
         Args:
             head: Entity.
@@ -129,15 +129,15 @@ class GraphAnswers(ABC):
     @full_precision
     @torch.no_grad()
     def score_relations(self, head: Tensor, tail: Tensor) -> Tensor:
-        """Score every relation, reciprocals left out, between pairs of entities ``(B,)``: ``(B, R)``."""
+        """Score all relations, without reciprocals, for pairs of entities ``(B,)``; return ``(B, R)``."""
         relations = torch.arange(len(self._labels().relations), device=head.device)
-        # One pair at a time: it already takes a row for each relation.
+        # One pair at a time, because each pair needs R query rows.
         found = [score_all(self.query(h.expand(len(relations)), relations), self.key(t[None]))[:, 0] for h, t in zip(head, tail, strict=True)]
         return torch.stack(found)
 
     @torch.no_grad()
     def describe(self, batch: QueryBatch, found: Recommendations) -> Iterator[tuple[Sequence[str], Sequence[tuple[str, float, float | None]]]]:
-        """Name the queries of a batch, head, relation and tail, and what ``predict_step`` found for each: labels, scores and deviations."""
+        """Yield the labels (head, relation, tail) of each query, and its answers from ``predict_step``: labels, scores and uncertainties."""
         labels = self._labels()
         tails = [-1] * len(batch) if batch.tail is None else batch.tail.tolist()
         columns = (part.tolist() for part in (batch.head, batch.relation, *found))
@@ -145,16 +145,16 @@ class GraphAnswers(ABC):
             real = [number for number in ids if number >= 0]
             if relation < 0:
                 answers = [(labels.relations[number], score, None) for number, score in zip(real, scores, strict=False)]
-                yield (labels.entities[head], ASKED, labels.entities[tail]), answers
+                yield (labels.entities[head], WILDCARD, labels.entities[tail]), answers
                 continue
             place, reciprocal = relation % len(labels.relations), relation >= len(labels.relations)
-            query = labels.entities[head], labels.relations[place], ASKED
+            query = labels.entities[head], labels.relations[place], WILDCARD
             named = [(answer.label, answer.score, answer.uncertainty) for answer in self._answers(real, scores)]
             yield query[::-1] if reciprocal else query, named
 
     @torch.no_grad()
     def uncertainty(self) -> Tensor:
-        """Mean deviation of each entity over its coordinates, ``(E,)``.
+        """Compute the mean standard deviation of each entity over its coordinates, ``(E,)``.
 
         Raises:
             ValueError: If entities are points.
@@ -163,18 +163,18 @@ class GraphAnswers(ABC):
         for rows in torch.split(self.tables[0].weight, ROWS):
             deviation = self.interaction.deviation(full(rows))
             if deviation is None:
-                raise ValueError(f"{type(self.interaction).__name__} places entities at points, which have no uncertainty; use NFE with slopes")
+                raise ValueError(f"entities of {type(self.interaction).__name__} are points without uncertainty; use NFE of a kind with slopes")
             found.append(deviation.mean(1))
         return torch.cat(found)
 
     @full_precision
     @torch.no_grad()
     def relation_patterns(self, k: int = 20, among: Sequence[Name] | None = None) -> list[Pattern]:
-        """Read symmetric, inverse and composed relations off the maps they make.
+        """Find symmetric, inverse and composed relations.
 
         Args:
-            k: The clearest to return of each kind.
-            among: Relations to look at; default: all, for which time grows with the cube of their number.
+            k: Number of patterns of each kind to return, in order of increasing difference.
+            among: Relations to compare; default: all. Time grows with the third power of their number.
         """
         chosen = self._ids(self._labels().relations if among is None else among, True)
         labels = [self._labels().relations[number] for number in chosen.tolist()]
@@ -184,9 +184,9 @@ class GraphAnswers(ABC):
         assert places is not None
         moments = Moments.of(places)
         flow = Map(*(part.to(moments.mean.dtype) for part in self.interaction.flow(relation[chosen])))
-        undone = inverse(flow, moments)
-        # A pair is inverse if each undoes the other; a relation that undoes itself is symmetric.
-        both = torch.maximum(undone, undone.T).masked_fill(torch.ones_like(undone, dtype=torch.bool).tril(), torch.inf)
+        one_sided = inverse(flow, moments)
+        # Both compositions of an inverse pair must be the identity. Pairs (i, i) are symmetric relations.
+        both = torch.maximum(one_sided, one_sided.T).masked_fill(torch.ones_like(one_sided, dtype=torch.bool).tril(), torch.inf)
         composed, third = composition(flow, moments)
         patterns = [Pattern("symmetric", (labels[i],), value) for (i,), value in _smallest(self_inverse(flow, moments), k)]
         patterns += [Pattern("inverse", (labels[i], labels[j]), value) for (i, j), value in _smallest(both, k)]
@@ -194,9 +194,9 @@ class GraphAnswers(ABC):
         return patterns
 
     def export(self, folder: str | Path) -> Path:
-        """Write ``embeddings.safetensors`` (a tensor for each part: ``entity.mu``, ``relation.a``, ...) and ``labels.json``.
+        """Write ``embeddings.safetensors`` (one tensor for each part: ``entity.mu``, ``relation.a``, ...) and ``labels.json``.
 
-        Relations have 2R rows, reciprocals last. An older folder is replaced in one step.
+        Relations have 2R rows, reciprocals last. An existing folder is replaced atomically.
         """
         folder = Path(folder)
         if getattr(self, "global_rank", 0):
@@ -223,7 +223,7 @@ class GraphAnswers(ABC):
         return self.graph
 
     def _ids(self, names: Sequence[Name], relation: bool = False) -> Tensor:
-        """Numbers of labels; numbers stay.
+        """Return the numbers of entities or relations, which are given by label or number.
 
         Raises:
             ValueError: If a name is not in the graph.
@@ -254,7 +254,7 @@ class GraphAnswers(ABC):
         return self._answers(best.indices.tolist(), best.values.tolist())
 
     def _answers(self, entities: Sequence[int], scores: Sequence[float]) -> list[Answer]:
-        """Name entities, with their scores, of which there may be more."""
+        """Return answers for entities; ``scores`` may have more entries than ``entities``."""
         rows = self.tables[0](torch.tensor(entities, dtype=torch.long, device=self.tables[0].weight.device))
         deviation = self.interaction.deviation(full(rows))
         spread = [None] * len(entities) if deviation is None else deviation.mean(1).tolist()
@@ -263,7 +263,7 @@ class GraphAnswers(ABC):
 
 
 def _smallest(values: Tensor, k: int) -> list[tuple[tuple[int, ...], float]]:
-    """Places and values of the k smallest finite entries."""
+    """Return the indices and values of the k smallest finite entries."""
     best = values.flatten().topk(min(k, values.numel()), largest=False)
     places = zip(*(part.tolist() for part in torch.unravel_index(best.indices, values.shape)), strict=True)
     return [(place, value) for place, value in zip(places, best.values.tolist(), strict=True) if value < torch.inf]

@@ -1,4 +1,4 @@
-"""What every knowledge-graph embedding shares: tables, loss, filtered ranking, answers by label."""
+"""Base class of knowledge-graph embeddings."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ log = logging.getLogger(__name__)
 
 
 class KnowledgeGraphModule(BaseModule, GraphAnswers):
-    """Tables of entities and relations, and an interaction that scores ``(h, r, t)``.
+    """Base class of knowledge-graph embeddings: embedding tables, and an interaction that scores triples ``(h, r, t)``.
 
-    A relation and its reciprocal have a row each, so that ``(?, r, t)`` is answered as ``(t, r + R, ?)``.
+    A relation and its reciprocal have separate rows, so that ``(?, r, t)`` is answered as ``(t, r + R, ?)``.
 
     Args:
-        interaction: Turns rows into scores.
-        graph: The labels; taken from the data module when left out.
+        interaction: Score function.
+        graph: Labels of entities and relations. Default: taken from the data module.
         dimension: Width D of each part of a row.
-        gamma: Margin, added to the scores of distances.
-        gamma_trainable: Learn it.
-        loss: What is minimised; default: binary cross-entropy against all entities.
-        regulariser: Penalty beside it.
-        dropout: Share of the entries of heads and relations that are dropped in training.
-        init: How tables start.
-        tuning: Rates of the default optimizer and schedule.
-        ranking: Cut-offs, ties, answers.
-        optimizer: Makes the optimizer instead.
-        lr_scheduler: Makes the schedule instead, stepped every optimizer step.
+        gamma: Margin that is added to scores that are negative distances.
+        gamma_trainable: Whether gamma is trained.
+        loss: Training loss. Default: binary cross-entropy over all entities (:class:`BCESum`).
+        regulariser: Penalty that is added to the loss.
+        dropout: Dropout probability of the entries of heads and relations.
+        init: Initialisation of the tables.
+        tuning: Settings of the default optimizer and scheduler.
+        ranking: Settings of evaluation and prediction.
+        optimizer: Factory of the optimizer, instead of the default one.
+        lr_scheduler: Factory of the scheduler, stepped after every optimizer step, instead of the default one.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of range.
     """
 
     required_from_datamodule: ClassVar[tuple[str, ...]] = ("graph",)
@@ -77,7 +77,7 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         if dimension < 1:
             raise ValueError(f"dimension must be >= 1, got {dimension}")
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.interaction = interaction
         self.graph = graph
         self.dimension = dimension
@@ -90,39 +90,39 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         self.tuning: EmbeddingTuning = from_plain(EmbeddingTuning, tuning) or EmbeddingTuning()
         self.ranking: LinkRanking = from_plain(LinkRanking, ranking) or LinkRanking()
         if self.tuning.sparse and (not self.loss.samples or gamma_trainable):
-            raise ValueError("tuning.sparse needs a loss that draws entities (NegativeSampling) and a fixed gamma: all other gradients are dense")
+            raise ValueError("tuning.sparse needs a loss that samples entities (NegativeSampling) and a fixed gamma; set tuning.sparse to false")
         self.entity = None
         self.relation = None
         self._keys: Vectors | None = None
         self._evaluating = False
 
     def configure_model(self) -> None:
-        """Make the tables; a second call does nothing, and neither does a call before a bare checkpoint has brought the graph."""
+        """Create the tables. A second call does nothing, and neither does a call without a graph."""
         if self.entity is not None or self.graph is None:
             return
         parts = self.interaction.entity_parts, self.interaction.relation_parts
         sizes = self.graph.num_entities, self.graph.num_relations
         widths = [len(names) * self.dimension for names in parts]
-        # Drawn on the CPU in single precision: one seed is one model on every device and in every precision.
+        # Drawn on the CPU in single precision, so that a seed gives the same model on every device and in every precision.
         entity, relation = (torch.empty(size, width, device="cpu", dtype=torch.float32) for size, width in zip(sizes, widths, strict=True))
         self.init.fill(entity, len(parts[0]))
         if parts[1] == ("phase",):
             Init("uniform", math.pi).fill(relation, 1)
         else:
             self.init.fill(relation, len(parts[1]))
-        # `_weight`: the layer's own start would be drawn in vain.
+        # `_weight` avoids the default initialisation of the layer.
         self.entity, self.relation = (
             nn.Embedding(len(table), table.shape[1], sparse=self.tuning.sparse, _weight=table.to(self.device, torch.get_default_dtype()))
             for table in (entity, relation)
         )
         if self.gamma_trainable:
-            # One dimension: DeepSpeed cannot shard a parameter without any.
+            # One dimension, because DeepSpeed cannot shard scalars.
             self.gamma = nn.Parameter(torch.full((1,), float(self.gamma), device=self.device))
         log.info("%s: %s entities x %s, %s relations x %s", type(self).__name__, sizes[0], widths[0], sizes[1], widths[1])
 
     @property
     def is_built(self) -> bool:
-        """Whether ``configure_model`` has made the tables."""
+        """Whether ``configure_model`` has created the tables."""
         return self.entity is not None
 
     @property
@@ -130,7 +130,7 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         """Tables of entities and relations.
 
         Raises:
-            MisconfigurationException: If they have not been made yet.
+            MisconfigurationException: If they have not been created yet.
         """
         self.check_built()
         assert self.entity is not None
@@ -139,21 +139,21 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
 
     @full_precision
     def query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """The side of queries ``(h, r, ?)``, ``(B,)`` ids each; the margin is in it."""
+        """Return the vectors and biases of queries ``(h, r, ?)``, given by ids ``(B,)``; the bias includes the margin."""
         return self._query(full(self.tables[0](head)), full(self.tables[1](relation)))
 
     def _query(self, head: Tensor, relation: Tensor) -> Vectors:
-        """The same of rows of the tables, in full precision."""
+        """Return the vectors and biases of queries, given by rows of the tables in full precision."""
         drops = self.training and torch.is_grad_enabled()
         query = self.interaction.query(*(F.dropout(rows, self.dropout, drops) for rows in (head, relation)))
         if not self.interaction.distance:
             return query
-        assert query.bias is not None  # a distance has the query's norm
+        assert query.bias is not None  # the bias of a distance contains the norm of the query
         return query._replace(bias=query.bias + self.gamma)
 
     @full_precision
     def key(self, entity: Tensor | None = None) -> Vectors:
-        """The side of entities ``(N,)``, or of all; within an evaluation that of all is computed once."""
+        """Return the vectors and biases of entities, given by ids ``(N,)``, or of all entities; the latter are cached during an evaluation."""
         table = self.tables[0]
         if entity is not None:
             return self.interaction.key(full(table(entity)))
@@ -165,15 +165,15 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
 
     @full_precision
     def compute_loss(self, batch: QueryBatch) -> LossOutput:
-        """Return the loss, a mean over the true tails of the optimizer step, or over its queries for K-vs-all."""
-        # Queries repeated only to fill a batch count for nothing. They are weighted, not left out: their number is not known on the CPU.
+        """Compute the loss, a mean over the true tails of the optimizer step, or over its queries for :class:`KvsAll`."""
+        # Padding queries get weight 0. Removing them would synchronise, because their number is not known on the CPU.
         positives = Positives(batch.target, batch.target_row, len(batch), batch.sample_id >= 0, batch.one_each)
         weight = self.loss.weight(positives)
         step = batch.num_step_rows if self.loss.per_query else batch.num_step_tokens
         normaliser = weight.clamp_min(1) if step is None else step
         entity, relation = self.tables
-        # Where the loss gives every entity a gradient, that of the heads is added to it row by row, without a table of its own. Only on a CPU:
-        # other devices would have to be asked which rows repeat.
+        # If the loss has a dense gradient of the entity table, the sparse gradient of the heads is added to it row by row, which saves a second dense
+        # gradient. Only on a CPU, because coalescing a sparse gradient synchronises on other devices.
         sparse = entity.sparse or (not self.loss.samples and entity.weight.device.type == "cpu")
         heads = F.embedding(batch.head, entity.weight, sparse=sparse)
         query = self._query(full(heads), full(relation(batch.relation)))
@@ -184,7 +184,7 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         return LossOutput(loss + penalty, {"penalty": penalty.detach()}, weight)
 
     def log_loss(self, batch: QueryBatch, split: Split) -> None:
-        """Log the loss in validation, beside the curve of training; a test is of ranks, which need all scores as they are."""
+        """Accumulate the loss in validation; a test computes ranks only."""
         if split == "val":
             super().log_loss(batch, split)
 
@@ -194,14 +194,14 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         return ("mrr", "mr", *(f"hits_{k}" for k in self.ranking.ks), "mrr_tail", "mrr_head")
 
     def configure_metrics(self) -> dict[str, Metric]:
-        """Filtered ranks."""
+        """Return the metrics of filtered ranks."""
         assert self.graph is not None
         return {"ranking": LinkPredictionMetrics(self.graph.num_relations, self.ranking.ks, self.ranking.ties)}
 
     @full_precision
     @torch.no_grad()
     def evaluate(self, batch: QueryBatch, metrics: dict[str, Metric]) -> None:
-        """Rank the true tails among all entities."""
+        """Rank the true tails among all entities, and update the metrics."""
         for part, scores in self._scores(batch, ranking=True):
             true, known = QueryEntities(part.target, None if part.one_each else part.target_row), QueryEntities(part.known, part.known_row)
             for metric in metrics.values():
@@ -210,16 +210,16 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
     @full_precision
     @torch.no_grad()
     def predict_step(self, batch: QueryBatch, batch_idx: int = 0) -> Recommendations:
-        """Find the best answers to each query; ``item_ids`` are entities, or relations where those are asked."""
+        """Find the best answers to each query; ``item_ids`` are entities, or relations for queries ``(h, ?, t)``."""
         assert self.graph is not None
         width = min(self.ranking.top_k, max(self.graph.num_entities, len(self.graph.relations)))
-        asks = batch.relation < 0
-        tails = batch if batch.tail is None else take_rows(batch, ~asks)
+        relation_queries = batch.relation < 0
+        tails = batch if batch.tail is None else select_rows(batch, ~relation_queries)
         found = [self._best_answers(part, scores, width) for part, scores in self._scores(tails)]
-        if batch.tail is not None and asks.any():
-            part = take_rows(batch, asks)
-            found.append(self._best_answers(part, self.score_relations(part.head, batch.tail[asks]), width))
-        order = asks.long().argsort(stable=True).argsort()
+        if batch.tail is not None and relation_queries.any():
+            part = select_rows(batch, relation_queries)
+            found.append(self._best_answers(part, self.score_relations(part.head, batch.tail[relation_queries]), width))
+        order = relation_queries.long().argsort(stable=True).argsort()
         return Recommendations(*(torch.cat(parts)[order] for parts in zip(*found, strict=True)))
 
     def _best_answers(self, batch: QueryBatch, scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -231,18 +231,18 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         return F.pad(best.indices, (0, width - best.indices.shape[1]), value=-1).masked_fill(values == -torch.inf, -1), values
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Adam at the module's own rate, without decay of weights."""
+        """Return Adam without weight decay, with the settings of ``tuning``."""
         if self.tuning.sparse:
             return torch.optim.SparseAdam(groups, lr=self.tuning.lr)
         fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
         return torch.optim.Adam(groups, lr=self.tuning.lr, fused=fused)
 
     def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Exponential decay."""
+        """Return an exponential decay with the settings of ``tuning``, or ``None`` for a constant rate."""
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, self.tuning.lr_decay) if self.tuning.lr_decay != 1 else None
 
     def configure_optimizers(self) -> Any:
-        """Make the optimizer; the module's own schedule is stepped once an epoch.
+        """Return optimizer and scheduler; the default scheduler is stepped after each epoch.
 
         Raises:
             MisconfigurationException: If the tables are float16.
@@ -254,7 +254,7 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         return configured
 
     def _check_training_dtype(self) -> None:
-        """Refuse tables whose training is lost in half precision, and warn where it is rounded; DeepSpeed trains float32 copies."""
+        """Raise an error for float16 tables and warn for bfloat16 tables, whose updates are rounded; DeepSpeed trains float32 copies."""
         dtype, trainer = self.tables[0].weight.dtype, self.attached
         if dtype not in (torch.float16, torch.bfloat16) or (
             trainer is not None and getattr(trainer.strategy, "handles_gradient_accumulation", False)
@@ -262,64 +262,64 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
             return
         advice = "use precision 32-true, which computes as fast: scores and losses of graphs are float32 in every precision"
         if dtype is torch.float16:
-            raise MisconfigurationException(f"tables of {type(self).__name__} cannot be trained in float16: Adam's epsilon vanishes in it; {advice}")
-        rank_zero_warn(f"tables of {type(self).__name__} are trained in bfloat16: steps below 1/256 of an entry are lost; {advice}")
+            raise MisconfigurationException(f"tables of {type(self).__name__} cannot be trained in float16: Adam's epsilon underflows; {advice}")
+        rank_zero_warn(f"tables of {type(self).__name__} are trained in bfloat16: updates below 1/256 of an entry are lost; {advice}")
 
     def on_validation_epoch_start(self) -> None:
-        """Compute the entities' side anew, and once."""
-        self._begin()
+        """Start to cache the vectors of all entities."""
+        self._start_cache()
 
     def on_test_epoch_start(self) -> None:
-        """Compute the entities' side anew, and once."""
-        self._begin()
+        """Start to cache the vectors of all entities."""
+        self._start_cache()
 
     def on_predict_epoch_start(self) -> None:
-        """Compute the entities' side anew, and once."""
-        self._begin()
+        """Start to cache the vectors of all entities."""
+        self._start_cache()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics."""
+        """Log the metrics, and clear the cache."""
         super().on_validation_epoch_end()
-        self._end()
+        self._clear_cache()
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics."""
+        """Log the metrics, and clear the cache."""
         super().on_test_epoch_end()
-        self._end()
+        self._clear_cache()
 
     def on_predict_epoch_end(self) -> None:
-        """Forget the entities' side."""
-        self._end()
+        """Clear the cache."""
+        self._clear_cache()
 
     def settings(self) -> dict[str, Any]:
-        """Return the interaction with its options, and the other settings of the score."""
+        """Return the interaction with its options, and the other settings that affect scores."""
         settings: dict[str, Any] = {name: value for name, value in super().settings().items() if name in ("dimension", "gamma", "gamma_trainable")}
         options = {name: value for name, value in vars(self.interaction).items() if isinstance(value, (bool, int, float, str))}
         return {"interaction": type(self.interaction).__name__, **settings, **options}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the tables for a bare checkpoint, and refuse one of another graph or other settings."""
+        """Check graph and settings of the checkpoint, and create the tables if they do not exist."""
         super().on_load_checkpoint(checkpoint)
         self.check_settings(checkpoint)
         self.configure_model()
-        self._end()
+        self._clear_cache()
 
-    def _begin(self) -> None:
+    def _start_cache(self) -> None:
         self._keys, self._evaluating = None, True
 
-    def _end(self) -> None:
+    def _clear_cache(self) -> None:
         self._keys, self._evaluating = None, False
 
     def _scores(self, batch: QueryBatch, ranking: bool = False) -> Iterator[tuple[QueryBatch, Tensor]]:
-        """Queries with their scores of all entities, ``(B, E)``, as many at a time as memory is given for.
+        """Yield parts of the queries with their scores of all entities, ``(B, E)``, of at most ``max_scores`` scores each.
 
-        For a ranking the query's own bias is left out: it changes no rank, but its rounding would make ties.
+        For a ranking, the bias of the query is left out. It does not affect ranks, but adding it could round different scores to the same number.
         """
         key = self.key()
         size = max(1, self.ranking.max_scores // len(key.vector))
         place = torch.arange(len(batch), device=batch.head.device)
         for start in range(0, len(batch), size):
-            part = batch if size >= len(batch) else take_rows(batch, (place >= start) & (place < start + size))
+            part = batch if size >= len(batch) else select_rows(batch, (place >= start) & (place < start + size))
             query = self.query(part.head, part.relation)
             yield part, score_all(query._replace(bias=None) if ranking else query, key)
 
@@ -345,8 +345,8 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         return (real.square() + imaginary.square()).clamp_min(torch.finfo(rows.dtype).tiny).sqrt()
 
 
-def take_rows(batch: QueryBatch, chosen: Tensor) -> QueryBatch:
-    """Take the queries of a batch where ``chosen``, ``(B,)`` bool, with their true and known tails."""
+def select_rows(batch: QueryBatch, chosen: Tensor) -> QueryBatch:
+    """Return the queries of a batch where ``chosen``, ``(B,)`` bool, is true, with their true and known tails."""
     number = chosen.cumsum(0) - 1
     true, known = chosen[batch.target_row], chosen[batch.known_row]
     return batch.replace(

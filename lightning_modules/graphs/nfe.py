@@ -20,13 +20,13 @@ Kind = Literal["nfe1", "nfe2", "nfe3", "affine_point", "sigma"]
 
 @dataclass
 class Flow:
-    """Where the flows may depart from the authors' code.
+    """Options of the flows; the defaults are those of the authors' code.
 
     Attributes:
-        base: Base variable of ``nfe2``.
-        swap_on_negative_scale: In ``nfe2`` a negative scale exchanges the slopes below and above zero, as the flow does.
-        consistent: In ``nfe3`` deviations are scaled by ``|a|``, as the flow does, instead of ``softplus(a)``.
-        min_deviation: Floor of the deviations of ``nfe3``, > 0.
+        base: Base variable of ``nfe2``: ``normal`` or ``uniform``.
+        swap_on_negative_scale: Whether a negative scale exchanges the slopes below and above zero in ``nfe2``, as it does in the flow.
+        consistent: Whether deviations are scaled by ``|a|`` in ``nfe3``, as in the flow, instead of ``softplus(a)``.
+        min_deviation: Lower bound of the deviations in ``nfe3``, > 0.
     """
 
     base: Base = "normal"
@@ -36,28 +36,28 @@ class Flow:
 
 
 class NFE(KnowledgeGraphModule):
-    """Entities are random variables, relations maps of them, and a triple scores by how little the mapped head differs from the tail.
+    """Normalizing-flow embedding: entities are random variables, relations are maps, and the score is minus the distance of mapped head and tail.
 
     Args:
         kind: ``nfe1`` (affine flows, mean-squared distance), ``nfe2`` (two slopes), ``nfe3`` (Kullback-Leibler divergence), and the ablations
-            ``affine_point`` (without uncertainty) and ``sigma`` (uncertainty alone).
+            ``affine_point`` (without uncertainty) and ``sigma`` (uncertainty only).
         dimension: Width D of each part of a row.
-        gamma: Margin, added to every score.
-        gamma_trainable: Learn it.
-        flow: Departures from the authors' code.
-        graph: The labels; taken from the data module when left out.
-        loss: What is minimised; default: binary cross-entropy against all entities.
-        regulariser: Penalty beside it.
-        dropout: Share of the entries of heads and relations that are dropped in training.
-        init: How tables start.
-        tuning: Rates of the default optimizer and schedule.
-        ranking: Cut-offs, ties, answers.
-        optimizer: Makes the optimizer instead.
-        lr_scheduler: Makes the schedule instead, stepped every optimizer step.
+        gamma: Margin that is added to every score.
+        gamma_trainable: Whether gamma is trained.
+        flow: Options of the flows.
+        graph: Labels of entities and relations. Default: taken from the data module.
+        loss: Training loss. Default: binary cross-entropy over all entities (:class:`BCESum`).
+        regulariser: Penalty that is added to the loss.
+        dropout: Dropout probability of the entries of heads and relations.
+        init: Initialisation of the tables.
+        tuning: Settings of the default optimizer and scheduler.
+        ranking: Settings of evaluation and prediction.
+        optimizer: Factory of the optimizer, instead of the default one.
+        lr_scheduler: Factory of the scheduler, stepped after every optimizer step, instead of the default one.
 
     Source:
         Xiao, He, Cao (2023), Knowledge Graph Embedding by Normalizing Flows, AAAI 37(4):4756-4764.
-        Differs: ablations allocate only what they use; deviations of ``nfe3`` have a floor.
+        Differs: ablations do not allocate unused parameters; deviations of ``nfe3`` have a lower bound.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class NFE(KnowledgeGraphModule):
 
 
 def interaction_of(kind: Kind, flow: Flow) -> Interaction:
-    """Make the interaction of a kind.
+    """Return the interaction of a kind.
 
     Raises:
-        ValueError: If there is no such kind.
+        ValueError: If the kind is unknown.
     """
     kinds: dict[str, Interaction] = {
         "nfe1": NFE1(),

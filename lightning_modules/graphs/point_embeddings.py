@@ -1,4 +1,4 @@
-"""Point-vector embeddings of knowledge graphs through the same tables, losses and ranking: the baselines of every table."""
+"""Point embeddings of knowledge graphs, with the tables, losses and ranking of all graph modules."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from malleable.lightning_modules.losses.embedding import EmbeddingLoss, Regulari
 
 
 class TransE(KnowledgeGraphModule):
-    """A relation translates: ``gamma - |h + r - t|^2``.
+    """TransE, in which relations are translations: ``gamma - |h + r - t|^2``.
 
     Args:
         dimension: Width of entities and relations.
-        gamma: Margin, added to every score.
-        gamma_trainable: Learn it.
-        graph: The labels; taken from the data module when left out.
-        loss: What is minimised; default: binary cross-entropy against all entities.
-        regulariser: Penalty beside it.
-        dropout: Share of the entries of heads and relations that are dropped in training.
-        init: How tables start.
-        tuning: Rates of the default optimizer and schedule.
-        ranking: Cut-offs, ties, answers.
-        optimizer: Makes the optimizer instead.
-        lr_scheduler: Makes the schedule instead, stepped every optimizer step.
+        gamma: Margin that is added to every score.
+        gamma_trainable: Whether gamma is trained.
+        graph: Labels of entities and relations. Default: taken from the data module.
+        loss: Training loss. Default: binary cross-entropy over all entities (:class:`BCESum`).
+        regulariser: Penalty that is added to the loss.
+        dropout: Dropout probability of the entries of heads and relations.
+        init: Initialisation of the tables.
+        tuning: Settings of the default optimizer and scheduler.
+        ranking: Settings of evaluation and prediction.
+        optimizer: Factory of the optimizer, instead of the default one.
+        lr_scheduler: Factory of the scheduler, stepped after every optimizer step, instead of the default one.
 
     Source:
         Bordes et al. (2013), Translating Embeddings for Modeling Multi-relational Data, NeurIPS 26.
-        Differs: squared L2 norm, reciprocal relations, no projection to the unit sphere; the loss is ours to choose.
+        Differs: squared L2 norm, reciprocal relations, no projection to the unit sphere, selectable loss.
     """
 
     def __init__(
@@ -54,23 +54,23 @@ class TransE(KnowledgeGraphModule):
 
 
 class DistMult(KnowledgeGraphModule):
-    """A relation scales: ``<h, r, t>``.
+    """DistMult, in which relations scale each coordinate: ``<h, r, t>``.
 
     Args:
         dimension: Width of entities and relations.
-        graph: The labels; taken from the data module when left out.
-        loss: What is minimised; default: binary cross-entropy against all entities.
-        regulariser: Penalty beside it.
-        dropout: Share of the entries of heads and relations that are dropped in training.
-        init: How tables start.
-        tuning: Rates of the default optimizer and schedule.
-        ranking: Cut-offs, ties, answers.
-        optimizer: Makes the optimizer instead.
-        lr_scheduler: Makes the schedule instead, stepped every optimizer step.
+        graph: Labels of entities and relations. Default: taken from the data module.
+        loss: Training loss. Default: binary cross-entropy over all entities (:class:`BCESum`).
+        regulariser: Penalty that is added to the loss.
+        dropout: Dropout probability of the entries of heads and relations.
+        init: Initialisation of the tables.
+        tuning: Settings of the default optimizer and scheduler.
+        ranking: Settings of evaluation and prediction.
+        optimizer: Factory of the optimizer, instead of the default one.
+        lr_scheduler: Factory of the scheduler, stepped after every optimizer step, instead of the default one.
 
     Source:
         Yang et al. (2015), Embedding Entities and Relations for Learning and Inference in Knowledge Bases, arXiv:1412.6575, Eq. 3.
-        Differs: reciprocal relations; the loss is ours to choose.
+        Differs: reciprocal relations, selectable loss.
     """
 
     def __init__(
@@ -92,24 +92,24 @@ class DistMult(KnowledgeGraphModule):
 
 
 class ComplEx(KnowledgeGraphModule):
-    """A relation scales complex coordinates: ``Re <h, r, conj t>``.
+    """ComplEx, in which relations scale complex coordinates: ``Re <h, r, conj t>``.
 
     Args:
-        dimension: Complex width D: rows have 2D numbers.
-        graph: The labels; taken from the data module when left out.
-        loss: What is minimised; default: binary cross-entropy against all entities.
-        regulariser: Penalty beside it.
-        dropout: Share of the entries of heads and relations that are dropped in training.
-        init: How tables start.
-        tuning: Rates of the default optimizer and schedule.
-        ranking: Cut-offs, ties, answers.
-        optimizer: Makes the optimizer instead.
-        lr_scheduler: Makes the schedule instead, stepped every optimizer step.
+        dimension: Number D of complex coordinates; rows have 2D numbers.
+        graph: Labels of entities and relations. Default: taken from the data module.
+        loss: Training loss. Default: binary cross-entropy over all entities (:class:`BCESum`).
+        regulariser: Penalty that is added to the loss.
+        dropout: Dropout probability of the entries of heads and relations.
+        init: Initialisation of the tables.
+        tuning: Settings of the default optimizer and scheduler.
+        ranking: Settings of evaluation and prediction.
+        optimizer: Factory of the optimizer, instead of the default one.
+        lr_scheduler: Factory of the scheduler, stepped after every optimizer step, instead of the default one.
 
     Source:
         Trouillon et al. (2016), Complex Embeddings for Simple Link Prediction, arXiv:1606.06357, Eq. 11; reciprocal relations and N3
         from Lacroix, Usunier, Obozinski (2018), arXiv:1806.07297.
-        Differs: the loss is ours to choose.
+        Differs: selectable loss.
     """
 
     def __init__(
@@ -131,25 +131,25 @@ class ComplEx(KnowledgeGraphModule):
 
 
 class RotatE(KnowledgeGraphModule):
-    """A relation rotates complex coordinates: ``gamma - |h exp(i theta) - t|^2``.
+    """RotatE, in which relations rotate complex coordinates: ``gamma - |h exp(i theta) - t|^2``.
 
     Args:
-        dimension: Complex width D: entities have 2D numbers, relations D angles.
-        gamma: Margin, added to every score.
-        gamma_trainable: Learn it.
-        graph: The labels; taken from the data module when left out.
-        loss: What is minimised; default: binary cross-entropy against all entities.
-        regulariser: Penalty beside it.
-        dropout: Share of the entries of heads and relations that are dropped in training.
-        init: How tables start.
-        tuning: Rates of the default optimizer and schedule.
-        ranking: Cut-offs, ties, answers.
-        optimizer: Makes the optimizer instead.
-        lr_scheduler: Makes the schedule instead, stepped every optimizer step.
+        dimension: Number D of complex coordinates; entities have 2D numbers, relations D angles.
+        gamma: Margin that is added to every score.
+        gamma_trainable: Whether gamma is trained.
+        graph: Labels of entities and relations. Default: taken from the data module.
+        loss: Training loss. Default: binary cross-entropy over all entities (:class:`BCESum`).
+        regulariser: Penalty that is added to the loss.
+        dropout: Dropout probability of the entries of heads and relations.
+        init: Initialisation of the tables.
+        tuning: Settings of the default optimizer and scheduler.
+        ranking: Settings of evaluation and prediction.
+        optimizer: Factory of the optimizer, instead of the default one.
+        lr_scheduler: Factory of the scheduler, stepped after every optimizer step, instead of the default one.
 
     Source:
         Sun et al. (2019), RotatE, arXiv:1902.10197, Eq. 3.
-        Differs: squared L2 norm instead of the sum of moduli, reciprocal relations; the loss is ours to choose.
+        Differs: squared L2 norm instead of the sum of moduli, reciprocal relations, selectable loss.
     """
 
     def __init__(

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from malleable.lightning_modules.metrics.ranking import Ties, check_ks
 
-MAX_SCORES = 1 << 26  # scores of evaluation kept at once: 256 MB
+MAX_SCORES = 1 << 26  # maximum number of scores in memory during evaluation: 256 MB
 
 
 @dataclass
 class Init:
-    """How tables start.
+    """Initialisation of the embedding tables.
 
     Attributes:
-        kind: Distribution of every entry of a part.
-        scale: Bound of ``uniform``, standard deviation of ``normal``, gain of the two Xavier forms (whose fans are rows and width).
+        kind: Distribution of the entries.
+        scale: Bound of ``uniform``, standard deviation of ``normal``, or gain of the Xavier distributions, whose fans are the numbers of rows and
+            columns.
     """
 
     kind: Literal["uniform", "normal", "xavier_uniform", "xavier_normal"] = "uniform"
@@ -39,12 +40,12 @@ class Init:
 
 @dataclass
 class EmbeddingTuning:
-    """The optimizer's course, where no optimizer or scheduler is injected.
+    """Settings of the default optimizer and scheduler.
 
     Attributes:
         lr: Learning rate of Adam.
-        lr_decay: Factor of the rate after each epoch.
-        sparse: Update only the rows that a batch touches; for losses that draw entities, on large graphs.
+        lr_decay: Factor by which the learning rate is multiplied after each epoch.
+        sparse: Update only the rows that occur in a batch; for losses that sample entities, on large graphs.
     """
 
     lr: float = 1e-3
@@ -54,14 +55,14 @@ class EmbeddingTuning:
 
 @dataclass
 class LinkRanking:
-    """How answers are ranked.
+    """Settings of evaluation and prediction.
 
     Attributes:
         ks: Cut-offs of hits.
-        ties: Where a true tail lies among entities of equal score.
-        top_k: Answers that ``predict`` gives to each query.
-        exclude_known: Leave out of them what the batch lists as known.
-        max_scores: Most scores to keep at once, which bounds memory.
+        ties: Rank of a true tail among entities of equal score.
+        top_k: Number of answers that ``predict`` returns for each query.
+        exclude_known: Do not return known answers of the batch.
+        max_scores: Maximum number of scores in memory.
     """
 
     ks: tuple[int, ...] = (1, 3, 10)

@@ -1,4 +1,4 @@
-"""Low-rank adapters of a language model: new ones, and those that PEFT has saved."""
+"""Low-rank adapters of a language model: new adapters, and adapters saved by PEFT."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "lm_head", "embed_out")
 
 
 def with_adapter(model: Any, config: LanguageModelConfig) -> Any:
-    """Wrap a language model with a new adapter or with a stored one, which training continues.
+    """Wrap a language model with a new adapter, or with a stored adapter for further training.
 
-    What trains is in float32, whatever the format of the base model.
+    Trained weights are float32 for any dtype of the base model.
 
     Args:
         model: The base model.
-        config: Its ``lora`` or ``adapter``.
+        config: Configuration with ``lora`` or ``adapter``.
 
     Raises:
         ValueError: If the adapter does not fit the base model.
@@ -60,12 +60,12 @@ def with_adapter(model: Any, config: LanguageModelConfig) -> Any:
 
 
 def without_adapter(model: Any) -> AbstractContextManager[Any]:
-    """Context in which the base model computes, without the adapter."""
+    """Return a context that disables the adapter, if there is one."""
     return model.disable_adapter() if hasattr(model, "peft_config") else nullcontext()
 
 
 def _routers(model: nn.Module) -> list[str] | None:
-    """Return the linear layers with a forward pass of their own, such as routers of experts: PEFT would replace it by a plain product."""
+    """Return linear layers with a custom forward pass, such as routers of experts, which PEFT would replace by a matrix product."""
     found = [
         name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and type(layer).__module__.startswith("transformers.models")
     ]
@@ -79,15 +79,15 @@ def _stored_adapter(model: Any, config: LanguageModelConfig) -> Any:
     folder = Path(name).expanduser()
     if folder.is_dir():
         _check_folder(folder)
-    local = reading(folder) if folder.is_dir() else nullcontext()  # errors of the hub are no damaged files
+    local = reading(folder) if folder.is_dir() else nullcontext()  # errors of the hub must not be reported as damaged files
     with hub_errors("adapter", name), local:
         settings = _settings(name, config)
         tensors: dict[str, Tensor] = load_peft_weights(name, device="cpu", local_files_only=config.local_files_only)
     if settings.is_prompt_learning:
-        raise ValueError(f"adapter '{name}' adds tokens to each prompt ({settings.peft_type.value}); give one that changes weights, such as LoRA")
+        raise ValueError(f"adapter '{name}' adds tokens to each prompt ({settings.peft_type.value}); give an adapter of weights, such as LoRA")
     settings.inference_mode = False
     settings.base_model_name_or_path = config.name
-    # With resized embeddings PEFT stores a layer that is trained whole twice.
+    # With resized embeddings, PEFT stores fully trained layers twice.
     tensors = {key: tensor for key, tensor in tensors.items() if _TWICE not in key or key.replace(_TWICE, ".") not in tensors}
     tensors = _for_text_part(model, settings, tensors)
     _fit_embeddings(model, tensors)
@@ -100,8 +100,8 @@ def _stored_adapter(model: Any, config: LanguageModelConfig) -> Any:
     missing, unexpected = sorted(trained & set(result.missing_keys)), sorted(result.unexpected_keys)
     if missing or unexpected:
         raise ValueError(
-            f"adapter '{name}' was made for another base model than '{config.name}', or by other settings than its adapter_config.json says: "
-            f"it lacks {missing[:2]} and has {unexpected[:2]} ({len(missing)} and {len(unexpected)} in all)"
+            f"adapter '{name}' does not fit the base model '{config.name}' or its own adapter_config.json: missing {missing[:2]}, "
+            f"unexpected {unexpected[:2]} ({len(missing)} and {len(unexpected)} in all); give the base model that it was trained with"
         )
     return adapted
 
@@ -116,10 +116,10 @@ def _settings(name: str, config: LanguageModelConfig) -> Any:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder that PEFT does not read, or reads with an error of its own.
+    """Check that a folder contains an adapter that PEFT can read.
 
     Raises:
-        ValueError: If it is damaged or no adapter.
+        ValueError: If it is damaged or not an adapter.
     """
     check_model_folder(folder)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -127,13 +127,13 @@ def _check_folder(folder: Path) -> None:
             raise ValueError(f"adapter '{folder}' has no {name}; give the folder that save_language_model or PEFT wrote")
     settings = read_json(folder / "adapter_config.json")
     if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
-        raise ValueError(f"{folder / 'adapter_config.json'} holds no settings of an adapter; give the folder that save_language_model or PEFT wrote")
+        raise ValueError(f"{folder / 'adapter_config.json'} does not describe an adapter; give the folder that save_language_model or PEFT wrote")
     with open_tensors(folder / "adapter_model.safetensors") as stored:
         stored.keys()
 
 
 def _for_text_part(model: Any, settings: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of an adapter of a model with several modalities, of which only the text part is loaded."""
+    """Rename the tensors of an adapter of a multimodal model, of which only the text part is loaded."""
     prefix = getattr(model, "text_prefix", None)
     whole = f"{_WRAPPED}{prefix}."
     if prefix is None or not any(key.startswith(whole) for key in tensors):
@@ -150,7 +150,7 @@ def target_modules(tensors: dict[str, Tensor]) -> set[str]:
 
 
 def _fit_embeddings(model: Any, tensors: dict[str, Tensor]) -> None:
-    """Give the base model as many embedding rows as the adapter's, which may be padded or have further tokens."""
+    """Resize the embeddings of the base model to those of the adapter, which may have padding or additional tokens."""
     rows = set()
     for key, tensor in tensors.items():
         layer, _, part = key.removesuffix(".weight").removeprefix(_WRAPPED).partition(".lora_")
@@ -163,7 +163,7 @@ def _fit_embeddings(model: Any, tensors: dict[str, Tensor]) -> None:
 
 
 def _train_in_float32(model: Any) -> None:
-    """Put everything that trains into float32; PEFT does so for adapters, but not for layers that are trained whole."""
+    """Convert all trained weights to float32; PEFT does this for adapters, but not for fully trained layers."""
     from peft.utils.other import ModulesToSaveWrapper
 
     for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:

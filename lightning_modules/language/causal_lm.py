@@ -1,4 +1,4 @@
-"""A causal language model of plain text."""
+"""Causal language model of text."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from malleable.lightning_modules.language.tuning import Tuning
 
 
 class CausalLM(LanguageModel):
-    """Maximum likelihood of text, packed in rows of whole documents.
+    """Causal language model, trained by maximum likelihood on packed documents.
 
-    A frozen model keeps its published weights: with ``--trainer.max_steps 0``, ``fit`` only runs the callbacks that change a model after training,
-    and checkpoints hold their changes alone.
+    A frozen model is not trained. With ``--trainer.max_steps 0``, ``fit`` then only runs callbacks that change a model after training, such as
+    ``AlphaEdit``, and checkpoints contain only their changes.
 
     Args:
-        language_model: Which model and how it is tuned.
-        vocabulary: Tokens of the texts; taken from the data module when left out.
-        frozen: Train nothing.
-        tuning: Rates of the default optimizer and schedule.
-        optimizer: Makes the optimizer instead.
-        lr_scheduler: Makes the schedule instead.
+        language_model: Model, adapters and precision of the weights.
+        vocabulary: Vocabulary of the texts. Default: taken from the data module.
+        frozen: Do not train any weights.
+        tuning: Settings of the default optimizer and scheduler.
+        optimizer: Factory of the optimizer, instead of the default one.
+        lr_scheduler: Factory of the scheduler, instead of the default one.
     """
 
     optional_from_datamodule = ()
@@ -41,5 +41,5 @@ class CausalLM(LanguageModel):
         self.save_config()
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
-        """Return the negative log-likelihood per token, in nats, over the tokens of the optimizer step."""
+        """Compute the negative log-likelihood per token, in nats, over the tokens of the optimizer step."""
         return self.answer_loss(batch)

@@ -1,4 +1,4 @@
-"""Checkpoints of language models: what is stored of the weights, and what is refused."""
+"""Checkpoints of language models: selection of the stored weights, and checks when a checkpoint is loaded."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from malleable.lightning_modules.patches.tensors import canonical_name
 log = logging.getLogger(__name__)
 
 
-def keep_trained(model: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Leave frozen weights out of a checkpoint, but for those that patches have changed.
+def remove_frozen(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Remove frozen weights from a checkpoint, except weights that patches have changed.
 
     Args:
-        model: The attribute ``model`` of the module whose checkpoint it is.
-        checkpoint: Its ``state_dict`` is made anew; ``patches`` names what was changed.
+        model: Attribute ``model`` of the module.
+        checkpoint: Checkpoint of the module; its ``state_dict`` is replaced. ``patches`` contains the patches.
     """
-    # Both names of a head that is tied to the embeddings; what quantization puts beside frozen weights has no parameter's name.
+    # Includes both names of tied weights. Tensors that quantization stores with frozen weights are not parameters.
     trains = {f"model.{name}": parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     state = checkpoint.get("state_dict")
     if all(trains.values()) or not state:
@@ -35,28 +35,28 @@ def keep_trained(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     }
 
 
-def refuse_misfit(module: LightningModule, checkpoint: dict[str, Any], base_fingerprint: str, name: str | None) -> None:
-    """Refuse a checkpoint of another base model or other settings.
+def check_fit(module: LightningModule, checkpoint: dict[str, Any], base_fingerprint: str, name: str | None) -> None:
+    """Check that a checkpoint fits a module.
 
     Args:
-        module: Its ``model`` is built.
-        checkpoint: What is to be loaded.
-        base_fingerprint: Of the module's frozen weights.
-        name: Of its base model.
+        module: Module whose ``model`` is built.
+        checkpoint: Checkpoint to load.
+        base_fingerprint: Fingerprint of the frozen weights of the module.
+        name: Name of its base model.
 
     Raises:
-        MisconfigurationException: If it does not fit.
+        MisconfigurationException: If the checkpoint has another base model or other tensors.
     """
     state = checkpoint.get("state_dict") or {}
     if not state:
         return
     stored_base = checkpoint.get("base_fingerprint")
     if stored_base is not None and not stored_base.startswith(FINGERPRINT):
-        log.warning("the checkpoint is of an earlier version: its base model cannot be compared with %r", name)
+        log.warning("the checkpoint was written by an earlier version: its base model cannot be compared with %r", name)
     elif stored_base is not None and stored_base != base_fingerprint:
         raise MisconfigurationException(
-            f"the checkpoint was trained on another base model than '{name}' (fingerprint {stored_base[:12]}, here {base_fingerprint[:12]}); "
-            "give the base model it was trained on"
+            f"the checkpoint was trained with another base model than '{name}' (fingerprint {stored_base[:12]}, here {base_fingerprint[:12]}); "
+            "give the base model that it was trained with"
         )
     model: Any = module.model
     missing = [f"model.{name}" for name, p in model.named_parameters() if p.requires_grad and f"model.{name}" not in state]
@@ -64,5 +64,5 @@ def refuse_misfit(module: LightningModule, checkpoint: dict[str, Any], base_fing
     if missing or unexpected:
         raise MisconfigurationException(
             f"the checkpoint does not fit this module: missing {missing[:3]}, unexpected {unexpected[:3]} "
-            f"({len(missing)} and {len(unexpected)} in all); build the module with the settings it was trained with"
+            f"({len(missing)} and {len(unexpected)} in all); build the module with the settings of the checkpoint"
         )

@@ -16,18 +16,17 @@ from malleable.lightning_modules.functional.language.pass_forms import bare_mode
 
 @dataclass
 class Compile:
-    """How ``torch.compile`` compiles the decoder of a language model: embeddings, layers and last norm, without the language-model head.
+    """Settings of ``torch.compile`` for the decoder of a language model: embeddings, layers and last norm, without the language-model head.
 
-    Training, validation and reference passes run compiled. Decoding under a cache, edits and exports run the same weights without compilation, and
-    names of parameters do not change. Under gradient checkpointing, preference losses switch dropout off block by block, which cuts the graph
-    between blocks; supervised losses have one graph.
+    Training, validation and reference passes run compiled. Decoding with a cache, edits and exports run uncompiled with the same weights. Names of
+    parameters do not change. With gradient checkpointing, preference losses disable dropout in each block, which breaks the graph between blocks;
+    supervised losses have one graph.
 
     Attributes:
-        backend: Name of the compiler. ``inductor`` needs a C++ compiler on a CPU and Triton on a GPU.
-        mode: Mode of ``inductor``. ``reduce-overhead`` adds CUDA graphs and the modes ``max-autotune`` try several kernels; they have not been
-            tested here.
-        dynamic: Compile one graph for all sizes of a batch (true), one graph for each size (false), or one for the first size and one for those
-            that vary (``None``).
+        backend: Name of the backend. ``inductor`` needs a C++ compiler on a CPU and Triton on a GPU.
+        mode: Mode of ``inductor``. ``reduce-overhead`` uses CUDA graphs, and the ``max-autotune`` modes try several kernels; these are not tested.
+        dynamic: Compile one graph for all batch sizes (true), one graph for each size (false), or one graph for the first size and a dynamic graph
+            once sizes vary (``None``).
     """
 
     backend: str = "inductor"
@@ -45,7 +44,7 @@ _ACTIVE: ContextVar[bool] = ContextVar("compiled passes", default=False)
 
 @contextmanager
 def compiled_passes() -> Iterator[None]:
-    """Run compiled decoders compiled; outside of this context they run as they are."""
+    """Enable the compiled decoders; outside this context they run uncompiled."""
     token = _ACTIVE.set(True)
     try:
         yield
@@ -56,12 +55,12 @@ def compiled_passes() -> Iterator[None]:
 def compile_decoder(model: nn.Module, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Compile the decoder of a language model in place; a second call does nothing.
 
-    It runs compiled in :func:`compiled_passes` only: Dynamo ignores hooks that are registered later, as edits do, and compiles a cache again for each
-    of its lengths.
+    The compiled code is used in :func:`compiled_passes` only, because Dynamo ignores hooks that are registered later, e.g. by edits, and recompiles
+    for each length of a cache.
 
     Args:
-        model: Hugging Face causal language model, bare or under PEFT.
-        compiler: Compiles a function.
+        model: Hugging Face causal language model, with or without PEFT.
+        compiler: Function that compiles a function.
     """
     decoder = bare_model(model).base_model
     if decoder._compiled_call_impl is not None:

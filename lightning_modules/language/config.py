@@ -1,6 +1,6 @@
-"""Causal language models: one way to build them for every method.
+"""Configuration and construction of causal language models.
 
-Any Hugging Face id, local folder or GGUF file, or a small Llama from scratch; full tuning or LoRA through PEFT.
+A model is a Hugging Face id, a local folder, a GGUF file, or a small Llama from scratch, with full fine-tuning or LoRA (PEFT).
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Scratch:
-    """Sizes of a Llama built from scratch; its vocabulary is the data's tokenizer.
+    """Sizes of a Llama that is built from scratch, with the vocabulary of the data.
 
     Attributes:
-        hidden_size: Width.
-        num_layers: Decoder blocks.
-        num_heads: Attention heads; must divide ``hidden_size``.
+        hidden_size: Width of the hidden states.
+        num_layers: Number of decoder layers.
+        num_heads: Number of attention heads; must divide ``hidden_size``.
         intermediate_size: Width of the gated feed-forward layer; default: three times ``hidden_size``.
-        max_length: Longest sequence.
-        dropout: Dropout of attention weights.
+        max_length: Maximum number of tokens of a sequence.
+        dropout: Dropout probability of attention weights.
     """
 
     hidden_size: int = 128
@@ -51,13 +51,13 @@ class Scratch:
 
 @dataclass
 class LoRA:
-    """Low-rank adapters.
+    """Settings of low-rank adapters.
 
     Attributes:
         r: Rank.
         alpha: Scale; updates are multiplied by ``alpha / r``.
-        dropout: Dropout before the adapter.
-        target_modules: Names of the layers that get one; default: every linear layer but the head.
+        dropout: Dropout probability of the inputs of adapters.
+        target_modules: Names of the layers with an adapter; default: all linear layers except the head.
     """
 
     r: int = 16
@@ -68,26 +68,24 @@ class LoRA:
 
 @dataclass
 class LanguageModelConfig:
-    """Which causal language model, and how it is tuned.
+    """Configuration of a causal language model and of its fine-tuning.
 
     Attributes:
         name: Hugging Face id, local folder, ``*.gguf`` file, or an alias of :mod:`malleable.datamodules.files.fetch`; ``last:<recipe>`` is the
             folder ``model`` of the latest run of a recipe; ``None`` builds a small Llama from scratch.
-        dtype: Number format of the weights; never taken from the checkpoint, so that results do not depend on it. Adapters, and whatever else
-            trains beside them, are float32 on any base.
-        lora: Train adapters only; ``None`` tunes every weight.
+        dtype: Dtype of the weights; the dtype of the stored weights is ignored. Adapters and other weights that are trained with them are float32.
+        lora: Train adapters only; ``None`` trains all weights.
         adapter: Folder or hub id of a PEFT adapter to continue from, or ``last:<recipe>``.
-        quantization: ``4bit`` loads NF4 weights through bitsandbytes (needs a GPU and LoRA).
-        gradient_checkpointing: Recompute activations in the backward pass, without re-entrance.
-        local_files_only: Take a hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
-        attention: Attention implementation. ``sdpa`` runs whole sequences (one answer to a prompt, one document a row) without a mask, by
-            FlashAttention on CUDA, and rows of several sequences under a mask, by memory-efficient kernels; those of cuDNN are switched off, see
+        quantization: ``4bit`` loads NF4 weights with bitsandbytes (needs a GPU and LoRA).
+        gradient_checkpointing: Recompute activations in the backward pass (non-reentrant).
+        local_files_only: Use the local cache for hub ids, without downloads; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
+        attention: Attention implementation. ``sdpa`` runs whole sequences (one answer for each prompt, one document in each row) without a mask, on
+            CUDA with FlashAttention, and rows of several sequences with a mask, with memory-efficient kernels. The kernels of cuDNN are disabled, see
             :func:`~malleable.lightning_modules.functional.language.attention.avoid_planned_kernels`. Architectures without SDPA run with ``eager``.
-            ``flash_attention_2`` and ``flex_attention`` are refused: a prompt shared by its answers and packed documents need a mask of their own,
-            FlashAttention takes none, and FlexAttention has no backward pass on a CPU, where forms of passes are measured. Neither is tested here.
-        compile: Compile the decoder in training and validation; ``None`` does not; see
-            :class:`~malleable.lightning_modules.language.compiled.Compile`.
-        scratch: Sizes of the from-scratch model.
+            ``flash_attention_2`` and ``flex_attention`` are not supported: shared prompts and packed documents need a custom mask, which
+            FlashAttention does not accept, and FlexAttention has no backward pass on a CPU, where forms of passes are measured.
+        compile: Settings of compilation of the decoder in training and validation; ``None`` does not compile.
+        scratch: Sizes of the model from scratch.
     """
 
     name: str | None = None
@@ -102,11 +100,11 @@ class LanguageModelConfig:
     scratch: Scratch = field(default_factory=Scratch)
 
     def __post_init__(self) -> None:
-        """Find runs that are named, and refuse attention implementations that training passes do not support.
+        """Replace names of runs by their folders, and check the attention implementation.
 
         Raises:
-            FileNotFoundError: If a named run does not exist, or has not exported its weights.
-            ValueError: If ``attention`` is not one that takes masks of our own, or a named run has an adapter where a model is needed or vice versa.
+            FileNotFoundError: If a run does not exist, or has not exported its weights.
+            ValueError: If ``attention`` does not accept custom masks, or if a run exported an adapter instead of a model or vice versa.
         """
         for field_name, folder in (("name", "model"), ("adapter", "adapter")):
             given = getattr(self, field_name)
@@ -119,15 +117,15 @@ class LanguageModelConfig:
 
 
 def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary, *, zero3_config: dict[str, Any] | None = None) -> nn.Module:
-    """Build the model, its adapters and its training settings.
+    """Build a language model with its adapters.
 
     Args:
-        config: What to build.
-        vocabulary: The data's, of texts or of the catalogue's titles.
-        zero3_config: DeepSpeed's configuration when parameters are partitioned (stage 3); weights then load shard by shard.
+        config: Configuration of the model.
+        vocabulary: Vocabulary of the data.
+        zero3_config: Configuration of DeepSpeed with ZeRO stage 3; weights are then loaded in shards.
 
     Raises:
-        ValueError: If the settings contradict each other or the model does not fit the tokenizer or the adapter.
+        ValueError: If settings contradict each other, or if the model does not fit the tokenizer or the adapter.
     """
     if config.quantization and config.lora is None and config.adapter is None:
         raise ValueError("quantization needs adapters: 4-bit weights cannot be trained; set lora")
@@ -138,13 +136,13 @@ def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary, *,
     else:
         model = load_pretrained(config, zero3_config)
     if config.lora is not None or config.adapter is not None:
-        # PEFT moves what is drawn to the base model's device.
+        # PEFT moves the initial weights to the device of the base model.
         with whole_weights(zero3_config), drawn_on_cpu():
             model = with_adapter(model, config)
     _check_tokens(model.config.vocab_size, vocabulary, config.name)
     if config.gradient_checkpointing:
         base = model.get_base_model() if hasattr(model, "peft_config") else model
-        # The name since transformers 5.23, and the one before it.
+        # The method was renamed in transformers 5.23.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         base.enable_input_require_grads()
@@ -156,33 +154,33 @@ def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary, *,
 
 
 def _skip_padding_check(input_ids: Any, attention_mask: Any) -> None:
-    """Replace the check of some models that warns of padding without a mask: rows padded on the right need none, and it waits for the device."""
+    """Do nothing, instead of a warning about padding without a mask: right-padded rows need no mask, and the check synchronises with the device."""
 
 
 def _check_tokens(rows: int, vocabulary: Vocabulary, name: str | None) -> None:
-    """Refuse a token without an embedding; tokens that no text has, as tokenizers often have some, need none."""
+    """Check that all tokens of the data have an embedding; tokens that occur in no text need none."""
     known = vocabulary.largest_token_id
     largest = vocabulary.vocab_size - 1 if known is None else known
     if largest < rows:
         return
     if known is None and (added := _added_tokens(vocabulary, rows)):
         log.warning(
-            "the model '%s' embeds %d tokens, and the tokenizer has %d: texts must not have the added tokens %s",
+            "the model '%s' embeds %d tokens, but the tokenizer has %d: texts must not contain the added tokens %s",
             name, rows, vocabulary.vocab_size, ", ".join(added[:3]) + (", ..." if len(added) > 3 else ""),
         )  # fmt: skip
         return
     if known is None:
         raise ValueError(
-            f"the tokenizer has {vocabulary.vocab_size} tokens but the model '{name}' embeds {rows}; use the model's own tokenizer for the data"
+            f"the tokenizer has {vocabulary.vocab_size} tokens, but the model '{name}' embeds {rows}; use the tokenizer of the model for the data"
         )
     raise ValueError(
-        f"the data's texts have the token {_token(vocabulary, largest)}, but the model '{name}' embeds {rows} tokens only; "
-        "use the model's own tokenizer for the data, or remove the token from texts, template and padding"
+        f"the texts of the data contain the token {_token(vocabulary, largest)}, but the model '{name}' embeds only {rows} tokens; "
+        "use the tokenizer of the model for the data, or remove the token from texts, template and padding"
     )
 
 
 def _added_tokens(vocabulary: Vocabulary, rows: int) -> list[str]:
-    """Return the tokens without an embedding if all are added to the vocabulary, where only texts that spell them out have them; else none."""
+    """Return the tokens without an embedding if all of them are added tokens, which occur only in texts that spell them out; otherwise ``[]``."""
     if vocabulary.tokenizer is None or max(vocabulary.eos_token_id, vocabulary.pad_token_id) >= rows:
         return []
     from transformers import AutoTokenizer
@@ -213,7 +211,7 @@ def _scratch_model(config: LanguageModelConfig, vocabulary: Vocabulary) -> Any:
     if sizes.hidden_size % sizes.num_heads:
         raise ValueError(f"num_heads must divide hidden_size, got {sizes.num_heads} and {sizes.hidden_size}")
     if vocabulary.vocab_size < 1:
-        raise ValueError("a model from scratch takes its vocabulary from the catalogue's tokenizer, but the catalogue has none")
+        raise ValueError("a model from scratch needs the vocabulary of a tokenizer, but the data have none; set the tokenizer of the data module")
     settings = LlamaConfig(
         vocab_size=vocabulary.vocab_size,
         hidden_size=sizes.hidden_size,
@@ -233,10 +231,10 @@ def _scratch_model(config: LanguageModelConfig, vocabulary: Vocabulary) -> Any:
 
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, also in layers that drop as functions of their own mode and where activations are recomputed.
+    """Disable dropout, including functional dropout and dropout in recomputed activations.
 
-    A block that recomputes its activations stays in training mode, or it would not; what it checkpoints runs in evaluation mode, in this pass and
-    when it runs again in the backward pass, which may come after this context.
+    Blocks with gradient checkpointing must stay in training mode, or they would not recompute activations. The checkpointed functions run in
+    evaluation mode, both in this pass and when they are recomputed in the backward pass, which may come after this context.
     """
     modes = [(module, module.training) for module in model.modules()]
     recomputing = {module: module._gradient_checkpointing_func for module in _recomputing(model)}
@@ -254,7 +252,7 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 
 
 def _recomputing(model: nn.Module) -> list[Any]:
-    """Return the modules that checkpoint; decoders carry the flag of their blocks, but drop at their embeddings by their own mode."""
+    """Return the modules with gradient checkpointing: blocks, not decoders, which have the same flag but apply dropout to embeddings themselves."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     flagged = [
@@ -264,7 +262,7 @@ def _recomputing(model: nn.Module) -> list[Any]:
 
 
 def _checkpoint_without_dropout(module: nn.Module, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Checkpoint a function of a module that then runs in evaluation mode, now and when it is recomputed."""
+    """Checkpoint a function of a module so that it runs in evaluation mode, now and when it is recomputed."""
 
     @wraps(function)
     def run(*inputs: Any, **options: Any) -> Any:
@@ -281,14 +279,14 @@ def _checkpoint_without_dropout(module: nn.Module, checkpoint: Callable[..., Any
 
 
 FINGERPRINT = "2:"
-"""Beginning of fingerprints; those of another version cannot be compared."""
+"""Version prefix of fingerprints; fingerprints of different versions cannot be compared."""
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Identity of the frozen weights: names, shapes, and 1024 values of each tensor, spread over it, as bfloat16.
+    """Return a hash of the frozen weights: names, shapes, and 1024 evenly spaced values of each tensor, as bfloat16.
 
-    Trainable weights do not count, so an adapter's checkpoint recognises its base before and after training. A base that was edited or tuned by
-    little is another one; one that is loaded in float32 or bfloat16 is the same.
+    Trainable weights are ignored, so that the fingerprint of an adapter's base model is the same before and after training. Base models that are
+    edited or fine-tuned have another fingerprint; the dtype, float32 or bfloat16, has no effect.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

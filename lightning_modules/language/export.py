@@ -1,4 +1,4 @@
-"""Language models as folders that transformers, PEFT and vLLM load."""
+"""Export of language models to folders that transformers, PEFT and vLLM can load."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from malleable.lightning_modules.patches.storage import SECTION, write_section
 
 log = logging.getLogger(__name__)
 
-_ATTRIBUTE = "model."  # of the module whose checkpoint it is
+_ATTRIBUTE = "model."  # prefix of the language model in the state dictionary of a module
 _WRAPPED = "base_model.model."
 
 
@@ -41,16 +41,16 @@ def save_language_model(
 ) -> None:
     """Save the adapter (PEFT format) or the whole model (Hugging Face format).
 
-    The folder holds the configuration, the generation configuration, the weights and the tokenizer of the model itself. It takes the place of
-    an earlier one when it is complete, so that a crash leaves the old or the new one.
+    The folder contains the configuration, the generation configuration, the weights and the tokenizer. An existing folder is replaced atomically, so
+    that a crash leaves either the old or the new one.
 
     Args:
         model: Output of :func:`~malleable.lightning_modules.language.config.build_language_model`.
-        folder: Where to; replaced when it exists.
-        tokenizer: Folder, GGUF file or id of the tokenizer to save with it.
-        weights: Weights to save instead of those in memory, by name in ``model.state_dict()``; tensors that are missing come from memory.
-        patches: What the weights were patched with, so that ``malleable patch revert`` finds it in the folder.
-        write: False on the ranks that only take part in the gathering.
+        folder: Output folder; replaced if it exists.
+        tokenizer: Folder, GGUF file or id of the tokenizer to save.
+        weights: Weights to save instead of those in memory, by name in ``model.state_dict()``; missing tensors are taken from memory.
+        patches: Patches of the weights, which are stored for ``malleable patch revert``.
+        write: False on ranks that only take part in gathering the weights.
     """
     adapted = hasattr(model, "peft_config")
     state = gathered_state(model, trainable_only=adapted, replaced=weights or {})
@@ -73,14 +73,14 @@ def export_result(model: Any, folder: Path, *, checkpoint: Path | None = None, t
     """Save the result of a run as the folder ``adapter`` or ``model``.
 
     Args:
-        model: As it was trained.
-        folder: Where to put it.
-        checkpoint: Whose weights and patches to take; ``None`` takes the weights in memory.
+        model: The trained model.
+        folder: Parent of the output folder.
+        checkpoint: Checkpoint to read weights and patches from; ``None`` saves the weights in memory.
         tokenizer: As in :func:`save_language_model`.
         write: As in :func:`save_language_model`.
 
     Returns:
-        The folder written.
+        The output folder.
     """
     weights, stack = read_checkpoint(checkpoint) if checkpoint is not None else ({}, PatchStack())
     adapted = hasattr(model, "peft_config")
@@ -96,33 +96,33 @@ def export_result(model: Any, folder: Path, *, checkpoint: Path | None = None, t
 
 
 def is_sharded(trainer: Trainer) -> bool:
-    """Return whether the weights in memory are cut into pieces while the Trainer runs."""
+    """Return whether the strategy of the Trainer shards the weights."""
     strategy: Any = trainer.strategy
     return bool(getattr(strategy, "zero_stage_3", False)) or isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
 
 
 def registered_checkpoint(trainer: Trainer) -> Path | None:
-    """Return the checkpoint that a run registered as its result, which ``test`` measures: the best or edited one, else the last.
+    """Return the checkpoint that ``test`` measures: the edited or best one, or else the last one.
 
-    ``None`` if there is none, or under ZeRO stage 3, where the weights in memory are tested. Every rank must call it: the first one decides
-    whether the checkpoint exists, so that all take the same way.
+    ``None`` if there is none, or under ZeRO stage 3, where the weights in memory are tested. All ranks must call this function, because the first
+    rank checks whether the checkpoint exists.
     """
     callback: Any = trainer.checkpoint_callback
     name = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
     if not name or getattr(trainer.strategy, "zero_stage_3", False):
         return None
     if not trainer.strategy.broadcast(Path(name).exists()):
-        log.warning("the checkpoint %s is not here any more: the weights in memory are exported", name)
+        log.warning("the checkpoint %s does not exist any more: the weights in memory are exported", name)
         return None
     return Path(name)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], PatchStack]:
-    """Return the weights of the language model in a checkpoint of any strategy, and the patches that they have."""
+    """Return the weights of the language model and their patches from a checkpoint of any strategy."""
     if (path / "latest").is_file():
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        # Written by this run; DeepSpeed's own reader is the only one of its format.
+        # The checkpoint was written by this run, so that it can be read with pickle; only DeepSpeed can read its format.
         checkpoint = {"state_dict": get_fp32_state_dict_from_zero_checkpoint(str(path), tag="checkpoint")}
     elif path.is_dir():
         from lightning.fabric.utilities.load import _load_distributed_checkpoint
@@ -139,12 +139,12 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], PatchStack]:
 
 
 def gathered_state(model: nn.Module, trainable_only: bool = False, replaced: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Whole weights on the CPU, also when DeepSpeed or FSDP have partitioned them; every rank must call it.
+    """Return the complete weights on the CPU, also if DeepSpeed or FSDP shards them; all ranks must call this function.
 
     Args:
-        model: A model, wrapped by PEFT or not.
-        trainable_only: Leave out frozen parameters, except embeddings that an adapter has resized, and buffers.
-        replaced: Values to take instead of the model's; they need not be gathered.
+        model: A model, with or without PEFT.
+        trainable_only: Leave out buffers and frozen parameters, except embeddings that an adapter has resized.
+        replaced: Values that replace those of the model, which are then not gathered.
     """
     replaced = replaced or {}
     resized = set()
@@ -186,14 +186,14 @@ def _save_model(model: Any, state: dict[str, Tensor], folder: Path) -> None:
 
 
 def _make_valid(model: Any) -> None:
-    """Correct a published generation configuration that transformers loads with a warning, but refuses to save."""
+    """Correct a generation configuration that transformers loads with a warning, but cannot save."""
     settings = getattr(model, "generation_config", None)
     if settings is None:
         return
     try:
         settings.validate(strict=True)
     except ValueError:
-        # The usual case: a temperature or top_p beside do_sample=False.
+        # The common case is a temperature or top_p with do_sample=False.
         settings.do_sample = True
 
 
@@ -203,7 +203,7 @@ def _save_adapter(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     prefix = getattr(base, "text_prefix", None)
     if prefix is None:
         return
-    # PEFT and transformers load the base with all its modalities, where the layers have longer names.
+    # PEFT and transformers load the multimodal base model, in which the names of the layers have a prefix.
     own = f"{_WRAPPED}{base.base_model_prefix}."
     file, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     tensors = {f"{_WRAPPED}{prefix}.{key.removeprefix(own)}" if key.startswith(own) else key: value for key, value in load_file(file).items()}
@@ -213,7 +213,7 @@ def _save_adapter(model: Any, state: dict[str, Tensor], folder: Path) -> None:
 
 
 def _save_tokenizer(name: str, folder: Path) -> None:
-    """Copy all files of a tokenizer as they are, and nothing else of its folder; one inside a GGUF file is converted."""
+    """Copy the files of a tokenizer; a tokenizer in a GGUF file is converted."""
     from transformers import AutoTokenizer
 
     try:
@@ -230,14 +230,14 @@ def _save_tokenizer(name: str, folder: Path) -> None:
             shutil.copyfile(path, folder / place)
     except (OSError, ValueError) as error:
         if restore_tokenizer(name, folder):
-            log.warning("%s: the tokenizer %s was removed while the run went on; it is saved as it was read", folder.name, name)
+            log.warning("%s: the files of the tokenizer %s were removed during the run; a copy in memory is saved", folder.name, name)
             return
-        log.warning("%s is saved without a tokenizer: %s cannot be read (%s); copy the tokenizer's files there", folder.name, name, error)
+        log.warning("%s is saved without a tokenizer: %s cannot be read (%s); copy the files of the tokenizer there", folder.name, name, error)
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep transformers' own progress bars out of the Trainer's."""
+    """Disable the progress bars of transformers, which would interfere with that of the Trainer."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()

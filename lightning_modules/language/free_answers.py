@@ -1,4 +1,4 @@
-"""Answers written freely, and the titles nearest to them.
+"""Free-text answers, and the titles nearest to them.
 
 Shapes: B rows, T tokens, N items, d width of hidden states.
 """
@@ -27,20 +27,20 @@ def write_answers(
     seeds: Tensor | None = None,
     sync_any: Callable[[bool], bool] | None = None,
 ) -> Tensor:
-    """Let the model write an answer to each prompt without regard to the catalogue.
+    """Generate a free-text answer to each prompt, which need not be a title of the catalogue.
 
     Args:
         model: The language model.
-        batch: Prompts.
-        catalog: Gives the end-of-sequence token.
-        max_new_tokens: Most tokens to write.
-        temperature: 0 takes the most probable tokens.
-        top_p: Probability mass to draw among.
-        seeds: ``(B,)`` int64, the source of randomness of each row.
+        batch: Rows with prompts.
+        catalog: Catalogue whose end-of-sequence token is used.
+        max_new_tokens: Maximum number of new tokens.
+        temperature: Sampling temperature; 0 selects the most probable tokens.
+        top_p: Sample from the most probable tokens that together have this probability.
+        seeds: ``(B,)`` int64, seed of each row.
         sync_any: As in :func:`~malleable.lightning_modules.functional.language.free_text.generate_text`.
 
     Returns:
-        ``(B, max_new_tokens + 1)`` int64: each answer ends in the end-of-sequence token and is padded with -1.
+        ``(B, max_new_tokens + 1)`` int64: answers with a final end-of-sequence token, padded with -1.
     """
     assert catalog.vocabulary is not None
     eos = catalog.vocabulary.eos_token_id
@@ -65,7 +65,7 @@ def write_answers(
 
 
 def named_items(tokens: Tensor, catalog: Catalog) -> Tensor:
-    """The item whose title is exactly the text, -1 where none is.
+    """Return the item whose title equals the text, -1 if there is none.
 
     Args:
         tokens: ``(B, T)``, as :func:`write_answers` returns.
@@ -79,22 +79,22 @@ def named_items(tokens: Tensor, catalog: Catalog) -> Tensor:
 
 
 def nearest_items(model: nn.Module, tokens: Tensor, titles: Tensor, k: int, allowed: Tensor | None = None) -> Decoded:
-    """The titles nearest to each text; scores are negative distances.
+    """Find the titles nearest to each text; scores are negative distances.
 
     Args:
-        model: Embeds the texts by its last hidden state.
+        model: The language model, whose last hidden state is the embedding of a text.
         tokens: ``(B, T)``, as :func:`write_answers` returns.
         titles: ``(N, d)`` embeddings of all titles by the same model.
         k: Number of items.
-        allowed: ``(N,)`` or ``(B, N)`` bool, items that may be named.
+        allowed: ``(N,)`` or ``(B, N)`` bool, items that may be returned.
 
     Source:
         Bao et al. (2023), BIGRec, arXiv:2308.08434, Section 3.2.
-        Differs: the model itself embeds, adapter included; the release takes the base model.
+        Differs: texts are embedded by the model with its adapter; the released code uses the base model.
     """
     return nearest_titles(embed_texts(model, texts(tokens)), titles, k=k, allowed=allowed)
 
 
 def texts(tokens: Tensor) -> list[list[int]]:
-    """Rows without their padding."""
+    """Return the rows of ``(B, T)`` as lists without padding."""
     return [[token for token in row if token >= 0] for row in tokens.tolist()]

@@ -1,4 +1,7 @@
-"""Recommendation by writing titles: a language model searches among the items of a catalogue."""
+"""Decoding of items of a catalogue with a language model.
+
+Shapes: B rows, N items, d width of hidden states.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,17 @@ SyncAny = Callable[[bool], bool]
 
 @dataclass
 class Decoding:
-    """How a language model is made to name items.
+    """Settings of the decoding of items.
 
     Attributes:
-        grounding: ``trie`` searches among the catalogue's titles; ``embedding`` writes one answer freely and takes the titles nearest to it.
-            Never compare figures of one with figures of the other.
-        num_beams: Width of the beam in the trie of titles.
-        exclude_seen: Leave out what the user already has.
-        renormalize: Score within the trie, so that forced tokens cost nothing, instead of by the model's full distribution.
-        shared_prompt: Compute a prompt once for all its answers. ``None`` does so where it is exact for the model; False runs a row for each
-            answer; True refuses models for which it is not exact.
-        max_new_tokens: Most tokens of a free answer.
+        grounding: ``trie``: beam search over the titles of the catalogue; ``embedding``: generate one free-text answer and return the titles nearest
+            to it. Figures of the two are not comparable.
+        num_beams: Number of beams of the search in the trie.
+        exclude_seen: Do not recommend items that the user has interacted with.
+        renormalize: Normalise probabilities over the tokens that lead to an allowed item instead of the vocabulary.
+        shared_prompt: Compute a prompt once for all its answers. ``None``: if that is exact for the model; False: never, each answer gets its own
+            row; True: always, and it is an error if that is not exact for the model.
+        max_new_tokens: Maximum number of tokens of a free-text answer.
     """
 
     grounding: Literal["trie", "embedding"] = "trie"
@@ -45,14 +48,14 @@ class Decoding:
 
 
 class ItemDecoder:
-    """Finds items of a catalogue with a language model.
+    """Decoder of items of a catalogue with a language model.
 
-    The model is an argument of the methods, not a part of the decoder. What is computed from the catalogue alone (the trie of titles) is kept;
-    what depends on weights (embeddings of titles) is kept as long as ``weights_version`` stays the same.
+    The model is an argument of the methods. The trie of titles is cached. Embeddings of titles, which depend on the weights, are cached until
+    ``weights_version`` changes.
 
     Args:
         catalog: The items.
-        decoding: How titles are decoded.
+        decoding: Settings of decoding.
     """
 
     def __init__(self, catalog: Catalog, decoding: Decoding) -> None:
@@ -72,16 +75,16 @@ class ItemDecoder:
         """Return the embeddings of all titles, ``(N, d)``.
 
         Args:
-            model: Embeds the titles.
-            weights_version: Changes whenever the weights do; ``None`` computes anew.
+            model: The language model.
+            weights_version: Value that changes whenever the weights change; ``None`` disables the cache.
         """
         if weights_version is None or self._titles is None or self._titles[0] != weights_version:
             pad = self.catalog.vocabulary.pad_token_id if self.catalog.vocabulary else 0
             self._titles = weights_version, embed_texts(model, self.catalog.token_ids, pad_token_id=pad)
         return self._titles[1]
 
-    def forget_weights(self) -> None:
-        """Drop what was computed with weights."""
+    def clear_embeddings(self) -> None:
+        """Clear the cache of embeddings."""
         self._titles = None
 
     @torch.no_grad()
@@ -92,10 +95,10 @@ class ItemDecoder:
 
         Args:
             model: The language model.
-            batch: Rows with prompts; what they have seen is left out if so decided, and candidates restrict the choice.
+            batch: Rows with prompts; seen items are excluded with ``decoding.exclude_seen``, and candidates restrict the choice.
             k: Number of items.
             weights_version: As in :meth:`title_embeddings`.
-            sync_any: Returns whether a flag is true on any rank, where ranks must make equally many forward passes.
+            sync_any: Returns whether a flag is true on any rank; given if all ranks must make equally many forward passes.
         """
         allowed = allowed_items(batch, len(self.catalog), self.decoding.exclude_seen)
         if self.decoding.grounding == "embedding":

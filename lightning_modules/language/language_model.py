@@ -22,7 +22,7 @@ from malleable.lightning_modules.base import BaseModule, LossOutput, Split, need
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.language.attention import avoid_planned_kernels
 from malleable.lightning_modules.functional.language.logps import answer_token_logps, packed_batch_logps
-from malleable.lightning_modules.language.checkpoints import keep_trained, refuse_misfit
+from malleable.lightning_modules.language.checkpoints import check_fit, remove_frozen
 from malleable.lightning_modules.language.compiled import compile_decoder, compiled_passes
 from malleable.lightning_modules.language.config import LanguageModelConfig, build_language_model, fingerprint
 from malleable.lightning_modules.language.export import export_result, is_sharded, registered_checkpoint
@@ -40,23 +40,23 @@ log = logging.getLogger(__name__)
 
 
 class LanguageModel(BaseModule):
-    """A causal language model: configuration, weights, tuning, checkpoints and exports. Base class of all language-model methods.
+    """Base class of language-model methods: configuration, weights, tuning, checkpoints and exports of a causal language model.
 
-    With a catalogue, the model recommends items by writing their titles (:meth:`recommend`); validation and test measure ranking and exposure.
-    Without one, they measure the perplexity and what the loss returns.
+    With a catalogue, the model recommends items by generating their titles (:meth:`recommend`), and validation and test measure ranking and exposure.
+    Without a catalogue, they measure the perplexity and the figures of the loss.
 
-    Checkpoints hold what is trained or was edited, and a fingerprint of the rest.
+    Checkpoints contain trained and edited weights, and a fingerprint of all others.
 
     Args:
-        language_model: Which model and how it is tuned.
-        vocabulary: Tokens of the texts; taken from the catalogue or the data module when left out.
-        catalog: The items to recommend; taken from the data module when left out and if it has one.
-        frozen: Train nothing.
-        decoding: How titles are decoded.
-        tuning: Rates of the default optimizer and schedule.
+        language_model: Model, adapters and precision of the weights.
+        vocabulary: Vocabulary of the texts. Default: taken from the catalogue or the data module.
+        catalog: The items to recommend. Default: taken from the data module, if it has a catalogue.
+        frozen: Do not train any weights.
+        decoding: Settings of decoding.
+        tuning: Settings of the default optimizer and scheduler.
         ks: Cut-offs of the ranking metrics.
-        optimizer: Makes the optimizer instead.
-        lr_scheduler: Makes the schedule instead.
+        optimizer: Factory of the optimizer, instead of the default one.
+        lr_scheduler: Factory of the scheduler, instead of the default one.
     """
 
     required_from_datamodule: ClassVar[tuple[str, ...]] = ("vocabulary",)
@@ -92,7 +92,7 @@ class LanguageModel(BaseModule):
         super().__init__(optimizer, lr_scheduler)
         self.language_model: LanguageModelConfig = from_plain(LanguageModelConfig, language_model) or LanguageModelConfig()
         if frozen and self.language_model.name is None:
-            raise ValueError("a frozen model needs trained weights: give language_model.name, or set frozen to false")
+            raise ValueError("a frozen model needs pretrained weights: give language_model.name, or set frozen to false")
         self._vocabulary = vocabulary
         self.catalog = catalog
         self.frozen = frozen
@@ -107,7 +107,7 @@ class LanguageModel(BaseModule):
 
     @property
     def vocabulary(self) -> Vocabulary | None:
-        """The tokens of the texts; ``None`` until the data or a checkpoint has brought them."""
+        """Vocabulary of the texts; ``None`` until the data module or a checkpoint sets it."""
         return self.catalog.vocabulary if self.catalog is not None else self._vocabulary
 
     @vocabulary.setter
@@ -116,13 +116,19 @@ class LanguageModel(BaseModule):
 
     @property
     def is_built(self) -> bool:
-        """Whether ``configure_model`` has made the weights."""
+        """Whether ``configure_model`` has built the model."""
         return self.model is not None
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision in which the weights cannot be trained, and a fit of nothing where the strategy needs an optimizer."""
+        """Copy attributes from the data module, and check precision and strategy.
+
+        Raises:
+            MisconfigurationException: If the weights cannot be trained in this precision, or if a frozen model is fitted with a strategy that needs
+            an
+                optimizer.
+        """
         if self._compiler_ctx is not None:
-            # Of `torch.compile(module)` the decoder remains compiled.
+            # After `torch.compile(module)`, only the decoder is compiled.
             self._compiler = self._compiler_ctx["dynamo_ctx"]
         super().setup(stage)
         if self.model is not None:
@@ -140,7 +146,7 @@ class LanguageModel(BaseModule):
         """Build the language model; a second call does nothing, and neither does a call without a vocabulary.
 
         Raises:
-            MisconfigurationException: If the model is an exported one that was trained with another tokenizer.
+            MisconfigurationException: If an exported model was trained with another tokenizer.
         """
         if self.model is not None or self.vocabulary is None:
             return
@@ -164,22 +170,22 @@ class LanguageModel(BaseModule):
         )
 
     def _compile(self) -> None:
-        """Compile the decoder where that is set."""
+        """Compile the decoder if a compiler is set."""
         compiler = self._compiler or self.language_model.compile
         if compiler is not None:
             check_compile(getattr(self.attached, "strategy", None))
             compile_decoder(self.model, compiler)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """Return the loss; the decoder runs compiled where that is set."""
+        """Return the loss; the decoder runs compiled if a compiler is set."""
         with compiled_passes():
             return super().training_step(batch, batch_idx)
 
     def log_loss(self, batch: Any, split: Split) -> LossOutput | None:
-        """Add up the loss of an evaluation batch; the decoder runs compiled where that is set."""
+        """Accumulate the loss of an evaluation batch; the decoder runs compiled if a compiler is set."""
         with compiled_passes():
             if getattr(batch, "num_step_tokens", None) is not None:
-                batch = batch.replace(num_step_tokens=None)  # the mean over this batch's own tokens
+                batch = batch.replace(num_step_tokens=None)  # the loss is then the mean over the tokens of this batch
             output = super().log_loss(batch, split)
         if output is not None and "perplexity" in (metrics := self.metrics(split)) and not isinstance(batch, PreferenceBatch):
             metrics["perplexity"].update(output.loss, output.weight)
@@ -187,14 +193,14 @@ class LanguageModel(BaseModule):
 
     @property
     def items(self) -> ItemDecoder:
-        """Finds items of the catalogue.
+        """Decoder of items of the catalogue.
 
         Raises:
             MisconfigurationException: If there is no catalogue.
         """
         if self.catalog is None:
             raise MisconfigurationException(
-                f"{type(self).__name__} recommends items of a catalogue, and has none: pass catalog=..., or use a data module that has one"
+                f"{type(self).__name__} has no catalogue of items to recommend: pass catalog=..., or use a data module that has one"
             )
         if self._items is None or self._items.catalog is not self.catalog:
             self._items = ItemDecoder(self.catalog, self.decoding)
@@ -202,24 +208,24 @@ class LanguageModel(BaseModule):
 
     @property
     def weights_version(self) -> Hashable:
-        """Changes whenever a Trainer changes the weights; ``None`` outside of one, where nothing is known."""
+        """Value that changes whenever a Trainer changes the weights; ``None`` without a Trainer."""
         trainer = self.attached
         return None if trainer is None else (trainer.global_step, self.device)
 
     @property
     def sync_any(self) -> Callable[[bool], bool] | None:
-        """Returns whether a flag is true on any rank, where ranks must make equally many forward passes because weights are sharded."""
+        """Function that returns whether a flag is true on any rank; ``None`` if weights are not sharded and ranks can run independently."""
         strategy: Any = getattr(self.attached, "strategy", None)
         sharded = getattr(strategy, "zero_stage_3", False) or isinstance(strategy, FSDPStrategy)
         return partial(strategy.reduce_boolean_decision, all=False) if sharded else None
 
     @needs_weights
     def answer_loss(self, batch: AnswerBatch | PackedBatch) -> LossOutput:
-        """Return the negative log-likelihood of the true answers, in nats, over the answer tokens of the optimizer step.
+        """Compute the negative log-likelihood of the true answers, in nats, as a mean over the answer tokens of the optimizer step.
 
-        Of a :class:`PackedBatch` every token but each document's first is a target.
+        In a :class:`PackedBatch`, all tokens except the first of each document are targets.
         """
-        # Rows repeated only to fill a batch count for nothing.
+        # Padding rows do not count.
         real = batch.sample_id >= 0
         if isinstance(batch, PackedBatch):
             logps, targets = packed_batch_logps(self.model, batch)
@@ -237,7 +243,7 @@ class LanguageModel(BaseModule):
         """Find the k most probable titles of each row.
 
         Args:
-            batch: Rows with prompts; what they have seen is left out if so decided, and candidates restrict the choice.
+            batch: Rows with prompts; seen items are excluded with ``decoding.exclude_seen``, and candidates restrict the choice.
             k: Number of items; default: the largest cut-off of the metrics.
         """
         options: Any = {"weights_version": self.weights_version, "sync_any": self.sync_any}
@@ -255,11 +261,11 @@ class LanguageModel(BaseModule):
         return ("perplexity",) if self.catalog is None else recommendation_headline(self.ks)
 
     def configure_metrics(self) -> dict[str, Metric]:
-        """Accuracy and exposure of recommended lists; without a catalogue the perplexity."""
+        """Return the metrics of accuracy and exposure of recommended lists; without a catalogue, the perplexity."""
         return {"perplexity": Perplexity()} if self.catalog is None else recommendation_metrics(self.catalog, self.ks)
 
     def evaluate(self, batch: Any, metrics: dict[str, Metric]) -> Recommendations | None:
-        """Recommend, and compare with the true item; nothing without a catalogue."""
+        """Recommend items and update the metrics; without a catalogue, do nothing."""
         if self.catalog is None:
             return None
         recommended = self.recommend(batch)
@@ -269,7 +275,7 @@ class LanguageModel(BaseModule):
     @needs_weights
     @float32_by_default()
     def predict_step(self, batch: Any, batch_idx: int) -> Recommendations | Tensor:
-        """Recommend; without a catalogue, return the log-likelihood of each row, ``(B,)``, in nats."""
+        """Recommend items; without a catalogue, return the log-likelihood of each row, ``(B,)``, in nats."""
         if self.catalog is not None:
             return self.recommend(batch)
         if isinstance(batch, PackedBatch):
@@ -284,56 +290,56 @@ class LanguageModel(BaseModule):
         return (((), [(value,)]) for value in found.tolist())
 
     def configure_optimizers(self) -> Any:
-        """Make the optimizer, none for a frozen model.
+        """Return optimizer and scheduler, or ``None`` for a frozen model.
 
         Raises:
-            MisconfigurationException: If a frozen model is to be trained.
+            MisconfigurationException: If a frozen model is trained.
         """
         if not self.frozen:
             return super().configure_optimizers()
         if self.trainer.max_steps != 0 and self.trainer.max_epochs != 0:
-            raise MisconfigurationException(f"{type(self).__name__}(frozen=True) trains nothing: set --trainer.max_steps 0")
+            raise MisconfigurationException(f"{type(self).__name__}(frozen=True) has no trainable weights: set --trainer.max_steps 0")
         return None
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """AdamW at the module's own rate."""
+        """Return AdamW with the settings of ``tuning``."""
         return self.tuning.optimizer(groups)
 
     def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Linear rise, then decay to zero over the run."""
+        """Return the scheduler of ``tuning``: a linear warm-up, then a decay to zero at the end of the run."""
         return self.tuning.scheduler(optimizer, self.trainer.estimated_stepping_batches)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings of the model as it was built, whatever options or files they came from."""
+        """Return the settings of the built model."""
         settings = model_settings(self.model, scratch=self.language_model.name is None)
         return {"language_model.quantization": self.language_model.quantization, **settings}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what trains or was edited, the identity of what does not train, and what the weights depend on."""
+        """Store trained and edited weights, the fingerprint of frozen weights, and the identity of the data."""
         super().on_save_checkpoint(checkpoint)
-        keep_trained(self.model, checkpoint)
+        remove_frozen(self.model, checkpoint)
         checkpoint["base_fingerprint"] = self._base_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the model for a bare checkpoint, and refuse one of another base, vocabulary or catalogue, or other settings."""
+        """Build the model if needed, and check base model, vocabulary, catalogue and settings of the checkpoint."""
         super().on_load_checkpoint(checkpoint)
         if self._items is not None:
-            self._items.forget_weights()
+            self._items.clear_embeddings()
         self.configure_model()
         self.check_settings(checkpoint)
-        refuse_misfit(self, checkpoint, self._base_fingerprint, self.language_model.name)
+        check_fit(self, checkpoint, self._base_fingerprint, self.language_model.name)
 
     def on_train_end(self) -> None:
-        """Export the weights in memory where no checkpoint can be read in their place: later they are no longer gathered."""
+        """Export sharded weights if no checkpoint was saved, because they cannot be gathered after training."""
         self._exported = False
         if is_sharded(self.trainer) and registered_checkpoint(self.trainer) is None and (folder := self._run_folder()) is not None:
             self.export(folder)
             self._exported = True
 
     def on_fit_end(self) -> None:
-        """Export the run's result, which is also what ``test`` measures, after all edits: ``adapter/`` (PEFT) or ``model/`` (Hugging Face).
+        """Export the weights that ``test`` measures, after all edits: ``adapter/`` (PEFT) or ``model/`` (Hugging Face).
 
-        A run that was killed between its last step and this one exports when it is resumed.
+        A run that was killed between its last step and the export exports when it is resumed.
         """
         folder = self._run_folder()
         if folder is None or self._exported:
@@ -346,14 +352,17 @@ class LanguageModel(BaseModule):
         self.export(folder, path)
 
     def export(self, folder: Path, checkpoint: Path | None = None) -> Path:
-        """Save the adapter or the whole model under ``folder``.
+        """Save the adapter or the whole model in a subfolder of ``folder``.
 
-        An adapter whose base model was edited is merged into it, and saved as a whole model.
+        If the base model of an adapter was edited, the adapter is merged into it, and the whole model is saved.
 
         Args:
-            folder: Gets the folder ``adapter`` or ``model``.
-            checkpoint: Take the weights from this checkpoint instead of memory; one rank is enough then. From memory, under DeepSpeed every
-                rank must call it.
+            folder: Parent of the folder ``adapter`` or ``model``.
+            checkpoint: Checkpoint to read the weights from, on one rank. Default: the weights in memory; with DeepSpeed, all ranks must then call
+                this method.
+
+        Returns:
+            The folder ``adapter`` or ``model``.
         """
         write = self.global_rank == 0
         path = export_result(self.model, folder, checkpoint=checkpoint, tokenizer=self.vocabulary.tokenizer if self.vocabulary else None, write=write)
@@ -364,7 +373,7 @@ class LanguageModel(BaseModule):
         return path
 
     def _run_folder(self) -> Path | None:
-        """Return where to export to, ``None`` where there is nothing to export."""
+        """Return the folder for exports, or ``None`` if nothing is exported."""
         trainer: Any = self.trainer
         skipped = trainer.log_dir is None or self.frozen or trainer.fast_dev_run or trainer.interrupted
         return None if skipped else Path(trainer.log_dir)

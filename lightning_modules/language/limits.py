@@ -1,4 +1,4 @@
-"""Combinations of models and strategies that are refused."""
+"""Checks for unsupported combinations of models and strategies."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ log = logging.getLogger(__name__)
 
 
 def check_compile(strategy: Any) -> None:
-    """Refuse to compile a decoder whose weights are sharded: they are gathered by hooks, which are no part of a graph.
+    """Check that a decoder can be compiled; sharded weights are gathered by hooks, which cannot be compiled.
 
     Raises:
         MisconfigurationException: If the strategy shards weights.
     """
     if getattr(strategy, "zero_stage_3", False) or isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
         raise MisconfigurationException(
-            "language_model.compile does not work with weights that are sharded over ranks (ZeRO-3, FSDP): use DDP or ZeRO-2, or leave it out"
+            "language_model.compile does not support weights that are sharded over ranks (ZeRO-3, FSDP): use DDP or ZeRO-2, or omit it"
         )
 
 
 def check_passes(model: nn.Module, strategy: Any, zero3: dict[str, Any] | None, *, shared_prompt: bool) -> None:
-    """Find the form of each pass that is exact for a model, and log those that are not the fast ones.
+    """Measure the forms of passes that are exact for a model, and log passes that do not use their fast form.
 
     Args:
         model: The language model.
-        strategy: Of the Trainer; ``None`` outside of one.
-        zero3: DeepSpeed's configuration where it partitions parameters.
+        strategy: Strategy of the Trainer; ``None`` without a Trainer.
+        zero3: Configuration of DeepSpeed with ZeRO stage 3.
         shared_prompt: Whether a prompt must be shared by its answers.
 
     Raises:
@@ -43,16 +43,16 @@ def check_passes(model: nn.Module, strategy: Any, zero3: dict[str, Any] | None, 
         with whole_weights(zero3):
             forms = pass_forms(model)
     except (ValueError, RuntimeError):
-        # Without a small copy of the architecture, the partitioned weights themselves would run here, which only the engine can do: the first pass
-        # measures the forms there, on all ranks together.
+        # If no small copy of the model can be built, the partitioned weights must run, which needs the engine. The first pass then measures the
+        # forms, on all ranks together.
         if zero3 is None:
             raise
         return
     if not forms.padded.limit and (zero3 is not None or isinstance(strategy, FSDPStrategy)):
         raise MisconfigurationException(
-            forms.refusal("padded batches", "it runs rows of equal length together, which needs weights that are not sharded: use DDP or ZeRO-2")
+            forms.refusal("padded batches", "rows of equal length must be run together, which sharded weights do not allow: use DDP or ZeRO-2")
         )
     if shared_prompt and not forms.shared.limit:
-        raise MisconfigurationException(forms.refusal("a prompt shared by its answers", "leave decoding.shared_prompt out, or set it to false"))
+        raise MisconfigurationException(forms.refusal("a prompt shared by its answers", "omit decoding.shared_prompt, or set it to false"))
     if summary := forms.summary():
         log.info("passes of %s: %s", forms.model_name, summary)

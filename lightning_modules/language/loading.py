@@ -1,4 +1,4 @@
-"""Pretrained weights: from the hub, a folder or a GGUF file, whole or the text part of a model that also reads images."""
+"""Loading of pretrained weights from the hub, a folder or a GGUF file; of multimodal models, the text part."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Names of the text part in checkpoints of models with several modalities, old and new, and in the text model alone.
+# Names of the text part in checkpoints of multimodal models (old and new), and in the text model.
 _TEXT_KEYS = {
     r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
     r"^(?:model\.)?language_model\.model\.": "model.",
@@ -30,16 +30,16 @@ _TEXT_KEYS = {
 def load_pretrained(config: LanguageModelConfig, zero3_config: dict[str, Any] | None = None) -> Any:
     """Load a causal language model.
 
-    Of a model that also reads images or sound, only the text part is loaded. It has the attribute ``text_prefix``, the name of the
-    text part in the whole model, where PEFT and transformers load the base as the whole model.
+    Only the text part of a multimodal model is loaded. If PEFT and transformers load the multimodal model under this name, the text part has the
+    attribute ``text_prefix``, its name in the multimodal model.
 
     Args:
-        config: Names the model.
-        zero3_config: DeepSpeed's configuration when parameters are partitioned (stage 3).
+        config: Configuration with the name of the model.
+        zero3_config: Configuration of DeepSpeed with ZeRO stage 3.
 
     Raises:
         OSError: If the model is not found, is gated, or cannot be downloaded.
-        ValueError: If transformers has no causal language model for it, or the checkpoint lacks some of the weights.
+        ValueError: If transformers has no causal language model for it, or if weights are missing in the checkpoint.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -56,7 +56,7 @@ def load_pretrained(config: LanguageModelConfig, zero3_config: dict[str, Any] | 
     if _is_adapter(Path(folder)):
         raise ValueError(f"{config.name!r} is an adapter; give its base model as language_model.name and the folder as language_model.adapter")
     damaged = nullcontext() if gguf_file is None else gguf_errors(Path(folder) / gguf_file)
-    local = reading(folder) if Path(folder).is_dir() else nullcontext()  # errors of the hub are no damaged files
+    local = reading(folder) if Path(folder).is_dir() else nullcontext()  # errors of the hub must not be reported as damaged files
     with hub_errors("model", config.name), damaged, local, _partitioned_loading(zero3_config):
         file = {} if gguf_file is None else {"gguf_file": gguf_file}
         whole = AutoConfig.from_pretrained(folder, **file, **source)
@@ -80,7 +80,7 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _attention(config: LanguageModelConfig, kind: Any) -> str:
-    """Return the attention implementation: eager in place of SDPA where the class has none, as state space models and some with soft-capping."""
+    """Return the attention implementation: ``eager`` for classes without SDPA, such as state space models and some models with soft-capping."""
     if config.attention != "sdpa" or getattr(kind, "_supports_sdpa", True):
         return config.attention
     log.info("%s (%s) has no SDPA attention in transformers and runs with attention: eager", config.name, kind.__name__)
@@ -88,7 +88,7 @@ def _attention(config: LanguageModelConfig, kind: Any) -> str:
 
 
 def _text_class(whole: Any, text: Any, name: str) -> Any:
-    """Return the class of the text part of a model with several modalities."""
+    """Return the class of the text part of a multimodal model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
@@ -103,10 +103,10 @@ def _text_class(whole: Any, text: Any, name: str) -> Any:
 
 
 def _check_complete(model: Any, missing: set[str], whole: Any, name: str) -> None:
-    """Refuse a checkpoint without some of the weights: transformers draws them at random and only logs it."""
+    """Raise an error if weights are missing; transformers would initialise them randomly with a log message only."""
     head = {key for key, module in model.named_modules() if module is model.get_output_embeddings()}
     if missing and missing <= {f"{key}.weight" for key in head} and getattr(whole, "tie_word_embeddings", False):
-        # The whole model's setting counts where the text part's differs from it.
+        # The setting of the multimodal model overrides that of its text part.
         model.config.tie_word_embeddings = True
         model.tie_weights()
         return
@@ -118,7 +118,7 @@ def _check_complete(model: Any, missing: set[str], whole: Any, name: str) -> Non
 
 
 def _keep_own_names(model: Any) -> None:
-    """Drop the renaming of the text part's weights, which transformers would undo when the text model is saved alone."""
+    """Remove the renaming of weights, which transformers would revert when the text model is saved."""
     from transformers.core_model_loading import PrefixChange
 
     patterns = set(_TEXT_KEYS)
@@ -130,7 +130,7 @@ def _keep_own_names(model: Any) -> None:
 
 
 def _text_prefix(whole: Any, model: Any) -> str | None:
-    """Return where the text part lies in the whole model, ``None`` where transformers cannot build that."""
+    """Return the name of the text part in the multimodal model, or ``None`` if transformers cannot build the multimodal model."""
     from transformers import AutoModelForImageTextToText
 
     if type(whole) not in AutoModelForImageTextToText._model_mapping:
@@ -152,14 +152,14 @@ def _four_bits(dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        # ZeRO-3 and FSDP shard tensors of one dtype: the packed weights must be stored as the others are.
+        # ZeRO-3 and FSDP shard tensors of one dtype, so packed weights must be stored in the dtype of the others.
         bnb_4bit_quant_storage=dtype,
     )
 
 
 @contextmanager
 def _partitioned_loading(zero3_config: dict[str, Any] | None) -> Iterator[None]:
-    """Let transformers know of ZeRO stage 3 while it loads; it must be set before ``from_pretrained``."""
+    """Enable ZeRO stage 3 in transformers while ``from_pretrained`` runs."""
     if zero3_config is None:
         yield
         return
@@ -172,7 +172,7 @@ def _partitioned_loading(zero3_config: dict[str, Any] | None) -> Iterator[None]:
 
 @contextmanager
 def whole_weights(zero3_config: dict[str, Any] | None) -> Iterator[None]:
-    """Initialise weights before ZeRO stage 3 cuts them up: into empty shards nothing can be drawn, or not the same on any devices."""
+    """Disable the sharding of ZeRO stage 3 while weights are initialised, because initial values of shards would depend on the number of devices."""
     if zero3_config is None:
         yield
         return

@@ -1,11 +1,11 @@
-"""Settings of a built language model that change what its weights compute, as plain values."""
+"""Settings of a built language model that affect its output for given weights, as plain values."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-# Of a Hugging Face configuration: what does not change what weights compute.
+# Fields of a Hugging Face configuration that do not affect the output.
 _IGNORED = {
     "transformers_version",
     "architectures",
@@ -25,7 +25,7 @@ _IGNORED = {
     "bos_token_id",
     "pretraining_tp",
 }
-# Of a PEFT configuration, of whatever kind of adapter: the same. Targets are stored as the names of the layers that were found.
+# Fields of PEFT configurations that do not affect the output. Target modules are stored as names of layers.
 _IGNORED_OF_ADAPTERS = {
     "task_type",
     "auto_mapping",
@@ -44,7 +44,7 @@ _IGNORED_OF_ADAPTERS = {
     "megatron_config",
     "megatron_core",
 }
-# Options by the name of what they set, for messages.
+# Names of options, for messages, by the field of the configuration that they set.
 _SCRATCH_OPTIONS = {
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
@@ -56,11 +56,11 @@ _LORA_OPTIONS = {"r": "r", "lora_alpha": "alpha", "target_modules": "target_modu
 
 
 def model_settings(model: Any, *, scratch: bool) -> dict[str, Any]:
-    """Return architecture and adapter settings of a model, as they are in effect.
+    """Return the settings of the architecture and the adapters of a model.
 
     Args:
         model: Hugging Face model, with or without a PEFT adapter.
-        scratch: Whether it was built from ``language_model.scratch``; names are then those of the options.
+        scratch: Whether the model was built from ``language_model.scratch``; fields are then named like the options.
     """
     values = {name: value for name, value in model.config.to_dict().items() if _counts(name)}
     settings = {
@@ -80,5 +80,5 @@ def _counts(name: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON would make of a value, so that stored and built ones compare; sets in order."""
+    """Convert a value to JSON types and sets to sorted lists, so that stored and current values can be compared."""
     return json.loads(json.dumps(value, sort_keys=True, default=lambda other: sorted(other) if isinstance(other, (set, frozenset)) else str(other)))

@@ -1,4 +1,4 @@
-"""Which number formats the weights of a language model can be trained in."""
+"""Check of the precision in which a language model is trained."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ HALF_WEIGHTS = {
     "transformer-engine": "bfloat16",
     "transformer-engine-float16": "float16",
 }
-"""Precisions of a Trainer that convert the weights, and to what."""
+"""Dtypes of weights under the precisions of a Trainer that convert weights."""
 
 
 def check_training_precision(trainer: Trainer, config: LanguageModelConfig) -> None:
-    """Refuse a training whose optimizer steps are lost in half precision, and warn where they are rounded.
+    """Check that optimizer steps are not lost in half precision, and warn if they are rounded.
 
-    DeepSpeed keeps float32 copies of the weights it trains, so nothing is lost there.
+    DeepSpeed keeps float32 copies of trained weights, and is not checked.
 
     Args:
-        trainer: Its precision and strategy.
-        config: Which weights train, and their dtype.
+        trainer: Trainer with precision and strategy.
+        config: Configuration of the language model.
 
     Raises:
-        MisconfigurationException: If adapters, or any weights in float16, would be trained in half precision.
+        MisconfigurationException: If adapters would be trained in half precision, or any weights in float16.
     """
     if getattr(trainer.strategy, "handles_gradient_accumulation", False):
         return
@@ -35,19 +35,19 @@ def check_training_precision(trainer: Trainer, config: LanguageModelConfig) -> N
     if config.lora is not None or config.adapter is not None:
         if converted is not None:
             raise MisconfigurationException(
-                f"precision='{trainer.precision}' turns adapters and optimizer moments into {converted}, which rounds most of their steps away: "
-                "use language_model.dtype: bfloat16 and precision 32-true or bf16-mixed; the adapters then stay in float32"
+                f"precision='{trainer.precision}' converts adapters and optimizer moments to {converted}, in which most updates are rounded to zero: "
+                "use language_model.dtype: bfloat16 and precision 32-true or bf16-mixed; adapters are then float32"
             )
         return
     trained = converted or config.dtype
     if trained == "float16":
         raise MisconfigurationException(
             f"weights cannot be trained in float16 (precision='{trainer.precision}', language_model.dtype: {config.dtype}): gradients and Adam's "
-            "epsilon vanish in it; use language_model.dtype: float32 and precision bf16-mixed or 16-mixed"
+            "epsilon underflow; use language_model.dtype: float32 and precision bf16-mixed or 16-mixed"
         )
     if trained == "bfloat16":
         rank_zero_warn(
-            f"all weights are trained in bfloat16 (precision='{trainer.precision}', language_model.dtype: {config.dtype}): steps below 1/256 of a "
-            "weight are lost, in the quick start at a cost of 0.28 in val_loss; with language_model.dtype: float32 and precision bf16-mixed "
-            "none is, for 8 more bytes a weight"
+            f"all weights are trained in bfloat16 (precision='{trainer.precision}', language_model.dtype: {config.dtype}): updates below 1/256 of a "
+            "weight are lost, which increased val_loss by 0.28 in the quick start; language_model.dtype: float32 with precision bf16-mixed avoids "
+            "this, and needs 8 more bytes for each weight"
         )

@@ -1,4 +1,7 @@
-"""The preference objective that every pairwise method shares: one pass over a shared row, a loss object, the figures to log."""
+"""Training step of preference methods.
+
+Shapes: B rows, K answers of a row.
+"""
 
 from __future__ import annotations
 
@@ -16,34 +19,34 @@ from malleable.lightning_modules.losses.preference import PreferenceLoss, masked
 def preference_step(
     model: nn.Module, batch: PreferenceBatch, loss: PreferenceLoss, *, sft_weight: float = 0.0, shared_prompt: bool | None = None
 ) -> LossOutput:
-    """Compute the loss of a preference batch whose reference is known.
+    """Compute the loss of a preference batch.
 
-    Dropout is off, as it was when the reference was taken: policy and reference then start equal.
+    Dropout is disabled, as in the computation of the reference, so that policy and reference are equal at the start.
 
     Args:
         model: The policy.
-        batch: Pairs with ``reference_logps``.
+        batch: Chosen and rejected answers with ``reference_logps``.
         loss: The preference loss.
-        sft_weight: Weight of the chosen answers' negative log-likelihood per token, added to the loss.
-        shared_prompt: Compute a prompt once for all its answers; ``None`` where it is exact for the model.
+        sft_weight: Weight of the negative log-likelihood per token of the chosen answers, which is added to the loss.
+        shared_prompt: Compute a prompt once for all its answers; ``None``: if that is exact for the model.
 
     Raises:
-        MisconfigurationException: If the batch carries no reference.
+        MisconfigurationException: If the batch has no reference log-probabilities, but the loss needs them.
     """
     if batch.reference_logps is None and loss.needs_reference:
         raise MisconfigurationException(
-            "the batch has no reference log-probabilities: add the callback ReferenceCache (SelfPlayLoop brings its own), "
-            "or let your loader yield PreferenceBatch(reference_logps=...)"
+            "the batch has no reference log-probabilities: add the callback ReferenceCache (SelfPlayLoop includes it), "
+            "or yield PreferenceBatch(reference_logps=...) from your loader"
         )
     with dropout_off(model):
         parts = (batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask)
         tokens = answer_token_logps(model, *parts, shared_prompt=shared_prompt, num_columns=batch.answer_columns)
     policy, lengths = tokens.sum(-1), batch.answer_mask.sum(-1)
-    # An answer that is both chosen and rejected gets one value, or rounding would leave it a gradient that Adam blows up.
+    # A rejected answer that equals the chosen one gets the same value: a gradient from rounding errors would be amplified by Adam.
     same = ((batch.answer_ids == batch.answer_ids[:, :1]) | ~batch.answer_mask).all(-1) & (lengths == lengths[:, :1])
     policy = torch.where(same, policy[:, :1], policy)
     reference = None if batch.reference_logps is None else torch.where(same, batch.reference_logps[:, :1], batch.reference_logps)
-    # Rows repeated only to fill a batch count for nothing.
+    # Padding rows do not count.
     real = batch.sample_id >= 0
     output = loss(policy, reference, lengths, smoothing=batch.smoothing, real=real)
     rows = real.to(policy.dtype)
@@ -55,13 +58,13 @@ def preference_step(
 
 
 def preference_figures(policy: Tensor, rewards: Tensor, real: Tensor, exists: Tensor) -> dict[str, Tensor]:
-    """Means of rewards and log-probabilities, under the names the field uses.
+    """Compute means of rewards and log-probabilities, with the usual names.
 
     Args:
         policy: ``(B, K)`` log-probabilities.
         rewards: ``(B, K)``.
-        real: ``(B,)``, 1 in rows that count, else 0.
-        exists: ``(B, K)`` bool, False where a row has no such answer.
+        real: ``(B,)``, 1 in real rows, 0 in padding rows.
+        exists: ``(B, K)`` bool, False for missing answers.
     """
     chosen, rejected, others = rewards[:, 0], rewards[:, 1:], exists[:, 1:]
     figures = {

@@ -38,21 +38,21 @@ from malleable.lightning_modules.recommendation.evaluation import (
 
 log = logging.getLogger(__name__)
 
-MAX_TABLE_ITEMS = 30_000  # a table of items by items then takes 3.6 GB
-CHUNK = 1024  # rows read at a time
+MAX_TABLE_ITEMS = 30_000  # a table of items x items then needs 3.6 GB
+CHUNK = 1024  # number of rows read at once
 
 
 class Baseline(BaseModule):
-    """A recommender whose training is one pass of counting.
+    """Base class of recommenders that only count interactions.
 
-    ``fit``, and ``test``, ``validate`` and ``predict`` without a checkpoint, count the data module's training rows, all of them, before the first
-    batch. Without such a data module, or with ``limit_train_batches``, ``fit`` counts the batches of its first epoch. Every process counts
-    the rows of all, so its tables are whole at any moment; they are buffers, so checkpoints carry them.
+    ``fit``, and ``test``, ``validate`` and ``predict`` without a checkpoint, count all training rows of the data module before the first batch.
+    Without such a data module, or with ``limit_train_batches``, ``fit`` counts the batches of the first epoch. Every process counts the rows of all
+    processes, so that its tables are always complete. The tables are buffers, which are saved in checkpoints.
 
     Args:
-        catalog: The items; taken from the data module when left out.
-        exclude_seen: Leave out what the user already has.
-        ks: Cut-offs of the metrics.
+        catalog: The items. Default: taken from the data module.
+        exclude_seen: Do not recommend items that the user has interacted with.
+        ks: Cut-offs of the ranking metrics.
     """
 
     trains: ClassVar[bool] = False
@@ -69,7 +69,7 @@ class Baseline(BaseModule):
         self.catalog = catalog
         self.exclude_seen = exclude_seen
         self.ks = check_ks(ks)
-        # Without a parameter and an optimizer the Trainer would count no steps, save nothing, and refuse DDP.
+        # Without a parameter and an optimizer, the Trainer would count no steps and save no checkpoint, and DDP would raise an error.
         self.anchor = nn.Parameter(torch.zeros(()))
         self.register_buffer("num_rows", torch.tensor(0))
 
@@ -78,13 +78,13 @@ class Baseline(BaseModule):
         """Score every item for every row, ``(B, N)``."""
 
     def configure_model(self) -> None:
-        """Make empty tables; a second call does nothing."""
+        """Create empty tables; a second call does nothing."""
         if self.catalog is not None and not hasattr(self, "counts"):
             self._make_tables(len(self.catalog))
             self.reset()
 
     def reset(self) -> None:
-        """Forget what was counted; the catalogue's popularity stays."""
+        """Reset all counts; the popularity of the catalogue remains."""
         for name in (*self.tables, "counts", "num_rows"):
             getattr(self, name).zero_()
         if self.catalog is not None and self.catalog.popularity:
@@ -94,19 +94,19 @@ class Baseline(BaseModule):
         """Add rows to the tables.
 
         Args:
-            target: ``(B,)`` next item; -1 in rows that do not count.
-            seen: ``(B, S)`` the user's items before it, padded with -1.
-            last: ``(B,)`` the item just before it, -1 if there is none.
+            target: ``(B,)`` next item; -1 in padding rows.
+            seen: ``(B, S)`` items of the user before the target, padded with -1.
+            last: ``(B,)`` item directly before the target, -1 if there is none.
         """
         self.num_rows += (target >= 0).sum()
         if self.catalog is None or not self.catalog.popularity:
             count_items(self.counts, target)
-            # A user's first item is the target of no row, and the only item seen in the user's first row.
+            # The first item of a user is never a target; it is the only seen item in the user's first row.
             first = (seen >= 0).sum(1, keepdim=True) == 1
             count_items(self.counts, seen.masked_fill(~first | (target < 0)[:, None], -1))
 
     def compute_loss(self, batch: AnswerBatch) -> LossOutput:
-        """Nothing is learnt by gradient: a zero that depends on a parameter."""
+        """Return a loss of zero, which depends on a parameter."""
         return LossOutput(self.anchor * 0.0, {})
 
     def training_step(self, batch: AnswerBatch, batch_idx: int) -> Tensor:
@@ -122,39 +122,39 @@ class Baseline(BaseModule):
         return self.compute_loss(batch).loss
 
     def log_loss(self, batch: AnswerBatch, split: Split) -> None:
-        """There is no loss to log."""
+        """Do nothing: there is no loss."""
 
     def on_train_start(self) -> None:
-        """Start from nothing, unless a run is resumed, and count the rows of a data module."""
+        """Reset the counts and count the rows of the data module, unless a run is resumed."""
         if self.global_step == 0:
             self.reset()
             if (rows := self._rows()) is not None:
-                learn([self], rows)
+                count_rows([self], rows)
 
     def on_train_epoch_end(self) -> None:
-        """One pass is all there is to count."""
+        """Stop after one epoch."""
         self.trainer.should_stop = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make an optimizer that changes nothing."""
+        """Return an optimizer with learning rate 0."""
         return torch.optim.SGD([self.anchor], lr=0.0)
 
     def on_validation_start(self) -> None:
-        """Count first, where no checkpoint did."""
+        """Count the training rows, unless the counts come from a checkpoint."""
         if not self.trainer.training and not self.trainer.sanity_checking:
             self._ensure_counted()
 
     def on_test_start(self) -> None:
-        """Count first, where no checkpoint did."""
+        """Count the training rows, unless the counts come from a checkpoint."""
         self._ensure_counted()
 
     def on_predict_start(self) -> None:
-        """Count first, where no checkpoint did."""
+        """Count the training rows, unless the counts come from a checkpoint."""
         self._ensure_counted()
 
     @property
     def is_built(self) -> bool:
-        """Whether ``configure_model`` has made the tables."""
+        """Whether ``configure_model`` has created the tables."""
         return hasattr(self, "counts")
 
     @needs_weights
@@ -163,7 +163,7 @@ class Baseline(BaseModule):
         """Find the k best items of each row.
 
         Args:
-            batch: Rows; what they have seen is left out if so decided, and candidates restrict the choice.
+            batch: Rows; seen items are excluded with ``exclude_seen``, and candidates restrict the choice.
             k: Number of items; default: the largest cut-off of the metrics.
         """
         scores = self.scores(batch)
@@ -175,45 +175,45 @@ class Baseline(BaseModule):
         return recommendation_headline(self.ks)
 
     def configure_metrics(self) -> dict[str, Metric]:
-        """Accuracy and exposure of the recommended lists."""
+        """Return the metrics of accuracy and exposure of recommended lists."""
         assert self.catalog is not None
         return recommendation_metrics(self.catalog, self.ks)
 
     def evaluate(self, batch: AnswerBatch, metrics: dict[str, Metric]) -> Recommendations:
-        """Recommend, and compare with the true item."""
+        """Recommend items, and update the metrics."""
         recommended = self.recommend(batch)
         update_metrics(metrics, recommended, batch)
         return recommended
 
     def predict_step(self, batch: AnswerBatch, batch_idx: int) -> Recommendations:
-        """Recommend."""
+        """Recommend items."""
         return self.recommend(batch)
 
     def setup(self, stage: str) -> None:
-        """Take the catalogue; an extended one makes room in the tables for its new items.
+        """Copy the catalogue from the data module, and extend the tables if it has new items.
 
         Raises:
-            MisconfigurationException: If DeepSpeed is to fit what has no weights.
+            MisconfigurationException: If ``fit`` runs with DeepSpeed.
         """
         super().setup(stage)
         if stage == "fit" and getattr(self.trainer.strategy, "handles_gradient_accumulation", False):
             raise MisconfigurationException(
-                f"{type(self).__name__} counts and has no weights to shard: it cannot run `fit` with {type(self.trainer.strategy).__name__}; "
+                f"{type(self).__name__} has no weights that can be sharded: it cannot run `fit` with {type(self.trainer.strategy).__name__}; "
                 "use one device or ddp (--config base/ddp.yaml)"
             )
         if self.catalog is not None and hasattr(self, "counts"):
             for name in (*self.tables, "counts"):
-                setattr(self, name, _grown(getattr(self, name), len(self.catalog)))
+                setattr(self, name, _pad_table(getattr(self, name), len(self.catalog)))
 
     def settings(self) -> dict[str, Any]:
-        """Return the options of the scores, and the class."""
+        """Return the class, and the options that affect scores."""
         return {"class": type(self).__name__, **super().settings()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make tables of the size of the catalogue, which may be longer than the stored one."""
+        """Create tables for the catalogue, which may have more items than the stored one."""
         state = checkpoint["state_dict"]
         if self.catalog is None and "catalog" not in checkpoint:
-            log.warning("the checkpoint is of an earlier version: it does not store its items, which cannot be compared with those of the data")
+            log.warning("the checkpoint was written by an earlier version, without its items: they are not compared with the items of the data")
             size = len(state["counts"])
         else:
             super().on_load_checkpoint(checkpoint)
@@ -222,21 +222,21 @@ class Baseline(BaseModule):
         self.check_settings(checkpoint)
         if not hasattr(self, "counts"):
             self._make_tables(size)
-        checkpoint["state_dict"] = state | {name: _grown(state[name], size) for name in (*self.tables, "counts") if name in state}
+        checkpoint["state_dict"] = state | {name: _pad_table(state[name], size) for name in (*self.tables, "counts") if name in state}
 
     def _make_tables(self, num_items: int) -> None:
         if self.tables and num_items > MAX_TABLE_ITEMS:
             raise MisconfigurationException(
-                f"{type(self).__name__} keeps a table of items by items and takes at most {MAX_TABLE_ITEMS} items, got {num_items}; "
-                "use Popularity, or drop rare items (min_item_events)"
+                f"{type(self).__name__} stores a table of items x items and supports at most {MAX_TABLE_ITEMS} items, got {num_items}; "
+                "use Popularity, or filter rare items (min_item_events)"
             )
-        # Integers: a Trainer of lower precision would round floats.
+        # Integers, because a Trainer of lower precision would round floats.
         self.register_buffer("counts", torch.zeros(num_items, dtype=torch.int32, device=self.device))
         for name in self.tables:
             self.register_buffer(name, torch.zeros(num_items, num_items, dtype=torch.int32, device=self.device))
 
     def _rows(self) -> Any:
-        """Return the training rows where all of them are to be counted: batches leave out those that fill no global batch."""
+        """Return the training rows if all of them are counted at once, else ``None``; batches would omit rows that do not fill a global batch."""
         trainer: Any = self.attached
         whole = trainer is not None and isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches == 1.0
         return answer_rows(trainer.datamodule) if whole else None
@@ -250,9 +250,9 @@ class Baseline(BaseModule):
         source = getattr(self.trainer, "datamodule", None)
         if source is None:
             raise MisconfigurationException(
-                f"{type(self).__name__} has counted nothing: call `fit` first, give a checkpoint, or pass a data module to count"
+                f"{type(self).__name__} has not counted any rows: call `fit` first, give a checkpoint, or pass a data module with training rows"
             )
-        learn([self], training_rows(source))
+        count_rows([self], training_rows(source))
 
 
 class Popularity(Baseline):
@@ -263,20 +263,20 @@ class Popularity(Baseline):
         self.save_hyperparameters(ignore="catalog")
 
     def scores(self, batch: AnswerBatch) -> Tensor:
-        """Score items by their interactions, alike in every row."""
+        """Score items by their number of interactions, ``(B, N)``, equal in all rows."""
         return self.counts.expand(len(batch), -1)
 
 
 class ItemKNN(Baseline):
-    """Recommend items whose users are those of the last items.
+    """Recommend items that have users in common with the last items of the history.
 
     score(i) = sum over the last items j of ``|users(i) & users(j)| / sqrt(|users(i)| |users(j)|)``
 
     Args:
-        catalog: The items; taken from the data module when left out.
-        last: Items of the history that count.
-        exclude_seen: Leave out what the user already has.
-        ks: Cut-offs of the metrics.
+        catalog: The items. Default: taken from the data module.
+        last: Number of last items of the history that are used.
+        exclude_seen: Do not recommend items that the user has interacted with.
+        ks: Cut-offs of the ranking metrics.
 
     Source:
         Sarwar et al. (2001), Item-based collaborative filtering recommendation algorithms, sections 3.1.1 and 3.2.
@@ -295,17 +295,17 @@ class ItemKNN(Baseline):
         self.save_hyperparameters(ignore="catalog")
 
     def count(self, target: Tensor, seen: Tensor, last: Tensor) -> None:
-        """Count who has what together: each pair is met once, when its later item is the target."""
+        """Count pairs of items of a user; each pair is counted once, when its later item is the target."""
         super().count(target, seen, last)
         count_pairs(self.pairs, seen, target[:, None])
 
     def scores(self, batch: AnswerBatch) -> Tensor:
-        """Score items by their similarity to the last of the history."""
+        """Score items by their similarity to the last items of the history, ``(B, N)``."""
         return neighbour_scores(self.similarity, batch.history, self.last)
 
     @property
     def similarity(self) -> Tensor:
-        """Cosine similarity, ``(N, N)``, of what is counted by now."""
+        """Cosine similarity of items from the current counts, ``(N, N)``."""
         rows = int(self.num_rows)
         if self._similarity is None or self._similarity[0] != rows or self._similarity[1].device != self.pairs.device:
             self._similarity = (rows, cosine_similarity(self.pairs, self.counts))
@@ -313,20 +313,20 @@ class ItemKNN(Baseline):
 
 
 class Markov(ItemKNN):
-    """Recommend what came next after the last item, and similar items where that is not known.
+    """Recommend items that often follow the last item, smoothed by item similarity.
 
-    score(i) = ``#(last -> i) + smoothing * `` the score of :class:`ItemKNN`
+    score(i) = ``#(last -> i) + smoothing *`` score of :class:`ItemKNN`
 
     Args:
-        catalog: The items; taken from the data module when left out.
-        last: Items of the history that the similarity counts.
-        smoothing: Weight of the similarity, in transitions, >= 0.
-        exclude_seen: Leave out what the user already has.
-        ks: Cut-offs of the metrics.
+        catalog: The items. Default: taken from the data module.
+        last: Number of last items of the history that the similarity uses.
+        smoothing: Weight of the similarity relative to one transition, >= 0.
+        exclude_seen: Do not recommend items that the user has interacted with.
+        ks: Cut-offs of the ranking metrics.
 
     Source:
         First-order Markov chain over items, as in Rendle et al. (2010), Factorizing personalized Markov chains, section 4.
-        Differs: plain counts, smoothed by item similarity in place of a factorisation.
+        Differs: counts smoothed by item similarity instead of a factorisation.
     """
 
     tables: ClassVar[tuple[str, ...]] = ("pairs", "transitions")
@@ -342,20 +342,20 @@ class Markov(ItemKNN):
         self.save_hyperparameters(ignore="catalog")
 
     def count(self, target: Tensor, seen: Tensor, last: Tensor) -> None:
-        """Count also what follows what."""
+        """Count pairs of items of a user, and transitions."""
         super().count(target, seen, last)
         count_pairs(self.transitions, last, target)
 
     def scores(self, batch: AnswerBatch) -> Tensor:
-        """Score items by the transitions from the last item, then by similarity."""
+        """Score items by transitions from the last item plus weighted similarity, ``(B, N)``."""
         return transition_scores(self.transitions, batch.history) + self.smoothing * super().scores(batch)
 
 
-def learn(modules: Sequence[Baseline], rows: Any) -> None:
-    """Count all rows, read once for all modules; every process counts them all.
+def count_rows(modules: Sequence[Baseline], rows: Any) -> None:
+    """Count all rows in all modules, with one pass over the rows; every process counts all rows.
 
     Args:
-        modules: What is to count; their catalogue must be known.
+        modules: Modules with a catalogue.
         rows: Map-style dataset of examples, such as :func:`training_rows`.
     """
     for module in modules:
@@ -367,7 +367,7 @@ def learn(modules: Sequence[Baseline], rows: Any) -> None:
             module.count(*counted(batch.to(module.device)))
 
 
-def _grown(table: Tensor, size: int) -> Tensor:
-    """Pad a table of items with zeros for new items, along every dimension."""
+def _pad_table(table: Tensor, size: int) -> Tensor:
+    """Pad a table of items with zeros for new items in every dimension."""
     more = size - len(table)
     return nn.functional.pad(table, (0, more) * table.dim()) if more > 0 else table

@@ -1,4 +1,4 @@
-"""Direct preference optimisation of a recommending language model."""
+"""Direct preference optimisation of a language-model recommender."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from malleable.lightning_modules.serialization import object_from_plain
 
 
 class DPO(LanguageModel):
-    """Raise the true next title above rejected ones, relative to a frozen reference.
+    """Direct preference optimisation: prefer the true next title to rejected titles, relative to a frozen reference.
 
-    The reference is the model as it stands when training starts; its log-probabilities come with the batches
-    (:class:`~malleable.callbacks.ReferenceCache` puts them there), so that no second model is held.
+    The reference is the model at the start of training. Its log-probabilities are cached and added to the batches by
+    :class:`~malleable.callbacks.ReferenceCache`, so that no second model is in memory.
 
     Args:
-        language_model: Which model and how it is tuned.
-        catalog: The items; taken from the data module when left out.
-        vocabulary: Tokens of the texts, where there is no catalogue.
-        loss: The preference loss; default: the sigmoid loss with beta 0.1.
-        sft_weight: Weight of the chosen answers' likelihood beside the preference loss; 0 is plain DPO.
-        decoding: How titles are decoded.
-        tuning: Rates of the default optimizer and schedule; default rate 2e-5.
-        ks: Cut-offs of the metrics.
-        optimizer: Makes the optimizer instead.
-        lr_scheduler: Makes the schedule instead.
+        language_model: Model, adapters and precision of the weights.
+        catalog: The items. Default: taken from the data module.
+        vocabulary: Vocabulary of the texts, if there is no catalogue.
+        loss: Preference loss. Default: ``Sigmoid(beta=0.1)``.
+        sft_weight: Weight of the negative log-likelihood of the chosen answers, which is added to the preference loss; 0 is standard DPO.
+        decoding: Settings of decoding.
+        tuning: Settings of the default optimizer and scheduler. Default: learning rate 2e-5.
+        ks: Cut-offs of the ranking metrics.
+        optimizer: Factory of the optimizer, instead of the default one.
+        lr_scheduler: Factory of the scheduler, instead of the default one.
 
     Source:
         Rafailov et al. (2023), Direct Preference Optimization, arXiv:2305.18290, Eq. 7.
-        Differs: prompt, chosen and rejected share one row, and dropout is off, so that policy and reference start equal.
+        Differs: prompt, chosen and rejected answers share one row; dropout is disabled, so that policy and reference are equal at the start.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class DPO(LanguageModel):
 
     @needs_weights
     def compute_loss(self, batch: PreferenceBatch | AnswerBatch | PackedBatch) -> LossOutput:
-        """Return the preference loss; in validation and test, where nothing is rejected, the true answers' likelihood."""
+        """Compute the preference loss; in evaluation without rejected answers, the negative log-likelihood of the true answers."""
         if isinstance(batch, PreferenceBatch) and (self.training or batch.reference_logps is not None or not self.loss.needs_reference):
             return preference_step(self.model, batch, self.loss, sft_weight=self.sft_weight, shared_prompt=self.decoding.shared_prompt)
         if self.training:
             raise MisconfigurationException(
-                f"DPO learns from chosen and rejected answers, got {type(batch).__name__}: give each row several `answers`, the true one first, "
-                "for example with RecommendationDataModule(negatives='random')"
+                f"DPO needs chosen and rejected answers, got {type(batch).__name__}: give each row several `answers`, the true one first, "
+                "for example with RecommendationDataModule(negatives=Uniform())"
             )
         return self.answer_loss(batch)

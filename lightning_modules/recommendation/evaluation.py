@@ -1,4 +1,7 @@
-"""Items that may be recommended, and metrics of recommended lists."""
+"""Allowed items and metrics of recommended lists.
+
+Shapes: B rows, N items.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,18 @@ def allowed_items(batch: AnswerBatch, num_items: int, exclude_seen: bool = True,
     """Return which items may be recommended.
 
     Args:
-        batch: Rows; their candidates restrict the choice, and what they have seen is left out.
+        batch: Rows; their candidates restrict the choice.
         num_items: Size of the catalogue, N.
-        exclude_seen: Leave out what the user already has.
-        exclude_target: Leave out the true item.
+        exclude_seen: Do not recommend items that the user has interacted with.
+        exclude_target: Exclude the true item.
 
     Returns:
-        ``(B, N)`` bool, or ``None`` where all may be.
+        ``(B, N)`` bool, or ``None`` if all items are allowed.
     """
     hide = exclude_seen and batch.seen.shape[1] > 0
     if batch.candidates is None and not hide and not exclude_target:
         return None
-    # One more column takes the padding.
+    # The additional last column receives the padding.
     allowed = torch.full((len(batch), num_items + 1), batch.candidates is None, device=batch.sample_id.device)
     if batch.candidates is not None:
         allowed.scatter_(1, batch.candidates.where(batch.candidates >= 0, num_items), True)
@@ -38,7 +41,7 @@ def allowed_items(batch: AnswerBatch, num_items: int, exclude_seen: bool = True,
 
 
 def recommendation_metrics(catalog: Catalog, ks: tuple[int, ...]) -> dict[str, Metric]:
-    """Make the metrics of recommended lists: accuracy, and exposure at cut-offs above 1 if there are any."""
+    """Return the metrics of recommended lists: accuracy, and exposure at the cut-offs above 1, or at all if there are none above 1."""
     wide = tuple(k for k in ks if k > 1) or ks
     return {
         "ranking": RankingMetrics(ks),
@@ -53,7 +56,7 @@ def recommendation_headline(ks: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def update_metrics(metrics: dict[str, Metric], recommended: Recommendations, batch: AnswerBatch) -> None:
-    """Feed metrics of recommended lists; others are left alone."""
+    """Update the metrics of recommended lists; other metrics are not changed."""
     for metric in metrics.values():
         if isinstance(metric, RankingMetrics):
             metric.update(recommended.item_ids, batch.target, batch.sample_id)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a recommending language model."""
+"""Supervised fine-tuning of a language-model recommender."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from malleable.lightning_modules.language.tuning import Tuning
 
 
 class SFT(LanguageModel):
-    """Maximum likelihood of the true next title, or of whole packed histories.
+    """Supervised fine-tuning: maximum likelihood of the true next title, or of packed histories.
 
-    The loss is the mean over all answer tokens of an optimizer step, on any number of devices and accumulated batches.
+    The loss is the mean over all answer tokens of an optimizer step, for any number of devices and accumulated batches.
 
     Args:
-        language_model: Which model and how it is tuned.
-        catalog: The items; taken from the data module when left out.
-        vocabulary: Tokens of the texts, where there is no catalogue.
-        decoding: How titles are decoded.
-        tuning: Rates of the default optimizer and schedule.
-        ks: Cut-offs of the metrics.
-        optimizer: Makes the optimizer instead.
-        lr_scheduler: Makes the schedule instead.
+        language_model: Model, adapters and precision of the weights.
+        catalog: The items. Default: taken from the data module.
+        vocabulary: Vocabulary of the texts, if there is no catalogue.
+        decoding: Settings of decoding.
+        tuning: Settings of the default optimizer and scheduler.
+        ks: Cut-offs of the ranking metrics.
+        optimizer: Factory of the optimizer, instead of the default one.
+        lr_scheduler: Factory of the scheduler, instead of the default one.
 
     Source:
         Bao et al. (2023), A Bi-Step Grounding Paradigm for Large Language Models in Recommendation, arXiv:2308.08434 (instruction tuning).
-        Differs: only answer tokens bear loss, and answers end with the end-of-sequence token, so that stopping is learnt.
+        Differs: only answer tokens contribute to the loss; answers end with the end-of-sequence token, so that the model learns to stop.
     """
 
     def __init__(
@@ -47,5 +47,5 @@ class SFT(LanguageModel):
         self.save_config()
 
     def compute_loss(self, batch: AnswerBatch | PackedBatch) -> LossOutput:
-        """Return the negative log-likelihood per answer token, in nats."""
+        """Compute the negative log-likelihood per answer token, in nats."""
         return self.answer_loss(batch)

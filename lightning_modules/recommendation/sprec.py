@@ -1,4 +1,4 @@
-"""SPRec: a recommender that plays against itself."""
+"""SPRec: self-play preference optimisation of a language-model recommender."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from malleable.lightning_modules.serialization import object_from_plain
 
 
 class SPRec(LanguageModel):
-    """Supervised tuning and preference optimisation in turn, with the model's own recommendations as rejected answers.
+    """SPRec: alternating supervised fine-tuning and preference optimisation, with the model's own recommendations as rejected answers.
 
-    The module computes whichever loss fits the batch: the likelihood of an :class:`AnswerBatch` or :class:`PackedBatch`, the preference
-    loss of a :class:`PreferenceBatch`. :class:`~malleable.callbacks.SelfPlayLoop` decides which batches come when.
+    The loss depends on the type of the batch: the negative log-likelihood for an :class:`AnswerBatch` or :class:`PackedBatch`, the preference loss
+    for a :class:`PreferenceBatch`. :class:`~malleable.callbacks.SelfPlayLoop` sets the batches of each phase.
 
     Args:
-        language_model: Which model and how it is tuned.
-        catalog: The items; taken from the data module when left out.
-        loss: The preference loss; default: the sigmoid loss with beta 0.1.
-        sft_weight: Weight of the chosen answers' likelihood beside the preference loss; 0 is the published method.
-        decoding: How titles are decoded.
-        tuning: Rates of the optimizer outside the loop's phases, which set their own.
-        ks: Cut-offs of the metrics.
-        optimizer: Makes the optimizer instead.
-        lr_scheduler: Makes the schedule instead; leave it out under the loop, which sets the rates.
+        language_model: Model, adapters and precision of the weights.
+        catalog: The items. Default: taken from the data module.
+        loss: Preference loss. Default: ``Sigmoid(beta=0.1)``.
+        sft_weight: Weight of the negative log-likelihood of the chosen answers, which is added to the preference loss; 0 is the published method.
+        decoding: Settings of decoding.
+        tuning: Settings of the default optimizer. ``SelfPlayLoop`` overrides the learning rate in its phases.
+        ks: Cut-offs of the ranking metrics.
+        optimizer: Factory of the optimizer, instead of the default one.
+        lr_scheduler: Factory of the scheduler; omit it with ``SelfPlayLoop``, which sets the learning rates.
 
     Source:
-        Gao et al. (2025), SPRec: Self-Play to Debias LLM-based Recommendation, WWW, arXiv:2412.09243.
-        Differs: one prompt template everywhere, answers end with the end-of-sequence token, only answer tokens bear loss,
-        negatives are real items, and the reference is a cache instead of a second model.
+        Gao et al. (2025), SPRec: Self-Play to Debias LLM-based Recommendation, WWW, arXiv:2412.09243. Differs: one prompt template in all phases;
+        answers end with the end-of-sequence token; only answer tokens contribute to the loss; negatives are items of the catalogue; log-probabilities
+        of the reference are cached instead of computed by a second model.
     """
 
     required_from_datamodule = ("catalog", "vocabulary")
@@ -67,10 +67,10 @@ class SPRec(LanguageModel):
 
     @needs_weights
     def compute_loss(self, batch: PreferenceBatch | AnswerBatch | PackedBatch) -> LossOutput:
-        """Return the loss that fits the batch."""
+        """Compute the preference loss of a :class:`PreferenceBatch`, or the negative log-likelihood of another batch."""
         if isinstance(batch, PreferenceBatch):
             return preference_step(self.model, batch, self.loss, sft_weight=self.sft_weight, shared_prompt=self.decoding.shared_prompt)
         return self.answer_loss(batch)
 
     def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> None:
-        """No schedule: the loop sets the rate of every step."""
+        """Return ``None``: ``SelfPlayLoop`` sets the learning rate of every step."""

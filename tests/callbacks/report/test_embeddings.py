@@ -142,7 +142,7 @@ class TestUncertainty:
 
     def test_points_have_none(self):
         section = uncertainty_section(make(TransE), tiny_graph())
-        assert section.text == "Translation places entities at points, which have no uncertainty; use NFE with slopes."
+        assert section.text == "entities of Translation are points without uncertainty; use NFE of a kind with slopes."
         assert section.figure is None
 
     def test_without_degrees(self):

@@ -95,10 +95,12 @@ class TestOptimizer:
 
     def test_half_precision_tables(self, tmp_path):
         settings = {"max_epochs": 1, "limit_val_batches": 0, "enable_checkpointing": False}
-        with pytest.warns(UserWarning, match=r"tables of NFE are trained in bfloat16: steps below 1/256 of an entry are lost; use precision 32-true"):
+        with pytest.warns(
+            UserWarning, match=r"tables of NFE are trained in bfloat16: updates below 1/256 of an entry are lost; use precision 32-true"
+        ):
             quiet_trainer(tmp_path, precision="bf16-true", **settings).fit(NFE(dimension=6), TinyGraphData())
         with pytest.raises(
-            MisconfigurationException, match="tables of NFE cannot be trained in float16: Adam's epsilon vanishes in it; use precision 32"
+            MisconfigurationException, match="tables of NFE cannot be trained in float16: Adam's epsilon underflows; use precision 32"
         ):
             quiet_trainer(tmp_path, precision="16-true", **settings).fit(NFE(dimension=6), TinyGraphData())
 

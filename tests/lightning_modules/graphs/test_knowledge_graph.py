@@ -58,8 +58,8 @@ class TestTables:
         ("settings", "message"),
         [
             ({"dimension": 0}, "dimension must be >= 1, got 0"),
-            ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1"),
-            ({"tuning": EmbeddingTuning(sparse=True)}, r"tuning\.sparse needs a loss that draws entities"),
+            ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1"),
+            ({"tuning": EmbeddingTuning(sparse=True)}, r"tuning\.sparse needs a loss that samples entities"),
             ({"tuning": EmbeddingTuning(sparse=True), "loss": NegativeSampling(), "gamma_trainable": True}, r"and a fixed gamma"),
         ],
     )
@@ -280,7 +280,7 @@ class TestAnswers:
     def test_points_have_no_uncertainty(self):
         module = make(TransE)
         assert module.predict_tails(0, 0, k=1)[0].uncertainty is None
-        with pytest.raises(ValueError, match="Translation places entities at points, which have no uncertainty"):
+        with pytest.raises(ValueError, match="entities of Translation are points without uncertainty"):
             module.uncertainty()
 
     @pytest.mark.parametrize(

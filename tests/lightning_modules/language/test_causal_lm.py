@@ -122,9 +122,9 @@ def test_a_frozen_model_is_not_fitted_by_an_engine_that_needs_an_optimizer(tmp_p
 
 
 def test_a_frozen_model_is_not_trained(folder, tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"CausalLM\(frozen=True\) trains nothing: set --trainer.max_steps 0"):
+    with pytest.raises(MisconfigurationException, match=r"CausalLM\(frozen=True\) has no trainable weights: set --trainer.max_steps 0"):
         quiet_trainer(tmp_path, max_epochs=1).fit(CausalLM(published(folder), frozen=True), data(tokenizer=folder[2].vocabulary.tokenizer))
-    with pytest.raises(ValueError, match="a frozen model needs trained weights"):
+    with pytest.raises(ValueError, match="a frozen model needs pretrained weights"):
         CausalLM(frozen=True)
 
 

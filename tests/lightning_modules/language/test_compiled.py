@@ -136,7 +136,7 @@ def test_sharded_weights_are_refused(monkeypatch):
     module = SFT(LanguageModelConfig(scratch=SIZES, compile=Compile(backend="eager")), CATALOG)
     monkeypatch.setattr(type(module), "attached", SimpleNamespace(strategy=SimpleNamespace(zero_stage_3=True)))
     module.model = SimpleNamespace()
-    with pytest.raises(MisconfigurationException, match="does not work with weights that are sharded"):
+    with pytest.raises(MisconfigurationException, match="does not support weights that are sharded"):
         module._compile()
 
 

@@ -161,9 +161,9 @@ def test_contradictions(config, message):
 
 
 def test_tokenizer_larger_than_the_model(base):
-    with pytest.raises(ValueError, match=r"the tokenizer has 99 tokens but the model .* embeds 16"):
+    with pytest.raises(ValueError, match=r"the tokenizer has 99 tokens, but the model .* embeds 16"):
         build_language_model(LanguageModelConfig(name=base), replace(tiny_catalog().vocabulary, vocab_size=99))
-    with pytest.raises(ValueError, match="takes its vocabulary from the catalogue's tokenizer"):
+    with pytest.raises(ValueError, match="needs the vocabulary of a tokenizer"):
         build_language_model(LanguageModelConfig(), replace(tiny_catalog().vocabulary, vocab_size=0))
 
 
@@ -178,7 +178,7 @@ def test_tokens_that_no_text_has_need_no_embedding(base, tmp_path):
     unused = replace(tiny_catalog().vocabulary, vocab_size=99, tokenizer=str(tmp_path / "tokenizer"), largest_token_id=15)
     assert build_language_model(config, unused).config.vocab_size == 16
     used = replace(unused, largest_token_id=tokenizer.convert_tokens_to_ids("<image>"))
-    with pytest.raises(ValueError, match=r"the data's texts have the token '<image>' \(\d+\), but the model .* embeds 16 tokens only"):
+    with pytest.raises(ValueError, match=r"the texts of the data contain the token '<image>' \(\d+\), but the model .* embeds only 16 tokens"):
         build_language_model(config, used)
 
 
@@ -192,9 +192,9 @@ def test_added_tokens_need_no_embedding_where_the_texts_are_unknown(tmp_path, ca
     config = LanguageModelConfig(name=str(tmp_path / "base"))
     by_hand = Vocabulary(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, str(tmp_path / "tokenizer"))
     build_language_model(config, by_hand)
-    assert f"embeds {rows} tokens, and the tokenizer has {rows + 1}: texts must not have the added tokens <image>" in caplog.text
+    assert f"embeds {rows} tokens, but the tokenizer has {rows + 1}: texts must not contain the added tokens <image>" in caplog.text
     for wrong in (replace(by_hand, pad_token_id=rows), replace(by_hand, tokenizer=None), replace(by_hand, vocab_size=rows + 2)):
-        with pytest.raises(ValueError, match="use the model's own tokenizer"):
+        with pytest.raises(ValueError, match="use the tokenizer of the model"):
             build_language_model(config, wrong)
 
 

@@ -80,7 +80,7 @@ def test_another_base_is_refused(tmp_path):
     config = lora(save_base(tmp_path / "base"))
     _, _, path = fit(tmp_path, config)
     other = lora(save_base(tmp_path / "other", seed=1))
-    message = "trained on another base model than '.*other' .fingerprint .*give the base model it was trained on"
+    message = "trained with another base model than '.*other' .fingerprint .*give the base model that it was trained with"
     with pytest.raises(MisconfigurationException, match=message):
         SFT.load_from_checkpoint(path, weights_only=True, language_model=other)
     with pytest.raises(MisconfigurationException, match=message):
@@ -93,7 +93,7 @@ def test_the_base_of_an_earlier_checkpoint_is_not_compared(tmp_path, caplog):
     entries = torch.load(path, weights_only=True)
     torch.save(entries | {"base_fingerprint": "0" * 64}, path)
     SFT.load_from_checkpoint(path, weights_only=True, language_model=config)
-    assert "of an earlier version: its base model cannot be compared" in caplog.text
+    assert "written by an earlier version: its base model cannot be compared" in caplog.text
 
 
 def test_missing_and_unexpected_weights_are_refused(tmp_path):

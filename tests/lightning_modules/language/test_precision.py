@@ -158,8 +158,8 @@ def test_every_method_runs_and_keeps_statistics_in_float32(tmp_path, base, preci
 
 
 @pytest.mark.parametrize(("precision", "dtype", "adapters", "message"), [
-    ("bf16-true", "bfloat16", True, r"precision='bf16-true' turns adapters and optimizer moments into bfloat16, .*dtype: bfloat16 and precision"),
-    ("16-true", "float16", True, "precision='16-true' turns adapters and optimizer moments into float16"),
+    ("bf16-true", "bfloat16", True, r"precision='bf16-true' converts adapters and optimizer moments to bfloat16, .*dtype: bfloat16 and precision"),
+    ("16-true", "float16", True, "precision='16-true' converts adapters and optimizer moments to float16"),
     ("16-true", "float32", False, r"cannot be trained in float16 \(precision='16-true'.* precision bf16-mixed or 16-mixed"),
     ("16-mixed", "float16", False, "cannot be trained in float16"),
 ])  # fmt: skip
@@ -173,7 +173,7 @@ def test_trainings_that_lose_their_steps_are_refused(tmp_path, base, precision, 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", "float32"), ("32-true", "bfloat16")])
 def test_weights_that_train_in_bfloat16_are_warned_about(tmp_path, precision, dtype):
     trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=0, precision=precision, enable_checkpointing=False)
-    with pytest.warns(UserWarning, match=r"trained in bfloat16 .* cost of 0.28 in val_loss"):
+    with pytest.warns(UserWarning, match=r"trained in bfloat16 .* increased val_loss by 0.28"):
         trainer.fit(SFT(tiny_config(dtype=dtype)), TinyData())
 
 

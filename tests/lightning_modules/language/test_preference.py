@@ -129,6 +129,6 @@ def test_several_rejected_answers():
 
 
 def test_no_reference_no_loss():
-    message = "the batch has no reference log-probabilities: add the callback ReferenceCache .* or let your loader yield PreferenceBatch"
+    message = "the batch has no reference log-probabilities: add the callback ReferenceCache .* or yield PreferenceBatch"
     with pytest.raises(MisconfigurationException, match=message):
         preference_step(tiny_model(), pairs(), Sigmoid())

@@ -28,7 +28,7 @@ class StopAfter(Callback):
 def test_an_unbounded_run_holds_the_peak_rate_and_says_so(tmp_path, limit):
     watch = StopAfter()
     trainer = quiet_trainer(tmp_path, **limit, limit_val_batches=0, enable_checkpointing=False, callbacks=[watch])
-    with pytest.warns(UserWarning, match=r"tuning.decay: linear needs a number of steps, .* give trainer.max_epochs or trainer.max_steps"):
+    with pytest.warns(UserWarning, match=r"tuning.decay: linear needs a number of steps, .* set trainer.max_epochs or trainer.max_steps"):
         trainer.fit(SFT(tiny_config(), tuning=Tuning(lr=0.01, warmup_steps=2)), TinyData())
     assert watch.rates == [0.01] * 4
 

@@ -66,7 +66,7 @@ def test_preferences_are_learnt_and_measured(tmp_path):
 def test_recommending_says_that_it_needs_a_catalogue():
     module = SFT(tiny_config(), vocabulary=VOCABULARY)
     module.configure_model()
-    with pytest.raises(MisconfigurationException, match="SFT recommends items of a catalogue, and has none: pass catalog="):
+    with pytest.raises(MisconfigurationException, match="SFT has no catalogue of items to recommend: pass catalog="):
         module.recommend(batch_of(tiny_rows(2)))
 
 

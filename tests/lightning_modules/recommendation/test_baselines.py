@@ -11,7 +11,7 @@ from toy_shop import ToyShop, toy_users
 
 from malleable.datamodules.batch import Catalog, PackedBatch
 from malleable.datamodules.collate import collate_answers
-from malleable.lightning_modules.recommendation.baselines import ItemKNN, Markov, Popularity, learn
+from malleable.lightning_modules.recommendation.baselines import ItemKNN, Markov, Popularity, count_rows
 from malleable.lightning_modules.recommendation.counted_rows import training_rows
 
 KINDS = (Popularity, ItemKNN, Markov)
@@ -41,7 +41,7 @@ def learnt(kind, **settings):
     data = ToyShop()
     data.setup("fit")
     module = kind(catalog=data.catalog, **settings)
-    learn([module], data.train_dataset)
+    count_rows([module], data.train_dataset)
     return module, collate_answers(data.test_dataset), data
 
 
@@ -61,7 +61,7 @@ def test_unknown_popularity_is_counted_from_the_rows():
     data = ToyShop(popularity=False)
     data.setup("fit")
     module = Popularity(catalog=data.catalog)
-    learn([module], data.train_dataset)
+    count_rows([module], data.train_dataset)
     assert module.counts.tolist() == naive_counts(data.users)[0].tolist()
 
 
@@ -80,21 +80,21 @@ def test_recommendations_leave_out_what_was_seen():
 def test_learning_twice_counts_once():
     module, _, data = learnt(Markov)
     before = module.transitions.clone()
-    learn([module], data.train_dataset)
+    count_rows([module], data.train_dataset)
     assert torch.equal(module.transitions, before)
 
 
 def test_without_seen_items_the_history_is_counted():
     rows = [{"sample_id": 0, "prompt": (), "answers": [()], "item_ids": [2], "history": [0, 1]}]
     module = ItemKNN(catalog=Catalog(("a", "b", "c")))
-    learn([module], rows)
+    count_rows([module], rows)
     assert module.pairs.nonzero().tolist() == [[0, 2], [1, 2]]
 
 
 def test_padding_rows_are_not_counted():
     rows = [{"sample_id": sample_id, "prompt": (), "answers": [()], "item_ids": [1], "history": [0], "seen": [0]} for sample_id in (0, -1)]
     module = Markov(catalog=Catalog(("a", "b")))
-    learn([module], rows)
+    count_rows([module], rows)
     assert module.transitions.sum() == module.pairs.sum() == module.num_rows == 1
 
 
@@ -178,7 +178,7 @@ def test_reference_figures_on_movielens(tmp_path, order):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(MisconfigurationException, match="ItemKNN keeps a table of items by items and takes at most 30000 items, got 30001"):
+    with pytest.raises(MisconfigurationException, match="ItemKNN stores a table of items x items and supports at most 30000 items, got 30001"):
         ItemKNN(catalog=Catalog(tuple(map(str, range(30_001))))).configure_model()
     Popularity(catalog=Catalog(tuple(map(str, range(30_001))))).configure_model()
     with pytest.raises(ValueError, match="last must be >= 1, got 0"):
@@ -187,7 +187,7 @@ def test_refusals(tmp_path):
         Markov(smoothing=-1)
     module, batch, data = learnt(Popularity)
     loader = torch.utils.data.DataLoader(data.test_dataset, collate_fn=collate_answers)
-    with pytest.raises(MisconfigurationException, match="Popularity has counted nothing: call `fit` first, give a checkpoint"):
+    with pytest.raises(MisconfigurationException, match="Popularity has not counted any rows: call `fit` first, give a checkpoint"):
         trainer(tmp_path).test(Popularity(catalog=data.catalog), loader, verbose=False)
     packed = PackedBatch(batch.sample_id, batch.prompt_ids, batch.prompt_ids, batch.prompt_ids)
     with pytest.raises(MisconfigurationException, match="got PackedBatch: train_view must be 'answer'"):

@@ -88,7 +88,7 @@ def test_evaluation_measures_likelihood_where_nothing_is_rejected():
 
 def test_training_needs_pairs_with_a_reference(tmp_path):
     module = ready(DPO).train()
-    with pytest.raises(MisconfigurationException, match="DPO learns from chosen and rejected answers, got AnswerBatch: give each row"):
+    with pytest.raises(MisconfigurationException, match="DPO needs chosen and rejected answers, got AnswerBatch: give each row"):
         module.compute_loss(batch_of(tiny_rows(4)))
     trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     with pytest.raises(MisconfigurationException, match="the batch has no reference log-probabilities: add the callback ReferenceCache"):
