@@ -12,7 +12,7 @@ from tiny_graph import PEOPLE, TinyGraphData, collate_queries, grouped_rows, que
 
 from malleable.datamodules.batch import KnowledgeGraph
 from malleable.lightning_modules.graphs import answers as graph_answers
-from malleable.lightning_modules.graphs.knowledge_graph import take_rows
+from malleable.lightning_modules.graphs.knowledge_graph import select_rows
 from malleable.lightning_modules.graphs.nfe import NFE
 from malleable.lightning_modules.graphs.point_embeddings import DistMult, TransE
 from malleable.lightning_modules.graphs.settings import EmbeddingTuning, Init, LinkRanking
@@ -165,11 +165,11 @@ class TestEvaluation:
 
     def test_taking_rows(self):
         batch = collate_queries(grouped_rows([*ROWS[:6], {**ROWS[0], "target": [7]}]))
-        part = take_rows(batch, torch.arange(len(batch)) < 2)
+        part = select_rows(batch, torch.arange(len(batch)) < 2)
         assert part.sample_id.tolist() == batch.sample_id[:2].tolist()
         assert part.target.tolist() == [ROWS[0]["target"][0], 7, ROWS[1]["target"][0]]
         assert part.target_row.tolist() == [0, 0, 1]
-        rest = take_rows(batch, torch.arange(len(batch)) >= 2)
+        rest = select_rows(batch, torch.arange(len(batch)) >= 2)
         assert len(rest.target) + len(part.target) == len(batch.target)
         assert rest.known_row.min() == 0
 
