@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from malleable.callbacks.run_files import run_folder, stored_copies
 from malleable.callbacks.sweep import rows_per_pass, sweep
@@ -108,8 +109,7 @@ class ReferenceCache(Callback):
     @staticmethod
     def _fingerprint(trainer: Trainer, module: LightningModule, keys: Tensor) -> str:
         """Identity of the rows and of the model, the same on all ranks, also where each holds a part of the weights."""
-        # A parameter that DeepSpeed has partitioned is empty; this rank's part is beside it.
-        sums = [getattr(parameter, "ds_tensor", parameter).detach().sum(dtype=torch.float64) for parameter in module.parameters()]
+        sums = [_own_part(parameter).sum(dtype=torch.float64) for parameter in module.parameters()]
         weights = trainer.strategy.reduce(torch.stack(sums), reduce_op="mean").cpu()
         # Equal weights give other values under other settings, such as the number of heads, and in another precision.
         settings = json.dumps([cast("LanguageModel", module).settings(), str(trainer.precision)], sort_keys=True, default=str)
@@ -143,6 +143,14 @@ class ReferenceCache(Callback):
             raise MisconfigurationException(f"{path} belongs to other training rows; remove it or use the data it was made with")
         chosen: Tensor = values[order][places]
         return chosen
+
+
+def _own_part(parameter: Tensor) -> Tensor:
+    """Return the values of a parameter that this rank holds."""
+    # A parameter that DeepSpeed has partitioned is empty; this rank's part is beside it.
+    own: Any = getattr(parameter, "ds_tensor", parameter).detach()
+    part: Tensor = own.to_local() if isinstance(own, DTensor) else own
+    return part
 
 
 def row_keys(rows: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from .base import BaseModule as BaseModule
 from .editing.editor import AlphaEditor as AlphaEditor
 from .editing.settings import EditSettings as EditSettings
+from .fsdp import FSDP2Strategy as FSDP2Strategy
 from .graphs.nfe import NFE as NFE
 from .graphs.nfe import Flow as Flow
 from .graphs.point_embeddings import ComplEx as ComplEx

@@ -23,6 +23,7 @@ from torchmetrics import Metric
 from malleable.datamodules.batch import Batch
 from malleable.datamodules.identity import KINDS, SETTINGS, check_identity, differences, load_identity, store_identity, vocabulary_of
 from malleable.lightning_modules.frozen_ddp import leave_frozen_unwrapped
+from malleable.lightning_modules.fsdp import refuse_unsharded
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.ranks import gather_over_ranks
 from malleable.lightning_modules.serialization import nested, to_plain
@@ -80,6 +81,8 @@ class BaseModule(CheckedLoading, ABC):
     """Attributes that ``setup`` copies from the data module if they are ``None``. They may stay ``None``."""
     weight_settings: ClassVar[tuple[str, ...]] = ()
     """Dotted names of constructor arguments that change the output of given weights. A checkpoint must have the module's values."""
+    shards_weights: ClassVar[bool] = False
+    """Whether ``configure_model`` divides the weights among ranks under FSDP2."""
     reads_text: ClassVar[bool] = True
     """Whether the weights depend on the tokenizer and the prompt template, besides the items."""
 
@@ -98,6 +101,7 @@ class BaseModule(CheckedLoading, ABC):
             MisconfigurationException: If a required attribute is missing, or an attribute of the data module differs from the module's.
         """
         self._leave_steps_uncompiled()
+        refuse_unsharded(self, getattr(self.trainer, "strategy", None))
         source = getattr(self.trainer, "datamodule", None)
         for name in self.data_attributes():
             own, given = getattr(self, name), getattr(source, name, None)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -19,6 +19,7 @@ from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, Prefe
 from malleable.datamodules.identity import check_folder, write_folder
 from malleable.datamodules.negatives import NegativeSampler
 from malleable.lightning_modules.base import BaseModule, LossOutput, Split, needs_weights
+from malleable.lightning_modules.fsdp import data_parallel_mesh, shard_decoder
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.language.attention import avoid_planned_kernels
 from malleable.lightning_modules.functional.language.logps import answer_token_logps, packed_batch_logps
@@ -75,6 +76,7 @@ class LanguageModel(BaseModule):
         "language_model.scratch.max_length",
     )
     strict_loading = False
+    shards_weights = True
 
     def __init__(
         self,
@@ -160,6 +162,9 @@ class LanguageModel(BaseModule):
             self.model.requires_grad_(False).eval()
         self._base_fingerprint = fingerprint(self.model)
         check_passes(self.model, strategy, zero3, shared_prompt=bool(self.decoding.shared_prompt))
+        mesh = data_parallel_mesh(strategy)
+        if mesh is not None:
+            shard_decoder(self.model, mesh)
         self._compile()
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         log.info(
@@ -216,7 +221,7 @@ class LanguageModel(BaseModule):
     def sync_any(self) -> Callable[[bool], bool] | None:
         """Function that returns whether a flag is true on any rank; ``None`` if weights are not sharded and ranks can run independently."""
         strategy: Any = getattr(self.attached, "strategy", None)
-        sharded = getattr(strategy, "zero_stage_3", False) or isinstance(strategy, FSDPStrategy)
+        sharded = getattr(strategy, "zero_stage_3", False) or isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
         return partial(strategy.reduce_boolean_decision, all=False) if sharded else None
 
     @needs_weights

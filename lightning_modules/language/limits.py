@@ -48,7 +48,7 @@ def check_passes(model: nn.Module, strategy: Any, zero3: dict[str, Any] | None, 
         if zero3 is None:
             raise
         return
-    if not forms.padded.limit and (zero3 is not None or isinstance(strategy, FSDPStrategy)):
+    if not forms.padded.limit and (zero3 is not None or isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))):
         raise MisconfigurationException(
             forms.refusal("padded batches", "rows of equal length must be run together, which sharded weights do not allow: use DDP or ZeRO-2")
         )

@@ -1,4 +1,4 @@
-"""Self-play on two ranks is self-play on one: the same rounds, negatives and figures, under DDP and DeepSpeed."""
+"""Self-play on two ranks is self-play on one: the same rounds, negatives and figures, under DDP, DeepSpeed and FSDP2."""
 
 import json
 from pathlib import Path
@@ -46,10 +46,10 @@ def assert_same_weights(found: Path, expected: Path) -> None:
 
 @pytest.mark.ddp
 @pytest.mark.slow
-@pytest.mark.parametrize("fragment", ["ddp", "deepspeed_zero2", "deepspeed_zero3"])
+@pytest.mark.parametrize("fragment", ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
 def test_the_recipe_on_two_ranks_equals_one(tmp_path, alone, fragment):
     """The tiny recipe has no dropout, which would differ from rank to rank."""
-    strategy = [] if fragment == "ddp" else ["--trainer.strategy.class_path", "cpu_deepspeed.CPUDeepSpeedStrategy"]
+    strategy = [] if fragment in ("ddp", "fsdp2") else ["--trainer.strategy.class_path", "cpu_deepspeed.CPUDeepSpeedStrategy"]
     launch([*RECIPE, "--config", f"base/{fragment}.yaml", *QUIET, "--trainer.devices", "2", *strategy], cwd=tmp_path, timeout_s=300)
     found = tmp_path / "runs/sprec/tiny/version_0"
     assert_same_rounds(found, alone)
