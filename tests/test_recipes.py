@@ -61,7 +61,8 @@ def test_a_fragment_lies_over_any_recipe(name):
         if not isinstance(value, dict):
             assert layered["trainer"][key] == value
         elif "class_path" in value:
-            assert layered["trainer"][key]["init_args"].items() >= value["init_args"].items()
+            assert layered["trainer"][key]["class_path"].endswith(value["class_path"])
+            assert layered["trainer"][key]["init_args"].items() >= value.get("init_args", {}).items()
 
 
 @pytest.mark.parametrize("name", RECIPES)
