@@ -1,6 +1,7 @@
 """Public callbacks, read by type checkers and by ``lazy_loader``."""
 
 from .editing.alpha_edit import AlphaEdit as AlphaEdit
+from .editing.edit_evaluation import EditEvaluation as EditEvaluation
 from .editing.post_fit import PostFitEdit as PostFitEdit
 from .last_checkpoint import LastCheckpoint as LastCheckpoint
 from .line_progress import LineProgress as LineProgress

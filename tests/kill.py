@@ -46,7 +46,6 @@ from malleable import EmbeddingReport, LastCheckpoint, ReferenceCache, RunReport
 from malleable.callbacks.report.page import Section
 from malleable.checkpoints import AtomicCheckpointIO
 from malleable.datamodules.files.run_folders import find_run_checkpoint
-from malleable.lightning_modules.editing.evaluation import Protocol
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.targets import TargetSettings
 from malleable.lightning_modules.graphs.nfe import NFE
@@ -79,10 +78,10 @@ def editing(folder: Path) -> None:
     """Facts edited into a model after training."""
     facts = [post_fit_run.asked(fact) | {"true": "dog"} for fact in NEW[:3]]
     settings = EditSettings(**{**post_fit_run.SETTINGS, "targets": TargetSettings(lr=0.5, steps=10, clamp=4.0, decay=0.01), "batch_size": 2})
-    callback = post_fit_run.edit(requests=facts, settings=settings, protocol=Protocol(texts=4, writing=0, generated="off"))
+    callbacks = [post_fit_run.edit(requests=facts, settings=settings), post_fit_run.evaluation(texts=4, writing=0, generated="off")]
     module = post_fit_run.FactModule()
     module.load_state_dict(torch.load(SHARED / "learnt.pt", weights_only=True))
-    fit_and_test(folder, module, None, [callback], "val_known", "max", max_epochs=2, limit_val_batches=1, limit_test_batches=1)
+    fit_and_test(folder, module, None, callbacks, "val_known", "max", max_epochs=2, limit_val_batches=1, limit_test_batches=1)
 
 
 def patches(folder: Path) -> None:

@@ -24,7 +24,7 @@ SMALLER = {
     "alpha_edit/tiny.yaml": [
         *("--model.language_model.scratch.num_layers", "2", "--model.language_model.scratch.intermediate_size", "128", "--trainer.max_epochs", "1"),
         *("--data.shuffles", "1", "--data.source.init_args.limit", "5", "--data.source.init_args.relations", '["continent"]'),
-        *("--trainer.callbacks.protocol.writing", "20", "--trainer.callbacks.settings.layers", "[0]"),
+        *("--trainer.callbacks.EditEvaluation.protocol.writing", "20", "--trainer.callbacks.settings.layers", "[0]"),
     ],
     "baselines/movielens.yaml": [*SHOP, "--data.split", "null", "--data.batch_size", "16", "--data.global_batch_size", "16"],
     "dpo/tiny.yaml": SHOP,

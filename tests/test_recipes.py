@@ -124,7 +124,7 @@ SMALLER = {
     "alpha_edit/tiny.yaml": [
         *("--model.language_model.scratch.num_layers", "2", "--model.language_model.scratch.intermediate_size", "128", "--trainer.max_epochs", "1"),
         *("--data.shuffles", "1", "--data.source.init_args.limit", "6", "--data.source.init_args.relations", '["continent"]'),
-        *("--trainer.callbacks.protocol.writing", "20", "--trainer.callbacks.settings.layers", "[0]"),
+        *("--trainer.callbacks.EditEvaluation.protocol.writing", "20", "--trainer.callbacks.settings.layers", "[0]"),
     ],
     "dpo/tiny.yaml": ["--data.source.num_users", "40", "--trainer.check_val_every_n_epoch", "5"],
     "sft/tiny.yaml": ["--data.source.num_users", "40", "--trainer.check_val_every_n_epoch", "5"],
@@ -144,7 +144,7 @@ def test_a_tiny_recipe_trains_and_is_measured(name, tmp_path):
 
 @pytest.mark.slow
 def test_two_hundred_edits_hold_at_the_end(tmp_path):
-    main(["fit", "--config", "alpha_edit/tiny.yaml", *QUIET, "--trainer.callbacks.protocol.survival", "false"])
+    main(["fit", "--config", "alpha_edit/tiny.yaml", *QUIET, "--trainer.callbacks.EditEvaluation.protocol.survival", "false"])
     report = tmp_path / "runs/alpha_edit/tiny/version_0/report"
     figures = json.loads((report / "metrics.json").read_text())
     assert figures["before_efficacy"] <= 5

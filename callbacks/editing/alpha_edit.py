@@ -1,12 +1,10 @@
-"""AlphaEdit after training: facts in, a patch out."""
+"""AlphaEdit and its baselines as a callback: edits facts after training."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from dataclasses import fields as dataclass_fields
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,19 +12,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from malleable.callbacks.editing.edit_report import UsedDirections, edit_sections, spectrum_section, survival_section
+from malleable.callbacks.editing.edit_evaluation import patched_requests
+from malleable.callbacks.editing.edit_report import UsedDirections, spectrum_section
 from malleable.callbacks.editing.post_fit import PostFitEdit
-from malleable.callbacks.report.page import Column, Section
-from malleable.datamodules.editing.requests import EditRequest, checked, read_requests, request_of
+from malleable.callbacks.report.page import Section
+from malleable.datamodules.editing.requests import EditRequest, checked, load_requests, without_replaced
 from malleable.datamodules.language.texts import read_texts
-from malleable.lightning_modules.editing.editor import AlphaEditor, Edited
-from malleable.lightning_modules.editing.evaluation import EvaluationResult, KnownFacts, Protocol, edit_in_batches, evaluate_edits, known_requests
+from malleable.lightning_modules.editing.editor import AlphaEditor
+from malleable.lightning_modules.editing.known import KnownFacts, known_requests
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.statistics import StatisticsSettings
 from malleable.lightning_modules.editing.targets import Fact
-from malleable.lightning_modules.editing.undisturbed import undisturbed
 from malleable.lightning_modules.functional.editing.null_space import LowRank
-from malleable.lightning_modules.metrics.editing import RequestFigures
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.patch import Patch
 from malleable.lightning_modules.patches.tensors import canonical_name
@@ -36,21 +33,22 @@ log = logging.getLogger(__name__)
 
 
 class AlphaEdit(PostFitEdit):
-    """Edits facts in a trained decoder, in the null space of what its MLPs read.
+    """Edit facts in a trained decoder, in the null space of the inputs of its MLP projections.
 
-    ``test`` asks for the facts, their paraphrases and neighbours, of the model as it is and as it was before; a report shows them side by side.
+    The callback makes the edit only. Add :class:`~malleable.callbacks.editing.edit_evaluation.EditEvaluation` to measure it.
 
     Args:
-        requests: Facts: a JSONL file, a list of objects with ``prompt``, ``subject`` and ``target``; default: the data module's ``edit_requests``.
-        settings: How they are edited.
-        texts: What the model should go on saying: a list, or a file as of :func:`~malleable.datamodules.language.texts.read_texts`; default: the data
-            module's ``edit_texts``.
-        statistics: How second moments are taken over it.
-        statistics_file: Where these are kept and taken up, ``{mark}`` in it stands for the model and text they are of; default: nowhere.
-        known: Edit only what the model knows; default: all requests.
-        protocol: What is measured before and after, and between batches.
-        model: Name of the module's attribute that is the Hugging Face model.
-        start: ``best`` weights by the run's checkpoint callback, or the ``last`` ones.
+        requests: Facts to edit: a JSONL file, or a list of objects with ``prompt``, ``subject`` and ``target``. Default: ``edit_requests`` of the
+            data module.
+        settings: Method and hyper-parameters.
+        texts: Text that the edit preserves: a list, or a file as of :func:`~malleable.datamodules.language.texts.read_texts`. Default:
+            ``edit_texts`` of the data module.
+        statistics: How second moments of the text are computed.
+        statistics_file: File to store the second moments in and load them from; ``{mark}`` in its name is replaced by a hash of model, text and
+            settings. Default: none.
+        known: Edit only facts that the model knows. Default: all requests.
+        model: Name of the attribute of the LightningModule that is the Hugging Face model.
+        start: ``best`` weights by the checkpoint callback of the run, or the ``last`` ones.
 
     Source:
         Fang et al. (2025), AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, ICLR, arXiv:2410.02355.
@@ -66,7 +64,6 @@ class AlphaEdit(PostFitEdit):
         statistics: StatisticsSettings | None = None,
         statistics_file: str | None = None,
         known: KnownFacts | None = None,
-        protocol: Protocol | None = None,
         model: str = "model",
         start: Literal["best", "last"] = "best",
     ) -> None:
@@ -75,160 +72,85 @@ class AlphaEdit(PostFitEdit):
         self.statistics: StatisticsSettings = from_plain(StatisticsSettings, statistics) or StatisticsSettings()
         self.statistics_file = None if statistics_file is None else Path(statistics_file)
         self.known: KnownFacts | None = from_plain(KnownFacts, known)
-        self.protocol: Protocol = from_plain(Protocol, protocol) or Protocol()
         self.texts = texts
-        # Read at once: a wrong line should not wait for the end of training.
-        self.requests: list[EditRequest] | None = None
-        if isinstance(requests, str):
-            self.requests = read_requests(Path(requests))
-        elif requests is not None:
-            self.requests = checked([request_of(fields, number) for number, fields in enumerate(requests)], "requests")
-        self.records: list[Edited] = []
-        self.before, self.after = EvaluationResult(), EvaluationResult()
-        self._edited: list[EditRequest] = []
-        self._course: dict[str, Any] = {}
+        # Read here, so that a wrong line is found before training.
+        self.requests = load_requests(requests)
+        self._spectrum: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return also what the report says of the edit itself, which a run that is resumed after it does not repeat."""
-        return {**super().state_dict(), "course": self._course}
+        """Return also the spectrum of the last edit, which a resumed run does not compute again."""
+        return {**super().state_dict(), "spectrum": self._spectrum}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load also what the report says of the edit itself."""
+        """Load also the spectrum of the last edit."""
         super().load_state_dict(state_dict)
-        self._course = dict(state_dict.get("course", {}))
+        self._spectrum = dict(state_dict["spectrum"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find requests, text and tokenizer, and whether the model can be edited at all, before any long work."""
+        """Check requests, text, tokenizer and model before training."""
         requests = self._requests(trainer)
         if self.settings.needs_text:
             self._texts(trainer)
-        AlphaEditor(self._model(pl_module), self._tokenizer(trainer, pl_module), self.settings).check([Fact.of(request) for request in requests])
+        AlphaEditor(self.find_model(pl_module), self.find_tokenizer(trainer, pl_module), self.settings).check(list(map(Fact.of, requests)))
 
-    def asked(self, trainer: Trainer) -> Any:
-        """The requests."""
-        return [_plain(request) for request in self._requests(trainer)]
+    def identity(self, trainer: Trainer) -> Any:
+        """Return the requests."""
+        return [_without_references(request) for request in self._requests(trainer)]
+
+    def select_requests(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Sequence[EditRequest]:
+        """Return the requests, or those that the model knows if ``known`` is set."""
+        requests = self._requests(trainer)
+        if self.known is None:
+            return requests
+        found = known_requests(model, self.find_tokenizer(trainer, pl_module), requests, self.known)
+        log.info("%s of %s requests are edited: facts that the model knows", len(found), len(requests))
+        return found
 
     def make_patch(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Patch:
-        """Edit, turn the updates into deltas, and take the edits back."""
-        tokenizer, measured = self._tokenizer(trainer, pl_module), self._measured(trainer)
-        editor = AlphaEditor(model, tokenizer, self.settings)
-        requests = self._requests(trainer)
-        if self.known is not None:
-            with undisturbed(model):
-                requests, asked = known_requests(model, editor.reader, requests, self.known), requests
-            log.info("%s of %s requests are edited: facts that the model knows", len(requests), len(asked))
-        self._edited = requests
-        if self.settings.needs_text:
-            # Of the model before all patches: what was taken for the first one is taken up for the next.
-            with self.originals(model):
-                editor.fit_statistics(self._texts(trainer), self.statistics, self.statistics_file)
-        if self.settings.remember:
-            editor.remember([Fact.of(request) for request in _unasked(self._patched(), requests)])
-        self.before = evaluate_edits(model, tokenizer, requests, measured, self.protocol)
+        """Edit the selected requests in batches, and return the changes of the weights as a patch."""
+        editor = AlphaEditor(model, self.find_tokenizer(trainer, pl_module), self.settings)
+        self._prepare(trainer, editor)
+        evaluation = self.find_evaluation(trainer)
+        requests, size = self.selected, self.settings.batch_size
         try:
-            self.records, survival = edit_in_batches(editor, requests, self.protocol)
-            self.after = evaluate_edits(model, tokenizer, requests, measured, self.protocol)
-            deltas = {self._name(editor, layer): self._delta(editor, layer) for layer in editor.layers}
-            drift = editor.drift()
+            for start in range(0, len(requests), size):
+                editor.edit(list(map(Fact.of, requests[start : start + size])))
+                if evaluation is not None:
+                    evaluation.after_batch(trainer, pl_module, requests[: start + size], size)
+            deltas = {_tensor_name(editor, layer): _delta(editor, layer) for layer in editor.layers}
+            records, drift = editor.records, editor.drift()
         finally:
             editor.revert()
-        if drift:
-            self.after.figures["drift"] = sum(drift.values()) / len(drift)
-        self._course = {
-            "survival": survival,
-            "directions": _directions(editor),
-            "rule": _rule(self.settings),
-            "drift": self.after.figures.get("drift"),
-        }
-        settings = {**asdict(self.settings), "layers": list(editor.layers), "contexts_drawn": editor.contexts}
-        about = [{**_plain(request), "outcome": self._outcome(number)} for number, request in enumerate(requests)]
-        title = f"{len(requests)} facts, {self.settings.method}, layers {editor.layers[0]} to {editor.layers[-1]}"
-        figures = {"before": self.before.figures, "after": self.after.figures}
-        return self.patch(model, deltas, title=title, requests=about, settings=settings, figures=figures)
+        self._spectrum = {"rule": _rule(self.settings), "directions": _directions(editor)}
+        outcomes = [{name: value for name, value in record._asdict().items() if name != "fact"} for record in records]
+        return self.patch(
+            model,
+            deltas,
+            title=f"{len(requests)} facts, {self.settings.method}, layers {editor.layers[0]} to {editor.layers[-1]}",
+            requests=[{**_without_references(request), "outcome": outcome} for request, outcome in zip(requests, outcomes, strict=True)],
+            settings={**asdict(self.settings), "layers": list(editor.layers), "contexts_drawn": editor.contexts},
+            figures={"after": {"drift": sum(drift.values()) / len(drift)}} if drift else {},
+        )
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the protocol on the requests of the patches, or on those given, as the model is and as it was before the patches."""
-        patched = self._patched()
-        given = self.requests is not None or hasattr(getattr(trainer, "datamodule", None), "edit_requests")
-        if not patched and not given:
-            return
-        references = {request.question: request.references for request in self._requests(trainer)} if given else {}
-        requests = [replace(request, references=references.get(request.question, ())) for request in patched] or self._requests(trainer)
-        model, tokenizer, measured = self._model(pl_module), self._tokenizer(trainer, pl_module), self._measured(trainer)
-        own = tuple(self.applied) == self.stack.ids
-        known = self._edited == requests and own
-        drift = self._course.get("drift") if known or (own and len(self.stack.ids) == 1) else None
-        self.after = evaluate_edits(model, tokenizer, requests, measured, self.protocol)
-        if not patched:
-            self.before = EvaluationResult()
-        elif not known or not self.before.requests:
-            with self.originals(model):
-                self.before = evaluate_edits(model, tokenizer, requests, measured, self.protocol)
-        if drift is not None:
-            self.after.figures["drift"] = drift
-        self._edited = requests
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the figures of the model as it is, and the growth of perplexity."""
-        figures = {f"test_{name}": value for name, value in self.after.figures.items() if name != "perplexity"}
-        if "perplexity" in self.before.figures:
-            figures["test_perplexity_ratio"] = self.after.figures["perplexity"] / self.before.figures["perplexity"]
-        pl_module.log_dict(figures, rank_zero_only=False)
-
-    def report_columns(self) -> list[Column]:
-        """What the model was like before."""
-        return [Column("before the edit", "before", self.before.figures)] if self.before.figures else []
-
-    def report_rows(self) -> dict[str, list[float]]:
-        """Return the figures of each request, in percent."""
-        figures = self.after.requests
-        return {name: [100 * getattr(own, name) for own in figures] for name in RequestFigures._fields} if figures else {}
+    def _prepare(self, trainer: Trainer, editor: AlphaEditor) -> None:
+        """Compute the second moments of the text, and read the keys of facts that earlier patches edited."""
+        if self.settings.needs_text:
+            # Of the model without patches, so that a file of second moments serves all edits of a model.
+            with self.originals(editor.model):
+                editor.fit_statistics(self._texts(trainer), self.statistics, self.statistics_file)
+        if self.settings.remember:
+            editor.remember(list(map(Fact.of, without_replaced(patched_requests(self.stack.patches), self.selected))))
 
     def report_sections(self) -> list[Section]:
-        """Facts before and after, and of an edit made by this callback the survival of edits and the spectrum."""
-        sections = edit_sections(self._edited, self.before, self.after)
-        if self._course and next(reversed(self.applied), None) in self.stack.ids:
-            directions = {layer: UsedDirections(*found) for layer, found in self._course["directions"].items()}
-            sections += [*survival_section(self._course["survival"]), *spectrum_section(directions, self._course["rule"])]
-        return sections
-
-    def _patched(self) -> list[EditRequest]:
-        """The requests of all patches, but those that a later patch answered anew."""
-        standing: list[EditRequest] = []
-        for patch in self.stack.patches:
-            if patch.kind == self.kind:
-                requests = [_request(plain, number) for number, plain in enumerate(patch.requests)]
-                standing = [*_unasked(standing, requests), *requests]
-        return standing
-
-    def _name(self, editor: AlphaEditor, layer: int) -> str:
-        weight = editor.projections[layer].weight
-        return next(canonical_name(name) for name, parameter in editor.model.named_parameters() if parameter is weight)
-
-    def _outcome(self, number: int) -> dict[str, Any]:
-        """What became of a request, for the patch."""
-        outcome: dict[str, Any] = {name: value for name, value in self.records[number]._asdict().items() if name != "fact"}
-        for when, findings in (("before", self.before), ("after", self.after)):
-            shares = {name: value for name, value in findings.requests[number]._asdict().items() if not math.isnan(value)}
-            outcome[when] = {**shares, **({"says": findings.answers[number]} if number < len(findings.answers) else {})}
-        return outcome
-
-    def _delta(self, editor: AlphaEditor, layer: int) -> Delta:
-        projection = editor.projections[layer]
-        if self.settings.method == "fine_tune":
-            return Delta(editor.change(layer))
-        update = editor.update(layer)
-        rank, (rows, columns) = update.up.shape[1], projection.weight.shape
-        if rank * (rows + columns) >= rows * columns:
-            return Delta(projection.oriented(update.dense()))
-        if projection.transposed:
-            update = LowRank(update.down.T, update.up.T)
-        return Delta(update.up, update.down)
+        """Return the spectrum of the second moments, if the last patch of this callback is applied."""
+        if not self._spectrum or next(reversed(self.applied), None) not in self.stack.ids:
+            return []
+        directions = {layer: UsedDirections(*found) for layer, found in self._spectrum["directions"].items()}
+        return spectrum_section(directions, self._spectrum["rule"])
 
     def _requests(self, trainer: Trainer) -> list[EditRequest]:
         if self.requests is None:
-            found: Sequence[EditRequest] = _of_data(trainer, "edit_requests", "requests=... (a JSONL file or a list)")
-            self.requests = checked(found, "the data module")
+            self.requests = checked(_of_data(trainer, "edit_requests", "requests=... (a JSONL file or a list)"), "the data module")
         return self.requests
 
     def _texts(self, trainer: Trainer) -> list[str]:
@@ -237,20 +159,8 @@ class AlphaEdit(PostFitEdit):
         if isinstance(self.texts, str):
             self.texts = read_texts(Path(self.texts))
         if not self.texts:
-            raise MisconfigurationException("AlphaEdit has no text to learn from what the model should go on saying; give some with texts=...")
+            raise MisconfigurationException("AlphaEdit needs text that the edit preserves, got none; give some with texts=...")
         return self.texts
-
-    def _measured(self, trainer: Trainer) -> list[str]:
-        """Texts whose perplexity is measured: the data module's, or the first of those given."""
-        held = getattr(getattr(trainer, "datamodule", None), "measured_texts", None)
-        return list(held) if held else self._texts(trainer) if self.texts is not None else []
-
-    def _tokenizer(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        for owner in (pl_module, getattr(trainer, "datamodule", None)):
-            tokenizer = getattr(owner, "tokenizer", None)
-            if tokenizer is not None and not isinstance(tokenizer, str):
-                return tokenizer
-        raise MisconfigurationException("AlphaEdit needs the model's tokenizer: give the module or the data module an attribute `tokenizer`")
 
 
 def _of_data(trainer: Trainer, name: str, instead: str) -> Any:
@@ -260,20 +170,28 @@ def _of_data(trainer: Trainer, name: str, instead: str) -> Any:
     return found
 
 
-def _plain(request: EditRequest) -> dict[str, Any]:
-    """A request for the patch, without the texts of its references, which may be many times all else."""
+def _without_references(request: EditRequest) -> dict[str, Any]:
+    """Return a request as plain data, without the reference texts, which may be many times as long as the rest."""
     return {name: value for name, value in request.as_plain().items() if name != "references"}
 
 
-def _request(plain: Mapping[str, Any], number: int) -> EditRequest:
-    """A request as a patch holds it."""
-    return request_of({field.name: plain[field.name] for field in dataclass_fields(EditRequest) if field.name in plain}, number)
+def _tensor_name(editor: AlphaEditor, layer: int) -> str:
+    weight = editor.projections[layer].weight
+    return next(canonical_name(name) for name, parameter in editor.model.named_parameters() if parameter is weight)
 
 
-def _unasked(earlier: Sequence[EditRequest], later: Sequence[EditRequest]) -> list[EditRequest]:
-    """Earlier requests whose questions are not answered anew."""
-    anew = {request.question for request in later}
-    return [request for request in earlier if request.question not in anew]
+def _delta(editor: AlphaEditor, layer: int) -> Delta:
+    """Return the change of a layer, of low rank if that takes less memory."""
+    projection = editor.projections[layer]
+    if editor.settings.method == "fine_tune":
+        return Delta(editor.change(layer))
+    update = editor.update(layer)
+    rank, (rows, columns) = update.up.shape[1], projection.weight.shape
+    if rank * (rows + columns) >= rows * columns:
+        return Delta(projection.oriented(update.dense()))
+    if projection.transposed:
+        update = LowRank(update.down.T, update.up.T)
+    return Delta(update.up, update.down)
 
 
 def _directions(editor: AlphaEditor) -> dict[int, list[Any]]:

@@ -50,6 +50,7 @@ CALLBACKS = {
     "SelfPlayLoop": "alternates the phases of SPRec",
     "ReferenceCache": "computes the reference log-probabilities of DPO once",
     "AlphaEdit": "edits facts after training",
+    "EditEvaluation": "measures edits, before and after",
     "RunReport": "writes the report of a run",
     "Baselines": "adds counting baselines to the report",
     "ExposureReport": "adds what is recommended how often to the report",

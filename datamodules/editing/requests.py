@@ -176,6 +176,29 @@ def read_requests(path: Path) -> list[EditRequest]:
     return checked(requests, str(path))
 
 
+def load_requests(given: str | Sequence[Mapping[str, Any]] | None) -> list[EditRequest] | None:
+    """Read requests from a file name or from plain data; ``None`` passes through.
+
+    Args:
+        given: Name of a file for :func:`read_requests`, or objects for :func:`request_of`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a request is wrong.
+    """
+    if given is None:
+        return None
+    if isinstance(given, str):
+        return read_requests(Path(given))
+    return checked([request_of(fields, number) for number, fields in enumerate(given)], "requests")
+
+
+def without_replaced(earlier: Sequence[EditRequest], later: Sequence[EditRequest]) -> list[EditRequest]:
+    """Return the earlier requests whose prompt and subject no later request has."""
+    replaced = {request.question for request in later}
+    return [request for request in earlier if request.question not in replaced]
+
+
 def checked(requests: Sequence[EditRequest], source: str) -> list[EditRequest]:
     """Check that requests can hold together.
 

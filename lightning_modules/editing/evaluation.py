@@ -1,4 +1,4 @@
-"""Evaluation of edits: before, after and between batches; selection of facts that a model knows."""
+"""Evaluation of a model on edit requests, and of earlier edits after later ones."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest
-from malleable.lightning_modules.editing.answers import measure, measure_generated, measure_writing, perplexity, say, take_answers
-from malleable.lightning_modules.editing.editor import AlphaEditor, Edited
+from malleable.lightning_modules.editing.answers import measure, measure_generated, measure_writing, perplexity, say
 from malleable.lightning_modules.editing.prompts import Reader
-from malleable.lightning_modules.editing.targets import Fact
 from malleable.lightning_modules.editing.undisturbed import undisturbed
 from malleable.lightning_modules.metrics.editing import EditingMetrics, EditSurvival, RequestFigures
 
@@ -113,82 +112,41 @@ def _answered(
     return [*free, *rows[len(free) :]], answers
 
 
-def edit_in_batches(editor: AlphaEditor, requests: Sequence[EditRequest], protocol: Protocol) -> tuple[list[Edited], dict[str, Any]]:
-    """Edit in batches, and measure the efficacy of all facts edited so far after each batch.
+class SurvivalEvaluation:
+    """Efficacy of all facts edited so far, after each batch of an edit.
 
     Args:
-        editor: Editor of the model.
-        requests: Edit requests.
-        protocol: Settings of the evaluation; ``survival`` turns the measurement between batches on.
-
-    Returns:
-        The edit result of each request, and ``edits``, ``matrix`` and ``curve`` (see
-        :class:`~malleable.lightning_modules.metrics.editing.EditSurvival`); an empty dictionary without ``survival``.
-    """
-    size = editor.settings.batch_size
-    facts = [Fact.of(request) for request in requests]
-    if not protocol.survival:
-        return editor.edit(facts), {}
-    batch = torch.arange(len(facts)) // size
-    survival = EditSurvival(int(batch[-1]) + 1, sync_on_compute=False)
-    bare = [replace(request, paraphrases=(), neighbors=()) for request in requests]
-    records: list[Edited] = []
-    for number in range(survival.num_batches):
-        records += editor.edit(facts[number * size : (number + 1) * size])
-        done = len(records)
-        with undisturbed(editor.model):
-            rows = measure(editor.model, editor.reader, bare[:done], protocol.max_rows)
-        survival.update(number, batch[:done], torch.tensor([row.efficacy for row in rows]))
-    found = survival.compute()
-    edits = [min((number + 1) * size, len(facts)) for number in range(survival.num_batches)]
-    return records, {"edits": edits, "matrix": found["matrix"].tolist(), "curve": found["curve"].tolist()}
-
-
-@dataclass
-class KnownFacts:
-    """Settings for the selection of facts that a model knows.
-
-    Attributes:
-        min_neighbors: Minimum number of neighbours that the model answers correctly; other neighbours are dropped.
-        limit: Maximum number of requests; the first ones are kept.
+        batch_size: Requests of a batch.
+        max_rows: Rows of a forward pass.
     """
 
-    min_neighbors: int = 0
-    limit: int | None = None
+    def __init__(self, batch_size: int, max_rows: int = 64) -> None:
+        self.batch_size, self.max_rows = batch_size, max_rows
+        self._efficacy: list[Tensor] = []
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.min_neighbors < 0 or (self.limit is not None and self.limit < 1):
-            raise ValueError(f"known.min_neighbors must be >= 0 and known.limit >= 1, got {self.min_neighbors} and {self.limit}")
+    def update(self, model: Any, tokenizer: Any, edited: Sequence[EditRequest]) -> None:
+        """Measure a model after a batch. In a distributed run every rank must call this method.
 
+        Args:
+            model: Hugging Face decoder.
+            tokenizer: Its fast tokenizer.
+            edited: Requests edited so far, in order.
+        """
+        bare = [replace(request, paraphrases=(), neighbors=()) for request in edited]
+        with undisturbed(model):
+            rows = measure(model, Reader(tokenizer), bare, self.max_rows)
+        self._efficacy.append(torch.tensor([row.efficacy for row in rows]))
 
-def known_requests(model: Any, reader: Reader, requests: Sequence[EditRequest], settings: KnownFacts) -> list[EditRequest]:
-    """Select the requests whose true answer the model gives exactly, and of each request such neighbours.
+    def compute(self) -> dict[str, Any]:
+        """Return the results as plain data.
 
-    Args:
-        model: Model in evaluation mode, before the edit.
-        reader: Tokenizes prompts.
-        requests: Edit requests; those without a true answer are dropped.
-        settings: Settings of the selection.
-
-    Raises:
-        ValueError: If no request is left.
-    """
-    candidates = [request for request in requests if request.true is not None]
-    questions = [(request.prompt.replace(PLACEHOLDER, request.subject), str(request.true)) for request in candidates]
-    exact = take_answers(model, reader, questions).exact.tolist() if questions else []
-    known = [request for request, right in zip(candidates, exact, strict=True) if right]
-    probes = list(dict.fromkeys(probe for request in known for probe in request.neighbors))
-    right = take_answers(model, reader, [(probe.prompt, probe.answer) for probe in probes]).exact.tolist() if probes else []
-    known_probes = {probe for probe, own in zip(probes, right, strict=True) if own}
-    chosen = []
-    for request in known:
-        neighbors = tuple(probe for probe in request.neighbors if probe in known_probes)
-        if len(neighbors) >= settings.min_neighbors:
-            chosen.append(replace(request, neighbors=neighbors))
-    if not chosen:
-        raise ValueError(
-            f"the model gives the old answer of {len(known)} of {len(requests)} requests, and none of these has {settings.min_neighbors} neighbours "
-            "that it knows: there is no known fact to edit; lower known.min_neighbors, or take other facts"
-        )
-    return chosen[: settings.limit]
+        Returns:
+            ``edits``: number of facts edited so far after each batch; ``matrix`` and ``curve`` of
+            :class:`~malleable.lightning_modules.metrics.editing.EditSurvival`.
+        """
+        survival = EditSurvival(len(self._efficacy), sync_on_compute=False)
+        for number, efficacy in enumerate(self._efficacy):
+            survival.update(number, torch.arange(len(efficacy)) // self.batch_size, efficacy)
+        found = survival.compute()
+        edits = [len(efficacy) for efficacy in self._efficacy]
+        return {"edits": edits, "matrix": found["matrix"].tolist(), "curve": found["curve"].tolist()}

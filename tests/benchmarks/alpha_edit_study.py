@@ -33,11 +33,12 @@ from malleable.datamodules.files.fetch import resolve_model
 from malleable.datamodules.sources.editing.countries import Countries
 from malleable.datamodules.sources.editing.texts import WordNetGlosses
 from malleable.lightning_modules.editing.editor import AlphaEditor
-from malleable.lightning_modules.editing.evaluation import KnownFacts, Protocol, edit_in_batches, evaluate_edits, known_requests
+from malleable.lightning_modules.editing.evaluation import Protocol, evaluate_edits
 from malleable.lightning_modules.editing.fine_tune import FineTuneSettings
+from malleable.lightning_modules.editing.known import KnownFacts, known_requests
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
-from malleable.lightning_modules.editing.targets import TargetSettings
+from malleable.lightning_modules.editing.targets import Fact, TargetSettings
 from malleable.lightning_modules.editing.undisturbed import undisturbed
 from malleable.lightning_modules.functional.editing.null_space import SecondMoment, Threshold
 
@@ -147,12 +148,12 @@ class Bench:
                 # General text is the same for every seed.
                 self.moments |= {seed: found} if self.texts is None else dict.fromkeys((*SEEDS, TUNING_SEED), found)
             editor.use_moments(self.moments[seed])
-        protocol = Protocol(texts=40, writing=0, survival=False, answers=0)
+        protocol = Protocol(texts=40, writing=0, answers=0)
         if seed not in self.before:
             self.before[seed] = evaluate_edits(self.model, data.tokenizer, requests, data.measured_texts, protocol).figures["perplexity"]
         start = time.perf_counter()
         try:
-            edit_in_batches(editor, requests, protocol)
+            editor.edit(list(map(Fact.of, requests)))
             after = evaluate_edits(self.model, data.tokenizer, requests, data.measured_texts, protocol).figures
         finally:
             editor.revert()
@@ -162,10 +163,7 @@ class Bench:
 
     def known(self, data: EditingDataModule, number: int, seed: int) -> list[EditRequest]:
         """Facts that the model knows, in the order of the seed."""
-        from malleable.lightning_modules.editing.prompts import Reader
-
-        with undisturbed(self.model):
-            return known_requests(self.model, Reader(data.tokenizer), data.edit_requests, KnownFacts(min_neighbors=3, limit=number))
+        return known_requests(self.model, data.tokenizer, data.edit_requests, KnownFacts(min_neighbors=3, limit=number))
 
 
 def worth(figures: dict[str, float]) -> float:

@@ -14,7 +14,7 @@ from small_editing import decoder, tokenizer
 from small_facts import KNOWN, NEW, OTHERS, SETTINGS, TEXTS, also, learnt_decoder, lesson_loss, lessons, share
 from torch.utils.data import DataLoader
 
-from malleable import AlphaEdit, PostFitEdit
+from malleable import AlphaEdit, EditEvaluation, PostFitEdit
 from malleable.lightning_modules.editing.evaluation import Protocol
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.targets import Fact, TargetSettings
@@ -73,11 +73,16 @@ def asked(fact: Fact) -> dict[str, Any]:
 
 
 def edit(**changed: Any) -> AlphaEdit:
-    """Make the callback."""
+    """Make the callback that edits."""
     return AlphaEdit(**{"requests": [asked(fact) for fact in NEW], "settings": EditSettings(**SETTINGS), "texts": TEXTS, **changed})
 
 
-def trainer_of(folder: Path, *edits: PostFitEdit, **options: Any) -> Trainer:
+def evaluation(**protocol: Any) -> EditEvaluation:
+    """Make the callback that measures edits."""
+    return EditEvaluation(Protocol(**protocol), texts=TEXTS)
+
+
+def trainer_of(folder: Path, *edits: PostFitEdit | EditEvaluation, **options: Any) -> Trainer:
     """Make a Trainer that keeps the best epoch."""
     keep = ModelCheckpoint(monitor="val_known", mode="max")
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "num_sanity_val_steps": 0}
@@ -89,19 +94,19 @@ def main(folder: Path, ranks: int, how: str) -> None:
     more = {"paraphrases": ["because I know"], "generation_prompts": ["I know", "the dog"], "references": ["the dog saw the house"]}
     facts = [{**asked(fact), "true": "dog", "neighbors": [{"prompt": "the capital of Lima", "answer": "sad"}], **more} for fact in NEW[:3]]
     settings = EditSettings(**{**SETTINGS, "targets": TargetSettings(lr=0.5, steps=10, clamp=4.0, decay=0.01), "batch_size": 2})
-    module, callback = FactModule(), edit(requests=facts, settings=settings, protocol=Protocol(texts=7, writing=8, generated_tokens=4))
+    module, callback, measured = FactModule(), edit(requests=facts, settings=settings), evaluation(texts=7, writing=8, generated_tokens=4)
     module.load_state_dict(torch.load(folder / "learnt.pt", weights_only=True))
     options: dict[str, Any] = {"limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1}
     if how == "frozen":
         module.model.requires_grad_(False)
         module.configure_optimizers = lambda: None  # type: ignore[method-assign]
         options["max_steps"] = 0
-    trainer = trainer_of(folder, callback, devices=ranks, strategy="ddp" if ranks > 1 else "auto", **options)
+    trainer = trainer_of(folder, callback, measured, devices=ranks, strategy="ddp" if ranks > 1 else "auto", **options)
     trainer.fit(module)
     (figures,) = trainer.test(module, verbose=False)
     weights = {name: parameter.detach().double().sum().item() for name, parameter in module.model.named_parameters()}
-    said = callback.after.answers, callback.before.answers, callback.after.requests, callback.before.requests
-    found = {"id": callback.stack.ids[0], "figures": figures, "before": callback.before.figures, "weights": weights, "said": said}
+    answers = measured.after.answers, measured.before.answers, measured.after.requests, measured.before.requests
+    found = {"id": callback.stack.ids[0], "figures": figures, "before": measured.before.figures, "weights": weights, "answers": answers}
     (folder / f"{trainer.global_rank}.json").write_text(json.dumps(found))
 
 

@@ -1,4 +1,4 @@
-"""What the callback measures and shows: before and after, batch by batch, of facts that the model knows."""
+"""AlphaEdit with its evaluation: before and after, batch by batch, of facts that the model knows."""
 
 import copy
 import json
@@ -9,14 +9,15 @@ import torch
 from launch import launch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins import MixedPrecision
-from post_fit_run import FactModule, edit, trainer_of
+from post_fit_run import FactModule, edit, evaluation, trainer_of
 from small_facts import KNOWN, NEW, OTHERS, PARAPHRASE, SETTINGS, TEXTS
 
-from malleable import AlphaEdit, RunReport
-from malleable.callbacks.editing import alpha_edit
+from malleable import EditEvaluation, RunReport
+from malleable.callbacks.editing import edit_evaluation
 from malleable.callbacks.editing.edit_report import UsedDirections, edit_sections, spectrum_section, survival_section
 from malleable.callbacks.report.figures import save_figure
-from malleable.lightning_modules.editing.evaluation import KnownFacts, Protocol, evaluate_edits
+from malleable.lightning_modules.editing.evaluation import evaluate_edits
+from malleable.lightning_modules.editing.known import KnownFacts
 from malleable.lightning_modules.editing.settings import EditSettings
 
 TRUE = {fact.subject: fact.target for fact in KNOWN}
@@ -36,6 +37,7 @@ def asked(fact, number, neighbors=2):
 
 REQUESTS = [asked(fact, number) for number, fact in enumerate(NEW)]
 BATCHES = {"settings": EditSettings(**{**SETTINGS, "batch_size": 2}), "requests": REQUESTS}
+LITTLE = {"survival": False, "answers": 0, "texts": 0}
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +51,24 @@ def learnt():
 def run(learnt, tmp_path_factory):
     """Fit, edit in batches, and test, with a report."""
     folder = tmp_path_factory.mktemp("run")
-    callback = edit(**BATCHES)
-    trainer = trainer_of(folder, callback)
+    callback, measured = edit(**BATCHES), evaluation()
+    trainer = trainer_of(folder, measured, callback)
     trainer.callbacks.append(RunReport(str(folder / "report")))
     module = copy.deepcopy(learnt)
     trainer.fit(module)
     (figures,) = trainer.test(module, verbose=False)
-    return folder, trainer, callback, figures
+    return folder, trainer, callback, figures, measured
 
 
 def test_the_test_runs_the_protocol_before_and_after(run):
-    _, trainer, callback, figures = run
+    _, trainer, _, figures, measured = run
     assert figures["test_efficacy"] == figures["test_efficacy_exact"] == 100
     assert figures["test_specificity"] == 100
     assert figures["test_generalization"] >= 50
     assert figures["test_new"] == 1
-    assert callback.before.figures["efficacy"] == 0
-    assert callback.before.figures["specificity_exact"] == 100
-    assert figures["test_perplexity_ratio"] == pytest.approx(callback.after.figures["perplexity"] / callback.before.figures["perplexity"])
+    assert measured.before.figures["efficacy"] == 0
+    assert measured.before.figures["specificity_exact"] == 100
+    assert figures["test_perplexity_ratio"] == pytest.approx(measured.after.figures["perplexity"] / measured.before.figures["perplexity"])
     # The tested weights are the edited ones, to the bit, after the originals had been put in their place.
     stored = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
     own = trainer.lightning_module.state_dict()
@@ -93,32 +95,59 @@ def test_the_report_shows_facts_survival_and_spectrum(run):
     assert metrics["before_efficacy"] == 0
 
 
-def test_the_patch_keeps_what_each_fact_was_and_became(run):
+def test_the_patch_stores_the_results_of_each_request(run):
     (patch,) = run[2].stack.patches
+    assert patch.figures["before"] == pytest.approx(run[4].before.figures)
+    assert patch.figures["after"] == pytest.approx(run[4].after.figures), "those of the test"
+    assert patch.figures["after"]["drift"] == pytest.approx(run[3]["test_drift"])
     for request in patch.requests:
         before, after = request["outcome"]["before"], request["outcome"]["after"]
         assert before["efficacy"] == 0
         assert after["efficacy_exact"] == 1
-        assert before["says"].startswith(request["true"])
-        assert after["says"].startswith(request["target"])
+        assert before["answer"].startswith(request["true"])
+        assert after["answer"].startswith(request["target"])
         assert all(not isinstance(value, float) or math.isfinite(value) for value in after.values())
 
 
 def test_what_is_measured_does_not_name_the_patch(run, learnt, tmp_path):
-    callback = edit(**BATCHES, protocol={"survival": False, "answers": 0, "texts": 0})
-    trainer_of(tmp_path, callback).fit(copy.deepcopy(learnt))
+    callback = edit(**BATCHES)
+    trainer_of(tmp_path, callback, evaluation(**LITTLE)).fit(copy.deepcopy(learnt))
     assert callback.applied == run[2].applied
+
+
+def test_an_edit_without_evaluation_is_the_same_edit(run, learnt, tmp_path):
+    callback = edit(**BATCHES)
+    trainer = trainer_of(tmp_path, callback)
+    trainer.fit(copy.deepcopy(learnt))
+    (figures,) = trainer.test(verbose=False)
+    (patch,) = callback.stack.patches
+    assert callback.applied == run[2].applied
+    assert patch.figures.keys() == {"after"}
+    assert patch.figures["after"].keys() == {"drift"}
+    assert figures.keys() == {"test_new", "test_others"}
+
+
+def test_the_order_of_the_callbacks_does_not_matter(run, learnt, tmp_path):
+    measured = evaluation()
+    trainer, module = trainer_of(tmp_path, edit(**BATCHES), measured), copy.deepcopy(learnt)
+    trainer.fit(module)
+    (figures,) = trainer.test(module, verbose=False)
+    assert figures == run[3]
+    assert measured.before.figures == run[4].before.figures
+    one, other = (callback.stack.patches[0] for callback in (measured, run[4]))
+    assert (one.figures, one.requests) == (other.figures, other.requests)
+    assert [section.title for section in measured.report_sections()] == ["Facts before and after", "Survival of edits"]
 
 
 def test_references_stay_out_of_the_patch_and_count_in_the_test(learnt, tmp_path):
     told = {"generation_prompts": ["the capital of"], "references": ["the capital of Peru park park"]}
-    callback = edit(requests=[{**request, **told} for request in REQUESTS], protocol={"writing": 12})
-    trainer = trainer_of(tmp_path, callback)
+    callback, measured = edit(requests=[{**request, **told} for request in REQUESTS]), evaluation(writing=12)
+    trainer = trainer_of(tmp_path, callback, measured)
     module = copy.deepcopy(learnt)
     trainer.fit(module)
     (patch,) = callback.stack.patches
     assert not any("references" in request for request in patch.requests)
-    after = dict(callback.after.figures)
+    after = dict(measured.after.figures)
     assert after.keys() >= {"fluency", "consistency"}
     (figures,) = trainer.test(module, verbose=False)
     assert figures["test_consistency"] == pytest.approx(after["consistency"], rel=1e-4)
@@ -162,12 +191,13 @@ class SilentTokenizer:
         ({"settings": {"method": "AlphaEdit"}}, "method must be one of alpha_edit, memit, ridge, fine_tune, got 'AlphaEdit'"),
         ({"settings": {"threshold": {"mode": "relative"}}}, r"threshold\.mode must be one of absolute, .*got 'relative'"),
         ({"settings": {"fact_token": "subject-last"}}, "fact_token must be one of subject_last, .*got 'subject-last'"),
-        ({"protocol": {"max_rows": 0}}, r"protocol\.max_rows must be >= 1, got 0"),
     ],
 )
 def test_wrong_words_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         edit(**options)
+    with pytest.raises(ValueError, match=r"protocol\.max_rows must be >= 1, got 0"):
+        EditEvaluation({"max_rows": 0})
 
 
 def test_a_tokenizer_made_in_setup_will_do(learnt, tmp_path):
@@ -175,37 +205,43 @@ def test_a_tokenizer_made_in_setup_will_do(learnt, tmp_path):
     tokenizer = module.tokenizer
     del module.tokenizer
     module.setup = lambda stage: setattr(module, "tokenizer", tokenizer)
-    callback = edit(**BATCHES, protocol={"survival": False, "answers": 0, "texts": 0})
-    trainer_of(tmp_path, callback).fit(module)
+    callback = edit(**BATCHES)
+    trainer_of(tmp_path, callback, evaluation(**LITTLE)).fit(module)
     assert callback.applied
 
 
-def test_a_test_of_its_own_asks_what_the_patch_was_asked(run, tmp_path):
-    _, trainer, _, figures = run
-    callback, module = AlphaEdit(texts=TEXTS), FactModule()
-    (again,) = trainer_of(tmp_path, callback).test(module, ckpt_path=trainer.checkpoint_callback.best_model_path, weights_only=True, verbose=False)
-    assert again == pytest.approx(figures)
-    assert [section.title for section in callback.report_sections()] == ["Facts before and after", "Survival of edits", "Second moments of keys"]
-    assert callback.before.figures["efficacy"] == 0
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_test_of_a_checkpoint_measures_the_requests_of_its_patches(run, tmp_path, alone):
+    _, trainer, _, figures, _ = run
+    callback, measured, module = edit(requests=None), evaluation(), FactModule()
+    tested = trainer_of(tmp_path, *([measured] if alone else [callback, measured]))
+    (again,) = tested.test(module, ckpt_path=trainer.checkpoint_callback.best_model_path, weights_only=True, verbose=False)
+    assert again == figures
+    assert [section.title for section in measured.report_sections()] == ["Facts before and after", "Survival of edits"]
+    assert [section.title for section in callback.report_sections()] == ([] if alone else ["Second moments of keys"])
+    assert measured.before.figures["efficacy"] == 0
 
 
-def test_a_test_after_the_fit_asks_the_originals_no_second_time(learnt, tmp_path, monkeypatch):
-    callback = edit(**BATCHES, protocol={"survival": False, "texts": 0})
-    trainer, module = trainer_of(tmp_path, callback), copy.deepcopy(learnt)
+def test_a_test_after_the_fit_does_not_evaluate_the_originals_again(learnt, tmp_path, monkeypatch):
+    measured = evaluation(survival=False, texts=0)
+    trainer, module = trainer_of(tmp_path, edit(**BATCHES), measured), copy.deepcopy(learnt)
     trainer.fit(module)
-    before, asked = callback.before, []
-    monkeypatch.setattr(alpha_edit, "evaluate_edits", lambda *arguments: asked.append(1) or evaluate_edits(*arguments))
+    before, calls = measured.before, []
+    monkeypatch.setattr(edit_evaluation, "evaluate_edits", lambda *arguments: calls.append(1) or evaluate_edits(*arguments))
     trainer.test(module, verbose=False)
-    assert len(asked) == 1
-    assert callback.before is before
+    assert len(calls) == 1
+    assert measured.before is before
 
 
-def test_a_model_that_was_not_edited_is_asked_once(learnt, tmp_path):
-    callback = edit(**BATCHES)
-    (figures,) = trainer_of(tmp_path, callback).test(copy.deepcopy(learnt), verbose=False)
+@pytest.mark.parametrize("given", [True, False])
+def test_a_model_that_was_not_edited_is_evaluated_once(learnt, tmp_path, given):
+    measured = EditEvaluation(requests=REQUESTS, texts=TEXTS) if given else evaluation()
+    callbacks = [measured] if given else [measured, edit(**BATCHES)]
+    (figures,) = trainer_of(tmp_path, *callbacks).test(copy.deepcopy(learnt), verbose=False)
     assert figures["test_efficacy"] == 0
-    assert not callback.before.figures
-    assert callback.report_columns() == []
+    assert figures["test_specificity"] == 100
+    assert not measured.before.figures
+    assert measured.report_columns() == []
     assert "test_perplexity_ratio" not in figures
 
 
@@ -214,13 +250,15 @@ def test_only_known_facts_are_edited(learnt, tmp_path):
     strange = {"prompt": "the capital of Lima", "answer": "Zürich"}
     lonely = {**REQUESTS[1], "neighbors": [strange]}
     mixed = {**REQUESTS[0], "neighbors": [*REQUESTS[0]["neighbors"], strange]}
-    callback = edit(requests=[*unknown, mixed, lonely, *REQUESTS[2:5]], known=KnownFacts(min_neighbors=1, limit=3), protocol=Protocol(survival=False))
-    trainer = trainer_of(tmp_path, callback)
+    callback = edit(requests=[*unknown, mixed, lonely, *REQUESTS[2:5]], known=KnownFacts(min_neighbors=1, limit=3))
+    measured = evaluation(survival=False)
+    trainer = trainer_of(tmp_path, measured, callback)
     trainer.fit(copy.deepcopy(learnt))
     (patch,) = callback.stack.patches
     assert [request["subject"] for request in patch.requests] == [REQUESTS[number]["subject"] for number in (0, 2, 3)]
     assert strange not in patch.requests[0]["neighbors"]
-    assert not any("survival" in section.title.lower() for section in callback.report_sections())
+    assert len(measured.after.requests) == 3
+    assert not any("survival" in section.title.lower() for section in measured.report_sections())
 
 
 def test_nothing_known_is_an_error(learnt, tmp_path):
@@ -233,12 +271,13 @@ def test_nothing_known_is_an_error(learnt, tmp_path):
 
 def test_texts_of_a_file(learnt, tmp_path):
     (tmp_path / "texts.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
-    given, read = (edit(texts=texts, protocol={"survival": False, "answers": 0}) for texts in (TEXTS, str(tmp_path / "texts.json")))
+    given, read = (edit(texts=texts) for texts in (TEXTS, str(tmp_path / "texts.json")))
     for callback in (given, read):
         trainer_of(tmp_path / "run", callback, max_steps=0).fit(copy.deepcopy(learnt))
     assert given.applied == read.applied
-    with pytest.raises(FileNotFoundError, match=r"there is no file none\.txt; give a file of texts"):
-        trainer_of(tmp_path, edit(texts="none.txt")).fit(copy.deepcopy(learnt))
+    for callback in (edit(texts="none.txt"), EditEvaluation(texts="none.txt")):
+        with pytest.raises(FileNotFoundError, match=r"there is no file none\.txt; give a file of texts"):
+            trainer_of(tmp_path, callback).fit(copy.deepcopy(learnt))
     with pytest.raises(MisconfigurationException, match=r"AlphaEdit needs texts=\.\.\. \(a file or a list\)"):
         trainer_of(tmp_path, edit(texts=None)).fit(copy.deepcopy(learnt))
 
@@ -277,7 +316,7 @@ def test_pictures_of_survival_and_of_methods_without_a_null_space(tmp_path):
 SHORT = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "1"]
 SHORT += ["--data.shuffles", "1", "--data.source.init_args.limit", "4", "--data.source.init_args.relations", '["continent"]']
 SHORT += ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
-SHORT += ["--trainer.callbacks.protocol", '{"writing": 8, "texts": 8, "generated_tokens": 4}']
+SHORT += ["--trainer.callbacks.EditEvaluation.protocol", '{"writing": 8, "texts": 8, "generated_tokens": 4}']
 SHORT += ["--trainer.callbacks.settings.layers", "[0]", "--trainer.callbacks.settings.targets.steps", "3"]
 RUN_ALL = "import json, sys; from malleable.cli import run; [run(words) for words in json.loads(sys.argv[1])]"
 
@@ -305,7 +344,7 @@ def test_a_fit_in_another_precision_is_edited_as_in_float32(run, learnt, tmp_pat
     callback = edit(**BATCHES)
     # Lightning takes bf16-mixed on a CPU where 16-mixed is its name.
     plugins = {"plugins": [MixedPrecision("16-mixed", "cpu")]} if precision == "16-mixed" else {"precision": precision}
-    trainer = trainer_of(tmp_path, callback, **plugins)
+    trainer = trainer_of(tmp_path, callback, evaluation(), **plugins)
     module = copy.deepcopy(learnt)
     trainer.fit(module)
     (figures,) = trainer.test(module, verbose=False)

@@ -12,10 +12,10 @@ from launch import HELPERS, launch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from post_fit_run import FactModule, asked, edit, trainer_of
-from small_facts import NEW, OTHERS, SETTINGS, share
+from post_fit_run import FactModule, asked, edit, evaluation, trainer_of
+from small_facts import NEW, OTHERS, SETTINGS, TEXTS, share
 
-from malleable import AlphaEdit, Delta, PostFitEdit
+from malleable import AlphaEdit, Delta, EditEvaluation, PostFitEdit
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.patches.patch import read_patches
 from malleable.lightning_modules.patches.storage import open_container
@@ -39,7 +39,7 @@ def module(learnt):
 def run(module, tmp_path):
     """Fit and edit."""
     callback = edit()
-    trainer = trainer_of(tmp_path, callback)
+    trainer = trainer_of(tmp_path, callback, evaluation())
     trainer.fit(module)
     return trainer, module, callback
 
@@ -127,7 +127,8 @@ def test_other_requests_are_edited_on_top(learnt, tmp_path, caplog):
     module, other = copy.deepcopy(learnt), FactModule()
     trainer = trainer_of(tmp_path / "first", first)
     trainer.fit(module)
-    later = trainer_of(tmp_path / "second", second)
+    measured = evaluation()
+    later = trainer_of(tmp_path / "second", second, measured)
     later.fit(other, ckpt_path=trainer.checkpoint_callback.best_model_path, weights_only=True)
     edited = later.checkpoint_callback.best_model_path
     assert [tuple(patch.requires) for patch in second.stack.patches] == [(), first.stack.ids]
@@ -139,8 +140,8 @@ def test_other_requests_are_edited_on_top(learnt, tmp_path, caplog):
     (figures,) = later.test(other, verbose=False)
     assert figures["test_new"] == 1
     assert figures["test_efficacy"] == 100
-    assert second.before.figures["efficacy"] == 0, "of all six, as the model was before both patches"
-    assert len(second.after.requests) == 6
+    assert measured.before.figures["efficacy"] == 0, "of all six, as the model was before both patches"
+    assert len(measured.after.requests) == 6
     main(["patch", "revert", edited, second.stack.ids[1]])
     assert all(torch.equal(value, weights(trainer.checkpoint_callback.best_model_path)[name]) for name, value in weights(edited).items())
 
@@ -149,13 +150,14 @@ def test_a_fact_asked_anew_is_not_held_to_its_first_answer(learnt, tmp_path):
     first, anew = edit(requests=[asked(fact) for fact in NEW[:2]]), edit(requests=[{**asked(NEW[0]), "target": "sad"}])
     trainer = trainer_of(tmp_path / "first", first)
     trainer.fit(copy.deepcopy(learnt))
-    later, module = trainer_of(tmp_path / "anew", anew), FactModule()
+    measured = evaluation()
+    later, module = trainer_of(tmp_path / "anew", anew, measured), FactModule()
     later.fit(module, ckpt_path=trainer.checkpoint_callback.best_model_path, weights_only=True)
     assert NEW[0].target != "sad"
     assert share(module.model, [NEW[0]._replace(target="sad"), NEW[1]]) == 1
     (figures,) = later.test(module, verbose=False)
     assert figures["test_efficacy_exact"] == 100
-    assert len(anew.after.requests) == 2
+    assert len(measured.after.requests) == 2
 
 
 def test_training_on_makes_the_edit_its_own_and_edits_anew(run, tmp_path, caplog):
@@ -164,7 +166,7 @@ def test_training_on_makes_the_edit_its_own_and_edits_anew(run, tmp_path, caplog
     again, other = edit(), FactModule()
     with caplog.at_level(logging.WARNING):
         trainer_of(tmp_path / "on", again, max_epochs=3).fit(other, ckpt_path=edited, weights_only=True)
-    assert "can no longer be reverted" in caplog.text
+    assert "cannot be reverted" in caplog.text
     assert len(again.stack.ids) == 1
     assert again.stack.ids != callback.stack.ids
     assert share(other.model, NEW) == 1
@@ -266,10 +268,29 @@ def test_an_edit_of_ones_own_takes_the_same_way(module, tmp_path, capsys):
     assert torch.equal(weights(edited)["model.lm_head.weight"], before)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_any_edit_is_measured(module, tmp_path, first):
+    """Its patch gets the metrics before and after; the edit itself knows nothing of requests."""
+    module.configure_optimizers = lambda: None
+    measured = EditEvaluation(requests=[asked(fact) for fact in OTHERS[:4]], texts=TEXTS)
+    trainer = trainer_of(tmp_path, *([measured, Louder()] if first else [Louder(), measured]), max_steps=0)
+    trainer.fit(module)
+    (patch,) = measured.stack.patches
+    assert patch.figures["before"]["efficacy_exact"] == patch.figures["after"]["efficacy_exact"] == 100
+    assert patch.figures["before"]["perplexity"] > patch.figures["after"]["perplexity"], "louder logits are surer"
+    (figures,) = trainer.test(verbose=False)
+    assert figures["test_efficacy"] == 100
+    assert figures["test_perplexity_ratio"] == pytest.approx(patch.figures["after"]["perplexity"] / patch.figures["before"]["perplexity"])
+    assert "drift" not in patch.figures["after"]
+    (stored,) = read_patches(Path(trainer.log_dir) / "patches")
+    assert stored.figures == patch.figures
+    assert open_container(trainer.checkpoint_callback.best_model_path).stack.patches[0].figures == patch.figures
+
+
 @pytest.mark.parametrize("start", ["best", "last"])
 def test_edits_of_one_run_lie_on_top_of_each_other(module, tmp_path, start):
     callbacks = [edit(start=start), Louder(start=start)]
-    trainer = trainer_of(tmp_path, *callbacks)
+    trainer = trainer_of(tmp_path, *callbacks, evaluation())
     trainer.fit(module)
     edited = trainer.checkpoint_callback.best_model_path
     both = open_container(edited).stack
@@ -284,7 +305,7 @@ def test_edits_of_one_run_lie_on_top_of_each_other(module, tmp_path, start):
 
 
 def test_edits_of_two_models_in_one_run_are_refused(module, tmp_path):
-    with pytest.raises(MisconfigurationException, match="must change one model, got model=model and model=reference"):
+    with pytest.raises(MisconfigurationException, match="must be of one model, got model=model and model=reference"):
         trainer_of(tmp_path, edit(), Louder(model="reference")).fit(module)
 
 
@@ -302,7 +323,7 @@ def test_two_ranks_make_the_patch_and_figures_of_one(tmp_path, learnt, how):
     one, first, second = found
     assert first == second
     assert one["id"] == first["id"]
-    assert one["said"][:2] == first["said"][:2]
+    assert one["answers"][:2] == first["answers"][:2]
     assert one["weights"] == first["weights"]
     for name in ("figures", "before"):
         assert first[name] == pytest.approx(one[name], rel=1e-5, nan_ok=True)

@@ -1,0 +1,70 @@
+"""Selection of edit requests whose facts a model knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest
+from malleable.lightning_modules.editing.answers import take_answers
+from malleable.lightning_modules.editing.prompts import Reader
+from malleable.lightning_modules.editing.undisturbed import undisturbed
+
+
+@dataclass
+class KnownFacts:
+    """Settings for the selection of facts that a model knows.
+
+    Attributes:
+        min_neighbors: Minimum number of neighbours that the model answers correctly; other neighbours are dropped.
+        limit: Maximum number of requests; the first ones are kept.
+    """
+
+    min_neighbors: int = 0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.min_neighbors < 0 or (self.limit is not None and self.limit < 1):
+            raise ValueError(f"known.min_neighbors must be >= 0 and known.limit >= 1, got {self.min_neighbors} and {self.limit}")
+
+
+def known_requests(model: Any, tokenizer: Any, requests: Sequence[EditRequest], settings: KnownFacts) -> list[EditRequest]:
+    """Select the requests whose true answer the model gives exactly, and of each request such neighbours.
+
+    In a distributed run every rank must call this function.
+
+    Args:
+        model: Hugging Face decoder before the edit. Its mode, flags and hooks are restored afterwards.
+        tokenizer: Its fast tokenizer.
+        requests: Edit requests; those without a true answer are dropped.
+        settings: Settings of the selection.
+
+    Raises:
+        ValueError: If no request is left.
+    """
+    reader = Reader(tokenizer)
+    candidates = [request for request in requests if request.true is not None]
+    with undisturbed(model):
+        exact = _exact(model, reader, [(request.prompt.replace(PLACEHOLDER, request.subject), str(request.true)) for request in candidates])
+        known = [request for request, right in zip(candidates, exact, strict=True) if right]
+        probes = list(dict.fromkeys(probe for request in known for probe in request.neighbors))
+        exact = _exact(model, reader, [(probe.prompt, probe.answer) for probe in probes])
+    known_probes = {probe for probe, right in zip(probes, exact, strict=True) if right}
+    chosen = []
+    for request in known:
+        neighbors = tuple(probe for probe in request.neighbors if probe in known_probes)
+        if len(neighbors) >= settings.min_neighbors:
+            chosen.append(replace(request, neighbors=neighbors))
+    if not chosen:
+        raise ValueError(
+            f"the model gives the old answer of {len(known)} of {len(requests)} requests, and none of these has {settings.min_neighbors} neighbours "
+            "that it knows: there is no known fact to edit; lower known.min_neighbors, or take other facts"
+        )
+    return chosen[: settings.limit]
+
+
+def _exact(model: Any, reader: Reader, questions: Sequence[tuple[str, str]]) -> list[bool]:
+    """Return for each prompt and answer whether the model gives the answer exactly."""
+    return take_answers(model, reader, questions).exact.tolist() if questions else []
