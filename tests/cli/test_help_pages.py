@@ -43,8 +43,10 @@ def test_a_command_is_explained_without_heavy_imports(command, flag):
 
 def test_the_options_of_the_page_exist(resolved):
     examples = re.findall(r"^  (--(?:trainer|data|model|checkpoint)\.\S+) (\S+) ", command_help("fit"), re.MULTILINE)
-    assert len(examples) == 5
-    options = [word.replace("FILE", "graph.csv") for name, value in examples for word in (name, value)]
+    assert len(examples) == 6
+    (of_callback,) = ([name, value] for name, value in examples if "callbacks" in name)
+    assert any("SelfPlayLoop" in each["class_path"] for each in resolved("fit", "--config", "sprec/tiny.yaml", *of_callback)["trainer"]["callbacks"])
+    options = [word.replace("FILE", "graph.csv") for name, value in examples if name not in of_callback for word in (name, value)]
     config = resolved("fit", "--config", "nfe/tiny.yaml", "--data.source", "Triples", *options)
     assert config["model"]["init_args"]["tuning"]["lr"] == 1e-4
     assert config["data"]["init_args"]["source"]["init_args"]["path"] == "graph.csv"
