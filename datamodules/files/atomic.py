@@ -21,18 +21,20 @@ _OLD = ".old"
 
 @contextmanager
 def atomic_write(path: Path, keep: Callable[[Path], bool] | None = None, *, own_modes: bool = False) -> Iterator[Path]:
-    """Yield a temporary path to write a file or a folder to; it replaces ``path`` when the block ends without an error.
+    """Yield a temporary path for a file or a folder, which replaces ``path`` when the context ends without an error.
 
-    The temporary path has the same name as ``path`` and lies in a hidden folder ``.<name>.<random>.tmp`` beside it, on the same file
-    system. Its content is flushed to the disk before the replacement. Files get the permissions that the umask leaves. A reader
-    sees the old or the new content, never a part of it and never nothing (where the system cannot exchange two folders, a
-    folder is absent for a moment, and the next write restores it after a crash). Several processes may write the same path:
-    the last one wins. Temporary folders of processes that no longer exist are removed.
+    The temporary path has the same name as ``path`` and is in a hidden folder ``.<name>.<random>.tmp`` beside it, on the same file system. Its
+    content is flushed to the disk before the replacement. Files get the permissions of the umask. A reader sees either the old or the new content. If
+    the system cannot exchange two folders, a folder does not exist for a moment, and the next write restores it after a crash. If several processes
+    write the same path, the last one wins. Temporary folders of processes that no longer exist are removed.
 
     Args:
         path: File or folder to write. Its parent is created. A symbolic link is followed.
-        keep: Called with ``path`` if it exists when the block ends; where it returns true, ``path`` stays as it is.
-        own_modes: Leave each file the permissions that the caller gave it, instead of those that the umask leaves.
+        keep: Called with ``path`` if it exists at the end of the context; if it returns true, ``path`` is not replaced.
+        own_modes: Keep the permissions that the caller has set, instead of those of the umask.
+
+    Raises:
+        OSError: If writing fails; ``path`` has not changed then.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,10 +52,9 @@ def atomic_write(path: Path, keep: Callable[[Path], bool] | None = None, *, own_
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file or folder while it is read, changed and written by :func:`atomic_write`: one process at a time.
+    """Hold an exclusive lock of a file or folder while it is read, changed and written by :func:`atomic_write`.
 
-    What is locked is what lies at ``path``. A process that has waited while another one replaced that locks its successor. File systems without
-    locks do not exclude anyone.
+    If another process replaces ``path`` while this one waits, the new file is locked. On file systems without locks, this context has no effect.
 
     Args:
         path: File or folder, which must exist.
@@ -71,7 +72,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Return whether an open file is the one at a path, and not one that was there before."""
+    """Return whether an open file is still the one at ``path``."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -79,12 +80,12 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def recover(path: Path) -> None:
-    """Put back a folder that a process which was killed while it replaced it had moved aside, and remove what it left; see :func:`atomic_write`."""
+    """Restore a folder that a killed process has moved while replacing it, and remove its temporary folders; see :func:`atomic_write`."""
     _remove_abandoned(Path(os.path.realpath(path)))
 
 
 def recover_below(folder: Path) -> None:
-    """Do as :func:`recover` for everything below a folder, such as that of a run which was killed."""
+    """Apply :func:`recover` to all files and folders below a folder, e.g. after a run was killed."""
     for item in list(folder.rglob(".*.tmp")):
         name = item.name[1 : -len(".tmp")].rpartition(".")[0]
         if name:
@@ -96,12 +97,12 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
     """Create a folder beside ``path`` and hold its lock, which marks it as in use until this process ends."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        # Before it is locked, another process may take it for abandoned and remove it.
+        # Before the folder is locked, another process may consider it abandoned and remove it.
         try:
             descriptor = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:
             continue
-        with contextlib.suppress(OSError):  # a file system without locks, where nothing abandoned is removed either
+        with contextlib.suppress(OSError):  # a file system without locks, on which no folder is considered abandoned
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if folder.exists():
             break
@@ -114,7 +115,7 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary folders of dead processes; put back what one of them had moved aside."""
+    """Remove the temporary folders of processes that no longer exist, and restore a folder that one of them has moved."""
     for folder in list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp")):
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -126,39 +127,39 @@ def _remove_abandoned(path: Path) -> None:
                 old.rename(path)
             shutil.rmtree(folder, ignore_errors=True)
         except OSError:
-            pass  # in use, or nothing is known about it
+            pass  # in use, or a file system without locks
         finally:
             os.close(descriptor)
 
 
 def _replace(building: Path, path: Path) -> None:
-    """Move ``building`` to ``path`` in one step; what was there lies in the temporary folder afterwards, which is removed."""
+    """Move ``building`` to ``path`` atomically; the old content is moved to the temporary folder, which is removed later."""
     if not building.is_dir():
         building.replace(path)
         return
     for _ in range(100):
         try:
-            building.rename(path)  # nothing there, or an empty folder
+            building.rename(path)  # succeeds if there is nothing, or an empty folder
             return
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
         if _exchange(building, path):
             return
-        # Not possible here, or another process has just moved the folder aside.
+        # The system cannot exchange folders, or another process has just moved the folder.
         with contextlib.suppress(FileNotFoundError):
             path.rename(building.with_name(f"{path.name}{_OLD}"))
-    raise OSError(f"{path} was not written: other processes replace it all the time")
+    raise OSError(f"{path} was not written: other processes replaced it in each of 100 attempts; write to another path")
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two paths in one step; return whether the system did."""
+    """Exchange two paths atomically; return whether the system supports it."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     return rename is not None and rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
 
 
 def _umask_mode(folder: Path) -> int:
-    """Return the permissions of a new file: the umask itself cannot be read without setting it for all threads."""
+    """Return the permissions of a new file; the umask cannot be read without setting it for all threads."""
     probe = folder / ".mode"
     descriptor = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666)
     try:
@@ -169,9 +170,9 @@ def _umask_mode(folder: Path) -> int:
 
 
 def _set_mode(path: Path, mode: int) -> None:
-    """Add permissions to the files that a library has created for their owner only."""
+    """Add permissions to files, because some libraries create files that only their owner can read."""
     for item in (*path.rglob("*"), path):
-        # A second name of a file elsewhere keeps the permissions that it has there.
+        # Hard links keep the permissions of the original file.
         if item.is_file() and not item.is_symlink() and (stat := item.stat()).st_nlink == 1:
             item.chmod(stat.st_mode & 0o7777 | mode)
 

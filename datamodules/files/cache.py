@@ -1,4 +1,4 @@
-"""A folder of memory-mapped tables or arrays, written once, verified when opened, and shared by all ranks."""
+"""Cache folders of memory-mapped tables or arrays, which are written once, verified when opened, and shared by all ranks."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Numbers = NDArray[np.number[Any]]
 
 
 def digest(settings: Mapping[str, Any]) -> str:
-    """Return a short fingerprint of plain settings."""
+    """Return a short hash of settings, given as plain data."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_tables(folder: Path, tables: Mapping[str, Mapping[str, pa.Array]], meta: Mapping[str, Any]) -> None:
-    """Write tables, and a manifest with their checksums, whole or not at all.
+    """Write tables and a manifest with their checksums atomically.
 
     Args:
-        folder: Where the tables shall lie; replaced unless it is whole.
-        tables: Columns by table; a table without rows is not kept.
-        meta: Plain data to keep beside them.
+        folder: Output folder; replaced unless it is complete.
+        tables: Columns of each table; tables without rows are not stored.
+        meta: Plain data to store with the tables.
     """
     # `datasets` cannot read a table without rows.
     tables = {name: columns for name, columns in tables.items() if any(len(column) for column in columns.values())}
@@ -43,8 +43,7 @@ def open_tables(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]] | No
     """Open verified tables.
 
     Returns:
-        Tables by name, memory-mapped, and the plain data kept beside them; ``None`` (with a warning if there is something) where
-        there is no whole cache.
+        Memory-mapped tables by name, and the plain data stored with them; ``None`` if there is no complete cache, with a warning if it is damaged.
     """
     from datasets import load_from_disk
 
@@ -56,12 +55,12 @@ def open_tables(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]] | No
 
 
 def write_arrays(folder: Path, arrays: Mapping[str, Numbers], meta: Mapping[str, Any]) -> None:
-    """Write arrays of numbers as :func:`write_tables` writes tables: for what is indexed by position, all over the place.
+    """Write arrays and a manifest with their checksums atomically; for random access by position.
 
     Args:
-        folder: Where the arrays shall lie; replaced unless it is whole.
+        folder: Output folder; replaced unless it is complete.
         arrays: Arrays by name.
-        meta: Plain data to keep beside them.
+        meta: Plain data to store with the arrays.
     """
 
     def save(part: Path) -> None:
@@ -72,7 +71,11 @@ def write_arrays(folder: Path, arrays: Mapping[str, Numbers], meta: Mapping[str,
 
 
 def open_arrays(folder: Path) -> tuple[dict[str, Numbers], dict[str, Any]] | None:
-    """Open verified arrays, memory-mapped and read-only; ``None`` as in :func:`open_tables`."""
+    """Open verified arrays.
+
+    Returns:
+        Memory-mapped, read-only arrays by name, and the plain data stored with them; ``None`` as in :func:`open_tables`.
+    """
     manifest = _open(folder)
     if manifest is None:
         return None
@@ -80,8 +83,8 @@ def open_arrays(folder: Path) -> tuple[dict[str, Numbers], dict[str, Any]] | Non
 
 
 def _write(folder: Path, save: Callable[[Path], None], manifest: Mapping[str, Any]) -> None:
-    """Let ``save`` fill the folder, and add the manifest with checksums."""
-    # What another process has written meanwhile is the same: it stays, for others read it.
+    """Call ``save`` with a new folder, and add the manifest with checksums."""
+    # Another process may have written the same content meanwhile; it is kept, because other processes may read it.
     with atomic_write(folder, keep=is_whole) as part:
         part.mkdir()
         save(part)
@@ -89,7 +92,7 @@ def _write(folder: Path, save: Callable[[Path], None], manifest: Mapping[str, An
 
 
 def _open(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a whole cache."""
+    """Return the manifest of a complete cache, else ``None``."""
     if not folder.exists():
         return None
     if damage := problem(folder):

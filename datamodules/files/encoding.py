@@ -1,4 +1,4 @@
-"""Encodings of text files: names, byte-order marks, and errors that name line and byte."""
+"""Encodings of text files: names, byte-order marks, and error messages with line and byte."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from encodings.aliases import aliases
 from typing import BinaryIO
 
 WINDOWS = "cp1252"
-"""Encoding of tables that programs on Western European Windows write without a byte-order mark."""
+"""Encoding without a byte-order mark that programs on Western European Windows use."""
 COMMON = ("utf-8", WINDOWS, "latin-1", "utf-16", "shift_jis", "gb18030", "euc_kr", "cp1250", "cp1251", "iso8859-15", "mac_roman")
 """Frequent encodings of tables, for messages."""
 CONVERT = "save it as UTF-8, or name its encoding where the source has the option `encoding`"
-"""What to do about a file in another encoding, for messages."""
-# The mark of UTF-32 begins with that of UTF-16.
+"""Remedy for a file in another encoding, for messages."""
+# UTF-32 must come first: its byte-order mark starts with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -26,11 +26,11 @@ _BLANK = "\t\n\r\xa0\xad"
 
 
 class EncodingError(ValueError):
-    """A file that is not text in its encoding."""
+    """Raised if a file is not text in its encoding."""
 
 
 def marked_encoding(start: bytes) -> str | None:
-    """Return the encoding of the byte-order mark with which a file begins, ``None`` where there is none.
+    """Return the encoding of the byte-order mark of a file, or ``None``.
 
     Args:
         start: The first four bytes.
@@ -42,7 +42,7 @@ def check_encoding(encoding: str | None) -> None:
     """Check the option ``encoding`` of a source.
 
     Raises:
-        ValueError: If Python has no text encoding of that name; the message gives similar ones.
+        ValueError: If Python has no text encoding of this name; the message contains similar names.
     """
     try:
         if encoding is None or codecs.lookup(encoding)._is_text_encoding:
@@ -54,25 +54,25 @@ def check_encoding(encoding: str | None) -> None:
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     raise ValueError(
         f"encoding: {encoding!r} is unknown{hint}; set the option `encoding` of the source (--data.source.encoding) to a name such as "
-        f"{', '.join(COMMON[:5])}, or leave it out for UTF-8"
+        f"{', '.join(COMMON[:5])}, or omit it for UTF-8"
     )
 
 
 def describe_undecodable(source: BinaryIO, path: str, encoding: str, error: UnicodeError, *, is_marked: bool) -> str:
-    """Return where and why a file is not text in an encoding, and what to do.
+    """Return an error message with the place and the reason of a decoding error, and a remedy.
 
     Args:
         source: The file, at its start.
-        path: Its name.
+        path: Name of the file.
         encoding: The encoding.
-        error: What the decoder said.
-        is_marked: Whether a byte-order mark says that it is this encoding.
+        error: Error of the decoder.
+        is_marked: Whether the encoding comes from a byte-order mark.
     """
     start = source.read(_PIECE)
     source.seek(0)
     place, reason = _first_undecodable(source, encoding) or ("", str(error))
     if is_marked:
-        advice = "its byte-order mark says that it is; save it again as UTF-8"
+        advice = "its byte-order mark is of this encoding; save it again as UTF-8"
     elif _is(encoding, "utf-8") and _may_be_windows(start):
         advice = f"save it as UTF-8, or set the option `encoding: {WINDOWS}` of the source if a program on Windows wrote it"
     else:
@@ -82,7 +82,7 @@ def describe_undecodable(source: BinaryIO, path: str, encoding: str, error: Unic
 
 def _first_undecodable(source: BinaryIO, encoding: str) -> tuple[str, str] | None:
     """Return the place of the first bytes that cannot be decoded, and the reason."""
-    one_byte = len("\n\n".encode(encoding)) == len("\n".encode(encoding)) + 1  # where a line feed is a byte, lines can be told in the bytes
+    one_byte = len("\n\n".encode(encoding)) == len("\n".encode(encoding)) + 1  # if a line feed is one byte, lines can be found in the bytes
     decoder = codecs.getincrementaldecoder(encoding)()
     number, line = 1, b""
     while True:
@@ -90,11 +90,11 @@ def _first_undecodable(source: BinaryIO, encoding: str) -> tuple[str, str] | Non
         try:
             number += decoder.decode(line, final=not line).count("\n")
         except UnicodeDecodeError as error:
-            # In front of the piece stands what is left of a character that began before it.
+            # The decoder prepends the incomplete character at the end of the previous piece.
             position = error.start - (len(error.object) - len(line)) + (0 if line else len(before))
             byte = f", byte {position + 1}" if one_byte and position >= 0 else ""
             return f", line {number}{byte}", f"{error.reason} 0x{error.object[error.start : error.start + 1].hex()}"
-        except UnicodeError as error:  # UTF-16 without a mark where there must be one
+        except UnicodeError as error:  # UTF-16 without a byte-order mark
             return f", line {number}", str(error)
         if not line:
             return None
@@ -105,7 +105,7 @@ def _is(encoding: str, name: str) -> bool:
 
 
 def _may_be_windows(start: bytes) -> bool:
-    """Return whether bytes may be text of Windows: that has no control characters, and some bytes are no character there."""
+    """Return whether bytes may be text in cp1252: all bytes are defined, and there are no control characters."""
     try:
         text = start.decode(WINDOWS)
     except UnicodeDecodeError:

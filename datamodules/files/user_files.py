@@ -1,4 +1,4 @@
-"""Opening of files that a user gives: regular files only, with errors that name the file and say what to do. Standard library only."""
+"""Checks of files given by users, and conversion of errors to messages with file and remedy. Standard library only."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _LIBRARIES = {
     "ArrowException": "Arrow or Parquet",
     "SafetensorError": "safetensors",
     "YAMLError": "YAML",
-    "ParserError": "a table of text",
-    "EmptyDataError": "a table of text",
+    "ParserError": "a text table",
+    "EmptyDataError": "a text table",
 }
 _NAMES = {
     "JSONDecodeError": "JSON",
@@ -48,11 +48,11 @@ _REMEDIES = {
     errno.EACCES: "permission denied: change the permissions, or give another path",
     errno.EPERM: "not permitted: change the permissions, or give another path",
     errno.EROFS: "the file system is read-only: give another path",
-    errno.ENOENT: "there is no such file or folder",
+    errno.ENOENT: "the file or folder does not exist",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EISDIR: "it is a folder, not a file",
     errno.EEXIST: "it exists already",
-    errno.ELOOP: "its symbolic links lead round in a circle",
+    errno.ELOOP: "its symbolic links form a cycle",
     errno.ENAMETOOLONG: "the name is too long",
     errno.EMFILE: "too many files are open (ulimit -n): raise the limit",
     errno.ENOMEM: "there is not enough memory",
@@ -60,49 +60,49 @@ _REMEDIES = {
 
 
 def check_file(path: Path, advice: str = "give the path of an existing file") -> None:
-    """Check, without opening it, that a path is a regular file or a link to one.
+    """Check that a path is a regular file or a link to one, without opening it.
 
-    Opening a named pipe would wait for a writer, and a device has no end.
+    Opening a named pipe would wait for a writer, and reading a device would not end.
 
     Args:
         path: The path.
-        advice: What to do, for the message.
+        advice: Remedy for the message.
 
     Raises:
-        FileNotFoundError: If there is nothing.
+        FileNotFoundError: If the path does not exist.
         ValueError: If it is a folder, a named pipe, a socket or a device.
-        OSError: If the system does not let it be looked at.
+        OSError: If the system denies access.
     """
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"there is no file {path}; {advice}") from None
+        raise FileNotFoundError(f"the file {path} does not exist; {advice}") from None
     except ValueError:  # a NUL character
         raise FileNotFoundError(f"{str(path)!r} cannot be the name of a file; {advice}") from None
     except OSError as error:
         raise OSError(f"{path} cannot be read: {system_problem(error)}") from error
     if not stat.S_ISREG(mode):
-        kind = next((name for check, name in _KINDS if check(mode)), "no regular file")
+        kind = next((name for check, name in _KINDS if check(mode)), "of an unknown kind")
         raise ValueError(f"{path} is {kind}, not a file; {advice}")
 
 
 @contextmanager
 def reading(path: Path | str, kind: str = "") -> Iterator[None]:
-    """Turn errors of the system and of parsers while a file is read into one that names it. Other errors pass.
+    """Convert errors of the system and of parsers to errors that name the file. Other errors are not changed.
 
     Args:
         path: The file, for messages.
-        kind: What it should be, e.g. ``a Parquet file``; default: what the parser is for.
+        kind: Expected kind of the file, e.g. ``a Parquet file``. Default: derived from the parser.
 
     Raises:
-        ValueError: If it is damaged or of another kind.
-        OSError: If the system does not let it be read.
+        ValueError: If the file is damaged or of another kind.
+        OSError: If the file cannot be read.
     """
     try:
         yield
     except Exception as error:
         if (problem := format_problem(error, kind)) is not None:
-            raise ValueError(f"{path} {problem}; give a whole file, for example by fetching or writing it again") from error
+            raise ValueError(f"{path} {problem}; give a complete file, for example by downloading or writing it again") from error
         if _system_number(error):
             kind_of = type(error) if type(error).__module__ == "builtins" else OSError
             raise kind_of(f"{path} cannot be read: {system_problem(error)}") from error
@@ -110,32 +110,32 @@ def reading(path: Path | str, kind: str = "") -> Iterator[None]:
 
 
 def format_problem(error: BaseException, kind: str = "") -> str | None:
-    """Return what an error of a parser says of the file, e.g. ``is damaged, or no gzip (...)``; ``None`` for errors of other kinds.
+    """Return the description of a parser error, e.g. ``is damaged, or not gzip (...)``; ``None`` for other errors.
 
     Args:
         error: The error.
-        kind: What the file should be; default: what the parser is for.
+        kind: Expected kind of the file. Default: derived from the parser.
     """
     if isinstance(error, RecursionError):
         return "is nested too deeply"
     if not _is_format_error(error) or _system_number(error):
         return None
     names = [base.__name__ for base in type(error).__mro__]
-    found = next((_LIBRARIES[name] for name in names if name in _LIBRARIES), None) or _NAMES.get(names[0], "file of the expected kind")
-    return f"is damaged, or no {(kind or found).removeprefix('a ')} ({first_line(error)})"
+    found = next((_LIBRARIES[name] for name in names if name in _LIBRARIES), None) or _NAMES.get(names[0], "a file of the expected kind")
+    return f"is damaged, or not {kind or found} ({first_line(error)})"
 
 
 def _is_format_error(error: BaseException) -> bool:
     if isinstance(error, _PARSERS):
         return True
     if isinstance(error, OSError) and error.errno is None:
-        # What pyarrow raises for damaged data, and gzip and torch for files that end too early.
+        # pyarrow raises such errors for damaged data, gzip and torch for truncated files.
         return type(error) is OSError and not is_ours(error)
     return any(base.__name__ in _LIBRARIES for base in type(error).__mro__)
 
 
 def is_ours(error: BaseException) -> bool:
-    """Return whether an error was raised by this package, on purpose or not."""
+    """Return whether an error was raised in code of this package."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -144,7 +144,7 @@ def is_ours(error: BaseException) -> bool:
 
 
 def _system_number(error: BaseException) -> int | None:
-    """Return the number of the system's error; libraries in Rust write it into the message."""
+    """Return the number of a system error; Rust libraries include it in the message."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error)) if _is_format_error(error) else None
@@ -152,42 +152,42 @@ def _system_number(error: BaseException) -> int | None:
 
 
 def system_problem(error: BaseException) -> str | None:
-    """Return what an error of the system says, and what to do; ``None`` for another error."""
+    """Return description and remedy of a system error; ``None`` for other errors."""
     number = _system_number(error)
     return None if number is None else _REMEDIES.get(number, getattr(error, "strerror", None) or os.strerror(number))
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, shortened; its type where it has none."""
+    """Return the first line of the message of an error, shortened; the name of its type if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
 
 def check_inside(path: Path, root: Path) -> None:
-    """Check that a path is a regular file or a folder inside another folder, links followed.
+    """Check that a path is, after resolving links, a regular file or a folder inside another folder.
 
     Args:
         path: The path.
-        root: The folder; of a snapshot in the cache of the Hugging Face hub, whose files are links, the whole repository.
+        root: The folder. For a snapshot in the cache of the Hugging Face hub, whose files are links, links within the repository are allowed.
 
     Raises:
-        ValueError: If it leads outside, or is a named pipe, a socket or a device.
+        ValueError: If it is outside the folder, or a named pipe, a socket or a device.
     """
     root = Path(os.path.realpath(root))
     if root.parent.name == "snapshots":
         root = root.parent.parent
     real = Path(os.path.realpath(path))
     if not real.is_relative_to(root):
-        raise ValueError(f"{path} is a link that leads outside of its folder, to {real}; put a copy of the file in its place")
+        raise ValueError(f"{path} is a link to {real}, outside its folder; replace it by a copy of the file")
     if real.exists() and not (real.is_file() or real.is_dir()):
         raise ValueError(f"{path} is neither a file nor a folder; remove it")
 
 
 def check_tree(folder: Path) -> None:
-    """Check every file and folder below a folder, see :func:`check_inside`.
+    """Apply :func:`check_inside` to every file and folder below a folder.
 
     Raises:
-        ValueError: If one leads outside, or is a named pipe, a socket or a device.
+        ValueError: If one is outside the folder, or a named pipe, a socket or a device.
     """
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -195,10 +195,10 @@ def check_tree(folder: Path) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Check a folder of a model, an adapter or a tokenizer before a library reads it.
+    """Check the folder of a model, an adapter or a tokenizer before a library reads it.
 
     Raises:
-        ValueError: If a file of it is a link that leads outside, a named pipe or a device, or an index names a file in another folder.
+        ValueError: If a file is a link to a place outside, a named pipe or a device, or if an index names a file in another folder.
     """
     for path in folder.iterdir():
         check_inside(path, folder)
@@ -207,7 +207,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def is_file_name(name: str) -> bool:
-    """Return whether a text can be the name of a file, without a folder."""
+    """Return whether a string is a valid name of a file, without a folder."""
     return (
         name not in ("", "..")
         and Path(name).name == name
@@ -218,18 +218,18 @@ def is_file_name(name: str) -> bool:
 
 
 def shard_names(index: Path) -> list[str]:
-    """Return the names of the files in the index of a model in several files.
+    """Return the names of the files in the index of a sharded model.
 
     Raises:
-        ValueError: If it is damaged, or a name leads into another folder.
+        ValueError: If the index is damaged, or names a file in another folder.
     """
     with reading(index, "JSON"):
         content = json.loads(index.read_text(encoding="utf-8"))
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"{index} is damaged: it maps no weights to files")
+        raise ValueError(f"{index} is damaged: it has no valid weight_map; download the model again")
     names = sorted(set(shards.values()))
     wrong = next((name for name in names if not is_file_name(name)), None)
     if wrong is not None:
-        raise ValueError(f"{index} names {wrong!r:.200}, which is no file of its own folder; put all files of the model into one folder")
+        raise ValueError(f"{index} names {wrong!r:.200}, which is not a file name in its folder; put all files of the model into one folder")
     return names

@@ -1,4 +1,4 @@
-"""Files that name entities of a graph: queries to answer, types, descriptions."""
+"""Readers of files with labels of entities: queries, types, descriptions."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from malleable.datamodules.sources.graphs.base import Ints
 
 log = logging.getLogger(__name__)
 
-FORM = f"head<TAB>relation<TAB>tail with {WILDCARD} for the one that is asked (.csv: commas for tabs; a last {WILDCARD} may be left out)"
+FORM = f"head<TAB>relation<TAB>tail with {WILDCARD} for the unknown one (.csv: commas instead of tabs; a final {WILDCARD} is optional)"
 
 
 def read_queries(path: Path, graph: KnowledgeGraph, delimiter: str | None = None) -> Ints:
     """Read queries by label.
 
     Args:
-        path: A query a line, its cells separated by tabs, or by commas if it ends in ``.csv``; also ``.gz``. ``head<TAB>relation<TAB>?`` or
-            ``head<TAB>relation`` asks for tails, ``?<TAB>relation<TAB>tail`` for heads, ``head<TAB>?<TAB>tail`` for relations. A first line
-            ``head<TAB>relation<TAB>tail`` is a header, which may name the columns in another order, and others.
-        graph: The vocabulary.
-        delimiter: What stands between the cells; default: a comma in ``.csv``, else a tab.
+        path: File with one query on each line, also ``.gz``. Cells are separated by tabs, or by commas if it ends in ``.csv``.
+            ``head<TAB>relation<TAB>?`` and ``head<TAB>relation`` are queries for tails, ``?<TAB>relation<TAB>tail`` for heads, and
+            ``head<TAB>?<TAB>tail`` for relations. A first line with the names ``head``, ``relation`` and ``tail``, in any order and with other
+            columns, is a header.
+        graph: Labels of entities and relations.
+        delimiter: Delimiter between cells; default: a comma for ``.csv``, else a tab.
 
     Returns:
-        ``(Q, 3)`` int64 of head, relation, -1, or head, -1, tail; a query for heads is that of the tail and the reciprocal relation.
+        ``(Q, 3)`` int64: head, relation, -1; or head, -1, tail. A query for heads is converted to tail, reciprocal relation, -1.
 
     Raises:
-        ValueError: If a line is no query or names something unknown; with file, line and the nearest labels.
+        ValueError: If a line is not a query, or a label is unknown; with file, line and similar labels.
     """
     entities = {label: key for key, label in enumerate(graph.entities)}
     relations = {label: key for key, label in enumerate(graph.relations)}
@@ -50,12 +51,12 @@ def read_queries(path: Path, graph: KnowledgeGraph, delimiter: str | None = None
             cells = [cells[column] for column in order]
         query = [*cells, WILDCARD] if len(cells) == 2 else cells
         if len(query) != 3 or query.count(WILDCARD) != 1:
-            raise ValueError(f"{where}: {cells} is no query, expected {FORM}")
+            raise ValueError(f"{where}: {cells} is not a query, expected {FORM}")
         columns = zip(query, fields.items(), strict=True)
         head, relation, tail = (-1 if label == WILDCARD else _find(label, known, f"{where}, field {field}") for label, (field, known) in columns)
         queries.append((tail, relation + len(relations), -1) if head < 0 else (head, relation, tail))
     if not queries:
-        raise ValueError(f"{path} holds no query; expected lines of {FORM}")
+        raise ValueError(f"{path} contains no query; expected lines of {FORM}")
     return np.array(queries, dtype=np.int64)
 
 
@@ -63,14 +64,14 @@ def read_types(path: Path, graph: KnowledgeGraph) -> tuple[tuple[str, ...], ...]
     """Read the types of entities.
 
     Args:
-        path: Lines ``entity<TAB>type``, one for each type of an entity (also ``.gz``); or ``.json``, an object of entity to a list of types.
-        graph: The vocabulary.
+        path: Lines ``entity<TAB>type``, one for each type of an entity (also ``.gz``); or ``.json``, an object that maps entities to lists of types.
+        graph: Labels of entities.
 
     Returns:
-        Types of each entity, empty where none is known.
+        Types of each entity, empty if none is known.
 
     Raises:
-        ValueError: If a line is no such pair, or no entity of the graph is named.
+        ValueError: If a line has another format, or if the file contains no entity of the graph.
     """
     types: list[list[str]] = [[] for _ in graph.entities]
     for key, kind in _pairs(path, graph, "type"):
@@ -79,28 +80,28 @@ def read_types(path: Path, graph: KnowledgeGraph) -> tuple[tuple[str, ...], ...]
 
 
 def read_descriptions(path: Path, graph: KnowledgeGraph) -> tuple[str, ...]:
-    """Read a text for each entity.
+    """Read descriptions of entities.
 
     Args:
-        path: Lines ``entity<TAB>text`` (also ``.gz``), or ``.json``, an object of entity to text.
-        graph: The vocabulary.
+        path: Lines ``entity<TAB>text`` (also ``.gz``); or ``.json``, an object that maps entities to texts.
+        graph: Labels of entities.
 
     Returns:
-        The text of each entity, empty where none is known.
+        Description of each entity, empty if none is known.
 
     Raises:
-        ValueError: If a line is no such pair, an entity has two texts, or no entity of the graph is named.
+        ValueError: If a line has another format, if an entity has two descriptions, or if the file contains no entity of the graph.
     """
     texts = [""] * graph.num_entities
     for key, text in _pairs(path, graph, "description"):
         if texts[key]:
-            raise ValueError(f"{path}: {graph.entities[key]!r} has two descriptions; leave one")
+            raise ValueError(f"{path}: {graph.entities[key]!r} has two descriptions; remove one")
         texts[key] = text
     return tuple(texts)
 
 
 def _pairs(path: Path, graph: KnowledgeGraph, what: str) -> Iterator[tuple[int, str]]:
-    """Yield the entity and the text of each pair; what is said of others is left out, and counted."""
+    """Yield entity and text of each pair; pairs of unknown entities are skipped and counted."""
     entities = {label: key for key, label in enumerate(graph.entities)}
     found, others = set(), set()
     for label, text in _json_pairs(path, what) if file_kind(path) == ".json" else _text_pairs(path, what):
@@ -112,9 +113,10 @@ def _pairs(path: Path, graph: KnowledgeGraph, what: str) -> Iterator[tuple[int, 
             yield key, text
     if not found:
         raise ValueError(
-            f"{path} names no entity of the graph (e.g. {graph.entities[0]!r}), but {len(others)} others: {', '.join(sorted(others)[:3])}"
+            f"{path} contains no entity of the graph (e.g. {graph.entities[0]!r}), but {len(others)} others: {', '.join(sorted(others)[:3])}; "
+            "use the labels of the graph"
         )
-    log.info("%s: a %s for %d of %d entities; %d others are not in the graph", path, what, len(found), len(entities), len(others))
+    log.info("%s: %s of %d of %d entities; %d other entities are not in the graph", path, what, len(found), len(entities), len(others))
 
 
 def _text_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
@@ -127,11 +129,11 @@ def _text_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
 def _json_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object of entity to {what}, got {type(content).__name__}")
+        raise ValueError(f"{path}: expected an object that maps each entity to its {what}, got {type(content).__name__}")
     for label, value in content.items():
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{path}, entity {label!r}: {str(value)[:80]} is no {what}; expected text or a list of texts")
+            raise ValueError(f"{path}, entity {label!r}: {str(value)[:80]} is not a {what}; expected a string or a list of strings")
         yield from ((label, text) for text in texts)
 
 
@@ -145,4 +147,4 @@ def _find(label: str, known: dict[str, int], where: str) -> int:
     if label in known:
         return known[label]
     near: Sequence[str] = difflib.get_close_matches(label, list(known), n=3, cutoff=0.5)
-    raise ValueError(f"{where}: {label!r} is not in the graph" + (f"; nearest: {', '.join(map(repr, near))}" if near else ""))
+    raise ValueError(f"{where}: {label!r} is not in the graph" + (f"; did you mean {', '.join(map(repr, near))}?" if near else ""))

@@ -1,4 +1,4 @@
-"""Queries to a graph as rows that are made into batches by slicing: no Python object is made for a row.
+"""Datasets of queries to a graph, which create batches by indexing arrays, without Python objects for rows.
 
 Shapes: Q queries, B rows of a batch, P true tails, F known answers, R original relations.
 """
@@ -19,7 +19,7 @@ _NONE = np.zeros(0, dtype=np.int64)
 
 @dataclass(frozen=True)
 class Lists:
-    """Integer lists, one after the other.
+    """Ragged integer lists, concatenated.
 
     Attributes:
         offsets: ``(K + 1,)``: list ``k`` is ``values[offsets[k]:offsets[k + 1]]``.
@@ -38,7 +38,11 @@ class Lists:
         return np.diff(self.offsets)
 
     def take(self, chosen: Ints) -> tuple[Ints, Ints]:
-        """Return the values of chosen lists, ``(F,)``, and which of the chosen each belongs to; -1 chooses an empty list."""
+        """Return the concatenated values of the lists ``chosen``, and for each value the position of its list in ``chosen``, ``(F,)`` each.
+
+        Args:
+            chosen: ``(B,)`` indices of lists; -1 gives an empty list.
+        """
         start = self.offsets[chosen]
         place, row = spans(start, np.where(chosen < 0, 0, self.offsets[chosen + 1] - start))
         return self.values[place], row
@@ -46,11 +50,11 @@ class Lists:
 
 @dataclass(frozen=True)
 class Answers:
-    """The filter: every known answer of every query, over all splits.
+    """Known answers of all queries, over all splits.
 
     Attributes:
-        keys: ``(K,)`` ascending codes of the queries, ``head * 2R + relation``.
-        tails: Distinct answers of each.
+        keys: ``(K,)`` codes of the queries, ``head * 2R + relation``, in ascending order.
+        tails: Distinct answers of each query.
         num_relations: 2R.
     """
 
@@ -60,19 +64,19 @@ class Answers:
 
     @classmethod
     def of(cls, queries: Ints, num_relations: int) -> Answers:
-        """Collect the answers of ``(Q, 3)`` queries with their targets; repeats are left out."""
+        """Collect the distinct answers of queries with targets, ``(Q, 3)``."""
         _, distinct = np.unique(pack(queries, int(queries[:, [0, 2]].max(initial=0)) + 1, num_relations), return_index=True)
         keys, tails = group(queries[distinct], num_relations)
         return cls(keys, tails, num_relations)
 
     def find(self, head: Ints, relation: Ints) -> Ints:
-        """Return the place of each query's list in :attr:`tails`, -1 where nothing is known or the relation itself is asked (-1)."""
+        """Return the index of each query in :attr:`tails`, ``(B,)``; -1 if no answer is known or the relation is unknown (-1)."""
         code = head.astype(np.int64) * self.num_relations + relation
         place = np.minimum(np.searchsorted(self.keys, code), len(self.keys) - 1)
         return np.where((self.keys[place] == code) & (relation >= 0), place, -1)
 
     def relations(self, head: Ints, tail: Ints) -> tuple[Ints, Ints]:
-        """Return the original relations known from each head to its tail, and which of the pairs each belongs to."""
+        """Return the known original relations between each head and its tail, and for each relation the position of its pair, ``(F,)`` each."""
         code = head.astype(np.int64) * self.num_relations
         first, end = (np.searchsorted(self.keys, code + relation) for relation in (0, self.num_relations // 2))
         place, row = spans(first, end - first)
@@ -82,7 +86,7 @@ class Answers:
 
 
 def spans(start: Ints, counts: Ints) -> tuple[Ints, Ints]:
-    """Return the numbers ``start .. start + counts - 1`` of each span, one span after the other, and which span each belongs to."""
+    """Return the concatenated ranges ``start .. start + counts - 1``, and for each number the index of its range."""
     row = np.repeat(np.arange(len(counts)), counts)
     return np.arange(len(row)) + (start - np.cumsum(counts) + counts)[row], row
 
@@ -95,7 +99,7 @@ def group(queries: Ints, num_relations: int) -> tuple[Ints, Lists]:
         num_relations: 2R.
 
     Returns:
-        Ascending codes ``head * 2R + relation``, and the targets of each in the order given.
+        Codes ``head * 2R + relation`` in ascending order, and the targets of each in the given order.
     """
     code = queries[:, 0].astype(np.int64) * num_relations + queries[:, 1]
     order = np.argsort(code, kind="stable")
@@ -104,16 +108,15 @@ def group(queries: Ints, num_relations: int) -> tuple[Ints, Lists]:
 
 
 class QueryRows:
-    """One query with at most one true tail a row.
+    """Dataset with one query in each row, with at most one true tail.
 
-    A :class:`~malleable.datamodules.loading.PhasedLoader` asks it for whole batches; for a plain loader, load its positions:
+    :class:`~malleable.datamodules.loading.PhasedLoader` calls :meth:`make_batch`. With a ``torch.utils.data.DataLoader``, load positions:
     ``DataLoader(range(len(rows)), batch_size=128, collate_fn=lambda positions: rows.make_batch(torch.tensor(positions)))``.
 
     Args:
-        queries: ``(Q, 3)`` of head, relation, target; a target of -1 is asked, or a relation of -1 (the third is then the tail). In all rows
-            or in none something must be asked.
+        queries: ``(Q, 3)`` of head, relation, target. For prediction, all rows have either the target -1, or the relation -1 and the tail as target.
         sample_id: ``(Q,)``.
-        answers: Known answers to give along.
+        answers: Known answers, which are added to batches.
     """
 
     def __init__(self, queries: Ints, sample_id: Ints, answers: Answers | None = None) -> None:
@@ -132,7 +135,7 @@ class QueryRows:
         return np.full(len(self), 0 if self._open else 1)
 
     def make_batch(self, rows: Tensor) -> QueryBatch:
-        """Make the batch of these rows."""
+        """Return the batch of these rows, given by positions ``(B,)``."""
         index = rows.numpy()
         head, relation, target = torch.from_numpy(self.queries[index].T.astype(np.int64, order="C"))
         known, known_row = self._known_answers(index)
@@ -149,7 +152,7 @@ class QueryRows:
         )
 
     def _known_answers(self, index: Ints) -> tuple[Ints, Ints]:
-        """Entities known to answer chosen queries, relations where those are asked; and the row of each, ascending."""
+        """Return the known answers (entities, or relations for queries of relations) of the queries ``index``, and their rows in ascending order."""
         if self.answers is None or self._known is None:
             return _NONE, _NONE
         known, row = self.answers.tails.take(self._known[index])
@@ -164,9 +167,9 @@ class QueryRows:
 
 
 class GroupedQueries:
-    """Equal training queries as one row with all their true tails; a tail that stands twice in the data stands twice here.
+    """Dataset with one row for each distinct training query, with all its true tails; repeated triples give repeated tails.
 
-    A row's number is that of its first query.
+    The ``sample_id`` of a row is that of its first query.
 
     Args:
         queries: ``(Q, 3)`` of head, relation, target.
@@ -189,7 +192,7 @@ class GroupedQueries:
         return self.targets.lengths()
 
     def make_batch(self, rows: Tensor) -> QueryBatch:
-        """Make the batch of these rows."""
+        """Return the batch of these rows, given by positions ``(B,)``."""
         index = rows.numpy()
         head, relation = np.divmod(self.keys[index], self.num_relations)
         target, target_row = self.targets.take(index)

@@ -1,4 +1,4 @@
-"""What a graph is like: counts, repeats, what training never saw, and relations that give the answers away."""
+"""Statistics of a graph: counts, duplicates, entities that are not in training, and relations that leak test answers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from malleable.datamodules.sources.graphs.base import GraphTables, Ints, pack
 
 Mask = NDArray[np.bool_]
 
-TWIN_SHARE = 0.8  # as Akrami et al.
-LEAK_SHARE = 0.01  # of a split, from which on there is a warning
+TWIN_SHARE = 0.8  # as in Akrami et al.
+LEAK_SHARE = 0.01  # share of leaked triples of a split above which there is a warning
 
 
 @dataclass(frozen=True)
 class Twin:
-    """Two relations of which one tells the other.
+    """Pair of relations, one of which almost follows from the other.
 
     Attributes:
-        relation: Label.
-        other: Label.
-        reversed: Whether head and tail swap places (an inverse), or keep them (a duplicate).
-        share: The smaller share of the two relations' pairs that the other has, too.
+        relation: Label of the first relation.
+        other: Label of the second relation.
+        reversed: Whether the second relation is an inverse (head and tail exchanged), otherwise it is a duplicate.
+        share: Share of the pairs of each relation that the other has, too; the smaller one of both shares.
     """
 
     relation: str
@@ -36,21 +36,21 @@ class Twin:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """Figures of a graph; splits are ``train``, ``val``, ``test``.
+    """Statistics of a graph; splits are ``train``, ``val``, ``test``.
 
     Attributes:
         entities: Number of entities.
         relations: Number of original relations.
-        triples: Triples by split.
-        repeated: Of these, lines that repeat one of the same split.
-        known: Triples of validation and test that training has, too.
-        unseen: Triples of validation and test with an entity or relation that training lacks.
-        unseen_entities: Entities that training lacks.
-        queries: Distinct training queries, both directions.
-        largest_answer: Training answers of the query that has most.
-        symmetric: Relations most of whose pairs stand in both directions.
-        twins: Pairs of relations that tell each other.
-        leaked: Triples of validation and test that a training triple gives away through a twin.
+        triples: Number of triples by split.
+        repeated: Number of duplicate triples within each split.
+        known: Number of validation and test triples that are in training, too.
+        unseen: Number of validation and test triples with an entity or relation that is not in training.
+        unseen_entities: Number of entities that are not in training.
+        queries: Number of distinct training queries in both directions.
+        largest_answer: Maximum number of training answers of a query.
+        symmetric: Relations most of whose pairs occur in both directions.
+        twins: Pairs of relations that follow from each other.
+        leaked: Number of validation and test triples that follow from a training triple by a twin relation.
     """
 
     entities: int
@@ -68,43 +68,43 @@ class GraphReport:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> GraphReport:
-        """Bring back what :func:`dataclasses.asdict` made."""
+        """Build a report from the output of :func:`dataclasses.asdict`."""
         return cls(**{**plain, "twins": [Twin(**twin) for twin in plain["twins"]]})
 
     def facts(self) -> Iterator[tuple[str, str]]:
-        """Yield name and text of each figure worth a line."""
+        """Yield name and text of each fact."""
         counts = " / ".join(f"{count:,}" for count in self.triples.values())
         yield "graph", f"{self.entities:,} entities, {self.relations:,} relations, {counts} triples ({' / '.join(self.triples)})"
         share = self.queries / max(1, 2 * self.triples["train"])
         yield "queries", f"{self.queries:,} distinct training queries ({share:.1%} of all), at most {self.largest_answer:,} answers to one"
         if any(self.repeated.values()):
-            yield "repeated lines", f"{_counts(self.repeated)}; each counts as often as it occurs"
+            yield "duplicate triples", f"{_counts(self.repeated)}; each is used as often as it occurs"
         if self.symmetric:
             yield "symmetric relations", _some(self.symmetric)
 
     def warnings(self) -> Iterator[str]:
-        """Say what makes figures worth less than they seem."""
+        """Yield warnings about properties that make test figures unreliable."""
         if any(self.known.values()):
-            yield f"triples that training has, too: {_counts(self.known)}; a model that only remembers answers them"
+            yield f"triples that are in training, too: {_counts(self.known)}; a model can answer them by memorisation"
         sizes = {split: max(1, self.triples[split]) for split in self.leaked}
         if any(count / sizes[split] >= LEAK_SHARE for split, count in self.leaked.items()):
             shares = ", ".join(f"{count / sizes[split]:.1%} of {split}" for split, count in self.leaked.items())
             pairs = [f"{twin.relation} {'inverts' if twin.reversed else 'repeats'} {twin.other} ({twin.share:.0%})" for twin in self.twins]
             yield (
-                f"training gives answers away: {shares} follow from a training triple by {_some(pairs)}. Figures on such a graph (WN18, FB15k) say "
-                "little; leave one relation of each pair out"
+                f"training leaks test answers: {shares} follow from a training triple by {_some(pairs)}. Figures on such a graph (WN18, FB15k) are "
+                "not meaningful; remove one relation of each pair"
             )
 
 
 def report(tables: GraphTables) -> GraphReport:
-    """Examine a graph.
+    """Compute the statistics of a graph.
 
-    Two relations are twins where each has at least 0.8 of the other's pairs, head and tail swapped or not; a triple leaks where training has
-    its pair under a twin.
+    Two relations are twins if each has at least 0.8 of the pairs of the other, in the same or in the reverse direction. A triple is leaked if
+    training has its pair with a twin relation.
 
     Source:
-        K. Toutanova and D. Chen (2015), CVSC, section 4.1, for the leak; F. Akrami et al. (2020), arXiv:2003.08001, section 4, for the
-        threshold of both shares. Differs: shares are taken over all splits, so that a random split does not hide a twin.
+        K. Toutanova and D. Chen (2015), CVSC, section 4.1 (leaks); F. Akrami et al. (2020), arXiv:2003.08001, section 4 (threshold of shares).
+        Differs: shares are computed over all splits, so that a random split does not hide a twin.
     """
     splits = {split: tables.triples.get(split, np.zeros((0, 3), dtype=np.int64)) for split in ("train", "val", "test")}
     train = splits["train"]
@@ -114,8 +114,8 @@ def report(tables: GraphTables) -> GraphReport:
     distinct = {split: np.unique(own, return_index=True)[1] for split, own in codes.items()}
     every = np.concatenate(list(splits.values()))[np.unique(np.concatenate(list(codes.values())), return_index=True)[1]]
     seen = [np.isin(np.arange(len(labels)), train[:, columns]) for labels, columns in ((tables.entities, [0, 2]), (tables.relations, [1]))]
-    asked = both_directions(train[distinct["train"]], sizes[1])
-    _, answers = np.unique(asked[:, 0] * 2 * sizes[1] + asked[:, 1], return_counts=True)
+    queries = both_directions(train[distinct["train"]], sizes[1])
+    _, answers = np.unique(queries[:, 0] * 2 * sizes[1] + queries[:, 1], return_counts=True)
     symmetric, pairs = _twins(every, *sizes)
     return GraphReport(
         entities=sizes[0],
@@ -134,7 +134,7 @@ def report(tables: GraphTables) -> GraphReport:
 
 
 def both_directions(triples: Ints, num_relations: int) -> Ints:
-    """Make the two queries of each triple.
+    """Return the two queries of each triple.
 
     Args:
         triples: ``(N, 3)`` of h, r, t.
@@ -151,13 +151,13 @@ def both_directions(triples: Ints, num_relations: int) -> Ints:
 
 
 def _twins(triples: Ints, num_entities: int, num_relations: int) -> tuple[list[int], list[tuple[int, int, int, float]]]:
-    """Find symmetric relations, and pairs of relations with how they relate and their share."""
+    """Return symmetric relations, and twins as (relation, other relation, whether reversed, share)."""
     sizes = np.bincount(triples[:, 1], minlength=num_relations)
     pair, back = triples[:, 0] * num_entities + triples[:, 2], triples[:, 2] * num_entities + triples[:, 0]
     order = np.argsort(pair, kind="stable")
     symmetric, twins = [], []
     for swap, looked_up in ((0, pair), (1, back)):
-        # All triples whose pair is this one, joined: (relation of this, relation of that).
+        # Join of all triples with the same pair of entities: (relation of one triple, relation of the other).
         start, stop = np.searchsorted(pair[order], looked_up), np.searchsorted(pair[order], looked_up, side="right")
         counts = stop - start
         this = np.repeat(triples[:, 1], counts)
@@ -173,7 +173,7 @@ def _twins(triples: Ints, num_entities: int, num_relations: int) -> tuple[list[i
 
 
 def _leaks(rows: Ints, train: Ints, twins: list[tuple[int, int, int, float]], sizes: tuple[int, int]) -> Mask:
-    """Which rows a training triple gives away, ``(N,)`` bool."""
+    """Return which rows follow from a training triple by a twin relation, ``(N,)`` bool."""
     leaked = np.zeros(len(rows), dtype=bool)
     for one, other, swap, _ in twins:
         for source, target in ((one, other), (other, one)):

@@ -1,4 +1,4 @@
-"""The numbered queries, the filter and the report of a graph: built once into the cache, memory-mapped by every rank."""
+"""Cache of the prepared data of a graph: queries, known answers and report, built once and memory-mapped by all ranks."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from malleable.datamodules.sources.graphs.base import GraphSource, GraphTables, 
 
 log = logging.getLogger(__name__)
 
-# Raise it when what is stored changes its meaning.
+# Increase it when the format of the cache changes.
 FORMAT = 1
 SPLITS = ("train", "val", "test")
 
 
 @dataclass
 class GraphStore:
-    """Opened data.
+    """Prepared data of a graph.
 
     Attributes:
-        graph: The vocabulary.
+        graph: Labels of entities and relations.
         queries: ``(2 N, 3)`` int32 of head, relation, target by split: both directions of the first triple, then of the second, ...
-        answers: The filter, of all splits.
-        report: What the graph is like.
+        answers: Known answers of all queries, over all splits.
+        report: Statistics of the graph.
     """
 
     graph: KnowledgeGraph
@@ -42,7 +42,7 @@ class GraphStore:
 
     @classmethod
     def open_or_build(cls, source: GraphSource, folder: Path) -> GraphStore:
-        """Open the cache of a source below ``folder``, building it where it is missing or not whole."""
+        """Open the cache of a source below ``folder``, and build it if it is missing or incomplete."""
         target = folder / fingerprint(source)
         opened = open_arrays(target)
         if opened is None:
@@ -53,7 +53,7 @@ class GraphStore:
             if opened is None:
                 raise OSError(f"the cache {target} cannot be read right after it was written; check the disk, or choose another cache_dir")
         arrays, meta = opened
-        # Plain views: every operation on a `memmap` would make another one, which is slow.
+        # Convert to plain arrays, because operations on `memmap` create new `memmap` objects, which is slow.
         plain: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
         frequency = np.bincount(plain["train"][::2, 1], minlength=len(meta["relations"]))
         graph = KnowledgeGraph(tuple(meta["entities"]), tuple(meta["relations"]), tuple(plain["degree"].tolist()), tuple(frequency.tolist()))
@@ -62,14 +62,14 @@ class GraphStore:
 
 
 def fingerprint(source: GraphSource) -> str:
-    """Return what names the cache of a source."""
+    """Return the name of the cache folder of a source."""
     return digest(
         {"format": FORMAT, "source": [type(source).__qualname__, source.settings(), [sha256_of(path) for path in source.files()]]},
     )
 
 
 def build(tables: GraphTables) -> tuple[dict[str, Numbers], dict[str, Any]]:
-    """Make the arrays and the plain data of a graph."""
+    """Return the arrays and the plain data of the cache of a graph."""
     none = np.zeros((0, 3), dtype=np.int64)
     num_relations = len(tables.relations)
     queries = {split: both_directions(tables.triples.get(split, none), num_relations) for split in SPLITS}
@@ -78,7 +78,7 @@ def build(tables: GraphTables) -> tuple[dict[str, Numbers], dict[str, Any]]:
     arrays |= {"answer_keys": answers.keys, "answer_offsets": answers.tails.offsets, "answer_tails": answers.tails.values.astype(np.int32)}
     heads, _, tails = tables.triples["train"].T
     count = len(tables.entities)
-    # A loop is one triple of its entity.
+    # A loop counts once for its entity.
     loops = np.bincount(heads[heads == tails], minlength=count)
     arrays["degree"] = np.bincount(heads, minlength=count) + np.bincount(tails, minlength=count) - loops
     return arrays, {"entities": tables.entities, "relations": tables.relations, "report": asdict(report(tables))}

@@ -1,4 +1,4 @@
-"""Files of triples and of ids, read with the place of whatever is wrong in them."""
+"""Readers of files with triples and ids; errors contain file, line and field."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _DELIMITERS = {".csv": ","}
 
 
 def check_columns(columns: str) -> None:
-    """Check an order of columns.
+    """Check the option ``columns``.
 
     Raises:
-        ValueError: If it is not an order of the letters h, r, t.
+        ValueError: If it is not a permutation of the letters h, r, t.
     """
     if sorted(columns) != ["h", "r", "t"]:
-        raise ValueError(f"columns must order the letters h (head), r (relation) and t (tail), e.g. hrt or htr, got {columns!r}")
+        raise ValueError(f"columns must be a permutation of the letters h (head), r (relation) and t (tail), e.g. hrt or htr, got {columns!r}")
 
 
 def header_order(header: Sequence[str], names: Mapping[str, str] | None = None) -> list[int] | None:
-    """Return the columns of head, relation and tail in a header; ``None`` if it does not name all three.
+    """Return the positions of head, relation and tail in a header; ``None`` if it does not contain all three.
 
     Args:
-        header: Names of the columns, in any order and among others.
-        names: The column of ``head``, ``relation`` or ``tail`` that is called otherwise than in :data:`HEADERS`, upper and lower case alike.
+        header: Names of the columns, in any order and with other columns.
+        names: Names of the columns of ``head``, ``relation`` or ``tail`` that differ from :data:`HEADERS`; case is ignored.
     """
     known = [name.casefold() for name in header]
     for form in HEADERS:
@@ -53,47 +53,47 @@ def read_labels(
     encoding: str | None = None,
     delimiter: str | None = None,
 ) -> Iterator[tuple[str, str, str]]:
-    """Read labelled triples, lazily.
+    """Read labelled triples lazily.
 
     Args:
-        path: Lines of three columns with tabs between them, CSV, or Parquet with three columns. Labels may hold spaces; in lines and cells, blanks
-            around one do not belong to it, see :func:`~malleable.datamodules.files.text_files.cell_text`.
-        columns: Order of the columns; default: what the header says, else head, relation, tail.
-        header: The first line of a text file names the columns: head, relation and tail (or as in :data:`HEADERS`) in any order, and others, which
-            are left alone. A header of three other names is skipped.
-        names: The column of ``head``, ``relation`` or ``tail`` that is called otherwise.
-        encoding: Of text without a byte-order mark; default: UTF-8.
-        delimiter: What stands between the cells of text; default: a comma in ``.csv``, else a tab.
+        path: Lines of three columns separated by tabs, CSV, or Parquet with three columns. Labels may contain spaces; spaces and tabs around a label
+            are removed, see :func:`~malleable.datamodules.files.text_files.cell_text`.
+        columns: Order of the columns. Default: that of the header, else head, relation, tail.
+        header: Whether the first line of a text file is a header. Columns are found by the names of :data:`HEADERS`, in any order; other columns are
+            ignored. A header of three other names is skipped.
+        names: Names of the columns of ``head``, ``relation`` or ``tail`` that differ from :data:`HEADERS`.
+        encoding: Encoding of a text file without a byte-order mark; default: UTF-8.
+        delimiter: Delimiter between cells of a text file; default: a comma for ``.csv``, else a tab.
 
     Yields:
         Head, relation, tail.
 
     Raises:
-        ValueError: If a line has another number of columns or an empty one, or the file has none; with file and line.
+        ValueError: If a line has another number of columns, if a cell is empty, or if the file has no triples; with file and line.
     """
     by_name, columns = columns is None, columns or "hrt"
     check_columns(columns)
     order = [columns.index(letter) for letter in "hrt"]
     place = None
     options: Any = {"header": header, "names": names, "encoding": encoding, "delimiter": delimiter, "by_name": by_name}
-    for place, row in _rows(path, [FIELDS[letter] for letter in columns], **options):  # noqa: B007  (tells an empty file)
+    for place, row in _rows(path, [FIELDS[letter] for letter in columns], **options):  # noqa: B007  (detects an empty file)
         yield row[order[0]], row[order[1]], row[order[2]]
     if place is None:
-        raise ValueError(f"{path} holds no triple; expected lines {_shape(columns)}")
+        raise ValueError(f"{path} contains no triple; expected lines {_shape(columns)}")
 
 
 def read_ids(path: Path, entities: int, relations: int, columns: str = "hrt", *, counted: bool = False) -> NDArray[np.int64]:
     """Read triples of ids.
 
     Args:
-        path: As in :func:`read_labels`, of integers; in text there may be spaces instead of tabs.
+        path: File of integers as in :func:`read_labels`; text may have spaces instead of tabs.
         entities: Number of entities.
         relations: Number of relations.
         columns: Order of the columns.
-        counted: The first line says how many follow (OpenKE).
+        counted: Whether the first line is the number of triples (OpenKE).
 
     Returns:
-        ``(N, 3)`` of head, relation, tail.
+        ``(N, 3)`` int64 of head, relation, tail.
 
     Raises:
         ValueError: If a line has another number of columns, or an id is unknown; with file and line.
@@ -104,7 +104,7 @@ def read_ids(path: Path, entities: int, relations: int, columns: str = "hrt", *,
     for place, row in _rows(path, [FIELDS[letter] for letter in columns], counted=counted, spaces=True):
         rows.append([_id(cell, size, f"{place}, field {FIELDS[letter]}") for cell, size, letter in zip(row, sizes, columns, strict=True)])
     if not rows:
-        raise ValueError(f"{path} holds no triple; expected lines {_shape(columns)} of ids")
+        raise ValueError(f"{path} contains no triple; expected lines {_shape(columns)} of ids")
     return np.array(rows, dtype=np.int64)[:, [columns.index(letter) for letter in "hrt"]]
 
 
@@ -112,30 +112,30 @@ def read_names(path: Path, *, counted: bool = False) -> list[str]:
     """Read the labels of all ids.
 
     Args:
-        path: Lines ``label<TAB>id``; the ids run from 0 without a gap, in any order.
-        counted: The first line says how many follow (OpenKE).
+        path: Lines ``label<TAB>id`` in any order; ids must be consecutive from 0.
+        counted: Whether the first line is the number of labels (OpenKE).
 
     Returns:
         Labels by id.
 
     Raises:
-        ValueError: If a label or an id occurs twice, an id is missing, or a line is otherwise wrong; with file and line.
+        ValueError: If a label or an id occurs twice, if an id is missing, or if a line has another format; with file and line.
     """
     labels: dict[str, str] = {}
     by_id: dict[int, str] = {}
     for place, (label, cell) in _rows(path, ["label", "id"], counted=counted, spaces=True):
         key = _id(cell, None, f"{place}, field id")
         if label in labels:
-            raise ValueError(f"{place}: the label {label!r} stands in {labels[label]} already; every label needs one id")
+            raise ValueError(f"{place}: the label {label!r} is already in {labels[label]}; give every label one id")
         if key in by_id:
-            raise ValueError(f"{place}: the id {key} belongs to {by_id[key]!r} already; every id needs one label")
+            raise ValueError(f"{place}: {by_id[key]!r} already has the id {key}; give every id one label")
         labels[label] = place.rpartition(", ")[2]
         by_id[key] = label
     if not by_id:
-        raise ValueError(f"{path} holds no label; expected lines label<TAB>id")
+        raise ValueError(f"{path} contains no label; expected lines label<TAB>id")
     missing = next((key for key in range(len(by_id)) if key not in by_id), None)
     if missing is not None:
-        raise ValueError(f"{path}: {len(by_id)} labels, but no id {missing} (the largest is {max(by_id)}); ids must run from 0 without a gap")
+        raise ValueError(f"{path}: {len(by_id)} labels, but id {missing} is missing (the largest is {max(by_id)}); ids must be consecutive from 0")
     return [by_id[key] for key in range(len(by_id))]
 
 
@@ -146,8 +146,8 @@ def _shape(columns: str) -> str:
 def _id(cell: str, size: int | None, where: str) -> int:
     key = int(cell) if cell.isascii() and cell.isdigit() and len(cell) < 19 else -1
     if key < 0 or (size is not None and key >= size):
-        allowed = "an integer from 0 on" if size is None else f"one of the {size} ids 0 to {size - 1}"
-        raise ValueError(f"{where}: {cell!r} is unknown, expected {allowed}")
+        allowed = "an integer >= 0" if size is None else f"one of the {size} ids 0 to {size - 1}"
+        raise ValueError(f"{where}: {cell!r} is not valid, expected {allowed}")
     return key
 
 
@@ -163,7 +163,7 @@ def _rows(
     delimiter: str | None = None,
     by_name: bool = False,
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield where a row stands and its cells."""
+    """Yield the place of each row, for messages, and its cells."""
     kind = file_kind(path)
     if path.suffix == ".parquet":
         rows = _parquet_rows(path, fields, names or {})
@@ -174,7 +174,7 @@ def _rows(
         rows = _text_rows(path, fields, counted, spaces, encoding)
     for place, row in rows:
         if not all(row):
-            raise ValueError(f"{place}, field {fields[row.index('')]}: it is empty; expected {'<TAB>'.join(fields)}")
+            raise ValueError(f"{place}, field {fields[row.index('')]}: the cell is empty; expected {'<TAB>'.join(fields)}")
         yield place, row
 
 
@@ -194,11 +194,11 @@ def _bare_rows(rows: Iterator[tuple[str, list[str]]], fields: Sequence[str]) -> 
 def _headed_rows(
     rows: Iterator[tuple[str, list[str]]], fields: Sequence[str], names: Mapping[str, str] | None, by_name: bool
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield the cells of the fields, found by the names of the header where ``by_name``."""
+    """Yield the cells of the fields, whose columns are found by the names of the header if ``by_name``."""
     where, header = next(rows, ("", []))
     order = header_order(header, names) if by_name else None
     if order is None and header and (len(header) != len(fields) or names):
-        raise ValueError(f"{where}: the columns are {header}, expected {', '.join(fields)}; name the right ones with column_names: {{head: ...}}")
+        raise ValueError(f"{where}: the columns are {header}, expected {', '.join(fields)}; set their names with column_names: {{head: ...}}")
     for where, row in rows:
         _check_width(where, row, len(header), header)
         yield where, row if order is None else [row[column] for column in order]
@@ -206,12 +206,12 @@ def _headed_rows(
 
 def _check_width(where: str, row: Sequence[str], width: int, fields: Sequence[str]) -> None:
     if len(row) != width:
-        raise ValueError(f"{where}: {len(row)} cells, expected {width}: {','.join(fields)}; a label with a comma stands in quotes")
+        raise ValueError(f"{where}: {len(row)} cells, expected {width}: {','.join(fields)}; quote labels that contain a comma")
 
 
 def _refuse_header(where: str, row: Sequence[str]) -> None:
     if header_order(row) is not None:
-        raise ValueError(f"{where} looks like a header ({', '.join(row)}); say header: true, or take the line out")
+        raise ValueError(f"{where} looks like a header ({', '.join(row)}); set header: true, or remove the line")
 
 
 def _text_rows(path: Path, fields: Sequence[str], counted: bool, spaces: bool, encoding: str | None) -> Iterator[tuple[str, list[str]]]:
@@ -221,7 +221,7 @@ def _text_rows(path: Path, fields: Sequence[str], counted: bool, spaces: bool, e
             continue
         row = [cell_text(cell) for cell in line.removesuffix("\n").removesuffix("\r").split("\t")]
         if counted and expected is None:
-            expected = _id(line.strip(), None, f"{path}, line {number}, which must say how many lines follow")
+            expected = _id(line.strip(), None, f"{path}, line {number}, which must be the number of the following lines")
             continue
         if spaces and len(row) == 1:
             row = line.rsplit(maxsplit=width - 1)
@@ -232,7 +232,7 @@ def _text_rows(path: Path, fields: Sequence[str], counted: bool, spaces: bool, e
         count += 1
         yield f"{path}, line {number}", row
     if expected is not None and count != expected:
-        raise ValueError(f"{path}, line 1 says that {expected} lines follow, but there are {count}; is the file cut, or not of format openke?")
+        raise ValueError(f"{path}: {count} lines follow the first one, which states {expected}; give the complete file, or choose another format")
 
 
 def _columns(row: Sequence[str], line: str) -> str:
@@ -241,17 +241,17 @@ def _columns(row: Sequence[str], line: str) -> str:
 
 def _hint(row: Sequence[str], number: int, spaces: bool) -> str:
     if spaces and number == 1 and len(row) == 1 and row[0].isdigit():
-        return "; a first line with a count is of format openke"
+        return "; files of format openke have a first line with the number of lines"
     return " (tabs between them, not spaces)" if len(row) == 1 and not spaces else ""
 
 
 def _parquet_rows(path: Path, fields: Sequence[str], names: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
-    column_names(path)  # refuses repeated ones
+    column_names(path)  # raises an error for duplicate names
     table = read_parquet(path)
     wanted = [names.get(field, field) for field in fields]
     if not set(wanted) <= set(table.column_names):
         if names or len(table.column_names) != len(fields):
-            raise ValueError(f"{path}: columns {table.column_names}, expected {wanted}; name the right ones with column_names: {{head: ...}}")
+            raise ValueError(f"{path}: columns {table.column_names}, expected {wanted}; set their names with column_names: {{head: ...}}")
         wanted = table.column_names
     bits = [_SIGNIFICAND_BITS.get(str(table.schema.field(name).type), 52) for name in wanted]
     number = 0

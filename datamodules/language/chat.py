@@ -1,4 +1,4 @@
-"""Prompts of instruct models: a template as a user message under the tokenizer's own chat template."""
+"""Prompts of instruct models: a prompt template as the user message of the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
     from malleable.datamodules.recommendation.prompt import PromptTemplate
 
 DATE = datetime(2024, 7, 26, tzinfo=UTC)
-"""The date in chat templates that state one: a prompt must not depend on the day on which data is prepared. Llama 3's own default."""
+"""Date for chat templates that contain one (the default of Llama 3), so that prompts do not depend on the day of data preparation."""
 _CALL_OF_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _BLANKS = f"{BLANKS}\u00a0"
 _CONTENT, _ANSWER = "malleablecontent", "malleableanswer"
 
 
 def in_chat(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptTemplate, int | None]:
-    """Write out the chat template of a tokenizer around a prompt template.
+    """Combine a prompt template with the chat template of a tokenizer.
 
     Args:
-        template: Its prompt is the user message, its answer the reply.
-        tokenizer: Has the chat template.
+        template: Prompt template; its prompt is the user message, its answer the reply.
+        tokenizer: Tokenizer with a chat template.
 
     Returns:
-        The template of the whole text, beginning-of-sequence token included, and the token that ends a reply; ``None`` where the chat
-        template has none of its own, and the end-of-sequence token does.
+        The template of the whole text, including the beginning-of-sequence token, and the token that ends a reply; ``None`` if the chat template has
+        no such token, so that the end-of-sequence token is used.
 
     Raises:
-        ValueError: If the tokenizer has no chat template, or one that has no place for the messages.
+        ValueError: If the tokenizer has no chat template, or if the chat template does not contain each message exactly once.
     """
     if not tokenizer.chat_template:
         raise ValueError(
@@ -45,10 +45,10 @@ def in_chat(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> tup
     prompt = _rendered(tokenizer, messages, add_generation_prompt=True)
     reply = _rendered(tokenizer, [*messages, {"role": "assistant", "content": _ANSWER}])
     if prompt.count(_CONTENT) != 1 or reply.count(_ANSWER) != 1:
-        raise ValueError(f"the chat template of {tokenizer.name_or_path!r} does not show each message once; choose template 'instruction'")
+        raise ValueError(f"the chat template of {tokenizer.name_or_path!r} does not contain each message once; choose template 'instruction'")
     opening, closing = prompt.split(_CONTENT)
     end, end_token = _end_of_turn(tokenizer, reply.split(_ANSWER)[1])
-    # What stands between the generation prompt and a reply, as the empty thoughts of Qwen 3 do, is part of the prompt.
+    # Text between the generation prompt and a reply, such as the empty thoughts of Qwen 3, is part of the prompt.
     between = reply.split(_ANSWER)[0].removeprefix(prompt) if reply.startswith(prompt) else ""
     closing += between
     stem = closing.rstrip(_BLANKS)
@@ -64,17 +64,17 @@ def in_chat(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> tup
 
 
 def check_content(template: PromptTemplate, written: PromptTemplate, titles: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template that changes messages, by which the text written here would not be the one it makes.
+    """Check that the chat template does not change messages, so that :func:`in_chat` gives the same text as the chat template.
 
     Raises:
-        ValueError: If it does.
+        ValueError: If it changes messages.
     """
     messages = [{"role": "system", "content": template.system}] if template.system is not None else []
     expected = _rendered(tokenizer, [*messages, {"role": "user", "content": template.text(titles)}], add_generation_prompt=True)
     if not written.text(titles).startswith(expected.rstrip(_BLANKS)):
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path!r} changes the text of a message; let template.prefix begin and template.suffix end "
-            "with a word, or choose template 'instruction'"
+            f"the chat template of {tokenizer.name_or_path!r} changes the text of a message; start template.prefix and end template.suffix with a "
+            "word, or choose template 'instruction'"
         )
 
 
@@ -83,9 +83,9 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
         written: Any = tokenizer.get_chat_template()
         dated = _CALL_OF_DATE.sub(lambda call: repr(DATE.strftime(call[2])), written)
         text: Any = tokenizer.apply_chat_template(messages, chat_template=dated, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # whatever the template raises
+    except Exception as error:  # templates raise various exceptions
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template of {tokenizer.name_or_path!r} refuses messages of {roles}: {error}; see template.system") from error
+        raise ValueError(f"the chat template of {tokenizer.name_or_path!r} rejects messages of {roles}: {error}; set template.system") from error
     return str(text)
 
 
@@ -94,6 +94,6 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, rest: str) -> tuple[str, in
     special = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     for token_id in tokenizer(rest, add_special_tokens=False)["input_ids"]:
         if token_id in special:
-            # A blank before it, as Llama 2 has one, would be a token of its own at the end of each title.
+            # A space before it, as in Llama 2, would be a separate token at the end of each title.
             return rest[: rest.index(special[token_id])].rstrip(), token_id
     return "", None

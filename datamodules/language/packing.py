@@ -1,4 +1,4 @@
-"""Whole histories packed into rows of one length: about fifty times more signal a second than one target per prompt."""
+"""Packing of documents into rows of fixed length. Packed histories give about fifty times more targets per second than one target per prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from malleable.datamodules.sample_ids import Ints
 
 
 class Window(NamedTuple):
-    """Items ``start:end`` of a sequence, which make one document of ``length`` tokens."""
+    """Items ``start:end`` of a sequence, as one document of ``length`` tokens."""
 
     sequence: int
     start: int
@@ -21,33 +21,33 @@ class Window(NamedTuple):
 
 
 def cut_windows(sequences: Sequence[Ints], sizes: Ints, pack_length: int, overhead: int) -> list[Window]:
-    """Cut sequences into documents that fit a row, between items.
+    """Split sequences between items into documents that fit into a row.
 
     Args:
         sequences: Items of each sequence.
-        sizes: Tokens of each item of the catalogue, its separator included.
-        pack_length: Tokens of a row.
-        overhead: Tokens of a document besides its items.
+        sizes: Number of tokens of each item of the catalogue, including its separator.
+        pack_length: Number of tokens of a row.
+        overhead: Number of tokens of a document besides its items.
 
     Raises:
-        ValueError: If a single item is longer than a row.
+        ValueError: If a single item does not fit into a row.
     """
-    room = pack_length - overhead
-    if sizes.max(initial=0) > room:
-        raise ValueError(f"pack_length {pack_length} is shorter than the longest item with its markers ({overhead + sizes.max()} tokens); raise it")
+    capacity = pack_length - overhead
+    if sizes.max(initial=0) > capacity:
+        raise ValueError(f"pack_length {pack_length} is less than the {overhead + sizes.max()} tokens of the longest item; increase pack_length")
     windows = []
     for sequence, items in enumerate(sequences):
         total = np.concatenate([[0], np.cumsum(sizes[items])])
         start = 0
         while start < len(items):
-            end = int(np.searchsorted(total, total[start] + room, side="right")) - 1
+            end = int(np.searchsorted(total, total[start] + capacity, side="right")) - 1
             windows.append(Window(sequence, start, end, int(total[end] - total[start]) + overhead))
             start = end
     return windows
 
 
 def fit(windows: Sequence[Window], pack_length: int) -> list[list[Window]]:
-    """Lay documents into as few rows as may be: best fit, longest first."""
+    """Pack documents into rows with the best-fit-decreasing heuristic."""
     rows: list[list[Window]] = []
     space: list[tuple[int, int]] = []
     for window in sorted(windows, key=lambda window: (-window.length, window.sequence, window.start)):

@@ -1,4 +1,4 @@
-"""Documents packed into rows of one length."""
+"""Dataset of documents packed into rows of fixed length."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from malleable.datamodules.sample_ids import Ints, array_hash, content_ids
 
 
 class TextRows:
-    """Documents packed into rows; longer ones are cut.
+    """Documents packed into rows; documents longer than a row are split.
 
     Args:
-        documents: Tokens of each.
-        pack_length: Tokens of a row.
+        documents: Tokens of each document.
+        pack_length: Number of tokens of a row.
         pad_token_id: Padding token of batches.
 
     Raises:
-        ValueError: If no document has two tokens: there would be nothing to predict.
+        ValueError: If no document has at least two tokens, so that no token could be predicted.
     """
 
     def __init__(self, documents: Sequence[Sequence[int]], pack_length: int, pad_token_id: int = 0) -> None:
@@ -29,7 +29,7 @@ class TextRows:
         parts = [document[start : start + pack_length] for document in documents for start in range(0, len(document), pack_length)]
         self.documents = [part for part in parts if len(part) > 1]
         if not self.documents:
-            raise ValueError("there is no text of at least two tokens to make rows of")
+            raise ValueError("no text has at least two tokens, which training needs; give longer texts")
         self.rows = fit([Window(number, 0, 1, len(document)) for number, document in enumerate(self.documents)], pack_length)
         contents = [np.concatenate([self.documents[window.sequence] for window in row]).astype(np.int64) for row in self.rows]
         self.sample_ids = content_ids(np.array([array_hash(content) for content in contents], dtype=np.uint64))
@@ -49,9 +49,9 @@ class TextRows:
         return {"sample_id": int(self.sample_ids[index]), "input_ids": input_ids, "document_ids": document_ids}
 
     def collate(self, rows: Sequence[PackedExample]) -> PackedBatch:
-        """Make a batch of rows."""
+        """Collate rows to a batch."""
         return collate(rows, PackedBatch, pad_token_id=self.pad_token_id)
 
     def row_tokens(self) -> Ints:
-        """Return the targets of each row: every token but the first of a document."""
+        """Return the number of targets of each row: all tokens except the first of each document."""
         return np.array([sum(window.length - 1 for window in row) for row in self.rows], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Plain texts from files."""
+"""Reading of texts from files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ FIELDS = ("text", "Text", "content")
 
 
 def read_texts(path: Path) -> list[str]:
-    """Read texts as they are: blanks at their ends stay, those of white space only are left out.
+    """Read texts without changing them; texts of white space only are left out.
 
     Args:
-        path: A text file, a paragraph a line (see :func:`~malleable.datamodules.files.text_files.read_lines` for what ends a line); a JSON array or
-            JSON lines, of texts or of objects with ``text``; or a Parquet file with that column.
+        path: A text file with one text on each line (see :func:`~malleable.datamodules.files.text_files.read_lines`); a JSON array or JSON lines of
+            strings or of objects with the field ``text``; or a Parquet file with the column ``text``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds no texts; the message names the line.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a row is not a text, or if the file contains no texts.
     """
     check_file(path, f"give a file of texts that ends in {', '.join(KINDS)}")
     if path.suffix == ".parquet":
@@ -32,7 +32,7 @@ def read_texts(path: Path) -> list[str]:
         texts = [line for _, line in read_lines(path)]
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise ValueError(f"{path} holds no texts")
+        raise ValueError(f"{path} contains no texts; give a file with at least one text")
     return texts
 
 
@@ -41,7 +41,7 @@ def _of_json(path: Path) -> list[str]:
     for _, place, entry in read_json_rows(path):
         found = entry if isinstance(entry, str) else next((entry[name] for name in FIELDS if isinstance(entry, dict) and name in entry), None)
         if not isinstance(found, str):
-            raise ValueError(f"{place}: expected a text or an object with one of {', '.join(FIELDS)}, got {entry!r:.80}")
+            raise ValueError(f"{place}: expected a string or an object with one of {', '.join(FIELDS)}, got {entry!r:.80}")
         texts.append(found)
     return texts
 
@@ -53,5 +53,5 @@ def _of_parquet(path: Path) -> list[str]:
         raise ValueError(f"{path} has no column {' or '.join(FIELDS)}; it has {', '.join(names)}")
     texts = [text for text in column_values(read_parquet(path, [name])[name], f"{path}, column {name}") if text is not None]
     if (wrong := next((text for text in texts if not isinstance(text, str)), None)) is not None:
-        raise ValueError(f"{path}, column {name}: expected texts, got {wrong!r:.80}")
+        raise ValueError(f"{path}, column {name}: expected strings, got {wrong!r:.80}")
     return texts

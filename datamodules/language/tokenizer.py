@@ -1,4 +1,4 @@
-"""Tokenizers: pretrained ones by name, and a small one trained on the catalogue for models that start from nothing."""
+"""Tokenizers: loading of pretrained tokenizers, training of a small tokenizer, digests, and storage in checkpoints."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ WORD_METHOD = "byte-level BPE within words"
 
 
 def load_tokenizer(name: str, local_files_only: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; one without a padding token pads with its end-of-sequence token.
+    """Load a tokenizer. If it has no padding token, its end-of-sequence token is used.
 
     Args:
-        name: Hub id, local folder, GGUF file, or a name that :func:`~malleable.datamodules.files.fetch.resolve_model` knows.
-        local_files_only: Take a hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
+        name: Hub id, local folder, GGUF file, or a name of :data:`~malleable.datamodules.files.fetch.ALIASES`.
+        local_files_only: Use the local cache for hub ids, without downloads; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
 
     Raises:
         OSError: If it is not found, is gated, or cannot be downloaded.
@@ -44,32 +44,32 @@ def load_tokenizer(name: str, local_files_only: bool = False) -> PreTrainedToken
     if gguf_file is not None:
         folder = str(_converted(Path(folder) / gguf_file))
     elif Path(folder).parent == cache_folder() / "tokenizers" and (damage := problem(Path(folder))):
-        raise OSError(f"the cached tokenizer {folder} {damage}; remove this folder, and run again what has made it")
+        raise OSError(f"the cached tokenizer {folder} {damage}; remove this folder, and repeat the command that created it")
     with hub_errors("tokenizer", name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=local_files_only, trust_remote_code=False)
-        tokenizer("a")  # settings that are damaged show at the first text
+        tokenizer("a")  # damaged settings cause errors at the first text
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def train_tokenizer(titles: Sequence[str], vocab_size: int = 2048, counts: Sequence[int] | None = None, across_words: bool = True) -> Path:
-    """Train a byte-level BPE on titles and keep it in the cache; equal titles, counts and size give the same folder.
+    """Train a byte-level BPE tokenizer on titles and store it in the cache; equal arguments give the same folder.
 
-    Across words, what is read and written most often is whole titles, so popular ones become a token or two, and a history costs half the tokens
-    that word pieces would take. Within words, a text is read as pretrained models read it.
+    With tokens across words, popular titles become one or two tokens, and histories have half as many tokens. Tokens within words correspond to those
+    of pretrained models.
 
     Args:
         titles: Texts to train on.
-        vocab_size: Number of tokens, the 256 bytes and 3 special tokens included.
-        counts: How often each title occurs in the training histories; titles count once more than that.
-        across_words: Whether tokens may span words.
+        vocab_size: Number of tokens, including 256 bytes and 3 special tokens.
+        counts: Number of occurrences of each title in the training histories; each title counts once more.
+        across_words: Whether tokens may span several words.
 
     Returns:
         Folder in the Hugging Face format.
 
     Raises:
-        ValueError: If ``vocab_size`` has no room for the bytes and the special tokens.
+        ValueError: If ``vocab_size`` is too small for the bytes and the special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -92,9 +92,9 @@ def train_tokenizer(titles: Sequence[str], vocab_size: int = 2048, counts: Seque
 
 
 def largest_token_id(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> int:
-    """Return the largest token of some texts, of the end of a sequence and of padding.
+    """Return the largest id among the tokens of texts, the end-of-sequence token and the padding token.
 
-    A model need not have embeddings for all tokens of its tokenizer, but for these.
+    A model may have fewer embeddings than its tokenizer has tokens, but it needs embeddings of these.
     """
     special = [token for token in (tokenizer.eos_token_id, tokenizer.pad_token_id) if isinstance(token, int)]
     encoded = tokenizer(list(texts))["input_ids"] if texts else []
@@ -102,7 +102,7 @@ def largest_token_id(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
 
 
 def fingerprint(name: str) -> str:
-    """Return what identifies a tokenizer: the content of its local files, chat templates among them, or its hub id and revision."""
+    """Return a hash of a tokenizer's local files, including chat templates, or of its hub id and revision."""
     folder, gguf_file = resolve_model(name)
     if gguf_file is not None:
         stat = (Path(folder) / gguf_file).stat()
@@ -115,16 +115,16 @@ def fingerprint(name: str) -> str:
 
 
 def tokenizer_digest(name: str) -> str | None:
-    """Return the SHA-256 of what a tokenizer does: its rules, special tokens and chat template; ``None``, with a warning, if it cannot be read.
+    """Return the SHA-256 of the rules, special tokens and chat template of a tokenizer; ``None``, with a warning, if it cannot be read.
 
-    Equal for a tokenizer and its saved copy, in whatever files and under whatever name either lies.
+    It is the same for a tokenizer and its copies, independent of names and formats of files.
     """
     content = _content(name)
     return content[0] if content is not None else None
 
 
 def pack_tokenizer(name: str) -> dict[str, Any] | None:
-    """Return a tokenizer as data for a checkpoint, its compressed files as ``uint8`` tensors; ``None``, with a warning, if it cannot be read."""
+    """Return the compressed files of a tokenizer as ``uint8`` tensors for a checkpoint; ``None``, with a warning, if it cannot be read."""
     content = _content(name)
     if content is None:
         return None
@@ -133,10 +133,10 @@ def pack_tokenizer(name: str) -> dict[str, Any] | None:
 
 
 def unpack_tokenizer(packed: Mapping[str, Any]) -> Path:
-    """Write a packed tokenizer into the cache folder, unless it is there, and return its folder.
+    """Write a packed tokenizer to the cache folder, unless it is there, and return its folder.
 
     Raises:
-        ValueError: If what was stored is not the tokenizer of the stored digest.
+        ValueError: If the tokenizer does not match the stored digest.
     """
     folder = cache_folder() / "tokenizers" / f"stored-{packed['digest'][:16]}"
     if _is_there(folder):
@@ -144,16 +144,16 @@ def unpack_tokenizer(packed: Mapping[str, Any]) -> Path:
     with atomic_write(folder, keep=is_whole) as temporary:
         temporary.mkdir()
         for file, data in packed["files"].items():
-            # A name from a stranger's checkpoint must not lead out of the folder.
+            # File names of an untrusted checkpoint must not refer to other folders.
             (temporary / Path(file).name).write_bytes(zlib.decompress(data.numpy().tobytes()))
         if (found := tokenizer_digest(str(temporary))) != packed["digest"]:
-            raise ValueError(f"the checkpoint's tokenizer is damaged: its digest is {str(found)[:12]}, stored is {packed['digest'][:12]}")
+            raise ValueError(f"the checkpoint's tokenizer is damaged: its digest is {str(found)[:12]}, expected {packed['digest'][:12]}")
         seal(temporary)
     return folder
 
 
 def _content(name: str) -> tuple[str, dict[str, bytes]] | None:
-    """Digest and compressed files of a tokenizer, read once as long as its files stay the same, or as they were before they were removed."""
+    """Return digest and compressed files of a tokenizer, cached until its files change; if its files were removed, return the last ones."""
     try:
         _READ[name] = _read_content(name, fingerprint(name))
     except Exception as error:  # a broken tokenizer must not stop a checkpoint from being written
@@ -164,15 +164,15 @@ def _content(name: str) -> tuple[str, dict[str, bytes]] | None:
     return _READ[name]
 
 
-# What this process has read last, by name: a cache may be emptied while a run goes on.
+# Last content of each tokenizer that this process has read, because the cache folder may be deleted during a run.
 _READ: dict[str, tuple[str, dict[str, bytes]]] = {}
 
 
 def write_known(name: str, folder: Path) -> bool:
-    """Write the files of a tokenizer that this process has read and whose own files are gone.
+    """Write the files of a tokenizer from memory, if this process has read it.
 
     Returns:
-        Whether there was something to write.
+        Whether the tokenizer was in memory.
     """
     if name not in _READ:
         return False
@@ -197,14 +197,14 @@ def _read_content(name: str, fingerprint: str) -> tuple[str, dict[str, bytes]]:
 
 
 def rules_digest(tokenizer: Any) -> str:
-    """Return the SHA-256 of what a loaded tokenizer does."""
+    """Return the SHA-256 of the rules, special tokens and chat template of a loaded tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    # Set by whoever used the tokenizer last.
+    # Padding and truncation depend on the last call of the tokenizer.
     rules = {key: value for key, value in state.items() if backend is None or key not in ("padding", "truncation")}
     parts: list[Any] = [rules, [tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, tokenizer.chat_template]]
     if backend is None:
-        # Rules in Python: their options are all that is known of them besides the vocabulary.
+        # The rules of slow tokenizers are Python code; only their options and the vocabulary can be hashed.
         options = {
             key: value
             for key, value in tokenizer.init_kwargs.items()
@@ -216,13 +216,13 @@ def rules_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-# Options of a tokenizer that say where it comes from and how batches are made, not how a text is read.
+# Options of a tokenizer that do not affect the tokens of a text.
 _NAMES = {"name_or_path", "vocab_file", "merges_file", "tokenizer_file", "spm_file", "tokenizer_class", "processor_class", "auto_map"}
 _NAMES |= {"padding_side", "truncation_side", "model_max_length", "clean_up_tokenization_spaces", "backend", "is_local", "local_files_only"}
 
 
 def _converted(gguf: Path) -> Path:
-    """Convert the tokenizer inside a GGUF file once: reading it takes seconds."""
+    """Convert the tokenizer of a GGUF file and cache it, because reading it takes seconds."""
     from transformers import AutoTokenizer
 
     folder = cache_folder() / "tokenizers" / f"gguf-{fingerprint(str(gguf))}"
@@ -234,15 +234,15 @@ def _converted(gguf: Path) -> Path:
 
 
 def _is_there(folder: Path) -> bool:
-    """Return whether a cached tokenizer need not be made; the log names one that is there and damaged."""
+    """Return whether a complete tokenizer is in the cache; log a warning if it is damaged."""
     damage = problem(folder)
     if damage and folder.exists():
-        log.warning("the cached tokenizer %s %s: making it again", folder, damage)
+        log.warning("the cached tokenizer %s %s: creating it again", folder, damage)
     return damage is None
 
 
 def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer, unless another process has just done so: what it wrote is the same."""
+    """Save a tokenizer, unless another process has just saved the same one."""
     with atomic_write(folder, keep=is_whole) as temporary:
         tokenizer.save_pretrained(temporary)
         seal(temporary)

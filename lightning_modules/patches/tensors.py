@@ -145,7 +145,7 @@ def open_tensors(file: Path) -> Iterator[Any]:
         ValueError: If it is not a regular file, is damaged, or does not have a tensor that is read.
     """
     check_file(file, "give a whole folder or file of safetensors")
-    with reading(file, "safetensors file"), safe_open(file, "pt") as stored:
+    with reading(file, "a safetensors file"), safe_open(file, "pt") as stored:
         yield stored
 
 

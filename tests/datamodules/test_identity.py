@@ -241,7 +241,7 @@ def test_an_earlier_checkpoint_without_its_tokenizer(checkpoint, tmp_path, cache
 
 def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "a.ckpt").write_text("text")
-    with pytest.raises(ValueError, match="does not open as a checkpoint of plain data"):
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
         read_stored(str(tmp_path / "a.ckpt"))
     torch.save({"state_dict": {}}, tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match="contains neither a catalogue nor a vocabulary"):

@@ -1,4 +1,4 @@
-"""What a source of a knowledge graph gives."""
+"""Base class of sources of knowledge graphs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Ints = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class GraphTables:
-    """Triples by number.
+    """Labels and numbered triples.
 
     Attributes:
-        entities: Distinct labels, by id.
-        relations: Distinct labels, by id.
-        triples: ``(N, 3)`` int64 of head, relation, tail by split: ``train``, ``val``, ``test``; in the order of the files, repeats included.
+        entities: Distinct labels of entities, by id.
+        relations: Distinct labels of relations, by id.
+        triples: ``(N, 3)`` int64 of head, relation, tail by split ``train``, ``val``, ``test``, in the order of the files, with duplicates.
     """
 
     entities: list[str]
@@ -30,47 +30,49 @@ class GraphTables:
 
 
 class GraphSource(ABC):
-    """Where triples come from; subclasses state origin, terms and checksums in their docstring."""
+    """Base class of sources of triples; subclasses state origin, terms and checksums in their docstring."""
 
     @abstractmethod
     def files(self) -> list[Path]:
-        """Return the files the data is read from, fetching them where needed; their content identifies the data."""
+        """Return the files of the source, and download them if needed; their content identifies the data."""
 
     @abstractmethod
     def load(self) -> GraphTables:
         """Read the triples."""
 
     def settings(self) -> dict[str, object]:
-        """Return what besides the files decides the data."""
+        """Return the settings that affect the data, besides the files."""
         return {}
 
 
 def pack(triples: Ints, num_entities: int, num_relations: int) -> Ints:
-    """Write each triple as one integer that orders as the triple does: sorting these is ten times as fast as sorting rows.
+    """Encode each triple as one integer of the same order; sorting integers is ten times as fast as sorting rows.
 
     Args:
         triples: ``(N, 3)`` of head, relation, tail.
         num_entities: E.
-        num_relations: Number of relations that occur, with reciprocals where there are any.
+        num_relations: Number of relations, including reciprocals if they occur.
 
     Returns:
         ``(N,)`` int64.
 
     Raises:
-        OverflowError: If the graph has more possible triples than int64 holds.
+        OverflowError: If the codes exceed the range of int64.
     """
     if num_entities**2 * num_relations > np.iinfo(np.int64).max:
-        raise OverflowError(f"{num_entities} entities and {num_relations} relations make more possible triples than 64 bits hold")
+        raise OverflowError(f"{num_entities} entities and {num_relations} relations are too many: triples cannot be encoded in 64 bits")
     heads, relations, tails = triples.astype(np.int64).T
     codes: Ints = (heads * num_relations + relations) * num_entities + tails
     return codes
 
 
 def number(splits: Mapping[str, Iterable[tuple[str, str, str]]]) -> GraphTables:
-    """Number labelled triples; the vocabulary is that of all splits, in alphabetical order, so that the order of lines does not matter.
+    """Number labelled triples.
+
+    Ids are the positions in the sorted labels of all splits, so that they do not depend on the order of lines.
 
     Args:
-        splits: Head, relation, tail by split.
+        splits: Triples (head, relation, tail) by split.
     """
     entities: dict[str, int] = {}
     relations: dict[str, int] = {}
@@ -90,7 +92,7 @@ def number(splits: Mapping[str, Iterable[tuple[str, str, str]]]) -> GraphTables:
 
 
 def _places(found: Mapping[str, int]) -> Ints:
-    """Place of each number among the sorted labels."""
+    """Return the position of each preliminary number in the sorted labels."""
     places = np.empty(len(found), dtype=np.int64)
     places[[found[label] for label in sorted(found)]] = np.arange(len(found))
     return places

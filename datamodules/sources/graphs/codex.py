@@ -1,4 +1,4 @@
-"""CoDEx-S, a benchmark out of Wikidata and Wikipedia.
+"""CoDEx-S, a benchmark from Wikidata and Wikipedia.
 
 Origin: https://github.com/tsafavi/codex (MIT; facts of Wikidata, CC0). Entities and relations are Wikidata's ids. Cite: T. Safavi and
 D. Koutra, "CoDEx: A Comprehensive Knowledge Graph Completion Benchmark", EMNLP 2020.
@@ -10,7 +10,7 @@ from malleable.datamodules.sources.graphs.published import DownloadedGraph
 
 
 class CoDExS(DownloadedGraph):
-    """2,034 entities, 42 relations, 32,888 / 1,827 / 1,828 triples."""
+    """CoDEx-S: 2,034 entities, 42 relations, 32,888 / 1,827 / 1,828 triples."""
 
     terms = "MIT, facts of Wikidata (CC0); cite Safavi and Koutra 2020"
     address = "https://raw.githubusercontent.com/tsafavi/codex/3132e426c2a6b643b70bad679905a3a6270be440/data/triples/codex-s"

@@ -1,4 +1,4 @@
-"""FB15k-237, Freebase without the inverse relations that leak in FB15k.
+"""FB15k-237, Freebase without the inverse relations that leak test answers in FB15k.
 
 Origin: K. Toutanova and D. Chen, "Observed versus latent features for knowledge base and text inference", CVSC 2015; plain files from
 https://github.com/villmow/datasets_knowledge_embedding. Data: Freebase, CC-BY.
@@ -10,7 +10,7 @@ from malleable.datamodules.sources.graphs.published import DownloadedGraph
 
 
 class FB15k237(DownloadedGraph):
-    """14,541 entities, 237 relations, 272,115 / 17,535 / 20,466 triples, of which 9 and 28 name an entity that training does not."""
+    """FB15k-237: 14,541 entities, 237 relations, 272,115 / 17,535 / 20,466 triples; 9 and 28 of these have an entity that is not in training."""
 
     terms = "Freebase, CC-BY; cite Toutanova and Chen 2015"
     address = "https://raw.githubusercontent.com/villmow/datasets_knowledge_embedding/master/FB15k-237"

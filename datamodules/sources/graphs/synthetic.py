@@ -1,4 +1,4 @@
-"""A small generated graph whose relations have patterns worth learning; made in memory, free of any terms."""
+"""Small synthetic graph whose relations have patterns; generated in memory, without terms of use."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from malleable.datamodules.sources.graphs.triples import hold_out
 
 
 class SyntheticGraph(GraphSource):
-    """Stations on a ring, in districts.
+    """Synthetic graph of stations on a ring, in districts.
 
-    ``next`` leads one station on and ``after next`` two (composed of ``next`` and ``next``), ``previous`` back from half of the stations (the
-    inverse of ``next``), ``opposite`` across the ring (symmetric), and ``in`` to one of the districts (many to one).
+    Relations: ``next`` (to the next station), ``after next`` (the composition of ``next`` and ``next``), ``previous`` (the inverse of ``next``, for
+    half of the stations), ``opposite`` (symmetric) and ``in`` (to one of the districts, many-to-one).
 
     Args:
-        num_stations: Stations, even.
-        num_districts: Districts, at most as many.
-        holdout: Shares of the triples to validate and to test with.
-        seed: Seed of everything drawn.
+        num_stations: Number of stations, even.
+        num_districts: Number of districts, at most ``num_stations``.
+        holdout: Shares of the triples for validation and test.
+        seed: Seed of the stations with ``previous`` and of the split.
 
     Raises:
         ValueError: If a value is out of range.
@@ -32,14 +32,14 @@ class SyntheticGraph(GraphSource):
         if not 1 <= num_districts <= num_stations:
             raise ValueError(f"num_districts must be between 1 and num_stations ({num_stations}), got {num_districts}")
         if min(holdout) < 0 or sum(holdout) >= 1:
-            raise ValueError(f"holdout must be two shares >= 0 that leave something to train with, got {tuple(holdout)}")
+            raise ValueError(f"holdout must be two shares >= 0 with a sum < 1, got {tuple(holdout)}")
         self.num_stations = num_stations
         self.num_districts = num_districts
         self.holdout = (float(holdout[0]), float(holdout[1]))
         self.seed = seed
 
     def files(self) -> list[Path]:
-        """Return none: everything is made from the settings."""
+        """Return ``[]``: the graph is generated from the settings."""
         return []
 
     def settings(self) -> dict[str, object]:
@@ -47,7 +47,7 @@ class SyntheticGraph(GraphSource):
         return dict(vars(self))
 
     def load(self) -> GraphTables:
-        """Make the triples."""
+        """Generate the triples."""
         count = self.num_stations
         stations = [f"station {place:0{len(str(count - 1))}}" for place in range(count)]
         districts = [f"district {place}" for place in range(self.num_districts)]

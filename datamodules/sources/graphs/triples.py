@@ -1,4 +1,4 @@
-"""The user's own triples: a folder of splits, or one file to be split here."""
+"""Triples of users: a folder of splits, or one file that is split randomly."""
 
 from __future__ import annotations
 
@@ -18,30 +18,29 @@ ID_NAMES = ("entity2id", "relation2id")
 
 
 class Triples(GraphSource):
-    """Files of triples, ``.txt``, ``.tsv``, ``.csv`` (each also ``.gz``) or ``.parquet``. Terms and licence are the user's own.
+    """Triples in files ``.txt``, ``.tsv``, ``.csv`` (each also ``.gz``) or ``.parquet``.
 
-    Files look alike and order their columns differently, so the format is said, never guessed:
+    The format must be given, because similar files have different orders of columns:
 
-    - ``labels``: ``train``, ``valid`` (or ``val``, ``dev``) and ``test``, lines of head, relation, tail with tabs between them;
+    - ``labels``: ``train``, ``valid`` (or ``val``, ``dev``) and ``test`` with lines head, relation, tail, separated by tabs;
     - ``ids_hrt``: ``train2id``, ... with lines of ids, head, relation, tail; ``entity2id`` and ``relation2id`` with lines ``label<TAB>id``;
-    - ``openke``: the same with lines of head, **tail**, relation, and in each file a first line that counts the others.
+    - ``openke``: as ``ids_hrt``, but with lines head, **tail**, relation, and a first line with the number of lines in each file.
 
     Args:
-        path: Folder of these files; or one file of labels, whose triples are split here.
+        path: Folder with these files; or one file of labels, which is split randomly.
         format: The format.
-        columns: Order of the columns if the files have another, whatever a header says: letters of ``hrt``.
-        header: The first line of each file of labels names its columns: ``head``, ``relation`` and ``tail`` in any order, and others, which are left
-            alone.
-        column_names: The file's column for ``head``, ``relation`` or ``tail`` that is called otherwise.
-        holdout: Of one file: shares of its distinct triples to validate and to test with. Each of their entities and relations stays in
-            training.
-        seed: Seed of that split.
-        delimiter: What stands between the cells of labels in text; default: a comma in ``.csv``, else a tab.
-        encoding: Of labels in text without a byte-order mark, e.g. ``cp1252`` or ``latin-1``; default: UTF-8.
+        columns: Order of the columns, if it differs from that of the format: a permutation of ``hrt``. It overrides a header.
+        header: Whether the first line of each file of labels is a header. Columns are found by the names ``head``, ``relation`` and ``tail``, in any
+            order; other columns are ignored.
+        column_names: Names of the columns of ``head``, ``relation`` or ``tail``, if they differ.
+        holdout: For one file, shares of its distinct triples for validation and test. All their entities and relations remain in training.
+        seed: Seed of the random split.
+        delimiter: Delimiter between cells of a text file of labels; default: a comma for ``.csv``, else a tab.
+        encoding: Encoding of a text file of labels without a byte-order mark, e.g. ``cp1252`` or ``latin-1``; default: UTF-8.
 
     Raises:
-        FileNotFoundError: If there is no such file or folder.
-        ValueError: If a value is out of range or a file is malformed; with file and line.
+        FileNotFoundError: If a file or folder does not exist.
+        ValueError: If an argument is out of range, or a file is malformed; with file and line.
     """
 
     def __init__(
@@ -61,9 +60,9 @@ class Triples(GraphSource):
         if format not in ("labels", "ids_hrt", "openke"):
             raise ValueError(f"format must be labels, ids_hrt or openke, got {format!r}")
         if unknown := sorted(set(column_names or {}) - set(FIELDS.values())):
-            raise ValueError(f"column_names names the unknown field {unknown[0]!r}; the fields are {list(FIELDS.values())}")
+            raise ValueError(f"column_names has the unknown field {unknown[0]!r}; the fields are {list(FIELDS.values())}")
         if min(holdout) < 0 or sum(holdout) >= 1:
-            raise ValueError(f"holdout must be two shares >= 0 that leave something to train with, got {tuple(holdout)}")
+            raise ValueError(f"holdout must be two shares >= 0 with a sum < 1, got {tuple(holdout)}")
         self.path = Path(path).expanduser()
         self.format = format
         self.columns = columns or ("htr" if format == "openke" else "hrt")
@@ -77,15 +76,15 @@ class Triples(GraphSource):
         self.delimiter = delimiter
 
     def files(self) -> list[Path]:
-        """Return the files of the splits, then those of the ids."""
+        """Return the files of the splits, then the files of ids."""
         if self.path.is_file():
             if self.format != "labels":
-                raise ValueError(f"{self.path} is one file; format {self.format} needs the folder with {ID_NAMES[0]} and {ID_NAMES[1]} beside it")
+                raise ValueError(f"{self.path} is one file, but format {self.format} needs a folder with {ID_NAMES[0]} and {ID_NAMES[1]}")
             return [self.path]
         return [*split_files(self.path, self._ending).values(), *self._id_files()]
 
     def settings(self) -> dict[str, object]:
-        """Return how the files are read."""
+        """Return the settings that affect the data."""
         read = {"format": self.format, "columns": self.columns, "header": self.header, "column_names": self.column_names}
         read |= {"encoding": self.encoding} if self.encoding else {}
         read |= {"delimiter": self.delimiter} if self.delimiter else {}
@@ -119,14 +118,14 @@ class Triples(GraphSource):
 
 
 def split_files(folder: Path, ending: str = "") -> dict[str, Path]:
-    """Find the file of each split; validation and test may be missing.
+    """Find the file of each split; validation and test are optional.
 
     Args:
-        folder: Where they lie.
-        ending: What follows the split in a file's name.
+        folder: Folder of the files.
+        ending: Text after the name of the split in the name of a file.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no training file in it.
+        FileNotFoundError: If the folder or the training file does not exist.
     """
     found = {"train": _find(folder, STEMS["train"], ending)}
     for split in ("val", "test"):
@@ -141,20 +140,20 @@ def _candidates(folder: Path, stem: str) -> list[Path]:
 
 def _find(folder: Path, stems: tuple[str, ...], ending: str = "") -> Path:
     if not folder.exists():
-        raise FileNotFoundError(f"no folder or file at {folder}; give a folder with train, valid and test, or one file of triples")
+        raise FileNotFoundError(f"{folder} does not exist; give a folder with train, valid and test, or one file of triples")
     for stem in stems:
         if paths := _candidates(folder, stem + ending):
             return paths[0]
-    raise FileNotFoundError(f"{folder} holds no {stems[0]}{ending}; expected a file {stems[0]}{ending} that ends in one of {', '.join(SUFFIXES)}")
+    raise FileNotFoundError(f"{folder} has no file {stems[0]}{ending}; expected {stems[0]}{ending} with one of the suffixes {', '.join(SUFFIXES)}")
 
 
 def hold_out(tables: GraphTables, shares: tuple[float, float], seed: int) -> GraphTables:
-    """Move random triples out of training, none that holds the last mention of an entity or a relation.
+    """Split training triples randomly, so that every entity and relation remains in training.
 
     Args:
-        tables: Training triples only.
-        shares: Of the distinct triples, how much to validate and to test with; less where more would leave something unseen.
-        seed: Seed of the draw.
+        tables: Tables with training triples only.
+        shares: Shares of the distinct triples for validation and test. They are smaller if an entity or relation would be missing in training.
+        seed: Seed of the split.
     """
     triples = np.unique(tables.triples["train"], axis=0)
     entities = np.bincount(triples[:, [0, 2]].ravel(), minlength=len(tables.entities))
@@ -165,7 +164,7 @@ def hold_out(tables: GraphTables, shares: tuple[float, float], seed: int) -> Gra
         if len(taken) == sum(sizes):
             break
         head, relation, tail = triples[index]
-        # A loop mentions its entity twice.
+        # A loop contains its entity twice.
         if min(entities[head], entities[tail]) > 1 + (head == tail) and relations[relation] > 1:
             taken.append(index)
             np.subtract.at(entities, [head, tail], 1)

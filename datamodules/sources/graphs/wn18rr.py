@@ -1,4 +1,4 @@
-"""WN18RR, WordNet without the inverse relations that leak in WN18.
+"""WN18RR, WordNet without the inverse relations that leak test answers in WN18.
 
 Origin: T. Dettmers, P. Minervini, P. Stenetorp, S. Riedel, "Convolutional 2D Knowledge Graph Embeddings", AAAI 2018
 (https://github.com/TimDettmers/ConvE); plain files from https://github.com/DeepGraphLearning/KnowledgeGraphEmbedding. Data: WordNet, Princeton
@@ -11,7 +11,7 @@ from malleable.datamodules.sources.graphs.published import DownloadedGraph
 
 
 class WN18RR(DownloadedGraph):
-    """40,943 entities, 11 relations, 86,835 / 3,034 / 3,134 triples, of which 210 and 210 name an entity that training does not."""
+    """WN18RR: 40,943 entities, 11 relations, 86,835 / 3,034 / 3,134 triples; 210 and 210 of these have an entity that is not in training."""
 
     terms = "WordNet licence (Princeton University); cite Dettmers et al. 2018"
     address = "https://raw.githubusercontent.com/DeepGraphLearning/KnowledgeGraphEmbedding/2e440e0f9c687314d5ff67ead68ce985dc446e3a/data/wn18rr"

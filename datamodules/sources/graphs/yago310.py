@@ -2,7 +2,7 @@
 
 Origin: F. Mahdisoltani, J. Biega, F. M. Suchanek, "YAGO3: A Knowledge Base from Multilingual Wikipedias", CIDR 2015; split by T. Dettmers et
 al., AAAI 2018 (https://github.com/TimDettmers/ConvE); plain files from https://github.com/DeepGraphLearning/KnowledgeGraphEmbedding. Data:
-YAGO, CC-BY. Its relations ``isAffiliatedTo`` and ``playsFor`` mostly say the same.
+YAGO, CC-BY. Its relations ``isAffiliatedTo`` and ``playsFor`` have mostly the same pairs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from malleable.datamodules.sources.graphs.published import DownloadedGraph
 
 
 class YAGO310(DownloadedGraph):
-    """123,182 entities, 37 relations, 1,079,040 / 5,000 / 5,000 triples."""
+    """YAGO3-10: 123,182 entities, 37 relations, 1,079,040 / 5,000 / 5,000 triples."""
 
     terms = "YAGO, CC-BY; cite Mahdisoltani et al. 2015 and Dettmers et al. 2018"
     address = "https://raw.githubusercontent.com/DeepGraphLearning/KnowledgeGraphEmbedding/2e440e0f9c687314d5ff67ead68ce985dc446e3a/data/YAGO3-10"

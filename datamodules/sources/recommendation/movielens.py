@@ -19,7 +19,7 @@ from typing import Literal
 
 import pandas as pd
 
-from malleable.datamodules.files.fetch import FetchError, fetch, fetch_package_files, package_is_kept
+from malleable.datamodules.files.fetch import FetchError, fetch, fetch_package_files, is_cached
 from malleable.datamodules.files.table_files import read_cells
 from malleable.datamodules.files.user_files import reading
 from malleable.datamodules.recommendation.titles import with_year
@@ -65,7 +65,7 @@ class MovieLens(Source):
         _say_terms()
         if self.path is not None:
             return _files_in(Path(self.path).expanduser())
-        if self.variant == "100k" and package_is_kept(PACKAGE, PACKAGE_FILES):
+        if self.variant == "100k" and is_cached(PACKAGE, PACKAGE_FILES):
             return fetch_package_files(PACKAGE, PACKAGE_FILES)
         url, sha256 = ARCHIVES[self.variant]
         try:

@@ -276,7 +276,7 @@ def test_texts_of_a_file(learnt, tmp_path):
         trainer_of(tmp_path / "run", callback, max_steps=0).fit(copy.deepcopy(learnt))
     assert given.applied == read.applied
     for callback in (edit(texts="none.txt"), EditEvaluation(texts="none.txt")):
-        with pytest.raises(FileNotFoundError, match=r"there is no file none\.txt; give a file of texts"):
+        with pytest.raises(FileNotFoundError, match=r"the file none\.txt does not exist; give a file of texts"):
             trainer_of(tmp_path, callback).fit(copy.deepcopy(learnt))
     with pytest.raises(MisconfigurationException, match=r"AlphaEdit needs texts=\.\.\. \(a file or a list\)"):
         trainer_of(tmp_path, edit(texts=None)).fit(copy.deepcopy(learnt))

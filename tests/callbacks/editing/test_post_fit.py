@@ -337,5 +337,5 @@ class Opaque:
 
 def test_checkpoints_with_objects_are_not_loaded_unasked(module, tmp_path):
     module.on_save_checkpoint = lambda checkpoint: checkpoint.update(secret=Opaque())
-    with pytest.raises(MisconfigurationException, match=r"holds more than tensors and plain data.*edit the last weights with start='last'"):
+    with pytest.raises(MisconfigurationException, match=r"contains more than tensors and plain data.*edit the last weights with start='last'"):
         trainer_of(tmp_path, edit()).fit(module)

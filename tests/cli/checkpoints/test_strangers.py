@@ -54,7 +54,7 @@ def test_code_in_a_checkpoint_is_refused(run, boring, checkpoint):
 
     checkpoint.write_bytes(pickle.dumps({"state_dict": {}, "x": Code()}))
     for command in ("fit", "test"):
-        with pytest.raises(ValueError, match=r"holds more than tensors and plain data|does not open as a checkpoint"):
+        with pytest.raises(ValueError, match=r"contains more than tensors and plain data|cannot be read as a checkpoint"):
             run(command, "--ckpt_path", checkpoint)
     with pytest.raises(MisconfigurationException, match=r"--weights_only false would run code"):
         run("test", "--ckpt_path", checkpoint, "--weights_only", "false")
@@ -69,7 +69,7 @@ def test_what_is_no_checkpoint_is_named(run, boring, content):
         (boring / "a.ckpt").write_bytes(content)
     else:
         torch.save(content, boring / "a.ckpt")
-    with pytest.raises(ValueError, match=r"a.ckpt (is no checkpoint|does not open as a checkpoint)"):
+    with pytest.raises(ValueError, match=r"a.ckpt (is not a checkpoint|cannot be read as a checkpoint)"):
         run("test", "--ckpt_path", "a.ckpt")
 
 

@@ -291,7 +291,7 @@ def test_links_and_pipes_in_a_patch_are_refused(tmp_path, kind):
     else:
         (tmp_path / "patch" / "deltas.safetensors").unlink()
         os.mkfifo(tmp_path / "patch" / "deltas.safetensors")
-    with pytest.raises(ValueError, match=r"a link that leads outside|neither a file nor a folder"):
+    with pytest.raises(ValueError, match=r"a link to .*, outside its folder|neither a file nor a folder"):
         run(["apply", str(tmp_path / "patch"), str(tmp_path / "model")])
 
 

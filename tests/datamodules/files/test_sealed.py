@@ -24,9 +24,9 @@ def test_a_sealed_folder_is_whole(folder):
     [
         ("part/b", "c", r"is corrupt \(part/b\)"),
         ("a", None, r"is corrupt \(a\)"),
-        ("manifest.json", "{", "is not whole"),
-        ("manifest.json", "[]", "is not whole"),
-        ("manifest.json", None, "is not whole"),
+        ("manifest.json", "{", "is incomplete"),
+        ("manifest.json", "[]", "is incomplete"),
+        ("manifest.json", None, "is incomplete"),
     ],
 )
 def test_damage_is_named(folder, file, content, message):

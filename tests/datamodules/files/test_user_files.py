@@ -40,7 +40,7 @@ def test_pipes_devices_and_folders_are_refused_before_they_are_opened(tmp_path, 
     for name, kind in (("pipe", "a named pipe"), ("folder", "a folder"), ("device", "a device")):
         with pytest.raises(ValueError, match=rf"{name}.csv is {kind}, not a file"):
             reader(tmp_path / f"{name}.csv")
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*none.csv"):
+    with pytest.raises(FileNotFoundError, match=r"the file .*none.csv does not exist"):
         reader(tmp_path / "none.csv")
 
 
@@ -51,7 +51,7 @@ def test_pipes_devices_and_folders_are_refused_before_they_are_opened(tmp_path, 
 )
 def test_damaged_gzip(tmp_path, data):
     (tmp_path / "a.csv.gz").write_bytes(data)
-    with pytest.raises(ValueError, match=r"a.csv.gz is damaged, or no gzip"):
+    with pytest.raises(ValueError, match=r"a.csv.gz is damaged, or not (a )?gzip"):
         list(read_lines(tmp_path / "a.csv.gz"))
 
 
@@ -72,7 +72,7 @@ def test_an_endless_line_is_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["[" * 65 + "]" * 65, '{"a":' * 65 + "1" + "}" * 65, "[" * 100_000, "1" * 5000, '"\\ud800"', '{"\\udfff": 1}'])
 def test_json_beyond_the_limits(text):
-    with pytest.raises(ValueError, match=r"^here: no JSON"):
+    with pytest.raises(ValueError, match=r"^here: not JSON"):
         parse_json(text, "here")
 
 
@@ -86,10 +86,10 @@ def test_errors_of_libraries_name_the_file(tmp_path):
     from safetensors import safe_open
 
     (tmp_path / "a.safetensors").write_bytes(b"xyz")
-    with pytest.raises(ValueError, match=r"a.safetensors is damaged, or no safetensors"), reading(tmp_path / "a.safetensors"):
+    with pytest.raises(ValueError, match=r"a.safetensors is damaged, or not (a )?safetensors"), reading(tmp_path / "a.safetensors"):
         safe_open(tmp_path / "a.safetensors", "pt")
     (tmp_path / "a.parquet").write_bytes(b"PAR1xyz")
-    with pytest.raises(ValueError, match=r"a.parquet is damaged, or no Parquet file"):
+    with pytest.raises(ValueError, match=r"a.parquet is damaged, or not a Parquet file"):
         read_parquet(tmp_path / "a.parquet")
     with pytest.raises(PermissionError, match=r"there cannot be read: permission denied: change the permissions"), reading("there"):
         raise PermissionError(13, "Permission denied")
@@ -105,7 +105,7 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
     (folder / "sub" / "link").symlink_to("../own")
     check_tree(folder)
     (folder / "sub" / "out").symlink_to(tmp_path / "secret")
-    with pytest.raises(ValueError, match="is a link that leads outside of its folder"):
+    with pytest.raises(ValueError, match=r"is a link to .*, outside its folder"):
         check_tree(folder)
     (folder / "sub" / "out").unlink()
     os.mkfifo(folder / "pipe")

@@ -36,18 +36,18 @@ def test_queries_between_commas_below_a_header(tmp_path, name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Berlin\tcapital of\nBerlim\tcapital of\n", r"q.txt, line 2, field head: 'Berlim' is not in the graph; nearest: 'Berlin'"),
-        ("?\tcapital\tGermany\n", r"line 1, field relation: 'capital' is not in the graph; nearest: 'capital of'"),
+        ("Berlin\tcapital of\nBerlim\tcapital of\n", r"q.txt, line 2, field head: 'Berlim' is not in the graph; did you mean 'Berlin'"),
+        ("?\tcapital\tGermany\n", r"line 1, field relation: 'capital' is not in the graph; did you mean 'capital of'"),
         ("?\tcapital of\txyz\n", r"line 1, field tail: 'xyz' is not in the graph$"),
-        ("Berlin\n", r"line 1: \['Berlin'\] is no query, expected head<TAB>relation<TAB>tail with \? for the one that is asked"),
-        ("Berlin\tcapital of\t?\nhead\trelation\ttail\n", r"line 2: \['head', 'relation', 'tail'\] is no query"),
+        ("Berlin\n", r"line 1: \['Berlin'\] is not a query, expected head<TAB>relation<TAB>tail with \? for the unknown one"),
+        ("Berlin\tcapital of\t?\nhead\trelation\ttail\n", r"line 2: \['head', 'relation', 'tail'\] is not a query"),
         ("Berlin\t?\t\n", r"line 1, field tail: '' is not in the graph$"),
-        ("Berlin\tcapital of\tGermany\n", r"is no query"),
-        ("?\tcapital of\n", r"is no query"),
-        ("?\tcapital of\t?\n", r"is no query"),
-        ("Berlin\t?\n", r"is no query"),
-        ("a\tb\tc\td\n", r"is no query"),
-        ("\n", r"q.txt holds no query"),
+        ("Berlin\tcapital of\tGermany\n", r"is not a query"),
+        ("?\tcapital of\n", r"is not a query"),
+        ("?\tcapital of\t?\n", r"is not a query"),
+        ("Berlin\t?\n", r"is not a query"),
+        ("a\tb\tc\td\n", r"is not a query"),
+        ("\n", r"q.txt contains no query"),
     ],
 )
 def test_malformed_queries(tmp_path, text, message):
@@ -58,14 +58,14 @@ def test_malformed_queries(tmp_path, text, message):
 
 @pytest.mark.parametrize(("read", "name"), [(read_queries, "q.csv"), (read_types, "types.json"), (read_descriptions, "texts.tsv.gz")])
 def test_a_file_that_is_not_there(tmp_path, read, name):
-    with pytest.raises(FileNotFoundError, match=rf"there is no file .*{name}; give the path of an existing file"):
+    with pytest.raises(FileNotFoundError, match=rf"the file .*{name} does not exist; give the path of an existing file"):
         read(tmp_path / name, GRAPH)
 
 
 def test_types_of_text_and_json(tmp_path, caplog):
     (tmp_path / "types.tsv").write_text("Berlin\tcity\nBerlin\tcapital\nBerlin\tcity\nParis\tcity\n")
     assert read_types(tmp_path / "types.tsv", GRAPH) == (("city", "capital"), (), ())
-    assert "a type for 1 of 3 entities; 1 others are not in the graph" in caplog.text
+    assert "type of 1 of 3 entities; 1 other entities are not in the graph" in caplog.text
     (tmp_path / "types.json").write_text(json.dumps({"Berlin": ["city"], "Germany": "state"}))
     assert read_types(tmp_path / "types.json", GRAPH) == (("city",), ("state",), ())
 
@@ -74,7 +74,7 @@ def test_descriptions(tmp_path):
     (tmp_path / "texts.tsv").write_text("Berlin\tA city, on the Spree.\n")
     assert read_descriptions(tmp_path / "texts.tsv", GRAPH) == ("A city, on the Spree.", "", "")
     (tmp_path / "texts.tsv").write_text("Berlin\tone\nBerlin\ttwo\n")
-    with pytest.raises(ValueError, match="'Berlin' has two descriptions; leave one"):
+    with pytest.raises(ValueError, match="'Berlin' has two descriptions; remove one"):
         read_descriptions(tmp_path / "texts.tsv", GRAPH)
 
 
@@ -83,11 +83,11 @@ def test_descriptions(tmp_path):
     [
         ("types.tsv", "Berlin\tcity\nBerlin city\n", r"types.tsv, line 2: 'Berlin city', expected entity<TAB>type"),
         ("types.tsv", "Berlin\t\n", r"types.tsv, line 1: 'Berlin<TAB>', expected entity<TAB>type"),
-        ("types.tsv", "Paris\tcity\n", r"names no entity of the graph .e.g. 'Berlin'., but 1 others: Paris"),
-        ("types.tsv", "", r"names no entity of the graph"),
-        ("types.json", "{", r"types.json: no JSON"),
-        ("types.json", "[1]", r"expected an object of entity to type, got list"),
-        ("types.json", '{"Berlin": 3}', r"types.json, entity 'Berlin': 3 is no type; expected text or a list of texts"),
+        ("types.tsv", "Paris\tcity\n", r"contains no entity of the graph .e.g. 'Berlin'., but 1 others: Paris"),
+        ("types.tsv", "", r"contains no entity of the graph"),
+        ("types.json", "{", r"types.json: not JSON"),
+        ("types.json", "[1]", r"expected an object that maps each entity to its type, got list"),
+        ("types.json", '{"Berlin": 3}', r"types.json, entity 'Berlin': 3 is not a type; expected a string or a list of strings"),
     ],
 )
 def test_malformed_types(tmp_path, name, text, message):

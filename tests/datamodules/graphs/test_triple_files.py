@@ -32,7 +32,7 @@ def test_labels_of_parquet_are_never_altered(tmp_path):
     tails = ["1", str(2**53 + 1), "3", "4", "5"]
     assert list(read_labels(tmp_path / "a.parquet")) == list(zip(heads, "12345", tails, strict=True))
     parquet.write_table(pa.table({"head": ["a", "b"], "relation": [1.0, 1.5], "tail": ["b", "c"]}), tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match=r"b.parquet, row 2, field relation: the number 1.5 is no exact integer"):
+    with pytest.raises(ValueError, match=r"b.parquet, row 2, field relation: the number 1.5 is not an exact integer"):
         list(read_labels(tmp_path / "b.parquet"))
 
 
@@ -45,7 +45,7 @@ def test_blanks_around_a_label_of_a_text_file_are_spaces_and_tabs_alone(tmp_path
 def test_numbers_of_parquet_that_their_format_cannot_tell_apart_are_refused(tmp_path):
     columns = {"head": ["a", "b"], "relation": ["r", "r"]}
     parquet.write_table(pa.table({**columns, "tail": pa.array([2.0**24 - 1, 2.0**24], pa.float32())}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a.parquet, row 2, field tail: the number 16777216.0 is no exact integer"):
+    with pytest.raises(ValueError, match=r"a.parquet, row 2, field tail: the number 16777216.0 is not an exact integer"):
         list(read_labels(tmp_path / "a.parquet"))
 
 
@@ -63,14 +63,14 @@ def test_labels_of_parquet(tmp_path):
     parquet.write_table(pa.table({"head": ["a", None], "relation": ["r", "r"], "tail": ["b", "c"]}), tmp_path / "gap.parquet")
     with pytest.raises(ValueError, match=r"gap.parquet, row 2, field head: it is empty"):
         list(read_labels(tmp_path / "gap.parquet"))
-    with pytest.raises(ValueError, match=r"no.parquet is damaged, or no Parquet"):
+    with pytest.raises(ValueError, match=r"no.parquet is damaged, or not a Parquet"):
         list(read_labels(write(tmp_path, TEXT, "no.parquet")))
 
 
 @pytest.mark.parametrize("columns", ["hrt", "htr", "rht", "tdr", "thr"])
 def test_the_order_of_columns_is_explicit(tmp_path, columns):
     if "d" in columns:
-        with pytest.raises(ValueError, match=r"columns must order the letters h .*, got 'tdr'"):
+        with pytest.raises(ValueError, match=r"columns must be a permutation of the letters h .*, got 'tdr'"):
             check_columns(columns)
         return
     text = "".join("\t".join(triple["hrt".index(letter)] for letter in columns) + "\n" for triple in TRIPLES)
@@ -84,9 +84,9 @@ def test_the_order_of_columns_is_explicit(tmp_path, columns):
         ("a\tr\tb\n\na\tr\tb\tc\n", r"train.txt, line 3: 4 columns in .*expected 3"),
         ("a r b\n", r"train.txt, line 1: 1 column in 'a r b', expected 3: head<TAB>relation<TAB>tail .tabs between them, not spaces"),
         ("a\tr\tb\na\t \tb\n", r"train.txt, line 2, field relation: it is empty"),
-        ("", r"train.txt holds no triple; expected lines head<TAB>relation<TAB>tail"),
-        ("\n\n", r"train.txt holds no triple"),
-        ("head\trelation\ttail\na\tr\tb\n", r"train.txt, line 1 looks like a header .*say header: true"),
+        ("", r"train.txt contains no triple; expected lines head<TAB>relation<TAB>tail"),
+        ("\n\n", r"train.txt contains no triple"),
+        ("head\trelation\ttail\na\tr\tb\n", r"train.txt, line 1 looks like a header .*set header: true"),
         ("Subject\tpredicate\tobject\na\tr\tb\n", r"looks like a header"),
     ],
 )
@@ -106,7 +106,7 @@ def test_what_is_no_text(tmp_path):
     (tmp_path / "plain.txt.gz").write_bytes(b"a\tr\tb\n")
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(TEXT.encode() * 100)[:-20])
     for name in ("plain", "cut"):
-        with pytest.raises(ValueError, match=rf"{name}.txt.gz is damaged, or no gzip file"):
+        with pytest.raises(ValueError, match=rf"{name}.txt.gz is damaged, or not a gzip file"):
             list(read_labels(tmp_path / f"{name}.txt.gz"))
 
 
@@ -119,15 +119,15 @@ def test_ids(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("0\t1\t3\n", {}, r"train2id.txt, line 1, field tail: '3' is unknown, expected one of the 3 ids 0 to 2"),
-        ("0\t0\t0\n0\t2\t0\n", {}, r"line 2, field relation: '2' is unknown, expected one of the 2 ids 0 to 1"),
+        ("0\t1\t3\n", {}, r"train2id.txt, line 1, field tail: '3' is not valid, expected one of the 3 ids 0 to 2"),
+        ("0\t0\t0\n0\t2\t0\n", {}, r"line 2, field relation: '2' is not valid, expected one of the 2 ids 0 to 1"),
         ("a\t0\t0\n", {}, r"line 1, field head: 'a' is unknown"),
         ("-1\t0\t0\n", {}, r"line 1, field head: '-1' is unknown"),
         ("0\t0\n", {}, r"line 1: 2 columns in .*expected 3: head<TAB>relation<TAB>tail"),
-        ("2\n0\t0\t0\n0\t0\t1\n", {}, r"line 1: 1 column in '2', expected 3: .*a first line with a count is of format openke"),
-        ("3\n0\t0\t0\n", {"counted": True}, r"line 1 says that 3 lines follow, but there are 1; is the file cut"),
-        ("0\t0\t0\n", {"counted": True}, r"line 1, which must say how many lines follow: '0\\t0\\t0' is unknown"),
-        ("", {}, r"train2id.txt holds no triple"),
+        ("2\n0\t0\t0\n0\t0\t1\n", {}, r"line 1: 1 column in '2', expected 3: .*files of format openke have a first line with the number of lines"),
+        ("3\n0\t0\t0\n", {"counted": True}, r"1 lines follow the first one, which states 3; give the complete file"),
+        ("0\t0\t0\n", {"counted": True}, r"line 1, which must be the number of the following lines: '0\\t0\\t0' is not valid"),
+        ("", {}, r"train2id.txt contains no triple"),
     ],
 )
 def test_malformed_ids_are_named(tmp_path, text, options, message):
@@ -143,13 +143,13 @@ def test_names(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a\t0\nb\t2\n", r"entity2id.txt: 2 labels, but no id 1 .the largest is 2.; ids must run from 0 without a gap"),
-        ("a\t1\nb\t2\n", r"2 labels, but no id 0"),
-        ("a\t0\nb\t1\na\t2\n", r"entity2id.txt, line 3: the label 'a' stands in line 1 already; every label needs one id"),
-        ("a\t0\nb\t0\n", r"line 2: the id 0 belongs to 'a' already"),
-        ("a\tx\n", r"line 1, field id: 'x' is unknown, expected an integer from 0 on"),
+        ("a\t0\nb\t2\n", r"entity2id.txt: 2 labels, but id 1 is missing .the largest is 2.; ids must be consecutive from 0"),
+        ("a\t1\nb\t2\n", r"2 labels, but id 0 is missing"),
+        ("a\t0\nb\t1\na\t2\n", r"entity2id.txt, line 3: the label 'a' is already in line 1; give every label one id"),
+        ("a\t0\nb\t0\n", r"line 2: 'a' already has the id 0"),
+        ("a\tx\n", r"line 1, field id: 'x' is not valid, expected an integer >= 0"),
         ("a\t0\t1\n", r"line 1: 3 columns in .*expected 2: label<TAB>id"),
-        ("", r"entity2id.txt holds no label"),
+        ("", r"entity2id.txt contains no label"),
     ],
 )
 def test_malformed_names_are_named(tmp_path, text, message):
@@ -177,7 +177,7 @@ def test_columns_go_by_the_names_of_a_header(name, text, options, tmp_path):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("one,two,three,four\na,likes,b,c\n", {}, r"line 1: the columns are .*name the right ones with column_names"),
+        ("one,two,three,four\na,likes,b,c\n", {}, r"line 1: the columns are .*set their names with column_names"),
         ("head,relation,tail\na,likes,b\n", {"names": {"tail": "goal"}}, r"line 1: the columns are .*column_names"),
         ("head,relation,tail,x\na,likes,b\n", {}, r"line 2: 3 cells, expected 4"),
         ("head,relation,tail\na,,b\n", {}, r"line 2, field relation: it is empty"),

@@ -78,7 +78,7 @@ def test_candidates_and_a_system_message_are_part_of_the_prompt():
 
 def test_what_a_chat_template_cannot_do_is_an_error():
     tokenizer = tokenizer_of("gemma")
-    with pytest.raises(ValueError, match=r"refuses messages of system, user: System role not supported; see template.system"):
+    with pytest.raises(ValueError, match=r"rejects messages of system, user: System role not supported; set template.system"):
         tokenize(PromptTemplate(chat=True, system="Be brief."), TITLES, tokenizer)
     with pytest.raises(ValueError, match=r"changes the text of a message"):
         tokenize(replace(PromptTemplate.named("chat"), prefix="\n\nFilms:\n"), TITLES, tokenizer)

@@ -28,7 +28,7 @@ def test_windows_hold_as_many_whole_items_as_fit():
 
 
 def test_an_item_longer_than_a_row_is_an_error():
-    with pytest.raises(ValueError, match=r"pack_length 5 is shorter than the longest item with its markers \(7 tokens\); raise it"):
+    with pytest.raises(ValueError, match=r"pack_length 5 is less than the 7 tokens of the longest item; increase pack_length"):
         cut_windows(arrays([0]), np.array([2, 6]), 5, 1)
 
 

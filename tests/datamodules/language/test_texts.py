@@ -45,20 +45,20 @@ def test_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", " \n", "holds no texts"),
-        ("a.json", "{", "a.json, line 1: no JSON .*; expected a JSON array, or one JSON value a line"),
-        ("a.json", '["x"', "a.json: no JSON"),
-        ("a.json", '["x"]\n["y"]', r"a.json: no JSON .*ends in .jsonl"),
-        ("a.jsonl", '"x"\n\n{', "a.jsonl, line 3: no JSON"),
-        ("a.json", '{"texts": ["x"]}', "line 1: expected a text or an object"),
-        ("a.json", '["x", {"words": "y"}]', "entry 2: expected a text or an object with one of text, Text, content"),
+        ("a.txt", " \n", "contains no texts"),
+        ("a.json", "{", "a.json, line 1: not JSON .*; expected a JSON array, or one JSON value on each line"),
+        ("a.json", '["x"', "a.json: not JSON"),
+        ("a.json", '["x"]\n["y"]', r"a.json: not JSON .*ends in .jsonl"),
+        ("a.jsonl", '"x"\n\n{', "a.jsonl, line 3: not JSON"),
+        ("a.json", '{"texts": ["x"]}', "line 1: expected a string or an object"),
+        ("a.json", '["x", {"words": "y"}]', "entry 2: expected a string or an object with one of text, Text, content"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_texts(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*; give a file of texts"):
+    with pytest.raises(FileNotFoundError, match=r"the file .* does not exist; give a file of texts"):
         read_texts(tmp_path / "none.txt")
 
 
@@ -77,7 +77,7 @@ def test_rows_hold_whole_documents_and_cut_long_ones():
     assert all(len(row["input_ids"]) <= 8 for row in laid)
     assert rows.row_tokens().sum() == 2 + 1 + 7
     assert batch_of(laid).input_ids.shape == (len(rows), 8)
-    with pytest.raises(ValueError, match="no text of at least two tokens"):
+    with pytest.raises(ValueError, match="no text has at least two tokens"):
         TextRows([[1]], 8)
 
 
@@ -124,5 +124,5 @@ def test_glosses_as_published():
 def test_columns_of_parquet_that_are_no_texts(tmp_path, kind):
     columns = {"list": pa.array([["x"]]), "number": pa.array([1]), "late": pa.array([10**15], pa.timestamp("s"))}
     pq.write_table(pa.table({"text": columns[kind]}), tmp_path / "t.parquet")
-    with pytest.raises(ValueError, match=r"t.parquet, column text: (expected texts|its values cannot be read)"):
+    with pytest.raises(ValueError, match=r"t.parquet, column text: (expected strings|its values cannot be read)"):
         read_texts(tmp_path / "t.parquet")

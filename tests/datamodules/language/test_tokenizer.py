@@ -64,7 +64,7 @@ def test_a_damaged_cached_tokenizer_is_named_and_made_again(cache, caplog, damag
     with pytest.raises(OSError, match=rf"the cached tokenizer {folder} is corrupt \(tokenizer.json\); remove this folder"):
         load_tokenizer(str(folder))
     assert train_tokenizer(TITLES, 300) == folder
-    assert f"the cached tokenizer {folder} is corrupt (tokenizer.json): making it again" in caplog.text
+    assert f"the cached tokenizer {folder} is corrupt (tokenizer.json): creating it again" in caplog.text
     assert file.read_text() == whole
 
 

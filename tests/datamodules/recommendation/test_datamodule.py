@@ -204,7 +204,7 @@ def test_a_half_written_or_corrupt_cache_is_made_again(cache, caplog):
     assert [again.train_dataset[row] for row in range(60)] == whole
     (folder / "manifest.json").unlink()
     make()
-    assert "is not whole" in caplog.text
+    assert "is incomplete" in caplog.text
     assert caches(cache) == [folder]
 
 

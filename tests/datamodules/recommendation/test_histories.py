@@ -159,9 +159,9 @@ def test_a_file_without_any_known_item_is_refused(tmp_path):
         ("h.csv", "item_id\n", "holds no history"),
         ("h.json", "[]", "holds no history"),
         ("h.jsonl", "[]\n", "line 1: the history is empty, and so are all others"),
-        ("h.jsonl", "{\n", "line 1: no JSON"),
+        ("h.jsonl", "{\n", "line 1: not JSON"),
         ("h.jsonl", '["Heat"]\n{"items": []}\n', "line 2: expected a list of ids or titles, or an object with a list 'history'"),
-        ("h.jsonl", '{"history": ["Heat"], "user_id": [1]}', r"line 1, field user_id: an id is a text or an integer"),
+        ("h.jsonl", '{"history": ["Heat"], "user_id": [1]}', r"line 1, field user_id: an id must be a string or an integer"),
     ],
 )
 def test_what_is_no_file_of_histories(tmp_path, name, text, message):

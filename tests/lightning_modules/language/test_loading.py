@@ -133,7 +133,7 @@ def test_code_of_a_repository_is_not_run(tmp_path):
     strange = config | {"model_type": "strange", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
     (tmp_path / "base/config.json").write_text(json.dumps(strange))
     (tmp_path / "base/code.py").write_text("raise SystemExit('code was run')")
-    with pytest.raises(OSError, match=r"needs program code from its repository, which is not run"):
+    with pytest.raises(OSError, match=r"needs code from its repository, which is not run"):
         load_pretrained(LanguageModelConfig(name=base))
 
 

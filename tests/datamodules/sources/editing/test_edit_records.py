@@ -89,7 +89,7 @@ def test_lines_and_limits(tmp_path):
     ("records", "message"),
     [
         ([FLAT, {**FLAT, "subject": "Tim"}], r"flat.json, entry 2: the subject 'Tim' does not occur in 'The dog of Anna is named'"),
-        ([{"prompt": "x"}], r"flat.json, entry 1: no field 'subject'; it has .*; is this a file of FlatCounterFact?"),
+        ([{"prompt": "x"}], r"flat.json, entry 1: the field 'subject' is missing; the row has .*; is this a file of FlatCounterFact?"),
         ([{**FLAT, "target_new": "Bello"}], r"entry 1: target and true are both 'Bello'"),
         (["text"], r"entry 1: expected an object, got str"),
     ],
@@ -100,10 +100,10 @@ def test_wrong_records_are_named(tmp_path, records, message):
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*; give the file of edit records"):
+    with pytest.raises(FileNotFoundError, match=r"the file .* does not exist; give the file of edit records"):
         QAEdit(str(tmp_path / "none.json")).load()
     (tmp_path / "half.json").write_text("[{")
-    with pytest.raises(ValueError, match=r"half.json: no JSON"):
+    with pytest.raises(ValueError, match=r"half.json: not JSON"):
         QAEdit(str(tmp_path / "half.json")).load()
 
 
@@ -137,5 +137,5 @@ def test_lists_of_records_are_lists(tmp_path, source, field, value):
 def test_texts_of_records_are_texts(tmp_path, field, value):
     if not value and field in ("rephrase_prompt", "locality_prompt"):
         return  # there is none
-    with pytest.raises(ValueError, match=rf"r.json, entry 1: field {field}: expected a text, got"):
+    with pytest.raises(ValueError, match=rf"r.json, entry 1: field {field}: expected a string, got"):
         FlatCounterFact(written(tmp_path / "r.json", [FLAT | {field: value}])).load()

@@ -23,5 +23,5 @@ def test_packed_triples_order_and_repeat_as_the_triples_do():
     _, by_code = np.unique(pack(triples, 5, 3), return_index=True)
     assert by_code.tolist() == by_row.tolist()
     assert pack(np.array([[4_999_999, 1999, 4_999_999]], dtype=np.int32), 5_000_000, 2000).tolist() == [5_000_000**2 * 2000 - 1]
-    with pytest.raises(OverflowError, match="more possible triples than 64 bits hold"):
+    with pytest.raises(OverflowError, match="triples cannot be encoded in 64 bits"):
         pack(triples, 10**9, 100)

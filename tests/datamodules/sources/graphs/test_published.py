@@ -51,7 +51,7 @@ def test_a_download_is_kept_by_checksum(folder, cache, monkeypatch, serve):
     assert Downloaded().files() == [cache / "graphs" / "downloaded" / name for name in CONTENT]
     (folder / "test.txt").write_bytes(b"other")
     (cache / "graphs" / "downloaded" / "test.txt").unlink()
-    with pytest.raises(FetchError, match="arrived with checksum"):
+    with pytest.raises(FetchError, match="was downloaded with checksum"):
         Downloaded().files()
 
 
@@ -65,7 +65,7 @@ def test_a_package_is_opened(folder, monkeypatch):
 @pytest.mark.parametrize("kind", [CoDExS, WN18RR, FB15k237, YAGO310])
 def test_without_a_network_the_ways_out_are_named(kind):
     with pytest.raises(
-        FetchError, match=rf"cannot fetch https://raw.*train.txt.*put it at .*train.txt\nor give {kind.__name__}\(path=...\) a folder"
+        FetchError, match=rf"cannot download https://raw.*train.txt.*copy it to .*train.txt\nor give {kind.__name__}\(path=...\) a folder"
     ):
         kind().files()
 
@@ -76,14 +76,14 @@ def test_a_folder_of_ones_own(folder, caplog):
     packed.write_bytes(gzip.compress((folder / "train.txt").read_bytes()))
     (folder / "train.txt").unlink()
     assert Downloaded(str(folder)).files()[0] == packed
-    assert "is not the published" not in caplog.text
+    assert "differs from the published" not in caplog.text
     assert caplog.text.count("Downloaded: free") == 1, "the terms are said once"
 
 
 def test_a_folder_with_other_files_is_taken_with_a_warning(folder, caplog):
     (folder / "valid.txt").write_text("b\tr\ta\n")
     assert Downloaded(str(folder)).load().triples["val"].tolist() == [[1, 0, 0]]
-    assert "valid.txt is not the published val split of Downloaded: figures do not compare" in caplog.text
+    assert "valid.txt differs from the published val split of Downloaded: figures are not comparable" in caplog.text
 
 
 def test_a_folder_without_a_split(folder):
@@ -103,7 +103,7 @@ def test_a_folder_without_a_split(folder):
 def test_the_published_files(kind, name, sizes, caplog):
     tables = kind(str(shared_data(f"kg/{name}"))).load()
     assert (len(tables.entities), len(tables.relations), *map(len, tables.triples.values())) == sizes
-    assert "is not the published" not in caplog.text
+    assert "differs from the published" not in caplog.text
 
 
 @pytest.mark.network

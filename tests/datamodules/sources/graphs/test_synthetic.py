@@ -40,7 +40,7 @@ def test_settings_decide_everything():
     [
         ({"num_stations": 7}, "num_stations must be even and >= 6, got 7"),
         ({"num_districts": 0}, "num_districts must be between 1 and num_stations .60., got 0"),
-        ({"holdout": (0.6, 0.5)}, "holdout must be two shares >= 0 that leave"),
+        ({"holdout": (0.6, 0.5)}, "holdout must be two shares >= 0 with a sum < 1"),
     ],
 )
 def test_wrong_settings(arguments, message):

@@ -52,9 +52,11 @@ def test_all_formats_give_the_same_graph(folders, name):
 
 
 def test_an_openke_file_read_as_ids_hrt_is_found_out(folders):
-    with pytest.raises(ValueError, match=r"entity2id.txt, line 1: 1 column in '4', expected 2: .*a first line with a count is of format openke"):
+    with pytest.raises(
+        ValueError, match=r"entity2id.txt, line 1: 1 column in '4', expected 2: .*files of format openke have a first line with the number of lines"
+    ):
         Triples(str(folders["openke"]), format="ids_hrt").load()
-    with pytest.raises(ValueError, match=r"entity2id.txt, line 1, which must say how many lines follow"):
+    with pytest.raises(ValueError, match=r"entity2id.txt, line 1, which must be the number of the following lines"):
         Triples(str(folders["ids_hrt"]), format="openke").load()
 
 
@@ -99,14 +101,14 @@ def test_a_graph_too_thin_to_split_stays_whole():
 
 
 def test_what_is_not_there(folders, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder or file at .*nowhere; give a folder with train, valid and test, or one file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give a folder with train, valid and test, or one file"):
         Triples(str(tmp_path / "nowhere")).files()
-    with pytest.raises(FileNotFoundError, match=r"labels holds no train2id; expected a file train2id that ends in one of .txt"):
+    with pytest.raises(FileNotFoundError, match=r"labels has no file train2id; expected train2id with one of the suffixes .txt"):
         Triples(str(folders["labels"]), format="openke").files()
     (folders["openke"] / "relation2id.txt").unlink()
     with pytest.raises(FileNotFoundError, match="holds no relation2id"):
         Triples(str(folders["openke"]), format="openke").files()
-    with pytest.raises(ValueError, match=r"train.tsv is one file; format openke needs the folder with entity2id and relation2id"):
+    with pytest.raises(ValueError, match=r"train.tsv is one file, but format openke needs a folder with entity2id and relation2id"):
         Triples(str(folders["labels"] / "train.tsv"), format="openke").files()
 
 
@@ -114,9 +116,9 @@ def test_what_is_not_there(folders, tmp_path):
     ("arguments", "message"),
     [
         ({"format": "rdf"}, "format must be labels, ids_hrt or openke, got 'rdf'"),
-        ({"columns": "hr"}, "columns must order the letters h .head., r .relation. and t"),
-        ({"column_names": {"subject": "s"}}, "column_names names the unknown field 'subject'; the fields are .'head', 'relation', 'tail'."),
-        ({"holdout": (0.5, 0.5)}, "holdout must be two shares >= 0 that leave something"),
+        ({"columns": "hr"}, "columns must be a permutation of the letters h .head., r .relation. and t"),
+        ({"column_names": {"subject": "s"}}, "column_names has the unknown field 'subject'; the fields are .'head', 'relation', 'tail'."),
+        ({"holdout": (0.5, 0.5)}, "holdout must be two shares >= 0 with a sum < 1"),
     ],
 )
 def test_wrong_settings(arguments, message):

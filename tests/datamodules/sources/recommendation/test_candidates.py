@@ -36,7 +36,7 @@ def test_a_truth_that_is_not_offered_is_an_error(folder):
 
 def test_a_missing_field_and_a_missing_catalogue(folder):
     (folder / "val.json").write_text('[{"historyList": ""}]')
-    with pytest.raises(ValueError, match=r"val.json, entry 1: no field 'trueSelection'"):
+    with pytest.raises(ValueError, match=r"val.json, entry 1: the field 'trueSelection' is missing"):
         CandidateRows(str(folder)).load()
     (folder / "id2name.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no catalogue; expected id2name.txt"):

@@ -79,10 +79,10 @@ def test_a_folder_without_catalogue_or_rows(folder, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[{", "train.json: no JSON"),
-        ("{}", "train.json, line 1: no field 'input'"),
-        ('[{"input": ""}]', r"train.json, entry 1: no field 'output'; it has \['input'\]"),
-        ('["x"]', "train.json, entry 1: no field 'input'; it has str"),
+        ("[{", "train.json: not JSON"),
+        ("{}", "train.json, line 1: the field 'input' is missing"),
+        ('[{"input": ""}]', r"train.json, entry 1: the field 'output' is missing; the row has \['input'\]"),
+        ('["x"]', "train.json, entry 1: the field 'input' is missing; the row has str"),
     ],
 )
 def test_wrong_rows(folder, text, message):

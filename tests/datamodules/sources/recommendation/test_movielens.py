@@ -80,11 +80,11 @@ def test_100k_falls_back_to_the_package(folders, monkeypatch):
 
 def test_without_any_network_both_ways_out_are_named(monkeypatch):
     def refuse(name: object, *_: object) -> Path:
-        raise FetchError(f"cannot fetch {name}; put it at there")
+        raise FetchError(f"cannot download {name}; put it at there")
 
     monkeypatch.setattr(module, "fetch", refuse)
     monkeypatch.setattr(module, "fetch_package_files", refuse)
-    with pytest.raises(FetchError, match=r"ml-100k.zip; put it at there\ncannot fetch recbole==1.2.1.*\nor give MovieLens\(path=...\) a folder"):
+    with pytest.raises(FetchError, match=r"ml-100k.zip; put it at there\ncannot download recbole==1.2.1.*\nor give MovieLens\(path=...\) a folder"):
         MovieLens().files()
 
 

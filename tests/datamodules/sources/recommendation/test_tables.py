@@ -133,7 +133,7 @@ def test_numbers_that_are_no_exact_integers_are_refused_by_row(tmp_path, value):
     source = events_csv(tmp_path, "")
     source.interactions = tmp_path / "events.parquet"
     pd.DataFrame({"user_id": [1.0, value], "item_id": ["a", "b"], "timestamp": [1, 2]}).to_parquet(source.interactions)
-    with pytest.raises(ValueError, match=r"events.parquet, row 2, field user_id: the number .* is no exact integer"):
+    with pytest.raises(ValueError, match=r"events.parquet, row 2, field user_id: the number .* is not an exact integer"):
         source.load()
 
 
@@ -145,7 +145,7 @@ def test_narrow_numbers_are_refused_where_they_are_not_exact(tmp_path, dtype):
     numbers = [2047, 2049, 2050] if dtype == "float16" else [2**24 - 1, 2**24 + 1, 2**24 + 2]
     column = pd.Series(numbers).astype(dtype)
     pd.DataFrame({"user_id": column, "item_id": ["a", "b", "c"], "timestamp": [1, 2, 3]}).to_parquet(source.interactions)
-    with pytest.raises(ValueError, match=r"events.parquet, row 2, field user_id: the number .* is no exact integer"):
+    with pytest.raises(ValueError, match=r"events.parquet, row 2, field user_id: the number .* is not an exact integer"):
         source.load()
 
 
@@ -204,7 +204,7 @@ def test_broken_json_lines(tmp_path):
     source = events_csv(tmp_path, "")
     source.interactions = tmp_path / "events.jsonl"
     source.interactions.write_text('{"user_id": 1}\n{"user\n')
-    with pytest.raises(ValueError, match=r"events.jsonl, line 2: no JSON"):
+    with pytest.raises(ValueError, match=r"events.jsonl, line 2: not JSON"):
         source.load()
 
 
@@ -232,7 +232,7 @@ def test_of_repeated_items_the_first_stays(tmp_path, caplog):
 
 
 def test_missing_and_unknown_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*a.csv; give the path"):
+    with pytest.raises(FileNotFoundError, match=r"the file .*a.csv does not exist; give the path"):
         Tables(str(tmp_path / "a.csv"), "b.csv").load()
     source = events_csv(tmp_path, "")
     source.interactions = tmp_path / "events.xlsx"
@@ -250,13 +250,13 @@ EVENTS_HEAD = "user_id,item_id,timestamp,rating"
         # An unquoted comma in the first data line, which once made the first column an index.
         (f"{EVENTS_HEAD}\nu,a,1,4,x\n", r"events.csv, line 2: 5 cells, but the first line names 4 columns"),
         (f"{EVENTS_HEAD}\nu,a,1,4\n\nu,b,2\n", r"events.csv, line 4: 3 cells, but the first line names 4 columns"),
-        ("user_id,item_id,timestamp\nu,a,1,4\nu,b,2,4\n", r"line 2: 4 cells, but the first line names 3 columns .*every column has a name"),
+        ("user_id,item_id,timestamp\nu,a,1,4\nu,b,2,4\n", r"line 2: 4 cells, but the first line names 3 columns .*name every column"),
         (
             f'{EVENTS_HEAD}\nu,"a,1,4\nv,a,1,4\nw,a",1,4\n',
-            r"events.csv, lines 2 to 4: a quote opens a cell that holds what looks like a row",
+            r"events.csv, lines 2 to 4: a quoted cell contains what looks like a row",
         ),
-        (f'{EVENTS_HEAD}\nu,"a,1,4\nv,a,1,4\n', r"events.csv, lines 2 to 3: a quote opens a cell and nothing closes it"),
-        (f'{EVENTS_HEAD}\nu,"a" b,1,4\n', r"events.csv, line 2: a cell in quotes goes on behind its closing quote"),
+        (f'{EVENTS_HEAD}\nu,"a,1,4\nv,a,1,4\n', r"events.csv, lines 2 to 3: a quoted cell has no closing quote"),
+        (f'{EVENTS_HEAD}\nu,"a" b,1,4\n', r"events.csv, line 2: a quoted cell has text after its closing quote"),
         (f"{EVENTS_HEAD}\nu,a,inf,4\n", r"events.csv, line 2, field timestamp: cannot read 'inf'"),
         (f"{EVENTS_HEAD}\nu,a,1,4\nu,b,1,-Infinity\n", r"events.csv, line 3, field rating: cannot read '-Infinity'"),
         (f"{EVENTS_HEAD}\nu,a,1e999,4\n", r"events.csv, line 2, field timestamp: cannot read '1e999'"),
@@ -264,7 +264,7 @@ EVENTS_HEAD = "user_id,item_id,timestamp,rating"
         ("user_id,user_id,item_id,timestamp\n", r"events.csv, line 1: two columns are named 'user_id'"),
         ("user_id;item_id;timestamp\nu;a;1\n", r"events.csv: no column 'user_id' .*set delimiter: ';'"),
         ("", r"events.csv is empty; its first line must name the columns"),
-        (f"{EVENTS_HEAD}\ru,a,1,4\r", r"events.csv, line 1: a carriage return within a cell"),
+        (f"{EVENTS_HEAD}\ru,a,1,4\r", r"events.csv, line 1: a cell contains a carriage return"),
     ],
 )
 def test_tables_that_would_be_misread_are_refused(tmp_path, text, message):
@@ -313,7 +313,9 @@ def test_delimiters(tmp_path):
 
 
 def test_a_delimiter_behind_a_quoted_cell_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"events.csv, line 1: a cell in quotes goes on .*; or set the option `delimiter` to ';', if that stands"):
+    with pytest.raises(
+        ValueError, match=r"events.csv, line 1: a quoted cell has text after .*; or set the option `delimiter` to ';', if cells are separated by it"
+    ):
         events_csv(tmp_path, '"user_id";"item_id";"timestamp"\n"u";"a";1\n').load()
 
 
