@@ -1,4 +1,4 @@
-"""Data modules and batches. ``__init__.pyi`` lists the public names; each is imported when it is first used."""
+"""Data modules and batches. ``__init__.pyi`` lists the public names, which are imported on first use."""
 
 import lazy_loader
 

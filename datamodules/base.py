@@ -1,4 +1,4 @@
-"""What every DataModule shares: global batches, loaders by split, and errors that name the cause."""
+"""Base class of all data modules: loaders by split, global batches, and gradient accumulation."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ log = logging.getLogger(__name__)
 
 
 class BaseDataModule(LightningDataModule, ABC):
-    """Loaders over ``train_dataset``, ``val_dataset``, ``test_dataset`` and ``predict_dataset``.
+    """Base class of data modules with the datasets ``train_dataset``, ``val_dataset``, ``test_dataset`` and ``predict_dataset``.
 
-    A subclass fills those attributes in :meth:`setup`. A dataset says which batch its rows make by a method ``collate``, or makes whole batches; for
-    other datasets the subclass gives :meth:`collate`. The number of rows of one optimizer step is ``global_batch_size`` on any number of devices: the
-    accumulation follows from it.
+    A subclass sets these attributes in :meth:`setup`. A dataset has a method ``collate``, or creates whole batches with ``make_batch``; for other
+    datasets, the subclass overrides :meth:`collate`. An optimizer step has ``global_batch_size`` rows on any number of devices; gradient accumulation
+    is set accordingly.
 
     Args:
-        batch_size: Rows of one training pass on one device, at most.
-        global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times devices.
-        eval_batch_size: Rows of one pass in validation, test and prediction; default: ``batch_size``.
-        num_workers: Loader processes on each device.
-        seed: Seed of the order of rows and of everything drawn.
+        batch_size: Maximum number of rows of a training batch on one device.
+        global_batch_size: Number of rows of an optimizer step over all devices. Default: ``batch_size`` times the number of devices.
+        eval_batch_size: Number of rows of a batch in validation, test and prediction. Default: ``batch_size``.
+        num_workers: Number of worker processes on each device.
+        seed: Seed of the order of rows and of all random choices.
+
+    Raises:
+        ValueError: If a batch size is < 1.
     """
 
     drop_last: ClassVar[bool] = True
-    """Whether training leaves out the rows that do not fill a global batch."""
+    """Whether training omits the rows that do not fill a global batch."""
     predict_options: ClassVar[str] = "predict_file"
-    """Names of the arguments that say what to predict for."""
+    """Names of the arguments that set the data of prediction, for messages."""
     train_dataset: Any = None
     val_dataset: Any = None
     test_dataset: Any = None
@@ -62,22 +65,20 @@ class BaseDataModule(LightningDataModule, ABC):
         self._eval_loaders: dict[str, PhasedLoader[Any]] = {}
 
     def setup(self, stage: str) -> None:
-        """Fit the Trainer's accumulation to the global batch; a subclass calls this before it sets its datasets."""
+        """Set the gradient accumulation of the Trainer; a subclass must call this method before it sets its datasets."""
         if stage == "fit" and self.trainer is not None:
             self._set_accumulation()
 
     def collate(self, rows: Sequence[Any]) -> Batch:
-        """Make a batch of rows."""
-        raise NotImplementedError(
-            f"{type(self).__name__} must say how its rows become a Batch: give the dataset a method `collate`, or override this one"
-        )
+        """Collate rows to a batch."""
+        raise NotImplementedError(f"{type(self).__name__} cannot collate rows: add a method `collate` to the dataset, or override this method")
 
     def row_tokens(self) -> Sequence[int] | None:
-        """Loss-bearing tokens of each training row, where losses are normalised over an optimizer step."""
+        """Return the number of tokens of each training row that contribute to the loss, if losses are normalised over an optimizer step."""
         return None
 
     def train_dataloader(self) -> PhasedLoader[Any]:
-        """Return the one training loader; the same object each time, so that its rows can be exchanged."""
+        """Return the training loader; always the same object, so that its rows can be exchanged."""
         if self._train_loader is None:
             dataset = self._dataset("train")
             self._train_loader = PhasedLoader(
@@ -94,11 +95,11 @@ class BaseDataModule(LightningDataModule, ABC):
             if self._train_loader.num_steps == 0:
                 raise ValueError(
                     f"{type(self).__name__}: {len(dataset)} training rows do not fill one optimizer step of "
-                    f"{self.global_batch_size or self.batch_size} rows; lower global_batch_size"
+                    f"{self.global_batch_size or self.batch_size} rows; reduce global_batch_size"
                 )
         if self.trainer is not None and self.trainer.accumulate_grad_batches != self._train_loader.accumulation:
             if self.trainer.strategy.handles_gradient_accumulation:
-                # Such an engine (DeepSpeed) has read the accumulation already, before the first loader was made.
+                # DeepSpeed reads the accumulation before the first loader is created.
                 raise MisconfigurationException(f"{type(self).__name__}.setup must call super().setup(stage) for this strategy")
             self._set_accumulation()
         return self._train_loader
@@ -116,7 +117,7 @@ class BaseDataModule(LightningDataModule, ABC):
         return self._eval_loader("predict")
 
     def teardown(self, stage: str) -> None:
-        """End the worker processes."""
+        """Stop the worker processes."""
         for loader in (self._train_loader, *self._eval_loaders.values()):
             if loader is not None:
                 loader.stop_workers()
@@ -126,7 +127,7 @@ class BaseDataModule(LightningDataModule, ABC):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _eval_loader(self, split: str) -> PhasedLoader[Any]:
-        """Return the loader of a split, the same as long as the rows are, so that its workers live on."""
+        """Return the loader of a split, cached until its dataset changes, so that worker processes are kept."""
         dataset, known = self._dataset(split), self._eval_loaders.get(split)
         if known is None or known.pool is not dataset or (known.max_batch_size, known.pin_memory) != (self.eval_batch_size, self._pins_memory):
             self._eval_loaders[split] = PhasedLoader(
@@ -145,7 +146,7 @@ class BaseDataModule(LightningDataModule, ABC):
         if dataset is None:
             raise MisconfigurationException(
                 f"{type(self).__name__} has no {split} data: `setup` did not set `{split}_dataset`"
-                + (f" (give what to predict for: {self.predict_options})" if split == "predict" else "")
+                + (f" (set the data of prediction: {self.predict_options})" if split == "predict" else "")
             )
         if len(dataset) == 0:
             raise ValueError(f"{type(self).__name__}: the {split} split is empty; check the filters and the split settings")
@@ -158,7 +159,7 @@ class BaseDataModule(LightningDataModule, ABC):
         if trainer.accumulate_grad_batches not in (1, batches):
             raise MisconfigurationException(
                 f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) contradicts global_batch_size="
-                f"{self.global_batch_size}, which needs {batches}; leave accumulate_grad_batches out"
+                f"{self.global_batch_size}, which needs {batches}; omit accumulate_grad_batches"
             )
         trainer.accumulate_grad_batches = batches
         size = trainer.world_size

@@ -1,8 +1,8 @@
-"""Typed batches and the catalogue: the one vocabulary that data and modules share.
+"""Typed batches, catalogue, vocabulary and graph labels, which data modules and modules share.
 
 Shapes: B rows, P prompt tokens, K answers per row, A answer tokens, T tokens, L history items, S seen items, C candidates.
-Of queries to a graph: P true tails, F known answers, R original relations. Item ids run from 0; -1 pads item lists.
-A negative ``sample_id`` marks a row repeated only to fill a batch: metrics skip it.
+Queries to a graph: P true tails, F known answers, R original relations. Item ids run from 0; -1 pads item lists.
+A negative ``sample_id`` marks a padding row (a row that is repeated only to fill a batch), which losses and metrics ignore.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 from malleable.datamodules.record import Record
 
 WILDCARD = "?"
-"""Stands in a written query for what it asks."""
+"""Label of the unknown part of a query in files."""
 
 
 class Batch(Record):
-    """Rows with a stable identity.
+    """Base class of batches; rows have a stable identity.
 
-    A subclass declares more fields by annotations, without ``@dataclass``. Float fields keep their dtype under every precision of the Trainer;
-    a module that multiplies one with weights converts it first: ``batch.features.to(self.dtype)``.
+    A subclass declares fields by annotations, without ``@dataclass``. Float fields keep their dtype in every precision of the Trainer. A module that
+    multiplies a field with weights must convert it: ``batch.features.to(self.dtype)``.
 
     Attributes:
-        sample_id: ``(B,)`` int64; the same row has the same id in every run; negative for padding rows.
+        sample_id: ``(B,)`` int64; a row has the same id in every run; negative for padding rows.
     """
 
     sample_id: Tensor
@@ -37,7 +37,7 @@ class Batch(Record):
         return len(self.sample_id)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Return a copy with ``function`` applied to every tensor, also those of batches in fields."""
+        """Return a copy with ``function`` applied to every tensor, including tensors of nested batches."""
         changed: dict[str, Any] = {}
         for name in self.field_names():
             value = getattr(self, name)
@@ -51,8 +51,8 @@ class Batch(Record):
         """Return a copy on ``device``.
 
         Args:
-            device: The target.
-            non_blocking: Do not wait for the copies; default: wait only on devices where Lightning waits, the CPU and MPS.
+            device: Target device.
+            non_blocking: Copy asynchronously. Default: except to the CPU and MPS, as in Lightning.
         """
         if non_blocking is None:
             non_blocking = torch.device(device).type not in ("cpu", "mps")
@@ -64,15 +64,15 @@ class Batch(Record):
 
 
 class PackedBatch(Batch):
-    """Whole documents laid end to end in rows of one length; every token but a document's first is a target.
+    """Documents packed into rows; all tokens except the first of each document are targets.
 
     Attributes:
         input_ids: ``(B, T)`` int64.
-        document_ids: ``(B, T)`` int64; 0 is padding, equal numbers belong to one document.
-        position_ids: ``(B, T)`` int64, restarting at 0 in each document.
-        num_step_tokens: Scalar; targets of the whole optimizer step divided by its number of batches over all ranks.
-            ``None`` normalises by this batch alone.
-        one_document: Each row is one document, padded on the right. Attention then needs no mask; False is always right.
+        document_ids: ``(B, T)`` int64; 0 is padding, tokens with equal numbers belong to one document.
+        position_ids: ``(B, T)`` int64, starting at 0 in each document.
+        num_step_tokens: Scalar; number of targets of the optimizer step, divided by its number of batches over all ranks. ``None``: losses are
+            normalised by the targets of this batch.
+        one_document: Whether each row is one document, padded on the right, so that attention needs no mask. False is always correct.
     """
 
     input_ids: Tensor
@@ -91,14 +91,14 @@ class AnswerBatch(Batch):
         answer_ids: ``(B, K, A)`` int64, padded on the right, each answer ending in the end-of-sequence token.
             K is 1 here, and 0 answer tokens are allowed when nothing is to be learnt (prediction).
         answer_mask: ``(B, K, A)`` bool, True on real tokens.
-        item_ids: ``(B, K)`` int64, the item that each answer names, -1 where it names none.
+        item_ids: ``(B, K)`` int64, the item of each answer, -1 if it is not an item.
         history: ``(B, L)`` int64, items before the target that sequence models read, oldest first, padded with -1 on the left.
-        seen: ``(B, S)`` int64, items not to be recommended again, padded with -1.
+        seen: ``(B, S)`` int64, items that are not recommended again, padded with -1.
         candidates: ``(B, C)`` int64, the items to choose from; ``None`` means the whole catalogue.
         metric_history: ``(B, M)`` int64, items that metrics count as the history, padded like ``history``; ``None``: ``history``.
         num_step_tokens: As in :class:`PackedBatch`.
-        answer_columns: Columns that the answers of a row need behind a shared prompt; ``None`` in batches not made by :func:`collate`, which
-            then take ``K * (A - 1)``. A number, not a tensor: shapes must be known without asking the device.
+        answer_columns: Number of columns that the answers of a row need after a shared prompt. ``None``: ``K * (A - 1)``. It is a number, not a
+            tensor, so that shapes are known without synchronisation.
     """
 
     prompt_ids: Tensor
@@ -115,16 +115,16 @@ class AnswerBatch(Batch):
 
     @property
     def target(self) -> Tensor:
-        """The true next item, ``(B,)``."""
+        """True next item, ``(B,)``."""
         return self.item_ids[:, 0]
 
 
 class PreferenceBatch(AnswerBatch):
-    """A prompt with a chosen answer (index 0) and K - 1 >= 1 rejected ones; a row with fewer has empty answers at the end.
+    """Prompts with a chosen answer (index 0) and K - 1 >= 1 rejected answers; rows with fewer answers are padded with empty ones.
 
     Attributes:
-        reference_logps: ``(B, K)`` summed log-probabilities under the frozen reference, in nats; ``None`` when the module holds them.
-        smoothing: ``(B,)`` float32, probability that a row is labelled the wrong way round; ``None`` takes that of the loss.
+        reference_logps: ``(B, K)`` summed log-probabilities under the frozen reference, in nats; ``None`` without a reference.
+        smoothing: ``(B,)`` float32, probability that the preference of a row is reversed; ``None``: the smoothing of the loss.
     """
 
     reference_logps: Tensor | None = None
@@ -132,19 +132,20 @@ class PreferenceBatch(AnswerBatch):
 
 
 class QueryBatch(Batch):
-    """Queries ``(h, r, ?)`` to a knowledge graph; ``(?, r, t)`` is asked as ``(t, r + R, ?)``. Prediction may ask ``(h, ?, t)``, too.
+    """Queries ``(h, r, ?)`` to a knowledge graph; ``(?, r, t)`` is converted to ``(t, r + R, ?)``. Prediction also supports ``(h, ?, t)``.
 
     Attributes:
         head: ``(B,)`` int64, entities.
-        relation: ``(B,)`` int64, original relations 0..R-1, their reciprocals R..2R-1; -1 where it is asked.
-        target: ``(P,)`` int64, true tails. One a query, unless training groups equal queries; none in prediction.
-        target_row: ``(P,)`` int64, the row each belongs to, ascending.
-        known: ``(F,)`` int64, all known answers of the queries, distinct in each: the filter; empty in training.
-        known_row: ``(F,)`` int64, the row of each, ascending.
-        num_step_tokens: As in :class:`PackedBatch`, where targets are the true tails.
-        num_step_rows: Scalar; the same for rows: queries of the whole optimizer step divided by its number of batches over all ranks.
-        tail: ``(B,)`` int64, entities of the queries that ask a relation, -1 in others; ``None`` where no query may ask one.
-        one_each: Every query has exactly one true tail, in order: ``target_row`` is ``0..B-1``. Ranking is then faster; False is always right.
+        relation: ``(B,)`` int64, original relations 0..R-1 or reciprocals R..2R-1; -1 for queries ``(h, ?, t)``.
+        target: ``(P,)`` int64, true tails: one for each query, several if training groups equal queries, none in prediction.
+        target_row: ``(P,)`` int64, the row of each true tail, ascending.
+        known: ``(F,)`` int64, all known answers of the queries, distinct within each query; empty in training.
+        known_row: ``(F,)`` int64, the row of each known answer, ascending.
+        num_step_tokens: As in :class:`PackedBatch`; targets are the true tails.
+        num_step_rows: Scalar; number of queries of the optimizer step, divided by its number of batches over all ranks.
+        tail: ``(B,)`` int64, tails of queries ``(h, ?, t)``, -1 for other queries; ``None`` if there are no queries ``(h, ?, t)``.
+        one_each: Whether each query has exactly one true tail, in order, so that ``target_row`` is ``0..B-1``. Ranking is then faster; False is
+            always correct.
     """
 
     head: Tensor
@@ -208,8 +209,8 @@ class Vocabulary:
         vocab_size: Number of tokens.
         eos_token_id: End-of-sequence token.
         pad_token_id: Padding token.
-        tokenizer: Folder or id the tokenizer loads from.
-        largest_token_id: Largest token that the data's texts have; ``None``: any of the vocabulary.
+        tokenizer: Folder or id of the tokenizer.
+        largest_token_id: Largest token id in the texts of the data; ``None`` if unknown.
     """
 
     vocab_size: int
@@ -224,13 +225,13 @@ class Catalog:
     """The items that can be recommended, in id order.
 
     Attributes:
-        titles: Distinct display titles.
-        token_ids: Answer tokens of each title, the end-of-sequence token included; empty where no language model is used.
-        genres: Genres of each item; empty tuples where unknown.
+        titles: Distinct titles.
+        token_ids: Answer tokens of each title, including the end-of-sequence token; empty without a language model.
+        genres: Genres of each item; empty tuples if unknown.
         popularity: Training interactions of each item.
-        vocabulary: The tokenizer of ``token_ids``; ``None`` where no language model is used.
-        keys: The source's own id of each item, the first one where several have the same title; empty where the source gives none.
-        template: Fields of the prompt template; ``None`` where no language model is used.
+        vocabulary: Vocabulary of ``token_ids``; ``None`` without a language model.
+        keys: Id of each item in the source, the first one if several items have the same title; empty if the source has no ids.
+        template: Fields of the prompt template; ``None`` without a language model.
     """
 
     titles: tuple[str, ...]
@@ -248,13 +249,13 @@ class Catalog:
 
 @dataclass(frozen=True)
 class KnowledgeGraph:
-    """The vocabulary of a graph, in id order.
+    """Labels of the entities and relations of a graph, by id.
 
     Attributes:
-        entities: Distinct labels.
+        entities: Distinct labels of entities.
         relations: Distinct labels of the R original relations; the reciprocal of ``r`` is ``r + R``.
-        degree: Training triples that each entity occurs in.
-        frequency: Training triples of each relation.
+        degree: Number of training triples of each entity.
+        frequency: Number of training triples of each relation.
     """
 
     entities: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Batches of rows: tensors are padded, laid out and masked here, not in training steps."""
+"""Collation of rows to batches; tensors are padded and masked here instead of in training steps."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ BatchT = TypeVar("BatchT", bound=Batch)
 def collate(
     examples: Sequence[Example] | Sequence[PackedExample], kind: type[BatchT] | None = None, *, pad_token_id: int = 0, pad_to_multiple_of: int = 8
 ) -> BatchT:
-    """Make a batch of rows.
+    """Collate rows to a batch.
 
     Args:
         examples: Rows.
-        kind: The batch to make: :class:`AnswerBatch` (default), :class:`PreferenceBatch` or :class:`PackedBatch`.
+        kind: Type of the batch: :class:`AnswerBatch` (default), :class:`PreferenceBatch` or :class:`PackedBatch`.
         pad_token_id: Padding token.
-        pad_to_multiple_of: Rows of tokens are padded to a multiple of this many, and so are the columns of answers behind a shared prompt.
-            Results do not depend on it. On a GPU kernels are chosen, and sometimes planned, for each width: few widths are faster. 8 also is
-            what attention kernels want masks aligned to; 32 means fewer widths and more padding.
+        pad_to_multiple_of: Pad token rows, and the columns of answers after a shared prompt, to a multiple of this number. It does not affect
+            results. GPU kernels are selected for each width, so that fewer distinct widths are faster. Attention kernels need masks aligned to 8; 32
+            gives fewer widths, but more padding.
 
     Raises:
-        ValueError: If the rows are of another kind, or if only some rows have a prompt.
+        ValueError: If the rows do not fit the type of the batch, or if only some rows have a prompt.
     """
     name = AnswerBatch if kind is None else kind
     fields: Any = {
@@ -37,15 +37,15 @@ def collate(
         PackedBatch: ("input_ids", collate_packed),
     }.get(name)
     if fields is None:
-        raise ValueError(f"collate makes AnswerBatch, PreferenceBatch or PackedBatch, not {name.__name__}")
+        raise ValueError(f"kind must be AnswerBatch, PreferenceBatch or PackedBatch, got {name.__name__}")
     field, make = fields
     if field not in examples[0]:
-        raise ValueError(f"a row of {name.__name__} has the field {field!r}, this one has {', '.join(examples[0])}; choose another kind")
+        raise ValueError(f"a row of {name.__name__} must have the field {field!r}, got {', '.join(examples[0])}; choose another kind")
     return cast("BatchT", make(examples, pad_token_id, pad_to_multiple_of))
 
 
 def collate_packed(examples: Sequence[PackedExample], pad_token_id: int = 0, pad_to_multiple_of: int = 8) -> PackedBatch:
-    """Make a :class:`PackedBatch`; positions restart with each document."""
+    """Collate rows to a :class:`PackedBatch`."""
     width = padded_width(max(len(example["input_ids"]) for example in examples), pad_to_multiple_of)
     document_ids = pad([example["document_ids"] for example in examples], 0, width=width)
     column = torch.arange(document_ids.shape[1])

@@ -1,4 +1,4 @@
-"""Global batches: the same rows in every optimizer step, on any number of devices."""
+"""Global batches: every optimizer step has the same rows on any number of devices."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def world() -> tuple[int, int]:
 
 
 class Shard(NamedTuple):
-    """The rows of an optimizer step that one rank gets in one batch.
+    """Rows of one batch of one rank.
 
     Attributes:
         rows: ``(B,)`` positions in the dataset.
-        padding: How many of them, at the end, only fill the batch.
-        step_tokens: Loss-bearing tokens of the whole step, divided by its batches over all ranks; ``None`` where unknown.
-        step_rows: The same for rows.
+        padding: Number of padding rows at the end.
+        step_tokens: Number of tokens of the optimizer step that contribute to the loss, divided by its batches over all ranks; ``None`` if unknown.
+        step_rows: Number of rows of the optimizer step, divided by its batches over all ranks; ``None`` if unknown.
     """
 
     rows: Tensor
@@ -37,11 +37,11 @@ class Shard(NamedTuple):
 
 
 class StepLayout(NamedTuple):
-    """How the rows of an optimizer step are distributed.
+    """Distribution of the rows of an optimizer step.
 
     Attributes:
-        rows: Rows of one forward pass on one device.
-        batches: Passes of one device that make an optimizer step.
+        rows: Number of rows of a batch on one device.
+        batches: Number of accumulated batches of each device.
     """
 
     rows: int
@@ -52,35 +52,36 @@ def step_layout(batch_size: int, global_batch_size: int | None) -> StepLayout:
     """Distribute the rows of an optimizer step over the devices.
 
     Args:
-        batch_size: Rows that one device can pass at once.
-        global_batch_size: Rows of one optimizer step over all devices; default: one full batch of each.
+        batch_size: Maximum number of rows of a batch on one device.
+        global_batch_size: Number of rows of an optimizer step over all devices. Default: ``batch_size`` times the number of devices.
 
     Raises:
         ValueError: If the rows of a step cannot be distributed evenly.
     """
     _, size = world()
     total = global_batch_size or batch_size * size
-    share = total // size
-    rows = min(batch_size, share)
-    if total % size or share % rows:
+    per_rank = total // size
+    rows = min(batch_size, per_rank)
+    if total % size or per_rank % rows:
         raise ValueError(
             f"global_batch_size {total} must be a multiple of batch_size x devices = {batch_size} x {size}, or less than that and a multiple of "
             f"the devices; choose another batch_size or number of devices"
         )
-    return StepLayout(rows, share // rows)
+    return StepLayout(rows, per_rank // rows)
 
 
 class GlobalBatchSampler:
-    """Batch sampler that owns global batches, shards and the position within an epoch.
+    """Batch sampler of global batches, with shards for ranks and the position within an epoch.
 
-    Step ``s`` of epoch ``e`` always holds the same ``global_batch_size`` rows. They are sharded over the ranks and, on each rank, cut into batches of
-    ``batch_size``. The order of an epoch depends on the seed, the epoch and the ids of the rows: another row that is left out does not change it.
+    Step ``s`` of epoch ``e`` always has the same ``global_batch_size`` rows. They are sharded over the ranks, and split into batches of
+    ``batch_size`` on each rank. The order of an epoch depends on the seed, the epoch and the ids of the rows; removing a row does not change the
+    order of the others.
 
     Args:
-        batch_size: Rows of one forward pass on one device, at most.
-        global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times the number of devices.
-        shuffle: Draw a new order each epoch.
-        drop_last: Leave out the rows that do not fill a global batch; otherwise repeat rows.
+        batch_size: Maximum number of rows of a batch on one device.
+        global_batch_size: Number of rows of an optimizer step over all devices. Default: ``batch_size`` times the number of devices.
+        shuffle: Use a new random order in each epoch.
+        drop_last: Omit the rows that do not fill a global batch; otherwise rows are repeated.
         seed: Seed of the order.
     """
 
@@ -100,9 +101,9 @@ class GlobalBatchSampler:
 
         Args:
             count: Number of rows.
-            ids: ``(count,)`` ids that the order depends on; ``None`` takes the positions.
-            row_tokens: Loss-bearing tokens of each row.
-            batch_factor: How many times the rows of a pass and of an optimizer step; the accumulation stays the same.
+            ids: ``(count,)`` ids that the order depends on; ``None``: the positions.
+            row_tokens: Number of tokens of each row that contribute to the loss.
+            batch_factor: Factor of the numbers of rows of a batch and of an optimizer step; the accumulation does not change.
         """
         self.count = count
         self.ids = ids
@@ -112,12 +113,12 @@ class GlobalBatchSampler:
 
     @property
     def batch_size(self) -> int:
-        """Rows of one forward pass on this device; DeepSpeed reads it too."""
+        """Number of rows of a batch on this device; also read by DeepSpeed."""
         return step_layout(self.max_batch_size, self.global_batch_size).rows * self.batch_factor
 
     @property
     def accumulation(self) -> int:
-        """Batches of one rank that make an optimizer step."""
+        """Number of accumulated batches of one rank."""
         return step_layout(self.max_batch_size, self.global_batch_size).batches
 
     @property
@@ -135,15 +136,15 @@ class GlobalBatchSampler:
         return self.num_steps * self.accumulation
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the epoch to come."""
+        """Set the epoch, which determines the order."""
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many batches of the running epoch were handed out, and what those batches depend on."""
+        """Return the epoch, the number of its batches so far, and the settings that the batches depend on."""
         return {"epoch": self.epoch, "position": self.position, **self._layout()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start that epoch, and no other, after the batches already handed out; iteration then refuses batches of another layout."""
+        """Restore the position in an epoch; if the layout of batches has changed, iteration raises an error."""
         self._restored = dict(state)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -151,31 +152,31 @@ class GlobalBatchSampler:
         return (shard.rows.tolist() for shard in self.shards())
 
     def shards(self) -> list[Shard]:
-        """Return what this rank gets, batch by batch, from where a restored state left off.
+        """Return the batches of this rank, from the restored position on.
 
         Raises:
-            ValueError: If the restored state lies within an epoch whose batches had another layout.
+            ValueError: If the restored position is within an epoch, and its batches had another layout.
         """
         shards = self._all_shards()
         self.position = self._start()
         return shards[self.position :]
 
     def _layout(self) -> dict[str, int]:
-        """Return what decides the batches of an epoch, by the names of a message."""
+        """Return the settings that the batches of an epoch depend on, with names for messages."""
         return {"rows": self.count, "rows of a step": self.rows_per_step, "batches of a step": self.accumulation, "seed": self.seed}
 
     def _start(self) -> int:
-        """Return the number of batches of the epoch that were handed out before the run was interrupted."""
+        """Return the number of batches of the epoch before the run was interrupted."""
         state, self._restored = self._restored, {"epoch": -1, "position": 0}
-        # A run that was killed after an epoch's last batch goes on with the next epoch.
+        # A run that was killed after the last batch of an epoch resumes with the next epoch.
         if state["epoch"] != self.epoch:
             return 0
         other = [f"{name} {state[name]} then, {value} now" for name, value in self._layout().items() if state.get(name, value) != value]
         if state["position"] and other:
             raise ValueError(
                 f"the checkpoint was written within epoch {self.epoch}, after {state['position']} batches of another layout ({', '.join(other)}): "
-                "the rows that are left are unknown; resume with the batch_size, global_batch_size, devices, data and seed of that run, or "
-                "from a checkpoint written at the end of an epoch"
+                "the remaining rows are unknown; resume with the batch_size, global_batch_size, devices, data and seed of that run, or "
+                "from a checkpoint at the end of an epoch"
             )
         return state["position"]
 
@@ -206,7 +207,7 @@ class GlobalBatchSampler:
         for number, (own, repeated) in enumerate(zip(rows.unbind(), padding, strict=True)):
             step = number // self.accumulation
             if size == 1 and repeated:
-                # No rank waits for another, so the last batches may be short: `trainer.predict` then returns each row once.
+                # Without other ranks, the last batches may be short, so that `trainer.predict` returns each row once.
                 own = own[: max(1, len(own) - repeated)]
                 repeated = int(repeated == self.batch_size)
             shards.append(Shard(own, repeated, tokens[step], totals[step]))

@@ -1,4 +1,4 @@
-"""The training loader: global batches, shards by rank, exact resumption, and rows that may change between epochs."""
+"""Loader with global batches, shards for ranks, exact resumption, and rows that can change between epochs."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def sample_ids(rows: Any) -> Ints:
 
 
 def _order_ids(rows: Any) -> Ints | None:
-    """Return the ids that the order of rows depends on; ``None`` where they are not at hand without making every row."""
-    at_hand = isinstance(rows, (list, tuple)) and all(isinstance(row, Mapping) and "sample_id" in row for row in rows)
-    ids: Ints | None = sample_ids(rows) if at_hand else getattr(rows, "sample_ids", None)
+    """Return the ids that the order of rows depends on; ``None`` if every row would have to be created to get them."""
+    available = isinstance(rows, (list, tuple)) and all(isinstance(row, Mapping) and "sample_id" in row for row in rows)
+    ids: Ints | None = sample_ids(rows) if available else getattr(rows, "sample_ids", None)
     return ids
 
 
 class RowView(Dataset[Any]):
-    """Chosen rows of a dataset, with fields put over them: a round's sample with its negatives, pairs with their reference.
+    """Subset of a dataset whose fields can be overridden, e.g. the rows of a self-play round with their negatives.
 
     Args:
         pool: Map-style dataset of dictionaries.
-        positions: Rows to show, in this order.
-        fields: For each shown row, the fields to set.
-        collate: Makes a batch of these rows, where it is another kind than that of the dataset.
+        positions: Positions of the rows, in this order.
+        fields: Fields to override, for each row.
+        collate: Function that collates rows, if their batch has another type than that of the dataset.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class RowView(Dataset[Any]):
 
     @property
     def sample_ids(self) -> Ints:
-        """The ids of the shown rows, ``(N,)``."""
+        """Ids of the rows, ``(N,)``."""
         return sample_ids(self.pool)[self.positions] if len(self.positions) else np.zeros(0, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class RowView(Dataset[Any]):
         return len(self.positions)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a row with its fields."""
+        """Return a row with overridden fields."""
         row = dict(self.pool[self.positions[index]])
         if self.fields is not None:
             row.update(self.fields[index])
@@ -71,43 +71,42 @@ class RowView(Dataset[Any]):
 
 
 @runtime_checkable
-class MakesBatches(Protocol):
-    """A dataset that makes a batch of chosen rows at once, e.g. by indexing tensors: no row of its own is ever made."""
+class BatchDataset(Protocol):
+    """Dataset that creates whole batches, e.g. by indexing tensors, without creating single rows."""
 
     def __len__(self) -> int:
         """Return the number of rows."""
 
     def make_batch(self, rows: Tensor) -> Batch:
-        """Make the batch of the rows ``(B,)``, in their order."""
+        """Return the batch of the rows at positions ``(B,)``, in their order."""
 
 
 class PhasedLoader(Generic[BatchT]):
-    """Batches of a map-style dataset, the same global batches on any number of devices.
+    """Loader of a map-style dataset with the same global batches on any number of devices.
 
-    A :class:`~malleable.datamodules.global_batches.GlobalBatchSampler` chooses the rows, a :class:`torch.utils.data.DataLoader` reads them.
-    :meth:`set_rows` exchanges the rows between epochs (self-play rounds, mined negatives); with ``reload_dataloaders_every_n_epochs=1`` the Trainer
-    then sees the new length. The state in a checkpoint makes a run that was killed within an epoch go on with the very next batch.
+    :class:`~malleable.datamodules.global_batches.GlobalBatchSampler` selects the rows, and :class:`torch.utils.data.DataLoader` reads them.
+    :meth:`set_rows` exchanges the rows between epochs, e.g. for self-play rounds or mined negatives; the Trainer needs
+    ``reload_dataloaders_every_n_epochs=1`` to read the new length. A run that was killed within an epoch resumes with the next batch.
 
     Args:
-        dataset: Rows with a length. A :class:`torch.utils.data.DataLoader` is taken apart: its batch size, shuffling, last batch, collation, pinning
-            and workers are the defaults of the other arguments; a sampler, batch sampler, generator or iterable dataset is refused. Of a
-            dataset that :class:`MakesBatches`, whole batches are asked for; it needs neither collation nor workers.
-        batch_size: Rows of one forward pass on one device, at most: more devices than ``global_batch_size`` needs pass fewer each; default: 1.
-        global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times the number of devices.
-        collate_fn: Makes a batch of rows; a dataset with a method ``collate`` says itself which batch its rows make.
-        shuffle: Draw a new order each epoch, from ``seed``, the epoch's number and the ids of the rows; default: True.
-        drop_last: Leave out the rows that do not fill a global batch (default); otherwise repeat rows, marked by a negative ``sample_id``, so that
-            all ranks make equally many batches (on one device the last ones are short, of one row at least). A loss that leaves out
-            the marked rows and divides by ``num_step_tokens`` or ``num_step_rows`` is then the mean over a short last step, too.
-        row_tokens: Number of loss-bearing tokens of each row; given, every batch carries ``num_step_tokens`` and ``num_step_rows``, if it
-            has such fields.
+        dataset: Map-style dataset or sequence. Settings of a :class:`torch.utils.data.DataLoader` are used as defaults of the other arguments; a
+            sampler, batch sampler, generator or iterable dataset is not supported. A :class:`BatchDataset` needs neither collation nor workers.
+        batch_size: Maximum number of rows of a batch on one device; batches are smaller if ``global_batch_size`` requires it. Default: 1.
+        global_batch_size: Number of rows of an optimizer step over all devices. Default: ``batch_size`` times the number of devices.
+        collate_fn: Function that collates rows to a batch; a method ``collate`` of the dataset overrides it.
+        shuffle: Use a new order in each epoch, which depends on ``seed``, the epoch and the ids of the rows. Default: True.
+        drop_last: Omit the rows that do not fill a global batch (default). Otherwise rows are repeated with a negative ``sample_id``, so that all
+            ranks have equally many batches; on one device, the last batches are shorter, with at least one row. A loss that ignores repeated rows and
+            divides by ``num_step_tokens`` or ``num_step_rows`` is then the mean over a short last step, too.
+        row_tokens: Number of tokens of each row that contribute to the loss. If given, the fields ``num_step_tokens`` and ``num_step_rows`` of
+            batches are set.
         seed: Seed of the order.
-        num_workers: Worker processes; default: 0.
-        pin_memory: Hand out batches in pinned memory, which copies to a GPU do not wait for; default: False.
-        worker_options: More arguments of :class:`~malleable.datamodules.row_reader.RowReader`, such as ``prefetch_factor``.
+        num_workers: Number of worker processes. Default: 0.
+        pin_memory: Return batches in pinned memory, for asynchronous copies to a GPU. Default: False.
+        worker_options: Further arguments of :class:`~malleable.datamodules.row_reader.RowReader`, such as ``prefetch_factor``.
 
     Raises:
-        ValueError: If the rows of a step cannot be distributed evenly, or a DataLoader has what cannot be kept.
+        ValueError: If the rows of a step cannot be distributed evenly, or if a DataLoader has unsupported settings.
     """
 
     def __init__(
@@ -139,7 +138,7 @@ class PhasedLoader(Generic[BatchT]):
             dataset = dataset.dataset
         options |= {name: value for name, value in given.items() if value is not None} | worker_options
         self.collate_fn: Any = options.pop("collate_fn")
-        if self.collate_fn is None and not isinstance(dataset, MakesBatches) and getattr(dataset, "collate", None) is None:
+        if self.collate_fn is None and not isinstance(dataset, BatchDataset) and getattr(dataset, "collate", None) is None:
             raise ValueError("PhasedLoader needs a collate_fn that makes a Batch, e.g. malleable.datamodules.batch.collate")
         self.pool: Any = dataset
         self.batch_sampler = GlobalBatchSampler(
@@ -151,13 +150,13 @@ class PhasedLoader(Generic[BatchT]):
         self.set_rows(dataset, row_tokens)
 
     def view(self, name: str) -> Any:
-        """Return another view of the same data, which a data module put into ``views``: rows, or a callable that makes them.
+        """Return the rows of another view of the data, which a data module has added to ``views``.
 
         Raises:
             KeyError: If there is no such view.
         """
         if name not in self.views:
-            raise KeyError(f"the training loader has no view {name!r}, only {sorted(self.views)}; use a data module that offers it, or set `views`")
+            raise KeyError(f"the training loader has no view {name!r}, only {sorted(self.views)}; use a data module with this view, or set `views`")
         rows = self.views[name]
         return rows() if callable(rows) else rows
 
@@ -165,9 +164,9 @@ class PhasedLoader(Generic[BatchT]):
         """Set the rows from the next epoch on.
 
         Args:
-            rows: Map-style dataset or sequence of what ``collate_fn`` takes.
-            row_tokens: Loss-bearing tokens of each row.
-            batch_factor: How many times the rows of a pass and of an optimizer step; the accumulation stays the same.
+            rows: Map-style dataset or sequence of rows for ``collate_fn``.
+            row_tokens: Number of tokens of each row that contribute to the loss.
+            batch_factor: Factor of the numbers of rows of a batch and of an optimizer step; the accumulation does not change.
         """
         self.dataset: Any = rows
         self._reader = RowReader(rows, getattr(rows, "collate", None) or self.collate_fn, **self._worker_options)
@@ -175,32 +174,32 @@ class PhasedLoader(Generic[BatchT]):
 
     @property
     def sampler(self) -> GlobalBatchSampler:
-        """The batch sampler: the Trainer calls its ``set_epoch`` before each epoch."""
+        """Batch sampler, whose ``set_epoch`` the Trainer calls before each epoch."""
         return self.batch_sampler
 
     @property
     def row_tokens(self) -> Tensor | None:
-        """Loss-bearing tokens of each row, ``(N,)``."""
+        """Number of tokens of each row that contribute to the loss, ``(N,)``."""
         return self.batch_sampler.row_tokens
 
     @property
     def batch_size(self) -> int:
-        """Rows of one forward pass on this device."""
+        """Number of rows of a batch on this device."""
         return self.batch_sampler.batch_size
 
     @property
     def max_batch_size(self) -> int:
-        """Rows of one forward pass on one device, at most."""
+        """Maximum number of rows of a batch on one device."""
         return self.batch_sampler.max_batch_size
 
     @property
     def batch_factor(self) -> int:
-        """How many times the rows of a pass and of an optimizer step are those of the settings."""
+        """Factor of the numbers of rows of a batch and of an optimizer step."""
         return self.batch_sampler.batch_factor
 
     @property
     def accumulation(self) -> int:
-        """Batches of one rank that make an optimizer step."""
+        """Number of accumulated batches of one rank."""
         return self.batch_sampler.accumulation
 
     @property
@@ -226,30 +225,30 @@ class PhasedLoader(Generic[BatchT]):
         self.batch_sampler.load_state_dict(state)
 
     def __iter__(self) -> Iterator[BatchT]:
-        """Yield this rank's batches, from where a restored state left off.
+        """Yield the batches of this rank, from the restored position on.
 
         Raises:
-            ValueError: If the restored state lies within an epoch whose batches had another layout.
+            ValueError: If the restored position is within an epoch, and its batches had another layout.
         """
         shards = self.batch_sampler.shards()
         for shard, batch in zip(shards, self._read(shards), strict=True):
             self.batch_sampler.position += 1
             finished = _finish(batch, shard)
-            # Here and not by the DataLoader, so that the normalisers are pinned too: one pageable copy would wait for the device.
+            # Pinned here instead of by the DataLoader, because the normalisers must be pinned, too: a pageable copy would synchronise.
             yield finished.pin_memory() if self.pin_memory else finished
 
     def stop_workers(self) -> None:
-        """End the worker processes; they start again with the next batches."""
+        """Stop the worker processes; they start again with the next batches."""
         self._reader.stop()
 
     def _read(self, shards: Sequence[Shard]) -> Iterable[BatchT]:
-        if isinstance(self.dataset, MakesBatches):
+        if isinstance(self.dataset, BatchDataset):
             return (cast("BatchT", self.dataset.make_batch(shard.rows)) for shard in shards)
         return self._reader.read([shard.rows.tolist() for shard in shards])
 
 
 def _finish(batch: BatchT, shard: Shard) -> BatchT:
-    """Mark the repeated rows and give the normalisers of the step."""
+    """Return the batch with negative ids of padding rows, and with the normalisers of the optimizer step."""
     changed: dict[str, Tensor] = {}
     if shard.padding:
         first = len(batch.sample_id) - shard.padding

@@ -1,8 +1,8 @@
-"""Negative samplers: which items are rejected in a row.
+"""Negative samplers, which select the rejected items of rows.
 
-A choice depends on (seed, ``sample_id``, round) only, so that ranks, workers and batches have no influence. No sampler chooses the true item or an
-earlier item of the user; where a row offers candidates, it chooses among them. Samplers that need a model are used by callbacks, which run it; the
-others also by data modules.
+A selection depends on (seed, ``sample_id``, round) only, not on ranks, workers and batches. Samplers never select the true item or an earlier item of
+the user, except :class:`SelfPlay`, and select among the candidates of a row, if there are any. Samplers that need a model are used by callbacks,
+other samplers also by data modules.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 
 class ItemSampler:
-    """Draws items without replacement, uniformly or in proportion to weights.
+    """Sampler of items without replacement, uniform or weighted.
 
     Args:
-        items: Items to draw from.
-        weights: Weight of each of them, >= 0; ``None`` draws uniformly, and so do weights that are all 0.
-        seed: Seed; a draw depends on it and on the row alone.
+        items: Items to sample from.
+        weights: Weight of each item, >= 0; uniform if ``None`` or all 0.
+        seed: Seed; samples depend on it and on the row only.
     """
 
     def __init__(self, items: Sequence[int], weights: Sequence[float] | None = None, seed: int = 0) -> None:
@@ -31,24 +31,24 @@ class ItemSampler:
         self.seed = seed
 
     def among(self, items: Sequence[int]) -> ItemSampler:
-        """Return the sampler that draws from these items only; it takes items that are numbered from 0."""
+        """Return a sampler of these items only; the items of this sampler must be numbered from 0."""
         return ItemSampler(items, None if self.weights is None else [self.weights[item] for item in items], self.seed)
 
     def draw(self, sample_id: int, count: int, exclude: Collection[int]) -> list[int]:
-        """Draw distinct items for a row.
+        """Sample distinct items for a row.
 
         Args:
-            sample_id: The row.
+            sample_id: Id of the row.
             count: Number of items.
-            exclude: Items not to be drawn.
+            exclude: Items that are not sampled.
 
         Raises:
-            ValueError: If fewer than ``count`` items may be drawn.
+            ValueError: If fewer than ``count`` items can be sampled.
         """
         rng = keyed_generator(self.seed, sample_id)
         taken = set(exclude)
         drawn: list[int] = []
-        # Rejection is fast while most items may be drawn; the list of the rest is made only when it does not come to an end.
+        # Rejection sampling is fast if most items can be sampled; otherwise the list of the remaining items is created below.
         for _ in range(16 * count + 64):
             if len(drawn) == count:
                 return drawn
@@ -65,7 +65,7 @@ class ItemSampler:
         return drawn + rng.sample(rest, count - len(drawn))
 
     def place(self, sample_id: int, count: int) -> int:
-        """Draw a position below ``count`` for a row."""
+        """Sample a position in ``0..count-1`` for a row."""
         return int(keyed_generator(self.seed, sample_id, stream=1).random() * count)
 
     def _one(self, rng: random.Random) -> int:
@@ -79,8 +79,8 @@ def keyed_generator(seed: int, sample_id: int, stream: int = 0) -> random.Random
 
     Args:
         seed: Seed.
-        sample_id: The row.
-        stream: 0 or 1, for two independent draws of a row.
+        sample_id: Id of the row.
+        stream: 0 or 1, for two independent generators of a row.
     """
     return random.Random((((seed & 0xFFFFFFFF) << 64) + (sample_id & 0xFFFFFFFFFFFFFFFF)) * 2 + stream)
 
@@ -91,13 +91,13 @@ def round_seed(seed: int, round_number: int = 0) -> int:
 
 
 class RowItems(NamedTuple):
-    """What decides the negatives of a row.
+    """Input of a negative sampler for one row.
 
     Attributes:
-        sample_id: The row.
-        exclude: The true item and all earlier items of the user. Items that the user meets after the target may be drawn: leaving them out would
-            tell training of validation and test items.
-        candidates: Items to choose among; empty for the whole catalogue.
+        sample_id: Id of the row.
+        exclude: The true item and all earlier items of the user. Later items of the user can be sampled, because excluding them would leak validation
+            and test items.
+        candidates: Items to select from; empty for the whole catalogue.
     """
 
     sample_id: int
@@ -106,10 +106,10 @@ class RowItems(NamedTuple):
 
 
 class BoundSampler(Protocol):
-    """A sampler for the items of one catalogue."""
+    """Negative sampler of one catalogue."""
 
     def __call__(self, row: RowItems) -> list[int]:
-        """Choose the negatives of a row."""
+        """Return the negatives of a row."""
 
 
 @dataclass
@@ -117,7 +117,7 @@ class NegativeSampler(ABC):  # noqa: B024  (jsonargparse takes no subclasses of 
     """Base class of negative samplers.
 
     Attributes:
-        num_negatives: Rejected items of each row; more than one needs a loss of several rejected answers.
+        num_negatives: Rejected items of each row; more than one needs a loss that supports several rejected answers.
     """
 
     needs_model: ClassVar[bool] = False
@@ -137,21 +137,21 @@ class NegativeSampler(ABC):  # noqa: B024  (jsonargparse takes no subclasses of 
 
         Args:
             num_items: N.
-            popularity: Training interactions of each item; may be empty where they are not needed.
-            seed: Of the draws, see :func:`round_seed`.
+            popularity: Training interactions of each item; may be empty if the sampler does not use them.
+            seed: Seed of the samples, see :func:`round_seed`.
 
         Raises:
             ValueError: If the sampler needs a model.
         """
         raise ValueError(
-            f"{type(self).__name__} chooses negatives with the model, which a data module does not have: give it to SelfPlayLoop(negatives=...), or "
-            "choose Uniform or Popularity"
+            f"{type(self).__name__} needs a model, which a data module does not have: use it in SelfPlayLoop(negatives=...), or use Uniform or "
+            "Popularity"
         )
 
 
 @dataclass
 class Uniform(NegativeSampler):
-    """Items drawn uniformly.
+    """Uniformly sampled items.
 
     Attributes:
         num_negatives: Rejected items of each row.
@@ -166,11 +166,11 @@ class Uniform(NegativeSampler):
 
 @dataclass
 class Popularity(NegativeSampler):
-    """Items drawn in proportion to a power of their popularity.
+    """Items sampled in proportion to a power of their popularity.
 
     Attributes:
         num_negatives: Rejected items of each row.
-        exponent: The power; 0 is uniform, 0.75 is common.
+        exponent: Exponent of the popularity; 0 is uniform, 0.75 is common.
     """
 
     num_negatives: int = 1
@@ -184,11 +184,11 @@ class Popularity(NegativeSampler):
 
 @dataclass
 class Semantic(NegativeSampler):
-    """Items whose titles the model embeds near the true title, drawn uniformly among the nearest.
+    """Items sampled uniformly from those whose title embeddings are nearest to the true title.
 
     Attributes:
         num_negatives: Rejected items of each row.
-        pool: Number of nearest items to draw among.
+        pool: Number of nearest items to sample from.
     """
 
     needs_model: ClassVar[bool] = True
@@ -204,11 +204,11 @@ class Semantic(NegativeSampler):
 
 @dataclass
 class Hardest(NegativeSampler):
-    """Items that the model ranks highest, the true item left out.
+    """Items that the model ranks highest, without the true item.
 
     Attributes:
         num_negatives: Rejected items of each row.
-        num_beams: Width of the beam search.
+        num_beams: Number of beams of the search.
     """
 
     needs_model: ClassVar[bool] = True
@@ -269,12 +269,12 @@ class SelfPlay(NegativeSampler):
 
 @dataclass
 class Mixture(NegativeSampler):
-    """Several samplers; each row takes its negatives from one of them, which is drawn.
+    """Mixture of samplers; the negatives of each row come from one randomly selected sampler.
 
     Attributes:
         num_negatives: Rejected items of each row.
-        parts: The samplers; each gives ``num_negatives`` items, whatever its own number.
-        weights: Probability of each part, up to a common factor; default: equal.
+        parts: The samplers; each must have the same ``num_negatives``.
+        weights: Relative probability of each part; default: equal.
     """
 
     num_negatives: int = 1
@@ -292,7 +292,7 @@ class Mixture(NegativeSampler):
             raise ValueError(f"num_negatives is {self.num_negatives} of the Mixture, but {wrong.num_negatives} of its part {type(wrong).__name__}")
 
     def choose(self, sample_id: int, seed: int) -> int:
-        """Return the number of the part that a row takes its negatives from."""
+        """Return the index of the part that the negatives of a row come from."""
         return keyed_generator(seed, sample_id, stream=1).choices(range(len(self.parts)), self.weights)[0]
 
     def bind(self, num_items: int, popularity: Sequence[int], seed: int) -> BoundSampler:

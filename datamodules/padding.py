@@ -1,4 +1,4 @@
-"""Padded tensors of ragged rows."""
+"""Padding of ragged rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def padded_width(width: int, multiple: int) -> int:
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right", width: int = 0) -> Tensor:
-    """Stack ragged integer rows into ``(B, longest)`` int64, at least ``width`` wide, filling with ``value`` on ``side``."""
+    """Pad ragged integer rows with ``value`` on ``side`` to an int64 tensor ``(B, longest)`` with at least ``width`` columns."""
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     width = max(width, int(lengths.max(initial=0)))
     column = np.arange(width)
     real = column >= width - lengths[:, None] if side == "left" else column < lengths[:, None]
     table = np.full((len(rows), width), value, dtype=np.int64)
-    # One copy for all rows: a tensor for each row costs 5 to 20 times as much.
+    # One copy for all rows; a tensor for each row takes 5 to 20 times as long.
     table[real] = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
     return torch.from_numpy(table)

@@ -1,4 +1,4 @@
-"""Typed records that no conversion of collections enters."""
+"""Typed records whose tensors are not converted by precision plugins."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch import Tensor
 
 @dataclass_transform()
 class Record:
-    """Base class of classes whose annotations are their fields, as in a dataclass, but which are no dataclasses.
+    """Base class whose annotations are fields, as in a dataclass.
 
-    Lightning's precision plugins and the wrappers of distributed modules convert the floating-point tensors of whatever they can enter: tensors,
-    mappings, sequences, named tuples and dataclasses. They pass on a record as it is. So statistics, log-probabilities and normalisers in
-    it stay float32 under every precision.
+    Precision plugins of Lightning and wrappers of distributed modules convert floating-point tensors in mappings, sequences, named tuples and
+    dataclasses, but not in records. Statistics, log-probabilities and normalisers therefore stay float32 in every precision.
     """
 
     __signature__: ClassVar[inspect.Signature] = inspect.Signature()
@@ -32,10 +31,10 @@ class Record:
         cls.__signature__ = inspect.Signature(list({**inherited, **declared}.values()))
 
     def __new__(cls, *values: Any, **named: Any) -> Self:
-        """Make an instance.
+        """Create an instance.
 
         Raises:
-            TypeError: If the class was made a dataclass.
+            TypeError: If the class is a dataclass.
         """
         if is_dataclass(cls):
             raise TypeError(
@@ -48,7 +47,7 @@ class Record:
         try:
             bound = self.__signature__.bind(*values, **named)
         except TypeError as error:
-            raise TypeError(f"{type(self).__name__}: {error}; its fields are {', '.join(self.field_names())}") from None
+            raise TypeError(f"{type(self).__name__}: {error}; the fields are {', '.join(self.field_names())}") from None
         bound.apply_defaults()
         vars(self).update(bound.arguments)
 
@@ -63,7 +62,7 @@ class Record:
         return tuple(cls.__signature__.parameters)
 
     def replace(self, **changes: Any) -> Self:
-        """Return a copy with other values in some fields.
+        """Return a copy with changed fields.
 
         Raises:
             TypeError: If there is no such field.
@@ -72,5 +71,5 @@ class Record:
 
 
 def parameters_of(cls: type) -> Mapping[str, inspect.Parameter]:
-    """Return the fields of a record class, nothing of other classes."""
+    """Return the fields of a record class; empty for other classes."""
     return cls.__signature__.parameters if issubclass(cls, Record) else {}

@@ -1,4 +1,4 @@
-"""Reading of rows through PyTorch's DataLoader, with workers that live on from epoch to epoch."""
+"""Reading of rows with PyTorch's DataLoader, whose workers are kept between epochs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WORKER_OPTIONS = ("num_workers", "prefetch_factor", "worker_init_fn", "persisten
 
 
 class _Batches:
-    """A batch sampler whose batches are exchanged for each epoch."""
+    """Batch sampler whose batches are replaced before each epoch."""
 
     def __init__(self) -> None:
         self.rows: Sequence[list[int]] = ()
@@ -24,17 +24,17 @@ class _Batches:
 
 
 class RowReader:
-    """Collated batches of given rows of a dataset.
+    """Reader of given batches of a dataset.
 
-    Workers start with the first batches and live until :meth:`stop`, so that an epoch costs no start-up of processes. They hold a copy of the
-    dataset as it was then; ``persistent_workers=False`` makes new ones for each epoch.
+    Workers start with the first batches and run until :meth:`stop`, so that epochs do not start processes. They have a copy of the dataset of that
+    time; ``persistent_workers=False`` starts new workers in each epoch.
 
     Args:
         dataset: Map-style dataset.
-        collate_fn: Makes a batch of rows.
-        num_workers: Worker processes; 0 reads in this process.
+        collate_fn: Function that collates rows to a batch.
+        num_workers: Number of worker processes; 0 reads in this process.
         persistent_workers: Keep the workers between epochs.
-        options: More arguments of :class:`torch.utils.data.DataLoader`, those of ``WORKER_OPTIONS``.
+        options: Further arguments of :class:`torch.utils.data.DataLoader`, of ``WORKER_OPTIONS``.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class RowReader:
     ) -> None:
         self.dataset = dataset
         self.collate_fn = collate_fn
-        # Without workers PyTorch takes no options for them.
+        # Without workers, PyTorch does not accept options for them.
         self.options = {**options, "num_workers": num_workers, "persistent_workers": persistent_workers} if num_workers else {}
         self._batches = _Batches()
         self._loader: DataLoader[Any] | None = None
 
     def read(self, batches: Sequence[list[int]]) -> Iterable[Any]:
-        """Return the batches of these rows, in order; with workers, one call must be read or dropped before the next."""
+        """Return the batches of these rows, in order; with workers, the result of a call must be consumed or deleted before the next call."""
         if not self.options.get("persistent_workers"):
             return DataLoader(self.dataset, batch_sampler=batches, collate_fn=self.collate_fn, **self.options)
         self._batches.rows = batches
@@ -63,15 +63,15 @@ class RowReader:
         return self._loader
 
     def stop(self) -> None:
-        """End the workers; reading again starts new ones."""
+        """Stop the workers; the next call of :meth:`read` starts new ones."""
         self._loader = None
 
 
 def options_of(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Take a DataLoader apart, and return what its order, batches and workers are, as arguments of ``PhasedLoader``.
+    """Return the settings of a DataLoader as arguments of ``PhasedLoader``.
 
     Raises:
-        ValueError: If it has what global batches with an order of their own cannot keep.
+        ValueError: If it has settings that global batches do not support.
     """
     refused = {
         "an IterableDataset": isinstance(loader.dataset, IterableDataset),
@@ -83,9 +83,9 @@ def options_of(loader: DataLoader[Any]) -> dict[str, Any]:
     for what, has in refused.items():
         if has:
             raise ValueError(
-                f"PhasedLoader cannot keep {what} of a DataLoader: it makes the order of the rows from `seed` and the epoch, cuts it into global "
-                "batches, and needs a map-style dataset and a collate_fn that makes a Batch; give DataLoader(dataset, batch_size, shuffle=..., "
-                "drop_last=..., collate_fn=malleable.datamodules.batch.collate), and choose rows beforehand with torch.utils.data.Subset"
+                f"PhasedLoader does not support {what} of a DataLoader: the order of rows depends on `seed` and the epoch, and it needs a map-style "
+                "dataset and a collate_fn that returns a Batch; give DataLoader(dataset, batch_size, shuffle=..., drop_last=..., "
+                "collate_fn=malleable.datamodules.collate.collate), and select rows with torch.utils.data.Subset"
             )
     options = {name: getattr(loader, name) for name in WORKER_OPTIONS}
     return {
@@ -99,7 +99,7 @@ def options_of(loader: DataLoader[Any]) -> dict[str, Any]:
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:
-    """Whether the order of a loader is the one that ``shuffle`` stands for."""
+    """Return whether the sampler of a loader is one of those that ``shuffle`` creates."""
     sampler = loader.sampler
     if isinstance(loader.dataset, IterableDataset) or type(sampler) is SequentialSampler:
         return True

@@ -1,7 +1,7 @@
-"""Ids of samples that depend on their content, and orders that depend on ids.
+"""Sample ids that depend on the content of rows, and orders that depend on ids.
 
-An id does not change when other rows are left out or added, and neither does what is drawn for the row: negatives, candidates, its place in an
-order. Ids are 63-bit hashes, so that their negative values are free to mark repeated rows.
+An id, and everything that is sampled with it (negatives, candidates, the order), does not change if other rows are removed or added. Ids are 63-bit
+hashes, so that negative values can mark padding rows.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def array_hash(values: NDArray[Any]) -> int:
 def content_ids(*columns: NDArray[Any]) -> Ints:
     """Return an id for each row, ``(N,)`` int64, >= 0.
 
-    Rows of equal content are told apart by their number among their equals, in the order of the rows.
+    Ids of rows with equal content also depend on their number among these rows.
 
     Args:
-        columns: ``(N,)`` hashes, integers or float64 numbers; all of them together are a row's content.
+        columns: ``(N,)`` hashes, integers or float64 numbers; together they are the content of a row.
     """
     ids = np.zeros(len(columns[0]), dtype=np.uint64)
     for column in columns:
@@ -51,11 +51,11 @@ def content_ids(*columns: NDArray[Any]) -> Ints:
 
 
 def keyed_order(ids: Ints, *key: int) -> Ints:
-    """Return the positions of rows in an order that depends on their ids and a key.
+    """Return a permutation ``(N,)`` that depends on the ids and a key.
 
     Args:
         ids: ``(N,)`` int64 ids.
-        key: Such as seed and epoch; each key gives another order.
+        key: Key, e.g. seed and epoch; each key gives another order.
     """
     state = np.zeros(1, dtype=np.uint64)
     for part in key:
@@ -64,7 +64,7 @@ def keyed_order(ids: Ints, *key: int) -> Ints:
 
 
 def mix(values: Hashes) -> Hashes:
-    """Scramble 64-bit numbers.
+    """Apply a mixing function to 64-bit numbers.
 
     Source:
         Steele, Lea, Flood (2014), Fast Splittable Pseudorandom Number Generators: the mixing function of SplitMix64.

@@ -76,7 +76,7 @@ def test_the_training_loader_stays_the_same(tmp_path):
 
 
 def test_a_split_that_was_not_set():
-    with pytest.raises(MisconfigurationException, match=r"has no predict data: `setup` did not set `predict_dataset` \(give what to predict for"):
+    with pytest.raises(MisconfigurationException, match=r"has no predict data: `setup` did not set `predict_dataset` \(set the data of prediction"):
         BaseDataModule().predict_dataloader()
 
 
@@ -88,7 +88,7 @@ def test_an_empty_split():
 
 
 def test_a_data_module_without_collation():
-    with pytest.raises(NotImplementedError, match="give the dataset a method `collate`"):
+    with pytest.raises(NotImplementedError, match="add a method `collate` to the dataset"):
         BaseDataModule().collate([])
 
 

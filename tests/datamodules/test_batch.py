@@ -79,7 +79,7 @@ def test_the_kind_is_never_guessed(kind):
 
 
 def test_other_kinds_have_their_own_collation():
-    with pytest.raises(ValueError, match="collate makes AnswerBatch, PreferenceBatch or PackedBatch, not QueryBatch"):
+    with pytest.raises(ValueError, match="kind must be AnswerBatch, PreferenceBatch or PackedBatch, got QueryBatch"):
         collate(ROWS, QueryBatch)
 
 

@@ -254,7 +254,7 @@ class Stream(IterableDataset):
 ])  # fmt: skip
 def test_what_cannot_be_kept_of_a_data_loader_is_refused(what, arguments):
     given = DataLoader(**{"dataset": ROWS, "collate_fn": batch_of, **arguments})
-    with pytest.raises(ValueError, match=f"PhasedLoader cannot keep {what} of a DataLoader: .* torch.utils.data.Subset"):
+    with pytest.raises(ValueError, match=f"PhasedLoader does not support {what} of a DataLoader: .* torch.utils.data.Subset"):
         PhasedLoader(given)
 
 

@@ -62,8 +62,8 @@ def test_places_cover_all_positions():
         (lambda: Mixture(1, [Uniform()]), "a Mixture has at least two parts, got 1"),
         (lambda: Mixture(1, [Uniform(), Uniform()], [1]), "weights must be 2 numbers >= 0, one for each part and not all 0"),
         (lambda: Mixture(1, [Uniform(), Popularity(2)]), "num_negatives is 1 of the Mixture, but 2 of its part Popularity"),
-        (lambda: Semantic().bind(3, (), 0), "Semantic chooses negatives with the model, which a data module does not have"),
-        (lambda: Mixture(1, [Uniform(), Hardest()]).bind(3, (), 0), "Hardest chooses negatives with the model"),
+        (lambda: Semantic().bind(3, (), 0), "Semantic needs a model, which a data module does not have"),
+        (lambda: Mixture(1, [Uniform(), Hardest()]).bind(3, (), 0), "Hardest needs a model"),
     ],
 )
 def test_bad_values(make, message):

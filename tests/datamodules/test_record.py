@@ -75,7 +75,7 @@ def test_fields_are_those_of_all_classes_in_order():
 
 
 def test_a_missing_or_unknown_field():
-    with pytest.raises(TypeError, match=r"PackedBatch: missing a required argument: 'input_ids'; its fields are sample_id, input_ids, "):
+    with pytest.raises(TypeError, match=r"PackedBatch: missing a required argument: 'input_ids'; the fields are sample_id, input_ids, "):
         PackedBatch(torch.arange(2))
     with pytest.raises(TypeError, match="unexpected keyword argument 'reference_logps'"):
         unexact(AnswerBatch).replace(reference_logps=None)

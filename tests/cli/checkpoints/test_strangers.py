@@ -103,6 +103,6 @@ def test_loading_from_python_is_as_strict(run, boring, checkpoint):
     with pytest.raises(ValueError, match="weights_only=False would run code"):
         BoringModule.load_from_checkpoint(checkpoint, weights_only=False)
     with_arguments(checkpoint, goal={"class_path": "evil.X"})
-    with pytest.raises(ValueError, match=r"names evil.X, which is not of malleable"):
+    with pytest.raises(ValueError, match=r"names evil.X, which is not part of malleable"):
         BoringModule.load_from_checkpoint(checkpoint)
     assert not (boring / "ran").exists()

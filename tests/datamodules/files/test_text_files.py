@@ -76,7 +76,7 @@ def test_rows_have_their_places(tmp_path):
     [
         ("a.jsonl", b"1\n{", r"a.jsonl, line 2: not JSON"),
         ("a.jsonl", b"[" * 100_000, r"a.jsonl, line 1: not JSON"),
-        ("a.json", b"[1]\n[2]", r"a.json: not JSON .*ends in .jsonl"),
+        ("a.json", b"[1]\n[2]", r"a.json: not JSON .*must end in .jsonl"),
         ("a.json", b'{\n"x": 1}', r"a.json, line 1: not JSON .*expected a JSON array, or one JSON value on each line"),
         ("a.jsonl", b"\xff\xfe1", r"a.jsonl, line 1: not text in UTF-16"),
     ],

@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader
 
 from malleable.datamodules.graphs.queries import Answers, GroupedQueries, Lists, QueryRows, group
 from malleable.datamodules.graphs.report import both_directions
-from malleable.datamodules.loading import MakesBatches, PhasedLoader
+from malleable.datamodules.loading import BatchDataset, PhasedLoader
 
 # Five entities, two relations: (0, 0, ?) has the answers 1, 2, and 1 once more.
 TRAIN = np.array([[0, 0, 1], [0, 0, 2], [3, 1, 1], [0, 0, 1]], dtype=np.int32)
@@ -47,7 +47,7 @@ def test_answers_of_queries_without_any():
 
 def test_a_training_batch():
     rows = QueryRows(QUERIES, 100 + np.arange(8))
-    assert isinstance(rows, MakesBatches)
+    assert isinstance(rows, BatchDataset)
     batch = rows.make_batch(torch.tensor([5, 0, 7]))
     assert batch.sample_id.tolist() == [105, 100, 107]
     assert (batch.head.tolist(), batch.relation.tolist(), batch.target.tolist()) == ([1, 0, 1], [3, 0, 2], [3, 1, 0])

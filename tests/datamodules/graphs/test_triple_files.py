@@ -61,7 +61,7 @@ def test_labels_of_parquet(tmp_path):
     parquet.write_table(pa.table({"a": columns["tail"], "b": columns["head"], "c": columns["relation"]}), tmp_path / "plain.parquet")
     assert list(read_labels(tmp_path / "plain.parquet", "thr")) == TRIPLES
     parquet.write_table(pa.table({"head": ["a", None], "relation": ["r", "r"], "tail": ["b", "c"]}), tmp_path / "gap.parquet")
-    with pytest.raises(ValueError, match=r"gap.parquet, row 2, field head: it is empty"):
+    with pytest.raises(ValueError, match=r"gap.parquet, row 2, field head: the cell is empty"):
         list(read_labels(tmp_path / "gap.parquet"))
     with pytest.raises(ValueError, match=r"no.parquet is damaged, or not a Parquet"):
         list(read_labels(write(tmp_path, TEXT, "no.parquet")))
@@ -83,7 +83,7 @@ def test_the_order_of_columns_is_explicit(tmp_path, columns):
         ("a\tr\tb\na\tr\n", r"train.txt, line 2: 2 columns in 'a\\tr', expected 3: head<TAB>relation<TAB>tail"),
         ("a\tr\tb\n\na\tr\tb\tc\n", r"train.txt, line 3: 4 columns in .*expected 3"),
         ("a r b\n", r"train.txt, line 1: 1 column in 'a r b', expected 3: head<TAB>relation<TAB>tail .tabs between them, not spaces"),
-        ("a\tr\tb\na\t \tb\n", r"train.txt, line 2, field relation: it is empty"),
+        ("a\tr\tb\na\t \tb\n", r"train.txt, line 2, field relation: the cell is empty"),
         ("", r"train.txt contains no triple; expected lines head<TAB>relation<TAB>tail"),
         ("\n\n", r"train.txt contains no triple"),
         ("head\trelation\ttail\na\tr\tb\n", r"train.txt, line 1 looks like a header .*set header: true"),
@@ -121,8 +121,8 @@ def test_ids(tmp_path, text):
     [
         ("0\t1\t3\n", {}, r"train2id.txt, line 1, field tail: '3' is not valid, expected one of the 3 ids 0 to 2"),
         ("0\t0\t0\n0\t2\t0\n", {}, r"line 2, field relation: '2' is not valid, expected one of the 2 ids 0 to 1"),
-        ("a\t0\t0\n", {}, r"line 1, field head: 'a' is unknown"),
-        ("-1\t0\t0\n", {}, r"line 1, field head: '-1' is unknown"),
+        ("a\t0\t0\n", {}, r"line 1, field head: 'a' is not valid"),
+        ("-1\t0\t0\n", {}, r"line 1, field head: '-1' is not valid"),
         ("0\t0\n", {}, r"line 1: 2 columns in .*expected 3: head<TAB>relation<TAB>tail"),
         ("2\n0\t0\t0\n0\t0\t1\n", {}, r"line 1: 1 column in '2', expected 3: .*files of format openke have a first line with the number of lines"),
         ("3\n0\t0\t0\n", {"counted": True}, r"1 lines follow the first one, which states 3; give the complete file"),
@@ -180,7 +180,7 @@ def test_columns_go_by_the_names_of_a_header(name, text, options, tmp_path):
         ("one,two,three,four\na,likes,b,c\n", {}, r"line 1: the columns are .*set their names with column_names"),
         ("head,relation,tail\na,likes,b\n", {"names": {"tail": "goal"}}, r"line 1: the columns are .*column_names"),
         ("head,relation,tail,x\na,likes,b\n", {}, r"line 2: 3 cells, expected 4"),
-        ("head,relation,tail\na,,b\n", {}, r"line 2, field relation: it is empty"),
+        ("head,relation,tail\na,,b\n", {}, r"line 2, field relation: the cell is empty"),
     ],
 )
 def test_headers_that_name_too_little(text, options, message, tmp_path):

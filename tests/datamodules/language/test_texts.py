@@ -48,7 +48,7 @@ def test_parquet(tmp_path):
         ("a.txt", " \n", "contains no texts"),
         ("a.json", "{", "a.json, line 1: not JSON .*; expected a JSON array, or one JSON value on each line"),
         ("a.json", '["x"', "a.json: not JSON"),
-        ("a.json", '["x"]\n["y"]', r"a.json: not JSON .*ends in .jsonl"),
+        ("a.json", '["x"]\n["y"]', r"a.json: not JSON .*must end in .jsonl"),
         ("a.jsonl", '"x"\n\n{', "a.jsonl, line 3: not JSON"),
         ("a.json", '{"texts": ["x"]}', "line 1: expected a string or an object"),
         ("a.json", '["x", {"words": "y"}]', "entry 2: expected a string or an object with one of text, Text, content"),

@@ -286,7 +286,7 @@ def test_a_trainer_sets_it_up_once():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"negatives": Hardest()}, "Hardest chooses negatives with the model, which a data module does not have: give it to SelfPlayLoop"),
+        ({"negatives": Hardest()}, "Hardest needs a model, which a data module does not have: use it in SelfPlayLoop"),
         ({"train_view": "packed", "tokenizer": "none"}, "train_view='packed' packs the text of titles, but tokenizer='none' has no text"),
         ({"template": "story"}, "unknown template 'story'"),
         ({"batch_size": 0}, "batch_size must be >= 1"),

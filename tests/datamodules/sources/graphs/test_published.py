@@ -39,8 +39,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def said() -> None:
     """Nothing was said yet."""
-    module._say.cache_clear()
-    module._warn.cache_clear()
+    module._log_once.cache_clear()
+    module._warn_once.cache_clear()
 
 
 def test_a_download_is_kept_by_checksum(folder, cache, monkeypatch, serve):
@@ -88,7 +88,7 @@ def test_a_folder_with_other_files_is_taken_with_a_warning(folder, caplog):
 
 def test_a_folder_without_a_split(folder):
     (folder / "test.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no test split; Downloaded needs train.txt, valid.txt and test.txt"):
+    with pytest.raises(FileNotFoundError, match=r"has no file of the test split; Downloaded needs train.txt, valid.txt and test.txt"):
         Downloaded(str(folder)).files()
 
 

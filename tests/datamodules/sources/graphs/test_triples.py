@@ -106,7 +106,7 @@ def test_what_is_not_there(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"labels has no file train2id; expected train2id with one of the suffixes .txt"):
         Triples(str(folders["labels"]), format="openke").files()
     (folders["openke"] / "relation2id.txt").unlink()
-    with pytest.raises(FileNotFoundError, match="holds no relation2id"):
+    with pytest.raises(FileNotFoundError, match="has no file relation2id"):
         Triples(str(folders["openke"]), format="openke").files()
     with pytest.raises(ValueError, match=r"train.tsv is one file, but format openke needs a folder with entity2id and relation2id"):
         Triples(str(folders["labels"] / "train.tsv"), format="openke").files()
