@@ -45,10 +45,10 @@ _ENGINE_STATES = {
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and then renames it.
+    """Checkpoint I/O that writes atomically, by renaming a temporary file in the same folder.
 
-    Lightning writes to the system's temporary folder. Where that is another file system, the last step is a copy, and a process killed
-    in it leaves a part of a checkpoint under the final name.
+    Lightning writes to the system's temporary folder. If that is on another file system, the last step is a copy, and a process that is killed during
+    the copy leaves an incomplete checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
@@ -59,7 +59,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with atomic_write(Path(path)) as partial:
             try:
                 torch.save(checkpoint, partial)
-            except RuntimeError as error:  # what torch makes of a full disk
+            except RuntimeError as error:  # raised by torch.save on a full disk
                 raise OSError(f"{path} was not written, and what was there is unchanged: is the disk full? ({first_line(error)})") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -90,10 +90,10 @@ def find_checkpoint(ckpt_path: str, runs: Path, wanted: Wanted | None = None) ->
 
 
 def consolidate(folder: str) -> str:
-    """Write the one-file form of a DeepSpeed checkpoint beside it, unless it is there, and return its path.
+    """Consolidate a DeepSpeed checkpoint to one file beside it, unless that exists, and return the path of the file.
 
-    The file has every entry of a whole checkpoint but the states of optimizer, schedules and loops. It holds plain data; the folder
-    itself does not, and opening it trusts whoever wrote it.
+    The file has all entries of a checkpoint except the states of optimizer, schedulers and loops. It contains plain data only. The folder contains
+    pickles, so only folders from trusted sources should be consolidated.
     """
     source = Path(folder)
     file = source.with_name(f"consolidated-{source.name}")
@@ -128,7 +128,7 @@ def stored_model(ckpt_path: str) -> dict[str, Any] | None:
 
 
 def differences(given: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
-    """Name every value of a checkpoint's model that is another one now; empty if there is none."""
+    """Return the values of the model that differ from those of the checkpoint, as text; empty if there are none."""
     now, then = dict(_leaves(given)), dict(_leaves(stored))
     return ", ".join(f"{key} {now[key]} (checkpoint: {then[key]})" for key in sorted(now.keys() & then.keys()) if now[key] != then[key])
 

@@ -1,4 +1,4 @@
-"""Knowledge graphs: triples become queries, both ways."""
+"""Data module of knowledge graphs."""
 
 from __future__ import annotations
 
@@ -20,40 +20,39 @@ from malleable.datamodules.sources.graphs.base import GraphSource, Ints
 
 
 class KnowledgeGraphDataModule(BaseDataModule):
-    """Queries ``(h, r, ?)`` for models that rank all entities.
+    """Queries ``(h, r, ?)`` of a knowledge graph, for models that rank all entities.
 
-    Each triple ``(h, r, t)`` asks two queries, ``(h, r)`` for ``t`` and ``(t, r + R)`` for ``h``, in training, validation and test. The
-    vocabulary is that of all splits, so that entities that training never saw are ranked, too. ``prepare_data`` numbers the triples and
-    collects all known answers of every query (the filter) once into a memory-mapped cache, which all ranks share; ``setup`` reports what the
-    graph is like and warns of relations that give the answers away.
+    Each triple ``(h, r, t)`` gives two queries, ``(h, r, ?)`` and ``(t, r + R, ?)``, in training, validation and test. Entities of all splits are
+    ranked, including entities that are not in training. ``prepare_data`` numbers the triples and collects the known answers of all queries in a
+    memory-mapped cache, which all ranks share. ``setup`` logs statistics of the graph and warns of relations that leak test answers.
 
-    A short last batch of training is kept: a loss that is the mean over its queries (``num_step_tokens``) stays so on any number of devices.
+    The last batch of a training epoch may be short. Losses are normalised by ``num_step_tokens``, so that they are correct on any number of devices.
 
     Args:
-        source: Where the triples come from.
-        group_queries: Train with each distinct query once, with all its tails: less work for the same sum over triples, but other batches.
-        unseen_entities: What becomes of validation and test triples with an entity or a relation that training lacks. Published figures
-            ``keep`` them.
+        source: Source of the triples.
+        group_queries: Train with each distinct query once, with all its tails. This is faster for the same sum over triples, but changes the batches.
+        unseen_entities: Treatment of validation and test triples with an entity or relation that is not in training: ``keep`` (as in published
+            figures), ``drop`` or ``error``.
         types_file: Types of entities, see :func:`~malleable.datamodules.graphs.labels.read_types`.
-        descriptions_file: Texts of entities, see :func:`~malleable.datamodules.graphs.labels.read_descriptions`.
-        predict_file: Queries to answer, see :func:`~malleable.datamodules.graphs.labels.read_queries`.
-        train_limit: Draw at most so many training triples, e.g. to measure speed.
-        val_limit: Draw at most so many validation triples.
-        cache_dir: Where the numbered data is kept; default: ``$MALLEABLE_CACHE`` or the user's cache folder.
-        batch_size: Queries of one training pass on one device, at most.
-        global_batch_size: Queries of one optimizer step over all devices; default: ``batch_size`` times devices.
-        eval_batch_size: Queries of one pass in validation, test and prediction; default: ``batch_size``.
-        seed: Seed of the order of queries and of everything drawn.
+        descriptions_file: Descriptions of entities, see :func:`~malleable.datamodules.graphs.labels.read_descriptions`.
+        predict_file: Queries of prediction, see :func:`~malleable.datamodules.graphs.labels.read_queries`.
+        train_limit: Maximum number of training triples, which are sampled randomly, e.g. to measure speed.
+        val_limit: Maximum number of validation triples, which are sampled randomly.
+        cache_dir: Folder of the cache; default: ``$MALLEABLE_CACHE`` or the user's cache folder.
+        batch_size: Maximum number of queries of a training batch on one device.
+        global_batch_size: Number of queries of an optimizer step over all devices; default: ``batch_size`` times the number of devices.
+        eval_batch_size: Number of queries of a batch in validation, test and prediction; default: ``batch_size``.
+        seed: Seed of the order of queries and of all random choices.
 
     Attributes:
-        graph: The vocabulary, valid after ``setup`` as are all others.
-        answers: All known answers of every query.
-        report: What the graph is like.
+        graph: Labels of entities and relations. This and the other attributes are available after ``setup``.
+        answers: Known answers of all queries.
+        report: Statistics of the graph.
         types: Types of each entity; empty without a file.
-        descriptions: Text of each entity; empty without a file.
+        descriptions: Description of each entity; empty without a file.
 
     Raises:
-        ValueError: If a value is out of range or the data cannot be used; the message says which.
+        ValueError: If an argument is out of range, or if the data cannot be used.
     """
 
     drop_last: ClassVar[bool] = False
@@ -124,12 +123,12 @@ class KnowledgeGraphDataModule(BaseDataModule):
 
     @property
     def num_entities(self) -> int:
-        """Entities of the graph, valid after ``setup``."""
+        """Number of entities, available after ``setup``."""
         return self.graph.num_entities
 
     @property
     def num_relations(self) -> int:
-        """Relations with their reciprocals, valid after ``setup``."""
+        """Number of relations including reciprocals, available after ``setup``."""
         return self.graph.num_relations
 
     def row_tokens(self) -> Sequence[int]:
@@ -143,7 +142,7 @@ class KnowledgeGraphDataModule(BaseDataModule):
         return self._store
 
     def _selected(self, split: str, queries: dict[str, Ints], ids: Ints) -> tuple[Ints, Ints]:
-        """Return the queries of a split that are used, ``(Q, 3)``, and their ids, which no choice changes."""
+        """Return the selected queries of a split, ``(Q, 3)``, and their ids, which do not depend on the selection."""
         own = queries[split]
         chosen = np.ones(len(own) // 2, dtype=bool)
         if split != "train" and self.unseen_entities != "keep":
@@ -152,11 +151,11 @@ class KnowledgeGraphDataModule(BaseDataModule):
         if limit is not None and limit < chosen.sum():
             kept = np.random.default_rng(self.seed).permutation(np.flatnonzero(chosen))[:limit]
             chosen = np.isin(np.arange(len(chosen)), kept)
-        # Where all are used, the memory map serves as it is.
+        # If all queries are selected, the memory map is used without a copy.
         return (own, ids) if chosen.all() else (own[np.repeat(chosen, 2)], ids[np.repeat(chosen, 2)])
 
     def _seen(self, split: str, queries: dict[str, Ints]) -> Mask:
-        """Which triples of a split have only entities and relations that training has."""
+        """Return which triples of a split only have entities and relations that are in training, ``(N,)`` bool."""
         heads, relations, tails = queries[split][::2].T
         entities = np.array(self.graph.degree) > 0
         seen: Mask = entities[heads] & entities[tails] & np.isin(relations, queries["train"][::2, 1])
@@ -170,7 +169,7 @@ class KnowledgeGraphDataModule(BaseDataModule):
         return seen
 
     def data_summary(self) -> list[tuple[str, str]]:
-        """Return name and text of each fact of the graph, then its warnings; valid after ``setup``."""
+        """Return name and text of each fact of the graph, then its warnings; available after ``setup``."""
         facts = list(self.report.facts())
         if any(self.report.unseen.values()) and self.unseen_entities != "error":
             treatment = (

@@ -65,7 +65,7 @@ def test_a_package_is_opened(folder, monkeypatch):
 @pytest.mark.parametrize("kind", [CoDExS, WN18RR, FB15k237, YAGO310])
 def test_without_a_network_the_ways_out_are_named(kind):
     with pytest.raises(
-        FetchError, match=rf"cannot download https://raw.*train.txt.*copy it to .*train.txt\nor give {kind.__name__}\(path=...\) a folder"
+        FetchError, match=rf"cannot download https://raw.*train.txt.*copy it to .*train.txt\nor pass {kind.__name__}\(path=...\) a folder"
     ):
         kind().files()
 
