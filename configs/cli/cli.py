@@ -66,10 +66,10 @@ class MalleableCLI(LightningCLI):
         parser.add_class_arguments(ModelCheckpoint, "checkpoint")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; a checkpoint's own values are the model's defaults.
+        """Parse the arguments, with the values of a checkpoint as defaults of the model.
 
-        What changes what its weights compute comes from the checkpoint: settings of the model, tokenizer, template and catalogue. Other
-        values of a recipe give way to them, those of the command line are refused.
+        Settings that affect the output of the weights (settings of the model, tokenizer, template and catalogue) are taken from the checkpoint. They
+        override values of a recipe; other values on the command line are an error.
         """
         words = [str(word) for word in args] if isinstance(args, list) else []
         words, part = take_help(words)
@@ -93,7 +93,7 @@ class MalleableCLI(LightningCLI):
         self.config[command].ckpt_path = ckpt_path if command == "fit" else _readable(ckpt_path, self.config[command].trainer.strategy)
 
     def _with_stored_model(self, parser: LightningArgumentParser, words: list[str], ckpt_path: str) -> list[str]:
-        """Use a checkpoint's model as the default; settings that its weights depend on override the configurations."""
+        """Add the model of a checkpoint as default, and its weight settings as the last configuration."""
         command = str(self.config.subcommand)
         stored = stored_model(ckpt_path)
         model = self.config[command].model
@@ -102,8 +102,8 @@ class MalleableCLI(LightningCLI):
         arguments = stored["init_args"]
         if foreign := foreign_classes(arguments, set(_texts(self.config[command].as_dict()))):
             raise MisconfigurationException(
-                f"{ckpt_path}, or the config_fit.yaml of its run, names {foreign[0]}, which is not of malleable, and importing it could run code; if "
-                "you trust it, name it in the recipe or on the command line"
+                f"{ckpt_path}, or the config_fit.yaml of its run, names {foreign[0]}, which is not part of malleable; importing it could run code. "
+                "If you trust it, name it in the recipe or on the command line"
             )
         if stored["class_path"] == model.class_path:
             start = words.index(command) + 1
@@ -116,8 +116,7 @@ class MalleableCLI(LightningCLI):
         for name, now, then in other:
             if is_given(f"model.{name}", options):
                 raise MisconfigurationException(
-                    f"--model.{name} gives {now}, but the weights of {ckpt_path} were trained with {then} and mean nothing under another value; "
-                    "leave the option out"
+                    f"--model.{name} is {now}, but the weights of {ckpt_path} were trained with {then} and need this value; omit the option"
                 )
         if not other:
             return words
@@ -126,7 +125,7 @@ class MalleableCLI(LightningCLI):
         return [*words, "--config", json.dumps({"model": {"class_path": model.class_path, "init_args": layer}}, default=str)]
 
     def _stored_data(self, words: list[str], ckpt_path: str) -> list[str]:
-        """Options that give the data module the checkpoint's tokenizer, template and catalogue."""
+        """Return options that set tokenizer, template and catalogue of the data module to those of the checkpoint."""
         config = self.config[str(self.config.subcommand)]
         data = config.data
         if not (isinstance(data, Namespace) and getattr(resolve_name(data.class_path), "reads_checkpoints", False) and stores_data(ckpt_path)):
@@ -211,10 +210,10 @@ class MalleableCLI(LightningCLI):
         return [checkpoint, LastCheckpoint(checkpoint.dirpath, every_n_epochs=checkpoint._every_n_epochs)]
 
     def before_fit(self) -> None:
-        """Refuse a run that nothing ends.
+        """Check that the run ends.
 
         Raises:
-            MisconfigurationException: If there is no limit, and no callback that sets one.
+            MisconfigurationException: If there is neither a limit nor a callback that ends the run.
         """
         trainer: Any = self.trainer
         if trainer.max_epochs == trainer.max_steps == -1 and not any(
@@ -230,7 +229,7 @@ class MalleableCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
-        """Test what the run registered as its result, so that edits made after training are measured too."""
+        """Test the checkpoint that the run registered as its result, including edits after training."""
         if not self.config.fit.test_after_fit or self.trainer.interrupted:
             return
         checkpoint = self.trainer.checkpoint_callback
@@ -249,7 +248,7 @@ def _prepared(words: Sequence[str]) -> list[str]:
 
 
 def _readable(ckpt_path: str, strategy: Namespace | str) -> str:
-    """Return what ``strategy`` can measure of a checkpoint: of a DeepSpeed folder, stages 1 and 2 that, all else one file."""
+    """Return a checkpoint that ``strategy`` can load: a DeepSpeed folder for ZeRO stages 1 and 2, otherwise one file."""
     stage = strategy.get("init_args.stage") if isinstance(strategy, Namespace) else None
     if stage == 3 and isinstance(strategy, Namespace):
         strategy.init_args.load_full_weights = True
@@ -257,7 +256,7 @@ def _readable(ckpt_path: str, strategy: Namespace | str) -> str:
 
 
 def _prediction_writer(model: LightningModule) -> list[PredictionWriter]:
-    """Return the writer of a model's predictions; none, and a hint, for a model whose predictions it cannot name."""
+    """Return the writer of the predictions of a model; ``[]``, with a warning, if the model does not describe its predictions."""
     if hasattr(model, "recommend") or isinstance(model, DescribesPredictions):
         return [PredictionWriter()]
     log.warning(
@@ -306,6 +305,6 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _leave_process_group() -> None:
-    """End the threads of gloo: one that outlives the interpreter aborts the process, and a launcher then calls the run failed."""
+    """Stop the threads of gloo, which could abort the process at exit, so that a launcher would report a failed run."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -100,10 +100,10 @@ def test_a_run_goes_on_with_its_settings_on_more_users(shop):
         (
             "--model.language_model.scratch.num_heads",
             8,
-            r"--model.language_model.scratch.num_heads gives 8, but .* trained with 4 .*leave the option out",
+            r"--model.language_model.scratch.num_heads is 8, but .* trained with 4 .*omit the option",
         ),
         ("--model.language_model.lora.alpha", 16, "--model.language_model.lora.*16.*, but .* trained with .*8"),
-        ("--model.language_model.lora", '{"r": 2, "alpha": 32}', "--model.language_model.lora.* gives 32, but .* trained with 8"),
+        ("--model.language_model.lora", '{"r": 2, "alpha": 32}', "--model.language_model.lora.* is 32, but .* trained with 8"),
         ("--data.template", "instruction", "template is .*enjoyed.* here, but .*=>.* in saved.ckpt"),
         ("--data.tokenizer", "small", r"trained on other data: .*tokenizer \w{12} in the checkpoint, \w{12} here"),
     ],
