@@ -100,8 +100,9 @@ def _stored_adapter(model: Any, config: LanguageModelConfig) -> Any:
     missing, unexpected = sorted(trained & set(result.missing_keys)), sorted(result.unexpected_keys)
     if missing or unexpected:
         raise ValueError(
-            f"adapter '{name}' does not fit the base model '{config.name}' or its own adapter_config.json: missing {missing[:2]}, "
-            f"unexpected {unexpected[:2]} ({len(missing)} and {len(unexpected)} in all); give the base model that it was trained with"
+            f"adapter '{name}' was made for another base model than '{config.name}', or does not match its adapter_config.json: "
+            f"missing {missing[:2]}, unexpected {unexpected[:2]} ({len(missing)} and {len(unexpected)} in all); "
+            "give the base model that it was trained with"
         )
     return adapted
 

@@ -102,7 +102,7 @@ def test_a_file_of_users(name, text, predict, tmp_path, caplog):
         ("users.txt", "nobody\n", r"users.txt: 1 of 1 users are not in the data.*No user is left"),
         ("users.txt", "", "holds no user"),
         ("users.csv", "name,user_id\nx,\n", "line 2, field user_id: the id is empty"),
-        ("users.xlsx", "", "is no file of users: give `all`, or a .csv, .txt, .jsonl or .json"),
+        ("users.xlsx", "", "is no file of users: give `all`, or a .csv, .tsv, .txt, .jsonl or .json"),
         ("users.jsonl", "{}\n", "field user_id: the id is empty"),
     ],
 )

@@ -192,7 +192,7 @@ def test_an_exported_model_refuses_another_tokenizer(command, part, trained, tmp
         assert found == pytest.approx(expected, abs=1e-5)
         tokenizer = shutil.copytree(base, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("malleable.json"))
         figures(make(SFT, language_model=config), small_shop.shop(tmp_path / "t", tokenizer=str(tokenizer), template="instruction"), tmp_path)
-        assert "was trained with another prompt: template: 'prefix' '' in model, 'The user enjoyed" in caplog.text
+        assert "was trained with another prompt template: template: 'prefix' '' in model, 'The user enjoyed" in caplog.text
 
 
 def test_an_earlier_checkpoint_is_read_with_a_word(trained, tmp_path, caplog):
