@@ -4,27 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
-
-from malleable.datamodules.files.atomic import atomic_write
-
-
-@contextmanager
-def replacing(path: Path, *, own_modes: bool = False) -> Iterator[Path]:
-    """Yield a temporary path for a file or folder that replaces ``path`` at the end of the context.
-
-    See :func:`~malleable.datamodules.files.atomic.atomic_write`.
-
-    Raises:
-        OSError: If writing fails; ``path`` has not changed then.
-    """
-    try:
-        with atomic_write(path, own_modes=own_modes) as building:
-            yield building
-    except OSError as error:
-        raise OSError(f"{path} was not written, and nothing has changed: {error}") from error
 
 
 def mirror(source: Path, target: Path, without: Collection[str] = (), *, link: bool = False) -> None:

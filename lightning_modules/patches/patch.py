@@ -13,10 +13,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from malleable.datamodules.files.atomic import atomic_write
 from malleable.datamodules.files.text_files import open_text
 from malleable.datamodules.files.user_files import check_tree
 from malleable.lightning_modules.patches.delta import Delta
-from malleable.lightning_modules.patches.files import mirror, replacing
+from malleable.lightning_modules.patches.files import mirror
 from malleable.lightning_modules.patches.manifest import dump_manifest, parse_manifest, to_json, to_json_types
 from malleable.lightning_modules.patches.tensors import load_tensors, raw
 
@@ -117,7 +118,7 @@ class Patch:
         """
         if folder.exists():
             raise FileExistsError(f"{folder} exists already, and patches are never overwritten; give another folder")
-        with replacing(folder) as building:
+        with atomic_write(folder) as building:
             if self.folder is None:
                 building.mkdir()
             else:

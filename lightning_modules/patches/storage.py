@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from malleable.datamodules.files.atomic import recover
+from malleable.datamodules.files.atomic import atomic_write, recover
 from malleable.datamodules.files.plain_checkpoint import read_plain
 from malleable.datamodules.files.text_files import read_json
-from malleable.datamodules.files.user_files import check_tree, is_file_name, shard_names
-from malleable.lightning_modules.patches.files import mirror, replacing
+from malleable.datamodules.files.user_files import check_tree, first_line, is_file_name, shard_names
+from malleable.lightning_modules.patches.files import mirror
 from malleable.lightning_modules.patches.patch import Patch, is_patch
 from malleable.lightning_modules.patches.stack import Change, PatchStack
 from malleable.lightning_modules.patches.tensors import canonical_names, load_tensors, open_tensors, untied, write_changed
@@ -105,16 +105,12 @@ class CheckpointFile(Container):
         content.pop(SECTION, None)
         if change.stack.patches:
             content[SECTION] = change.stack.as_plain()
-        with replacing(target, own_modes=True) as building:
-            _save(content, building)
+        with atomic_write(target, own_modes=True) as building:
+            try:
+                torch.save(content, building)
+            except RuntimeError as error:  # of torch.save on a full disk
+                raise OSError(f"{target} was not written, and nothing has changed: {first_line(error)}") from error
             shutil.copymode(self.path, building)
-
-
-def _save(content: dict[str, Any], file: Path) -> None:
-    try:
-        torch.save(content, file)
-    except RuntimeError as error:  # raised by torch.save on a full disk
-        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -171,7 +167,7 @@ class WeightsFolder(Container):
         for name, value in change.tensors.items():
             file, key = self.tensors.places[name]
             changed.setdefault(file, {})[key] = value
-        with replacing(target, own_modes=True) as building:
+        with atomic_write(target, own_modes=True) as building:
             mirror(self.path, building, {SECTION, *(file.name for file in changed)}, link=target == self.path)
             for file, values in changed.items():
                 write_changed(file, building / file.name, values)

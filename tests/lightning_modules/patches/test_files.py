@@ -3,57 +3,12 @@ import os
 import pytest
 from tiny_patch import apply, llama, random_patch, save_checkpoint
 
-from malleable.lightning_modules.patches.files import mirror, replacing
+from malleable.lightning_modules.patches.files import mirror
 from malleable.lightning_modules.patches.storage import open_container
 
 
 def tree(path):
     return {item.relative_to(path).as_posix(): item.read_text() for item in path.rglob("*") if item.is_file()}
-
-
-def write(path, text):
-    with replacing(path) as building:
-        building.mkdir()
-        (building / "file").write_text(text)
-
-
-@pytest.mark.parametrize("name", ["new/file.txt", "file.txt"])
-def test_a_file_appears_or_changes_when_it_is_whole(tmp_path, name):
-    path = tmp_path / name
-    (tmp_path / "file.txt").write_text("old")
-    with replacing(path) as building:
-        building.write_text("new")
-        assert not path.exists() or path.read_text() == "old"
-    assert path.read_text() == "new"
-
-
-def test_a_folder_takes_the_place_of_another(tmp_path):
-    for text in ("first", "second"):
-        write(tmp_path / "folder", text)
-        assert tree(tmp_path) == {"folder/file": text}
-
-
-def test_a_failure_keeps_the_old_folder_and_leaves_nothing_behind(tmp_path):
-    write(tmp_path / "folder", "old")
-
-    def fail():
-        with replacing(tmp_path / "folder") as building:
-            building.mkdir()
-            raise RuntimeError("disk full")
-
-    with pytest.raises(RuntimeError, match="disk full"):
-        fail()
-    assert tree(tmp_path) == {"folder/file": "old"}
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-
-
-def test_what_the_system_refuses_is_told_with_the_path(tmp_path):
-    def fail():
-        with replacing(tmp_path / "file"):
-            raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match="file was not written, and nothing has changed: no space left on device"):
-        fail()
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
