@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands_run import run_on_ranks
+import yaml
+from commands_run import cpu_strategy, run_on_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -45,6 +46,7 @@ REFUSED = {
     ("nfe/tiny.yaml, trainable margin", "fsdp2"): "NFE cannot run with FSDP2Strategy: its weights are not divided among ranks",
     ("sft/tiny.yaml, compiled", "fsdp2"): "language_model.compile does not support weights that are sharded over ranks",
     ("alpha_edit/tiny.yaml", "fsdp2"): "AlphaEdit cannot run `fit` with FSDP2Strategy: it needs whole weights",
+    ("sft/tiny.yaml, compiled", "deepspeed_zero3"): "language_model.compile does not support weights that are sharded over ranks",
     ("alpha_edit/tiny.yaml", "deepspeed_zero2"): "AlphaEdit cannot run `fit` with CPUDeepSpeedStrategy: it needs whole weights",
     ("alpha_edit/tiny.yaml", "deepspeed_zero3"): "AlphaEdit cannot run `fit` with CPUDeepSpeedStrategy: it needs whole weights",
 }
@@ -54,8 +56,7 @@ def command(what, recipe, fragment, ranks):
     name = recipe.partition(",")[0]
     over = ["--config", f"base/{fragment}.yaml"] if fragment else []
     words = [what, "--config", name, *over, *QUIET, *SMALLER.get(name, []), *VARIANTS.get(recipe, [])]
-    sharded = ["--trainer.strategy.class_path", "cpu_deepspeed.CPUDeepSpeedStrategy"] if fragment.startswith("deepspeed") else []
-    return [*words, *sharded, "--trainer.devices", str(ranks)]
+    return [*words, *(cpu_strategy(fragment) if fragment else []), "--trainer.devices", str(ranks)]
 
 
 def run_folder(folder: Path, recipe: str, version: int = 0) -> Path:
@@ -127,6 +128,9 @@ def test_two_ranks_give_the_figures_of_one(on_two_ranks, alone, recipe, fragment
         assert not list((folder / fragment).rglob("checkpoints")), "refused before anything long begins"
         return
     assert errors[fragment] == ["", ""]
+    if fragment.startswith("deepspeed"):
+        config = yaml.safe_load((run_folder(folder / fragment, recipe) / "config_fit.yaml").read_text())
+        assert config["trainer"]["strategy"]["init_args"]["stage"] == int(fragment[-1])
     expected, found = figures(alone(recipe), recipe), figures(folder / fragment, recipe)
     assert any(name.startswith("test_") for name in expected)
     assert all(value is not None and math.isfinite(value) for value in expected.values()), expected

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands_run import cpu_strategy
 from launch import HELPERS, launch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -49,8 +50,7 @@ def assert_same_weights(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize("fragment", ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
 def test_the_recipe_on_two_ranks_equals_one(tmp_path, alone, fragment):
     """The tiny recipe has no dropout, which would differ from rank to rank."""
-    strategy = [] if fragment in ("ddp", "fsdp2") else ["--trainer.strategy.class_path", "cpu_deepspeed.CPUDeepSpeedStrategy"]
-    launch([*RECIPE, "--config", f"base/{fragment}.yaml", *QUIET, "--trainer.devices", "2", *strategy], cwd=tmp_path, timeout_s=300)
+    launch([*RECIPE, "--config", f"base/{fragment}.yaml", *QUIET, "--trainer.devices", "2", *cpu_strategy(fragment)], cwd=tmp_path, timeout_s=300)
     found = tmp_path / "runs/sprec/tiny/version_0"
     assert_same_rounds(found, alone)
     ours, theirs = (json.loads((folder / "report/metrics.json").read_text()) for folder in (found, alone))

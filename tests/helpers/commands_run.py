@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from launch import launch
+
+from malleable.recipes import FOLDER
 
 
 def run_on_ranks(folder: Path, commands: Mapping[str, Sequence[Sequence[str]]], *, ranks: int = 2, timeout_s: float = 300.0) -> dict[str, list[str]]:
@@ -31,6 +34,15 @@ def run_on_ranks(folder: Path, commands: Mapping[str, Sequence[Sequence[str]]], 
     launch([__file__, folder / "commands.json"], ranks=ranks, cwd=folder, timeout_s=timeout_s, env={"CPU_DEEPSPEED_PARTITION_ALL": "1"})
     found = [json.loads((folder / f"errors_{rank}.json").read_text()) for rank in range(ranks)]
     return {name: [errors[name] for errors in found] for name in commands}
+
+
+def cpu_strategy(fragment: str) -> list[str]:
+    """Return the options that run a fragment of ``configs/base`` without a GPU: for DeepSpeed its subclass, with the fragment's own arguments."""
+    strategy = yaml.safe_load((FOLDER / "base" / f"{fragment}.yaml").read_text())["trainer"].get("strategy", {})
+    if not strategy.get("class_path", "").endswith("DeepSpeedStrategy"):
+        return []
+    # The command line drops the arguments of a class that is replaced by name.
+    return ["--trainer.strategy", json.dumps(strategy | {"class_path": "cpu_deepspeed.CPUDeepSpeedStrategy"})]
 
 
 def main(file: Path) -> None:
