@@ -1,6 +1,7 @@
 """The page on a first own dataset: its configuration and its commands are true."""
 
 import csv
+import inspect
 import re
 from dataclasses import asdict
 
@@ -9,8 +10,10 @@ import small_shop
 import yaml
 from shared import ROOT
 
+import malleable
 from malleable.callbacks.report.metric_notes import NOTES
 from malleable.datamodules.recommendation.splits import Split
+from malleable.datamodules.recommendation.titles import clean_title
 from malleable.lightning_modules.language.item_decoding import Decoding
 
 PAGE = (ROOT / "configs" / "YOUR_DATA.md").read_text(encoding="utf-8")
@@ -26,6 +29,20 @@ def test_values_that_are_commented_out_are_the_defaults():
     for name in commented.keys() & defaults.keys():
         assert yaml.safe_load(commented[name]) == defaults[name], name
     assert yaml.safe_load(commented["decoding"]).items() <= asdict(Decoding()).items()
+
+
+def test_its_options_of_callbacks_exist():
+    named = re.findall(r"--trainer\.callbacks\.([A-Z]\w+)\.(\w+)", PAGE)
+    assert ("SelfPlayLoop", "rounds") in named
+    for name, option in named:
+        assert option in inspect.signature(getattr(malleable, name)).parameters
+
+
+def test_titles_are_cleaned_as_it_says():
+    assert clean_title("Fran\u00e7ois\u2019s &amp; e\u0301tag\u00e8re\u200b") == "Fran\u00e7ois's & \u00e9tag\u00e8re"
+    assert clean_title("Kettle, The") == "The Kettle"
+    assert clean_title("\uff34ea o\ufb03ce") == "\uff34ea o\ufb03ce"
+    assert clean_title("\u201cMug\u201d  <br/> large") == '"Mug" large'
 
 
 def test_its_metrics_are_known():
@@ -55,5 +72,7 @@ def test_the_configuration_trains_predicts_and_compares(tmp_path, monkeypatch, c
     assert {row["user_id"] for row in csv.DictReader(path.open(newline=""))} == {"u3"}
     main(["test", "--config", "shop.yaml", *QUIET, "--model", "ItemKNN", "--trainer.callbacks", "[RunReport]"])
     capsys.readouterr()
-    main(["compare", "shop/version_0", "shop/version_2"])
-    assert "difference (95 %)" in capsys.readouterr().out
+    main(["compare", "shop", "shop/version_2"])
+    text = capsys.readouterr().out
+    assert "difference (95 %)" in text
+    assert "shop is runs/shop/version_0 (SPRec, fit), the latest fit" in text

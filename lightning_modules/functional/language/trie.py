@@ -64,7 +64,7 @@ class Trie:
         """
         if not token_ids:
             raise ValueError("a trie needs at least one item, got an empty catalogue")
-        titles = [tuple(int(token) for token in title) for title in token_ids]
+        titles = [tuple(map(int, title)) for title in token_ids]
         if () in titles:
             raise ValueError(f"item {titles.index(())} has no tokens; every title needs at least its end-of-sequence token")
         distinct = sorted(set(titles))
@@ -77,12 +77,13 @@ class Trie:
         leaf_of = {title: leaf for leaf, title in enumerate(distinct)}
         item_leaf = [leaf_of[title] for title in titles]
         lengths = torch.tensor([len(title) for title in distinct])
+        tokens = torch.tensor([token for title in distinct for token in title])
         return cls(
-            **_link(distinct, lengths),
+            **_link(lengths, tokens),
             item_leaf=torch.tensor(item_leaf),
             title_start=lengths.cumsum(0) - lengths,
             title_length=lengths,
-            title_token=torch.tensor([token for title in distinct for token in title]),
+            title_token=tokens,
             max_length=int(lengths.max()),
             max_token=max(map(max, distinct)),
             duplicates=_duplicates(item_leaf),
@@ -188,12 +189,17 @@ class TrieView:
         return Candidates(beam, child, valid & (self.count(child) > 0))
 
 
-def _link(titles: Sequence[tuple[int, ...]], lengths: Tensor) -> dict[str, Tensor]:
-    """Number the nodes of sorted distinct titles level by level and link them."""
-    table = torch.full((len(titles), int(lengths.max()) + 1), -1)
-    for index, title in enumerate(titles):
-        table[index, 1 : len(title) + 1] = torch.tensor(title)
+def _link(lengths: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """Number the nodes of sorted distinct titles level by level and link them.
+
+    Args:
+        lengths: ``(L,)`` tokens of each title.
+        tokens: Tokens of all titles, one after the other.
+    """
+    table = torch.full((len(lengths), int(lengths.max()) + 1), -1)
     table[:, 0] = 0  # the root, as a first token that all titles share
+    filled = torch.arange(table.shape[1] - 1) < lengths[:, None]
+    table[:, 1:][filled] = tokens
     starts = torch.ones_like(table, dtype=torch.bool)
     starts[1:] = (table[1:] != table[:-1]).cumsum(1) > 0
     is_node = starts & (table >= 0)
@@ -204,8 +210,8 @@ def _link(titles: Sequence[tuple[int, ...]], lengths: Tensor) -> dict[str, Tenso
     parent = number[level - 1, row][1:]
     num_children = torch.bincount(parent, minlength=len(token))
     # the leaves of a node end where the next prefix of the same length starts
-    ends = torch.where(starts, torch.arange(len(titles))[:, None], len(titles)).flip(0).cummin(0).values.flip(0)
-    ends = torch.nn.functional.pad(ends[1:], (0, 0, 0, 1), value=len(titles))
+    ends = torch.where(starts, torch.arange(len(lengths))[:, None], len(lengths)).flip(0).cummin(0).values.flip(0)
+    ends = torch.nn.functional.pad(ends[1:], (0, 0, 0, 1), value=len(lengths))
     return {
         "token": token,
         "first_child": 1 + num_children.cumsum(0) - num_children,
