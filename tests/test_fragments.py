@@ -95,7 +95,7 @@ def on_two_ranks(tmp_path_factory):
     def run(recipe):
         if recipe not in done:
             folder = tmp_path_factory.mktemp("ranks")
-            done[recipe] = folder, run_on_ranks(folder, {fragment: [command("fit", recipe, fragment, 2)] for fragment in FRAGMENTS})
+            done[recipe] = folder, run_on_ranks(folder, {fragment: [command("fit", recipe, fragment, 2)] for fragment in FRAGMENTS}, timeout_s=600)
         return done[recipe]
 
     return run

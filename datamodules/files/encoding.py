@@ -49,7 +49,7 @@ def check_encoding(encoding: str | None) -> None:
             return
     except (LookupError, ValueError):
         pass
-    name = encoding.lower()
+    name = str(encoding).lower()
     near = difflib.get_close_matches(name, COMMON, n=3) or difflib.get_close_matches(name, aliases, n=3)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     raise ValueError(

@@ -53,7 +53,7 @@ def align(data: Interactions, catalog: Catalog, extend: bool = False) -> Interac
     listed = np.zeros(len(titles), dtype=bool)
     listed[place] = True
     events = None if data.events is None else data.events.renumbered(place)
-    sequences = [place[items] for items in data.sequences]
+    sequences = [_renumber(place, items) for items in data.sequences]
     return replace(data, titles=titles, genres=genres, keys=keys, sequences=sequences, rows=rows, events=events, listed=listed)
 
 

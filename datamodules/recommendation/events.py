@@ -101,7 +101,8 @@ class Events:
 def first_of_each_item(events: Events, positions: Ints) -> Ints:
     """Return the positions that are a user's first interaction with an item."""
     repeated = pd.DataFrame({"user": events.user[positions], "item": events.item[positions]}).duplicated().to_numpy()
-    return positions[~repeated]
+    first: Ints = positions[~repeated]
+    return first
 
 
 def k_core(users: Ints, items: Ints, min_user_events: int, min_item_events: int) -> NDArray[np.bool_]:
@@ -117,4 +118,5 @@ def k_core(users: Ints, items: Ints, min_user_events: int, min_item_events: int)
 
 def _split_numbers(names: pd.Series) -> Ints:
     folded = names.map(lambda name: name.strip().casefold() if isinstance(name, str) else name)
-    return folded.map(SPLIT_NAMES).fillna(NO_SPLIT).to_numpy(np.int64)
+    numbers: Ints = folded.map(SPLIT_NAMES).fillna(NO_SPLIT).to_numpy(np.int64)
+    return numbers

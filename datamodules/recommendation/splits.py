@@ -235,7 +235,7 @@ def _chosen(events: Events, tables: InteractionTables, split: Split, summary: Da
     """
     given = tables.interactions
     summary.count("read", given["user_id"])
-    positions = np.arange(len(events))
+    positions: Ints = np.arange(len(events))
     if split.min_rating is not None:
         if "rating" not in given:
             raise ValueError(f"min_rating={split.min_rating} needs ratings, but the interactions have no rating; leave min_rating out")
