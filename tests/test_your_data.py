@@ -63,7 +63,7 @@ def test_the_configuration_trains_predicts_and_compares(tmp_path, monkeypatch, c
     small_shop.write(tmp_path)
     (tmp_path / "events.csv").rename("orders.csv")
     (tmp_path / "items.csv").rename("products.csv")
-    short = CONFIGURATION.replace("epochs: 24", "epochs: 2").replace("pack_length: 128", "pack_length: 16")
+    short = CONFIGURATION.replace("epochs: 80", "epochs: 2").replace("pack_length: 128", "pack_length: 16")
     (tmp_path / "shop.yaml").write_text(short.replace("rows_per_round: 512", "rows_per_round: 8"))
     (tmp_path / "customers.txt").write_text("u3\n")
     main(["fit", "--config", "shop.yaml", *QUIET])
