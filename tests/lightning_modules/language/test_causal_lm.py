@@ -89,12 +89,12 @@ def published(folder, **options):
 
 
 def edit():
-    return AlphaEdit(settings={"layers": [0, 1], "method": "ridge", "contexts": 0}, protocol={"texts": 5})
+    return AlphaEdit(settings={"layers": [0, 1], "method": "ridge", "contexts": 0})
 
 
 def test_a_frozen_model_is_edited_without_training(folder, tmp_path):
-    module, callback = CausalLM(published(folder), frozen=True), edit()
-    trainer = quiet_trainer(tmp_path, max_steps=0, callbacks=[callback])
+    module, evaluation = CausalLM(published(folder), frozen=True), EditEvaluation({"texts": 5})
+    trainer = quiet_trainer(tmp_path, max_steps=0, callbacks=[edit(), evaluation])
     source = data(tokenizer=folder[2].vocabulary.tokenizer)
     trainer.fit(module, source)
     edited = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
@@ -102,10 +102,10 @@ def test_a_frozen_model_is_edited_without_training(folder, tmp_path):
     before = folder[2].model.state_dict()
     assert not torch.equal(edited["state_dict"]["model.model.layers.1.mlp.down_proj.weight"], before["model.layers.1.mlp.down_proj.weight"])
     other = CausalLM(published(folder), frozen=True)
-    (figures,) = quiet_trainer(tmp_path / "test", callbacks=[edit()]).test(
+    (figures,) = quiet_trainer(tmp_path / "test", callbacks=[edit(), EditEvaluation({"texts": 5})]).test(
         other, source, ckpt_path=trainer.checkpoint_callback.best_model_path, verbose=False
     )
-    assert figures["test_efficacy"] == pytest.approx(callback.after.figures["efficacy"])
+    assert figures["test_efficacy"] == pytest.approx(evaluation.after.figures["efficacy"])
     assert figures["test_perplexity_ratio"] > 0
     state = module.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in other.model.state_dict().items())
