@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny import batch_of
 from tiny_data import quiet_trainer
 
-from malleable import AlphaEdit, CausalLM, EditingDataModule, LanguageModelConfig, LoRA, Scratch, Tuning
+from malleable import AlphaEdit, CausalLM, EditEvaluation, EditingDataModule, LanguageModelConfig, LoRA, Scratch, Tuning
 from malleable.datamodules.batch import Vocabulary
 from malleable.datamodules.language.tokenizer import tokenizer_digest
 from malleable.datamodules.sources.editing.countries import Countries
