@@ -1,10 +1,10 @@
-"""Target vectors of many facts at a time against one by one, at equal results; and what memory second moments take.
+"""Measure the search for target vectors of many facts at a time against one fact at a time, and the memory of second moments.
 
     python tests/benchmarks/alpha_edit.py [--model NAME] [--facts 32] [--device cuda] [--json RESULT.json]
 
-The peer is the literal search (``tests/helpers/literal_targets.py``): a fact at a time, the whole model in every pass, logits at every token,
-``torch.optim.Adam``. Facts are of countries; the model is SmolLM2-135M-Instruct (Q4_1 dequantised) unless another is named. Memory is the
-growth of the largest resident size of a process of its own, above that of the loaded model.
+The comparison is the literal search (``tests/helpers/literal_targets.py``): one fact at a time, the whole model in every pass, logits at every token,
+``torch.optim.Adam``. Both sides must give equal results. The facts are about countries. The default model is SmolLM2-135M-Instruct (Q4_1,
+dequantised). The memory is measured in a separate process: the peak resident set size minus that after the model was loaded.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""AlphaEdit beside its baselines on the same facts in the same order: no projection, MEMIT, plain fine-tuning.
+"""Compare AlphaEdit with its baselines (no projection, MEMIT, fine-tuning) on the same facts in the same order.
 
     python tests/benchmarks/alpha_edit_study.py --data smollm2 [--json RESULT.json]
     malleable fit --config alpha_edit/tiny.yaml
     malleable patch revert runs/alpha_edit/tiny/version_0/model --out unedited  # the run exports the edited model
     python tests/benchmarks/alpha_edit_study.py --data tiny --model unedited
 
-Every method is tuned with equally many settings on facts of a seed of their own, by the harmonic mean of efficacy, generalization, specificity and
-exact specificity; the chosen setting then edits the facts of three other seeds. Second moments are shared.
+Every method is tuned with the same number of settings on facts of a separate seed. The setting with the highest harmonic mean of efficacy,
+generalization, specificity and exact specificity is selected and evaluated on the facts of three other seeds. All methods use the same second
+moments.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Items per second of the trie beam search against ``generate(prefix_allowed_tokens_fn=...)``, at equal outputs.
+"""Measure items per second of the trie beam search against ``generate(prefix_allowed_tokens_fn=...)``, at equal outputs.
 
     python tests/benchmarks/decoding.py [--items ITEMS.tsv] [--device cuda --dtype bfloat16] [--json RESULT.json]
 
-Both sides decode the same prompts in the same batches with the same model, whose weights are random. Titles are made up
-unless a tab-separated file with a title and a year in its second and third column (MovieLens-100K's item file) is given.
+Both sides decode the same prompts in the same batches with the same model, which has random weights. ``--items`` is a tab-separated file with a title
+and a year in its second and third column (the item file of MovieLens-100K). Without it, titles are generated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which device a benchmark runs on, and how its time is taken."""
+"""Devices and time measurement of the benchmarks."""
 
 from __future__ import annotations
 

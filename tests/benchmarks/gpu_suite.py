@@ -1,11 +1,11 @@
-"""What a GPU makes of the framework, in parts of a minute each.
+"""Benchmarks on a GPU, in parts of about one minute each.
 
     python tests/benchmarks/gpu_suite.py [--parts preference-16 decoding-1b ...] [--list] [--json RESULT.json]
     python tests/benchmarks/gpu_suite.py --device cpu --tiny
 
-Each part prints its figures and ``ratio:`` lines, ours against the other side, and ends once its budget of seconds is spent; all parts
-together take at most 8 minutes on an H100. Weights are random. ``--tiny`` shrinks every part, to see that it runs. ``--movielens`` and
-``--fb15k237`` name folders of data where nothing can be fetched.
+Each part prints its figures and ``ratio:`` lines, which compare this package with the other side. A part ends when its time budget is used up. All
+parts together take at most 8 minutes on an H100. Weights are random. ``--tiny`` reduces the size of every part, to check that it runs.
+``--movielens`` and ``--fb15k237`` are folders of data for machines without internet access.
 """
 
 from __future__ import annotations

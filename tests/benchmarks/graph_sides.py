@@ -1,4 +1,4 @@
-"""What the benchmarks of knowledge graphs share: graphs by name, PyKEEN's models with our weights, sides measured in turn."""
+"""Helpers of the knowledge-graph benchmarks: graphs by name, PyKEEN models with our weights, alternating measurement of both sides."""
 
 from __future__ import annotations
 

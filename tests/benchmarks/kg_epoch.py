@@ -1,18 +1,18 @@
-"""Training epochs on a knowledge graph: TransE, DistMult and ComplEx beside PyKEEN's, NFE-1, 2 and 3 beside the loop of the paper's code.
+"""Measure training epochs on a knowledge graph against PyKEEN (TransE, DistMult, ComplEx) and against the loop of the paper's code (NFE).
 
     OMP_NUM_THREADS=1 python tests/benchmarks/kg_epoch.py [--data codex_s] [--path FOLDER] [--queries N] [--json RESULT.json]
 
-A slice is a random choice of distinct training queries ``(h, r)``, reciprocal ones among them, with all their tails: what share of the rows is
-left after grouping stays that of the graph.
+With ``--queries``, the graph is a random selection of distinct training queries ``(h, r)``, including reciprocal ones, with all their tails. Grouping
+then reduces the number of rows by the same factor as on the whole graph.
 
-PyKEEN: `LCWATrainingLoop`, which groups queries too. Both sides get the same rows, binary cross-entropy of all tails of a query at once (ours
-sums over entities where theirs averages), Adam, no regulariser, no constraint. That loss and gradients are equal is checked first.
+PyKEEN: `LCWATrainingLoop`, which also groups queries. Both sides train on the same rows with binary cross-entropy over all tails of a query, Adam, no
+regulariser and no constraint. Our loss is a sum over entities, PyKEEN's is a mean. The benchmark first checks that losses and gradients are equal.
 
-The loop: one row a triple, as many products as the formula has terms, a dense mask of signs, plain Adam. Ours groups the rows, which leaves the
-sum of the losses of an epoch as it is, and makes fewer steps. That scores and loss are equal is checked first.
+Loop of the paper's code: one row per triple, one matrix product for each term of the formula, a dense mask of signs, and Adam. Our side groups the
+rows and takes fewer steps; the sum of the losses of an epoch is the same. The benchmark first checks that scores and losses are equal.
 
-An epoch is the time from the end of one to the end of the next; the first of each run is left out. The last line is the least ratio
-of the cases with a bar.
+The time of an epoch is measured from the end of the previous epoch to its own end. The first epoch of each run is excluded. The last line is the
+smallest ratio of the cases that have a target ratio.
 """
 
 from __future__ import annotations

@@ -1,18 +1,22 @@
-"""Filtered ranking of a test split, both directions: TransE, DistMult and ComplEx beside PyKEEN's evaluator, NFE beside the paper's code's loop.
+"""Measure filtered ranking of a test split against PyKEEN (TransE, DistMult, ComplEx) and against the loop of the paper's code (NFE).
 
     OMP_NUM_THREADS=1 python tests/benchmarks/kg_ranking.py [--data codex_s] [--path FOLDER] [--triples N] [--json RESULT.json]
 
+Both directions are ranked.
+
 PyKEEN: `RankBasedEvaluator.evaluate` with mean rank, mean reciprocal rank and hits at 1, 3 and 10, on a model with inverse triples that has our
-weights. They are multiples of 1/8, so that every score is exact in any order of summation and has ties: the ranks of every query are then
-demanded to be identical under all three policies for ties. Timed is the realistic one, which is theirs.
+weights. The weights are multiples of 1/8, so every score is exact in any order of summation, and there are ties. The benchmark checks that the ranks
+of every query are identical under all three policies for ties. The time is that of the realistic policy, which PyKEEN uses.
 
-The loop: scores by as many products as the formula has terms, copied to NumPy; for each query its known answers are set to -1e8 and the others
-counted that score at least as high. Its ranks of our scores must be ours, and so must those of its own scores in double precision: in single
-precision the two round differently, and an untrained model has many scores that are nearly equal.
+Loop of the paper's code: scores are computed with one matrix product for each term of the formula and copied to NumPy. For each query, the scores of
+known answers are set to -1e8, and the rank is the number of entities whose score is at least that of the answer. The benchmark checks that the loop
+gives our ranks from our scores, and from its own scores in double precision. In single precision the scores of both sides are rounded differently,
+and an untrained model has many nearly equal scores.
 
-Ours is `Trainer.test`. Both find the filter prepared as far as they keep it: ours indexes known answers when the data is opened, the loop has them
-in a dictionary, PyKEEN collects them in each call. The loop has no bar: NFE-1 is the same multiplications in one product as in two, and they are most
-of the time. The last line is the least ratio of the cases with a bar.
+Our side is `Trainer.test`. The preparation of the filter is timed only for PyKEEN, which collects the known answers in each call. Our data module
+indexes them when the data is opened, and the loop reads them from a dictionary. The comparison with the loop has no target ratio: NFE-1 needs the
+same multiplications in one product as in two, and they take most of the time. The last line is the smallest ratio of the cases that have a target
+ratio.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""NFE beside point embeddings, all tuned alike: the same random search for each model, then the winner with fresh seeds.
+"""Compare NFE with point embeddings: the same random search for each model, then the best trial with new seeds.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/kg_study.py --data umls --trials 20 --jobs 2 --folder runs/kg_study
 
-Each model gets as many trials of the same space: numbers of an entity's row (whatever parts a model makes of them), rate and decay, batch, start,
-loss, dropout, a regulariser or none, for distances the margin. The trial with the best filtered MRR in validation wins, and is trained again with
-seeds that the search did not use; every run keeps its best epoch by validation, and stops when that gets old. Training groups equal queries,
-which is exact for both losses. The last lines are the table of configs/nfe/README.md: test figures, mean and deviation over the seeds, both
-directions, pessimistic ties. A run that is already in the folder is not repeated.
+Each model is tuned with the same number of trials in the same search space: width of an entity's row (all its parts together), learning rate and
+decay, batch size, initialisation, loss, dropout, regulariser or none, and the margin of distance models. The trial with the best filtered validation
+MRR is trained again with seeds that the search did not use. Every run selects its best epoch on validation and uses early stopping. Training groups
+equal queries, which is exact for both losses. The last lines are the table of configs/nfe/README.md: test metrics over both directions with
+pessimistic ties, mean and standard deviation over the seeds. A run that is already in the folder is not repeated.
 """
 
 from __future__ import annotations

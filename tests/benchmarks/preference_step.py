@@ -1,15 +1,15 @@
-"""Training steps of direct preference optimisation beside TRL's: samples per second of whole `fit` and `train` runs.
+"""Measure training steps of direct preference optimisation against TRL: samples per second of whole `fit` and `train` runs.
 
     python tests/benchmarks/preference_step.py [--device cuda --dtype bfloat16] [--json RESULT.json] [--repeats N]
 
 Both sides train the same random Llama on the same pairs (prompt 160 tokens, answers 12), by default in float32, with AdamW, gradients
-clipped to 1, dropout and gradient checkpointing off, and reference log-probabilities computed before the first step. The
-sides alternate; a step is the time from the end of one to the end of the next, data and logging included. That loss and
-gradients are equal is checked first.
+clipped to 1, no dropout, no gradient checkpointing, and reference log-probabilities computed before the first step. The
+sides are measured alternately. The time of a step is measured from the end of the previous step to its own end, including data and
+logging. The benchmark first checks that losses and gradients are equal.
 
-Without a GPU TRL runs its language-model head at every position. What it would take with the head at the answers only, as it
-does on a GPU, is measured as well. On a GPU TRL gets what is fastest there: FlashAttention and Liger's kernels where they are installed
-(its padding-free batches are switched off in 1.16). The last line is the ratio of the first setting, ours over TRL's, with TRL as it comes.
+Without a GPU, TRL computes the language-model head at every position. The benchmark therefore also measures TRL with the head at the answers only, as
+on a GPU. On a GPU, TRL uses its fastest settings: FlashAttention and the Liger kernels if they are installed (its padding-free batches are disabled
+in 1.16). The last line is the ratio of samples per second, ours divided by TRL's, for the first setting and an unmodified TRL.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Our ranking metrics beside torchmetrics' retrieval metrics: 4,000 queries of 100 scored candidates.
+"""Measure our ranking metrics against the retrieval metrics of torchmetrics: 4,000 queries of 100 scored candidates.
 
     python tests/benchmarks/ranking_metrics.py [--device cuda] [--json RESULT.json]
 
-The last line is torchmetrics' time over ours, six metrics each.
+The last line is the time of torchmetrics divided by ours, for six metrics each.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""SPRec against supervised tuning and against DPO with random negatives: equal data, equal steps, several seeds.
+"""Compare SPRec with supervised fine-tuning and with DPO on random negatives: equal data, equal steps, several seeds.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/sprec_study.py --seeds 3 --jobs 2 --folder runs/study
 
-For each seed one model is warmed up (sft/movielens.yaml); then the arms go on from its weights with the same rounds of the same rows:
-``sft`` spends both phases of a round on supervised epochs, ``dpo`` rejects random titles, ``sprec`` rejects the model's own. The last lines are
-the table of configs/sprec/README.md: mean and standard deviation over the seeds. A run that is already in the folder is not repeated.
+For each seed, one model is trained by sft/movielens.yaml (the warm-up). All arms start from its weights and train for the same rounds on the same
+rows. ``sft`` uses supervised epochs in both phases of a round, ``dpo`` rejects random titles, and ``sprec`` rejects titles that the model generated.
+The last lines are the table of configs/sprec/README.md: mean and standard deviation over the seeds. A run that is already in the folder is not
+repeated.
 """
 
 import argparse
