@@ -42,6 +42,8 @@ REFUSED = {
     ("baselines/movielens.yaml", "deepspeed_zero2"): "ItemKNN has no weights that can be sharded: it cannot run `fit` with CPUDeepSpeedStrategy",
     ("baselines/movielens.yaml", "deepspeed_zero3"): "ItemKNN has no weights that can be sharded: it cannot run `fit` with CPUDeepSpeedStrategy",
     ("baselines/movielens.yaml", "fsdp2"): "ItemKNN cannot run with FSDP2Strategy: its weights are not divided among ranks",
+    ("nfe/tiny.yaml", "deepspeed_zero3"): "NFE cannot run with ZeRO stage 3: it partitions the tables, which every step reads whole",
+    ("nfe/tiny.yaml, trainable margin", "deepspeed_zero3"): "NFE cannot run with ZeRO stage 3: it partitions the tables",
     ("nfe/tiny.yaml", "fsdp2"): "NFE cannot run with FSDP2Strategy: its weights are not divided among ranks",
     ("nfe/tiny.yaml, trainable margin", "fsdp2"): "NFE cannot run with FSDP2Strategy: its weights are not divided among ranks",
     ("sft/tiny.yaml, compiled", "fsdp2"): "language_model.compile does not support weights that are sharded over ranks",

@@ -96,6 +96,19 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         self._keys: Vectors | None = None
         self._evaluating = False
 
+    def setup(self, stage: str) -> None:
+        """Check the strategy, and copy the graph from the data module.
+
+        Raises:
+            MisconfigurationException: If ZeRO stage 3 partitions the tables, which every step reads whole.
+        """
+        if getattr(self.trainer.strategy, "zero_stage_3", False):
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot run with ZeRO stage 3: it partitions the tables, which every step reads whole; use ddp or ZeRO-2 "
+                "(--config base/deepspeed_zero2.yaml)"
+            )
+        super().setup(stage)
+
     def configure_model(self) -> None:
         """Create the tables. A second call does nothing, and neither does a call without a graph."""
         if self.entity is not None or self.graph is None:
