@@ -47,10 +47,10 @@ REFUSED = {
     ("nfe/tiny.yaml", "fsdp2"): "NFE cannot run with FSDP2Strategy: its weights are not divided among ranks",
     ("nfe/tiny.yaml, trainable margin", "fsdp2"): "NFE cannot run with FSDP2Strategy: its weights are not divided among ranks",
     ("sft/tiny.yaml, compiled", "fsdp2"): "language_model.compile does not support weights that are sharded over ranks",
-    ("alpha_edit/tiny.yaml", "fsdp2"): "AlphaEdit cannot run `fit` with FSDP2Strategy: it needs whole weights",
+    ("alpha_edit/tiny.yaml", "fsdp2"): "cannot run `fit` with FSDP2Strategy: it needs whole weights",
     ("sft/tiny.yaml, compiled", "deepspeed_zero3"): "language_model.compile does not support weights that are sharded over ranks",
-    ("alpha_edit/tiny.yaml", "deepspeed_zero2"): "AlphaEdit cannot run `fit` with CPUDeepSpeedStrategy: it needs whole weights",
-    ("alpha_edit/tiny.yaml", "deepspeed_zero3"): "AlphaEdit cannot run `fit` with CPUDeepSpeedStrategy: it needs whole weights",
+    ("alpha_edit/tiny.yaml", "deepspeed_zero2"): "cannot run `fit` with CPUDeepSpeedStrategy: it needs whole weights",
+    ("alpha_edit/tiny.yaml", "deepspeed_zero3"): "cannot run `fit` with CPUDeepSpeedStrategy: it needs whole weights",
 }
 
 

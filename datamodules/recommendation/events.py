@@ -63,13 +63,14 @@ class Events:
         """
         events = tables.interactions
         if not len(events):
-            raise ValueError("the table of interactions has no row; give one row for each interaction")
+            raise ValueError(f"{tables.origin}: the table of interactions has no row; give one row for each interaction")
         item = events["item_id"].map(dict(zip(tables.items["item_id"], ids, strict=True))).fillna(-1).to_numpy(np.int64)
         known = item >= 0
         if not known.any():
             raise ValueError(
-                f"none of the {len(item)} interactions has an item of the items table (item_id {events['item_id'].iloc[0]!r} in the interactions, "
-                f"{next(iter(tables.items['item_id']), None)!r} in the items); compare the columns item_id of both tables"
+                f"{tables.origin}: none of the {len(item)} interactions has an item of the items table that has a title (item_id "
+                f"{events['item_id'].iloc[0]!r} in the interactions, {next(iter(tables.items['item_id']), None)!r} in the items); compare the "
+                "columns item_id, and see whether titles are missing"
             )
         if unknown := int((~known).sum()):
             log.warning("dropped %d of %d interactions with items that are not in the items table or have no title", unknown, len(item))

@@ -238,13 +238,17 @@ def _chosen(events: Events, tables: InteractionTables, split: Split, summary: Da
     positions: Ints = np.arange(len(events))
     if split.min_rating is not None:
         if "rating" not in given:
-            raise ValueError(f"min_rating={split.min_rating} needs ratings, but the interactions have no rating; leave min_rating out")
+            raise ValueError(
+                f"{tables.origin}: min_rating={split.min_rating} needs ratings, but the interactions have no rating; leave min_rating out"
+            )
         summary.count(f"rated >= {split.min_rating:g}", given["user_id"][given["rating"] >= split.min_rating])
         positions = positions[events.rating >= split.min_rating]
         if not len(positions):
             ratings = events.rating[~np.isnan(events.rating)]
             between = f"between {ratings.min():g} and {ratings.max():g}" if len(ratings) else "missing"
-            raise ValueError(f"min_rating={split.min_rating:g} leaves none of {len(events)} interactions: ratings are {between}; lower min_rating")
+            raise ValueError(
+                f"{tables.origin}: min_rating={split.min_rating:g} leaves none of {len(events)} interactions: ratings are {between}; lower it"
+            )
     summary.count("of known items", events.user[positions])
     if split.repeats == "drop":
         positions = first_of_each_item(events, positions)
@@ -252,8 +256,8 @@ def _chosen(events: Events, tables: InteractionTables, split: Split, summary: Da
     kept = positions[k_core(events.user[positions], events.item[positions], split.min_user_events, split.min_item_events)]
     if not len(kept):
         raise ValueError(
-            f"no interaction is left with min_user_events={split.min_user_events} and min_item_events={split.min_item_events} out of "
-            f"{len(positions)}, of {len(np.unique(events.user[positions]))} users; lower them"
+            f"{tables.origin}: none is left with min_user_events={split.min_user_events} and min_item_events={split.min_item_events} out of "
+            f"{len(positions)} interactions, of {len(np.unique(events.user[positions]))} users; lower them"
         )
     summary.count(f"min_user_events {split.min_user_events}, min_item_events {split.min_item_events}", events.user[kept])
     summary.describe_times(events.time[kept])

@@ -19,12 +19,14 @@ class InteractionTables:
         interactions: Columns ``user_id`` and ``item_id`` (text), ``timestamp`` (float, seconds), and, where known, ``rating`` (float; a rating, or a
             label 0 or 1) and ``split`` (text: train, val or test). Of equal times, the order of the rows is the order in time.
         items: Columns ``item_id`` (text), ``title`` (text as given), ``genres`` (tuple of text).
+        origin: Files of the tables, for messages.
         notes: What reading left out or changed, for the summary of the data.
     """
 
     interactions: pd.DataFrame
     items: pd.DataFrame
     notes: tuple[str, ...] = ()
+    origin: str = "the source"
 
 
 class ReadyRow(NamedTuple):

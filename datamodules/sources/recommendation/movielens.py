@@ -81,13 +81,15 @@ class MovieLens(Source):
 
     def load(self) -> InteractionTables:
         """Read ratings and films."""
-        with _unpacked(self.files()) as files:
+        paths = self.files()
+        origin = " and ".join(map(str, paths))
+        with _unpacked(paths) as files:
             if "u.data" in files:
-                return InteractionTables(_ratings(files["u.data"], "\t"), _items_100k(files["u.item"]))
+                return InteractionTables(_ratings(files["u.data"], "\t"), _items_100k(files["u.item"]), origin=origin)
             if "ratings.dat" in files:
-                return InteractionTables(_ratings(files["ratings.dat"], "::"), _items_1m(files["movies.dat"]))
+                return InteractionTables(_ratings(files["ratings.dat"], "::"), _items_1m(files["movies.dat"]), origin=origin)
             inter, item = (next(path for name, path in files.items() if name.endswith(end)) for end in (".inter", ".item"))
-            return InteractionTables(_ratings(inter, "\t", header=True), _items_atomic(item))
+            return InteractionTables(_ratings(inter, "\t", header=True), _items_atomic(item), origin=origin)
 
 
 @functools.cache

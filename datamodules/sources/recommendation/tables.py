@@ -101,7 +101,7 @@ class Tables(Source):
             events["rating"] = _ratings(self.interactions, events["rating"])
         items, notes = self._load_items()
         self._check_numbers(set(events["item_id"]), set(items["item_id"]))
-        return InteractionTables(events.reset_index(drop=True), items, notes)
+        return InteractionTables(events.reset_index(drop=True), items, notes, f"{self.interactions} and {self.items}")
 
     def _check_numbers(self, events: set[str], items: set[str]) -> None:
         """Refuse ids that one table writes as 1.0 and the other as 1: a program has stored a column of integers with a gap as decimal fractions."""

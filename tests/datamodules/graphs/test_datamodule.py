@@ -18,7 +18,7 @@ from malleable.datamodules.graphs import store as graph_store
 from malleable.datamodules.graphs.datamodule import KnowledgeGraphDataModule
 from malleable.datamodules.sources.graphs.triples import Triples
 
-HELPERS = Path(__file__).parents[1] / "helpers"
+HELPERS = Path(__file__).parents[2] / "helpers"
 TRIPLES = toy_triples()
 SIZES = {split: len(rows) for split, rows in TRIPLES.items()}
 

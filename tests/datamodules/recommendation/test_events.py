@@ -170,9 +170,13 @@ def test_another_meaning_of_the_column_split_does_no_harm():
     ("change", "split", "message"),
     [
         (lambda events: events[:0], Split(), "the table of interactions has no row"),
-        (lambda events: [(e[0], "x" + e[1], *e[2:]) for e in events], Split(), r"none of the 10 interactions has an item .*'xb' in the .*'a' in the"),
-        (lambda events: events, Split(min_rating=6), "min_rating=6 leaves none of 10 interactions: ratings are between 1 and 5; lower min_rating"),
-        (lambda events: events, Split(min_user_events=7), "min_user_events=7 and min_item_events=1 out of 10, of 2 users; lower them"),
+        (
+            lambda events: [(e[0], "x" + e[1], *e[2:]) for e in events],
+            Split(),
+            r"the source: none of the 10 interactions has an item .*'xb' in the .*'a' in the",
+        ),
+        (lambda events: events, Split(min_rating=6), "min_rating=6 leaves none of 10 interactions: ratings are between 1 and 5; lower it"),
+        (lambda events: events, Split(min_user_events=7), "min_user_events=7 and min_item_events=1 out of 10 interactions, of 2 users; lower them"),
     ],
 )
 def test_nothing_left_says_why(change, split, message):
