@@ -1,4 +1,4 @@
-"""Atomic replacement and copies of files and folders of patched weights."""
+"""Copies of folders of weights, with hard links if possible."""
 
 from __future__ import annotations
 
