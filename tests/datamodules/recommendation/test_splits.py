@@ -83,9 +83,7 @@ def test_cold_items_stay_in_the_catalogue_without_an_item_core():
 
 
 def test_nothing_left_is_an_error():
-    with pytest.raises(
-        ValueError, match="the source: none is left with .* out of 3 interactions, of 1 users; lower them"
-    ):
+    with pytest.raises(ValueError, match=r"the source: none is left with .* out of 3 interactions, of 1 users; lower them"):
         prepare(tables(one_user("abc")), Split())
     with pytest.raises(ValueError, match="no row is left: every history has fewer than two usable items"):
         prepare(tables(one_user("a")), Split(min_user_events=1))
