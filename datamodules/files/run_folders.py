@@ -33,8 +33,7 @@ def find_run(name: str, root: Path = Path("runs")) -> Path:
     """Return the run folder that a name means.
 
     Args:
-        name: A run folder (``runs/sft/movielens/version_0``), or ``last:`` and the name of a recipe, or the folder of its runs: the latest run with
-            a checkpoint.
+        name: Path of a run folder; or ``last:NAME``, where NAME is a recipe or the folder of its runs, for its latest run with a checkpoint.
         root: Folder of the runs of recipes.
 
     Raises:
