@@ -26,7 +26,8 @@ def atomic_write(path: Path, keep: Callable[[Path], bool] | None = None, *, own_
     The temporary path has the same name as ``path`` and is in a hidden folder ``.<name>.<random>.tmp`` beside it, on the same file system. Its
     content is flushed to the disk before the replacement. Files get the permissions of the umask. A reader sees either the old or the new content. If
     the system cannot exchange two folders, a folder does not exist for a moment, and the next write restores it after a crash. If several processes
-    write the same path, the last one wins. Temporary folders of processes that no longer exist are removed.
+    write the same path, the last one wins. Temporary folders of processes that no longer exist are removed. A reader of a file that is written only
+    once calls :func:`recover` to remove them.
 
     Args:
         path: File or folder to write. Its parent is created. A symbolic link is followed.

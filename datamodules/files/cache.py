@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from malleable.datamodules.files.atomic import atomic_write
+from malleable.datamodules.files.atomic import atomic_write, recover
 from malleable.datamodules.files.sealed import MANIFEST, is_whole, problem, seal
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ def _write(folder: Path, save: Callable[[Path], None], manifest: Mapping[str, An
 
 def _open(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a complete cache, else ``None``."""
+    recover(folder)  # a complete cache is not written again, so nothing else removes what a killed process has left
     if not folder.exists():
         return None
     if damage := problem(folder):

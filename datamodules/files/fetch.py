@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 import requests
 
-from malleable.datamodules.files.atomic import atomic_write
+from malleable.datamodules.files.atomic import atomic_write, recover
 from malleable.datamodules.files.user_files import check_file, check_model_folder, first_line, is_ours
 
 log = logging.getLogger(__name__)
@@ -303,6 +303,7 @@ def _download_wheel(requirement: str, folder: Path, file: str, home: str) -> Pat
 
 def _fetch(what: str, sha256: str, name: str, download: Callable[[Path], None]) -> Path:
     path = cache_folder() / name
+    recover(path)
     if path.is_file():
         if sha256_of(path) == sha256:
             return path

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from malleable.datamodules.files.atomic import atomic_write
+from malleable.datamodules.files.atomic import atomic_write, recover
 from malleable.datamodules.files.fetch import cache_folder, gguf_errors, hub_errors, hub_snapshot, resolve_model, tokenizer_files
 from malleable.datamodules.files.sealed import is_whole, problem, seal
 
@@ -235,6 +235,7 @@ def _converted(gguf: Path) -> Path:
 
 def _is_there(folder: Path) -> bool:
     """Return whether a complete tokenizer is in the cache; log a warning if it is damaged."""
+    recover(folder)
     damage = problem(folder)
     if damage and folder.exists():
         log.warning("the cached tokenizer %s %s: creating it again", folder, damage)

@@ -39,7 +39,7 @@ def run_on_ranks(folder: Path, commands: Mapping[str, Sequence[Sequence[str]]], 
 def cpu_strategy(fragment: str) -> list[str]:
     """Return the options that run a fragment of ``configs/base`` without a GPU: for DeepSpeed its subclass, with the fragment's own arguments."""
     strategy = yaml.safe_load((FOLDER / "base" / f"{fragment}.yaml").read_text())["trainer"].get("strategy", {})
-    if not strategy.get("class_path", "").endswith("DeepSpeedStrategy"):
+    if isinstance(strategy, str) or not strategy.get("class_path", "").endswith("DeepSpeedStrategy"):
         return []
     # The command line drops the arguments of a class that is replaced by name.
     return ["--trainer.strategy", json.dumps(strategy | {"class_path": "cpu_deepspeed.CPUDeepSpeedStrategy"})]
