@@ -12,6 +12,7 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 
 MAX_LINES = 400
 MAX_FILES = 15
+MAX_ARGUMENTS = 14
 # Helpers and benchmarks are lists of independent programs.
 SIZED = [*SOURCES, *sorted(path for path in (ROOT / "tests").rglob("*.py") if path.relative_to(ROOT).parts[1] not in ("helpers", "benchmarks"))]
 
@@ -116,3 +117,16 @@ def test_no_folder_is_full():
     files = Counter(path.parent.relative_to(ROOT).as_posix() for path in SIZED if path.name not in ("__init__.py", "conftest.py"))
     full = {folder: count for folder, count in files.items() if count > MAX_FILES}
     assert not full, f"split these folders along their meaning; the limit is {MAX_FILES} files"
+
+
+def test_constructors_have_few_arguments():
+    # The arguments of loaders, optimizers and schedulers are the same in all classes.
+    common = {"self", "batch_size", "global_batch_size", "eval_batch_size", "num_workers", "seed", "optimizer", "lr_scheduler"}
+    long = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                own = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs) if argument.arg not in common]
+                if len(own) > MAX_ARGUMENTS:
+                    long[f"{path.relative_to(ROOT).as_posix()}:{node.lineno}"] = len(own)
+    assert not long, f"group these arguments in a settings class; the limit is {MAX_ARGUMENTS} arguments besides {sorted(common - {'self'})}"
