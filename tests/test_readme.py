@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import MISSING, fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,14 @@ METHODS = [
     for name in malleable.__all__
     if inspect.isclass(found := getattr(malleable, name)) and issubclass(found, malleable.BaseModule) and not inspect.isabstract(found)
 ]
+SETTINGS = (
+    "callbacks.self_play.phases",
+    "lightning_modules.editing.settings",
+    "lightning_modules.editing.targets",
+    "lightning_modules.functional.editing.null_space",
+    "lightning_modules.graphs.nfe",
+    "lightning_modules.graphs.settings",
+)
 SET_UP = (
     "pip install -c configs/constraints.txt -e . && malleable fit --config sprec/movielens.yaml",
     "pip install -c configs/constraints.txt -e '.[test]' && pytest",
@@ -93,3 +103,30 @@ def test_a_broken_link_is_found(tmp_path):
 
 def test_it_is_short():
     assert len(README.splitlines()) <= MAX_LINES, "results and options belong on the method pages, configs/<method>/README.md"
+
+
+METHOD_PAGES = sorted((ROOT / "configs").glob("*/README.md"))
+OPTION = re.compile(r"^\| ((?:`\w+\.\w+`(?:, )?)+) \|(.*)\|$", re.MULTILINE)
+
+
+def defaults(name):
+    """Return the default values of the options of a public or a settings class."""
+    owners = [malleable, *(import_module(f"malleable.{module}") for module in SETTINGS)]
+    kind = next(getattr(owner, name) for owner in owners if hasattr(owner, name))
+    factories = {field.name: field.default_factory() for field in fields(kind) if field.default_factory is not MISSING} if is_dataclass(kind) else {}
+    return {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()} | factories
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=lambda page: page.parent.name)
+def test_a_method_page_has_its_options_and_limits(page):
+    text = page.read_text(encoding="utf-8")
+    assert {"## Options", "## Limits"} <= set(re.findall(r"^## .*$", text, re.MULTILINE))
+    rows = OPTION.findall(text)
+    assert rows
+    for options, rest in rows:
+        cells = [cell.strip() for cell in rest.split("|")]
+        default = cells[-2]
+        for kind, option in re.findall(r"`(\w+)\.(\w+)`", options):
+            values = defaults(kind)
+            assert option in values, f"{kind} has no option {option}"
+            assert default in ("", str(values[option])), f"{kind}.{option} has the default {values[option]}, the page says {default}"
