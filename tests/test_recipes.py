@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from malleable import LastCheckpoint
 from malleable.lightning_modules.language.config import LanguageModelConfig
 from malleable.lightning_modules.language.precision import check_training_precision
 from malleable.lightning_modules.serialization import from_plain
@@ -19,6 +20,7 @@ from malleable.unused import check_unused
 
 FRAGMENTS = sorted(path.relative_to(FOLDER).as_posix() for path in (FOLDER / "base").glob("*.yaml"))
 RECIPES = recipe_names()
+MONITORED = [name for name in RECIPES if "monitor" in (yaml.safe_load((FOLDER / name).read_text(encoding="utf-8")).get("checkpoint") or {})]
 TINY = [name for name in RECIPES if name.endswith("/tiny.yaml")]
 
 
@@ -108,6 +110,17 @@ def test_the_published_recipe_of_self_play_makes_the_released_steps():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_serves_every_command(name, command):
     printed(command, "--config", name)
+
+
+@pytest.mark.parametrize("name", MONITORED)
+def test_a_monitored_recipe_saves_the_last_epoch_after_every_epoch(name, monkeypatch):
+    from malleable.cli import MalleableCLI, run
+
+    monkeypatch.setattr(MalleableCLI, "_run_subcommand", lambda *_: None)
+    words = ["fit", "--config", name, "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32-true"]
+    trainer = run(words).trainer
+    (last,) = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, LastCheckpoint))
+    assert (last._every_n_epochs, last._save_on_train_epoch_end, last.monitor) == (1, True, None)
 
 
 @pytest.mark.slow

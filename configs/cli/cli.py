@@ -203,11 +203,14 @@ class MalleableCLI(LightningCLI):
         return trainer
 
     def _checkpoints(self, checkpoint: ModelCheckpoint) -> list[ModelCheckpoint]:
-        """Return the callback of the ``checkpoint`` section, and one for the last epoch, which the monitored ones may not contain."""
+        """Return the callback of the ``checkpoint`` section, and one that saves every epoch as the last one.
+
+        ``checkpoint.every_n_epochs`` limits the monitored checkpoints only: a run that is killed loses no more than an epoch.
+        """
         if not checkpoint.save_last or checkpoint._every_n_train_steps or checkpoint._train_time_interval:
             return [checkpoint]
         checkpoint.save_last = None
-        return [checkpoint, LastCheckpoint(checkpoint.dirpath, every_n_epochs=checkpoint._every_n_epochs)]
+        return [checkpoint, LastCheckpoint(checkpoint.dirpath)]
 
     def before_fit(self) -> None:
         """Check that the run ends.
