@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from malleable.datamodules.batch import Batch, Catalog, Recommendations
-from malleable.datamodules.files.atomic import atomic_write
+from malleable.datamodules.files.atomic import atomic_write, recover, temporary_folder
 from malleable.datamodules.files.escape import for_csv
 
 Described = Iterator[tuple[Sequence[Any], Sequence[Sequence[Any]]]]
@@ -88,8 +88,8 @@ class PredictionWriter(Callback):
     none; the first id where items of one title were merged). A module that :class:`DescribesPredictions` names its own fields (a knowledge graph's:
     ``sample_id, head, relation, tail, rank, answer, score, uncertainty``). ``predict_step`` may also return columns by name.
 
-    Rows are written as they come, to a file of each device in the run folder, which all devices must reach; the files are merged at the end. Memory
-    does not grow with the number of rows.
+    Each device appends its rows to a file of its own in a temporary folder beside the predictions, which all devices must reach. The files are merged
+    at the end. Memory does not grow with the number of rows. What a killed process has left there is removed by the next prediction.
 
     In CSV, a text that a spreadsheet would take for a formula stands behind an apostrophe.
 
@@ -111,6 +111,8 @@ class PredictionWriter(Callback):
         self.folder: Path | None = None
         self._description: Any = None
         self._part: TextIO | None = None
+        self._parts: Path | None = None
+        self._held = ExitStack()
         self._last = -1
         self._ascending = True
 
@@ -119,8 +121,13 @@ class PredictionWriter(Callback):
         self.folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget earlier predictions, and find what describes the new ones."""
-        self._close()
+        """Discard earlier predictions, create the folder of the devices' files, and find the description of the new predictions."""
+        self._discard()
+        assert self.folder is not None
+        if trainer.is_global_zero:
+            recover(self.folder / "predictions")
+            self._parts = self._held.enter_context(temporary_folder(self.folder / "predictions"))
+        self._parts = Path(trainer.strategy.broadcast(str(self._parts)))
         self._last, self._ascending = -1, True
         data = getattr(trainer, "datamodule", None)
         catalog = self._catalog(getattr(pl_module, "catalog", None), getattr(data, "catalog", None))
@@ -175,10 +182,8 @@ class PredictionWriter(Callback):
         trainer.strategy.barrier("predictions")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the file of this device."""
-        self._close()
-        if self.folder is not None:
-            self._part_path(trainer.global_rank).unlink(missing_ok=True)
+        """Remove the files of the devices."""
+        self._discard()
 
     def _fields(self) -> tuple[list[str], list[str]]:
         if self._description is None:
@@ -186,8 +191,8 @@ class PredictionWriter(Callback):
         return list(self._description.query_fields), list(self._description.answer_fields)
 
     def _part_path(self, rank: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f".predictions-{rank}.jsonl"
+        assert self._parts is not None
+        return self._parts / f"{rank}.jsonl"
 
     def _open(self, rank: int) -> TextIO:
         path = self._part_path(rank)
@@ -198,6 +203,10 @@ class PredictionWriter(Callback):
         if self._part is not None:
             self._part.close()
             self._part = None
+
+    def _discard(self) -> None:
+        self._close()
+        self._held.close()
 
     def _merge(self, ranks: int, fields: tuple[list[str], list[str]]) -> None:
         assert self.folder is not None
@@ -210,8 +219,7 @@ class PredictionWriter(Callback):
         with ExitStack() as stack:
             parts = [stack.enter_context(path.open(encoding="utf-8")) for path in paths]
             number = self.write(heapq.merge(*parts, key=_sample_id), *fields)
-        for path in paths:
-            path.unlink()
+        self._discard()
         first = self.folder / f"predictions.{self.formats[0]}"
         rank_zero_info(f"predictions for {number} rows: {first}")
 

@@ -38,9 +38,8 @@ def atomic_write(path: Path, keep: Callable[[Path], bool] | None = None, *, own_
         OSError: If writing fails; ``path`` has not changed then.
     """
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
-    with _temporary_folder(path) as folder:
+    with temporary_folder(path) as folder:
         building = folder / path.name
         yield building
         if not own_modes:
@@ -94,8 +93,15 @@ def recover_below(folder: Path) -> None:
 
 
 @contextmanager
-def _temporary_folder(path: Path) -> Iterator[Path]:
-    """Create a folder beside ``path`` and hold its lock, which marks it as in use until this process ends."""
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new hidden folder beside ``path``, which is removed at the end of the context.
+
+    A lock marks it as in use until this process ends. :func:`recover` and :func:`recover_below` remove the folder of a process that was killed.
+
+    Args:
+        path: File or folder whose parts the folder will contain. Its parent is created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         # Before the folder is locked, another process may consider it abandoned and remove it.

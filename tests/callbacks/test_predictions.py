@@ -1,12 +1,15 @@
 import csv
 import json
+import os
 import runpy
+import signal
 from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from boring import BoringDataModule, BoringModule
+from hostile import FORMULA, HOSTILE
 from launch import launch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -15,6 +18,7 @@ from toy_shop import TITLES, ToyShop
 
 from malleable.callbacks.predictions import PredictionWriter
 from malleable.datamodules.batch import Batch, Catalog, Recommendations
+from malleable.datamodules.files.atomic import recover_below
 from malleable.lightning_modules.recommendation.baselines import Markov
 
 
@@ -56,6 +60,7 @@ def test_ids_of_the_data_serve_a_checkpoint_that_has_none(tmp_path):
 
 def test_without_a_catalogue_nothing_is_written(tmp_path):
     writer, trainer, module = PredictionWriter(), Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), Markov()
+    writer.setup(trainer, module, "predict")
     writer.on_predict_start(trainer, module)
     with pytest.raises(MisconfigurationException, match=r"writes items by their ids, but neither Markov nor the data module has a catalogue"):
         writer.on_predict_batch_end(trainer, module, Recommendations(torch.zeros(1, 1).long(), torch.zeros(1, 1)), Batch(torch.tensor([0])), 0)
@@ -120,10 +125,48 @@ def test_rows_are_not_held_in_memory(tmp_path):
     found = Recommendations(torch.zeros(1000, 1).long(), torch.zeros(1000, 1))
     for batch in range(20):
         writer.on_predict_batch_end(trainer, module, found, Batch(torch.arange(1000) + 1000 * batch), batch)
-    written = (tmp_path / ".predictions-0.jsonl").stat().st_size
+    (part,) = tmp_path.glob(".predictions.*/*")
+    written = part.stat().st_size
     assert written > 19_000 * len('[10000, [], [["Heat", "Heat", 0.0]]]')
     writer.on_exception(trainer, module, RuntimeError())
     assert not list(tmp_path.glob(".predictions*"))
+
+
+def test_titles_are_no_formulas_and_ids_stay(tmp_path):
+    writer, trainer, module = PredictionWriter(), Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), Markov()
+    module.catalog = Catalog((FORMULA, HOSTILE), keys=("=1+1", FORMULA))
+    writer.setup(trainer, module, "predict")
+    writer.on_predict_start(trainer, module)
+    writer.on_predict_batch_end(trainer, module, Recommendations(torch.tensor([[0, 1]]), torch.ones(1, 2)), Batch(torch.tensor([0])), 0)
+    writer.on_predict_epoch_end(trainer, module)
+    with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        assert [(line["item_id"], line["title"]) for line in csv.DictReader(file)] == [("=1+1", f"'{FORMULA}"), (FORMULA, HOSTILE)]
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """The folder of a prediction whose process was killed after its first batch."""
+    child = os.fork()
+    if child == 0:
+        writer, trainer, module = PredictionWriter(), Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), Markov()
+        module.catalog = Catalog(("Heat", "Alien"))
+        writer.setup(trainer, module, "predict")
+        writer.on_predict_start(trainer, module)
+        writer.on_predict_batch_end(trainer, module, Recommendations(torch.zeros(1, 1).long(), torch.ones(1, 1)), Batch(torch.tensor([0])), 0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.glob(".predictions*"))) == 1
+    return tmp_path
+
+
+def test_the_next_prediction_removes_what_a_killed_one_has_left(killed):
+    write(killed, Markov(ks=(8,)), ToyShop())
+    assert sorted(path.name for path in killed.iterdir()) == ["predictions.csv", "predictions.jsonl"]
+
+
+def test_the_next_run_of_the_recipe_removes_what_a_killed_prediction_has_left(killed):
+    recover_below(killed.parent)
+    assert not list(killed.iterdir())
 
 
 @pytest.mark.parametrize(
