@@ -123,7 +123,8 @@ def find_run_checkpoint(which: str, runs: Path, wanted: Wanted | None = None) ->
     """Return a checkpoint of the latest run that fits.
 
     The latest run is the one with the largest number, whatever the times of its files: clocks are set back, and copies are new. The newest
-    checkpoint of a run is the one with the most optimizer steps; the edited one is newer than the trained one.
+    checkpoint of a run is the one with the most optimizer steps; the edited one is newer than the trained one. Only checkpoint folders that do not
+    contain their steps are compared by modification time, and are older than all others.
 
     Args:
         which: ``last``: the run's newest checkpoint; ``best``: the one that the run would test.
@@ -156,21 +157,46 @@ def _newest(folder: Path) -> Path | None:
     if not named or None in progress.values():
         # A run killed while `last.ckpt` was replaced leaves none, or a link to nowhere; the checkpoints of epochs are whole.
         progress |= {path: _progress(path) for path in folder.glob("*.ckpt") if path not in progress}
-    known = {path: steps for path, steps in progress.items() if steps is not None}
+    known = {path: reached for path, reached in progress.items() if reached is not None}
     return max(known, key=lambda path: (known[path], path.name == EDITED, path.name == "last.ckpt", path.name), default=None)
 
 
-def _progress(path: Path) -> float | None:
-    """Return the optimizer steps of a checkpoint, ``None`` if it is not whole; of the folder of a sharded strategy, its time."""
+class _Progress(NamedTuple):
+    """Progress of a checkpoint, for comparison with others.
+
+    Attributes:
+        steps: Optimizer steps; -1 if they are not known.
+        time: Modification time if the steps are not known, otherwise 0.
+    """
+
+    steps: float
+    time: float = 0.0
+
+
+def _progress(path: Path) -> _Progress | None:
+    """Return the progress of a checkpoint, ``None`` if it is not whole."""
     if not path.exists():
         return None
     if path.is_dir():
-        return path.stat().st_mtime
+        steps = _folder_steps(path)
+        return _Progress(-1.0, path.stat().st_mtime) if steps is None else _Progress(steps)
     try:
-        return float(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        return _Progress(float(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]))
     except Exception as error:  # whatever a damaged file makes torch raise
         log.warning("%s is no whole checkpoint and is left out (%s)", path, type(error).__name__)
         return None
+
+
+def _folder_steps(folder: Path) -> float | None:
+    """Return the optimizer steps of a checkpoint folder from its state, or else from its name; ``None`` if neither contains them."""
+    # Of FSDP and of DeepSpeed, each beside its shards.
+    for state in (folder / "meta.pt", *sorted((folder / "checkpoint").glob("*mp_rank_00_model_states.pt"))):
+        with suppress(OSError, ValueError):
+            steps = read_plain(state).get("global_step")
+            if isinstance(steps, int):
+                return float(steps)
+    named = re.search(r"step=(\d+)", folder.name)
+    return float(named[1]) if named else None
 
 
 def _best(newest: Path, runs: Path) -> Path:

@@ -169,6 +169,30 @@ def test_whole_checkpoints_stand_for_one_that_is_not(tmp_path, damage):
         find_checkpoint("last", tmp_path)
 
 
+STATES = ("meta.pt", "checkpoint/mp_rank_00_model_states.pt", "checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt")
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_folders_of_sharded_strategies_are_ranked_by_their_steps(tmp_path, state):
+    folder = tmp_path / "version_0/checkpoints"
+    save(folder / "last.ckpt" / state, steps=5)
+    save(folder / "last-v1.ckpt" / state, steps=9)
+    os.utime(folder / "last-v1.ckpt", (100, 100))
+    assert find_checkpoint("last", tmp_path) == str(folder / "last-v1.ckpt")
+    edited = save(folder / "edited.ckpt", steps=9)
+    assert find_checkpoint("last", tmp_path) == str(edited)
+
+
+def test_folders_without_a_state_are_ranked_by_their_names_or_else_their_times(tmp_path):
+    folder = tmp_path / "version_0/checkpoints"
+    for time, name in enumerate(("b.ckpt", "a.ckpt", "epoch=1-step=100.ckpt", "epoch=0-step=20.ckpt"), start=1):
+        (folder / name).mkdir(parents=True)
+        os.utime(folder / name, (time, time))
+    for name in ("epoch=1-step=100.ckpt", "epoch=0-step=20.ckpt", "a.ckpt", "b.ckpt"):
+        assert find_checkpoint("last", tmp_path) == str(folder / name)
+        (folder / name).rmdir()
+
+
 def test_without_a_run(tmp_path):
     for which in ("last", "best"):
         with pytest.raises(FileNotFoundError, match=f"no {which} checkpoint under"):
