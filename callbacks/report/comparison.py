@@ -16,6 +16,7 @@ from malleable.callbacks.report.figures import draw_curves, draw_exposure, draw_
 from malleable.callbacks.report.page import Section
 from malleable.callbacks.sweep import inference
 from malleable.datamodules.batch import AnswerBatch
+from malleable.datamodules.files.escape import for_markdown
 from malleable.lightning_modules.functional.recommendation.row_hash import hash_rows
 from malleable.lightning_modules.language.language_model import LanguageModel
 
@@ -134,7 +135,7 @@ def self_play_sections(
         text = "Validation at the ends of the warm-up (0) and of each round; half a round is the end of its supervised phase."
         sections.append(Section("Rounds", text, figure=lambda figure: _draw_rounds(figure, curves), figure_size=size))
     if difference:
-        text = f"The figures of the model before self-play are not shown beside this test: {difference}."
+        text = f"The figures of the model before self-play are not shown beside this test: {for_markdown(difference)}."
         sections.append(Section("Supervised model", text))
     elif before and after is not None:
         versions = {"before self-play": before["counts"], "after": after}

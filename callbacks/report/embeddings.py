@@ -16,6 +16,7 @@ from torchmetrics.functional import spearman_corrcoef
 from malleable.callbacks.report.figures import draw_uncertainty
 from malleable.callbacks.report.page import Section
 from malleable.datamodules.batch import KnowledgeGraph
+from malleable.datamodules.files.escape import for_markdown
 from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics
 
 MEDIAN = "The median (smallest to largest) of the entities' mean deviation is"
@@ -134,7 +135,8 @@ def patterns_section(module: EmbedsGraph, graph: KnowledgeGraph, k: int, max_rel
     rows = [(PATTERNS[kind].format(*relations), kind, difference) for kind, relations, difference in patterns]
     clear = [row for row in rows if row[2] < CLEAR]
     if not clear:
-        nearest = "".join(f", the nearest is: {name} ({kind}, {value:.2f})" for name, kind, value in sorted(rows, key=lambda row: row[2])[:1])
+        lowest = sorted(rows, key=lambda row: row[2])[:1]
+        nearest = "".join(f", the nearest is: {for_markdown(name)} ({kind}, {value:.2f})" for name, kind, value in lowest)
         return Section(title, f"{text} There is none{nearest}.")
     return Section(title, text, (("relations", "pattern", "difference"), clear))
 

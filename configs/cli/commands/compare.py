@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 from malleable.callbacks.report.metric_notes import marked
 from malleable.callbacks.report.page import markdown_table, number, plain_table
 from malleable.commands.reported_runs import Run, load_run, why_unpaired
-from malleable.datamodules.files.escape import for_csv
+from malleable.datamodules.files.escape import for_csv, for_markdown
 from malleable.lightning_modules.metrics.significance import paired_bootstrap, row_values
 from malleable.recipes import similar
 
@@ -193,7 +193,7 @@ def render(found: Comparison, style: Format = "table") -> str:
         return _csv(found)
     header, rows = found.cells()
     if style == "markdown":
-        return "\n".join([markdown_table(header, rows), "", *(f"- {note}" for note in found.notes())]) + "\n"
+        return "\n".join([markdown_table(header, rows), "", *(f"- {for_markdown(note)}" for note in found.notes())]) + "\n"
     return "\n".join([plain_table(header, rows), "", *found.notes()]) + "\n"
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hostile import HOSTILE, is_inert
 from matplotlib.figure import Figure
 from tiny import TITLES, batch_of, tiny_rows
 from tiny_data import TinyData, quiet_trainer
@@ -11,6 +12,7 @@ from tiny_module import ready
 from torch.utils.data import DataLoader
 
 from malleable.callbacks.report.comparison import measure, recommendation_counts, round_curves, self_play_sections
+from malleable.callbacks.report.page import markdown
 
 HISTORY = [
     {"phase": "warmup", "round": 0, "val_hr_10": 0.1, "val_loss": 3.0},
@@ -103,6 +105,11 @@ def test_greedy_and_sampled_answers_make_a_table():
     header, rows = section.table
     assert header == ["round", "titles", "distinct", "top_3_share"]
     assert rows == [[1, "true", 8.0, 0.5], [1, "greedy", 2.0, 1.0], [1, "sample", 7.0, 0.6]]
+
+
+def test_settings_in_a_difference_are_not_interpreted():
+    sections = self_play_sections([], {"counts": torch.ones(8)}, torch.ones(8), TITLES, difference=f"decoding: {HOSTILE} then, x in this test")
+    assert is_inert(markdown("Page", sections))
 
 
 def test_sections_take_what_there_is():

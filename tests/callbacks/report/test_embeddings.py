@@ -4,6 +4,7 @@ import runpy
 import pytest
 import torch
 from boring import BoringDataModule, BoringModule
+from hostile import HOSTILE, is_inert
 from launch import launch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from tiny_graph import TinyGraphData, tiny_graph
 
 from malleable.callbacks.report.embeddings import EmbeddingReport, patterns_section, relations_section, uncertainty_section
 from malleable.callbacks.report.figures import save_figure
+from malleable.callbacks.report.page import markdown
 from malleable.callbacks.report.report import RunReport
 from malleable.datamodules.batch import KnowledgeGraph
 from malleable.lightning_modules.functional.graphs.flows import NFE1
@@ -170,6 +172,10 @@ class TestPatterns:
         section = patterns_section(make(dimension=64), tiny_graph(), 10, 10)
         assert section.table is None
         assert "There is none, the nearest is: " in section.text
+
+    def test_labels_are_not_interpreted(self):
+        graph = graph_of(relations=tuple(f"{number} {HOSTILE}" for number in range(3)))
+        assert is_inert(markdown("Page", [patterns_section(make(dimension=64, graph=graph), graph, 10, 10)]))
 
     def test_among_the_most_frequent(self):
         frequent, rare = (patterns_section(self.mirrored(), graph_of(frequency=counts), 10, 2) for counts in ((1, 2, 3), (3, 2, 1)))

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import yaml
+from hostile import HOSTILE, is_inert
 from safetensors.numpy import save_file
 
 from malleable.callbacks.report.row_recorder import DIGEST, ROWS_FILE
@@ -174,6 +175,19 @@ def test_other_formats(tmp_path, capsys, caplog):
     assert [run["not_paired"] for run in content["runs"]] == [None, None, OTHER]
     (row,) = (row for row in content["metrics"] if row["metric"] == "ndcg_10")
     assert row["differences"] == [None, {"mean": mean, "low": low, "high": high}, None]
+
+
+def test_values_of_other_people_are_not_interpreted(tmp_path, capsys, monkeypatch):
+    """Values of settings reach the notes, names of folders the headings."""
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "=1+1", RANKS["a"])
+    write_run(tmp_path / "other", RANKS["b"], source={"interactions": HOSTILE}, digest="y")
+    main(["compare", "=1+1", "other", "--format", "markdown"])
+    assert is_inert(capsys.readouterr().out)
+    main(["compare", "=1+1", "=1+1", "--format", "csv"])
+    header = next(csv.reader(io.StringIO(capsys.readouterr().out)))
+    assert len(header) == 6
+    assert all(cell.startswith("'=1+1") for cell in header[1:])
 
 
 def test_files_have_the_names_that_the_report_gives_them():

@@ -2,10 +2,9 @@ import csv
 import io
 
 import pytest
+from hostile import HOSTILE
 
 from malleable.datamodules.files.escape import for_csv, for_markdown, for_terminal
-
-HOSTILE = "<script>x</script> ![a](http://b) [c](http://d) `e` *f* _g_ a|b & www.evil.org \x1b[31m \x9b2J \u202e"
 
 
 def test_nothing_is_left_that_markdown_or_a_terminal_obeys():
