@@ -22,7 +22,7 @@ from malleable.callbacks.editing.edit_evaluation import EditEvaluation
 from malleable.callbacks.editing.patched_model import PatchedModel, patch_callbacks
 from malleable.datamodules.editing.requests import EditRequest
 from malleable.datamodules.files.atomic import atomic_write
-from malleable.datamodules.files.plain_checkpoint import read_plain
+from malleable.datamodules.files.plain_checkpoint import read_plain, saving
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.patch import Patch
 from malleable.lightning_modules.patches.tensors import canonical_tensors
@@ -178,22 +178,23 @@ class PostFitEdit(PatchedModel, ABC):
                 temporary = Path(trainer.strategy.broadcast(str(own)))
                 trainer.save_checkpoint(temporary)
                 if trainer.is_global_zero:
-                    self._complete(temporary, trainer.lightning_module)
+                    self._complete(temporary, path, trainer.lightning_module)
         except BaseException:
             if checkpoint is not None:
                 checkpoint.best_model_path = best
             raise
         trainer.strategy.barrier("edited")
 
-    def _complete(self, path: Path, pl_module: LightningModule) -> None:
-        """Add the changed tensors to the checkpoint of a module that stores only what it trains."""
+    def _complete(self, path: Path, target: Path, pl_module: LightningModule) -> None:
+        """Add the changed tensors to the checkpoint of a module that stores only what it trains; ``path`` will replace ``target``."""
         if not is_overridden("on_save_checkpoint", pl_module):
             return
         stored = _read(path, "store only plain data in its checkpoints")
         missing = {key: tensor for key, tensor in self._changed(pl_module).items() if key not in stored["state_dict"]}
         if missing:
             stored["state_dict"] |= {key: tensor.cpu() for key, tensor in missing.items()}
-            torch.save(stored, path)
+            with saving(target):
+                torch.save(stored, path)
 
     def _changed(self, pl_module: LightningModule) -> dict[str, Tensor]:
         """Return the tensors that the patches change, by their keys in the state of the module."""

@@ -12,9 +12,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.files.atomic import atomic_write
-from malleable.datamodules.files.plain_checkpoint import read_plain
+from malleable.datamodules.files.plain_checkpoint import read_plain, saving
 from malleable.datamodules.files.run_folders import Wanted, find_run_checkpoint
-from malleable.datamodules.files.user_files import first_line
 from malleable.datamodules.files.yaml_files import read_yaml
 
 # Of a whole checkpoint: what only the continuation of its run needs.
@@ -56,11 +55,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with atomic_write(Path(path)) as partial:
-            try:
-                torch.save(checkpoint, partial)
-            except RuntimeError as error:  # raised by torch.save on a full disk
-                raise OSError(f"{path} was not written, and what was there is unchanged: is the disk full? ({first_line(error)})") from error
+        with atomic_write(Path(path)) as partial, saving(Path(path)):
+            torch.save(checkpoint, partial)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a file of this machine as tensors and plain data."""
@@ -100,7 +96,7 @@ def consolidate(folder: str) -> str:
     if not file.exists() or file.stat().st_mtime < (source / "latest").stat().st_mtime:
         from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp32_state_dict
 
-        with atomic_write(file) as partial:  # ranks may all come here at once
+        with atomic_write(file) as partial, saving(file):  # ranks may all come here at once
             states = convert_zero_checkpoint_to_fp32_state_dict(source, partial)
             torch.save({key: value for key, value in states.items() if key not in _LOOP_STATES | _ENGINE_STATES}, partial)
     return str(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
@@ -29,6 +30,8 @@ def main(args: Sequence[str] | None = None) -> None:
             and an exit status; called from Python with ``args``, they are raised as they are.
     """
     words = list(sys.argv[1:] if args is None else args)
+    if args is None and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)  # a segmentation fault, e.g. of torch without memory, would say nothing
     try:
         with _log_to_stderr():
             _run(words)

@@ -1,9 +1,10 @@
-"""Loading of checkpoints as tensors and plain data, without running code from them."""
+"""Loading of checkpoints as tensors and plain data, without running code from them, and errors of saving them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,22 @@ def read_plain(path: Path | str, *, mmap: bool = True) -> dict[str, Any]:
     if wrong := next((key for name in ("state_dict", "hyper_parameters") for key in content.get(name) or () if not isinstance(key, str)), None):
         raise ValueError(f"{path} is not a checkpoint: {wrong!r:.80} is not a name of a tensor or argument")
     return dict(content)
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Convert errors of ``torch.save`` to errors that name the file. Use it within :func:`~malleable.datamodules.files.atomic.atomic_write`.
+
+    Args:
+        path: The file to replace, for messages.
+
+    Raises:
+        OSError: If the file could not be written.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # raised by torch.save on a full disk
+        raise OSError(f"{path} was not written, and what was there is unchanged: is the disk full? ({first_line(error)})") from error
 
 
 def _load(path: Path, mmap: bool) -> Any:

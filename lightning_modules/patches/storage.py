@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from malleable.datamodules.files.atomic import atomic_write, recover
-from malleable.datamodules.files.plain_checkpoint import read_plain
+from malleable.datamodules.files.plain_checkpoint import read_plain, saving
 from malleable.datamodules.files.text_files import read_json
-from malleable.datamodules.files.user_files import check_tree, first_line, is_file_name, shard_names
+from malleable.datamodules.files.user_files import check_tree, is_file_name, shard_names
 from malleable.lightning_modules.patches.files import mirror
 from malleable.lightning_modules.patches.patch import Patch, is_patch
 from malleable.lightning_modules.patches.stack import Change, PatchStack
@@ -106,10 +106,8 @@ class CheckpointFile(Container):
         if change.stack.patches:
             content[SECTION] = change.stack.as_plain()
         with atomic_write(target, own_modes=True) as building:
-            try:
+            with saving(target):
                 torch.save(content, building)
-            except RuntimeError as error:  # of torch.save on a full disk
-                raise OSError(f"{target} was not written, and nothing has changed: {first_line(error)}") from error
             shutil.copymode(self.path, building)
 
 

@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import zipfile
@@ -179,6 +180,13 @@ def test_a_run_folder_that_cannot_be_written_is_one_message(monkeypatch, boring,
         main()
     assert ended.value.code == 1
     assert "runs" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_segmentation_fault_is_reported():
+    code = "import ctypes, sys; from malleable.main import main; sys.argv = ['malleable', '--version']; main(); ctypes.string_at(0)"
+    done = python("-c", code)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in done.stderr
 
 
 def test_the_end_of_a_pipe_is_no_error():

@@ -200,6 +200,24 @@ def test_frozen_weights_that_were_edited_are_kept_where_only_trained_ones_are(mo
     assert set(kept) == {"model.lm_head.weight", *(f"model.model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1))}
 
 
+def test_a_full_disk_leaves_the_old_state(module, tmp_path, monkeypatch):
+    def fail(content, file, *arguments, **options):
+        if isinstance(file, Path):  # Lightning saves to memory first
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0")
+        save(content, file, *arguments, **options)
+
+    save = torch.save
+    monkeypatch.setattr(torch, "save", fail)
+    module.only = "lm_head"
+    trainer = trainer_of(tmp_path, edit())
+    with pytest.raises(OSError, match=r"checkpoints/edited\.ckpt was not written, .* is the disk full\? \(PytorchStreamWriter failed"):
+        trainer.fit(module)
+    folder = tmp_path / "lightning_logs/version_0/checkpoints"
+    (kept,) = folder.iterdir()
+    assert trainer.checkpoint_callback.best_model_path == str(kept)
+    assert weights(kept)
+
+
 def test_without_checkpoints_the_patch_is_still_written(module, tmp_path):
     callback = edit()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
