@@ -83,19 +83,18 @@ class PackedBatch(Batch):
 
 
 class AnswerBatch(Batch):
-    """One prompt and its answer a row: the shape of supervised tuning, ranking tests and prediction.
+    """Prompts with one answer each, for supervised fine-tuning, ranking and prediction.
 
     Attributes:
         prompt_ids: ``(B, P)`` int64, padded on the left.
         prompt_mask: ``(B, P)`` bool, True on real tokens.
-        answer_ids: ``(B, K, A)`` int64, padded on the right, each answer ending in the end-of-sequence token.
-            K is 1 here, and 0 answer tokens are allowed when nothing is to be learnt (prediction).
+        answer_ids: ``(B, K, A)`` int64, padded on the right. Answers end with the end-of-sequence token. K is 1; A may be 0 in prediction.
         answer_mask: ``(B, K, A)`` bool, True on real tokens.
         item_ids: ``(B, K)`` int64, the item of each answer, -1 if it is not an item.
         history: ``(B, L)`` int64, items before the target that sequence models read, oldest first, padded with -1 on the left.
         seen: ``(B, S)`` int64, items that are not recommended again, padded with -1.
-        candidates: ``(B, C)`` int64, the items to choose from; ``None`` means the whole catalogue.
-        metric_history: ``(B, M)`` int64, items that metrics count as the history, padded like ``history``; ``None``: ``history``.
+        candidates: ``(B, C)`` int64, items to choose from, padded with -1; ``None`` means the whole catalogue.
+        metric_history: ``(B, M)`` int64, items that metrics count as the user's history, padded like ``history``; ``None``: ``history``.
         num_step_tokens: As in :class:`PackedBatch`.
         answer_columns: Number of columns that the answers of a row need after a shared prompt. ``None``: ``K * (A - 1)``. It is a number, not a
             tensor, so that shapes are known without synchronisation.
@@ -161,11 +160,11 @@ class QueryBatch(Batch):
 
 
 class Example(TypedDict):
-    """One row before collation: the element type of every recommendation dataset.
+    """Row of a recommendation dataset, before collation.
 
-    ``answers`` holds token lists, the chosen (true) one first, each ending in the end-of-sequence token. ``earlier`` holds all items of the user
-    before the target, the ones that the prompt has no room for too: none of them serves as a negative. It is not collated. Where a row has no
-    ``seen``, its ``history`` stands for it; the same holds for ``metric_history``.
+    ``answers`` contains the tokens of each answer, the chosen (true) one first, with the end-of-sequence token. ``earlier`` contains all items of the
+    user before the target, including those that do not fit into the prompt; they are never negatives, and they are not collated. If a row has no
+    ``seen`` or no ``metric_history``, its ``history`` is used instead.
     """
 
     sample_id: int
@@ -182,7 +181,7 @@ class Example(TypedDict):
 
 
 class PackedExample(TypedDict):
-    """A row of whole documents laid end to end, as in :class:`PackedBatch`; ``document_ids`` run from 1."""
+    """Row of concatenated documents, as in :class:`PackedBatch`; ``document_ids`` start at 1."""
 
     sample_id: int
     input_ids: Sequence[int]
@@ -190,11 +189,11 @@ class PackedExample(TypedDict):
 
 
 class Recommendations(NamedTuple):
-    """The best items of each row, best first.
+    """Best items of each row, best first.
 
     Attributes:
-        item_ids: ``(B, k)`` int64 of distinct items, -1 where fewer than k may be recommended.
-        scores: ``(B, k)`` float32, descending, ``-inf`` beside -1.
+        item_ids: ``(B, k)`` int64, distinct items, padded with -1 if fewer than k are allowed.
+        scores: ``(B, k)`` float32, descending, ``-inf`` for padding.
     """
 
     item_ids: Tensor

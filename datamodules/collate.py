@@ -61,29 +61,29 @@ def collate_packed(examples: Sequence[PackedExample], pad_token_id: int = 0, pad
 
 
 def collate_answers(examples: Sequence[Example], pad_token_id: int = 0, pad_to_multiple_of: int = 8) -> AnswerBatch:
-    """Make an :class:`AnswerBatch`.
+    """Collate rows to an :class:`AnswerBatch`.
 
     Raises:
         ValueError: If a row has several answers.
     """
     if several := next((example for example in examples if len(example["answers"]) != 1), None):
         raise ValueError(
-            f"a row of AnswerBatch has one answer, the row with sample_id {several['sample_id']} has {len(several['answers'])}; collate rows with "
-            "rejected answers as PreferenceBatch"
+            f"a row of AnswerBatch must have one answer, but the row with sample_id {several['sample_id']} has {len(several['answers'])}; "
+            "collate rows with rejected answers to a PreferenceBatch"
         )
     return AnswerBatch(**_columns(examples, 1, pad_token_id, pad_to_multiple_of))
 
 
 def collate_preferences(examples: Sequence[Example], pad_token_id: int = 0, pad_to_multiple_of: int = 8) -> PreferenceBatch:
-    """Make a :class:`PreferenceBatch`; rows may have different numbers of rejected answers.
+    """Collate rows to a :class:`PreferenceBatch`; rows may have different numbers of rejected answers.
 
     Raises:
         ValueError: If a row has no rejected answer.
     """
     if single := next((example for example in examples if len(example["answers"]) < 2), None):
         raise ValueError(
-            f"a row of PreferenceBatch has a chosen and at least one rejected answer, the row with sample_id {single['sample_id']} has "
-            f"{len(single['answers'])} in all; collate rows without rejected answers as AnswerBatch"
+            f"a row of PreferenceBatch must have a chosen answer and at least one rejected answer, but the row with sample_id {single['sample_id']} "
+            f"has {len(single['answers'])} answers; collate rows without rejected answers to an AnswerBatch"
         )
     count = max(len(example["answers"]) for example in examples)
     columns = _columns(examples, count, pad_token_id, pad_to_multiple_of)
@@ -98,14 +98,14 @@ def collate_preferences(examples: Sequence[Example], pad_token_id: int = 0, pad_
 
 
 def _columns(examples: Sequence[Example], count: int, pad_token_id: int, pad_to_multiple_of: int) -> dict[str, Any]:
-    """Make the fields of a batch with ``count`` answers a row; missing answers are empty."""
+    """Return the fields of a batch with ``count`` answers in each row; missing answers are empty."""
     prompts = [example["prompt"] for example in examples]
     answers = [answer for example in examples for answer in [*example["answers"], *[()] * count][:count]]
     lengths = torch.tensor([len(answer) for answer in answers]).reshape(len(examples), count)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
     _check_prompts(prompt_lengths, lengths, examples)
     longest = int(lengths.max())
-    # The last token of an answer is not fed, so this width makes whole multiples behind a prompt, too.
+    # The last token of an answer is not an input. Without it, the width is a multiple of `pad_to_multiple_of`.
     answer_ids = pad(answers, pad_token_id, width=padded_width(longest - 1, pad_to_multiple_of) + 1 if longest else 0)
     answer_ids = answer_ids.reshape(len(examples), count, -1)
     prompt_ids = pad(prompts, pad_token_id, "left", padded_width(int(prompt_lengths.max()), pad_to_multiple_of))
@@ -120,7 +120,7 @@ def _columns(examples: Sequence[Example], count: int, pad_token_id: int, pad_to_
         answer_mask=torch.arange(answer_ids.shape[2]) < lengths[..., None],
         item_ids=pad(items, -1, width=count),
         history=pad([example.get("history", ()) for example in examples], -1, "left"),
-        # Rows of others need not list what was seen; an empty list says that everything may be recommended again.
+        # Without the field `seen`, no item of the history is recommended again; with an empty list, all items may be recommended again.
         seen=pad([example.get("seen", example.get("history", ())) for example in examples], -1),
         candidates=pad(candidates, -1) if any(len(row) for row in candidates) else None,
         metric_history=pad(counted, -1, "left") if any("metric_history" in example for example in examples) else None,
@@ -129,7 +129,11 @@ def _columns(examples: Sequence[Example], count: int, pad_token_id: int, pad_to_
 
 
 def _check_prompts(prompt_lengths: Tensor, answer_lengths: Tensor, examples: Sequence[Example]) -> None:
-    """Refuse answers without a prompt: nothing would predict their first token. Rows of items alone have neither."""
+    """Raise an error if a row has an answer, but an empty prompt, so that nothing predicts the first token. Rows without any text are allowed.
+
+    Raises:
+        ValueError: If a prompt is empty.
+    """
     empty = prompt_lengths == 0
     if bool(empty.any()) and bool(prompt_lengths.any() | answer_lengths.any()):
         sample_id = examples[int(empty.long().argmax())]["sample_id"]

@@ -190,7 +190,7 @@ class GlobalBatchSampler:
     def _all_shards(self) -> list[Shard]:
         rank, size = world()
         order = self._order()
-        # (step, batch of the step, rank, row): consecutive rows make a step whatever the number of devices.
+        # (step, batch of the step, rank, row): consecutive rows make a step for any number of devices.
         shape = (self.num_steps, self.accumulation, size, self.batch_size)
         count = math.prod(shape)
         rows = torch.cat([order, order.new_zeros(max(0, count - len(order)))])[:count]

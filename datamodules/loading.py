@@ -139,7 +139,7 @@ class PhasedLoader(Generic[BatchT]):
         options |= {name: value for name, value in given.items() if value is not None} | worker_options
         self.collate_fn: Any = options.pop("collate_fn")
         if self.collate_fn is None and not isinstance(dataset, BatchDataset) and getattr(dataset, "collate", None) is None:
-            raise ValueError("PhasedLoader needs a collate_fn that makes a Batch, e.g. malleable.datamodules.batch.collate")
+            raise ValueError("PhasedLoader needs a collate_fn that returns a Batch, e.g. malleable.datamodules.collate.collate")
         self.pool: Any = dataset
         self.batch_sampler = GlobalBatchSampler(
             options.pop("batch_size"), global_batch_size, shuffle=options.pop("shuffle"), drop_last=options.pop("drop_last"), seed=seed
@@ -150,13 +150,15 @@ class PhasedLoader(Generic[BatchT]):
         self.set_rows(dataset, row_tokens)
 
     def view(self, name: str) -> Any:
-        """Return the rows of another view of the data, which a data module has added to ``views``.
+        """Return another dataset of training rows, e.g. ``answer`` or ``packed``; a data module sets them in the attribute ``views``.
 
         Raises:
-            KeyError: If there is no such view.
+            KeyError: If there is no such dataset.
         """
         if name not in self.views:
-            raise KeyError(f"the training loader has no view {name!r}, only {sorted(self.views)}; use a data module with this view, or set `views`")
+            raise KeyError(
+                f"the training loader has no rows {name!r}, only {sorted(self.views)}; use a data module that has them, or set the attribute `views`"
+            )
         rows = self.views[name]
         return rows() if callable(rows) else rows
 

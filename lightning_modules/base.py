@@ -16,14 +16,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import Metric
 
 from malleable.datamodules.batch import Batch
-from malleable.datamodules.identity import KINDS, SETTINGS, check_identity, differences, load_identity, store_identity, vocabulary_of
+from malleable.datamodules.compatibility import check_identity, differences
+from malleable.datamodules.stored_identity import KINDS, SETTINGS, load_identity, store_identity, vocabulary_of
+from malleable.lightning_modules.distributed_rows import mark_padding_rows
 from malleable.lightning_modules.frozen_ddp import leave_frozen_unwrapped
-from malleable.lightning_modules.fsdp import refuse_unsharded
+from malleable.lightning_modules.fsdp import check_sharding
 from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.ranks import gather_over_ranks
 from malleable.lightning_modules.serialization import nested, to_plain
@@ -82,7 +82,7 @@ class BaseModule(CheckedLoading, ABC):
     weight_settings: ClassVar[tuple[str, ...]] = ()
     """Dotted names of constructor arguments that change the output of given weights. A checkpoint must have the module's values."""
     shards_weights: ClassVar[bool] = False
-    """Whether ``configure_model`` divides the weights among ranks under FSDP2."""
+    """Whether ``configure_model`` shards the weights over ranks with FSDP2."""
     reads_text: ClassVar[bool] = True
     """Whether the weights depend on the tokenizer and the prompt template, besides the items."""
 
@@ -101,7 +101,7 @@ class BaseModule(CheckedLoading, ABC):
             MisconfigurationException: If a required attribute is missing, or an attribute of the data module differs from the module's.
         """
         self._leave_steps_uncompiled()
-        refuse_unsharded(self, getattr(self.trainer, "strategy", None))
+        check_sharding(self, getattr(self.trainer, "strategy", None))
         source = getattr(self.trainer, "datamodule", None)
         for name in self.data_attributes():
             own, given = getattr(self, name), getattr(source, name, None)
@@ -114,7 +114,7 @@ class BaseModule(CheckedLoading, ABC):
             if own is not None:
                 check_identity(name, own, given, text=self.reads_text, extend=getattr(source, "extend_catalog", False))
             if not _has_tokenizer(own) or _has_tokenizer(given):
-                # Counts of the same items are more recent in the data module.
+                # The catalogue of the data module has the same items, but more recent counts.
                 setattr(self, name, given)
                 self.eval_metrics.clear()
         leave_frozen_unwrapped(getattr(self.trainer, "strategy", None))
@@ -132,7 +132,7 @@ class BaseModule(CheckedLoading, ABC):
 
     @property
     def is_built(self) -> bool:
-        """Whether ``configure_model`` has made the weights."""
+        """Whether ``configure_model`` has created the weights."""
         return True
 
     def check_built(self) -> None:
@@ -333,24 +333,9 @@ class BaseModule(CheckedLoading, ABC):
             self._loss_sums.pop(split, None)
             for metric in self.metrics(split).values():
                 metric.reset()
-        batch.sample_id = self._mark_repeats(batch, batch_idx, split)
+        batch.sample_id = mark_padding_rows(batch.sample_id, self.attached, split, batch_idx)
         self.log_loss(batch, split)
         return self.evaluate(batch, self.metrics(split))
-
-    def _mark_repeats(self, batch: Batch, batch_idx: int, split: Literal["train", "val", "test"]) -> Tensor:
-        """Return the ids, negative for rows that a ``DistributedSampler`` has repeated to fill the last batch."""
-        trainer = self.attached
-        if trainer is None:
-            return batch.sample_id
-        loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders, "test": trainer.test_dataloaders}[split]
-        loader = loaders[0] if isinstance(loaders, list) else loaders
-        if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, DistributedSampler):
-            return batch.sample_id
-        sampler = loader.sampler
-        own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
-        first = batch_idx * (loader.batch_size or 1)
-        position = first + torch.arange(len(batch), device=batch.sample_id.device)
-        return torch.where((position < own) | (batch.sample_id < 0), batch.sample_id, -1 - batch.sample_id)
 
     def _log_step(self) -> None:
         """Log means over the batches of an optimizer step and over the ranks, equal to those of one large batch on one device."""

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism (FSDP2): parameters, gradients and optimizer states are divided among ranks."""
+"""Fully sharded data parallelism (FSDP2): parameters, gradients and optimizer states are sharded over ranks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.distributed.fsdp import fully_shard
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's strategy for FSDP2, with data parallelism over all devices of all machines.
+    """FSDP2 strategy of Lightning, with data parallelism over all devices of all machines.
 
-    ``ModelParallelStrategy`` divides tensors within a machine by default, which no module here supports. Checkpoints are single files, so that
-    every command and every strategy reads them.
+    By default, ``ModelParallelStrategy`` uses tensor parallelism within a machine, which the modules do not support. Checkpoints are single files,
+    which all commands and strategies can read.
 
     Args:
-        save_distributed_checkpoint: Write a folder with a file for each rank instead. Such a folder is needed where the weights do not fit into
-            the memory of one machine.
+        save_distributed_checkpoint: Write a folder with one file for each rank instead of a single file. This is needed if the weights do not fit
+            into the memory of one machine.
         process_group_backend: Backend of ``torch.distributed``; default: that of the device.
-        timeout_s: Timeout of collectives in seconds.
+        timeout_s: Timeout of collective operations in seconds.
     """
 
     def __init__(self, save_distributed_checkpoint: bool = False, process_group_backend: str | None = None, timeout_s: float = 1800.0) -> None:
@@ -34,22 +34,22 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Start the processes' group, and use all of them for data parallelism."""
+        """Initialise the process group, and use all processes for data parallelism."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
 
 def data_parallel_mesh(strategy: Any) -> DeviceMesh | None:
-    """Return the devices among which weights are divided, ``None`` under strategies other than FSDP2."""
+    """Return the mesh of devices over which weights are sharded; ``None`` with strategies other than FSDP2."""
     return strategy.device_mesh["data_parallel"] if isinstance(strategy, ModelParallelStrategy) else None
 
 
 def shard_decoder(model: Any, mesh: DeviceMesh) -> None:
-    """Divide the weights of a Hugging Face decoder among ranks: each block gathers its weights when it runs.
+    """Shard the weights of a Hugging Face decoder over ranks; each block gathers its weights when it runs.
 
     Args:
-        model: The decoder, wrapped by PEFT or not. Every rank has all weights at this moment.
-        mesh: The ranks.
+        model: The decoder, with or without PEFT. Every rank must have all weights.
+        mesh: Mesh of the devices.
     """
     blocks = set(getattr(model, "_no_split_modules", None) or ())
     for module in list(model.modules()):
@@ -58,14 +58,14 @@ def shard_decoder(model: Any, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def refuse_unsharded(module: LightningModule, strategy: Any) -> None:
-    """Refuse FSDP2 for a module that does not divide its weights: its gradients would not be averaged over ranks.
+def check_sharding(module: LightningModule, strategy: Any) -> None:
+    """Check that a module shards its weights if the strategy is FSDP2; otherwise its gradients would not be averaged over ranks.
 
     Raises:
-        MisconfigurationException: If the strategy is one of FSDP2 and no weight of the module is divided.
+        MisconfigurationException: If the strategy is FSDP2 and the module does not shard its weights.
     """
     if isinstance(strategy, ModelParallelStrategy) and not getattr(module, "shards_weights", False):
         raise MisconfigurationException(
-            f"{type(module).__name__} cannot run with {type(strategy).__name__}: its weights are not divided among ranks; "
+            f"{type(module).__name__} cannot run with {type(strategy).__name__}: it does not shard its weights over ranks; "
             "use ddp (--config base/ddp.yaml)"
         )

@@ -1,4 +1,4 @@
-"""Modules of earlier runs as inputs of later ones: an oracle, a judge, an encoder, the first of two stages."""
+"""Loading of modules that were trained in earlier runs, e.g. an oracle, a judge, an encoder, or the first of two stages."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def find_trained(name: str, root: str | Path = "runs") -> Path:
     """Return the checkpoint of an earlier run.
 
     Args:
-        name: A checkpoint file; a run folder; or ``last:<recipe>``, the latest run of a recipe. Of a run, the checkpoint is the one that it would
-            test: the edited one, else the best one, else the last one.
+        name: A checkpoint file; a run folder; or ``last:<recipe>``, the latest run of a recipe. Of a run, the checkpoint that ``test`` uses is
+            returned: the edited one, otherwise the best one, otherwise the last one.
         root: Folder of the runs of recipes.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is the folder of a sharded strategy.
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If the checkpoint is a folder, which sharded strategies write.
     """
     path = Path(name).expanduser()
     if name.startswith(LAST) or (path.is_dir() and (path / "checkpoints").is_dir()):
@@ -40,10 +40,11 @@ def find_trained(name: str, root: str | Path = "runs") -> Path:
         log.info("%s is %s", name, path)
     if path.is_dir():
         raise ValueError(
-            f"{path} is the folder of a sharded strategy; make one file of it: malleable test with this --ckpt_path writes one beside it"
+            f"{path} is a folder that a sharded strategy has written; convert it to a file: malleable test with this --ckpt_path writes the file "
+            "beside it"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {name}; give a checkpoint file, a run folder, or last:<recipe>")
+        raise FileNotFoundError(f"there is no checkpoint {name}; give a checkpoint file, a run folder, or last:<recipe>")
     return path
 
 
@@ -52,55 +53,55 @@ def load_trained(name: str, kind: type[ModuleT], root: str | Path = "runs", **ar
 
     Args:
         name: As in :func:`find_trained`.
-        kind: Class that the module must have, or a base class of it. Classes outside of malleable are only loaded where they are given here.
+        kind: Class of the module, or a base class of it. A class that is not part of malleable is loaded only if it is given here.
         root: Folder of the runs of recipes.
-        **arguments: Arguments of the module that win over stored ones.
+        **arguments: Arguments of the module; they override stored ones.
 
     Raises:
         FileNotFoundError: If there is no such run or checkpoint.
-        ValueError: If the checkpoint holds more than plain data, does not name its class, or is of another class.
+        ValueError: If the checkpoint contains anything else than tensors and plain data, or if it is of another class.
     """
     path = find_trained(name, root)
     own = f"{kind.__module__}.{kind.__qualname__}"
     stored = (read_plain(path).get("hyper_parameters") or {}).get("_class_path", own)
     if stored != own and not (isinstance(stored, str) and stored.startswith("malleable.")):
         raise ValueError(
-            f"{path} is of the class {stored}, which is not of malleable, and importing it could run code; if you trust it, give kind={stored}"
+            f"{path} is of the class {stored}, which is not part of malleable; importing it could run code. If you trust it, give kind={stored}"
         )
     try:
         found = kind if stored == own else resolve_name(stored)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is of the class {stored}, which this version of malleable does not have; train the model again") from error
+        raise ValueError(f"{path} is of the class {stored}, which does not exist in this version of malleable; train the model again") from error
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise ValueError(f"{path} is a {stored.rpartition('.')[2]}, but a {kind.__name__} is needed; give a run of such a module")
+        raise ValueError(f"{path} is a {stored.rpartition('.')[2]}, expected a {kind.__name__}; give a run of a {kind.__name__}")
     module: ModuleT = found.load_from_checkpoint(path, map_location="cpu", weights_only=True, **arguments)
     return module.eval().requires_grad_(False)
 
 
 def item_positions(catalog: Catalog, trained: Catalog, needed: Sequence[int] | None = None) -> Tensor:
-    """Return where the items of a catalogue are in the catalogue of an earlier run; items are compared by title.
+    """Return the positions of the items of a catalogue in the catalogue of an earlier run. Items are identified by title.
 
-    Ids of a source and positions may differ between runs: another filter, another order of the file, merged titles.
+    Source ids and positions may differ between runs, because of other filters, another order of rows, or merged titles.
 
     Args:
-        catalog: N items.
-        trained: Items of the earlier run.
+        catalog: Catalogue of N items.
+        trained: Catalogue of the earlier run.
         needed: Positions in ``catalog`` of items that must be found; default: none.
 
     Returns:
-        ``(N,)`` int64 positions in ``trained``, -1 for items that it does not have.
+        ``(N,)`` int64 positions in ``trained``; -1 for items that are not in it.
 
     Raises:
-        ValueError: If a needed item is missing, or no item is found.
+        ValueError: If a needed item is not found, or if no item is found.
     """
-    places = {title: place for place, title in enumerate(trained.titles)}
-    positions = torch.tensor([places.get(title, -1) for title in catalog.titles])
+    position_of = {title: position for position, title in enumerate(trained.titles)}
+    positions = torch.tensor([position_of.get(title, -1) for title in catalog.titles])
     missing = [catalog.titles[item] for item in needed or () if positions[item] < 0]
     if missing or not bool((positions >= 0).any()):
         titles = missing or catalog.titles
         examples = ", ".join(map(repr, titles[:SHOWN])) + (", ..." if len(titles) > SHOWN else "")
         raise ValueError(
-            f"{len(titles)} items are not in the catalogue of {len(trained)} items of the earlier run, which is compared by title: {examples}; "
-            "train the earlier model on data that has them"
+            f"the titles of {len(titles)} items are not in the catalogue of {len(trained)} items of the earlier run: {examples}; "
+            "train the earlier model on data with these items"
         )
     return positions

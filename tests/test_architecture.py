@@ -17,7 +17,10 @@ MAX_ARGUMENTS = 14
 SIZED = [*SOURCES, *sorted(path for path in (ROOT / "tests").rglob("*.py") if path.relative_to(ROOT).parts[1] not in ("helpers", "benchmarks"))]
 
 # The types of data that others may use: batches, files, identities of catalogues, negative samplers, edit requests.
-TYPES = tuple(f"malleable.datamodules.{name}" for name in ("batch", "collate", "editing.requests", "files", "identity", "negatives"))
+TYPES = tuple(
+    f"malleable.datamodules.{name}"
+    for name in ("batch", "collate", "editing.requests", "files", "negative_samplers", "compatibility", "stored_identity")
+)
 # Callbacks also use the loader and the reader of texts.
 DATA = (*TYPES, *(f"malleable.datamodules.{name}" for name in ("language.texts", "global_batches", "loading", "sample_ids")))
 # Longest folder first: what each may import of ours besides what lies in its own folder.
@@ -130,3 +133,14 @@ def test_constructors_have_few_arguments():
                 if len(own) > MAX_ARGUMENTS:
                     long[f"{path.relative_to(ROOT).as_posix()}:{node.lineno}"] = len(own)
     assert not long, f"group these arguments in a settings class; the limit is {MAX_ARGUMENTS} arguments besides {sorted(common - {'self'})}"
+
+
+PACKAGES = [path for path in SOURCES if path.name == "__init__.py" and "\nFiles:\n" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=lambda path: path.parent.relative_to(ROOT).as_posix())
+def test_a_package_docstring_lists_its_files(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    listed = {line.strip().partition(": ")[0] for line in docstring.partition("Files:\n")[2].splitlines()}
+    files = {file.name for file in path.parent.glob("*.py")} - {"__init__.py"}
+    assert listed == files | {f"{init.parent.name}/" for init in path.parent.glob("*/__init__.py")}

@@ -85,5 +85,5 @@ def test_parts_go_by_their_short_names_on_a_command_line(base):
 def test_a_name_that_two_kinds_of_parts_have_is_resolved_by_the_kind():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--negatives", type=malleable.NegativeSampler)
-    assert parser.parse_args(["--negatives=Popularity"]).negatives.class_path == "malleable.datamodules.negatives.Popularity"
+    assert parser.parse_args(["--negatives=Popularity"]).negatives.class_path == "malleable.datamodules.negative_samplers.Popularity"
     assert malleable.Popularity.__module__ == "malleable.lightning_modules.recommendation.baselines"

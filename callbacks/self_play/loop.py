@@ -21,12 +21,12 @@ from malleable.callbacks.report.page import Column, Section
 from malleable.callbacks.restart import finish_epoch
 from malleable.callbacks.run_files import run_folder, stored_copies
 from malleable.callbacks.self_play.limits import check_limits, check_rounds
-from malleable.callbacks.self_play.negatives import compare_decoding, negatives
 from malleable.callbacks.self_play.phases import Phase, PhaseSettings, SelfPlayState, plan_phases, reset_moments
 from malleable.callbacks.self_play.round_file import RoundFile, draw_positions
+from malleable.callbacks.self_play.round_negatives import compare_decoding, negatives
 from malleable.datamodules.batch import Catalog, Recommendations
 from malleable.datamodules.loading import PhasedLoader, RowView, sample_ids
-from malleable.datamodules.negatives import NegativeSampler, SelfPlay
+from malleable.datamodules.negative_samplers import NegativeSampler, SelfPlay
 from malleable.lightning_modules.functional.schedule import warmup_decay
 from malleable.lightning_modules.language.language_model import LanguageModel
 from malleable.lightning_modules.losses.preference import PreferenceLoss
@@ -50,7 +50,7 @@ class SelfPlayLoop(Callback):
         warmup: The initial supervised phase.
         sft: The supervised phase of a round.
         dpo: The preference phase of a round.
-        negatives: Chooses the rejected answers, see :mod:`malleable.datamodules.negatives`; default: :class:`SelfPlay`, the model's own answers.
+        negatives: Sampler of the rejected answers, see :mod:`malleable.datamodules.negative_samplers`. Default: :class:`SelfPlay`.
             ``Uniform`` and ``Popularity`` are the controls.
         negatives_from: The model that chooses them: ``pre_round`` the one that enters the round (the released code), ``post_sft`` the one after the
             supervised phase.

@@ -29,7 +29,7 @@ from malleable.callbacks.predictions import DescribesPredictions, PredictionWrit
 from malleable.callbacks.self_play.loop import SelfPlayLoop
 from malleable.checkpoints import AtomicCheckpointIO, as_layer, consolidate, differences, find_checkpoint, other_settings, stored_model
 from malleable.datamodules.files.run_folders import Wanted
-from malleable.datamodules.identity import stores_data
+from malleable.datamodules.stored_identity import stores_data
 from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements
 from malleable.lightning_modules.stored_weights import foreign_classes
 from malleable.option_errors import OptionParser, print_help, take_help

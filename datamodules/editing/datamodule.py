@@ -10,11 +10,11 @@ from malleable.datamodules.base import BaseDataModule
 from malleable.datamodules.batch import Vocabulary
 from malleable.datamodules.editing.requests import EditRequest, checked
 from malleable.datamodules.files.run_folders import exported
-from malleable.datamodules.identity import is_stored, read_stored, vocabulary_of
 from malleable.datamodules.language.text_rows import TextRows
 from malleable.datamodules.language.tokenizer import largest_token_id, load_tokenizer, train_tokenizer
 from malleable.datamodules.sources.editing.base import EditSource, EditTables
 from malleable.datamodules.sources.editing.texts import TextSource
+from malleable.datamodules.stored_identity import is_stored, read_stored, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -106,26 +106,15 @@ def fetch(url: str, sha256: str, name: str) -> Path:
     return _fetch(url, sha256, name, download)
 
 
-def fetch_package_file(requirement: str, member: str, sha256: str) -> Path:
-    """Return a verified file of a wheel on the package index; the package is neither installed nor run.
+def fetch_package_files(requirement: str, members: Mapping[str, str]) -> list[Path]:
+    """Return verified files of a wheel on the package index, which is downloaded once; the package is neither installed nor run.
 
     Args:
         requirement: Exact requirement, e.g. ``recbole==1.2.1``.
-        member: Path inside the wheel.
-        sha256: Checksum of the file in hexadecimal.
+        members: SHA-256 checksums in hexadecimal, by path inside the wheel.
 
     Raises:
-        FetchError: If pip cannot download the wheel, if it does not contain the file, or if the checksum differs.
-    """
-    return fetch_package_files(requirement, {member: sha256})[0]
-
-
-def fetch_package_files(requirement: str, members: Mapping[str, str]) -> list[Path]:
-    """Return verified files of one wheel, which is downloaded once; see :func:`fetch_package_file`.
-
-    Args:
-        requirement: Exact requirement.
-        members: Checksums by path inside the wheel.
+        FetchError: If pip cannot download the wheel, if it does not contain a file, or if a checksum differs.
     """
     home = _package_home(requirement)
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ from malleable.datamodules.sources.graphs.base import GraphSource, Ints
 
 
 class KnowledgeGraphDataModule(BaseDataModule):
-    """Queries ``(h, r, ?)`` of a knowledge graph, for models that rank all entities.
+    """Data module of queries ``(h, r, ?)`` to a knowledge graph, for models that rank all entities.
 
     Each triple ``(h, r, t)`` gives two queries, ``(h, r, ?)`` and ``(t, r + R, ?)``, in training, validation and test. Entities of all splits are
     ranked, including entities that are not in training. ``prepare_data`` numbers the triples and collects the known answers of all queries in a
@@ -96,11 +96,11 @@ class KnowledgeGraphDataModule(BaseDataModule):
         self._used: dict[str, tuple[Ints, Ints]] = {}
 
     def prepare_data(self) -> None:
-        """Fetch, read and number the triples into the cache, unless they are there."""
+        """Download, read and number the triples into the cache, unless they are there."""
         self._open()
 
     def setup(self, stage: str) -> None:
-        """Open the cache, set the graph and the datasets, and report."""
+        """Open the cache, set the graph and the datasets, and log the statistics of the graph."""
         super().setup(stage)
         if self.train_dataset is not None:
             return
@@ -163,23 +163,20 @@ class KnowledgeGraphDataModule(BaseDataModule):
             first = int(seen.argmin())
             labels = self.graph.entities[heads[first]], self.graph.relations[relations[first]], self.graph.entities[tails[first]]
             raise ValueError(
-                f"{int((~seen).sum())} of {len(seen)} {split} triples have an entity or a relation that training lacks, the first is {labels}; "
-                "mend the split, or set unseen_entities to keep or drop"
+                f"{int((~seen).sum())} of {len(seen)} {split} triples have an entity or a relation that is not in training (first: {labels}); "
+                "correct the split, or set unseen_entities to keep or drop"
             )
         return seen
 
     def data_summary(self) -> list[tuple[str, str]]:
-        """Return name and text of each fact of the graph, then its warnings; available after ``setup``."""
+        """Return the properties of the graph as pairs of name and text, then the warnings; available after ``setup``."""
         facts = list(self.report.facts())
         if any(self.report.unseen.values()) and self.unseen_entities != "error":
-            treatment = (
-                "they are ranked all the same"
-                if self.unseen_entities == "keep"
-                else "they are left out, so figures do not compare with published ones"
-            )
+            treatment = "they are ranked" if self.unseen_entities == "keep" else "they are omitted, so figures are not comparable with published ones"
             unseen = ", ".join(f"{count:,} of {split}" for split, count in self.report.unseen.items())
-            facts.append(("unseen", f"triples with something that training lacks ({self.report.unseen_entities} entities): {unseen}; {treatment}"))
+            number = self.report.unseen_entities
+            facts.append(("unseen", f"triples with an entity or relation that is not in training ({number} entities): {unseen}; {treatment}"))
         used = {split: len(self._used[split][0]) // 2 for split in SPLITS}
         rows = [f"{split} {used[split]:,}" + (f" of {every:,}" if used[split] < every else "") for split, every in self.report.triples.items()]
-        facts.append(("triples used", ", ".join(rows) + "; each asks for its tail and for its head"))
+        facts.append(("triples used", ", ".join(rows) + "; each gives a query for its tail and a query for its head"))
         return [*facts, *((WARNING, text) for text in self.report.warnings())]

@@ -159,9 +159,9 @@ class QueryRows:
         if not self._open:
             return known, row
         heads, relations, tails = self.queries[index].T
-        asking = np.flatnonzero(relations < 0)
-        found, which = self.answers.relations(heads[asking], tails[asking])
-        known, row = np.concatenate([known, found]), np.concatenate([row, asking[which]])
+        of_relations = np.flatnonzero(relations < 0)
+        found, which = self.answers.relations(heads[of_relations], tails[of_relations])
+        known, row = np.concatenate([known, found]), np.concatenate([row, of_relations[which]])
         order = np.argsort(row, kind="stable")
         return known[order], row[order]
 

@@ -36,12 +36,12 @@ class Twin:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """Statistics of a graph; splits are ``train``, ``val``, ``test``.
+    """Statistics of a graph.
 
     Attributes:
         entities: Number of entities.
         relations: Number of original relations.
-        triples: Number of triples by split.
+        triples: Number of triples by split: ``train``, ``val``, ``test``.
         repeated: Number of duplicate triples within each split.
         known: Number of validation and test triples that are in training, too.
         unseen: Number of validation and test triples with an entity or relation that is not in training.
@@ -72,7 +72,7 @@ class GraphReport:
         return cls(**{**plain, "twins": [Twin(**twin) for twin in plain["twins"]]})
 
     def facts(self) -> Iterator[tuple[str, str]]:
-        """Yield name and text of each fact."""
+        """Yield the properties of the graph as pairs of name and text."""
         counts = " / ".join(f"{count:,}" for count in self.triples.values())
         yield "graph", f"{self.entities:,} entities, {self.relations:,} relations, {counts} triples ({' / '.join(self.triples)})"
         share = self.queries / max(1, 2 * self.triples["train"])

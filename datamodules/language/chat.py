@@ -21,7 +21,7 @@ _BLANKS = f"{BLANKS}\u00a0"
 _CONTENT, _ANSWER = "malleablecontent", "malleableanswer"
 
 
-def in_chat(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptTemplate, int | None]:
+def apply_chat_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptTemplate, int | None]:
     """Combine a prompt template with the chat template of a tokenizer.
 
     Args:
@@ -52,7 +52,7 @@ def in_chat(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> tup
     between = reply.split(_ANSWER)[0].removeprefix(prompt) if reply.startswith(prompt) else ""
     closing += between
     stem = closing.rstrip(_BLANKS)
-    written = replace(
+    resolved = replace(
         template,
         chat=False,
         system=None,
@@ -60,18 +60,18 @@ def in_chat(template: PromptTemplate, tokenizer: PreTrainedTokenizerBase) -> tup
         suffix=template.suffix + stem,
         answer=closing[len(stem) :] + template.answer + end,
     )
-    return written, end_token
+    return resolved, end_token
 
 
-def check_content(template: PromptTemplate, written: PromptTemplate, titles: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the chat template does not change messages, so that :func:`in_chat` gives the same text as the chat template.
+def check_chat_messages(template: PromptTemplate, resolved: PromptTemplate, titles: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the chat template does not change messages, so that :func:`apply_chat_format` gives the same text as the chat template.
 
     Raises:
         ValueError: If it changes messages.
     """
     messages = [{"role": "system", "content": template.system}] if template.system is not None else []
     expected = _rendered(tokenizer, [*messages, {"role": "user", "content": template.text(titles)}], add_generation_prompt=True)
-    if not written.text(titles).startswith(expected.rstrip(_BLANKS)):
+    if not resolved.text(titles).startswith(expected.rstrip(_BLANKS)):
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} changes the text of a message; start template.prefix and end template.suffix with a "
             "word, or choose template 'instruction'"
@@ -80,8 +80,8 @@ def check_content(template: PromptTemplate, written: PromptTemplate, titles: lis
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
     try:
-        written: Any = tokenizer.get_chat_template()
-        dated = _CALL_OF_DATE.sub(lambda call: repr(DATE.strftime(call[2])), written)
+        chat_template: Any = tokenizer.get_chat_template()
+        dated = _CALL_OF_DATE.sub(lambda call: repr(DATE.strftime(call[2])), chat_template)
         text: Any = tokenizer.apply_chat_template(messages, chat_template=dated, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # templates raise various exceptions
         roles = ", ".join(message["role"] for message in messages)

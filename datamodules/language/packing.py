@@ -20,7 +20,7 @@ class Window(NamedTuple):
     length: int
 
 
-def cut_windows(sequences: Sequence[Ints], sizes: Ints, pack_length: int, overhead: int) -> list[Window]:
+def split_sequences(sequences: Sequence[Ints], sizes: Ints, pack_length: int, overhead: int) -> list[Window]:
     """Split sequences between items into documents that fit into a row.
 
     Args:
@@ -46,7 +46,7 @@ def cut_windows(sequences: Sequence[Ints], sizes: Ints, pack_length: int, overhe
     return windows
 
 
-def fit(windows: Sequence[Window], pack_length: int) -> list[list[Window]]:
+def pack_windows(windows: Sequence[Window], pack_length: int) -> list[list[Window]]:
     """Pack documents into rows with the best-fit-decreasing heuristic."""
     rows: list[list[Window]] = []
     space: list[tuple[int, int]] = []

@@ -8,7 +8,7 @@ import numpy as np
 
 from malleable.datamodules.batch import PackedBatch, PackedExample
 from malleable.datamodules.collate import collate
-from malleable.datamodules.language.packing import Window, fit
+from malleable.datamodules.language.packing import Window, pack_windows
 from malleable.datamodules.sample_ids import Ints, array_hash, content_ids
 
 
@@ -30,7 +30,7 @@ class TextRows:
         self.documents = [part for part in parts if len(part) > 1]
         if not self.documents:
             raise ValueError("no text has at least two tokens, which training needs; give longer texts")
-        self.rows = fit([Window(number, 0, 1, len(document)) for number, document in enumerate(self.documents)], pack_length)
+        self.rows = pack_windows([Window(number, 0, 1, len(document)) for number, document in enumerate(self.documents)], pack_length)
         contents = [np.concatenate([self.documents[window.sequence] for window in row]).astype(np.int64) for row in self.rows]
         self.sample_ids = content_ids(np.array([array_hash(content) for content in contents], dtype=np.uint64))
 

@@ -79,7 +79,7 @@ def train_tokenizer(titles: Sequence[str], vocab_size: int = 2048, counts: Seque
         raise ValueError(f"vocab_size must be >= {256 + len(special)} (every byte and {special}), got {vocab_size}")
     weighted = sorted(zip(titles, counts if counts is not None else [0] * len(titles), strict=True))
     folder = cache_folder() / "tokenizers" / f"bpe-{_digest([vocab_size, METHOD if across_words else WORD_METHOD, *weighted])}"
-    if not _is_there(folder):
+    if not _is_cached(folder):
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not across_words)
         bpe.decoder = decoders.ByteLevel()
@@ -139,7 +139,7 @@ def unpack_tokenizer(packed: Mapping[str, Any]) -> Path:
         ValueError: If the tokenizer does not match the stored digest.
     """
     folder = cache_folder() / "tokenizers" / f"stored-{packed['digest'][:16]}"
-    if _is_there(folder):
+    if _is_cached(folder):
         return folder
     with atomic_write(folder, keep=is_whole) as temporary:
         temporary.mkdir()
@@ -155,29 +155,29 @@ def unpack_tokenizer(packed: Mapping[str, Any]) -> Path:
 def _content(name: str) -> tuple[str, dict[str, bytes]] | None:
     """Return digest and compressed files of a tokenizer, cached until its files change; if its files were removed, return the last ones."""
     try:
-        _READ[name] = _read_content(name, fingerprint(name))
+        _CONTENTS[name] = _read_content(name, fingerprint(name))
     except Exception as error:  # a broken tokenizer must not stop a checkpoint from being written
-        if name in _READ:
-            return _READ[name]
+        if name in _CONTENTS:
+            return _CONTENTS[name]
         log.warning("the tokenizer %r cannot be read, so it is neither stored nor compared: %s: %s", name, type(error).__name__, error)
         return None
-    return _READ[name]
+    return _CONTENTS[name]
 
 
 # Last content of each tokenizer that this process has read, because the cache folder may be deleted during a run.
-_READ: dict[str, tuple[str, dict[str, bytes]]] = {}
+_CONTENTS: dict[str, tuple[str, dict[str, bytes]]] = {}
 
 
-def write_known(name: str, folder: Path) -> bool:
+def write_from_memory(name: str, folder: Path) -> bool:
     """Write the files of a tokenizer from memory, if this process has read it.
 
     Returns:
         Whether the tokenizer was in memory.
     """
-    if name not in _READ:
+    if name not in _CONTENTS:
         return False
     folder.mkdir(exist_ok=True)
-    for file, data in _READ[name][1].items():
+    for file, data in _CONTENTS[name][1].items():
         (folder / file).write_bytes(zlib.decompress(data))
     return True
 
@@ -226,14 +226,14 @@ def _converted(gguf: Path) -> Path:
     from transformers import AutoTokenizer
 
     folder = cache_folder() / "tokenizers" / f"gguf-{fingerprint(str(gguf))}"
-    if not _is_there(folder):
+    if not _is_cached(folder):
         with gguf_errors(gguf):
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
         _save(tokenizer, folder)
     return folder
 
 
-def _is_there(folder: Path) -> bool:
+def _is_cached(folder: Path) -> bool:
     """Return whether a complete tokenizer is in the cache; log a warning if it is damaged."""
     recover(folder)
     damage = problem(folder)

@@ -1,4 +1,4 @@
-"""Interactions of new data under the catalogue that a model was trained with."""
+"""Alignment of new data with the catalogue that a model was trained with."""
 
 from __future__ import annotations
 
@@ -16,53 +16,59 @@ SHOWN = 3
 
 
 def align(data: Interactions, catalog: Catalog, extend: bool = False) -> Interactions:
-    """Number the items of data as a stored catalogue does; stored items that the data lacks keep their places.
+    """Renumber the items of data as in a stored catalogue; stored items that are not in the data keep their numbers.
+
+    Items are identified by title.
 
     Args:
-        data: Whose items have places of their own; found in the catalogue by title.
-        catalog: What the model was trained with.
-        extend: Append items that the catalogue lacks, instead of refusing them.
+        data: Data with their own numbers of items.
+        catalog: Catalogue that the model was trained with.
+        extend: Append items that are not in the catalogue; otherwise they are an error.
 
     Raises:
-        ValueError: If an item has another title than the stored one of the same id, or is new and ``extend`` is not set.
+        ValueError: If an item has another title than the stored item with the same source id, or is new without ``extend``.
     """
-    places = {title: item for item, title in enumerate(catalog.titles)}
-    new = [item for item, title in enumerate(data.titles) if title not in places]
-    _refuse_renamed(data, catalog, new)
+    number_of = {title: item for item, title in enumerate(catalog.titles)}
+    new = [item for item, title in enumerate(data.titles) if title not in number_of]
+    _check_titles(data, catalog, new)
     if new and not extend:
         raise ValueError(
             f"{len(new)} items of the data are not in the catalogue of {len(catalog)} items that the checkpoint stores: "
             f"{', '.join(f'{data.titles[item]!r} (id {data.keys[item][0]})' for item in new[:SHOWN])}{', ...' if len(new) > SHOWN else ''}; "
-            "give --extend_catalog (in Python, the data module's extend_catalog=True) to add them behind the stored ones, or leave them out"
+            "give --extend_catalog (in Python, extend_catalog=True of the data module) to append them to the stored items, or remove them"
         )
-    _warn_of_other_ids(data, catalog)
+    _warn_of_moved_ids(data, catalog)
     titles = [*catalog.titles, *(data.titles[item] for item in new)]
-    places |= {data.titles[item]: len(catalog) + number for number, item in enumerate(new)}
-    place = np.array([places[title] for title in data.titles], dtype=np.int64)
-    known = {place: item for item, place in enumerate(place.tolist())}
-    keys = [data.keys[known[item]] if item in known else list(catalog.keys[item : item + 1]) for item in range(len(titles))]
-    genres = [data.genres[known[item]] if item in known else catalog.genres[item] if catalog.genres else () for item in range(len(titles))]
-    if missing := len(titles) - len(known):
-        log.info("%d of the %d stored items are not in the data: they keep their places and are not recommended by predict", missing, len(catalog))
+    number_of |= {data.titles[item]: len(catalog) + number for number, item in enumerate(new)}
+    new_numbers: Ints = np.array([number_of[title] for title in data.titles], dtype=np.int64)
+    old_number = {number: item for item, number in enumerate(new_numbers.tolist())}
+    keys = [data.keys[old_number[item]] if item in old_number else list(catalog.keys[item : item + 1]) for item in range(len(titles))]
+    genres = [data.genres[old_number[item]] if item in old_number else catalog.genres[item] if catalog.genres else () for item in range(len(titles))]
+    if missing := len(titles) - len(old_number):
+        log.info("%d of the %d stored items are not in the data: they keep their numbers, and predict does not recommend them", missing, len(catalog))
     if new:
-        log.info("%d new items are added behind the %d stored ones", len(new), len(catalog))
+        log.info("%d new items are appended to the %d stored items", len(new), len(catalog))
     rows = {
-        name: replace(index, candidates=None if index.candidates is None else [_renumber(place, row) for row in index.candidates])
+        name: replace(index, candidates=None if index.candidates is None else [_lookup(new_numbers, row) for row in index.candidates])
         for name, index in data.rows.items()
     }
     listed = np.zeros(len(titles), dtype=bool)
-    listed[place] = True
-    events = None if data.events is None else data.events.renumbered(place)
-    sequences = [_renumber(place, items) for items in data.sequences]
+    listed[new_numbers] = True
+    events = None if data.events is None else data.events.renumber_items(new_numbers)
+    sequences = [_lookup(new_numbers, items) for items in data.sequences]
     return replace(data, titles=titles, genres=genres, keys=keys, sequences=sequences, rows=rows, events=events, listed=listed)
 
 
-def _renumber(place: Ints, items: Ints) -> Ints:
-    return place[items]
+def _lookup(new_numbers: Ints, items: Ints) -> Ints:
+    return new_numbers[items]
 
 
-def _refuse_renamed(data: Interactions, catalog: Catalog, new: list[int]) -> None:
-    """Refuse an item of a stored id whose stored title is gone: the title is what weights know it by."""
+def _check_titles(data: Interactions, catalog: Catalog, new: list[int]) -> None:
+    """Raise an error if the title of a stored item was changed in the data; models identify items by title.
+
+    Raises:
+        ValueError: If an item has a stored source id, but another title, and the stored title is not in the data.
+    """
     stored = dict(zip(catalog.keys, catalog.titles, strict=False))
     titles = set(data.titles)
     renamed = [(key, stored[key], data.titles[item]) for item in new for key in data.keys[item] if key in stored and stored[key] not in titles]
@@ -70,13 +76,13 @@ def _refuse_renamed(data: Interactions, catalog: Catalog, new: list[int]) -> Non
         examples = ", ".join(f"{key}: {old!r} in the checkpoint, {now!r} in the data" for key, old, now in renamed[:SHOWN])
         more = ", ..." if len(renamed) > SHOWN else ""
         raise ValueError(
-            f"{len(renamed)} items have another title than the checkpoint stores for the same id ({examples}{more}); "
-            "give them their stored titles, or new ids"
+            f"{len(renamed)} items have another title than the items with the same id in the checkpoint ({examples}{more}); "
+            "use the stored titles, or new ids"
         )
 
 
-def _warn_of_other_ids(data: Interactions, catalog: Catalog) -> None:
-    """Warn of titles whose stored id now belongs to another title, as where the titles of two items were swapped."""
+def _warn_of_moved_ids(data: Interactions, catalog: Catalog) -> None:
+    """Log a warning if the stored id of a title belongs to another title in the data, e.g. because the titles of two items were swapped."""
     stored = dict(zip(catalog.titles, catalog.keys, strict=False))
     now = {key: title for title, own in zip(data.titles, data.keys, strict=True) for key in own}
     moved = [(title, stored[title], now[stored[title]]) for title in data.titles if title in stored and now.get(stored[title], title) != title]

@@ -1,4 +1,4 @@
-"""Recommendation by titles: interactions become prompts, answers and packed histories."""
+"""Data module of recommendation: prompts and answers, or packed histories, from interactions of users with items."""
 
 from __future__ import annotations
 
@@ -13,61 +13,63 @@ from malleable.datamodules.base import BaseDataModule
 from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.files.fetch import cache_folder
 from malleable.datamodules.files.run_folders import exported
-from malleable.datamodules.identity import is_stored, read_stored, vocabulary_of
 from malleable.datamodules.loading import PhasedLoader
-from malleable.datamodules.negatives import NegativeSampler
+from malleable.datamodules.negative_samplers import NegativeSampler
 from malleable.datamodules.recommendation.events import SPLITS
-from malleable.datamodules.recommendation.histories import ItemLookup, Written, read_histories, read_users
+from malleable.datamodules.recommendation.histories import ItemLookup, TextFormat, read_histories, read_users
 from malleable.datamodules.recommendation.packed_rows import PackedRows
 from malleable.datamodules.recommendation.prompt import PromptTemplate
-from malleable.datamodules.recommendation.rows import AnswerRows, Lengths, Reach
+from malleable.datamodules.recommendation.rows import AnswerRows, Lengths, PromptWindow
 from malleable.datamodules.recommendation.splits import Ints, RowIndex, Split
-from malleable.datamodules.recommendation.store import Recipe, Store
+from malleable.datamodules.recommendation.store import Store, StoreSettings
 from malleable.datamodules.recommendation.summary import log_summary
 from malleable.datamodules.sample_ids import keyed_order, read_sample_ids
 from malleable.datamodules.sources.recommendation.base import Source
+from malleable.datamodules.stored_identity import is_stored, read_stored, vocabulary_of
 
 ALL_USERS = "all"
 
 
 class RecommendationDataModule(BaseDataModule):
-    """Rows for recommenders that read and write titles.
+    """Rows for models that recommend items, most of which read and generate titles.
 
-    Each training position of a user gives a row: a prompt with the items before it, and its title as the answer. ``prepare_data``
-    cleans, splits and tokenises once into a memory-mapped cache, which all ranks share.
+    Each training interaction of a user, except the first one, gives a row: a prompt with the items before it, and its title as the answer.
+    ``prepare_data`` cleans, splits and tokenises the data into a memory-mapped cache, which all ranks share.
 
     Args:
-        source: Where the interactions come from.
-        tokenizer: Hub id, folder, GGUF file or known name; ``None`` trains a BPE on the catalogue's titles; ``none`` makes rows of
-            items without any text. A checkpoint, or the folder ``model/`` or ``adapter/`` of a run, gives the tokenizer, the template
-            and the catalogue that its weights were trained with: items keep their places there. ``last:<recipe>`` is the latest run of a recipe.
-        vocab_size: Tokens of the BPE trained on the catalogue.
-        template: The prompt: ``history``, ``instruction`` or its fields; default: the checkpoint's where ``tokenizer`` is one, else ``history``.
-        split: Filters, split and history length.
-        train_view: Training rows: ``answer`` (a prompt and an answer) or ``packed`` (whole histories).
-        pack_length: Tokens of a packed row.
-        negatives: Chooses rejected answers of each row: ``Uniform``, ``Popularity`` or a ``Mixture``, see :mod:`malleable.datamodules.negatives`.
-        max_prompt_length: Tokens of a prompt, at most; longer histories lose their oldest items. ``None``: no limit.
-        extend_catalog: Where ``tokenizer`` is a checkpoint, add items that its catalogue lacks behind its own, instead of refusing them.
-        local_files_only: Take a tokenizer's hub id from the local cache only; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
-        predict_file: Histories to recommend for, see :func:`~malleable.datamodules.recommendation.histories.read_histories`.
-        predict_users: Users of the data to recommend for after their last item: ``all``, or a file of ids, see
-            :func:`~malleable.datamodules.recommendation.histories.read_users`; instead of ``predict_file``.
-        cache_dir: Where the tokenised data is kept; default: ``$MALLEABLE_CACHE`` or the user's cache folder.
-        batch_size: Rows of one training pass on one device, at most.
-        global_batch_size: Rows of one optimizer step over all devices; default: ``batch_size`` times devices.
-        eval_batch_size: Rows of one pass in validation, test and prediction; default: ``batch_size``.
-        num_workers: Loader processes on each device.
-        seed: Seed of the order of rows and of everything drawn.
+        source: Source of the interactions.
+        tokenizer: Hub id, folder, GGUF file or alias of a tokenizer. ``None`` trains a BPE tokenizer on the titles. ``none`` creates rows of items
+            without text. A checkpoint, or the folder ``model/`` or ``adapter/`` of a run, gives the tokenizer, the template and the catalogue that
+            its weights were trained with; items keep their positions in this catalogue. ``last:<recipe>`` is the latest run of a recipe.
+        vocab_size: Number of tokens of a tokenizer that is trained on the titles.
+        template: Prompt template: ``history``, ``instruction``, ``chat``, or its fields. Default: that of the checkpoint if ``tokenizer`` is one,
+            otherwise ``history``.
+        split: Settings of filters, split and history lengths.
+        train_view: Training rows: ``answer`` (a prompt and its answer) or ``packed`` (whole histories).
+        pack_length: Number of tokens of a packed row.
+        negatives: Sampler of rejected answers for each row: ``Uniform``, ``Popularity`` or a ``Mixture``, see
+            :mod:`malleable.datamodules.negative_samplers`.
+        max_prompt_length: Maximum number of tokens of a prompt; the oldest items of longer histories are omitted. ``None``: no limit.
+        extend_catalog: If ``tokenizer`` is a checkpoint, append items that are not in its catalogue; otherwise such items are an error.
+        local_files_only: Use the local cache for hub ids, without downloads; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
+        predict_file: File of histories to recommend for, see :func:`~malleable.datamodules.recommendation.histories.read_histories`.
+        predict_users: Users of the data to recommend for, after their last item: ``all``, or a file of ids, see
+            :func:`~malleable.datamodules.recommendation.histories.read_users`. Excludes ``predict_file``.
+        cache_dir: Folder of the cache; default: ``$MALLEABLE_CACHE`` or the user's cache folder.
+        batch_size: Maximum number of rows of a training batch on one device.
+        global_batch_size: Number of rows of an optimizer step over all devices; default: ``batch_size`` times the number of devices.
+        eval_batch_size: Number of rows of a batch in validation, test and prediction; default: ``batch_size``.
+        num_workers: Number of worker processes on each device.
+        seed: Seed of the order of rows and of all random choices.
 
     Attributes:
-        catalog: The items, valid after ``setup`` as are the datasets.
-        answer_dataset: Training rows of a prompt and an answer, also where training shows packed histories.
-        predicted_users: Users of the rows to predict for, by ``sample_id``: the number, from 0, of the row in ``predict_file``, or of the user in
-            ``predict_users``. ``None`` where there are no users.
+        catalog: The items. This and the datasets are available after ``setup``.
+        answer_dataset: Training rows with a prompt and an answer, which exist also if training uses packed histories.
+        predicted_users: Users of the prediction rows, by ``sample_id``: the number, from 0, of the row in ``predict_file`` or of the user in
+            ``predict_users``. ``None`` if the rows have no users.
 
     Raises:
-        ValueError: If a value is out of range or the data cannot be used; the message says which.
+        ValueError: If an argument is out of range, or if the data cannot be used.
     """
 
     reads_checkpoints: ClassVar[bool] = True
@@ -102,13 +104,13 @@ class RecommendationDataModule(BaseDataModule):
         super().__init__(batch_size, global_batch_size, eval_batch_size, num_workers, seed)
         tokenizer = None if tokenizer is None else exported(tokenizer)
         if extend_catalog and not is_stored(tokenizer):
-            raise ValueError(f"extend_catalog needs the catalogue that is extended: tokenizer=<checkpoint>, got tokenizer={tokenizer!r}")
+            raise ValueError(f"extend_catalog needs a catalogue to extend: set tokenizer=<checkpoint>, got tokenizer={tokenizer!r}")
         if negatives is not None:
-            negatives.bind(1, [1], seed)  # refuses samplers that need a model
+            negatives.bind(1, [1], seed)  # raises an error for samplers that need a model
         if train_view == "packed" and tokenizer == "none":
             raise ValueError("train_view='packed' packs the text of titles, but tokenizer='none' has no text; choose train_view='answer'")
         if predict_file is not None and predict_users is not None:
-            raise ValueError("predict_file and predict_users exclude each other: give histories in a file, or users of the data")
+            raise ValueError("predict_file and predict_users exclude each other: give a file of histories, or users of the data")
         self.source = source
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -127,11 +129,11 @@ class RecommendationDataModule(BaseDataModule):
         self._packed: PackedRows | None = None
 
     def prepare_data(self) -> None:
-        """Fetch, clean, split and tokenise into the cache, unless it is there."""
+        """Download, clean, split and tokenise the data into the cache, unless they are there."""
         self._open()
 
     def setup(self, stage: str) -> None:
-        """Open the cache and set the catalogue and the datasets."""
+        """Open the cache, and set the catalogue and the datasets."""
         super().setup(stage)
         if self.train_dataset is not None:
             return
@@ -162,7 +164,7 @@ class RecommendationDataModule(BaseDataModule):
             self.predict_dataset = self._user_rows(self.predict_users)
 
     def data_summary(self) -> list[tuple[str, str]]:
-        """Return name and text of each fact of the data, then its warnings; valid after ``setup``."""
+        """Return the properties of the data as pairs of name and text, then the warnings; available after ``setup``."""
         summary = self._open().summary
         parts = {"train": self.answer_dataset, "val": self.val_dataset, "test": self.test_dataset}
         summary.describe_rows({name: (len(rows), len(rows.table)) for name, rows in parts.items()})
@@ -170,31 +172,31 @@ class RecommendationDataModule(BaseDataModule):
 
     @property
     def vocabulary(self) -> Vocabulary | None:
-        """Tokens of the texts, valid after ``setup``; ``None`` with ``tokenizer='none'``."""
+        """Vocabulary of the texts, available after ``setup``; ``None`` with ``tokenizer='none'``."""
         return self.catalog.vocabulary
 
     @property
     def num_items(self) -> int:
-        """Items of the catalogue, valid after ``setup``."""
+        """Number of items of the catalogue, available after ``setup``."""
         return len(self.catalog)
 
     @property
     def packed_dataset(self) -> PackedRows:
-        """The training part of all histories in packed rows, laid out at first use; ``train_limit`` does not apply."""
+        """Packed rows of the training parts of all histories, created on first use; ``train_limit`` has no effect on them."""
         if self._packed is None:
             store = self._open()
             if self.split.train_without is not None:
                 raise ValueError(
-                    "split.train_without leaves out rows of prompts and answers; packed histories have no such rows: choose view 'answer'"
+                    "split.train_without omits rows with a prompt and an answer, but packed histories have no such rows; choose view 'answer'"
                 )
             if store.pieces is None:
-                raise ValueError("packed histories need text, but tokenizer='none' has none; give a tokenizer")
+                raise ValueError("packed histories need text, but tokenizer='none' has no text; give a tokenizer")
             sequences = [items[:end] for items, end in zip(store.sequences, store.train_end, strict=True) if end > 1]
             self._packed = PackedRows(sequences, store.pieces, self.pack_length, self._pad_token_id)
         return self._packed
 
     def row_tokens(self) -> Sequence[int]:
-        """Return the loss-bearing tokens of each training row."""
+        """Return the number of tokens of each training row that contribute to the loss."""
         tokens: Sequence[int] = self.train_dataset.row_tokens()
         return tokens
 
@@ -208,27 +210,31 @@ class RecommendationDataModule(BaseDataModule):
         return self.vocabulary.pad_token_id if self.vocabulary else 0
 
     def train_dataloader(self) -> PhasedLoader[Any]:
-        """Return the training loader, which also knows the other view of the same data."""
+        """Return the training loader, whose attribute ``views`` has both kinds of training rows: ``answer`` and ``packed``."""
         loader = super().train_dataloader()
         loader.views = {"answer": self.answer_dataset, "packed": lambda: self.packed_dataset}
         return loader
 
     def _open(self) -> Store:
         if self._store is None:
-            recipe = Recipe(
+            settings = StoreSettings(
                 source=self.source,
                 split=replace(self.split, train_limit=None, train_without=None, val_limit=None, test_limit=None),
                 vocab_size=self.vocab_size,
                 max_prompt_length=self.max_prompt_length,
                 seed=self.seed,
                 local_files_only=self.local_files_only,
-                **self._given_or_stored(),
+                **self._text_settings(),
             )
-            self._store = Store.open_or_build(recipe, (self.cache_dir or cache_folder()) / "recommendation")
+            self._store = Store.open_or_build(settings, (self.cache_dir or cache_folder()) / "recommendation")
         return self._store
 
-    def _given_or_stored(self) -> dict[str, Any]:
-        """Tokenizer, template and catalogue: those given, or those of the checkpoint that is given as the tokenizer."""
+    def _text_settings(self) -> dict[str, Any]:
+        """Return tokenizer, template and catalogue; if ``tokenizer`` is a checkpoint, those of the checkpoint.
+
+        Raises:
+            ValueError: If the checkpoint has another template.
+        """
         if not is_stored(self.tokenizer):
             return {"tokenizer": self.tokenizer, "template": self.template or PromptTemplate()}
         assert self.tokenizer is not None
@@ -238,46 +244,46 @@ class RecommendationDataModule(BaseDataModule):
             return {"tokenizer": tokenizer, "template": self.template or PromptTemplate()}
         template = PromptTemplate(**stored.template) if stored.template is not None else self.template or PromptTemplate()
         if self.template not in (None, template):
-            raise ValueError(f"template is {self.template} here, but {template} in {self.tokenizer}; leave template out, or start from other weights")
+            raise ValueError(f"template is {self.template} here, but {template} in {self.tokenizer}; omit template, or use other weights")
         self.template = template
         return {"tokenizer": tokenizer or "none", "template": template, "catalog": stored, "extend_catalog": self.extend_catalog}
 
     def _selected(self, name: str, ids: Ints) -> Ints:
-        """Return the positions of the rows of a split that its limit leaves; a row does not depend on the others."""
+        """Return the positions of the selected rows of a split. With a limit, rows are sampled by their ids, independently of their order."""
         limit = getattr(self.split, f"{name}_limit")
         kept = np.arange(len(ids)) if limit is None or limit >= len(ids) else np.sort(keyed_order(ids, self.seed)[:limit])
         if name == "train" and self.split.train_without is not None:
-            # After the limit, so that no other row takes the place of one that is left out.
+            # After the limit, so that no other row replaces an omitted one.
             kept = kept[~np.isin(ids[kept], read_sample_ids(Path(self.split.train_without).expanduser(), ids))]
         return kept
 
     def _file_rows(self, path: Path) -> AnswerRows:
         store = self._open()
-        histories = read_histories(path, ItemLookup(store.catalog.titles, store.keys), Written.by(self.source))
+        histories = read_histories(path, ItemLookup(store.catalog.titles, store.keys), TextFormat.of_source(self.source))
         users = {history.number: history.user_id for history in histories if history.user_id is not None}
         self.predicted_users = users or None
-        return self._rows_to_predict([np.array(history.items) for history in histories], [history.number for history in histories])
+        return self._prediction_rows([np.array(history.items) for history in histories], [history.number for history in histories])
 
     def _user_rows(self, users: str) -> AnswerRows:
-        """Rows behind the whole history of users of the data."""
+        """Return one prediction row for each user of the data, after the user's whole history."""
         store = self._open()
         if not store.users:
             raise ValueError(f"predict_users: the rows of {type(self.source).__name__} have no users; give a file of histories: predict_file")
         if users == ALL_USERS:
             chosen = list(enumerate(store.users))
-            places = list(range(len(chosen)))
+            indices = list(range(len(chosen)))
         else:
-            place = {user: number for number, user in enumerate(store.users)}
-            chosen = read_users(Path(users).expanduser(), place, Written.by(self.source))
-            places = [place[user] for _, user in chosen]
+            index_of = {user: number for number, user in enumerate(store.users)}
+            chosen = read_users(Path(users).expanduser(), index_of, TextFormat.of_source(self.source))
+            indices = [index_of[user] for _, user in chosen]
         self.predicted_users = dict(chosen)
-        sequences = [store.sequences[place] for place in places]
-        # Items that filters leave out of the history, such as disliked ones, are not recommended either.
-        owned = [store.items_of(place) for place in places] if self.split.repeats == "drop" else None
-        return self._rows_to_predict(sequences, [number for number, _ in chosen], owned)
+        sequences = [store.sequences[index] for index in indices]
+        # Items that filters remove from the history, e.g. because of a low rating, are not recommended either.
+        owned = [store.items_of(index) for index in indices] if self.split.repeats == "drop" else None
+        return self._prediction_rows(sequences, [number for number, _ in chosen], owned)
 
-    def _rows_to_predict(self, sequences: Sequence[Ints], numbers: Sequence[int], owned: Sequence[Ints] | None = None) -> AnswerRows:
-        """Make rows without a target.
+    def _prediction_rows(self, sequences: Sequence[Ints], numbers: Sequence[int], owned: Sequence[Ints] | None = None) -> AnswerRows:
+        """Return rows without a target.
 
         Args:
             sequences: Items of each history, oldest first.
@@ -286,7 +292,7 @@ class RecommendationDataModule(BaseDataModule):
         """
         store = self._open()
         index = RowIndex(np.arange(len(sequences)), np.array([len(items) for items in sequences]))
-        table = Reach(self.split.history_length, store.pieces, self.max_prompt_length).place("predict", sequences, index)
+        table = PromptWindow(self.split.history_length, store.pieces, self.max_prompt_length).make_rows("predict", sequences, index)
         table = replace(table, sample_id=np.array(numbers))
         unlisted = np.flatnonzero(~store.listed)
         hidden = [np.concatenate([items, unlisted]) for items in owned] if owned is not None else [unlisted] * len(sequences)

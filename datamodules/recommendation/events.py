@@ -1,4 +1,4 @@
-"""All interactions of known items, with user, time, rating, row of the source and given split."""
+"""Table of all interactions with known items: user, item, time, rating, row in the source and given split."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Ints = NDArray[np.integer[Any]]
 Floats = NDArray[np.float64]
 SPLITS = ("train", "val", "test")
 NO_SPLIT = -1
-# Names of the splits in files of others.
+# Names of splits that tables of interactions may contain, and their numbers.
 SPLIT_NAMES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2, "testing": 2}
 
 
 @dataclass(frozen=True)
 class Events:
-    """Interactions of known items, ordered by user, then time, then row of the source.
+    """Interactions with known items, ordered by user, then by time, then by row in the source.
 
-    Nothing is filtered by rating or by frequency: a view chooses positions in these arrays. Shapes: E interactions.
+    The table is not filtered by rating or frequency. Filters select positions in these arrays. Shapes: E interactions.
 
     Attributes:
-        users: The source's ids of the users, ascending.
+        users: Ids of the users in the source, in ascending order.
         user: ``(E,)`` position in ``users``.
         item: ``(E,)`` position in the catalogue.
         time: ``(E,)``.
-        rating: ``(E,)`` rating, or a label 0 or 1; ``nan`` where it is unknown.
+        rating: ``(E,)`` rating, or a label 0 or 1; ``nan`` if unknown.
         row: ``(E,)`` number of the row in the source, from 0.
         split: ``(E,)`` given split: 0 train, 1 val, 2 test, -1 none.
     """
@@ -51,15 +51,15 @@ class Events:
         return len(self.user)
 
     @classmethod
-    def of(cls, tables: InteractionTables, ids: list[int]) -> Events:
+    def from_tables(cls, tables: InteractionTables, ids: list[int]) -> Events:
         """Order the interactions of a source.
 
         Args:
-            tables: The source's tables.
+            tables: Tables of the source.
             ids: Catalogue position of each row of ``tables.items``; -1 for items without a title.
 
         Raises:
-            ValueError: If there is no interaction, or none has a known item.
+            ValueError: If there is no interaction, or if no interaction has a known item.
         """
         events = tables.interactions
         if not len(events):
@@ -68,13 +68,13 @@ class Events:
         known = item >= 0
         if not known.any():
             raise ValueError(
-                f"{tables.origin}: none of the {len(item)} interactions has an item of the items table that has a title (item_id "
+                f"{tables.origin}: no item of the {len(item)} interactions is in the items table with a title (item_id "
                 f"{events['item_id'].iloc[0]!r} in the interactions, {next(iter(tables.items['item_id']), None)!r} in the items); compare the "
-                "columns item_id, and see whether titles are missing"
+                "columns item_id, and check whether titles are missing"
             )
         if unknown := int((~known).sum()):
             log.warning("dropped %d of %d interactions with items that are not in the items table or have no title", unknown, len(item))
-        # Users are ordered by their own id, so that the order of the file decides ties in time only.
+        # Users are ordered by their ids, so that the order of the rows in the file only matters for equal times.
         codes, names = pd.factorize(events["user_id"][known], sort=True)
         user, time = codes.astype(np.int64), events["timestamp"].to_numpy(np.float64)[known]
         order = np.lexsort((time, user))  # stable
@@ -83,31 +83,31 @@ class Events:
         split = _split_numbers(events["split"].iloc[rows]) if "split" in events else np.full(len(rows), NO_SPLIT)
         return cls([str(name) for name in names], user[order], item[rows], time[order], rating, rows, split)
 
-    def renumbered(self, place: Ints) -> Events:
-        """Return the interactions with other item numbers.
+    def renumber_items(self, new_numbers: Ints) -> Events:
+        """Return the interactions with other numbers of items.
 
         Args:
-            place: ``(N,)`` new number of each item; -1 drops its interactions.
+            new_numbers: ``(N,)`` new number of each item; -1 drops its interactions.
         """
-        item = place[self.item]
+        item = new_numbers[self.item]
         kept = item >= 0
         columns = {name: getattr(self, name)[kept] for name in ("user", "time", "rating", "row", "split")}
         return replace(self, item=item[kept], **columns)
 
     def of_user(self, user: int) -> slice:
-        """Return the positions of a user's interactions."""
+        """Return the positions of the interactions of a user."""
         return slice(*np.searchsorted(self.user, [user, user + 1]))
 
 
 def first_of_each_item(events: Events, positions: Ints) -> Ints:
-    """Return the positions that are a user's first interaction with an item."""
+    """Return those of the positions that are a user's first interaction with an item."""
     repeated = pd.DataFrame({"user": events.user[positions], "item": events.item[positions]}).duplicated().to_numpy()
     first: Ints = positions[~repeated]
     return first
 
 
 def k_core(users: Ints, items: Ints, min_user_events: int, min_item_events: int) -> NDArray[np.bool_]:
-    """Return which interactions stay when users and items below their minimum go, until nothing changes."""
+    """Return which interactions remain if users and items below their minimum are removed repeatedly until nothing changes, ``(E,)`` bool."""
     keep = np.ones(len(users), dtype=bool)
     while True:
         enough = np.bincount(users[keep], minlength=users.max(initial=-1) + 1)[users] >= min_user_events

@@ -1,4 +1,4 @@
-"""Histories to predict for, from a file: one row each, ids or titles, oldest first."""
+"""Readers of the files of prediction: histories of items, given by id or title, and users."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ log = logging.getLogger(__name__)
 
 KINDS = ("id", "title")
 USER_FIELDS = ("user_id", "user")
-# Names of the columns of CSV, and what the cells below are.
+# Names of the columns of items, and the kind of their cells: ids, titles, or both (`None`).
 _COLUMNS = {"history": None, "item_id": "id", "title": "title"}
-# What a cell of the one kind may be instead.
-_OTHERS = {"id": ("title", "a title"), "title": ("id", "an item id")}
+# The other kind of a cell, and its description for messages.
+_OTHER_KINDS = {"id": ("title", "a title"), "title": ("id", "an item id")}
 _COLUMN_OF = {"id": "item_id", "title": "title"}
-_SHOWN = 3
+_SHOWN = 3  # maximum number of examples in a message
 
 
 @dataclass(frozen=True)
 class History:
-    """A row of a file of histories.
+    """Row of a file of histories.
 
     Attributes:
-        number: Position among the rows of the file, from 0.
-        items: Catalogue positions of its known items, oldest first.
-        user_id: The user as the file gives it; ``None`` where the file has no users.
+        number: Number of the row in the file, from 0.
+        items: Positions in the catalogue of the known items, oldest first.
+        user_id: The user; ``None`` if the row has no user.
     """
 
     number: int
@@ -44,26 +44,35 @@ class History:
 
 
 class _Row(NamedTuple):
+    """Row of a file, before its items are looked up.
+
+    Attributes:
+        place: File and line, for messages.
+        names: Ids or titles of the items, oldest first.
+        kind: Kind of the names: ``id``, ``title``, or ``None`` for both.
+        user_id: The user, or ``None``.
+    """
+
     place: str
     names: list[Any]
     kind: str | None = None
     user_id: str | None = None
 
 
-class Written(NamedTuple):
-    """How the tables of a source are written: files to predict for that do not tell otherwise are taken to be written alike.
+class TextFormat(NamedTuple):
+    """Delimiter and encoding of text files. Files of prediction have the format of the source's files, unless they indicate another one.
 
     Attributes:
-        delimiter: What stands between cells; ``None`` for a comma.
-        encoding: Of files that are not UTF-8; ``None`` where it is not known.
+        delimiter: Delimiter between cells; ``None`` for a comma.
+        encoding: Encoding of files that are not UTF-8; ``None`` if unknown.
     """
 
     delimiter: str | None = None
     encoding: str | None = None
 
     @classmethod
-    def by(cls, source: Any) -> Written:
-        """Return the options of a source that has them."""
+    def of_source(cls, source: Any) -> TextFormat:
+        """Return the format of the files of a source."""
         return cls(getattr(source, "delimiter", None), getattr(source, "encoding", None))
 
     def cells(self, path: Path, names: Container[str]) -> Iterator[tuple[int, list[str]]]:
@@ -73,20 +82,22 @@ class Written(NamedTuple):
         return read_cells(path, delimiter, encoding)
 
     def json_rows(self, path: Path) -> Iterator[JsonRow]:
-        """Yield the rows of a file of JSON."""
+        """Yield the rows of a JSON file."""
         return read_json_rows(path, sniff_encoding(path, self.encoding))
 
 
-PLAIN = Written()
-"""Files of no source: UTF-8 or cp1252, with commas."""
+DEFAULT_FORMAT = TextFormat()
+"""Format without a source: UTF-8 or cp1252, with commas."""
 
 
 class ItemLookup:
-    """Finds items by the source's id, or by title: as given, without regard to case, or without its year, the latter two where they are unique.
+    """Lookup of items by their ids in the source, or by title.
+
+    A title is first compared unchanged, then without case, then without its year; the latter two only if the result is unique.
 
     Args:
         titles: Titles of the catalogue.
-        keys: The source's ids of each item.
+        keys: Ids of each item in the source.
     """
 
     def __init__(self, titles: Sequence[str], keys: Sequence[Sequence[str]]) -> None:
@@ -98,32 +109,32 @@ class ItemLookup:
         self.short = _unique(_without_year(title.casefold()) for title in titles)
 
     def find(self, name: Any, place: str = "the item", kind: str | None = None) -> int | None:
-        """Return the item of a name; ``None`` where there is none.
+        """Return the item with an id or title; ``None`` if there is none.
 
-        A number is an id. A text is an id or a title, whichever it is of an item. An object ``{"id": ...}`` or ``{"title": ...}`` says which.
+        A number is an id. A string is an id or a title. An object ``{"id": ...}`` or ``{"title": ...}`` states the kind.
 
         Args:
-            name: The name.
+            name: Id or title.
             place: File and line, for messages.
-            kind: What a text is: ``id`` or ``title``; ``None`` for either.
+            kind: Kind of a string: ``id`` or ``title``; ``None`` for both.
 
         Raises:
-            ValueError: If a text is the id of one item and a title of another, or the name is of another type.
+            ValueError: If a string is the id of one item and the title of another one, or if ``name`` has another type.
         """
         if isinstance(name, Mapping):
             if len(name) != 1 or not name.keys() <= set(KINDS):
-                raise ValueError(f'{place}: an item is a text, a number, {{"id": ...}} or {{"title": ...}}, got {name!r:.80}')
+                raise ValueError(f'{place}: an item must be a string, a number, {{"id": ...}} or {{"title": ...}}, got {name!r:.80}')
             ((kind, name),) = name.items()
             if kind == "title" and not isinstance(name, str):
-                raise ValueError(f"{place}: a title is a text, got {name!r:.80}")
+                raise ValueError(f"{place}: a title must be a string, got {name!r:.80}")
         if not isinstance(name, str):
             return self.by_key.get(id_text(name, place))
         by_key = self.by_key.get(name) if kind != "title" else None
         by_title = self._by_title(name) if kind != "id" else None
         if by_key is not None and by_title is not None and by_key != by_title:
             raise ValueError(
-                f"{place}: {name!r} is the id of {self.titles[by_key]!r} and a title of {self.titles[by_title]!r} (id {self.keys[by_title][0]!r}); "
-                f'say which: {{"id": {json.dumps(name)}}} or {{"title": {json.dumps(name)}}} in JSON, a header line with item_id or title in CSV'
+                f"{place}: {name!r} is the id of {self.titles[by_key]!r} and the title of {self.titles[by_title]!r} (id {self.keys[by_title][0]!r}); "
+                f'state the kind: {{"id": {json.dumps(name)}}} or {{"title": {json.dumps(name)}}} in JSON, a column item_id or title in CSV'
             )
         return by_title if by_key is None else by_key
 
@@ -134,87 +145,89 @@ class ItemLookup:
         return next((item for item in found if item is not None), None)
 
     def nearest(self, name: str) -> list[str]:
-        """Return the titles closest to a name."""
+        """Return the titles that are most similar to a string."""
         names = self.short | self.folded
         close = difflib.get_close_matches(clean_title(name).casefold(), list(names), n=3, cutoff=0.5)
         return list(dict.fromkeys(self.titles[names[name]] for name in close))
 
 
-def read_histories(path: Path, lookup: ItemLookup, written: Written = PLAIN) -> list[History]:
+def read_histories(path: Path, lookup: ItemLookup, text_format: TextFormat = DEFAULT_FORMAT) -> list[History]:
     """Read a file of histories.
 
     ``.jsonl``, ``.json``
-        A JSON value a line, or a JSON array of them: a list of items, oldest first, or an object with the list as ``history`` and, where known,
-        ``user_id``. An item is a number, which is an id; a text, which is an id or a title; or ``{"id": ...}`` or ``{"title": ...}``.
+        One JSON value on each line, or a JSON array of values. A value is a list of items, oldest first, or an object with the fields ``history``
+        (the list) and optionally ``user_id``. An item is a number (an id), a string (an id or a title), ``{"id": ...}`` or ``{"title": ...}``.
     ``.csv``, ``.tsv``
-        One history a line. The first line names the columns: ``user_id`` (may be missing), then ``item_id``, ``title`` or ``history`` (ids or
-        titles), which takes all further cells. Without such a line all cells are titles, and a user has no place. Commas, semicolons or tabs stand
-        between cells: the first line tells.
+        One history on each line. The first line contains the names of the columns: ``user_id`` (optional), then ``item_id``, ``title`` or ``history``
+        (ids or titles), to which all further cells belong. Without this line, all cells are titles, and there are no users. The delimiter, a comma,
+        semicolon or tab, is detected from the first line.
 
-    Texts are UTF-8, or in the encoding of their byte-order mark, of the source or of Windows (cp1252).
+    The encoding is UTF-8, that of the byte-order mark, that of the source, or cp1252 (Windows).
 
-    Items that the catalogue does not have are left out, and so are empty rows and rows without any known item; all are counted and reported. A user
-    may have several rows.
+    Unknown items, empty rows and rows without a known item are omitted, and their numbers are logged. A user may have several rows.
 
     Args:
         path: The file.
-        lookup: Finds the items.
-        written: How the tables of the source are written.
+        lookup: Lookup of the items.
+        text_format: Format of the source's files.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is of another kind, a line is no history, a text names two items, or no item is known; with file and line.
+        ValueError: If the file has another format, if a line is not a history, if a string means two items, or if no item is known; with file and
+            line.
     """
     kind = file_kind(path)
     if kind not in _READERS:
-        raise ValueError(f"{path} is no file of histories: give .csv or .tsv (one history a line), .jsonl or .json (one list of items a row)")
-    rows = list(_READERS[kind](path, lookup, written))
+        raise ValueError(
+            f"{path} is not a file of histories: give .csv or .tsv (one history on each line), .jsonl or .json (one list of items in each row)"
+        )
+    rows = list(_READERS[kind](path, lookup, text_format))
     if not rows:
-        raise ValueError(f"{path} holds no history")
+        raise ValueError(f"{path} contains no history; give at least one")
     if all(not row.names for row in rows):
-        raise ValueError(f"{rows[0].place}: the history is empty, and so are all others; give at least one item")
+        raise ValueError(f"{rows[0].place}: this history and all others are empty; give at least one item")
     if empty := [row.place for row in rows if not row.names]:
         log.warning("%s: %d of %d histories are empty and get no prediction (first: %s)", path, len(empty), len(rows), empty[0])
     found = [[lookup.find(name, row.place, row.kind) for name in row.names] for row in rows]
     histories = [
         History(number, items, row.user_id) for number, row in enumerate(rows) if (items := [item for item in found[number] if item is not None])
     ]
-    _report(path, rows, found, lookup)
+    _report_unknown(path, rows, found, lookup)
     return histories
 
 
-def read_users(path: Path, known: Container[str], written: Written = PLAIN) -> list[tuple[int, str]]:
+def read_users(path: Path, known: Container[str], text_format: TextFormat = DEFAULT_FORMAT) -> list[tuple[int, str]]:
     """Read a file of users.
 
     Args:
-        path: ``.csv`` or ``.tsv`` with a column ``user_id``, or without a header and with the ids first; ``.txt`` with an id a line; ``.jsonl`` or
-            ``.json`` with ids, or objects that have ``user_id``.
-        known: The users of the data.
-        written: How the tables of the source are written.
+        path: ``.csv`` or ``.tsv`` with a column ``user_id``, or without a header and with ids in the first column; ``.txt`` with one id on each line;
+            ``.jsonl`` or ``.json`` with ids, or with objects that have the field ``user_id``.
+        known: Users of the data.
+        text_format: Format of the source's files.
 
     Returns:
-        Number of the row, from 0, and user. Unknown users are left out, counted and reported; users in several rows are reported.
+        Number of the row, from 0, and user. Unknown users are omitted, and their number is logged, as is the number of users with several rows.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is of another kind, an id is missing, or no user is known; with file and line.
+        ValueError: If the file has another format, if an id is missing, or if no user is known; with file and line.
     """
     kind = file_kind(path)
     if kind not in (".csv", ".tsv", ".txt", ".jsonl", ".json"):
-        raise ValueError(f"{path} is no file of users: give `all`, or a .csv, .tsv, .txt, .jsonl or .json file with one id a row")
-    rows = list(_users_of_json(path, written) if kind.startswith(".json") else _users_of_lines(path, kind, written))
+        raise ValueError(f"{path} is not a file of users: give `all`, or a .csv, .tsv, .txt, .jsonl or .json file with one id in each row")
+    rows = list(_users_of_json(path, text_format) if kind.startswith(".json") else _users_of_lines(path, kind, text_format))
     if not rows:
-        raise ValueError(f"{path} holds no user")
+        raise ValueError(f"{path} contains no user; give at least one id")
     _report_repeated(path, rows)
     unknown = [(place, user) for place, user in rows if user not in known]
     if unknown:
         place, user = unknown[0]
         message = (
-            f"{path}: {len(unknown)} of {len(rows)} users are not in the data, or the filters of the split left them out (first: {user!r}, "
+            f"{path}: {len(unknown)} of {len(rows)} users are not in the data, or were removed by the filters of the split (first: {user!r}, "
             f"{place.rpartition(', ')[2]})"
         )
         if len(unknown) == len(rows):
-            raise ValueError(f"{message}. No user is left; compare the ids with those of the interactions")
+            raise ValueError(f"{message}. No user remains; compare the ids with those of the interactions")
         log.warning("%s; they get no prediction", message)
     return [(number, user) for number, (_, user) in enumerate(rows) if user in known]
 
@@ -224,20 +237,20 @@ def _report_repeated(path: Path, rows: Sequence[tuple[str, str]]) -> None:
     if repeated := [user for user, count in counts.items() if count > 1]:
         places = [place.rpartition(", ")[2] for place, user in rows if user == repeated[0]]
         both = " and ".join(places[:2])
-        log.warning("%s: %d users have several rows (first: %r, %s); each row gets a list of its own", path, len(repeated), repeated[0], both)
+        log.warning("%s: %d users have several rows (first: %r, %s); each row gets a separate prediction", path, len(repeated), repeated[0], both)
 
 
-def _users_of_json(path: Path, written: Written) -> Iterator[tuple[str, str]]:
-    for _, place, row in written.json_rows(path):
+def _users_of_json(path: Path, text_format: TextFormat) -> Iterator[tuple[str, str]]:
+    for _, place, row in text_format.json_rows(path):
         value = next((row[name] for name in USER_FIELDS if name in row), None) if isinstance(row, dict) else row
         yield place, id_text(value, f"{place}, field user_id")
 
 
-def _users_of_lines(path: Path, kind: str, written: Written) -> Iterator[tuple[str, str]]:
+def _users_of_lines(path: Path, kind: str, text_format: TextFormat) -> Iterator[tuple[str, str]]:
     if kind == ".txt":
-        rows = ((number, [cell_text(line)]) for number, line in read_lines(path, sniff_encoding(path, written.encoding)))
+        rows = ((number, [cell_text(line)]) for number, line in read_lines(path, sniff_encoding(path, text_format.encoding)))
     else:
-        rows = ((number, cells) for number, cells in written.cells(path, USER_FIELDS))
+        rows = ((number, cells) for number, cells in text_format.cells(path, USER_FIELDS))
     lines = [(f"{path}, line {number}", cells) for number, cells in rows]
     header = [cell.casefold() for cell in lines[0][1]] if lines else []
     column = next((header.index(name) for name in USER_FIELDS if name in header), None)
@@ -247,11 +260,11 @@ def _users_of_lines(path: Path, kind: str, written: Written) -> Iterator[tuple[s
         yield place, user
 
 
-def _report(path: Path, rows: Sequence[_Row], found: Sequence[Sequence[int | None]], lookup: ItemLookup) -> None:
-    """Report what is left out.
+def _report_unknown(path: Path, rows: Sequence[_Row], found: Sequence[Sequence[int | None]], lookup: ItemLookup) -> None:
+    """Log the numbers of unknown items and of histories without a known item.
 
     Raises:
-        ValueError: If nothing is left.
+        ValueError: If no item is known.
     """
     unknown = [(name, row) for row, items in zip(rows, found, strict=True) for name, item in zip(row.names, items, strict=True) if item is None]
     if not unknown:
@@ -259,61 +272,61 @@ def _report(path: Path, rows: Sequence[_Row], found: Sequence[Sequence[int | Non
     first: dict[str, tuple[Any, _Row]] = {}
     for name, row in unknown:
         first.setdefault(str(name), (name, row))
-    message = f"{path}: left out {len(unknown)} items ({len(first)} distinct) that the catalogue does not have: {_described(first, lookup)}"
+    message = f"{path}: omitted {len(unknown)} items ({len(first)} distinct) that are not in the catalogue: {_examples(first, lookup)}"
     empty = [row.place for row, items in zip(rows, found, strict=True) if items and all(item is None for item in items)]
     if len(empty) == sum(bool(items) for items in found):
-        raise ValueError(f"{message}. No history has a known item; name items by the ids of the source or by their titles")
+        raise ValueError(f"{message}. No history has a known item; use the ids of the source or titles")
     log.warning("%s", message)
     if empty:
         log.warning("%s: %d of %d histories have no known item and get no prediction (first: %s)", path, len(empty), len(rows), empty[0])
 
 
-def _described(first: Mapping[str, tuple[Any, _Row]], lookup: ItemLookup) -> str:
-    shown = [f"{row.place.rpartition(', ')[2]}: {_problem(name, row, lookup)}" for name, row in list(first.values())[:_SHOWN]]
-    return "; ".join(shown) + ("; ..." if len(first) > _SHOWN else "")
+def _examples(first: Mapping[str, tuple[Any, _Row]], lookup: ItemLookup) -> str:
+    examples = [f"{row.place.rpartition(', ')[2]}: {_problem(name, row, lookup)}" for name, row in list(first.values())[:_SHOWN]]
+    return "; ".join(examples) + ("; ..." if len(first) > _SHOWN else "")
 
 
 def _problem(name: Any, row: _Row, lookup: ItemLookup) -> str:
-    """Return why a name is none of an item, and what may be meant."""
+    """Return the reason why a name is not an item, with a suggestion."""
     text = str(name)
-    if isinstance(name, str) and row.kind in _OTHERS:
-        column, (other, described) = _COLUMN_OF[row.kind], _OTHERS[row.kind]
+    if isinstance(name, str) and row.kind in _OTHER_KINDS:
+        column, (other, description) = _COLUMN_OF[row.kind], _OTHER_KINDS[row.kind]
         if lookup.find(name, row.place, other) is not None:
-            return f"{text!r} is {described}; rename the column {column} to {_COLUMN_OF[other]}, or to history where it has both"
+            return f"{text!r} is {description}; rename the column {column} to {_COLUMN_OF[other]}, or to history if it contains both"
     for mark in DELIMITERS:
         if mark in text and any(lookup.find(part.strip(), row.place, kind) is not None for part in text.split(mark) for kind in KINDS):
-            return f"{text!r} holds several items; put a header line with {mark!r} in it over the file, for example user_id{mark}item_id"
+            return f"{text!r} contains several items; add a first line with names of columns and {mark!r} between them, e.g. user_id{mark}item_id"
     near = ", ".join(map(repr, lookup.nearest(text)))
     return f"{text!r} is neither a title nor an item id" + (f" (nearest titles: {near})" if near else "")
 
 
-def _read_json(path: Path, lookup: ItemLookup, written: Written) -> Iterator[_Row]:
+def _read_json(path: Path, lookup: ItemLookup, text_format: TextFormat) -> Iterator[_Row]:
     del lookup
-    for _, place, row in written.json_rows(path):
+    for _, place, row in text_format.json_rows(path):
         fields = row if isinstance(row, dict) else {"history": row}
         names = fields.get("history")
         if not isinstance(names, list):
-            raise ValueError(f"{place}: expected a list of ids or titles, or an object with a list 'history', got {row!r:.80}")
+            raise ValueError(f"{place}: expected a list of ids or titles, or an object with the list 'history', got {row!r:.80}")
         user = next((fields[name] for name in USER_FIELDS if fields.get(name) is not None), None)
         yield _Row(place, names, None, None if user is None else id_text(user, f"{place}, field user_id"))
 
 
-def _read_csv(path: Path, lookup: ItemLookup, written: Written) -> Iterator[_Row]:
-    lines = [(f"{path}, line {number}", cells) for number, cells in written.cells(path, {*USER_FIELDS, *_COLUMNS}) if any(map(str.strip, cells))]
+def _read_csv(path: Path, lookup: ItemLookup, text_format: TextFormat) -> Iterator[_Row]:
+    lines = [(f"{path}, line {number}", cells) for number, cells in text_format.cells(path, {*USER_FIELDS, *_COLUMNS}) if any(map(str.strip, cells))]
     if not lines:
         return
     place, cells = lines[0]
-    named = any(cell.casefold() in {*USER_FIELDS, *_COLUMNS} and lookup.find(cell, place, "title") is None for cell in cells)
-    yield from _with_header(path, lines) if named else _titles(lines, lookup)
+    has_header = any(cell.casefold() in {*USER_FIELDS, *_COLUMNS} and lookup.find(cell, place, "title") is None for cell in cells)
+    yield from _rows_with_header(path, lines) if has_header else _rows_of_titles(lines, lookup)
 
 
-def _with_header(path: Path, lines: list[tuple[str, list[str]]]) -> Iterator[_Row]:
+def _rows_with_header(path: Path, lines: list[tuple[str, list[str]]]) -> Iterator[_Row]:
     (place, header), *lines = lines
     names = [cell.casefold() for cell in header]
     start = int(names[0] in USER_FIELDS)
     items = set(names[start:])
     if len(items) != 1 or not items <= set(_COLUMNS):
-        raise ValueError(f"{place}: the header is {','.join(header)!r}; expected user_id (may be missing), then one of {', '.join(_COLUMNS)}")
+        raise ValueError(f"{place}: the header is {','.join(header)!r}; expected user_id (optional), then one of {', '.join(_COLUMNS)}")
     (column,) = items
     rows = [_Row(where, [cell for cell in cells[start:] if cell], _COLUMNS[column], cells[0] if start else None) for where, cells in lines]
     if start:
@@ -323,29 +336,29 @@ def _with_header(path: Path, lines: list[tuple[str, list[str]]]) -> Iterator[_Ro
 
 def _check_users(path: Path, rows: Sequence[_Row]) -> None:
     if missing := next((row for row in rows if not row.user_id), None):
-        raise ValueError(f"{missing.place}, field user_id: the id is empty; give every row an id, or leave the column out")
+        raise ValueError(f"{missing.place}, field user_id: the id is empty; give every row an id, or remove the column")
     repeated = Counter(row.user_id for row in rows).most_common(1)
     if repeated and repeated[0][1] > 1 and all(len(row.names) == 1 for row in rows):
         raise ValueError(
-            f"{path}: every line has one item, and user {repeated[0][0]!r} has {repeated[0][1]} lines. A line is one history: put the items of a "
-            "history on one line, oldest first, with commas between them"
+            f"{path}: every line has one item, and user {repeated[0][0]!r} has {repeated[0][1]} lines. Each line is one history: write the items of "
+            "a history on one line, oldest first, separated by commas"
         )
 
 
-def _titles(lines: list[tuple[str, list[str]]], lookup: ItemLookup) -> Iterator[_Row]:
-    """Rows of a file without a header: a cell that is no title but an id may as well be a user."""
+def _rows_of_titles(lines: list[tuple[str, list[str]]], lookup: ItemLookup) -> Iterator[_Row]:
+    """Yield the rows of a file without a header. A cell with an id is an error, because it may also be the id of a user."""
     rows = [_Row(place, [cell for cell in cells if cell]) for place, cells in lines]
     for row in rows:
         found = (name for name in row.names if lookup.find(name, row.place) is not None and lookup.find(name, row.place, "title") is None)
         if (name := next(found, None)) is not None:
             raise ValueError(
-                f"{row.place}: {name!r} is no title, but the id of an item. Without a header all cells are titles; put a header line over ids: "
-                "item_id, or user_id,item_id where the first cell is the user"
+                f"{row.place}: {name!r} is not a title, but the id of an item. Without a header, all cells are titles; for ids, add the first line "
+                "item_id, or user_id,item_id if the first cell is the user"
             )
     leading = [lookup.find(row.names[0], row.place) for row in rows]
     following = [lookup.find(name, row.place) for row in rows for name in row.names[1:]]
     if all(item is None for item in leading) and any(item is not None for item in following):
-        raise ValueError(f"{rows[0].place}: the first cell of no line is a title; if it is the user, put the header line user_id,title over the file")
+        raise ValueError(f"{rows[0].place}: no line starts with a title; if the first cells are users, add the first line user_id,title")
     yield from rows
 
 
@@ -353,7 +366,7 @@ _READERS = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_json, ".json":
 
 
 def _unique(names: Iterator[str]) -> dict[str, int]:
-    """Return the positions of the names that occur once."""
+    """Return the positions of the names that occur only once."""
     listed = list(names)
     counts = Counter(listed)
     return {name: position for position, name in enumerate(listed) if counts[name] == 1}

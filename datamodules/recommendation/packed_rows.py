@@ -1,4 +1,4 @@
-"""Whole histories packed into rows of one length."""
+"""Dataset of whole histories, packed into rows of fixed length."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import numpy as np
 
 from malleable.datamodules.batch import PackedBatch, PackedExample
 from malleable.datamodules.collate import collate
-from malleable.datamodules.language.packing import cut_windows, fit
+from malleable.datamodules.language.packing import pack_windows, split_sequences
 from malleable.datamodules.recommendation.prompt import PromptPieces
 from malleable.datamodules.recommendation.splits import Ints
 from malleable.datamodules.sample_ids import array_hash, content_ids
 
 
 class PackedRows:
-    """Rows of whole documents over histories, assembled at access.
+    """Histories packed into rows, which are assembled when they are read. Histories longer than a row are split between items.
 
-    Documents of a single item have no history to learn from and are left out.
+    Documents with a single item are omitted, because nothing precedes the item.
 
     Args:
         sequences: Items of each history, oldest first.
-        pieces: The tokenised template and catalogue.
-        pack_length: Tokens of a row.
+        pieces: Tokenised template and catalogue.
+        pack_length: Number of tokens of a row.
         pad_token_id: Padding token of batches.
     """
 
@@ -31,10 +31,10 @@ class PackedRows:
         self.sequences = sequences
         self.pieces = pieces
         sizes = np.array([len(tokens) + len(pieces.separator) for tokens in pieces.items])
-        # The first item has no separator before it, and the end-of-sequence token closes the document.
+        # The first item has no separator, and the document ends with the end-of-sequence token.
         overhead = len(pieces.prefix) - len(pieces.separator) + 1
-        windows = cut_windows(sequences, sizes, pack_length, overhead)
-        self.rows = fit([window for window in windows if window.end - window.start > 1], pack_length)
+        windows = split_sequences(sequences, sizes, pack_length, overhead)
+        self.rows = pack_windows([window for window in windows if window.end - window.start > 1], pack_length)
         items = np.array([array_hash(np.array(tokens)) for tokens in pieces.items], dtype=np.uint64)
         contents = [np.concatenate([sequences[window.sequence][window.start : window.end] for window in row]) for row in self.rows]
         self.sample_ids = content_ids(np.array([array_hash(items[content]) for content in contents], dtype=np.uint64))
@@ -54,9 +54,9 @@ class PackedRows:
         return {"sample_id": int(self.sample_ids[index]), "input_ids": input_ids, "document_ids": document_ids}
 
     def collate(self, rows: Sequence[PackedExample]) -> PackedBatch:
-        """Make a batch of rows."""
+        """Collate rows to a batch."""
         return collate(rows, PackedBatch, pad_token_id=self.pad_token_id)
 
     def row_tokens(self) -> Ints:
-        """Return the targets of each row: every token but the first of a document."""
+        """Return the number of targets of each row: all tokens except the first of each document."""
         return np.array([sum(window.length - 1 for window in row) for row in self.rows], dtype=np.int64)

@@ -1,7 +1,7 @@
-"""The one prompt that training, generation and evaluation share, put together from tokenised pieces.
+"""Prompt templates, and prompts as concatenations of tokenised pieces; training, generation and evaluation use the same prompt.
 
-Each title is tokenised once; a prompt is a concatenation of token tuples, so that the text of a title never depends on its neighbours
-and the answer's first token is the same in training and in decoding.
+Each title is tokenised once. The tokens of a title therefore do not depend on the text around it, and the first token of an answer is the same in
+training and in decoding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from malleable.datamodules.files.text_files import ends_in_blank
-from malleable.datamodules.language.chat import check_content, in_chat
+from malleable.datamodules.language.chat import apply_chat_format, check_chat_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 Tokens = tuple[int, ...]
 
-# Fields of the template `chat`.
+# Default fields of chat templates.
 _CHAT = {
     "prefix": "I enjoyed, in this order:\n",
     "item": '"{title}"\n',
@@ -31,7 +31,7 @@ _CHAT = {
     "candidates_prefix": "Choose one of:\n",
     "candidate": '"{title}"\n',
 }
-# What stands after each field: there a blank between the two belongs.
+# Field that follows each field. A blank between both must be at the start of the following field.
 _FOLLOWED_BY = {
     "prefix": "template.item",
     "item": "template.separator and template.suffix",
@@ -45,26 +45,26 @@ _FOLLOWED_BY = {
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """Text around the titles; special tokens of the tokenizer, such as ``</s>``, may stand in any field.
+    """Template of prompts and answers. Any field may contain special tokens of the tokenizer, such as ``</s>``.
 
-    ``prefix`` + history items joined by ``separator`` + (candidates) + ``suffix`` is the prompt, ``answer`` the answer, after which comes
-    the end-of-sequence token. A space between two fields belongs to the start of the second one.
+    The prompt is ``prefix``, the items of the history joined by ``separator``, the candidates (if any), and ``suffix``. The answer is ``answer``,
+    followed by the end-of-sequence token. A space between two fields must be at the start of the second field.
 
     Attributes:
         prefix: Text before the first item.
-        item: An item of the history; ``{title}`` is its title.
+        item: Text of an item of the history; ``{title}`` is replaced by its title.
         separator: Text between items.
         suffix: Text after the last item.
-        answer: The answer; ``{title}`` is its title.
-        candidates_prefix: Text before the candidates, between history and suffix, where rows have candidates; ``None`` leaves them out.
-        candidate: A candidate; ``{title}`` is its title.
-        chat: The prompt is a message of the user under the tokenizer's chat template, the answer the reply, which ends as the chat template
-            says. Fields that are left out take the text of the template ``chat``.
-        system: System message of the chat; ``None``: none.
+        answer: Text of the answer; ``{title}`` is replaced by the title.
+        candidates_prefix: Text between history and candidates, in rows with candidates; ``None``: prompts do not contain the candidates.
+        candidate: Text of a candidate; ``{title}`` is replaced by its title.
+        chat: Use the tokenizer's chat template: the prompt is a message of the user, the answer is the reply. Omitted fields have the defaults of the
+            template ``chat``.
+        system: System message of the chat; ``None``: no system message.
 
     Raises:
-        ValueError: If a field misses its ``{title}``. If a field ends in a space, a tab or a no-break space: pieces are tokenised one by
-            one, and tokenizers join a blank to the word that follows, which lies in the next piece.
+        ValueError: If ``{title}`` is missing in a field, or if a field ends in a space, a tab or a no-break space. Pieces are tokenised separately,
+            but tokenizers join a blank to the following word, which is in the next piece.
     """
 
     prefix: str = ""
@@ -84,7 +84,7 @@ class PromptTemplate:
                 if field.name in _CHAT and getattr(self, field.name) == field.default:
                     object.__setattr__(self, field.name, _CHAT[field.name])
         elif self.system is not None:
-            raise ValueError("template.system is a message of a chat: set template.chat to true, or leave template.system out")
+            raise ValueError("template.system is a message of a chat: set template.chat to true, or omit template.system")
         for name in ("item", "answer", "candidate"):
             if getattr(self, name).count("{title}") != 1:
                 raise ValueError(f"template.{name} must contain {{title}} once, got {getattr(self, name)!r}")
@@ -92,22 +92,23 @@ class PromptTemplate:
             value = getattr(self, name)
             if value is not None and ends_in_blank(value):
                 raise ValueError(
-                    f"template.{name} must not end in a blank, got {value!r}: tokenizers join it to the next word; put it at the start of {following}"
+                    f"template.{name} must not end in a blank, got {value!r}: tokenizers join it to the next word; "
+                    f"move it to the start of {following}"
                 )
 
     @classmethod
     def named(cls, name: str) -> PromptTemplate:
-        """Return the template ``history`` (models trained on the catalogue), ``instruction`` (pretrained models) or ``chat`` (instruct models).
+        """Return the template ``history`` (models trained from scratch), ``instruction`` (pretrained models) or ``chat`` (instruct models).
 
         Raises:
-            ValueError: If there is no template of that name.
+            ValueError: If there is no template with this name.
         """
         if name not in TEMPLATES:
             raise ValueError(f"unknown template {name!r}; choose one of {sorted(TEMPLATES)} or give its fields")
         return TEMPLATES[name]
 
     def text(self, history: Sequence[str], candidates: Sequence[str] = ()) -> str:
-        """Return the prompt as text."""
+        """Return the text of a prompt."""
         parts = [self.prefix, self.separator.join(self.item.replace("{title}", title) for title in history)]
         if candidates and self.candidates_prefix is not None:
             parts += [self.candidates_prefix, *(self.candidate.replace("{title}", title) for title in candidates)]
@@ -115,9 +116,9 @@ class PromptTemplate:
 
 
 TEMPLATES = {
-    # A prompt is the text of a packed history up to the answer.
+    # Prompt and answer together have the text of a packed history.
     "history": PromptTemplate(),
-    # The line break is part of the item: some tokenizers join it to the quote before it.
+    # The line break is part of the item, because some tokenizers join it to the preceding quote.
     "instruction": PromptTemplate(
         prefix="The user enjoyed, in this order:\n",
         item='"{title}"\n',
@@ -133,16 +134,16 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class PromptPieces:
-    """A template and a catalogue in tokens.
+    """Tokens of a template and a catalogue.
 
     Attributes:
-        prefix: With the beginning-of-sequence token where the tokenizer puts one.
-        separator: Between items.
-        suffix: After the last item.
-        candidates_prefix: Before the candidates; ``None`` leaves them out.
-        items: Each title in the history's form.
-        answers: Each title in the answer's form, with the end-of-sequence token.
-        candidates: Each title in the candidates' form.
+        prefix: Tokens before the first item, including the beginning-of-sequence token if the tokenizer adds one.
+        separator: Tokens between items.
+        suffix: Tokens after the last item.
+        candidates_prefix: Tokens before the candidates; ``None``: prompts do not contain the candidates.
+        items: Tokens of each title as an item of the history.
+        answers: Tokens of each title as an answer, with the end-of-sequence token.
+        candidates: Tokens of each title as a candidate.
         eos_token_id: End-of-sequence token.
     """
 
@@ -157,7 +158,7 @@ class PromptPieces:
 
     @property
     def largest_token_id(self) -> int:
-        """Largest token of all prompts and answers."""
+        """Largest token id in prompts and answers."""
         parts = [self.prefix, self.separator, self.suffix, self.candidates_prefix or (), *self.items, *self.answers, *self.candidates]
         return max((max(ids) for ids in parts if len(ids)), default=-1)
 
@@ -175,15 +176,15 @@ class PromptPieces:
         return tokens
 
     def document(self, items: Sequence[int]) -> list[int]:
-        """Return the tokens of a whole history as one document, closed by the end-of-sequence token."""
+        """Return the tokens of a whole history as one document, which ends with the end-of-sequence token."""
         return [*self.prompt(items)[: -len(self.suffix) or None], self.eos_token_id]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], before: str = "") -> list[Tokens]:
-    """Tokenise texts as the continuation of ``before``, without special tokens around them.
+    """Tokenise texts as continuations of ``before``, without special tokens around them.
 
-    Tokenizers of the Llama-2 kind put a space before the first word of a text and after a special token, but not elsewhere: a piece is
-    therefore tokenised behind what stands before it. Where the tokenizer joins both into one token, the piece is tokenised alone.
+    Tokenizers such as that of Llama 2 add a space before the first word of a text and after a special token, but not elsewhere. A piece is therefore
+    tokenised after the text that precedes it in a prompt. If a token contains characters of both, the piece is tokenised alone.
     """
     if not texts:
         return []
@@ -198,58 +199,60 @@ def tokenize(template: PromptTemplate, titles: Sequence[str], tokenizer: PreTrai
     """Tokenise a template and a catalogue.
 
     Raises:
-        ValueError: If the tokenizer has no end-of-sequence token, or makes nothing of a title.
+        ValueError: If the tokenizer has no end-of-sequence token, or if a title has no tokens.
     """
-    template, eos, bos = _written_out(template, titles, tokenizer)
+    template, eos, bos = _resolve_chat(template, titles, tokenizer)
 
-    def pieces(form: str, before: str) -> list[Tokens]:
-        return encode(tokenizer, [form.replace("{title}", title) for title in titles], before)
+    def pieces(field: str, before: str) -> list[Tokens]:
+        return encode(tokenizer, [field.replace("{title}", title) for title in titles], before)
 
-    after_item = _tail(template.item) or "a"
-    after_candidate = _tail(template.candidate) or "a"
+    after_item = _after_title(template.item) or "a"
+    after_candidate = _after_title(template.candidate) or "a"
     items = pieces(template.item, template.separator or after_item)
     answers = pieces(template.answer, template.suffix or after_item)
     _check_titles(titles, items, answers, tokenizer)
-    offered = template.candidates_prefix
+    candidates_prefix = template.candidates_prefix
     return PromptPieces(
         prefix=(*bos, *encode(tokenizer, [template.prefix])[0]),
         separator=encode(tokenizer, [template.separator], after_item)[0],
         suffix=encode(tokenizer, [template.suffix], after_item)[0],
-        candidates_prefix=None if offered is None else encode(tokenizer, [offered], after_item)[0],
+        candidates_prefix=None if candidates_prefix is None else encode(tokenizer, [candidates_prefix], after_item)[0],
         items=items,
         answers=[(*ids, eos) for ids in answers],
-        candidates=[] if offered is None else pieces(template.candidate, offered or after_candidate),
+        candidates=[] if candidates_prefix is None else pieces(template.candidate, candidates_prefix or after_candidate),
         eos_token_id=eos,
     )
 
 
-def _written_out(template: PromptTemplate, titles: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[PromptTemplate, int, Tokens]:
-    """Return the template of the whole text, the token that ends an answer, and what the tokenizer puts before a text."""
+def _resolve_chat(template: PromptTemplate, titles: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[PromptTemplate, int, Tokens]:
+    """Return the template with the text of the chat template, the token that ends an answer, and the tokens that the tokenizer adds before a text."""
     eos: Any = tokenizer.eos_token_id
-    written = template
+    resolved = template
     if template.chat:
-        written, own = in_chat(template, tokenizer)
-        check_content(template, written, list(titles[:2]), tokenizer)
-        eos = eos if own is None else own
+        resolved, end_of_turn = apply_chat_format(template, tokenizer)
+        check_chat_messages(template, resolved, list(titles[:2]), tokenizer)
+        eos = eos if end_of_turn is None else end_of_turn
     if not isinstance(eos, int):
         raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so that no answer could end; set its eos_token")
-    if written is not template:
-        return written, eos, ()
+    if resolved is not template:
+        return resolved, eos, ()
     opening: Any = tokenizer("a")["input_ids"]
     bos = (tokenizer.bos_token_id,) if tokenizer.bos_token_id is not None and opening[0] == tokenizer.bos_token_id else ()
     return template, eos, bos
 
 
-def _tail(form: str) -> str:
-    return form.split("{title}")[1]
+def _after_title(field: str) -> str:
+    return field.split("{title}")[1]
 
 
 def _check_titles(titles: Sequence[str], items: Sequence[Tokens], answers: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> None:
     empty = [title for title, *forms in zip(titles, items, answers, strict=True) if not all(forms)]
     if empty:
         raise ValueError(
-            f"{len(empty)} titles give no token under {tokenizer.name_or_path!r}, for example {empty[0]!r}; "
-            f"remove them from the items, or choose a tokenizer that covers their characters"
+            f"{len(empty)} titles have no tokens with the tokenizer {tokenizer.name_or_path!r}, e.g. {empty[0]!r}; "
+            "remove them from the items, or choose a tokenizer that supports their characters"
         )
     if equal := len(answers) - len(set(answers)):
-        log.warning("%d titles have the same tokens as another under %r and cannot be told apart", equal, tokenizer.name_or_path)
+        log.warning(
+            "%d titles have the same tokens as another title with the tokenizer %r; the model cannot distinguish them", equal, tokenizer.name_or_path
+        )

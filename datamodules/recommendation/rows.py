@@ -1,4 +1,4 @@
-"""Rows assembled at access from memory-mapped histories and tokenised titles."""
+"""Rows of a prompt and its answers, which are assembled from memory-mapped histories and tokenised titles when they are read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import pyarrow as pa
 
 from malleable.datamodules.batch import AnswerBatch, Example, PreferenceBatch
 from malleable.datamodules.collate import collate
-from malleable.datamodules.negatives import BoundSampler, RowItems
+from malleable.datamodules.negative_samplers import BoundSampler, RowItems
 from malleable.datamodules.recommendation.prompt import PromptPieces
 from malleable.datamodules.recommendation.splits import Ints, RowIndex
 
 log = logging.getLogger(__name__)
 
 
-class Ragged(Sequence[Ints]):
-    """Integer lists of an Arrow column, each a view without a copy."""
+class RaggedColumn(Sequence[Ints]):
+    """Lists of integers in an Arrow column, which are read without a copy."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self.column = column
@@ -36,15 +36,15 @@ class Ragged(Sequence[Ints]):
 
 @dataclass
 class RowTable:
-    """Where each row lies: it shows ``items[start:end]`` of its sequence and asks for ``target``.
+    """Table of N rows. The prompt of a row contains ``items[start:end]`` of its sequence; the true answer is ``target``.
 
     Attributes:
         sample_id: ``(N,)`` stable ids.
-        sequence: ``(N,)``.
-        start: ``(N,)``.
-        end: ``(N,)``.
-        target: ``(N,)`` true next item; -1 where there is none.
-        candidates: Items to choose from of each row, or ``None``.
+        sequence: ``(N,)`` index of the sequence.
+        start: ``(N,)`` position of the first item in the prompt.
+        end: ``(N,)`` position after the last item in the prompt.
+        target: ``(N,)`` true next item; -1 if there is none.
+        candidates: Items to choose from, for each row; ``None`` for the whole catalogue.
     """
 
     sample_id: Ints
@@ -61,11 +61,11 @@ class RowTable:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many items before the target are used, at most.
+    """Maximum numbers of items before the target.
 
     Attributes:
-        sequence: By models of item sequences and counting baselines.
-        metric: By metrics that compare recommendations with the history.
+        sequence: Maximum number that sequence models and counting baselines read.
+        metric: Maximum number that metrics count as the user's history.
     """
 
     sequence: int
@@ -73,30 +73,30 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Reach:
-    """How far back prompts reach.
+class PromptWindow:
+    """Limits of the part of a history that a prompt contains.
 
     Attributes:
-        history_length: Items a prompt shows, at most.
-        pieces: The tokenised template and catalogue, or ``None``.
-        max_prompt_length: Tokens of a prompt, at most, or ``None``.
+        history_length: Maximum number of items in a prompt.
+        pieces: Tokenised template and catalogue; ``None`` if prompts have no text.
+        max_prompt_length: Maximum number of tokens of a prompt; ``None``: no limit.
     """
 
     history_length: int
     pieces: PromptPieces | None = None
     max_prompt_length: int | None = None
 
-    def place(self, name: str, sequences: Sequence[Ints], index: RowIndex, sample_id: Ints | None = None) -> RowTable:
-        """Place the rows of a split.
+    def make_rows(self, split: str, sequences: Sequence[Ints], index: RowIndex, sample_id: Ints | None = None) -> RowTable:
+        """Return the rows of a split, with the items that fit into each prompt.
 
         Args:
-            name: The split, for messages.
+            split: Name of the split, for messages.
             sequences: Items of each history, oldest first.
-            index: The rows; where ``end`` is the length of the sequence, there is no target.
+            index: The rows; a row whose ``end`` is the length of its sequence has no target.
             sample_id: ``(N,)`` ids of the rows; default: their numbers.
 
         Raises:
-            ValueError: If a prompt has no room for a single item.
+            ValueError: If not a single item fits into a prompt.
         """
         flat = np.concatenate([*sequences, np.zeros(1, dtype=np.int64)])
         bases = np.cumsum([0, *(len(items) for items in sequences)])
@@ -104,40 +104,52 @@ class Reach:
         target = np.where(stop < bases[index.sequence + 1], flat[stop], -1)
         start = np.maximum(base, stop - self.history_length)
         if self.pieces is not None and self.max_prompt_length is not None:
-            start = self._shorten(name, self.pieces, self.max_prompt_length, flat, start, stop, index.candidates)
+            start = self._shorten(split, self.pieces, self.max_prompt_length, flat, start, stop, index.candidates)
         return RowTable(np.arange(len(stop)) if sample_id is None else sample_id, index.sequence, start - base, index.end, target, index.candidates)
 
     @staticmethod
-    def _shorten(name: str, pieces: PromptPieces, limit: int, flat: Ints, start: Ints, stop: Ints, candidates: Sequence[Ints] | None) -> Ints:
-        """Leave out the oldest items until a prompt fits; prefix, suffix and candidates always stay."""
-        room = np.full(len(stop), limit - len(pieces.prefix) - len(pieces.suffix) + len(pieces.separator))
+    def _shorten(split: str, pieces: PromptPieces, limit: int, flat: Ints, start: Ints, stop: Ints, candidates: Sequence[Ints] | None) -> Ints:
+        """Return later starts, so that the tokens of each prompt fit into the limit; prefix, suffix and candidates are never shortened.
+
+        Args:
+            split: Name of the split, for messages.
+            pieces: Tokenised template and catalogue.
+            limit: Maximum number of tokens of a prompt.
+            flat: Items of all sequences, concatenated.
+            start: ``(N,)`` position in ``flat`` of the first item of each prompt.
+            stop: ``(N,)`` position in ``flat`` after the last item of each prompt.
+            candidates: Candidates of each row, or ``None``.
+        """
+        space = np.full(len(stop), limit - len(pieces.prefix) - len(pieces.suffix) + len(pieces.separator))
         if candidates is not None and pieces.candidates_prefix is not None:
             sizes = np.array([len(ids) for ids in pieces.candidates])
-            room -= len(pieces.candidates_prefix) + np.array([sizes[items].sum() for items in candidates], dtype=np.int64)
-        # total[i]: tokens of all items before the i-th; the first that still fits lies at most `room` before the end.
+            space -= len(pieces.candidates_prefix) + np.array([sizes[items].sum() for items in candidates], dtype=np.int64)
+        # total[i] is the number of tokens of the items before position i. The items from position i to `stop` need total[stop] - total[i] tokens.
         sizes = np.array([len(ids) + len(pieces.separator) for ids in pieces.items])
         total = np.concatenate([[0], np.cumsum(sizes[flat])])
-        fitting = np.searchsorted(total, total[stop] - room)
-        if (lost := fitting >= stop).any():
-            needed = limit + int((total[stop] - total[stop - 1] - room)[lost].max())
-            raise ValueError(f"max_prompt_length {limit} leaves {int(lost.sum())} {name} prompts without any item; raise it to at least {needed}")
-        if shortened := int((fitting > start).sum()):
-            log.warning("%d of %d %s prompts exceed max_prompt_length %d: their oldest items are left out", shortened, len(stop), name, limit)
-        shown: Ints = np.maximum(start, fitting)
-        return shown
+        first = np.searchsorted(total, total[stop] - space)
+        if (empty := first >= stop).any():
+            needed = limit + int((total[stop] - total[stop - 1] - space)[empty].max())
+            raise ValueError(
+                f"max_prompt_length {limit} is too small for a single item in {int(empty.sum())} {split} prompts; increase it to at least {needed}"
+            )
+        if shortened := int((first > start).sum()):
+            log.warning("%d of %d %s prompts exceed max_prompt_length %d: their oldest items are omitted", shortened, len(stop), split, limit)
+        later: Ints = np.maximum(start, first)
+        return later
 
 
 class AnswerRows:
-    """One prompt and its answers a row, the true one first.
+    """Dataset of rows with a prompt and its answers, the true one first.
 
     Args:
-        table: Where the rows lie.
+        table: The rows.
         sequences: Items of each history, oldest first.
-        pieces: The tokenised template and catalogue; ``None`` gives rows of items alone, with empty prompts and answers.
-        lengths: Items that sequence models read and that metrics count; default: those that the prompt shows.
-        hide_seen: List the items before the target as seen, not to be recommended again.
-        hidden: Further items that are not recommended, by row of ``table``.
-        negatives: Chooses rejected answers to add to the true one.
+        pieces: Tokenised template and catalogue; ``None``: prompts and answers have no tokens, only items.
+        lengths: Maximum numbers of items that sequence models read and that metrics count; default: the items in the prompt.
+        hide_seen: Do not recommend the items before the target again.
+        hidden: Further items that are not recommended, for each row of ``table``.
+        negatives: Sampler of rejected answers, which are added after the true one.
         select: Positions in ``table`` of the rows to use; default: all.
         pad_token_id: Padding token of batches.
     """
@@ -202,16 +214,15 @@ class AnswerRows:
         return self.table.sample_id[self.select]
 
     def collate(self, rows: Sequence[Example]) -> AnswerBatch:
-        """Make a :class:`PreferenceBatch` where rows have negatives, else an :class:`AnswerBatch`."""
+        """Collate rows to a :class:`PreferenceBatch` if there is a sampler of negatives, otherwise to an :class:`AnswerBatch`."""
         return collate(rows, AnswerBatch if self.negatives is None else PreferenceBatch, pad_token_id=self.pad_token_id)
 
     def row_tokens(self) -> Ints:
-        """Return the length of each row's true answer."""
+        """Return the number of tokens of each row's true answer."""
         if self.pieces is None:
             return np.zeros(len(self), dtype=np.int64)
         lengths = np.array([len(answer) for answer in self.pieces.answers])
         return lengths[self.table.target[self.select]]
 
     def _rejected(self, sample_id: int, exclude: list[int], candidates: list[int]) -> list[int]:
-        # An answer stands among the candidates that the prompt offers.
         return [] if self.negatives is None else self.negatives(RowItems(sample_id, set(exclude), candidates))

@@ -1,4 +1,4 @@
-"""From interactions to training, validation and test rows: filters, time order, leave-last-out and global-time splits."""
+"""Filters and splits of interactions: cleaning, filters by rating and frequency, order in time, and rows for training, validation and test."""
 
 from __future__ import annotations
 
@@ -24,29 +24,28 @@ Ints = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Split:
-    """How interactions become rows.
+    """Settings of filters and of the split into training, validation and test rows.
 
     Attributes:
-        kind: ``leave_last_out``: a user's last item is for the test, the one before it for validation. Of items with equal times the one
-            further down in the file is the later one.
-            ``global_time``: rows are cut by the time of their target, so that nothing later trains.
-            ``given``: the source says for each interaction whether it is of train, val or test.
-        min_rating: Keep interactions rated at least so; ``None`` keeps all.
-        min_user_events: Keep users with at least so many interactions.
-        min_item_events: Keep items with at least so many; with both at k this is the k-core, applied until nothing changes.
-            At 1 (the default) items without any interaction stay in the catalogue.
-        history_length: Items that a prompt shows, at most.
-        sequence_length: Items before the target that models of item sequences and counting baselines read, at most; ``None``: ``history_length``.
-        metric_length: Items before the target that metrics count as the user's history (MGU, DGU), at most; ``None``: ``history_length``.
-        fractions: Shares of training, validation and test rows under ``global_time``.
-        repeats: ``drop`` keeps a user's first interaction with an item, and what was seen is not recommended again;
-            ``keep`` keeps them all, and everything may be recommended again.
-        candidates: Items a row offers to choose from, the target among them, the others drawn from the unseen; ``None``: the catalogue.
-        train_limit: Draw at most so many training rows.
-        train_without: Text file with the ``sample_id`` of training rows to leave out, one on each line. All other rows stay as they are, as needed
-            for a model that is trained from the start without these rows. Packed histories have no such rows and are refused.
-        val_limit: Draw at most so many validation rows.
-        test_limit: Draw at most so many test rows.
+        kind: ``leave_last_out``: the last item of each user is the test target, and the item before it the validation target; of items with equal
+            times, the item in a later row of the file is the later one. ``global_time``: rows are split by the time of their targets, so that no
+            training row is later than a test row. ``given``: the source has a split for each interaction: train, val or test.
+        min_rating: Minimum rating of interactions; ``None`` keeps all.
+        min_user_events: Minimum number of interactions of a user.
+        min_item_events: Minimum number of interactions of an item. Both minimums are applied until nothing changes (k-core). With 1, items without
+            interactions stay in the catalogue.
+        history_length: Maximum number of items in a prompt.
+        sequence_length: Maximum number of items before the target that sequence models and counting baselines read; ``None``: ``history_length``.
+        metric_length: Maximum number of items before the target that metrics count as the user's history (MGU, DGU); ``None``: ``history_length``.
+        fractions: Shares of training, validation and test rows with ``global_time``.
+        repeats: ``drop``: keep only the first interaction of a user with an item, and do not recommend seen items again. ``keep``: keep all
+            interactions, and allow all items to be recommended again.
+        candidates: Number of items to choose from in each row: the target and randomly sampled unseen items. ``None``: the whole catalogue.
+        train_limit: Maximum number of training rows, which are sampled randomly.
+        train_without: Text file with the ``sample_id`` of training rows to omit, one on each line. Other rows do not change, so that a model can be
+            trained from scratch without these rows. Not supported with packed histories, which do not have these rows.
+        val_limit: Maximum number of validation rows, which are sampled randomly.
+        test_limit: Maximum number of test rows, which are sampled randomly.
 
     Raises:
         ValueError: If a value is out of range.
@@ -84,19 +83,19 @@ class Split:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if self.candidates is not None and self.candidates < 2:
-            raise ValueError(f"candidates must be >= 2 (the target and another), got {self.candidates}")
+            raise ValueError(f"candidates must be >= 2 (the target and at least one other item), got {self.candidates}")
         if len(self.fractions) != 3 or min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions must be three shares >= 0 that sum to 1, got {tuple(self.fractions)}")
+            raise ValueError(f"fractions must be three shares >= 0 with a sum of 1, got {tuple(self.fractions)}")
 
 
 @dataclass
 class RowIndex:
-    """Rows of one split: row i shows ``items[start:end]`` of its sequence and asks for ``items[end]``.
+    """Rows of one split. The true answer of a row is ``items[end]`` of its sequence, and its history is ``items[:end]``.
 
     Attributes:
         sequence: ``(N,)`` index of the sequence.
         end: ``(N,)`` position of the target.
-        candidates: Per row the items to choose from; ``None`` for the whole catalogue.
+        candidates: Items to choose from, for each row; ``None`` for the whole catalogue.
     """
 
     sequence: Ints
@@ -110,19 +109,19 @@ class RowIndex:
 
 @dataclass
 class Interactions:
-    """Filtered data in its final order; item ids are positions in ``titles``.
+    """Filtered and split data. Item ids are positions in ``titles``.
 
     Attributes:
-        titles: Clean, distinct titles.
+        titles: Cleaned, distinct titles.
         genres: Genres of each item.
-        keys: The source's own ids of each item; several where equal titles were merged.
-        sequences: Items of each user (or ready row), oldest first.
-        train_end: ``(sequences,)`` number of leading items that belong to training.
+        keys: Ids of each item in the source; several if items with equal titles were merged.
+        sequences: Items of each user or ready row, oldest first.
+        train_end: ``(S,)`` number of leading items of each of the S sequences that belong to training.
         rows: Rows by split.
-        events: All interactions of known items; ``None`` for ready rows.
+        events: All interactions with known items; ``None`` for ready rows.
         positions: Positions in ``events`` of the items of each sequence; empty for ready rows.
-        listed: ``(N,)`` whether the source has the item; an aligned catalogue may have more.
-        summary: What filters and cleaning left.
+        listed: ``(N,)`` whether the source has the item; an aligned catalogue may have more items. ``None``: all items.
+        summary: Counts and warnings of filtering and cleaning.
     """
 
     titles: list[str]
@@ -143,7 +142,7 @@ class Interactions:
 
     @property
     def users(self) -> list[str]:
-        """The source's id of the user of each sequence; empty for ready rows."""
+        """Id of the user of each sequence in the source; empty for ready rows."""
         return [self.events.users[user] for user in self.user] if self.events is not None else []
 
     @property
@@ -152,7 +151,7 @@ class Interactions:
         return [self.events.time[own] for own in self.positions] if self.events is not None else []
 
     def sample_ids(self) -> dict[str, Ints]:
-        """Return the ids of the rows of each split: hashes of user, title and time; of ready rows, of the titles that they show and ask for."""
+        """Return the ids of the rows of each split: hashes of user, target title and time; for ready rows, hashes of all titles of the row."""
         titles = text_hashes(self.titles)
         rows = [(self.rows[name].sequence, self.rows[name].end) for name in self.rows]
         sequence, end = (np.concatenate(parts) for parts in zip(*rows, strict=True))
@@ -161,32 +160,32 @@ class Interactions:
         if self.events is not None:
             ids = content_ids(text_hashes(self.users)[sequence], target, np.concatenate(self.times)[starts[sequence] + end])
         else:
-            shown = np.array([array_hash(titles[items]) for items in self.sequences], dtype=np.uint64)
-            ids = content_ids(shown[sequence], target)
+            contents = np.array([array_hash(titles[items]) for items in self.sequences], dtype=np.uint64)
+            ids = content_ids(contents[sequence], target)
         parts = np.split(ids, np.cumsum([len(self.rows[name]) for name in self.rows])[:-1])
         return dict(zip(self.rows, parts, strict=True))
 
     def popularity(self) -> Ints:
-        """Count the training interactions of each item."""
+        """Return the number of training interactions of each item, ``(N,)``."""
         events = [items[:end] for items, end in zip(self.sequences, self.train_end, strict=True)]
         return np.bincount(np.concatenate(events), minlength=len(self.titles))
 
 
 def prepare(source: InteractionTables | ReadyRows, split: Split) -> Interactions:
-    """Clean titles, filter, order and split.
+    """Clean titles, and filter, order and split the data of a source.
 
     Raises:
-        ValueError: If no interaction or no row is left, or ratings are asked for where there are none.
+        ValueError: If no interaction or no row remains, or if a minimum rating is set for data without ratings.
     """
     data = _from_rows(source, split) if isinstance(source, ReadyRows) else _from_tables(source, split)
     if not any(map(len, data.rows.values())):
-        raise ValueError(f"no row is left: every history has fewer than two usable items; check the data and {split}")
+        raise ValueError(f"no row remains: every history has fewer than two usable items; check the data and {split}")
     data.summary.describe_genres(data.genres)
     return data
 
 
 def _clean_items(items: pd.DataFrame, summary: DataSummary) -> tuple[list[str], list[tuple[str, ...]], list[list[str]], list[int]]:
-    """Clean and merge titles: titles, genres and source ids of the catalogue, and the catalogue id of each row (-1: dropped)."""
+    """Clean titles and merge equal ones; return titles, genres and source ids of the items, and the item of each row of the table (-1: dropped)."""
     cleaned = [clean_title(title) for title in items["title"]]
     titles, ids = merge_titles(cleaned)
     if dropped := ids.count(-1):
@@ -205,16 +204,16 @@ def _from_tables(tables: InteractionTables, split: Split) -> Interactions:
     summary = DataSummary()
     titles, genres, keys, ids = _clean_items(tables.items, summary)
     summary.facts |= {"source": "; ".join(tables.notes)} if tables.notes else {}
-    events = Events.of(tables, ids)
-    chosen = _chosen(events, tables, split, summary)
+    events = Events.from_tables(tables, ids)
+    chosen = _filter(events, tables, split, summary)
     if split.min_item_events > 1:
         kept = np.unique(events.item[chosen])
         titles, genres, keys = [titles[i] for i in kept], [genres[i] for i in kept], [keys[i] for i in kept]
-        place = np.full(len(ids), -1)
-        place[kept] = np.arange(len(kept))
-        # Interactions with items that leave the catalogue go, so the positions move.
-        moved = np.cumsum(place[events.item] >= 0) - 1
-        events, chosen = events.renumbered(place), moved[chosen]
+        new_numbers = np.full(len(ids), -1)
+        new_numbers[kept] = np.arange(len(kept))
+        # Interactions with removed items are dropped, so that the positions of the others change.
+        new_positions = np.cumsum(new_numbers[events.item] >= 0) - 1
+        events, chosen = events.renumber_items(new_numbers), new_positions[chosen]
     user, time = events.user[chosen], events.time[chosen]
     starts = np.flatnonzero(np.diff(user, prepend=-1))
     positions = np.split(chosen, starts[1:])
@@ -227,27 +226,26 @@ def _from_tables(tables: InteractionTables, split: Split) -> Interactions:
     return data
 
 
-def _chosen(events: Events, tables: InteractionTables, split: Split, summary: DataSummary) -> Ints:
+def _filter(events: Events, tables: InteractionTables, split: Split, summary: DataSummary) -> Ints:
     """Return the positions of the interactions that pass the filters.
 
     Raises:
-        ValueError: If a filter leaves none, or ratings are needed and there are none.
+        ValueError: If no interaction passes, or if a minimum rating is set and there are no ratings.
     """
     given = tables.interactions
     summary.count("read", given["user_id"])
     positions: Ints = np.arange(len(events))
     if split.min_rating is not None:
         if "rating" not in given:
-            raise ValueError(
-                f"{tables.origin}: min_rating={split.min_rating} needs ratings, but the interactions have no rating; leave min_rating out"
-            )
+            raise ValueError(f"{tables.origin}: min_rating={split.min_rating} needs ratings, but the interactions have no rating; omit min_rating")
         summary.count(f"rated >= {split.min_rating:g}", given["user_id"][given["rating"] >= split.min_rating])
         positions = positions[events.rating >= split.min_rating]
         if not len(positions):
             ratings = events.rating[~np.isnan(events.rating)]
             between = f"between {ratings.min():g} and {ratings.max():g}" if len(ratings) else "missing"
             raise ValueError(
-                f"{tables.origin}: min_rating={split.min_rating:g} leaves none of {len(events)} interactions: ratings are {between}; lower it"
+                f"{tables.origin}: none of {len(events)} interactions has a rating >= min_rating={split.min_rating:g}: ratings are {between}; "
+                "decrease min_rating"
             )
     summary.count("of known items", events.user[positions])
     if split.repeats == "drop":
@@ -256,8 +254,8 @@ def _chosen(events: Events, tables: InteractionTables, split: Split, summary: Da
     kept = positions[k_core(events.user[positions], events.item[positions], split.min_user_events, split.min_item_events)]
     if not len(kept):
         raise ValueError(
-            f"{tables.origin}: none is left with min_user_events={split.min_user_events} and min_item_events={split.min_item_events} out of "
-            f"{len(positions)} interactions, of {len(np.unique(events.user[positions]))} users; lower them"
+            f"{tables.origin}: none of {len(positions)} interactions of {len(np.unique(events.user[positions]))} users remains with "
+            f"min_user_events={split.min_user_events} and min_item_events={split.min_item_events}; decrease them"
         )
     summary.count(f"min_user_events {split.min_user_events}, min_item_events {split.min_item_events}", events.user[kept])
     summary.describe_times(events.time[kept])
@@ -267,7 +265,7 @@ def _chosen(events: Events, tables: InteractionTables, split: Split, summary: Da
 def _leave_last_out(data: Interactions, split: Split) -> None:
     del split
     lengths = np.array([len(items) for items in data.sequences])
-    # A user with two items trains nothing but can be tested; one item gives no row at all.
+    # A user with two items has a test row, but no training row. A user with one item has no row.
     data.train_end = np.maximum(lengths - 2, 0)
     data.rows["train"] = _rows_between(np.ones_like(lengths), data.train_end)
     for name, back in (("val", 2), ("test", 1)):
@@ -281,7 +279,7 @@ def _global_time(data: Interactions, split: Split) -> None:
     cuts = []
     for share in np.cumsum(split.fractions)[:2]:
         position = round(share * len(targets))
-        # Equal times stay on one side, so that nothing trains that happens together with a test.
+        # Targets with equal times are in the same split, so that no training target has the time of a test target.
         cuts.append(targets[position] if position < len(targets) else np.inf)
     lengths = np.array([len(time) for time in times])
     bounds = [np.ones_like(lengths), *(np.array([np.searchsorted(time, cut, "left") for time in times]) for cut in cuts), lengths]
@@ -291,10 +289,10 @@ def _global_time(data: Interactions, split: Split) -> None:
 
 
 def _given(data: Interactions, split: Split) -> None:
-    """Place rows by the split that the source gives for their targets.
+    """Assign rows to the split that the source has for their targets.
 
     Raises:
-        ValueError: If an interaction has no split, or a user's training interaction comes after one of validation or test.
+        ValueError: If an interaction has no split, or if the splits of a user are not in the order train, val, test.
     """
     del split
     assert data.events is not None
@@ -304,18 +302,18 @@ def _given(data: Interactions, split: Split) -> None:
     if (missing := given == NO_SPLIT).any():
         raise ValueError(
             f"kind='given' needs a split (train, val or test) for each interaction, but {int(missing.sum())} of {len(given)} have none (first: data "
-            f"row {data.events.row[positions[missing.argmax()]] + 1}); fill the column split, or choose leave_last_out or global_time"
+            f"row {data.events.row[positions[missing.argmax()]] + 1}); complete the column split, or choose leave_last_out or global_time"
         )
     first = np.cumsum(lengths) - lengths
-    # A split that comes before the split of the user's interaction before it.
+    # Whether the split of an interaction precedes the split of the user's previous interaction.
     earlier = np.append(False, given[1:] < given[:-1])
     earlier[first] = False
     if earlier.any():
         position = positions[earlier.argmax()]
         raise ValueError(
             f"user {data.events.users[data.events.user[position]]!r} has a {SPLITS[data.events.split[position]]} interaction (data row "
-            f"{data.events.row[position] + 1}) after one of {SPLITS[given[earlier.argmax() - 1]]}: with kind='given', the splits of a user must "
-            "follow each other in time (train, val, test); choose leave_last_out or global_time"
+            f"{data.events.row[position] + 1}) after a {SPLITS[given[earlier.argmax() - 1]]} interaction: with kind='given', the splits of a user "
+            "must be in the order train, val, test; choose leave_last_out or global_time"
         )
     counts = [np.add.reduceat(given == number, first) for number in range(len(SPLITS))]
     data.train_end = counts[0]
@@ -328,7 +326,7 @@ _SPLITTERS = {"leave_last_out": _leave_last_out, "global_time": _global_time, "g
 
 
 def _rows_between(first: Ints, last: Ints) -> RowIndex:
-    """Rows for the targets ``first <= position < last`` of every sequence."""
+    """Return rows for the targets at ``first <= position < last`` of every sequence."""
     counts = np.maximum(last - first, 0)
     sequence = np.repeat(np.arange(len(first)), counts)
     offset = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -357,8 +355,8 @@ def _from_rows(ready: ReadyRows, split: Split) -> Interactions:
 
 
 def _map_items(name: str, rows: list[ReadyRow], ids: list[int]) -> list[ReadyRow]:
-    """Put catalogue ids for the source's positions; what has none is left out of histories and candidates, counted and logged."""
-    catalogue = [*ids, -1]  # position -1, an unknown item, stays -1
+    """Convert positions in the source's table to items; omit unknown items from histories and candidates, and log their number."""
+    catalogue = [*ids, -1]  # position -1 means an unknown item and is converted to -1
 
     def known(positions: Sequence[int]) -> list[int]:
         return [item for position in positions if (item := catalogue[position]) >= 0]
@@ -366,21 +364,21 @@ def _map_items(name: str, rows: list[ReadyRow], ids: list[int]) -> list[ReadyRow
     mapped = [ReadyRow(known(row.history), catalogue[row.target], known(row.candidates)) for row in rows]
     for part in ("history", "candidates"):
         if lost := sum(len(getattr(row, part)) for row in rows) - sum(len(getattr(row, part)) for row in mapped):
-            log.warning("left out %d items of %s rows' %s that are not in the catalogue", lost, name, part)
+            log.warning("omitted %d items in the %s of %s rows that are not in the catalogue", lost, part, name)
     return mapped
 
 
 def _usable(name: str, rows: list[ReadyRow], split: Split) -> list[ReadyRow]:
-    """Drop, count and log the rows that cannot be used."""
+    """Return the rows that can be used, and log the number of dropped rows."""
     known = [row for row in rows if row.target >= 0]
     if unknown := len(rows) - len(known):
         log.warning("dropped %d of %d %s rows: their target is not in the catalogue", unknown, len(rows), name)
-    shown = [row for row in known if len(row.history)]
-    if empty := len(known) - len(shown):
+    nonempty = [row for row in known if len(row.history)]
+    if empty := len(known) - len(nonempty):
         log.warning("dropped %d of %d %s rows without any history", empty, len(rows), name)
     if split.repeats == "keep":
-        return shown
-    fresh = [row for row in shown if row.target not in row.history]
-    if repeated := len(shown) - len(fresh):
+        return nonempty
+    new_targets = [row for row in nonempty if row.target not in row.history]
+    if repeated := len(nonempty) - len(new_targets):
         log.warning("dropped %d of %d %s rows: their target is in their history (repeats: keep retains them)", repeated, len(rows), name)
-    return fresh
+    return new_targets

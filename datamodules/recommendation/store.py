@@ -1,4 +1,4 @@
-"""The tokenised data of one recipe: built once into the Arrow cache, opened by every rank."""
+"""Cache of prepared recommendation data: catalogue, tokens, histories and rows, built once and memory-mapped by all ranks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from malleable.datamodules.files.cache import digest, open_tables, write_tables
 from malleable.datamodules.files.fetch import sha256_of
 from malleable.datamodules.files.sealed import is_whole
 from malleable.datamodules.language import tokenizer as tokenizers
-from malleable.datamodules.negatives import ItemSampler
+from malleable.datamodules.negative_samplers import ItemSampler
 from malleable.datamodules.recommendation.alignment import align
 from malleable.datamodules.recommendation.events import SPLITS, Events
 from malleable.datamodules.recommendation.prompt import PromptPieces, PromptTemplate, tokenize
-from malleable.datamodules.recommendation.rows import Ragged, Reach, RowTable
+from malleable.datamodules.recommendation.rows import PromptWindow, RaggedColumn, RowTable
 from malleable.datamodules.recommendation.splits import Interactions, Ints, RowIndex, Split, prepare
 from malleable.datamodules.recommendation.summary import DataSummary
 from malleable.datamodules.sources.recommendation.base import Source
 
 log = logging.getLogger(__name__)
 
-# Raise it when what is stored changes its meaning.
+# Increase it when the format or the meaning of the cache changes.
 FORMAT = 6
 _NONE = np.zeros(0, dtype=np.int64)
 _EVENT_TYPES = {"user": pa.int32(), "item": pa.int32(), "time": pa.float64(), "rating": pa.float64(), "row": pa.int64(), "split": pa.int8()}
@@ -38,8 +38,15 @@ _NO_ROWS = RowTable(_NONE, _NONE, _NONE, _NONE, _NONE)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """All that decides the stored data; arguments as in :class:`~malleable.datamodules.recommendation.datamodule.RecommendationDataModule`."""
+class StoreSettings:
+    """Settings that determine the prepared data, and therefore the name of its cache.
+
+    The arguments are those of :class:`~malleable.datamodules.recommendation.datamodule.RecommendationDataModule`.
+
+    Attributes:
+        catalog: Items of the model that the data are used with, which keep their positions.
+        extend_catalog: Append items that are not in ``catalog``; otherwise they are an error.
+    """
 
     source: Source
     split: Split
@@ -49,12 +56,11 @@ class Recipe:
     max_prompt_length: int | None
     seed: int
     catalog: Catalog | None = None
-    """Items of the model that the data is for, which keep their places; new ones are refused unless ``extend_catalog``."""
     extend_catalog: bool = False
     local_files_only: bool = False
 
-    def fingerprint(self) -> str:
-        """Return what names the cache."""
+    def cache_key(self) -> str:
+        """Return the name of the cache folder: a digest of the settings and of the contents of the source's files."""
         kind = self.tokenizer
         return digest(
             {
@@ -64,7 +70,7 @@ class Recipe:
                 "template": asdict(self.template),
                 "tokenizer": [self.vocab_size, tokenizers.METHOD] if kind is None else kind if kind == "none" else tokenizers.fingerprint(kind),
                 "max_prompt_length": self.max_prompt_length,
-                # Only candidates are drawn while building; other seeds share the cache.
+                # Only candidates are sampled when the cache is built. Without candidates, all seeds share one cache.
                 "seed": self.seed if self.split.candidates else None,
                 "catalog": self.catalog and [self.catalog.titles, self.catalog.keys, self.catalog.token_ids, self.extend_catalog],
             }
@@ -73,18 +79,18 @@ class Recipe:
 
 @dataclass
 class Store:
-    """Opened data.
+    """Prepared data.
 
     Attributes:
         catalog: The items.
-        keys: The source's ids of each item.
+        keys: Ids of each item in the source.
         pieces: Tokenised template and titles; ``None`` without a tokenizer.
         sequences: Items of each user or ready row, oldest first.
-        train_end: Leading items of each sequence that belong to training.
+        train_end: Number of leading items of each sequence that belong to training.
         rows: Rows by split.
-        summary: What filters and cleaning left.
-        listed: ``(N,)`` whether the source has the item; a catalogue taken from a checkpoint may have more.
-        events: All interactions of known items, also those that filters leave out of ``sequences``; ``None`` for ready rows.
+        summary: Counts and warnings of filtering and cleaning.
+        listed: ``(N,)`` whether the source has the item; the catalogue of a checkpoint may have more items.
+        events: All interactions with known items, including those that filters remove from ``sequences``; ``None`` for ready rows.
         user: Position of the user of each sequence in ``events.users``; empty for ready rows.
         positions: Positions in ``events`` of the items of each sequence.
     """
@@ -103,21 +109,21 @@ class Store:
 
     @property
     def users(self) -> list[str]:
-        """The source's id of the user of each sequence; empty for ready rows."""
+        """Id of the user of each sequence in the source; empty for ready rows."""
         return [self.events.users[user] for user in self.user] if self.events is not None else []
 
     def items_of(self, sequence: int) -> Ints:
-        """Return all items that the user of a sequence has interacted with, whatever the filters."""
+        """Return all items that the user of a sequence has interacted with, including items that filters remove from the sequence."""
         return self.sequences[sequence] if self.events is None else np.unique(self.events.item[self.events.of_user(self.user[sequence])])
 
     @classmethod
-    def open_or_build(cls, recipe: Recipe, folder: Path) -> Store:
-        """Open the cache of a recipe below ``folder``, building it where it is missing or not whole."""
-        target = folder / recipe.fingerprint()
+    def open_or_build(cls, settings: StoreSettings, folder: Path) -> Store:
+        """Open the cache of these settings below ``folder``, and build it if it is missing or incomplete."""
+        target = folder / settings.cache_key()
         opened = open_tables(target)
         if opened is None:
             started = time.monotonic()
-            tables, meta = build(recipe)
+            tables, meta = build(settings)
             write_tables(target, tables, meta)
             log.info("data prepared in %.1f s: %s", time.monotonic() - started, target)
             opened = open_tables(target)
@@ -125,9 +131,9 @@ class Store:
                 raise OSError(f"the cache {target} cannot be read right after it was written; check the disk, or choose another cache_dir")
         store = cls._from_tables(*opened)
         vocabulary = store.catalog.vocabulary
-        if recipe.tokenizer is None and vocabulary is not None and not is_whole(Path(vocabulary.tokenizer or "")):
-            # It lies beside the data and may have been removed or changed; the same titles give the same tokenizer.
-            trained = tokenizers.train_tokenizer(store.catalog.titles, recipe.vocab_size, store.catalog.popularity)
+        if settings.tokenizer is None and vocabulary is not None and not is_whole(Path(vocabulary.tokenizer or "")):
+            # The folder of the trained tokenizer was removed or damaged. Equal titles give the same tokenizer again.
+            trained = tokenizers.train_tokenizer(store.catalog.titles, settings.vocab_size, store.catalog.popularity)
             store.catalog = replace(store.catalog, vocabulary=replace(vocabulary, tokenizer=str(trained)))
         return store
 
@@ -155,7 +161,7 @@ class Store:
             catalog,
             items["keys"],
             pieces,
-            Ragged(sequences["items"]),
+            RaggedColumn(sequences["items"]),
             sequences["train_end"].to_numpy(),
             rows,
             DataSummary(**meta["summary"]),
@@ -164,32 +170,32 @@ class Store:
         if "events" in tables:
             events = {name: tables["events"][name].to_numpy() for name in tables["events"].column_names}
             store.events = Events(tables["users"]["user_id"].to_pylist(), **events)
-            store.user, store.positions = sequences["user"].to_numpy(), Ragged(sequences["positions"])
+            store.user, store.positions = sequences["user"].to_numpy(), RaggedColumn(sequences["positions"])
         return store
 
 
-def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any]]:
-    """Make the tables and the plain data of a recipe."""
-    data = prepare(recipe.source.load(), recipe.split)
-    if recipe.catalog is not None:
-        data = align(data, recipe.catalog, recipe.extend_catalog)
+def build(settings: StoreSettings) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any]]:
+    """Return the tables and the plain data of the cache."""
+    data = prepare(settings.source.load(), settings.split)
+    if settings.catalog is not None:
+        data = align(data, settings.catalog, settings.extend_catalog)
     pieces, vocabulary, prompt = None, None, None
-    if recipe.tokenizer != "none":
-        name = recipe.tokenizer or str(tokenizers.train_tokenizer(data.titles, recipe.vocab_size, data.popularity().tolist()))
-        loaded = tokenizers.load_tokenizer(name, recipe.local_files_only)
-        pieces = tokenize(recipe.template, data.titles, loaded)
+    if settings.tokenizer != "none":
+        name = settings.tokenizer or str(tokenizers.train_tokenizer(data.titles, settings.vocab_size, data.popularity().tolist()))
+        loaded = tokenizers.load_tokenizer(name, settings.local_files_only)
+        pieces = tokenize(settings.template, data.titles, loaded)
         largest = max(pieces.largest_token_id, tokenizers.largest_token_id(loaded, ()))
         vocabulary = Vocabulary(len(loaded), pieces.eos_token_id, loaded.pad_token_id, name, largest)
-        prompt = asdict(recipe.template)
+        prompt = asdict(settings.template)
     tables = {
-        "items": _items(data, pieces),
-        "sequences": {"items": _ragged(data.sequences), "train_end": pa.array(data.train_end, pa.int32())},
-        **_rows(data, recipe, pieces),
+        "items": _item_table(data, pieces),
+        "sequences": {"items": _list_array(data.sequences), "train_end": pa.array(data.train_end, pa.int32())},
+        **_row_tables(data, settings, pieces),
     }
     if (events := data.events) is not None:
         tables["users"] = {"user_id": pa.array(events.users, pa.string())}
         tables["events"] = {name: pa.array(getattr(events, name), kind) for name, kind in _EVENT_TYPES.items()}
-        tables["sequences"] |= {"user": pa.array(data.user, pa.int32()), "positions": _ragged(data.positions)}
+        tables["sequences"] |= {"user": pa.array(data.user, pa.int32()), "positions": _list_array(data.positions)}
     names = ("prefix", "separator", "suffix", "candidates_prefix")
     template = {name: getattr(pieces, name) for name in names} if pieces is not None else None
     return tables, {
@@ -200,36 +206,36 @@ def build(recipe: Recipe) -> tuple[dict[str, dict[str, pa.Array]], dict[str, Any
     }
 
 
-def _rows(data: Interactions, recipe: Recipe, pieces: PromptPieces | None) -> dict[str, dict[str, pa.Array]]:
-    reach = Reach(recipe.split.history_length, pieces, recipe.max_prompt_length)
+def _row_tables(data: Interactions, settings: StoreSettings, pieces: PromptPieces | None) -> dict[str, dict[str, pa.Array]]:
+    window = PromptWindow(settings.split.history_length, pieces, settings.max_prompt_length)
     tables = {}
     ids = data.sample_ids()
     for name in SPLITS:
         index = data.rows[name]
-        if index.candidates is None and recipe.split.candidates is not None:
-            index = replace(index, candidates=_draw_candidates(data, index, ids[name], recipe.split.candidates, recipe.seed))
-        table = reach.place(name, data.sequences, index, ids[name])
+        if index.candidates is None and settings.split.candidates is not None:
+            index = replace(index, candidates=_sample_candidates(data, index, ids[name], settings.split.candidates, settings.seed))
+        table = window.make_rows(name, data.sequences, index, ids[name])
         tables[name] = {
             "sample_id": pa.array(table.sample_id, pa.int64()),
             **{column: pa.array(getattr(table, column), pa.int32()) for column in ("sequence", "start", "end", "target")},
-            "candidates": _ragged(table.candidates if table.candidates is not None else [_NONE] * len(table)),
+            "candidates": _list_array(table.candidates if table.candidates is not None else [_NONE] * len(table)),
         }
     return tables
 
 
-def _draw_candidates(data: Interactions, index: RowIndex, ids: Ints, number: int, seed: int) -> list[Ints]:
-    """Put each target at a random place among items that the user has not met."""
-    # Another stream than the negatives', which are drawn with the plain seed.
+def _sample_candidates(data: Interactions, index: RowIndex, ids: Ints, number: int, seed: int) -> list[Ints]:
+    """Return the candidates of each row: its target, at a random position, and items that the user has not interacted with up to the target."""
+    # Not the seed of the negatives, so that candidates and negatives are independent.
     sampler = ItemSampler(range(len(data.titles)), seed=seed + 1)
     rows = []
     for sample_id, sequence, end in zip(ids.tolist(), index.sequence, index.end, strict=True):
         items = data.sequences[sequence][: end + 1]
         drawn = sampler.draw(sample_id, number - 1, items.tolist())
-        rows.append(np.insert(np.array(drawn), sampler.place(sample_id, number), items[-1]))
+        rows.append(np.insert(np.array(drawn), sampler.draw_position(sample_id, number), items[-1]))
     return rows
 
 
-def _items(data: Interactions, pieces: PromptPieces | None) -> dict[str, pa.Array]:
+def _item_table(data: Interactions, pieces: PromptPieces | None) -> dict[str, pa.Array]:
     strings, ints = pa.list_(pa.string()), pa.list_(pa.int32())
     empty: list[tuple[int, ...]] = [()] * len(data.titles)
     tokens = {"item": empty, "answer": empty, "candidate": empty}
@@ -245,7 +251,7 @@ def _items(data: Interactions, pieces: PromptPieces | None) -> dict[str, pa.Arra
     }
 
 
-def _ragged(rows: Sequence[Ints]) -> pa.Array:
+def _list_array(rows: Sequence[Ints]) -> pa.Array:
     offsets = np.cumsum([0, *(len(row) for row in rows)])
     values = np.concatenate([*rows, _NONE])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, pa.int32()))
@@ -253,5 +259,5 @@ def _ragged(rows: Sequence[Ints]) -> pa.Array:
 
 def _read_rows(table: pa.Table) -> RowTable:
     columns = {name: table[name].to_numpy() for name in ("sample_id", "sequence", "start", "end", "target")}
-    offered = compute.max(compute.list_value_length(table["candidates"])).as_py() > 0
-    return RowTable(**columns, candidates=Ragged(table["candidates"]) if offered else None)
+    has_candidates = compute.max(compute.list_value_length(table["candidates"])).as_py() > 0
+    return RowTable(**columns, candidates=RaggedColumn(table["candidates"]) if has_candidates else None)

@@ -1,4 +1,4 @@
-"""Summary of recommendation data: what filters, cleaning and splitting leave, and what makes figures doubtful."""
+"""Summary of data: counts after filtering, cleaning and splitting, and warnings about properties that make figures unreliable."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ log = logging.getLogger(__name__)
 
 Floats = NDArray[np.floating[Any]]
 
-# Times since 1970 in these units are at least so large from 1973 on; smaller numbers are no dates.
+# Lower bound of times since 1970 in each unit, for dates from 1973 on. Smaller numbers are not dates.
 UNITS = {"seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanoseconds": 1e17}
 UNSPLIT = re.compile(r"[,;]|^\[")
-UNSPLIT_SHARE = 0.05  # of the items with genres, from which on there is a warning
+UNSPLIT_SHARE = 0.05  # share of such genres, relative to the items with genres, above which there is a warning
 WARNING = "warning"
-SHOWN = 40  # characters of a title
+SHOWN = 40  # maximum number of characters of a title in a message
 
 
 @dataclass
 class DataSummary:
-    """What is left of a source's data, as short texts.
+    """Properties of prepared data as short texts.
 
     Attributes:
-        facts: Text by name, in the order to print.
-        warnings: What should be changed in the source or in the settings.
-        filters: Name of each filter that removed something, and the interactions and users that it left.
+        facts: Text of each property by name, in the order of printing.
+        warnings: Problems of the source or of the settings.
+        filters: For each filter that removed interactions: its name, and the numbers of remaining interactions and users.
     """
 
     facts: dict[str, str] = field(default_factory=dict)
@@ -43,15 +43,15 @@ class DataSummary:
     filters: list[tuple[str, int, int]] = field(default_factory=list)
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Return name and text of each fact, then the warnings."""
+        """Return name and text of each property, then the warnings."""
         return [*self.facts.items(), *((WARNING, text) for text in self.warnings)]
 
     def count(self, name: str, users: Sequence[Any] | NDArray[Any]) -> None:
-        """Add what a filter left; one that removed nothing is not listed.
+        """Add the numbers of interactions and users after a filter, unless it removed nothing.
 
         Args:
-            name: The filter.
-            users: User of each interaction that is left.
+            name: Name of the filter.
+            users: User of each remaining interaction.
         """
         number = len(users)
         if not self.filters or number != self.filters[-1][1]:
@@ -59,12 +59,12 @@ class DataSummary:
             self.facts["interactions (users)"] = " → ".join(f"{count:,} ({people:,}) {name}" for name, count, people in self.filters)
 
     def describe_items(self, given: Sequence[str], cleaned: Sequence[str], keys: Sequence[Sequence[str]], titles: Sequence[str]) -> None:
-        """Add the counts of items, of changed and of merged titles.
+        """Add the numbers of items, of changed titles and of merged titles.
 
         Args:
             given: Title of each item of the source.
-            cleaned: The same, cleaned; empty where nothing readable is left.
-            keys: The source's ids of each distinct title.
+            cleaned: Cleaned title of each item; empty if no readable text remains.
+            keys: Ids in the source of each distinct title.
             titles: Distinct titles.
         """
         parts = [f"{len(given):,} read, {len(titles):,} distinct titles"]
@@ -79,7 +79,7 @@ class DataSummary:
         self.facts["items"] = "; ".join(parts)
 
     def describe_genres(self, genres: Sequence[Sequence[str]]) -> None:
-        """Add the number of genres; warn of genres that look like lists that were not split."""
+        """Add the number of genres, and a warning if genres look like lists that were not split."""
         having = [own for own in genres if own]
         if not having:
             return
@@ -89,14 +89,14 @@ class DataSummary:
         if len(unsplit) >= UNSPLIT_SHARE * len(having):
             self.warnings.append(
                 f"{len(unsplit):,} genres look like lists that were not split, e.g. {unsplit[0]!r:.60}: set genre_delimiter of Tables, write "
-                "`Drama|Comedy`, or a list in JSON lines or Parquet; MGU and DGU count each such text as a genre of its own"
+                "`Drama|Comedy`, or use a list in JSON lines or Parquet; MGU and DGU count each such text as one genre"
             )
 
     def describe_times(self, times: Floats) -> None:
-        """Add the range of times and their unit; warn of several units and of infinite times.
+        """Add the range of times and their unit, and warnings about several units and about infinite times.
 
         Args:
-            times: ``(E,)`` time of each interaction that is left.
+            times: ``(E,)`` time of each remaining interaction.
         """
         finite = times[np.isfinite(times)]
         if len(finite) < len(times):
@@ -106,7 +106,7 @@ class DataSummary:
         low, high = float(finite.min()), float(finite.max())
         units = {name: int(count) for name, count in zip(("none", *UNITS), _unit_counts(finite), strict=True) if count}
         if len(units) > 1:
-            counts = ", ".join(f"{count:,} {_described(name)}" for name, count in units.items())
+            counts = ", ".join(f"{count:,} {_describe_unit(name)}" for name, count in units.items())
             self.warnings.append(f"timestamps look like several units: {counts}; they are ordered as plain numbers. Convert them to one unit")
         (unit, *others) = units
         if others or unit == "none":
@@ -116,19 +116,19 @@ class DataSummary:
             self.facts["time"] = f"{_date(low / scale)} to {_date(high / scale)} ({unit})"
 
     def describe_ties(self, tied: Mapping[str, float]) -> None:
-        """Add the share of validation and test targets that have the time of the item before them.
+        """Add the share of validation and test targets that have the same time as the item before them.
 
         Args:
             tied: Share by split.
         """
         if any(tied.values()):
             shares = ", ".join(f"{share:.1%} of {split}" for split, share in tied.items())
-            self.facts["tied times"] = f"{shares} targets have the time of the item before; the order of the file's rows decides"
+            self.facts["tied times"] = f"{shares} targets have the same time as the item before; the order of rows in the file is used"
         elif tied:
             self.facts["tied times"] = "none at the split"
 
     def describe_rows(self, rows: Mapping[str, tuple[int, int]]) -> None:
-        """Add the rows of each split, used and all."""
+        """Add the numbers of used rows and of all rows of each split."""
         texts = [f"{split} {used:,}" + (f" of {every:,}" if used < every else "") for split, (used, every) in rows.items()]
         self.facts["rows"] = ", ".join(texts)
 
@@ -137,8 +137,8 @@ def log_summary(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     """Log a summary on the first rank.
 
     Args:
-        title: What it is of.
-        pairs: Name and text of each fact; those named ``warning`` are logged as warnings.
+        title: Title of the summary.
+        pairs: Name and text of each property; pairs with the name ``warning`` are logged as warnings.
     """
     if world()[0] != 0:
         return
@@ -149,15 +149,15 @@ def log_summary(title: str, pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def shorten(title: str) -> str:
-    """Quote a title, cut at 40 characters."""
+    """Quote a title, and truncate it to 40 characters."""
     return repr(title if len(title) <= SHOWN else title[: SHOWN - 1] + "…")
 
 
 def tied_share(times: Floats, starts: NDArray[np.integer[Any]], sequence: NDArray[np.integer[Any]], end: NDArray[np.integer[Any]]) -> float:
-    """Return the share of rows whose target has the time of the item before it.
+    """Return the share of rows whose target has the same time as the item before it.
 
     Args:
-        times: ``(E,)`` times of all sequences, one sequence after the other.
+        times: ``(E,)`` times of all sequences, concatenated.
         starts: First position of each sequence.
         sequence: ``(N,)`` sequence of each row.
         end: ``(N,)`` position of each target within its sequence, at least 1.
@@ -170,7 +170,7 @@ def _unit_counts(times: Floats) -> NDArray[np.integer[Any]]:
     return np.bincount(np.searchsorted(list(UNITS.values()), np.abs(times), side="right"), minlength=len(UNITS) + 1)
 
 
-def _described(unit: str) -> str:
+def _describe_unit(unit: str) -> str:
     return "below 1973 in any unit" if unit == "none" else f"in {unit}"
 
 

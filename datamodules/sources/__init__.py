@@ -1,1 +1,7 @@
-"""Sources of recommendation data, of knowledge graphs, of facts and of texts: one file for each source or format."""
+"""Sources of data: one folder for each domain, one file for each source or format.
+
+Files:
+    recommendation/: Interactions of users with items.
+    graphs/: Triples of knowledge graphs.
+    editing/: Facts, edit requests and texts.
+"""

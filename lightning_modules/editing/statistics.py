@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.datamodules.files.user_files import first_line
-from malleable.datamodules.identity import rules_digest
+from malleable.datamodules.stored_identity import rules_digest
 from malleable.lightning_modules.editing.layout import Layout
 from malleable.lightning_modules.editing.passes import stopping
 from malleable.lightning_modules.functional.editing.null_space import SecondMoment

@@ -1,1 +1,13 @@
-"""Functions on tensors: log-probabilities, decoding, grounding, graph embeddings and edits."""
+"""Functions on tensors, independent of modules and the Trainer.
+
+Files:
+    language/: Log-probabilities, decoding and grounding of language models.
+    graphs/: Score functions and relation patterns of graph embeddings.
+    recommendation/: Counting baselines, and hashes of rows.
+    editing/: Edits of language models.
+    keyed_random.py: Random numbers that depend on a key only.
+    precision.py: Full-precision computation under autocast and half precision.
+    defaults.py: Default device and dtype of new tensors.
+    ranks.py: Distribution of work over ranks.
+    schedule.py: Learning-rate schedules.
+"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,8 @@ from malleable.lightning_modules.patches.tensors import open_tensors
 if TYPE_CHECKING:
     from malleable.lightning_modules.language.config import LanguageModelConfig
 
-_WRAPPED = "base_model.model."
-_TWICE = ".modules_to_save."
+_PEFT_PREFIX = "base_model.model."
+_MODULES_TO_SAVE = ".modules_to_save."
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "lm_head", "embed_out")
 
 
@@ -59,11 +59,6 @@ def with_adapter(model: Any, config: LanguageModelConfig) -> Any:
     return adapted
 
 
-def without_adapter(model: Any) -> AbstractContextManager[Any]:
-    """Return a context that disables the adapter, if there is one."""
-    return model.disable_adapter() if hasattr(model, "peft_config") else nullcontext()
-
-
 def _routers(model: nn.Module) -> list[str] | None:
     """Return linear layers with a custom forward pass, such as routers of experts, which PEFT would replace by a matrix product."""
     found = [
@@ -88,7 +83,7 @@ def _stored_adapter(model: Any, config: LanguageModelConfig) -> Any:
     settings.inference_mode = False
     settings.base_model_name_or_path = config.name
     # With resized embeddings, PEFT stores fully trained layers twice.
-    tensors = {key: tensor for key, tensor in tensors.items() if _TWICE not in key or key.replace(_TWICE, ".") not in tensors}
+    tensors = {key: tensor for key, tensor in tensors.items() if _MODULES_TO_SAVE not in key or key.replace(_MODULES_TO_SAVE, ".") not in tensors}
     tensors = _for_text_part(model, settings, tensors)
     _fit_embeddings(model, tensors)
     try:
@@ -101,7 +96,7 @@ def _stored_adapter(model: Any, config: LanguageModelConfig) -> Any:
     if missing or unexpected:
         raise ValueError(
             f"adapter '{name}' was made for another base model than '{config.name}', or does not match its adapter_config.json: "
-            f"missing {missing[:2]}, unexpected {unexpected[:2]} ({len(missing)} and {len(unexpected)} in all); "
+            f"missing {missing[:2]}, unexpected {unexpected[:2]} ({len(missing)} and {len(unexpected)} in total); "
             "give the base model that it was trained with"
         )
     return adapted
@@ -136,10 +131,10 @@ def _check_folder(folder: Path) -> None:
 def _for_text_part(model: Any, settings: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of an adapter of a multimodal model, of which only the text part is loaded."""
     prefix = getattr(model, "text_prefix", None)
-    whole = f"{_WRAPPED}{prefix}."
+    whole = f"{_PEFT_PREFIX}{prefix}."
     if prefix is None or not any(key.startswith(whole) for key in tensors):
         return tensors
-    own = f"{_WRAPPED}{model.base_model_prefix}."
+    own = f"{_PEFT_PREFIX}{model.base_model_prefix}."
     renamed = {own + key.removeprefix(whole) if key.startswith(whole) else key: tensor for key, tensor in tensors.items()}
     settings.target_modules = target_modules(renamed)
     return renamed
@@ -147,14 +142,14 @@ def _for_text_part(model: Any, settings: Any, tensors: dict[str, Tensor]) -> dic
 
 def target_modules(tensors: dict[str, Tensor]) -> set[str]:
     """Return the full names of the layers that have an adapter."""
-    return {key.removeprefix(_WRAPPED).rsplit(".lora_", 1)[0] for key in tensors if ".lora_" in key}
+    return {key.removeprefix(_PEFT_PREFIX).rsplit(".lora_", 1)[0] for key in tensors if ".lora_" in key}
 
 
 def _fit_embeddings(model: Any, tensors: dict[str, Tensor]) -> None:
     """Resize the embeddings of the base model to those of the adapter, which may have padding or additional tokens."""
     rows = set()
     for key, tensor in tensors.items():
-        layer, _, part = key.removesuffix(".weight").removeprefix(_WRAPPED).partition(".lora_")
+        layer, _, part = key.removesuffix(".weight").removeprefix(_PEFT_PREFIX).partition(".lora_")
         if layer.removesuffix(".base_layer").rsplit(".", 1)[-1] in _EMBEDDINGS and part in ("", "embedding_A", "B"):
             rows.add(tensor.shape[1] if part == "embedding_A" else tensor.shape[0])
     embeddings = model.get_input_embeddings()

@@ -1,4 +1,8 @@
-"""Checkpoints of language models: selection of the stored weights, and checks when a checkpoint is loaded."""
+"""Checkpoints of language models: selection of the stored weights, and checks of the base model and the tensors when a checkpoint is loaded.
+
+The tokenizer, the prompt template and the items of a checkpoint must equal those of the data: see :mod:`malleable.datamodules.compatibility`, which
+``BaseModule.on_load_checkpoint`` calls.
+"""
 
 from __future__ import annotations
 
@@ -64,5 +68,5 @@ def check_fit(module: LightningModule, checkpoint: dict[str, Any], base_fingerpr
     if missing or unexpected:
         raise MisconfigurationException(
             f"the checkpoint does not fit this module: missing {missing[:3]}, unexpected {unexpected[:3]} "
-            f"({len(missing)} and {len(unexpected)} in all); build the module with the settings of the checkpoint"
+            f"({len(missing)} and {len(unexpected)} in total); build the module with the settings of the checkpoint"
         )

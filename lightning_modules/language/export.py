@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.datamodules.files.fetch import hub_snapshot, resolve_model, tokenizer_files
 from malleable.datamodules.files.plain_checkpoint import read_plain
-from malleable.datamodules.identity import restore_tokenizer
+from malleable.datamodules.stored_identity import restore_tokenizer
 from malleable.lightning_modules.language.adapters import target_modules
 from malleable.lightning_modules.patches.stack import PatchStack
 from malleable.lightning_modules.patches.storage import SECTION, write_section
@@ -27,7 +27,7 @@ from malleable.lightning_modules.patches.storage import SECTION, write_section
 log = logging.getLogger(__name__)
 
 _ATTRIBUTE = "model."  # prefix of the language model in the state dictionary of a module
-_WRAPPED = "base_model.model."
+_PEFT_PREFIX = "base_model.model."  # prefix of the base model in the names of PEFT
 
 
 def save_language_model(
@@ -58,7 +58,7 @@ def save_language_model(
         return
     with atomic_write(folder) as building:
         building.mkdir()
-        with _quietly():
+        with _without_progress_bars():
             if adapted:
                 _save_adapter(model, state, building)
             else:
@@ -181,11 +181,11 @@ def _gathered(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def _save_model(model: Any, state: dict[str, Tensor], folder: Path) -> None:
-    _make_valid(model)
+    _correct_generation_config(model)
     model.save_pretrained(folder, state_dict=state)
 
 
-def _make_valid(model: Any) -> None:
+def _correct_generation_config(model: Any) -> None:
     """Correct a generation configuration that transformers loads with a warning, but cannot save."""
     settings = getattr(model, "generation_config", None)
     if settings is None:
@@ -204,9 +204,9 @@ def _save_adapter(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     if prefix is None:
         return
     # PEFT and transformers load the multimodal base model, in which the names of the layers have a prefix.
-    own = f"{_WRAPPED}{base.base_model_prefix}."
+    own = f"{_PEFT_PREFIX}{base.base_model_prefix}."
     file, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    tensors = {f"{_WRAPPED}{prefix}.{key.removeprefix(own)}" if key.startswith(own) else key: value for key, value in load_file(file).items()}
+    tensors = {f"{_PEFT_PREFIX}{prefix}.{key.removeprefix(own)}" if key.startswith(own) else key: value for key, value in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
     stored = json.loads(settings.read_text(encoding="utf-8"))
     settings.write_text(json.dumps(stored | {"target_modules": sorted(target_modules(tensors))}, indent=2, sort_keys=True), encoding="utf-8")
@@ -236,7 +236,7 @@ def _save_tokenizer(name: str, folder: Path) -> None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def _without_progress_bars() -> Iterator[None]:
     """Disable the progress bars of transformers, which would interfere with that of the Trainer."""
     from transformers.utils import logging as transformers_logging
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from malleable.datamodules.batch import AnswerBatch, Catalog
 from malleable.lightning_modules.functional.language.free_text import generate_text
 from malleable.lightning_modules.functional.language.grounding import embed_texts, nearest_titles
-from malleable.lightning_modules.functional.language.trie_search import Decoded
+from malleable.lightning_modules.functional.language.trie_search_base import Decoded
 
 
 def write_answers(

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, Recommendations
-from malleable.datamodules.negatives import NegativeSampler, SelfPlay, Semantic
-from malleable.lightning_modules.functional.language.decoding import beam_search
+from malleable.datamodules.negative_samplers import NegativeSampler, SelfPlay, Semantic
 from malleable.lightning_modules.functional.language.grounding import embed_texts
 from malleable.lightning_modules.functional.language.trie import Trie
+from malleable.lightning_modules.functional.language.trie_beam_search import beam_search
 from malleable.lightning_modules.language.free_answers import nearest_items, write_answers
 from malleable.lightning_modules.recommendation.evaluation import allowed_items
-from malleable.lightning_modules.recommendation.negatives import generate_negatives
+from malleable.lightning_modules.recommendation.generated_negatives import generate_negatives
 
 SyncAny = Callable[[bool], bool]
 
@@ -128,7 +128,7 @@ class ItemDecoder:
         weights_version: Hashable = None,
         sync_any: SyncAny | None = None,
     ) -> Tensor:
-        """Generate rejected answers; see :func:`~malleable.lightning_modules.recommendation.negatives.generate_negatives`."""
+        """Generate rejected answers; see :func:`~malleable.lightning_modules.recommendation.generated_negatives.generate_negatives`."""
         own = isinstance(sampler, SelfPlay)
         allowed = allowed_items(batch, len(self.catalog), exclude_seen=getattr(sampler, "exclude_seen", True), exclude_target=not own)
         embeds = sampler.grounding == "embedding" if isinstance(sampler, SelfPlay) else isinstance(sampler, Semantic)

@@ -16,8 +16,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, PreferenceBatch, Recommendations, Vocabulary
-from malleable.datamodules.identity import check_folder, write_folder
-from malleable.datamodules.negatives import NegativeSampler
+from malleable.datamodules.compatibility import check_exported_folder
+from malleable.datamodules.negative_samplers import NegativeSampler
+from malleable.datamodules.stored_identity import write_folder
 from malleable.lightning_modules.base import BaseModule, LossOutput, Split, needs_weights
 from malleable.lightning_modules.fsdp import data_parallel_mesh, shard_decoder
 from malleable.lightning_modules.functional.defaults import float32_by_default
@@ -125,9 +126,8 @@ class LanguageModel(BaseModule):
         """Copy attributes from the data module, and check precision and strategy.
 
         Raises:
-            MisconfigurationException: If the weights cannot be trained in this precision, or if a frozen model is fitted with a strategy that needs
-            an
-                optimizer.
+            MisconfigurationException: If the weights cannot be trained in this precision, or if a frozen model is fitted with a strategy that
+                needs an optimizer.
         """
         if self._compiler_ctx is not None:
             # After `torch.compile(module)`, only the decoder is compiled.
@@ -153,7 +153,7 @@ class LanguageModel(BaseModule):
         if self.model is not None or self.vocabulary is None:
             return
         for name in (self.language_model.name, self.language_model.adapter):
-            check_folder(name, self.catalog or self.vocabulary)
+            check_exported_folder(name, self.catalog or self.vocabulary)
         avoid_planned_kernels()
         strategy: Any = getattr(self.attached, "strategy", None)
         zero3 = strategy.config if getattr(strategy, "zero_stage_3", False) else None
@@ -256,13 +256,13 @@ class LanguageModel(BaseModule):
 
     @needs_weights
     def generate_negatives(self, batch: AnswerBatch, sampler: NegativeSampler, seed: int = 0) -> Tensor:
-        """Generate rejected answers of a batch; see :func:`~malleable.lightning_modules.recommendation.negatives.generate_negatives`."""
+        """Generate rejected answers of a batch; see :func:`~malleable.lightning_modules.recommendation.generated_negatives.generate_negatives`."""
         options: Any = {"weights_version": self.weights_version, "sync_any": self.sync_any}
         return self.items.generate_negatives(self.model, batch, sampler, seed, **options)
 
     @property
     def headline_metrics(self) -> tuple[str, ...]:
-        """Main metrics of recommended lists; the perplexity where there is no catalogue."""
+        """Main metrics of recommended lists; without a catalogue, the perplexity."""
         return ("perplexity",) if self.catalog is None else recommendation_headline(self.ks)
 
     def configure_metrics(self) -> dict[str, Metric]:

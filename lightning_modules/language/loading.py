@@ -52,7 +52,7 @@ def load_pretrained(config: LanguageModelConfig, zero3_config: dict[str, Any] | 
     source: dict[str, Any] = {"local_files_only": config.local_files_only, "trust_remote_code": False}
     options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "output_loading_info": True, **source}
     if config.quantization == "4bit":
-        options["quantization_config"] = _four_bits(DTYPES[config.dtype])
+        options["quantization_config"] = _four_bit_config(DTYPES[config.dtype])
     if _is_adapter(Path(folder)):
         raise ValueError(f"{config.name!r} is an adapter; give its base model as language_model.name and the folder as language_model.adapter")
     damaged = nullcontext() if gguf_file is None else gguf_errors(Path(folder) / gguf_file)
@@ -112,7 +112,7 @@ def _check_complete(model: Any, missing: set[str], whole: Any, name: str) -> Non
         return
     if missing:
         raise ValueError(
-            f"the checkpoint of {name!r} lacks {len(missing)} weights of {type(model).__name__}, such as {sorted(missing)[0]!r}; "
+            f"{len(missing)} weights of {type(model).__name__} are missing in the checkpoint of {name!r}, such as {sorted(missing)[0]!r}; "
             "give a complete checkpoint of a causal language model"
         )
 
@@ -140,11 +140,11 @@ def _text_prefix(whole: Any, model: Any) -> str | None:
     return next((name for name, module in built.named_modules() if type(module) is type(model.base_model)), None)
 
 
-def _four_bits(dtype: torch.dtype) -> Any:
+def _four_bit_config(dtype: torch.dtype) -> Any:
     try:
         import bitsandbytes  # type: ignore[import-not-found, import-untyped, unused-ignore] # noqa: F401
     except ImportError as error:
-        raise ValueError("quantization='4bit' needs bitsandbytes: pip install bitsandbytes (GPU machines), or leave quantization out") from error
+        raise ValueError("quantization='4bit' needs bitsandbytes: pip install bitsandbytes (needs a GPU), or omit quantization") from error
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

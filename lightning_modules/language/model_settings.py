@@ -62,23 +62,23 @@ def model_settings(model: Any, *, scratch: bool) -> dict[str, Any]:
         model: Hugging Face model, with or without a PEFT adapter.
         scratch: Whether the model was built from ``language_model.scratch``; fields are then named like the options.
     """
-    values = {name: value for name, value in model.config.to_dict().items() if _counts(name)}
+    values = {name: value for name, value in model.config.to_dict().items() if _affects_output(name)}
     settings = {
-        f"language_model.scratch.{_SCRATCH_OPTIONS[name]}" if scratch and name in _SCRATCH_OPTIONS else f"config.{name}": _plain(value)
+        f"language_model.scratch.{_SCRATCH_OPTIONS[name]}" if scratch and name in _SCRATCH_OPTIONS else f"config.{name}": _to_json_types(value)
         for name, value in values.items()
     }
     adapters = getattr(model, "peft_config", {})
     settings["adapters"] = len(adapters)
     for adapter in adapters.values():
         own = {name: value for name, value in adapter.to_dict().items() if name not in _IGNORED_OF_ADAPTERS and "drop" not in name}
-        settings |= {f"language_model.lora.{_LORA_OPTIONS.get(name, name)}": _plain(value) for name, value in own.items()}
+        settings |= {f"language_model.lora.{_LORA_OPTIONS.get(name, name)}": _to_json_types(value) for name, value in own.items()}
     return settings
 
 
-def _counts(name: str) -> bool:
+def _affects_output(name: str) -> bool:
     return not (name.startswith("_") or name in _IGNORED or "drop" in name or name.endswith("pdrop") or name == "quantization_config")
 
 
-def _plain(value: Any) -> Any:
+def _to_json_types(value: Any) -> Any:
     """Convert a value to JSON types and sets to sorted lists, so that stored and current values can be compared."""
     return json.loads(json.dumps(value, sort_keys=True, default=lambda other: sorted(other) if isinstance(other, (set, frozenset)) else str(other)))

@@ -1,1 +1,6 @@
-"""Losses as modules on tensors, independent of models, tokenizers and the Trainer."""
+"""Losses as modules on tensors, independent of models, tokenizers and the Trainer.
+
+Files:
+    preference.py: Preference losses: Sigmoid (DPO), IPO, Hinge, Robust, SDPO, DMPO.
+    embedding.py: Losses and regularisers of knowledge-graph embeddings.
+"""

@@ -1,1 +1,11 @@
-"""Recommenders."""
+"""Recommenders.
+
+Files:
+    sft.py: Supervised fine-tuning of a language model (SFT).
+    dpo.py: Direct preference optimisation (DPO).
+    sprec.py: Self-play preference optimisation (SPRec).
+    baselines.py: Counting baselines: Popularity, ItemKNN, Markov.
+    counted_rows.py: Rows that counting baselines read.
+    generated_negatives.py: Rejected answers that a language model generates.
+    evaluation.py: Allowed items, and metrics of recommended lists.
+"""

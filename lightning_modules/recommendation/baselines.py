@@ -19,6 +19,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from malleable.datamodules.batch import AnswerBatch, Catalog, Recommendations
 from malleable.datamodules.collate import collate_answers
 from malleable.lightning_modules.base import BaseModule, LossOutput, Split, needs_weights
+from malleable.lightning_modules.distributed_rows import mark_padding_rows
 from malleable.lightning_modules.functional.recommendation.baselines import (
     cosine_similarity,
     count_items,
@@ -28,7 +29,7 @@ from malleable.lightning_modules.functional.recommendation.baselines import (
     transition_scores,
 )
 from malleable.lightning_modules.metrics.ranking import check_ks
-from malleable.lightning_modules.recommendation.counted_rows import answer_rows, counted, items_only, training_rows
+from malleable.lightning_modules.recommendation.counted_rows import answer_rows, counted_columns, items_only, training_rows
 from malleable.lightning_modules.recommendation.evaluation import (
     allowed_items,
     recommendation_headline,
@@ -116,8 +117,8 @@ class Baseline(BaseModule):
                 raise MisconfigurationException(
                     f"{type(self).__name__} counts rows of a history and a target, got {type(batch).__name__}: train_view must be 'answer'"
                 )
-            batch.sample_id = self._mark_repeats(batch, batch_idx, "train")
-            for rows in zip(*(self._of_all_processes(part) for part in counted(batch)), strict=True):
+            batch.sample_id = mark_padding_rows(batch.sample_id, self.attached, "train", batch_idx)
+            for rows in zip(*(self._of_all_processes(part) for part in counted_columns(batch)), strict=True):
                 self.count(*rows)
         return self.compute_loss(batch).loss
 
@@ -364,7 +365,7 @@ def count_rows(modules: Sequence[Baseline], rows: Any) -> None:
     for start in range(0, len(rows), CHUNK):
         batch = collate_answers([items_only(rows[index]) for index in range(start, min(start + CHUNK, len(rows)))])
         for module in modules:
-            module.count(*counted(batch.to(module.device)))
+            module.count(*counted_columns(batch.to(module.device)))
 
 
 def _pad_table(table: Tensor, size: int) -> Tensor:

@@ -34,14 +34,14 @@ def answer_rows(source: Any) -> Any:
     return rows if rows and "answers" in rows[0] else None
 
 
-def counted(batch: AnswerBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what baselines count in a batch: target, seen items and last item; the history replaces an empty list of seen items.
+def counted_columns(batch: AnswerBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the columns of a batch that baselines count: target, seen items and last item. Without seen items, the history is used instead.
 
     Args:
-        batch: B rows; padding and repeats have a negative ``sample_id``.
+        batch: B rows; padding rows have a negative ``sample_id``.
 
     Returns:
-        ``(B,)`` target, -1 in rows that do not count; ``(B, S)`` seen items; ``(B,)`` last item before the target, -1 if there is none.
+        ``(B,)`` target, -1 in padding rows; ``(B, S)`` seen items; ``(B,)`` last item before the target, -1 if there is none.
     """
     target = batch.target.masked_fill(batch.sample_id < 0, -1)
     seen = batch.seen if batch.seen.shape[1] else batch.history

@@ -28,9 +28,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from malleable.lightning_modules.functional.language.decoding import beam_search
 from malleable.lightning_modules.functional.language.trie import Trie
-from malleable.lightning_modules.functional.language.trie_search import Decoded
+from malleable.lightning_modules.functional.language.trie_beam_search import beam_search
+from malleable.lightning_modules.functional.language.trie_search_base import Decoded
 
 log = logging.getLogger("decoding")
 

@@ -93,16 +93,16 @@ def test_a_file_of_users(name, text, predict, tmp_path, caplog):
     predict("--data.predict_users", name)
     rows = table(tmp_path / "runs" / "shop" / "version_0" / "predictions.csv")
     assert [(row["sample_id"], row["user_id"]) for row in rows if row["rank"] == "1"] == [("0", "u3"), ("2", "u12")]
-    assert "1 of 3 users are not in the data, or the filters of the split left them out (first: 'nobody'" in caplog.text
+    assert "1 of 3 users are not in the data, or were removed by the filters of the split (first: 'nobody'" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("users.txt", "nobody\n", r"users.txt: 1 of 1 users are not in the data.*No user is left"),
-        ("users.txt", "", "holds no user"),
+        ("users.txt", "nobody\n", r"users.txt: 1 of 1 users are not in the data.*No user remains"),
+        ("users.txt", "", "contains no user"),
         ("users.csv", "name,user_id\nx,\n", "line 2, field user_id: the id is empty"),
-        ("users.xlsx", "", "is no file of users: give `all`, or a .csv, .tsv, .txt, .jsonl or .json"),
+        ("users.xlsx", "", "is not a file of users: give `all`, or a .csv, .tsv, .txt, .jsonl or .json"),
         ("users.jsonl", "{}\n", "field user_id: the id is empty"),
     ],
 )

@@ -40,7 +40,7 @@ def test_an_accumulation_that_contradicts_the_global_batch(tmp_path):
         fitted.fit(BoringModule(), BoringDataModule(batch_size=2, global_batch_size=8))
 
 
-def test_a_global_batch_that_cannot_be_dealt(tmp_path):
+def test_a_global_batch_that_cannot_be_distributed(tmp_path):
     with pytest.raises(ValueError, match="global_batch_size 6 must be a multiple of batch_size x devices = 4 x 1"):
         trainer(tmp_path).fit(BoringModule(), BoringDataModule(batch_size=4, global_batch_size=6))
 
@@ -50,7 +50,7 @@ def test_too_few_rows_for_a_step(tmp_path):
         trainer(tmp_path).fit(BoringModule(), BoringDataModule(num_rows=3, batch_size=4))
 
 
-def test_a_short_last_step_is_kept_where_the_data_module_says_so(tmp_path):
+def test_a_short_last_step_is_kept_without_drop_last(tmp_path):
     class Whole(BoringDataModule):
         drop_last = False
 
@@ -59,7 +59,7 @@ def test_a_short_last_step_is_kept_where_the_data_module_says_so(tmp_path):
     assert (fitted.accumulate_grad_batches, fitted.global_step) == (2, 3)
 
 
-def test_an_engine_that_accumulates_must_know_early(tmp_path, monkeypatch):
+def test_accumulating_strategies_need_super_setup(tmp_path, monkeypatch):
     # DeepSpeed reads the accumulation before the first loader is made; a number that comes later would be ignored in silence.
     data = LateSetup(batch_size=2, global_batch_size=4)
     data.trainer = trainer(tmp_path)

@@ -64,7 +64,7 @@ def test_rows_may_have_different_numbers_of_answers():
 
 
 @pytest.mark.parametrize("kind", [None, AnswerBatch, PreferenceBatch, PackedBatch])
-def test_the_kind_is_never_guessed(kind):
+def test_the_type_of_a_batch_is_not_inferred(kind):
     rows = {
         AnswerBatch: {"sample_id": 5, "prompt": [3], "answers": [[4]]},
         PreferenceBatch: {"sample_id": 5, "prompt": [3], "answers": [[4], [5]]},
@@ -83,7 +83,7 @@ def test_other_kinds_have_their_own_collation():
         collate(ROWS, QueryBatch)
 
 
-def test_what_a_row_leaves_out_is_unknown():
+def test_missing_fields_of_a_row():
     batch = collate([{"sample_id": 0, "prompt": [3], "answers": [[4]]}])
     assert batch.item_ids.tolist() == [[-1]]
     assert batch.history.shape == (1, 0)
@@ -116,14 +116,14 @@ def test_widths_are_multiples(multiple):
     assert packed.document_ids[0].tolist() == [1, 1, 1] + [0] * (packed.input_ids.shape[1] - 3)
 
 
-def test_columns_of_several_answers_are_what_the_fullest_row_needs():
+def test_answer_columns_are_the_maximum_over_rows():
     answers = [[[4] * 9, [5]], [[4] * 3, [5] * 4]]
     rows = [{"sample_id": number, "prompt": [3], "answers": pair} for number, pair in enumerate(answers)]
     assert collate(rows, PreferenceBatch, pad_to_multiple_of=1).answer_columns == 8
     assert collate(rows, PreferenceBatch).answer_columns == 8
 
 
-def test_rows_of_items_alone_stay_without_tokens():
+def test_rows_without_text_have_no_tokens():
     batch = collate([{"sample_id": 0, "prompt": (), "answers": [()], "item_ids": [3]}])
     assert (batch.prompt_ids.shape, batch.answer_ids.shape) == ((1, 0), (1, 1, 0))
 
@@ -134,7 +134,7 @@ def test_an_empty_prompt_is_refused(others):
         collate([*others, {"sample_id": 4, "prompt": [], "answers": [[6, 2]]}])
 
 
-def test_a_batch_moves_as_a_whole():
+def test_all_tensors_of_a_batch_are_moved():
     batch = collate(ROWS)
     moved = batch.to("meta")
     assert {moved.sample_id.device.type, moved.prompt_ids.device.type, moved.answer_mask.device.type} == {"meta"}
@@ -143,7 +143,7 @@ def test_a_batch_moves_as_a_whole():
     assert len(moved) == 2
 
 
-def test_a_function_reaches_every_tensor():
+def test_map_applies_to_every_tensor():
     assert Batch(torch.tensor([1, 2])).map(lambda tensor: tensor + 1).sample_id.tolist() == [2, 3]
 
 
@@ -156,7 +156,7 @@ def test_a_graph_counts_reciprocal_relations():
     assert (graph.num_entities, graph.num_relations) == (3, 4)
 
 
-def test_queries_move_as_a_whole():
+def test_all_tensors_of_queries_are_moved():
     ids, none = torch.arange(3), torch.empty(0, dtype=torch.long)
     moved = QueryBatch(ids, ids, ids, ids, ids, none, none, num_step_tokens=torch.tensor(1.5)).to("meta")
     assert len(moved) == 3

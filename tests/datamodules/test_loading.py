@@ -94,7 +94,7 @@ def test_a_restored_position_is_of_its_epoch_only(handed_out):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_evaluation_sees_each_row_once_and_marks_repeats(ranks, size):
+def test_evaluation_has_each_row_once_and_marks_padding_rows(ranks, size):
     seen, lengths = [], set()
     for rank in range(size):
         ranks(rank, size)
@@ -159,7 +159,7 @@ class Table:
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
-def test_a_dataset_that_makes_batches_gives_the_same_batches(drop_last):
+def test_a_dataset_that_creates_batches_returns_the_same_batches(drop_last):
     options = {"global_batch_size": 8, "drop_last": drop_last, "seed": 5}
     table = Table()
     assert ids(PhasedLoader(table, 4, **options)) == ids(PhasedLoader(ROWS, 4, collate_fn=batch_of, **options))
@@ -211,7 +211,7 @@ def test_more_batches_than_rows_in_the_last_step():
 
 
 @pytest.mark.parametrize(("shuffle", "drop_last"), [(True, True), (False, True), (True, False), (False, False)])
-def test_what_a_data_loader_says_holds(shuffle, drop_last):
+def test_settings_of_a_data_loader_are_used(shuffle, drop_last):
     """Batch size, order, last batch and collation are its own."""
     loader = PhasedLoader(DataLoader(ROWS, batch_size=4, shuffle=shuffle, drop_last=drop_last, collate_fn=batch_of), seed=3)
     assert ids(loader) == ids(PhasedLoader(ROWS, 4, shuffle=shuffle, drop_last=drop_last, collate_fn=batch_of, seed=3))
@@ -219,7 +219,7 @@ def test_what_a_data_loader_says_holds(shuffle, drop_last):
     assert (next(iter(loader)).sample_id.tolist() == [0, 1, 2, 3]) is not shuffle
 
 
-def test_arguments_win_over_a_data_loader():
+def test_arguments_override_settings_of_a_data_loader():
     loader = PhasedLoader(DataLoader(ROWS, batch_size=4, collate_fn=batch_of, num_workers=2, prefetch_factor=3), 2, drop_last=True, num_workers=0)
     assert ids(loader) == [[row, row + 1] for row in range(0, 22, 2)]
 
@@ -252,14 +252,14 @@ class Stream(IterableDataset):
     ("a generator", {"shuffle": True, "generator": torch.Generator()}),
     ("the default collate_fn", {"collate_fn": None}),
 ])  # fmt: skip
-def test_what_cannot_be_kept_of_a_data_loader_is_refused(what, arguments):
+def test_unsupported_settings_of_a_data_loader_are_an_error(what, arguments):
     given = DataLoader(**{"dataset": ROWS, "collate_fn": batch_of, **arguments})
     with pytest.raises(ValueError, match=f"PhasedLoader does not support {what} of a DataLoader: .* torch.utils.data.Subset"):
         PhasedLoader(given)
 
 
 @pytest.mark.parametrize("rows", [ROWS, Table()], ids=["rows", "batches"])
-def test_batches_are_pinned_whole(rows, monkeypatch):
+def test_all_tensors_of_batches_are_pinned(rows, monkeypatch):
     """The normalisers, too: one pageable tensor would wait for the device."""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
@@ -270,7 +270,7 @@ def test_batches_are_pinned_whole(rows, monkeypatch):
     assert batch.num_step_tokens is not None
 
 
-def test_shown_rows_replace_the_old_ones():
+def test_set_rows_replaces_the_rows():
     loader = PhasedLoader(ROWS, 4, collate_fn=batch_of)
     loader.set_rows(RowView(ROWS, [3, 5, 7, 9], [{"answers": [[2], [3]]}] * 4), [1, 1, 1, 1])
     assert len(loader) == 1
@@ -296,7 +296,7 @@ def readers(loader) -> set[int]:
     return {int(item) for batch in loader for item in batch.item_ids.flatten()}
 
 
-def test_workers_live_on_between_epochs():
+def test_workers_are_kept_between_epochs():
     loader = PhasedLoader(Processes(), 2, collate_fn=batch_of, num_workers=1)
     first = readers(loader)
     loader.sampler.set_epoch(1)
@@ -313,7 +313,7 @@ def test_workers_of_each_epoch():
     assert readers(loader).isdisjoint(readers(loader))
 
 
-def test_workers_change_nothing():
+def test_workers_do_not_change_batches():
     """Nor over epochs, shown rows and a resumption within an epoch."""
     found = []
     for options in ({"num_workers": 2}, {}):
@@ -339,7 +339,7 @@ def test_bad_values(ranks):
     ranks(0, 3)
     with pytest.raises(ValueError, match="batch_size x devices = 8 x 3, or less than that and a multiple of the devices"):
         len(PhasedLoader(ROWS, 8, global_batch_size=8, collate_fn=batch_of))
-    with pytest.raises(KeyError, match="no view 'packed'"):
+    with pytest.raises(KeyError, match="no rows 'packed'"):
         PhasedLoader(ROWS, 3, collate_fn=batch_of).view("packed")
     assert torch.is_tensor(batch_of(ROWS[:1]).sample_id)
 

@@ -54,7 +54,7 @@ PLUGINS = {
 
 @pytest.mark.parametrize("kind", [AnswerBatch, PackedBatch, PreferenceBatch, QueryBatch, Weighted])
 @pytest.mark.parametrize("plugin", PLUGINS)
-def test_a_batch_passes_every_precision_plugin_as_it_is(plugin, kind):
+def test_precision_plugins_do_not_change_a_batch(plugin, kind):
     if plugin == "deepspeed":
         pytest.importorskip("deepspeed")
     batch = unexact(kind)
@@ -108,7 +108,7 @@ def test_a_replaced_field_leaves_the_original():
     assert batch.reference_logps is not None
 
 
-def test_batches_in_fields_move_too():
+def test_nested_batches_are_moved():
     moved = Nested(torch.arange(2), Batch(torch.arange(3)), name="two").to("meta")
     assert (moved.inner.sample_id.device.type, moved.name) == ("meta", "two")
 
@@ -126,7 +126,7 @@ def make_batch(rows):
     return unexact(PreferenceBatch).replace(sample_id=torch.tensor(rows))
 
 
-def test_a_batch_comes_whole_from_a_worker():
+def test_a_batch_from_a_worker_is_complete():
     (batch,) = DataLoader([3, 4], batch_size=2, collate_fn=make_batch, num_workers=1)
     assert type(batch) is PreferenceBatch
     assert batch.sample_id.tolist() == [3, 4]

@@ -26,7 +26,7 @@ def test_a_dropped_row_changes_no_other_id(dropped):
     assert content_ids(USERS[kept], ITEMS[kept], TIMES[kept]).tolist() == ids[kept].tolist()
 
 
-def test_equal_rows_are_told_apart():
+def test_equal_rows_have_different_ids():
     ids = content_ids(text_hashes(["u"] * 3), text_hashes(["a"] * 3), np.ones(3))
     assert len(set(ids.tolist())) == 3
     assert ids[0] == STORED
@@ -37,7 +37,7 @@ def test_no_rows():
     assert keyed_order(np.zeros(0, dtype=np.int64), 1).tolist() == []
 
 
-def test_an_order_depends_on_the_key_and_stays_without_a_row():
+def test_an_order_depends_on_the_key_and_is_kept_if_a_row_is_removed():
     ids = np.arange(1000)
     order = keyed_order(ids, 3, 1)
     assert sorted(order.tolist()) == ids.tolist()

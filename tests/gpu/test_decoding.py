@@ -4,9 +4,9 @@ import pytest
 import torch
 from small_lm import prompts, random_titles, real, small_lm
 
-from malleable.lightning_modules.functional.language.decoding import beam_search
-from malleable.lightning_modules.functional.language.sampling import sample
 from malleable.lightning_modules.functional.language.trie import Trie
+from malleable.lightning_modules.functional.language.trie_beam_search import beam_search
+from malleable.lightning_modules.functional.language.trie_sampling import sample
 
 pytestmark = pytest.mark.gpu
 

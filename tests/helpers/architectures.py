@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from malleable.lightning_modules.functional.language.decoding import beam_search
 from malleable.lightning_modules.functional.language.free_text import generate_text
 from malleable.lightning_modules.functional.language.grounding import embed_texts
 from malleable.lightning_modules.functional.language.logps import answer_token_logps, packed_token_logps
 from malleable.lightning_modules.functional.language.trie import Trie
+from malleable.lightning_modules.functional.language.trie_beam_search import beam_search
 from malleable.lightning_modules.functional.language.whole_rows import reset_rope
 
 VOCAB, EOS, WINDOW = 64, 2, 8

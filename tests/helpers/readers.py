@@ -85,7 +85,7 @@ def tables(kind: str) -> None:
             try:
                 return prepare(loaded, Split(min_user_events=1))
             except ValueError as error:  # of the filters, which know no file
-                if not str(error).startswith("no row is left"):
+                if not str(error).startswith("no row remains"):
                     raise
 
 
@@ -442,7 +442,7 @@ class _Stored:
     def make(folder):
         from tiny import tiny_catalog
 
-        from malleable.datamodules.identity import store_identity, write_folder
+        from malleable.datamodules.stored_identity import store_identity, write_folder
 
         checkpoint: dict[str, Any] = {"state_dict": {}}
         store_identity(checkpoint, "catalog", tiny_catalog())
@@ -453,7 +453,8 @@ class _Stored:
     def read(folder):
         from tiny import tiny_catalog
 
-        from malleable.datamodules.identity import check_folder, check_identity, read_stored, stores_data
+        from malleable.datamodules.compatibility import check_exported_folder, check_identity
+        from malleable.datamodules.stored_identity import read_stored, stores_data
 
         found = []
         for name in ("c.ckpt", "model"):
@@ -462,7 +463,7 @@ class _Stored:
             assert isinstance(stored, Catalog)
             found.append(len(stored))
             check_identity("catalog", stored, tiny_catalog())
-        check_folder(str(folder / "model"), tiny_catalog())
+        check_exported_folder(str(folder / "model"), tiny_catalog())
         return found
 
 

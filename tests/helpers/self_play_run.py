@@ -22,7 +22,7 @@ from tiny_data import TinyData, quiet_trainer
 
 from malleable.callbacks.self_play.loop import SelfPlayLoop
 from malleable.callbacks.self_play.phases import PhaseSettings
-from malleable.datamodules.negatives import SelfPlay
+from malleable.datamodules.negative_samplers import SelfPlay
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA
 from malleable.lightning_modules.language.export import gathered_state
 from malleable.lightning_modules.language.item_decoding import Decoding

@@ -1,5 +1,4 @@
 import csv
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +6,7 @@ from boring import BoringBatch, BoringDataModule, BoringModule, Ragged
 from launch import launch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from malleable.lightning_modules.base import BaseModule, LossOutput
 
@@ -32,19 +31,19 @@ class Needy(BoringModule):
         self.num_rows = num_rows
 
 
-def test_what_a_module_needs_comes_from_the_data_module(tmp_path):
+def test_attributes_are_copied_from_the_data_module(tmp_path):
     module = Needy()
     trainer(tmp_path).fit(module, BoringDataModule(num_rows=12))
     assert module.num_rows == 12
 
 
-def test_what_the_constructor_was_given_stays(tmp_path):
+def test_attributes_of_the_constructor_are_kept(tmp_path):
     module = Needy(num_rows=5)
     trainer(tmp_path).fit(module, BoringDataModule(num_rows=12))
     assert module.num_rows == 5
 
 
-def test_a_need_that_nobody_meets(tmp_path):
+def test_a_missing_required_attribute_is_an_error(tmp_path):
     loader = DataLoader([0.0])
     with pytest.raises(MisconfigurationException, match=r"Needy needs `num_rows`: pass Needy\(num_rows=...\)"):
         trainer(tmp_path).fit(Needy(), loader)
@@ -65,7 +64,7 @@ def test_a_partitioned_matrix_is_still_a_matrix():
     assert module.parameter_groups()[0]["params"] == [module.layer.weight]
 
 
-def test_nothing_to_train():
+def test_an_error_without_trainable_parameters():
     module = ready(BoringModule()).requires_grad_(False)
     with pytest.raises(MisconfigurationException, match="BoringModule has no trainable parameter"):
         module.parameter_groups()
@@ -93,7 +92,7 @@ def test_losses_and_metrics_are_logged_by_split(tmp_path):
     assert {"test_loss", "test_distance", "test_mean_output"} <= fitted.callback_metrics.keys()
 
 
-def test_a_metric_starts_afresh_each_time(tmp_path):
+def test_metrics_are_reset_before_each_evaluation(tmp_path):
     module, data = BoringModule(), BoringDataModule()
     measured = trainer(tmp_path)
     first, second = (measured.test(module, data, verbose=False)[0]["test_mean_output"] for _ in range(2))
@@ -169,7 +168,7 @@ def test_rows_repeated_by_a_sampler_count_once(tmp_path):
     assert [output.split() for output in outputs] == [["2", "2.0"]] * 2
 
 
-def test_a_batch_of_padding_adds_nothing(tmp_path):
+def test_a_batch_of_padding_rows_has_no_effect(tmp_path):
     module = ready(BoringModule())
     metrics = module.configure_metrics()
     module.evaluate(BoringBatch(torch.tensor([0, 1]), torch.zeros(2, 4)), metrics)
@@ -178,13 +177,13 @@ def test_a_batch_of_padding_adds_nothing(tmp_path):
     assert metrics["output"].compute() == expected
 
 
-def test_the_base_alone_is_no_method():
+def test_the_base_class_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         BaseModule()
 
 
 @pytest.mark.parametrize("resumed_at", [1, 3])
-def test_what_a_step_draws_depends_on_its_number_alone(tmp_path, resumed_at, monkeypatch):
+def test_random_numbers_of_a_step_depend_on_its_number_only(tmp_path, resumed_at, monkeypatch):
     module = ready(BoringModule())
     monkeypatch.setenv("PL_GLOBAL_SEED", "5")
     module.trainer = trainer(tmp_path)
@@ -197,7 +196,7 @@ def test_what_a_step_draws_depends_on_its_number_alone(tmp_path, resumed_at, mon
     assert not torch.equal(torch.rand(3), first)
 
 
-def test_every_seed_that_lightning_takes_will_do(tmp_path, monkeypatch):
+def test_every_seed_of_lightning_is_supported(tmp_path, monkeypatch):
     module = ready(BoringModule())
     monkeypatch.setenv("PL_GLOBAL_SEED", str(2**32 - 1))
     module.trainer = trainer(tmp_path)
@@ -262,7 +261,7 @@ def test_a_mean_over_batches_is_weighed(tmp_path, weighed, expected):
     assert result["test_loss"] == pytest.approx(expected)
 
 
-def test_a_batch_that_only_repeats_rows_has_no_loss(tmp_path):
+def test_a_batch_of_repeated_rows_has_no_loss(tmp_path):
     """Its mean is 0 / 0, and must not spoil that of the others."""
     batches = [BoringBatch(torch.tensor(ids), torch.ones(2, 4)) for ids in ([1, 3], [-1, -4])]
     for weighed, expected in ((None, 2.0), (torch.Tensor, 2.5)):
@@ -270,7 +269,7 @@ def test_a_batch_that_only_repeats_rows_has_no_loss(tmp_path):
         assert result["test_loss"] == pytest.approx(expected)
 
 
-def test_an_interrupted_evaluation_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_has_no_effect_on_the_next(tmp_path, monkeypatch):
     """The next one starts with empty losses and metrics."""
     module, measured = Ragged(torch.Tensor), trainer(tmp_path)
     expected = measured.test(module, BoringDataModule(num_rows=5), verbose=False)
@@ -307,18 +306,3 @@ def test_uneven_ranks_give_the_mean_over_rows(tmp_path):
     outputs = launch(WEIGHED, ranks=2, cwd=tmp_path)
     for output in outputs:
         assert [float(value) for value in output.split()] == pytest.approx([21 / 7, 91 / 21, 91 / 21], rel=1e-6)
-
-
-def test_rows_marked_already_stay_marked(tmp_path):
-    """Ids below zero are repeats on any loader; a loader that no sampler shards marks none."""
-    module = ready(BoringModule())
-    batch = BoringBatch(torch.tensor([0, -1, 2]), torch.ones(3, 4))
-    for split in ("val", "test"):
-        module.trainer = SimpleNamespace(train_dataloader=None, val_dataloaders=DataLoader([0.0]), test_dataloaders=[DataLoader([0.0])])
-        assert module._mark_repeats(batch, 0, split).tolist() == [0, -1, 2]
-        sampler = DistributedSampler(range(5), num_replicas=2, rank=1, shuffle=False)
-        loader = DataLoader(range(5), batch_size=3, sampler=sampler)
-        module.trainer = SimpleNamespace(train_dataloader=None, val_dataloaders=loader, test_dataloaders=[loader])
-        # Rank 1 has rows 1 and 3 of five, then the repeated row 0.
-        assert module._mark_repeats(BoringBatch(torch.tensor([1, 3, 0]), torch.ones(3, 4)), 0, split).tolist() == [1, 3, -1]
-        assert module._mark_repeats(batch, 0, split).tolist() == [0, -1, -3]

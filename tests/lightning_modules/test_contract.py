@@ -28,12 +28,12 @@ def test_every_exported_module_has_a_case():
 
 @pytest.mark.parametrize("name", CASES)
 class TestContract:
-    def test_is_one_of_ours(self, name):
+    def test_is_a_base_module(self, name):
         """It derives from `BaseModule`, and has no weights before `configure_model`."""
         assert issubclass(getattr(exported, name), BaseModule)
         assert sum(parameter.numel() for parameter in make(name).parameters()) <= 1
 
-    def test_a_trial_run(self, name, tmp_path, capsys):
+    def test_fast_dev_run(self, name, tmp_path, capsys):
         """`fit` and `test` under `fast_dev_run`, which writes nothing; what there is to say goes through loggers."""
         module = make_bare(name)
         trainer = quiet_trainer(tmp_path / "run", fast_dev_run=True)
@@ -63,7 +63,7 @@ class TestContract:
         losses = [loss_of(make(name), name).loss.item() for _ in range(2)]
         assert losses[0] == losses[1]
 
-    def test_a_checkpoint_brings_back_the_output(self, name, tmp_path):
+    def test_a_checkpoint_restores_the_output(self, name, tmp_path):
         """Without pickle, without arguments: the file is enough. Hyper-parameters are plain data."""
         module, case = make(name), CASES[name]
         trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
@@ -78,7 +78,7 @@ class TestContract:
         quiet_trainer(tmp_path).test(fresh, case.data(), ckpt_path=tmp_path / "saved.ckpt", weights_only=True, verbose=False)
         assert torch.equal(case.output(fresh), expected)
 
-    def test_a_bare_trainer_and_loaders_of_ones_own(self, name, tmp_path):
+    def test_a_plain_trainer_with_plain_loaders(self, name, tmp_path):
         """No data module, no command line, no callback of ours: what is needed is passed."""
         case, module = CASES[name], make(name)
         train, test = (DataLoader(rows, batch_size=4, collate_fn=case.collate) for rows in (case.rows(), case.test_rows(6)))

@@ -73,7 +73,7 @@ def test_step_under_other_settings(name, options):
     assert not waits.found, waits
 
 
-def test_step_of_a_model_that_looks_for_padding(tmp_path):
+def test_step_of_a_model_that_checks_for_padding(tmp_path):
     """GPT-2 searches its input for padding where it gets no mask."""
     tiny_model("gpt2", pad_token_id=0).save_pretrained(tmp_path)
     module, rows = module_of("SFT", LanguageModelConfig(name=str(tmp_path)))
@@ -88,7 +88,7 @@ def test_step_on_separate_rows():
     assert not waits.found, waits
 
 
-def test_step_on_a_batch_made_by_hand():
+def test_step_on_a_manually_created_batch():
     module, rows = module_of("DPO", LanguageModelConfig(scratch=Scratch(**SIZES)))
     batch = batch_of(rows)
     batch.answer_columns = None

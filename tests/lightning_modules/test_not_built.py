@@ -7,7 +7,7 @@ from tiny import batch_of, tiny_catalog, tiny_rows
 from tiny_graph import tiny_graph
 
 import malleable
-from malleable.datamodules.negatives import SelfPlay
+from malleable.datamodules.negative_samplers import SelfPlay
 
 BATCH = batch_of(tiny_rows(2))
 PACKED = batch_of([{"sample_id": 0, "input_ids": [2, 4, 1], "document_ids": [1, 1, 1]}])
@@ -23,13 +23,13 @@ CALLS = [
 
 
 @pytest.mark.parametrize("number", range(len(CALLS)), ids=[f"{name}-{number}" for number, (name, _) in enumerate(CALLS)])
-def test_a_call_before_configure_model_says_what_to_do(number):
+def test_a_call_before_configure_model_is_an_error_with_the_remedy(number):
     name, call = CALLS[number]
     with pytest.raises(MisconfigurationException, match=rf"{name} has no weights yet: pass \w+=... and call configure_model\(\)"):
         call(getattr(malleable, name)())
 
 
-def test_what_is_there_already_is_not_asked_for():
+def test_the_error_does_not_mention_existing_attributes():
     with pytest.raises(MisconfigurationException, match=r"ItemKNN has no weights yet: call configure_model\(\)"):
         malleable.ItemKNN(tiny_catalog()).recommend(BATCH)
 
@@ -46,7 +46,7 @@ def test_answers_by_label_need_tables():
         malleable.NFE(graph=graph).predict_tails(graph.entities[0], graph.relations[0])
 
 
-def test_a_history_stands_for_what_was_seen_where_rows_do_not_list_it():
+def test_the_history_replaces_missing_seen_items():
     rows = [{name: value for name, value in row.items() if name != "seen"} for row in tiny_rows(8)]
     batch = batch_of(rows)
     assert [[item for item in seen if item >= 0] for seen in batch.seen.tolist()] == [row["history"] for row in rows]

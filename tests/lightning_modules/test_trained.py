@@ -57,14 +57,14 @@ def test_a_checkpoint_file_gives_the_same_recommendations(runs):
     assert loaded.catalog == tiny_catalog()
 
 
-def test_what_is_missing_is_named(tmp_path, monkeypatch):
+def test_missing_runs_and_checkpoints_are_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="last:sft/none: there is no run with a checkpoint below runs/sft/none or sft/none"):
         load_trained("last:sft/none", SFT)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint x.ckpt; give a checkpoint file, a run folder, or last:<recipe>"):
         find_trained("x.ckpt")
     (tmp_path / "sharded.ckpt/checkpoint").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"sharded.ckpt is the folder of a sharded strategy"):
+    with pytest.raises(ValueError, match=r"sharded.ckpt is a folder that a sharded strategy has written"):
         find_trained("sharded.ckpt")
 
 
@@ -77,9 +77,9 @@ def rename(path, class_path):
 @pytest.mark.parametrize(
     ("class_path", "kind", "message"),
     [
-        ("malleable.lightning_modules.recommendation.sft.SFT", DPO, "is a SFT, but a DPO is needed"),
-        ("somewhere.Model", LanguageModel, "is of the class somewhere.Model, which is not of malleable, and importing it could run code"),
-        ("malleable.lightning_modules.gone.Gone", LanguageModel, "which this version of malleable does not have"),
+        ("malleable.lightning_modules.recommendation.sft.SFT", DPO, "is a SFT, expected a DPO"),
+        ("somewhere.Model", LanguageModel, "is of the class somewhere.Model, which is not part of malleable; importing it could run code"),
+        ("malleable.lightning_modules.gone.Gone", LanguageModel, "which does not exist in this version of malleable"),
     ],
 )
 def test_classes_are_checked(runs, class_path, kind, message):
@@ -88,7 +88,7 @@ def test_classes_are_checked(runs, class_path, kind, message):
         load_trained(runs[1], kind)
 
 
-def test_a_base_class_takes_any_of_its_methods(runs):
+def test_a_base_class_accepts_its_subclasses(runs):
     rename(runs[1], "malleable.lightning_modules.recommendation.sft.SFT")
     assert type(load_trained("last:sft/tiny", LanguageModel)) is SFT
 
@@ -98,9 +98,9 @@ def test_items_are_aligned_by_title(tmp_path):
     now = Catalog(("Alien", "Casablanca", "Dune"), keys=("1", "2", "3"))
     assert item_positions(now, earlier).tolist() == [1, -1, 2]
     assert item_positions(now, earlier, needed=[0, 2]).tolist() == [1, -1, 2]
-    with pytest.raises(ValueError, match="1 items are not in the catalogue of 3 items of the earlier run, which is compared by title: 'Casablanca'"):
+    with pytest.raises(ValueError, match="the titles of 1 items are not in the catalogue of 3 items of the earlier run: 'Casablanca'"):
         item_positions(now, earlier, needed=[1])
-    with pytest.raises(ValueError, match="3 items are not in the catalogue"):
+    with pytest.raises(ValueError, match="the titles of 3 items are not in the catalogue"):
         item_positions(replace(now, titles=("X", "Y", "Z")), earlier)
 
 
@@ -133,7 +133,7 @@ def test_weights_of_an_earlier_run_are_the_base_of_the_next(runs, tmp_path):
     assert stage.hparams["language_model"]["name"] == "runs/sft/tiny/version_3/model"
 
 
-def test_an_adapter_and_its_base_have_fields_of_their_own(tmp_path, monkeypatch):
+def test_an_adapter_and_its_base_have_separate_fields(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module, _ = run(tmp_path / "runs/sft/lora/version_0", lora(save_base(tmp_path / "base")))
     with pytest.raises(FileNotFoundError, match="which has no folder model or adapter: it is no finished run of a language model"):

@@ -1,4 +1,13 @@
-"""Base class of sources of knowledge graphs."""
+"""Base class of sources of knowledge graphs, and numbering of their labels.
+
+A new source is a class in a new file of this folder. Add its name to ``datamodules/__init__.pyi``.
+
+- For a published graph with a fixed split, subclass one of the base classes in ``published.py``. A subclass of ``DownloadedGraph`` defines ``terms``,
+  ``address`` and ``checksums`` (example: ``wn18rr.py``). A subclass of ``PackagedGraph`` defines ``terms``, ``package``, ``folder`` and ``checksums``
+  (example: ``small_graphs.py``).
+- For another source, subclass :class:`GraphSource`, implement ``files`` and ``load``, and override ``settings`` if arguments affect the data
+  (examples: ``triples.py``, ``synthetic.py``). :func:`number` converts labelled triples to :class:`GraphTables`.
+"""
 
 from __future__ import annotations
 

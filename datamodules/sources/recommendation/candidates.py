@@ -1,7 +1,7 @@
-"""Rows with candidates to choose from: ``{historyList, itemList, trueSelection}`` beside a catalogue of ``id::title`` lines.
+"""Rows with candidates, ``{historyList, itemList, trueSelection}``, and a catalogue with lines ``id::title``.
 
-Origin of the format: LLaRA (https://github.com/ljy0ustc/LLaRA, Apache-2.0) and S-DPO (https://github.com/chenyuxin1999/S-DPO), whose LastFM rows
-stem from HetRec 2011 (non-commercial research). Nothing is fetched: give the folder.
+Origin of the format: LLaRA (https://github.com/ljy0ustc/LLaRA, Apache-2.0) and S-DPO (https://github.com/chenyuxin1999/S-DPO). The LastFM rows in
+these repositories are from HetRec 2011 (non-commercial research). Nothing is downloaded: give the folder.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from typing import Any
 
 from malleable.datamodules.files.text_files import id_text, list_of, read_lines, text_of, texts_of
 from malleable.datamodules.sources.recommendation.base import ReadyRow, ReadyRows, Source, items_table
-from malleable.datamodules.sources.recommendation.ready import TitleIndex, at, read_rows, split_files
+from malleable.datamodules.sources.recommendation.ready_rows import TitleIndex, read_field, read_rows, split_files
 
 CATALOGUE = "id2name.txt"
 
 
 class CandidateRows(Source):
-    """Rows of names (``historyList`` joined by ``::``, ``itemList``, ``trueSelection``) or of ids (``history``, ``next``), file by file.
+    """Rows of titles (``historyList`` joined by ``::``, ``itemList``, ``trueSelection``) or of ids (``history``, ``next``).
 
     Args:
         path: Folder with ``train``, ``val`` and ``test`` as ``.json`` or ``.jsonl`` (for training also ``train_seq.jsonl``), and ``id2name.txt``.
 
     Raises:
         FileNotFoundError: If the folder has no rows or no catalogue.
-        ValueError: If a file is no JSON, a row misses a field, or the truth is not among its candidates.
+        ValueError: If a file is not JSON, if a field is missing in a row, or if the true item is not among the candidates.
     """
 
     def __init__(self, path: str) -> None:
         self.path = Path(path).expanduser()
 
     def files(self) -> list[Path]:
-        """Return rows and catalogue."""
+        """Return the files of the rows and of the catalogue."""
         if not (self.path / CATALOGUE).is_file():
-            raise FileNotFoundError(f"{self.path} holds no catalogue; expected {CATALOGUE} with lines id::title")
+            raise FileNotFoundError(f"{self.path} contains no catalogue; expected {CATALOGUE} with lines id::title")
         return [*split_files(self.path).values(), self.path / CATALOGUE]
 
     def load(self) -> ReadyRows:
@@ -58,12 +58,12 @@ def _pair(line: str, place: str) -> tuple[str, str]:
 
 def _row(row: Any, by_key: dict[str, int], by_name: TitleIndex, place: str) -> ReadyRow:
     if isinstance(row, dict) and "next" in row:
-        history = [by_key.get(id_text(key, f"{place}, field history"), -1) for key in at(place, list_of, row, "history")]
+        history = [by_key.get(id_text(key, f"{place}, field history"), -1) for key in read_field(place, list_of, row, "history")]
         return ReadyRow(history, by_key.get(id_text(row["next"], f"{place}, field next"), -1))
-    truth, offered = at(place, text_of, row, "trueSelection"), at(place, texts_of, row, "itemList")
-    if truth not in offered:
-        raise ValueError(f"{place}: trueSelection {truth!r} is not in itemList; every row must offer the truth")
+    target, candidates = read_field(place, text_of, row, "trueSelection"), read_field(place, texts_of, row, "itemList")
+    if target not in candidates:
+        raise ValueError(f"{place}: trueSelection {target!r} is not in itemList; add it to itemList")
     joined = isinstance(row.get("historyList"), str)
-    names = row["historyList"].split("::") if joined else at(place, texts_of, row, "historyList")
-    positions = [[by_name.position(name) for name in group] for group in (names, offered, [truth])]
+    names = row["historyList"].split("::") if joined else read_field(place, texts_of, row, "historyList")
+    positions = [[by_name.position(name) for name in group] for group in (names, candidates, [target])]
     return ReadyRow(positions[0], positions[2][0], positions[1])

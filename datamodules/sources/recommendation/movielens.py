@@ -1,8 +1,8 @@
 """MovieLens 100K and 1M.
 
-Origin: GroupLens, https://grouplens.org/datasets/movielens/. For 100K the copy in the wheel ``recbole==1.2.1`` (atomic files) is the
-second address. Terms: research use with acknowledgement, no redistribution without permission, no commercial use without permission,
-no endorsement. Cite: F. M. Harper and J. A. Konstan, "The MovieLens Datasets: History and Context", ACM TiiS 5(4), 2015.
+Origin: GroupLens, https://grouplens.org/datasets/movielens/. If the download of 100K fails, the copy in the wheel ``recbole==1.2.1`` (atomic files)
+is used. Terms: research use with acknowledgement, no redistribution without permission, no commercial use without permission, no endorsement. Cite:
+F. M. Harper and J. A. Konstan, "The MovieLens Datasets: History and Context", ACM TiiS 5(4), 2015.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PACKAGE_FILES = {
     "recbole/dataset_example/ml-100k/ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
     "recbole/dataset_example/ml-100k/ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
 }
-# Order of the flag columns of u.item, as its u.genre says.
+# Genres in the order of the flag columns of u.item (from u.genre).
 GENRES_100K = (
     *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy"),
     *("Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
@@ -44,16 +44,16 @@ GENRES_100K = (
 
 
 class MovieLens(Source):
-    """Film ratings, fetched on first use.
+    """Film ratings, which are downloaded on first use.
 
     Args:
         variant: ``100k`` (943 users, 1,682 films) or ``1m`` (6,040 users, 3,883 films).
-        path: Folder with the files instead: ``u.data`` and ``u.item``, ``ratings.dat`` and ``movies.dat``, or ``*.inter`` and ``*.item``.
+        path: Folder with the files to read instead: ``u.data`` and ``u.item``, ``ratings.dat`` and ``movies.dat``, or ``*.inter`` and ``*.item``.
 
     Raises:
-        FileNotFoundError: If ``path`` holds none of these pairs.
-        ValueError: If a line has another number of fields, or a time or rating is no finite number; with file, line and field.
-        FetchError: If nothing can be fetched.
+        FileNotFoundError: If ``path`` contains none of these pairs.
+        ValueError: If a line has another number of fields, or if a time or rating is not a finite number; with file, line and field.
+        FetchError: If the files cannot be downloaded.
     """
 
     def __init__(self, variant: Literal["100k", "1m"] = "100k", path: str | None = None) -> None:
@@ -61,8 +61,8 @@ class MovieLens(Source):
         self.path = path
 
     def files(self) -> list[Path]:
-        """Return the two files, or the one archive they lie in."""
-        _say_terms()
+        """Return the two files, or the archive that contains them."""
+        _log_terms()
         if self.path is not None:
             return _files_in(Path(self.path).expanduser())
         if self.variant == "100k" and is_cached(PACKAGE, PACKAGE_FILES):
@@ -73,11 +73,11 @@ class MovieLens(Source):
         except FetchError as error:
             if self.variant != "100k":
                 raise
-            log.info("%s; taking the copy in %s", error, PACKAGE)
+            log.info("%s; using the copy in %s", error, PACKAGE)
             try:
                 return fetch_package_files(PACKAGE, PACKAGE_FILES)
             except FetchError as second:
-                raise FetchError(f"{error}\n{second}\nor give MovieLens(path=...) a folder with u.data and u.item") from second
+                raise FetchError(f"{error}\n{second}\nor pass MovieLens(path=...) a folder with u.data and u.item") from second
 
     def load(self) -> InteractionTables:
         """Read ratings and films."""
@@ -93,7 +93,7 @@ class MovieLens(Source):
 
 
 @functools.cache
-def _say_terms() -> None:
+def _log_terms() -> None:
     log.warning("MovieLens data: research use only, acknowledge GroupLens, no redistribution, no commercial use without permission")
 
 
@@ -102,12 +102,12 @@ def _files_in(folder: Path) -> list[Path]:
         found = [sorted(folder.glob(pattern))[:1] for pattern in pair]
         if all(found):
             return [path for paths in found for path in paths]
-    raise FileNotFoundError(f"{folder} holds no MovieLens files; expected u.data and u.item, ratings.dat and movies.dat, or *.inter and *.item")
+    raise FileNotFoundError(f"{folder} contains no MovieLens files; expected u.data and u.item, ratings.dat and movies.dat, or *.inter and *.item")
 
 
 @contextmanager
 def _unpacked(paths: Iterable[Path]) -> Iterator[Mapping[str, Path]]:
-    """Yield files by name, those of an archive unpacked for the time being."""
+    """Yield files by name; files of an archive are unpacked to a temporary folder."""
     wanted = {"u.data", "u.item", "ratings.dat", "movies.dat"}
     with tempfile.TemporaryDirectory() as folder:
         files = {}
@@ -130,26 +130,26 @@ def _ratings(path: Path, separator: str, *, header: bool = False) -> pd.DataFram
         names = _header(path, rows, names)
     events: dict[str, list[str | float]] = {name: [] for name in ("user_id", "item_id", "timestamp", "rating")}
     for number, cells in rows:
-        row = dict(zip(names, _exactly(len(names), cells, f"{path}, line {number}"), strict=True))
+        row = dict(zip(names, _check_width(len(names), cells, f"{path}, line {number}"), strict=True))
         for name, column in events.items():
             column.append(_finite(row[name], f"{path}, line {number}, field {name}") if name in ("timestamp", "rating") else row[name])
     if not events["user_id"]:
-        raise ValueError(f"{path} holds no rating")
+        raise ValueError(f"{path} contains no rating; give a complete file")
     return pd.DataFrame(events)
 
 
 def _header(path: Path, rows: Iterator[tuple[int, list[str]]], names: Iterable[str]) -> list[str]:
-    """Return the names in the first line of an atomic file, without their types."""
+    """Return the names of the columns in the first line of an atomic file, without their types."""
     _, first = next(rows, (0, []))
     found = [cell.partition(":")[0] for cell in first]
     if missing := [name for name in names if name not in found]:
-        raise ValueError(f"{path}, line 1: expected the names of the columns, {missing[0]}:... among them, got {first!r:.200}")
+        raise ValueError(f"{path}, line 1: expected the names of the columns, including {missing[0]}:..., got {first!r:.200}")
     return found
 
 
-def _exactly(width: int, cells: list[str], place: str) -> list[str]:
+def _check_width(width: int, cells: list[str], place: str) -> list[str]:
     if len(cells) != width:
-        raise ValueError(f"{place}: {len(cells)} fields, expected {width}; is the file whole?")
+        raise ValueError(f"{place}: {len(cells)} fields, expected {width}; give a complete file")
     return cells
 
 
@@ -159,29 +159,29 @@ def _finite(cell: str, place: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{place}: {cell!r} is no finite number")
+        raise ValueError(f"{place}: {cell!r} is not a finite number")
     return value
 
 
-def _known(genres: Iterable[str]) -> tuple[str, ...]:
+def _without_unknown(genres: Iterable[str]) -> tuple[str, ...]:
     return tuple(genre for genre in genres if genre != "unknown")
 
 
 def _items_100k(path: Path) -> pd.DataFrame:
     width = 5 + len(GENRES_100K)
-    lines = [_exactly(width, cells, f"{path}, line {number}") for number, cells in read_cells(path, "|", "latin-1", quotes=False)]
+    lines = [_check_width(width, cells, f"{path}, line {number}") for number, cells in read_cells(path, "|", "latin-1", quotes=False)]
     genres = [[genre for genre, flag in zip(GENRES_100K, line[5:], strict=True) if flag == "1"] for line in lines]
-    return items_table([line[0] for line in lines], [line[1] for line in lines], [_known(own) for own in genres])
+    return items_table([line[0] for line in lines], [line[1] for line in lines], [_without_unknown(own) for own in genres])
 
 
 def _items_1m(path: Path) -> pd.DataFrame:
-    lines = [_exactly(3, cells, f"{path}, line {number}") for number, cells in read_cells(path, "::", "latin-1", quotes=False)]
-    return items_table([line[0] for line in lines], [line[1] for line in lines], [_known(line[2].split("|")) for line in lines])
+    lines = [_check_width(3, cells, f"{path}, line {number}") for number, cells in read_cells(path, "::", "latin-1", quotes=False)]
+    return items_table([line[0] for line in lines], [line[1] for line in lines], [_without_unknown(line[2].split("|")) for line in lines])
 
 
 def _items_atomic(path: Path) -> pd.DataFrame:
     rows = read_cells(path, "\t", quotes=False)
     names = _header(path, rows, ("item_id", "movie_title", "release_year", "class"))
-    lines = [dict(zip(names, _exactly(len(names), cells, f"{path}, line {number}"), strict=True)) for number, cells in rows]
+    lines = [dict(zip(names, _check_width(len(names), cells, f"{path}, line {number}"), strict=True)) for number, cells in rows]
     titles = [with_year(line["movie_title"], line["release_year"]) for line in lines]
-    return items_table([line["item_id"] for line in lines], titles, [_known(line["class"].split()) for line in lines])
+    return items_table([line["item_id"] for line in lines], titles, [_without_unknown(line["class"].split()) for line in lines])

@@ -1,4 +1,4 @@
-"""A small generated catalogue with habits worth learning; made in memory, free of any terms."""
+"""Small synthetic catalogue whose users have preferences that a model can learn; generated in memory, without terms of use."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ _SECOND = ("River", "Garden", "Mirror", "Harbor", "Winter", "Letter", "Mountain"
 
 
 class Synthetic(Source):
-    """Users with a favourite genre who mostly go on with the next part of a series, and else take what is popular.
+    """Synthetic interactions of users who have a favourite genre and usually continue the series of the last item.
+
+    Items that do not continue a series are sampled by popularity, mostly from the favourite genre.
 
     Args:
-        num_users: Users.
-        num_items: Items, at most 182.
-        num_events: Interactions of each user, fewer than the items of a genre and its neighbour.
-        num_genres: Genres, at most 6; each item has one, and each genre is one long series.
-        persistence: Probability that a user goes on with the series of the last item.
-        seed: Seed of everything drawn.
+        num_users: Number of users.
+        num_items: Number of items, at most 182.
+        num_events: Number of interactions of each user, at most the number of items of a genre.
+        num_genres: Number of genres, at most 6; each item has one genre, and the items of a genre are the parts of one series.
+        persistence: Probability that a user continues the series of the last item.
+        seed: Seed of all random choices.
 
     Raises:
         ValueError: If a value is out of range.
@@ -46,13 +48,13 @@ class Synthetic(Source):
         if not 2 <= num_events <= num_items // num_genres:
             raise ValueError(f"num_events must be between 2 and the items of a genre ({num_items // num_genres}), got {num_events}")
         if not 0 <= persistence <= 1:
-            raise ValueError(f"persistence must be within [0, 1], got {persistence}")
+            raise ValueError(f"persistence must be in [0, 1], got {persistence}")
         self.num_users, self.num_items, self.num_events, self.num_genres = num_users, num_items, num_events, num_genres
         self.persistence = persistence
         self.seed = seed
 
     def files(self) -> list[Path]:
-        """Return none: everything is made from the settings."""
+        """Return ``[]``: the data are generated from the settings."""
         return []
 
     def settings(self) -> dict[str, object]:
@@ -60,7 +62,7 @@ class Synthetic(Source):
         return dict(vars(self))
 
     def load(self) -> InteractionTables:
-        """Make users and items."""
+        """Generate users and items."""
         rng = np.random.default_rng(self.seed)
         genre = np.arange(self.num_items) % self.num_genres
         weights = 1.0 / (1.0 + rng.permutation(self.num_items))
@@ -77,7 +79,7 @@ class Synthetic(Source):
         fresh = np.ones(self.num_items, dtype=bool)
         items: list[int] = []
         for _ in range(self.num_events):
-            # Items of a genre are num_genres apart, and a series starts again after its last part.
+            # Numbers of items of a genre differ by num_genres. After the last part of a series, the next item is sampled.
             successor = (items[-1] + self.num_genres) if items else self.num_items
             if successor >= self.num_items or not fresh[successor] or rng.random() >= self.persistence:
                 chances = weights * fresh * np.where(liked, 1.0, 0.05)

@@ -1,4 +1,4 @@
-"""The user's own tables of interactions and items: CSV, TSV, JSON lines or Parquet."""
+"""Tables of users: interactions and items in CSV, TSV, JSON lines or Parquet files."""
 
 from __future__ import annotations
 
@@ -30,28 +30,29 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 class Tables(Source):
     """Two files: interactions (``user_id, item_id, timestamp[, rating][, split]``) and items (``item_id, title[, genres]``).
 
-    Kinds by file name: ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` (each also ``.gz``) and ``.parquet``. Further columns are left alone. Times are
-    seconds or ISO 8601; genres are lists, or text with a delimiter between them. A rating may be a label, 0 or 1. ``split`` is ``train``, ``val`` or
-    ``test``, and is read where :class:`~malleable.datamodules.recommendation.splits.Split` is ``given``. Terms and licence are the user's own.
+    Formats are ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` (each also ``.gz``) and ``.parquet``. Other columns are ignored. Times are seconds or ISO
+    8601. Genres are lists, or strings with a delimiter. A rating may also be a label, 0 or 1. ``split`` is ``train``, ``val`` or ``test``; it is used
+    if ``kind`` of :class:`~malleable.datamodules.recommendation.splits.Split` is ``given``. The user is responsible for terms and licence.
 
-    Every row of CSV and TSV has as many cells as the first line, which names the columns. A cell of CSV with a delimiter, a quote or a line feed
-    in it stands in quotes, and its quotes are doubled. The encoding is UTF-8, or that of a byte-order mark (UTF-8, UTF-16).
+    The first line of CSV and TSV contains the names of the columns, and all rows have the same number of cells. In CSV, cells that contain a
+    delimiter, a quote or a line break are quoted, and quotes in them are doubled. The encoding is UTF-8, or that of a byte-order mark (UTF-8,
+    UTF-16).
 
-    Ids are text and stay as they are: ``007``, ``pkg-1.0`` and ``pkg-1`` are three ids. Blanks around a cell of CSV or TSV are no part of an id.
-    Numbers of JSON lines and Parquet become their decimal digits; see :func:`~malleable.datamodules.files.text_files.id_text`.
+    Ids are strings and are not changed: ``007``, ``pkg-1.0`` and ``pkg-1`` are three ids. Blanks around a cell of CSV or TSV are removed. Numbers in
+    JSON lines and Parquet are converted to decimal digits; see :func:`~malleable.datamodules.files.text_files.id_text`.
 
     Args:
         interactions: File of interactions.
         items: File of items.
-        interaction_columns: The file's column for each of our fields that is called otherwise, e.g. ``{user_id: uid}``.
-        item_columns: The same for items.
-        delimiter: What stands between the cells of a text; default: a comma in ``.csv``, a tab in ``.tsv``.
-        encoding: Of texts without a byte-order mark, e.g. ``cp1252`` or ``latin-1``; default: UTF-8.
-        genre_delimiter: What stands between the genres of a text, e.g. ``", "`` or ``;``.
+        interaction_columns: Names of the columns of fields that differ from the names of the fields, e.g. ``{user_id: uid}``.
+        item_columns: As ``interaction_columns``, for items.
+        delimiter: Delimiter between cells of a text file; default: a comma for ``.csv``, a tab for ``.tsv``.
+        encoding: Encoding of text files without a byte-order mark, e.g. ``cp1252`` or ``latin-1``; default: UTF-8.
+        genre_delimiter: Delimiter between the genres in a string, e.g. ``", "`` or ``;``.
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a column is missing, or a value cannot be read; with file, line and field.
+        FileNotFoundError: If a file does not exist.
+        ValueError: If a column is missing, or if a value cannot be read; with file, line and field.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Tables(Source):
     ) -> None:
         check_delimiter(delimiter)
         if not genre_delimiter:
-            raise ValueError("genre_delimiter must not be empty; where a text is one genre, name a character that no genre has")
+            raise ValueError("genre_delimiter must not be empty; if each string is one genre, give a character that does not occur in genres")
         check_encoding(encoding)
         self.interactions = Path(interactions).expanduser()
         self.items = Path(items).expanduser()
@@ -85,7 +86,7 @@ class Tables(Source):
         return [self.interactions, self.items]
 
     def settings(self) -> dict[str, object]:
-        """Return how the files are read."""
+        """Return the settings of reading."""
         genres = self.genre_delimiter if self.genre_delimiter != "|" else None
         options = {"delimiter": self.delimiter, "encoding": self.encoding, "genre_delimiter": genres}
         return {"interactions": self.interaction_columns, "items": self.item_columns} | {name: value for name, value in options.items() if value}
@@ -104,16 +105,16 @@ class Tables(Source):
         return InteractionTables(events.reset_index(drop=True), items, notes, f"{self.interactions} and {self.items}")
 
     def _check_numbers(self, events: set[str], items: set[str]) -> None:
-        """Refuse ids that one table writes as 1.0 and the other as 1: a program has stored a column of integers with a gap as decimal fractions."""
+        """Raise an error if ids are 1.0 in one table and 1 in the other one, because a program has stored integers as floating-point numbers."""
         for path, ids, others in ((self.interactions, events, items), (self.items, items, events)):
             if ids and all(key.endswith(".0") for key in ids) and (found := next((key for key in sorted(ids - others) if key[:-2] in others), None)):
                 raise ValueError(
-                    f"{path} has the item_id {found!r} where the other table has {found[:-2]!r}: write both alike; all ids of {path.name} end in .0, "
-                    "as where a column of integers was stored as floating-point numbers (in pandas, .astype('Int64') before writing prevents it)"
+                    f"{path} has the item_id {found!r}, but the other table has {found[:-2]!r}; use one form in both. All ids of {path.name} end in "
+                    ".0, probably because integers were stored as floating-point numbers (in pandas, use .astype('Int64') before writing)"
                 )
 
     def _load_items(self) -> tuple[pd.DataFrame, tuple[str, ...]]:
-        """Return the items, and what was left out of them."""
+        """Return the items, and notes about omitted rows."""
         notes = []
         items = self._select(self.items, ITEM_FIELDS, self.item_columns, "item_columns")
         items["item_id"] = _identifiers(self.items, items, "item_id")
@@ -127,8 +128,8 @@ class Tables(Source):
         items["title"] = titles
         if repeated := int(items.duplicated("item_id").sum()):
             example = items["item_id"][items.duplicated("item_id")].iloc[0]
-            notes.append(f"{repeated:,} rows of {self.items.name} repeat an item_id (e.g. {example}), the first of each stays")
-            log.warning("%s: %d lines repeat an item_id; the first of each stays", self.items, repeated)
+            notes.append(f"{repeated:,} rows of {self.items.name} repeat an item_id (e.g. {example}), the first row of each is used")
+            log.warning("%s: %d lines repeat an item_id; the first line of each is used", self.items, repeated)
             if conflict := _conflict(self.items, items):
                 notes.append(conflict)
                 log.warning("%s", conflict)
@@ -147,30 +148,30 @@ class Tables(Source):
             elif field not in OPTIONAL or field in columns:
                 names = table.attrs.get("names", list(table.columns))
                 hint = self._delimiter_hint(path, names)
-                raise ValueError(f"{path}: no column {name!r} for {field}, only {names}; {hint}name the right one with {argument}: {{{field}: ...}}")
+                raise ValueError(f"{path}: no column {name!r} for {field}, only {names}; {hint}set its name with {argument}: {{{field}: ...}}")
         return pd.DataFrame(selected)
 
     def _read(self, path: Path, wanted: Iterable[str]) -> pd.DataFrame:
-        """Read a table whose index is the number of each line or row."""
+        """Read a table; its index contains the number of each line or row."""
         kind = file_kind(path)
         if kind in _DELIMITERS:
-            # As text: an id keeps its leading zeros, and a film called "NA" its name.
+            # Cells are read as strings, because an id may have leading zeros, and a title may be "NA".
             names, lines, columns = read_table(path, self.delimiter or _DELIMITERS[kind], self.encoding)
             return pd.DataFrame(dict(zip(names, columns, strict=True)), index=lines, dtype=object)
         if kind in (".jsonl", ".json"):
             return _read_json(path, self.encoding)
         if kind == ".parquet":
             return _read_parquet(path, wanted)
-        raise ValueError(f"{path}: unknown kind of file; give .csv, .tsv, .jsonl, .json (each may end in .gz) or .parquet")
+        raise ValueError(f"{path}: unknown format; give .csv, .tsv, .jsonl, .json (each may end in .gz) or .parquet")
 
     def _delimiter_hint(self, path: Path, header: list[str]) -> str:
         delimiter = self.delimiter or _DELIMITERS.get(file_kind(path))
         other = other_delimiter(header, delimiter) if delimiter else None
-        return f"set delimiter: {other!r} if that stands between the cells, else " if other else ""
+        return f"set delimiter: {other!r} if this is the delimiter, otherwise " if other else ""
 
 
 def _conflict(path: Path, items: pd.DataFrame) -> str:
-    """Return how many ids have several titles, with an example; empty where there are none."""
+    """Return a message with the number of ids that have several titles; empty if there are none."""
     titles = items["title"].str.strip()
     first = titles.groupby(items["item_id"]).transform("first")
     other = items[(titles != first).to_numpy()]
@@ -180,12 +181,12 @@ def _conflict(path: Path, items: pd.DataFrame) -> str:
     key = other["item_id"].loc[place]
     start = int((items["item_id"] == key).to_numpy().argmax())
     one, two = (f"{items['title'].iloc[position]!r:.60} in {_where(path, items, position)}" for position in (start, items.index.get_loc(place)))
-    return f"{other['item_id'].nunique():,} item_ids of {path.name} have several titles (e.g. {key}: {one} and {two}), the first stays"
+    return f"{other['item_id'].nunique():,} item_ids of {path.name} have several titles (e.g. {key}: {one} and {two}), the first title is used"
 
 
 def _check_fields(name: str, columns: Mapping[str, str], fields: tuple[str, ...]) -> None:
     if unknown := sorted(set(columns) - set(fields)):
-        raise ValueError(f"{name} names the unknown field {unknown[0]!r}; the fields are {list(fields)}")
+        raise ValueError(f"{name} has the unknown field {unknown[0]!r}; the fields are {list(fields)}")
 
 
 def _read_json(path: Path, encoding: str | None) -> pd.DataFrame:
@@ -200,7 +201,7 @@ def _read_parquet(path: Path, wanted: Iterable[str]) -> pd.DataFrame:
     columns = [name for name in wanted if name in names]
     table = read_parquet(path, columns)
     try:
-        # Integers beside a gap stay integers: as floating-point numbers, large ids would be rounded.
+        # Columns with missing values must not be converted to floating-point numbers, because large integer ids would be rounded.
         frame = table.to_pandas(integer_object_nulls=True, ignore_metadata=True)
     except (ValueError, TypeError, NotImplementedError, OverflowError) as error:
         raise ValueError(f"{path}: a column of {columns} cannot be read ({first_line(error)}); store ids as text, times as numbers") from error
@@ -209,7 +210,7 @@ def _read_parquet(path: Path, wanted: Iterable[str]) -> pd.DataFrame:
 
 
 def _where(path: Path, table: pd.DataFrame | pd.Series, position: int) -> str:
-    """Return the line of a text file, or the row of another one."""
+    """Return the number of a line, or of a row of Parquet, with its name."""
     return f"{'row' if file_kind(path) == '.parquet' else 'line'} {table.index[position]}"
 
 
@@ -225,7 +226,7 @@ def _titles(path: Path, column: pd.Series) -> pd.Series:
     titles = []
     for position, value in enumerate(column):
         if isinstance(value, bool) or not (_missing(value) or isinstance(value, (str, numbers.Real))):
-            raise ValueError(f"{_place(path, column, position, 'title')}: a title is a text, got {value!r:.80}")
+            raise ValueError(f"{_place(path, column, position, 'title')}: a title must be a string, got {value!r:.80}")
         titles.append("" if _missing(value) else str(value))
     return pd.Series(titles, index=column.index, dtype=object)
 
@@ -245,7 +246,7 @@ def _identifiers(path: Path, table: pd.DataFrame, field: str) -> pd.Series:
 
 
 def _as_numbers(column: pd.Series) -> pd.Series:
-    """Return numbers, NaN for what is none; truth values and lists, which JSON has, are none."""
+    """Convert a column to numbers; other values, including booleans and lists of JSON, are converted to NaN."""
     if column.dtype == object:
         column = column.map(_number_or_text)
     return pd.to_numeric(column, errors="coerce").astype(float)
@@ -270,7 +271,7 @@ def _check_finite(path: Path, column: pd.Series, values: pd.Series, field: str, 
 
 def _ratings(path: Path, column: pd.Series) -> pd.Series:
     values = _as_numbers(column)
-    _check_finite(path, column, values, "rating", "give a number, not an infinite one, or leave the column out")
+    _check_finite(path, column, values, "rating", "give a finite number, or remove the column")
     return values
 
 
@@ -278,7 +279,7 @@ def _seconds(path: Path, column: pd.Series) -> pd.Series:
     values = pd.Series(float("nan"), index=column.index) if pd.api.types.is_datetime64_any_dtype(column) else _as_numbers(column)
     if (rest := values.isna()).any():
         dates = column[rest] if column.dtype != object else column[rest].map(lambda value: None if isinstance(value, (bool, list, dict)) else value)
-        with suppress(ValueError, OverflowError, TypeError):  # years that no time has
+        with suppress(ValueError, OverflowError, TypeError):  # dates out of range
             times = pd.to_datetime(dates, utc=True, format="ISO8601", errors="coerce")
             values[rest] = (times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
     _check_finite(path, column, values, "timestamp", "give unix seconds or ISO 8601 (2024-05-01T12:00:00)")
@@ -295,6 +296,6 @@ def _genres(path: Path, column: pd.Series, delimiter: str) -> list[tuple[str, ..
         elif _missing(value):
             own = ()
         else:
-            raise ValueError(f"{_place(path, column, position, 'genres')}: genres are a list of texts, or a text, got {value!r:.80}")
+            raise ValueError(f"{_place(path, column, position, 'genres')}: genres must be a list of strings, or a string, got {value!r:.80}")
         genres.append(own)
     return genres

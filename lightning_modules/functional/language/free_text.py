@@ -62,7 +62,7 @@ def generate_text(
         seeds = torch.zeros_like(prompt_ids[:, 0])
     if seeds is None or seeds.shape != prompt_ids.shape[:1]:
         given = None if seeds is None else tuple(seeds.shape)
-        raise ValueError(f"seeds must hold one number for each of the {len(prompt_ids)} rows, got shape {given}")
+        raise ValueError(f"seeds must contain one number for each of the {len(prompt_ids)} rows, got shape {given}")
     stops = torch.as_tensor(eos_token_id, device=prompt_ids.device).reshape(-1)
     pad = int(stops[0]) if pad_token_id is None else pad_token_id
     written: list[Tensor] = []

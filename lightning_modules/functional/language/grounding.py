@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from malleable.lightning_modules.functional.language.pass_forms import RowForm, pass_forms
 from malleable.lightning_modules.functional.language.tree_attention import evaluating
-from malleable.lightning_modules.functional.language.trie_search import Decoded
+from malleable.lightning_modules.functional.language.trie_search_base import Decoded
 from malleable.lightning_modules.functional.language.whole_rows import states_at_end
 from malleable.lightning_modules.functional.precision import full_precision
 

@@ -23,7 +23,7 @@ from malleable.callbacks.self_play.phases import Phase, PhaseSettings, plan_phas
 from malleable.callbacks.self_play.round_file import RoundFile, answer_statistics
 from malleable.datamodules.batch import PreferenceBatch
 from malleable.datamodules.loading import PhasedLoader
-from malleable.datamodules.negatives import Popularity, SelfPlay, Uniform
+from malleable.datamodules.negative_samplers import Popularity, SelfPlay, Uniform
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.recommendation.dpo import DPO
 from malleable.lightning_modules.recommendation.sft import SFT

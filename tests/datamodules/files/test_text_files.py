@@ -11,7 +11,7 @@ from malleable.datamodules.files.text_files import ends_in_blank, id_text, read_
 from malleable.datamodules.language.texts import read_texts
 from malleable.datamodules.sources.editing.edit_records import FlatCounterFact
 from malleable.datamodules.sources.editing.fact_files import LRE, ParaRel
-from malleable.datamodules.sources.recommendation.ready import read_rows
+from malleable.datamodules.sources.recommendation.ready_rows import read_rows
 
 # What `str.splitlines` takes for a line end, and JSON and text files do not.
 SEPARATORS = ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]

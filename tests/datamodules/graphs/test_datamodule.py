@@ -55,7 +55,7 @@ def test_the_vocabulary_is_that_of_all_splits(data):
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_training_asks_every_triple_both_ways(tmp_path, grouped):
+def test_training_has_both_queries_of_every_triple(tmp_path, grouped):
     data = toy_graph(tmp_path / "graph", group_queries=grouped)
     data.setup("fit")
     batches = list(data.train_dataloader())
@@ -66,7 +66,7 @@ def test_training_asks_every_triple_both_ways(tmp_path, grouped):
 
 
 @pytest.mark.parametrize(("split", "file"), [("val", "valid"), ("test", "test")])
-def test_evaluation_asks_every_triple_both_ways_with_all_known_answers(data, split, file):
+def test_evaluation_has_both_queries_of_every_triple_with_all_known_answers(data, split, file):
     batches = list(getattr(data, f"{split}_dataloader")())
     assert labelled(data.graph, batches) == sorted(2 * TRIPLES[file])
     everything = [row for rows in TRIPLES.values() for row in rows]
@@ -101,15 +101,15 @@ def test_ids_are_distinct_and_stay(data, tmp_path):
 def test_unseen_entities(tmp_path, caplog):
     keep = toy_graph(tmp_path / "graph")
     keep.setup("test")
-    assert "triples with something that training lacks (1 entities): 0 of val, 1 of test; they are ranked all the same" in caplog.text
+    assert "triples with an entity or relation that is not in training (1 entities): 0 of val, 1 of test; they are ranked" in caplog.text
     assert len(keep.test_dataset) == 2 * SIZES["test"]
     drop = toy_graph(tmp_path / "graph", unseen_entities="drop")
     drop.setup("test")
-    assert "left out, so figures do not compare" in caplog.text
+    assert "omitted, so figures are not comparable" in caplog.text
     assert len(drop.test_dataset) == 2 * SIZES["test"] - 2
     assert drop.num_entities == keep.num_entities
     with pytest.raises(
-        ValueError, match=r"1 of \d+ test triples have an entity or a relation that training lacks, the first is \('newcomer', 'knows', 'p"
+        ValueError, match=r"1 of \d+ test triples have an entity or a relation that is not in training \(first: \('newcomer', 'knows', 'p"
     ):
         toy_graph(tmp_path / "graph", unseen_entities="error").setup("test")
 

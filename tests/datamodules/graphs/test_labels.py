@@ -21,13 +21,13 @@ def test_queries_for_relations(tmp_path):
     assert read_queries(tmp_path / "q.tsv", GRAPH).tolist() == [[0, -1, 1], [0, 0, -1]]
 
 
-def test_a_header_of_queries_may_order_its_columns_otherwise(tmp_path):
+def test_a_header_of_queries_with_another_order_of_columns(tmp_path):
     (tmp_path / "q.csv").write_text("asked by;tail;relation;head\nx;?;flows through;Berlin\ny;Germany;capital of;?\n")
     assert read_queries(tmp_path / "q.csv", GRAPH, ";").tolist() == [[0, 1, -1], [1, 2, -1]]
 
 
 @pytest.mark.parametrize("name", ["q.csv", "q.csv.gz"])
-def test_queries_between_commas_below_a_header(tmp_path, name):
+def test_queries_of_csv_with_a_header(tmp_path, name):
     text = b'Head,relation,tail\n"Spree, the",flows through,?\n?, capital of, Germany\nBerlin,?,Germany\n'
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
     assert read_queries(tmp_path / name, GRAPH).tolist() == [[2, 1, -1], [1, 2, -1], [0, -1, 1]]
@@ -57,7 +57,7 @@ def test_malformed_queries(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(("read", "name"), [(read_queries, "q.csv"), (read_types, "types.json"), (read_descriptions, "texts.tsv.gz")])
-def test_a_file_that_is_not_there(tmp_path, read, name):
+def test_a_missing_file(tmp_path, read, name):
     with pytest.raises(FileNotFoundError, match=rf"the file .*{name} does not exist; give the path of an existing file"):
         read(tmp_path / name, GRAPH)
 

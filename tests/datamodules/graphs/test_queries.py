@@ -58,7 +58,7 @@ def test_a_training_batch():
     assert rows.row_tokens().tolist() == [1] * 8
 
 
-def test_a_test_batch_brings_the_filter():
+def test_a_test_batch_contains_the_known_answers():
     batch = QueryRows(TESTED, np.arange(4), ANSWERS).make_batch(torch.arange(4))
     for row in range(4):
         assert batch.known[batch.known_row == row].tolist() == answers_by_loop(int(batch.head[row]), int(batch.relation[row]))
@@ -72,13 +72,13 @@ def test_a_plain_loader_loads_positions():
     assert [batch.sample_id.tolist() for batch in loader] == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
-def test_open_queries_have_no_target_but_a_filter():
+def test_queries_without_target_have_known_answers():
     batch = QueryRows(np.array([[0, 0, -1], [4, 0, -1]]), np.arange(2), ANSWERS).make_batch(torch.arange(2))
     assert batch.target.tolist() == batch.target_row.tolist() == []
     assert (batch.known.tolist(), batch.known_row.tolist()) == ([1, 2, 4], [0, 0, 0])
 
 
-def test_queries_for_relations_bring_the_known_ones():
+def test_queries_for_relations_contain_the_known_relations():
     """(0, ?, 1) is known by relation 0 and (3, ?, 1) by 1, as is (1, ?, 3) by no relation but its reciprocal; (0, 0, ?) stands between."""
     asked = np.array([[3, -1, 1], [0, 0, -1], [1, -1, 3], [0, -1, 1]])
     batch = QueryRows(asked, np.arange(4), ANSWERS).make_batch(torch.tensor([0, 1, 2, 3]))
@@ -114,7 +114,7 @@ def test_grouped_queries_hold_the_same_triples():
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_an_epoch_shows_each_triple_once_in_both_directions(grouped):
+def test_an_epoch_has_each_triple_once_in_both_directions(grouped):
     rows = GroupedQueries(QUERIES, np.arange(8), 4) if grouped else QueryRows(QUERIES, np.arange(8))
     loader = PhasedLoader(rows, 3, drop_last=False, row_tokens=rows.row_tokens())
     seen = []

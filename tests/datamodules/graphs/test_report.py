@@ -68,12 +68,12 @@ def test_a_symmetric_relation_is_no_leak():
     assert dict(found.facts())["symmetric relations"] == "near"
 
 
-def test_relations_that_share_less_are_no_twins():
+def test_relations_below_the_threshold_are_not_twins():
     found = examined(chain("a", 20) + chain("b", 15, swap=True), test=[("e1", "b", "e0")])
     assert found.twins == []
 
 
-def test_a_report_survives_as_plain_data():
+def test_a_report_is_restored_from_plain_data():
     found = examined(chain("a", 20) + chain("b", 20, swap=True), [("e0", "a", "e1")])
     assert GraphReport.from_plain(json.loads(json.dumps(asdict(found)))) == found
 
@@ -102,7 +102,7 @@ def test_the_figures_of_real_graphs(name):
 
 
 @pytest.mark.parametrize("name", ["WN18RR", "FB15k-237", "codex-s"])
-def test_graphs_made_against_leaks_have_none(name):
+def test_graphs_without_leaks(name):
     found = report(Triples(str(shared_data(f"kg/{name}"))).load())
     assert list(found.warnings()) == []
 

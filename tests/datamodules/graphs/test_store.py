@@ -13,7 +13,7 @@ def source(tmp_path) -> Triples:
     return Triples(str(write_toy_graph(tmp_path / "graph")))
 
 
-def test_what_is_built_comes_back(source, tmp_path):
+def test_the_cache_restores_the_data(source, tmp_path):
     built = GraphStore.open_or_build(source, tmp_path / "cache")
     opened = GraphStore.open_or_build(source, tmp_path / "cache")
     assert opened.graph == built.graph

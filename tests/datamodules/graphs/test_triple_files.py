@@ -21,7 +21,7 @@ def write(folder: Path, text: str, name: str = "train.txt") -> Path:
 
 @pytest.mark.parametrize("name", ["train.txt", "train.tsv", "train.txt.gz", "train.tsv.gz"])
 @pytest.mark.parametrize("text", [TEXT, TEXT.replace("\n", "\r\n"), TEXT.rstrip("\n"), "\ufeff" + TEXT, TEXT.replace("\n", "\n\n") + " \n"])
-def test_labels_keep_their_spaces_whatever_ends_the_lines(tmp_path, name, text):
+def test_labels_keep_their_spaces_with_any_line_break(tmp_path, name, text):
     assert list(read_labels(write(tmp_path, text, name))) == TRIPLES
 
 
@@ -42,7 +42,7 @@ def test_blanks_around_a_label_of_a_text_file_are_spaces_and_tabs_alone(tmp_path
     assert list(read_labels(write(tmp_path, text))) == [("a", "r", "b"), ("a\u00a0", "r", "b\u2028"), ("a\x1f", "r\u3000", "b\x85")]
 
 
-def test_numbers_of_parquet_that_their_format_cannot_tell_apart_are_refused(tmp_path):
+def test_inexact_numbers_of_parquet_are_an_error(tmp_path):
     columns = {"head": ["a", "b"], "relation": ["r", "r"]}
     parquet.write_table(pa.table({**columns, "tail": pa.array([2.0**24 - 1, 2.0**24], pa.float32())}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a.parquet, row 2, field tail: the number 16777216.0 is not an exact integer"):
@@ -95,11 +95,11 @@ def test_a_malformed_line_is_named(tmp_path, text, message):
         list(read_labels(write(tmp_path, text)))
 
 
-def test_a_header_is_skipped_when_it_is_announced(tmp_path):
+def test_a_header_is_skipped_with_the_option_header(tmp_path):
     assert list(read_labels(write(tmp_path, "head\trelation\ttail\n" + TEXT), header=True)) == TRIPLES
 
 
-def test_what_is_no_text(tmp_path):
+def test_files_that_are_not_text(tmp_path):
     (tmp_path / "train.txt").write_bytes("a\tr\tMünchen\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"train.txt, line 1, byte 6: not text in UTF-8 .*encoding"):
         list(read_labels(tmp_path / "train.txt"))
@@ -169,7 +169,7 @@ def test_malformed_names_are_named(tmp_path, text, message):
         ("g.csv", "one,two,three\na,likes,b\n", {}),
     ],
 )
-def test_columns_go_by_the_names_of_a_header(name, text, options, tmp_path):
+def test_columns_are_found_by_the_names_of_a_header(name, text, options, tmp_path):
     (tmp_path / name).write_text(text)
     assert list(read_labels(tmp_path / name, header=True, **options)) == [("a", "likes", "b")]
 
@@ -183,7 +183,7 @@ def test_columns_go_by_the_names_of_a_header(name, text, options, tmp_path):
         ("head,relation,tail\na,,b\n", {}, r"line 2, field relation: the cell is empty"),
     ],
 )
-def test_headers_that_name_too_little(text, options, message, tmp_path):
+def test_incomplete_headers(text, options, message, tmp_path):
     (tmp_path / "g.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         list(read_labels(tmp_path / "g.csv", header=True, **options))

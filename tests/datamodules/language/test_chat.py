@@ -76,7 +76,7 @@ def test_candidates_and_a_system_message_are_part_of_the_prompt():
     assert tokenizer.decode(pieces.document([0, 1])).endswith('"Heat"\n<|im_end|>')
 
 
-def test_what_a_chat_template_cannot_do_is_an_error():
+def test_unsupported_chat_templates_are_an_error():
     tokenizer = tokenizer_of("gemma")
     with pytest.raises(ValueError, match=r"rejects messages of system, user: System role not supported; set template.system"):
         tokenize(PromptTemplate(chat=True, system="Be brief."), TITLES, tokenizer)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny import batch_of
 
-from malleable.datamodules.language.packing import Window, cut_windows, fit
+from malleable.datamodules.language.packing import Window, pack_windows, split_sequences
 from malleable.datamodules.recommendation.packed_rows import PackedRows
 from malleable.datamodules.recommendation.prompt import PromptPieces
 
@@ -21,21 +21,21 @@ def arrays(*sequences):
     return [np.array(items) for items in sequences]
 
 
-def test_windows_hold_as_many_whole_items_as_fit():
+def test_windows_contain_the_maximum_number_of_items():
     # Items of 2, 3, 4, 5, 6 tokens with their separator; a row of 10 with 1 token of overhead has room for 9.
-    windows = cut_windows(arrays([0, 1, 2, 3, 4], [4]), np.array([2, 3, 4, 5, 6]), 10, 1)
+    windows = split_sequences(arrays([0, 1, 2, 3, 4], [4]), np.array([2, 3, 4, 5, 6]), 10, 1)
     assert windows == [Window(0, 0, 3, 10), Window(0, 3, 4, 6), Window(0, 4, 5, 7), Window(1, 0, 1, 7)]
 
 
 def test_an_item_longer_than_a_row_is_an_error():
     with pytest.raises(ValueError, match=r"pack_length 5 is less than the 7 tokens of the longest item; increase pack_length"):
-        cut_windows(arrays([0]), np.array([2, 6]), 5, 1)
+        split_sequences(arrays([0]), np.array([2, 6]), 5, 1)
 
 
-def test_best_fit_lays_each_window_once_and_never_overfills():
+def test_best_fit_packs_each_window_once_and_within_the_length():
     rng = np.random.default_rng(0)
     windows = [Window(index, 0, 2, int(length)) for index, length in enumerate(rng.integers(2, 33, 300))]
-    rows = fit(windows, 32)
+    rows = pack_windows(windows, 32)
     assert sorted(itertools.chain.from_iterable(rows)) == sorted(windows)
     assert max(sum(window.length for window in row) for row in rows) <= 32
     # Best fit decreasing needs at most 11/9 of the least number of rows.
@@ -43,7 +43,7 @@ def test_best_fit_lays_each_window_once_and_never_overfills():
 
 
 @pytest.mark.parametrize("template", [pieces(), pieces((7, 8), (9,), (5, 6)), pieces((7,), (), ())])
-def test_every_history_is_there_once_as_the_template_writes_it(template):
+def test_every_history_occurs_once_in_the_form_of_the_template(template):
     rng = np.random.default_rng(1)
     sequences = [rng.integers(0, 5, length) for length in rng.integers(2, 6, 40)]
     packed = PackedRows(sequences, template, 64)

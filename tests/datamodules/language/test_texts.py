@@ -62,7 +62,7 @@ def test_wrong_files_are_refused(tmp_path, name, content, message):
         read_texts(tmp_path / "none.txt")
 
 
-def test_rows_hold_whole_documents_and_cut_long_ones():
+def test_rows_contain_whole_documents_and_parts_of_long_ones():
     rows = TextRows([[1, 2, 3], [4, 5], [6], list(range(10, 19))], pack_length=8)
     laid = [row for index in range(len(rows)) for row in [rows[index]]]
     documents = sorted(

@@ -20,7 +20,7 @@ from malleable.datamodules.language.tokenizer import (
     tokenizer_digest,
     train_tokenizer,
     unpack_tokenizer,
-    write_known,
+    write_from_memory,
 )
 
 TITLES = ["Toy Story (1995)", "Heat (1995)", "Á köldum klaka (Cold Fever) (1994)", "Star Wars (1977)", "Star Trek (1979)"] * 3
@@ -52,7 +52,7 @@ def test_training_is_repeatable_and_cached(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [lambda text: text.replace('"t"', '"q"', 1), lambda text: text[:100], lambda text: None])
-def test_a_damaged_cached_tokenizer_is_named_and_made_again(cache, caplog, damage):
+def test_a_damaged_cached_tokenizer_is_logged_and_trained_again(cache, caplog, damage):
     folder = train_tokenizer(TITLES, 300)
     file = folder / "tokenizer.json"
     whole = file.read_text()
@@ -77,23 +77,23 @@ def test_a_stored_tokenizer_that_was_damaged_is_written_again(cache):
     assert (folder / "tokenizer.json").read_bytes() == whole
 
 
-def test_a_tokenizer_that_is_removed_while_a_run_goes_on_is_stored_as_it_was_read(cache, tmp_path):
+def test_a_tokenizer_that_is_removed_during_a_run_is_stored_from_memory(cache, tmp_path):
     folder = train_tokenizer(TITLES, 300)
     before = pack_tokenizer(str(folder))
     shutil.rmtree(folder)
     after = pack_tokenizer(str(folder))
     assert after["digest"] == before["digest"]
-    assert write_known(str(folder), tmp_path / "copy")
+    assert write_from_memory(str(folder), tmp_path / "copy")
     assert tokenizer_digest(str(tmp_path / "copy")) == before["digest"]
-    assert not write_known("unknown", tmp_path / "other")
+    assert not write_from_memory("unknown", tmp_path / "other")
 
 
-def test_no_room_for_the_bytes_is_an_error():
+def test_a_vocabulary_too_small_for_the_bytes_is_an_error():
     with pytest.raises(ValueError, match=r"vocab_size must be >= 259 .*, got 258"):
         train_tokenizer(TITLES, 258)
 
 
-def test_a_second_writer_leaves_the_first_ones_tokenizer(tmp_path):
+def test_a_second_writer_keeps_the_tokenizer_of_the_first(tmp_path):
     folder = tmp_path / "tokenizer"
     tokenizer = load_tokenizer(str(train_tokenizer(TITLES, 300)))
     module._save(tokenizer, folder)
@@ -228,7 +228,7 @@ def test_the_largest_token_of_texts_and_of_the_special_ones(tmp_path):
 
 @pytest.mark.parametrize("local", [True, False])
 @pytest.mark.parametrize("kind", ["recommendation", "editing"])
-def test_data_modules_hand_on_whether_to_download(kind, local, tmp_path, monkeypatch):
+def test_data_modules_pass_local_files_only(kind, local, tmp_path, monkeypatch):
     """As models do; what is stored of the tokenizer is then read from the machine."""
     folder, asked = str(train_tokenizer(TITLES, 300)), []
 

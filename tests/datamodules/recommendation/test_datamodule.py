@@ -10,7 +10,7 @@ from shared import shared_data
 from malleable.datamodules import InstructionRows, MovieLens, Synthetic, Tables
 from malleable.datamodules.batch import AnswerBatch, PackedBatch, PreferenceBatch
 from malleable.datamodules.language.tokenizer import load_tokenizer
-from malleable.datamodules.negatives import Hardest, Popularity, Uniform
+from malleable.datamodules.negative_samplers import Hardest, Popularity, Uniform
 from malleable.datamodules.recommendation.datamodule import RecommendationDataModule
 from malleable.datamodules.recommendation.prompt import PromptTemplate
 from malleable.datamodules.recommendation.splits import Split
@@ -47,7 +47,7 @@ def test_attributes_after_setup():
     assert vocabulary.largest_token_id == max(max(row["prompt"] + [*row["answers"][0]]) for row in map(data.train_dataset.__getitem__, range(40)))
 
 
-def test_the_catalogue_has_the_sources_own_ids(tmp_path):
+def test_the_catalogue_has_the_ids_of_the_source(tmp_path):
     events, items = tmp_path / "events.csv", tmp_path / "items.csv"
     items.write_text("item_id,title\nb7,Heat\nc1,Heat\na3,Jaws\n09,Dune\n")
     events.write_text("user_id,item_id,timestamp\n" + "".join(f"u,{item},{time}\n" for time, item in enumerate(("09", "b7", "a3"))))
@@ -55,7 +55,7 @@ def test_the_catalogue_has_the_sources_own_ids(tmp_path):
     assert (catalog.titles, catalog.keys) == (("Heat", "Jaws", "Dune"), ("b7", "a3", "09"))
 
 
-def test_every_row_says_what_it_shows():
+def test_fields_of_rows():
     data = make(split=Split(history_length=2))
     tokenizer = load_tokenizer(data.catalog.vocabulary.tokenizer)
     titles = data.catalog.titles
@@ -72,12 +72,12 @@ def test_every_row_says_what_it_shows():
     assert min(ids) >= 0
 
 
-def test_row_tokens_are_the_answers_lengths():
+def test_row_tokens_are_the_lengths_of_answers():
     data = make()
     assert list(data.row_tokens()) == [len(data.train_dataset[row]["answers"][0]) for row in range(len(data.train_dataset))]
 
 
-def test_the_loaders_give_the_typed_batches():
+def test_loaders_return_typed_batches():
     data = make(eval_batch_size=7)
     batch = next(iter(data.train_dataloader()))
     assert type(batch) is AnswerBatch
@@ -85,12 +85,12 @@ def test_the_loaders_give_the_typed_batches():
     assert batch.num_step_tokens == batch.answer_mask.sum()
 
 
-def test_the_training_loader_offers_both_views():
+def test_the_training_loader_has_both_kinds_of_rows():
     data = make()
     loader = data.train_dataloader()
     assert loader.view("answer") is data.train_dataset
     assert loader.view("packed") is data.packed_dataset
-    with pytest.raises(KeyError, match="no view 'pairs', only"):
+    with pytest.raises(KeyError, match="no rows 'pairs', only"):
         loader.view("pairs")
 
 
@@ -120,7 +120,7 @@ def test_negatives(kind):
     assert [data.train_dataset[i]["item_ids"] for i in range(60)] != [other.train_dataset[i]["item_ids"] for i in range(60)]
 
 
-def test_drawn_candidates_hold_the_target_at_any_place(cache):
+def test_sampled_candidates_contain_the_target_at_any_position(cache):
     data = make(split=Split(candidates=4), template="instruction")
     places = set()
     for index in range(len(data.train_dataset)):
@@ -137,7 +137,7 @@ def test_drawn_candidates_hold_the_target_at_any_place(cache):
     assert len(caches(cache)) == 2
 
 
-def test_limits_draw_rows_of_the_whole(cache):
+def test_limits_sample_rows_of_the_split(cache):
     full, data = make(), make(split=Split(train_limit=10, val_limit=5, test_limit=100))
     assert (len(data.train_dataset), len(data.val_dataset), len(data.test_dataset)) == (10, 5, 20)
     rows = [data.train_dataset[row] for row in range(10)]
@@ -150,7 +150,7 @@ def test_limits_draw_rows_of_the_whole(cache):
 def test_long_histories_are_shortened_from_their_oldest_item(caplog):
     full = make()
     data = make(max_prompt_length=20)
-    assert "train prompts exceed max_prompt_length 20: their oldest items are left out" in caplog.text
+    assert "train prompts exceed max_prompt_length 20: their oldest items are omitted" in caplog.text
     for index in range(len(data.test_dataset)):
         short, whole = data.test_dataset[index], full.test_dataset[index]
         assert len(short["prompt"]) <= 20
@@ -166,7 +166,7 @@ def test_rows_without_text(cache):
     assert data.catalog.token_ids == ()
     assert data.catalog.vocabulary is None
     assert not (cache / "tokenizers").exists()
-    with pytest.raises(ValueError, match="packed histories need text, but tokenizer='none' has none"):
+    with pytest.raises(ValueError, match="packed histories need text, but tokenizer='none' has no text"):
         data.packed_dataset  # noqa: B018
 
 
@@ -179,7 +179,7 @@ def test_a_given_tokenizer_and_template():
     assert data.catalog.vocabulary.vocab_size == 512
 
 
-def test_the_cache_is_read_not_made_again(cache, monkeypatch):
+def test_the_cache_is_read_and_not_built_again(cache, monkeypatch):
     make()
     monkeypatch.setattr(Synthetic, "load", lambda self: pytest.fail("made again"))
     make()
@@ -189,13 +189,13 @@ def test_the_cache_is_read_not_made_again(cache, monkeypatch):
 @pytest.mark.parametrize(
     "change", [{"vocab_size": 310}, {"template": "instruction"}, {"split": Split(history_length=3)}, {"max_prompt_length": 40}, {"tokenizer": "none"}]
 )
-def test_another_setting_is_another_cache(cache, change):
+def test_another_setting_uses_another_cache(cache, change):
     make()
     make(**change)
     assert len(caches(cache)) == 2
 
 
-def test_a_half_written_or_corrupt_cache_is_made_again(cache, caplog):
+def test_an_incomplete_or_damaged_cache_is_built_again(cache, caplog):
     whole = [make().train_dataset[row] for row in range(60)]
     (folder,) = caches(cache)
     next((folder / "train").glob("*.arrow")).write_bytes(b"half")
@@ -209,7 +209,7 @@ def test_a_half_written_or_corrupt_cache_is_made_again(cache, caplog):
 
 
 @pytest.mark.parametrize("damage", ["removed", "changed"])
-def test_a_tokenizer_lost_beside_its_data_is_made_again(cache, damage):
+def test_a_removed_tokenizer_is_trained_again(cache, damage):
     whole = make()
     folder = Path(whole.catalog.vocabulary.tokenizer)
     expected = (folder / "tokenizer.json").read_bytes()
@@ -222,19 +222,19 @@ def test_a_tokenizer_lost_beside_its_data_is_made_again(cache, damage):
     assert (folder / "tokenizer.json").read_bytes() == expected
 
 
-def test_a_cache_that_does_not_stay_is_an_error(monkeypatch):
+def test_a_cache_that_cannot_be_read_back_is_an_error(monkeypatch):
     monkeypatch.setattr("malleable.datamodules.recommendation.store.open_tables", lambda _: None)
     with pytest.raises(OSError, match="cannot be read right after it was written; check the disk, or choose another cache_dir"):
         make()
 
 
-def test_a_cache_folder_of_ones_own(tmp_path, cache):
+def test_a_given_cache_folder(tmp_path, cache):
     make(cache_dir=str(tmp_path / "own"))
     assert len(list((tmp_path / "own" / "recommendation").iterdir())) == 1
     assert not (cache / "recommendation").exists()
 
 
-def test_the_sources_content_decides_the_cache(tmp_path, cache):
+def test_the_content_of_the_source_determines_the_cache(tmp_path, cache):
     events, items = tmp_path / "events.csv", tmp_path / "items.csv"
     items.write_text("item_id,title\n" + "".join(f"{item},Title {item}\n" for item in range(6)))
     for shift in (0, 1):
@@ -259,7 +259,7 @@ def test_prediction_for_a_file_of_histories(tmp_path):
     batch = next(iter(data.predict_dataloader()))
     assert batch.item_ids.tolist()[:3] == [[-1]] * 3
     path.write_text(json.dumps([titles[3][:-8]]))
-    with pytest.raises(ValueError, match=r"histories.jsonl: left out 1 items .*line 1: .* is neither a title nor an item id .*nearest titles: "):
+    with pytest.raises(ValueError, match=r"histories.jsonl: omitted 1 items .*line 1: .* is neither a title nor an item id .*nearest titles: "):
         make("predict", predict_file=str(path))
 
 
@@ -272,7 +272,7 @@ def test_an_empty_split_is_an_error(tmp_path):
         data.train_dataloader()
 
 
-def test_a_trainer_sets_it_up_once():
+def test_a_trainer_calls_setup_once():
     data = RecommendationDataModule(Synthetic(**SOURCE), vocab_size=300, batch_size=4)
     data.trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=1)
     data.prepare_data()

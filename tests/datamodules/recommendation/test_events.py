@@ -52,7 +52,7 @@ def shop(tmp_path):
 
 
 def test_events_keep_user_time_rating_row_and_split():
-    events = Events.of(tables(), list(range(6)))
+    events = Events.from_tables(tables(), list(range(6)))
     assert events.users == ["u", "v"]
     assert events.user.tolist() == [0] * 5 + [1] * 5
     assert events.item.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 5]  # equal times in the order of the source
@@ -63,12 +63,12 @@ def test_events_keep_user_time_rating_row_and_split():
 
 
 def test_events_without_rating_and_split():
-    events = Events.of(tables([row[:3] for row in EVENTS], COLUMNS[:3]), list(range(6)))
+    events = Events.from_tables(tables([row[:3] for row in EVENTS], COLUMNS[:3]), list(range(6)))
     assert np.isnan(events.rating).all()
     assert set(events.split.tolist()) == {-1}
 
 
-def test_dislikes_are_kept_and_the_view_of_likes_leaves_them_out():
+def test_low_ratings_are_in_the_events_but_not_in_the_sequences():
     data = prepare(tables(), Split(min_rating=4, min_user_events=1))
     assert [items.tolist() for items in data.sequences] == [[0, 2, 3, 4], [1, 2, 3]]
     assert len(data.events) == len(EVENTS)
@@ -77,7 +77,7 @@ def test_dislikes_are_kept_and_the_view_of_likes_leaves_them_out():
     assert data.users == ["u", "v"]
 
 
-def test_items_that_leave_the_catalogue_take_their_events_along():
+def test_interactions_with_removed_items_are_dropped():
     data = prepare(tables(), Split(min_rating=4, min_user_events=1, min_item_events=2))
     assert data.titles == ["Casablanca", "Dune"]
     assert data.events.item.tolist() == [0, 1, 0, 1]
@@ -85,7 +85,7 @@ def test_items_that_leave_the_catalogue_take_their_events_along():
     assert data.events.row.tolist() == [4, 5, 6, 8]
 
 
-def test_the_store_has_them_too(shop):
+def test_the_store_contains_the_events(shop):
     store = shop()._store
     assert store.events.rating.tolist() == [4, 2, 5, 5, 4, 1, 5, 4, 5, 2]
     assert store.events.row.dtype == np.int64
@@ -95,25 +95,25 @@ def test_the_store_has_them_too(shop):
 
 
 @pytest.mark.parametrize(("repeats", "hidden"), [("drop", [0, 1, 2, 3, 5]), ("keep", [])])
-def test_what_a_user_disliked_is_not_recommended(shop, repeats, hidden):
+def test_items_with_low_ratings_are_not_recommended(shop, repeats, hidden):
     data = shop("predict", predict_users="all", split=Split(min_rating=4, min_user_events=1, repeats=repeats))
     row = data.predict_dataset[1]
     assert row["history"] == [1, 2, 3]
     assert sorted(set(row["seen"])) == hidden
 
 
-def test_evaluation_counts_as_seen_what_was_liked_before(shop):
+def test_seen_items_in_evaluation_are_those_with_high_ratings(shop):
     assert [shop().test_dataset[row]["seen"] for row in (0, 1)] == [[0, 2, 3], [1, 2]]
 
 
-def test_items_that_the_data_lacks_are_not_recommended(shop, tmp_path, monkeypatch, caplog):
+def test_stored_items_that_are_not_in_the_data_are_not_recommended(shop, tmp_path, monkeypatch, caplog):
     stored = shop().catalog
     histories = tmp_path / "histories.jsonl"
     histories.write_text('["Dune"]\n')
     kept = {key: title for key, title in zip("abcdef", TITLES, strict=True) if key not in "ef"}
     events = [row for row in EVENTS if row[1] in kept]
     vocabulary = stored.vocabulary
-    monkeypatch.setattr(RecommendationDataModule, "_given_or_stored", lambda self: {
+    monkeypatch.setattr(RecommendationDataModule, "_text_settings", lambda self: {
         "tokenizer": vocabulary.tokenizer, "template": self.template, "catalog": stored, "extend_catalog": False,
     })  # fmt: skip
     with caplog.at_level("INFO"):
@@ -152,7 +152,7 @@ def test_a_given_split_of_likes_only():
     [
         (0, "later", r"needs a split \(train, val or test\) for each interaction, but 1 of 10 have none \(first: data row 1\)"),
         (6, "", "but 1 of 10 have none"),
-        (7, "train", r"user 'u' has a train interaction \(data row 8\) after one of val"),
+        (7, "train", r"user 'u' has a train interaction \(data row 8\) after a val interaction"),
     ],
 )
 def test_a_given_split_that_cannot_be_used(row, split, message):
@@ -161,7 +161,7 @@ def test_a_given_split_that_cannot_be_used(row, split, message):
         prepare(tables(events), Split(kind="given", min_user_events=1))
 
 
-def test_another_meaning_of_the_column_split_does_no_harm():
+def test_a_column_split_with_other_values_is_ignored():
     events = [(*event[:4], "A") for event in EVENTS]
     assert len(prepare(tables(events), Split(min_user_events=1)).rows["test"]) == 2
 
@@ -173,13 +173,21 @@ def test_another_meaning_of_the_column_split_does_no_harm():
         (
             lambda events: [(e[0], "x" + e[1], *e[2:]) for e in events],
             Split(),
-            r"the source: none of the 10 interactions has an item .*'xb' in the .*'a' in the",
+            r"the source: no item of the 10 interactions is in the items table .*'xb' in the .*'a' in the",
         ),
-        (lambda events: events, Split(min_rating=6), "min_rating=6 leaves none of 10 interactions: ratings are between 1 and 5; lower it"),
-        (lambda events: events, Split(min_user_events=7), "min_user_events=7 and min_item_events=1 out of 10 interactions, of 2 users; lower them"),
+        (
+            lambda events: events,
+            Split(min_rating=6),
+            "none of 10 interactions has a rating >= min_rating=6: ratings are between 1 and 5; decrease min_rating",
+        ),
+        (
+            lambda events: events,
+            Split(min_user_events=7),
+            "none of 10 interactions of 2 users remains with min_user_events=7 and min_item_events=1; decrease them",
+        ),
     ],
 )
-def test_nothing_left_says_why(change, split, message):
+def test_errors_if_no_interaction_remains(change, split, message):
     with pytest.raises(ValueError, match=message):
         prepare(tables(change(EVENTS)), split)
 
@@ -195,7 +203,7 @@ def test_prompt_sequence_and_metric_lengths_are_separate(shop):
     assert batch.metric_history.tolist()[0] == [2, 3]
 
 
-def test_metrics_count_what_a_shortened_prompt_leaves_out(shop):
+def test_metrics_count_items_that_a_shortened_prompt_omits(shop):
     data = shop(split=Split(min_user_events=1, history_length=4), max_prompt_length=12)
     row = data.test_dataset[0]
     assert row["history"] == [0, 1, 2, 3]
@@ -216,12 +224,12 @@ def test_training_without_rows_changes_no_other_row(shop, tmp_path):
     limited = shop(split=Split(min_user_events=1, train_limit=4)).train_dataset.sample_ids.tolist()
     path.write_text(f"{limited[0]}\n")
     assert shop(split=Split(min_user_events=1, train_limit=4, train_without=str(path))).train_dataset.sample_ids.tolist() == limited[1:]
-    with pytest.raises(ValueError, match="train_without leaves out rows of prompts and answers; packed histories have no such rows"):
+    with pytest.raises(ValueError, match="train_without omits rows with a prompt and an answer, but packed histories have no such rows"):
         _ = data.packed_dataset
 
 
 @pytest.mark.parametrize("line", ["7", "-1", "x", "1.0"])
-def test_ids_of_no_row_are_refused(shop, tmp_path, line):
+def test_unknown_sample_ids_are_an_error(shop, tmp_path, line):
     (tmp_path / "forget.txt").write_text(f"\n{line}\n")
     with pytest.raises(ValueError, match=r"forget.txt, line 2: .* is not the sample_id of a training row"):
         shop(split=Split(min_user_events=1, train_without=str(tmp_path / "forget.txt")))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from malleable.datamodules.recommendation.histories import ItemLookup, Written, read_histories, read_users
+from malleable.datamodules.recommendation.histories import ItemLookup, TextFormat, read_histories, read_users
 
 TITLES = ["The Lion King (1994)", "Heat (1995)", "Alien (1979)", "Alien (2003)", "1984 (1984)", "7"]
 LOOKUP = ItemLookup(TITLES, [["10"], ["11", "99"], ["12"], ["13"], ["14"], ["15"]])
@@ -45,7 +45,7 @@ def test_titles_that_differ_in_case_only():
 
 
 @pytest.mark.parametrize("name", [True, 1.5, None, [], {"title": 7}, {"id": 7, "title": "7"}, {"name": "Heat"}, {}])
-def test_what_names_no_item_is_refused(name):
+def test_names_of_other_types_are_an_error(name):
     with pytest.raises(ValueError, match=r"^h.jsonl, line 3: "):
         LOOKUP.find(name, "h.jsonl, line 3")
 
@@ -85,7 +85,7 @@ def test_json(tmp_path):
 AMBIGUOUS = ItemLookup(["Heat (1995)", "300 (2006)", "1408 (2007)", "Alien (1979)"], [["300"], ["7153"], ["1721"], ["1408"]])
 
 
-def test_numbers_are_ids_where_a_title_is_the_same(tmp_path):
+def test_numbers_are_ids_even_if_they_equal_a_title(tmp_path):
     assert read(write(tmp_path, "h.jsonl", "[300, 1408]"), AMBIGUOUS) == [(None, [0, 3])]
     assert read(write(tmp_path, "h.csv", "item_id\n300,1408"), AMBIGUOUS) == [(None, [0, 3])]
     assert read(write(tmp_path, "h.csv", "title\n300,1408"), AMBIGUOUS) == [(None, [1, 2])]
@@ -95,11 +95,11 @@ def test_numbers_are_ids_where_a_title_is_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "line"), [("h.jsonl", '\n["Alien", "300"]', 2), ("h.csv", "300,1408", 1), ("h.csv", "user_id,history\n1,300", 2)]
 )
-def test_a_text_that_is_an_id_and_another_title_is_refused(tmp_path, name, text, line):
+def test_a_string_that_is_an_id_and_another_title_is_an_error(tmp_path, name, text, line):
     with pytest.raises(
         ValueError,
-        match=rf"{name}, line {line}: '300' is the id of 'Heat \(1995\)' and a title of '300 \(2006\)' \(id '7153'\); "
-        r'say which: \{"id": "300"\} or \{"title": "300"\} in JSON, a header line with item_id or title in CSV',
+        match=rf"{name}, line {line}: '300' is the id of 'Heat \(1995\)' and the title of '300 \(2006\)' \(id '7153'\); "
+        r'state the kind: \{"id": "300"\} or \{"title": "300"\} in JSON, a column item_id or title in CSV',
     ):
         read(write(tmp_path, name, text), AMBIGUOUS)
 
@@ -107,16 +107,16 @@ def test_a_text_that_is_an_id_and_another_title_is_refused(tmp_path, name, text,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("12,Heat\n", r"line 1: '12' is no title, but the id of an item. Without a header all cells are titles; .*user_id,item_id"),
-        ("Heat\n1,12,13\n", r"line 2: '12' is no title, but the id"),
-        ("u1,Heat,7\nu2,Alien (1979)\n", r"line 1: the first cell of no line is a title; if it is the user, put the header line user_id,title"),
+        ("12,Heat\n", r"line 1: '12' is not a title, but the id of an item. Without a header, all cells are titles; .*user_id,item_id"),
+        ("Heat\n1,12,13\n", r"line 2: '12' is not a title, but the id"),
+        ("u1,Heat,7\nu2,Alien (1979)\n", r"line 1: no line starts with a title; if the first cells are users, add the first line user_id,title"),
         (
             "user_id,item_id,timestamp\n1,12,3\n",
-            r"line 1: the header is 'user_id,item_id,timestamp'; expected user_id \(may be missing\), then one of",
+            r"line 1: the header is 'user_id,item_id,timestamp'; expected user_id \(optional\), then one of",
         ),
         ("item_id,user_id\n12,1\n", r"line 1: the header is 'item_id,user_id'"),
         ("user_id\n1\n", r"line 1: the header is 'user_id'"),
-        ("user_id,item_id\n1,12\n1,13\n2,12\n", r"every line has one item, and user '1' has 2 lines. A line is one history"),
+        ("user_id,item_id\n1,12\n1,13\n2,12\n", r"every line has one item, and user '1' has 2 lines. Each line is one history"),
         ("user_id,item_id\n1,12,13\n,12\n", r"line 3, field user_id: the id is empty"),
     ],
 )
@@ -125,23 +125,20 @@ def test_a_user_is_never_read_as_an_item(tmp_path, text, message):
         read(write(tmp_path, "h.csv", text))
 
 
-def test_unknown_items_are_left_out_and_reported(tmp_path, caplog):
+def test_unknown_items_are_omitted_and_logged(tmp_path, caplog):
     rows = [["Heat", "The Lion Kng", 12], {"history": [4711], "user_id": 1}, [4711, "7"]]
     path = write(tmp_path, "h.jsonl", "\n".join(map(json.dumps, rows)))
     with caplog.at_level(logging.WARNING):
         histories = read_histories(path, LOOKUP)
     assert [(history.number, history.items) for history in histories] == [(0, [1, 2]), (2, [5])]
     left_out, empty = caplog.messages
-    assert (
-        "h.jsonl: left out 3 items (2 distinct) that the catalogue does not have: line 1: 'The Lion Kng' is neither a title nor an item id"
-        in left_out
-    )
+    assert "h.jsonl: omitted 3 items (2 distinct) that are not in the catalogue: line 1: 'The Lion Kng' is neither a title nor an item id" in left_out
     assert "(nearest titles: 'The Lion King (1994)')" in left_out
     assert "line 2: '4711'" in left_out
     assert "h.jsonl: 1 of 3 histories have no known item and get no prediction (first:" in empty
 
 
-def test_a_file_without_any_known_item_is_refused(tmp_path):
+def test_a_file_without_known_items_is_an_error(tmp_path):
     path = write(tmp_path, "h.csv", "The Lion Kng\n")
     with pytest.raises(
         ValueError, match=r"line 1: 'The Lion Kng' is neither .*nearest titles: 'The Lion King \(1994\)'.*No history has a known item"
@@ -154,17 +151,17 @@ def test_a_file_without_any_known_item_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("h.txt", "Heat", "is no file of histories: give .csv"),
-        ("h.csv", "\n", "holds no history"),
-        ("h.csv", "item_id\n", "holds no history"),
-        ("h.json", "[]", "holds no history"),
-        ("h.jsonl", "[]\n", "line 1: the history is empty, and so are all others"),
+        ("h.txt", "Heat", "is not a file of histories: give .csv"),
+        ("h.csv", "\n", "contains no history"),
+        ("h.csv", "item_id\n", "contains no history"),
+        ("h.json", "[]", "contains no history"),
+        ("h.jsonl", "[]\n", "line 1: this history and all others are empty"),
         ("h.jsonl", "{\n", "line 1: not JSON"),
-        ("h.jsonl", '["Heat"]\n{"items": []}\n', "line 2: expected a list of ids or titles, or an object with a list 'history'"),
+        ("h.jsonl", '["Heat"]\n{"items": []}\n', "line 2: expected a list of ids or titles, or an object with the list 'history'"),
         ("h.jsonl", '{"history": ["Heat"], "user_id": [1]}', r"line 1, field user_id: an id must be a string or an integer"),
     ],
 )
-def test_what_is_no_file_of_histories(tmp_path, name, text, message):
+def test_invalid_files_of_histories(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         read(write(tmp_path, name, text))
 
@@ -189,9 +186,9 @@ def test_empty_histories_are_skipped_and_counted(tmp_path, caplog):
         ("h.json", '[{"history": [12, "13"], "user_id": "é"}]', "cp1252", {}),
     ],
 )
-def test_spreadsheets_write_other_delimiters_and_encodings(tmp_path, caplog, name, text, encoding, written):
+def test_delimiters_and_encodings_of_spreadsheets(tmp_path, caplog, name, text, encoding, written):
     (tmp_path / name).write_bytes(text.encode(encoding))
-    histories = read_histories(tmp_path / name, LOOKUP, Written(**written))
+    histories = read_histories(tmp_path / name, LOOKUP, TextFormat(**written))
     assert [(history.user_id, history.items) for history in histories] == [("é", [2, 3])]
     assert ("read as cp1252, because it is not UTF-8 (line " in caplog.text) == (encoding == "cp1252")
 
@@ -208,12 +205,12 @@ def test_a_single_column_takes_the_delimiter_of_the_next_line(tmp_path):
         ("title\n12\n", "line 2: '12' is an item id; rename the column title to item_id"),
         (
             "Heat;Alien (1979)\n",
-            "line 1: 'Heat;Alien (1979)' holds several items; put a header line with ';' in it over the file",
+            "line 1: 'Heat;Alien (1979)' contains several items; add a first line with names of columns and ';' between them, e.g. user_id;item_id",
         ),
-        ("item_id\n12|13\n", "line 2: '12|13' holds several items; put a header line with '|'"),
+        ("item_id\n12|13\n", "line 2: '12|13' contains several items; add a first line with names of columns and '|'"),
     ],
 )
-def test_what_a_column_does_not_hold(tmp_path, text, message):
+def test_columns_of_the_wrong_kind(tmp_path, text, message):
     with pytest.raises(ValueError, match="No history has a known item") as raised:
         read(write(tmp_path, "h.csv", text))
     assert message in str(raised.value)
@@ -222,4 +219,4 @@ def test_what_a_column_does_not_hold(tmp_path, text, message):
 def test_users_in_several_rows_are_reported(tmp_path, caplog):
     path = write(tmp_path, "u.csv", "name;user_id\nx;u1\ny;u2\nz;u1\n")
     assert read_users(path, {"u1", "u2"}) == [(0, "u1"), (1, "u2"), (2, "u1")]
-    assert "1 users have several rows (first: 'u1', line 2 and line 4); each row gets a list of its own" in caplog.text
+    assert "1 users have several rows (first: 'u1', line 2 and line 4); each row gets a separate prediction" in caplog.text

@@ -51,7 +51,7 @@ def asked(path, users, histories):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("kind", "query"), [("csv", "csv"), ("jsonl", "jsonl"), ("parquet", "json")])
-def test_ids_come_out_as_they_went_in(tmp_path, form, kind, query):
+def test_predictions_contain_the_ids_of_the_input(tmp_path, form, kind, query):
     rng = random.Random(f"{form} {kind}")
     ids = [FORMS[form](number, rng) for number in range(COUNT)]
     assert len(set(ids)) == COUNT

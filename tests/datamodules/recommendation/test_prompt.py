@@ -35,7 +35,7 @@ def tokenizers():
 
 @pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in tokenizers()])
 @pytest.mark.parametrize("name", ["history", "instruction"])
-def test_pieces_make_the_tokens_of_the_whole_text(name, make):
+def test_pieces_equal_the_tokens_of_the_whole_text(name, make):
     tokenizer = make()
     template = PromptTemplate.named(name)
     pieces = tokenize(template, TITLES, tokenizer)
@@ -49,7 +49,7 @@ def test_pieces_make_the_tokens_of_the_whole_text(name, make):
 
 @pytest.mark.network
 @pytest.mark.slow
-def test_smollm2_pieces_make_the_tokens_of_the_whole_text():
+def test_smollm2_pieces_equal_the_tokens_of_the_whole_text():
     tokenizer = load_tokenizer("smollm2-135m-instruct-q4_1")
     template = PromptTemplate.named("instruction")
     assert tokenize(template, TITLES, tokenizer).prompt(range(len(TITLES))) == tokenizer(template.text(TITLES))["input_ids"]
@@ -74,21 +74,21 @@ def test_a_packed_history_is_the_prompt_and_its_answer():
     assert pieces.document([0, 3, 2]) == pieces.prompt([0, 3]) + list(pieces.answers[2])
 
 
-def test_answers_end_and_begin_as_after_the_prompt():
+def test_answers_are_tokenised_as_after_the_prompt_and_end_with_eos():
     tokenizer = bpe("gpt2")
     pieces = tokenize(PromptTemplate.named("instruction"), TITLES, tokenizer)
     assert all(answer[-1] == tokenizer.eos_token_id for answer in pieces.answers)
     assert {tokenizer.decode(answer[:1]) for answer in pieces.answers} == {' "'}
 
 
-def test_candidates_are_left_out_where_there_are_none():
+def test_prompts_without_candidates():
     pieces = tokenize(PromptTemplate.named("instruction"), TITLES, bpe("gpt2"))
     plain = tokenize(PromptTemplate(candidates_prefix=None), TITLES, bpe("gpt2"))
     assert len(pieces.prompt([0])) < len(pieces.prompt([0], [1]))
     assert plain.prompt([0], [1]) == plain.prompt([0])
 
 
-def test_a_tokenizers_own_beginning_token_opens_the_prompt():
+def test_a_prompt_starts_with_the_bos_token():
     tokenizer = load_tokenizer(str(shared_data("models/stories260k")))
     assert tokenize(PromptTemplate(), TITLES, tokenizer).prompt([0])[0] == tokenizer.bos_token_id
 
@@ -106,17 +106,17 @@ def words(vocabulary, **special):
 def test_a_title_without_tokens_is_an_error():
     letters = {letter: index for index, letter in enumerate("Heat")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(letters, [])), eos_token="</s>")
-    with pytest.raises(ValueError, match=r"1 titles give no token under '.*', for example '漢字'; remove them"):
+    with pytest.raises(ValueError, match=r"1 titles have no tokens with the tokenizer '.*', e.g. '漢字'; remove them"):
         tokenize(PromptTemplate(), ["Heat", "漢字"], tokenizer)
 
 
-def test_titles_that_cannot_be_told_apart_are_a_warning(caplog):
+def test_titles_with_equal_tokens_give_a_warning(caplog):
     tokenizer = words({"<unk>": 0, "</s>": 1}, eos_token="</s>", unk_token="<unk>")
     tokenize(PromptTemplate(), ["Heat", "Alien"], tokenizer)
     assert "1 titles have the same tokens as another" in caplog.text
 
 
-def test_a_tokenizer_without_an_end_is_an_error():
+def test_a_tokenizer_without_eos_token_is_an_error():
     with pytest.raises(ValueError, match="has no end-of-sequence token"):
         tokenize(PromptTemplate(), TITLES, words({"Heat": 0}))
 
@@ -126,7 +126,7 @@ def test_a_tokenizer_without_an_end_is_an_error():
     [
         ({"item": "no title"}, r"template.item must contain \{title\} once, got 'no title'"),
         ({"answer": "{title}{title}"}, r"template.answer must contain \{title\} once"),
-        ({"suffix": "Next: "}, r"template.suffix must not end in a blank, got 'Next: ': .* put it at the start of template.answer"),
+        ({"suffix": "Next: "}, r"template.suffix must not end in a blank, got 'Next: ': .* move it to the start of template.answer"),
         ({"separator": ", "}, r"template.separator must not end in a blank, .* start of template.item"),
         ({"prefix": "Seen:\t"}, "template.prefix must not end in a blank"),
         ({"item": "{title} "}, r"template.item must not end in a blank, .* start of template.separator and template.suffix"),

@@ -33,12 +33,12 @@ def test_leave_last_out():
     assert data.popularity().tolist() == [1, 1, 1, 0, 0, 1]
 
 
-def test_short_histories_give_what_they_can():
+def test_rows_of_short_histories():
     data = prepare(tables(one_user("a", "one") + one_user("ab", "two") + one_user("abc", "three")), Split(min_user_events=1))
     assert {split: rows_of(data, split) for split in data.rows} == {"train": [], "val": [([0], 1)], "test": [([0, 1], 2), ([0], 1)]}
 
 
-def test_events_are_ordered_by_time_and_those_of_one_time_by_their_rows():
+def test_events_are_ordered_by_time_then_by_row():
     events = [("u", "c", 5), ("v", "a", 5), ("u", "b", 5), ("u", "a", 9), ("v", "b", 5), ("u", "d", 1)]
     assert prepare(tables(events), Split(min_user_events=1)).sequences[0].tolist() == [3, 2, 1, 0]
     assert prepare(tables(events[::-1]), Split(min_user_events=1)).sequences[0].tolist() == [3, 1, 2, 0]
@@ -52,7 +52,7 @@ def test_users_are_ordered_by_their_id():
 def test_min_rating():
     events = [("u", item, time, rating) for time, (item, rating) in enumerate(zip("abcd", [5, 3, 4, 4], strict=True))]
     assert prepare(tables(events), Split(min_rating=4, min_user_events=1)).sequences[0].tolist() == [0, 2, 3]
-    with pytest.raises(ValueError, match="min_rating=4 needs ratings, but the interactions have no rating; leave min_rating out"):
+    with pytest.raises(ValueError, match="min_rating=4 needs ratings, but the interactions have no rating; omit min_rating"):
         prepare(tables(one_user("abc")), Split(min_rating=4))
 
 
@@ -82,12 +82,12 @@ def test_cold_items_stay_in_the_catalogue_without_an_item_core():
     assert prepare(tables(one_user("abc")), Split(min_user_events=1)).titles == TITLES
 
 
-def test_nothing_left_is_an_error():
-    with pytest.raises(ValueError, match=r"the source: none is left with .* out of 3 interactions, of 1 users; lower them"):
+def test_an_error_if_no_row_remains():
+    with pytest.raises(ValueError, match=r"the source: none of 3 interactions of 1 users remains with .*; decrease them"):
         prepare(tables(one_user("abc")), Split())
-    with pytest.raises(ValueError, match="no row is left: every history has fewer than two usable items"):
+    with pytest.raises(ValueError, match="no row remains: every history has fewer than two usable items"):
         prepare(tables(one_user("a")), Split(min_user_events=1))
-    with pytest.raises(ValueError, match="no row is left"):
+    with pytest.raises(ValueError, match="no row remains"):
         prepare(tables(one_user("a")), Split(min_user_events=1, kind="global_time"))
 
 
@@ -96,7 +96,7 @@ def test_repeats_are_dropped_or_kept():
     assert prepare(tables(one_user("abac")), Split(min_user_events=1, repeats="keep")).sequences[0].tolist() == [0, 1, 0, 2]
 
 
-def test_interactions_with_unknown_or_untitled_items_are_counted_drops(caplog):
+def test_dropped_interactions_with_unknown_or_untitled_items_are_logged(caplog):
     items = items_table(list("abc"), ["A", "<br>", "C"], [(), (), ()])
     data = prepare(tables(one_user("abczx"), items), Split(min_user_events=1))
     assert data.titles == ["A", "C"]
@@ -114,7 +114,7 @@ def test_equal_titles_are_one_item():
     assert data.sequences[0].tolist() == [1, 0]
 
 
-def test_global_time_trains_nothing_later_than_a_test():
+def test_global_time_has_no_training_target_after_a_test_target():
     rng = np.random.default_rng(0)
     events = [(str(user), "abcdef"[item], int(time)) for user in range(30) for item, time in enumerate(rng.permutation(1000)[:6])]
     split = Split(kind="global_time", min_user_events=1, fractions=(0.6, 0.2, 0.2))
@@ -132,7 +132,7 @@ def test_global_time_trains_nothing_later_than_a_test():
     assert data.train_end.tolist() == [sum(time_of[user_of[s], i] < cut for i in items) for s, items in enumerate(data.sequences)]
 
 
-def test_global_time_keeps_equal_times_on_one_side():
+def test_global_time_keeps_equal_times_in_one_split():
     events = [(user, item, 0 if item in "ab" else 7) for user in "uv" for item in "abcd"]
     data = prepare(tables(events), Split(kind="global_time", min_user_events=1, fractions=(0.5, 0.25, 0.25)))
     assert {name: len(rows) for name, rows in data.rows.items()} == {"train": 2, "val": 0, "test": 4}
@@ -157,9 +157,9 @@ def test_ready_rows_keep_their_split(caplog):
     assert data.train_end.tolist() == [3, 2, 0]
     assert data.popularity().tolist() == [1, 1, 1, 1, 1, 0]
     for message in (
-        "left out 2 items of train rows' history",
+        "omitted 2 items in the history of train rows",
         "dropped 2 of 4 train rows without any history",
-        "left out 1 items of test rows' candidates",
+        "omitted 1 items in the candidates of test rows",
         "dropped 1 of 3 test rows: their target is not in the catalogue",
         "dropped 1 of 3 test rows: their target is in their history (repeats: keep retains them)",
     ):
@@ -168,7 +168,7 @@ def test_ready_rows_keep_their_split(caplog):
 
 
 def test_ready_rows_without_any_usable_row_are_an_error():
-    with pytest.raises(ValueError, match="no row is left"):
+    with pytest.raises(ValueError, match="no row remains"):
         prepare(ReadyRows(ITEMS, {"test": [ReadyRow([0], -1)]}), Split())
 
 
@@ -178,7 +178,7 @@ def test_ready_rows_without_any_usable_row_are_an_error():
         ({"history_length": 0}, "history_length must be >= 1, got 0"),
         ({"train_limit": 0}, "train_limit must be >= 1, got 0"),
         ({"candidates": 1}, "candidates must be >= 2"),
-        ({"fractions": (0.5, 0.1, 0.1)}, "fractions must be three shares >= 0 that sum to 1"),
+        ({"fractions": (0.5, 0.1, 0.1)}, "fractions must be three shares >= 0 with a sum of 1"),
         ({"fractions": (1.2, -0.1, -0.1)}, "fractions must be three shares"),
     ],
 )

@@ -16,7 +16,7 @@ def summary(events, split=None, items=ITEMS, notes=()):
     return prepare(tables, split or Split(min_user_events=1)).summary
 
 
-def test_each_filter_says_what_it_left():
+def test_counts_after_each_filter():
     events = [
         ("u", "a", 1.6e9, 5), ("u", "b", 1.6e9 + 1, 5), ("u", "a", 1.6e9 + 2, 5), ("u", "c", 1.6e9 + 3, 5), ("u", "unknown", 1.6e9, 5),
         ("v", "a", 1.6e9, 5), ("v", "b", 1.6e9, 2), ("w", "c", 1.6e9, 1),
@@ -28,7 +28,7 @@ def test_each_filter_says_what_it_left():
     assert found.warnings == []
 
 
-def test_items_name_what_was_merged_cleaned_and_dropped():
+def test_counts_of_merged_cleaned_and_dropped_items():
     found = summary([("u", item, 1.6e9 + time) for time, item in enumerate("abcd")], notes=("2 rows repeat an item_id",))
     assert found.facts["items"] == (
         "7 read, 5 distinct titles; 1 merged by title (e.g. ids b, e: 'B'); 1 titles cleaned (e.g. 'Matrix, The' → 'The Matrix'); "
@@ -59,11 +59,11 @@ def test_times_have_a_unit(times, fact, warning):
     assert warning is None or warning in found.warnings[0]
 
 
-def test_ties_at_the_split_are_counted_and_broken_by_the_rows_of_the_file():
+def test_ties_at_the_split_are_counted_and_ordered_by_row():
     # u's last two events have one time; v's have not.
     events = [("u", "d", 1), ("u", "c", 2), ("u", "a", 2), ("v", "a", 1), ("v", "b", 2), ("v", "c", 3)]
     assert summary(events).facts["tied times"] == (
-        "0.0% of val, 50.0% of test targets have the time of the item before; the order of the file's rows decides"
+        "0.0% of val, 50.0% of test targets have the same time as the item before; the order of rows in the file is used"
     )
     assert summary(events[3:]).facts["tied times"] == "none at the split"
 
@@ -80,7 +80,7 @@ def test_tied_share_equals_a_loop():
 
 
 @pytest.mark.parametrize("genre", ["Drama, Comedy", "['Drama', 'Comedy']", "Drama;Comedy"])
-def test_genres_that_are_lists_in_one_text_are_warned_of(genre):
+def test_genres_that_look_like_lists_give_a_warning(genre):
     found = DataSummary()
     found.describe_genres([(genre,), ("Drama",), ()])
     assert f"1 genres look like lists that were not split, e.g. {genre!r}" in found.warnings[0]

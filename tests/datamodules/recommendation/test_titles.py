@@ -20,7 +20,7 @@ from malleable.datamodules.recommendation.titles import clean_title, merge_title
         ("Wonderful, Horrible Life of Leni Riefenstahl, The", "The Wonderful, Horrible Life of Leni Riefenstahl"),
     ],
 )
-def test_trailing_articles_come_to_the_front(given, clean):
+def test_trailing_articles_move_to_the_front(given, clean):
     assert clean_title(given) == clean
 
 
@@ -42,7 +42,7 @@ def test_trailing_articles_come_to_the_front(given, clean):
         "<Untitled>",
     ],
 )
-def test_other_commas_and_signs_stay(title):
+def test_other_commas_and_signs_are_kept(title):
     assert clean_title(title) == title
 
 
@@ -64,7 +64,7 @@ def test_other_commas_and_signs_stay(title):
         ("", ""),
     ],
 )
-def test_debris_goes(given, clean):
+def test_markup_and_invisible_characters_are_removed(given, clean):
     assert clean_title(given) == clean
 
 
@@ -86,5 +86,5 @@ def test_with_year(title, year, expected):
     assert with_year(title, year) == expected
 
 
-def test_equal_titles_become_one_item_and_empty_ones_none():
+def test_equal_titles_are_merged_and_empty_ones_dropped():
     assert merge_titles(["Heat", "Chasing Amy", "", "Heat"]) == (["Heat", "Chasing Amy"], [0, 1, -1, 0])

@@ -32,7 +32,7 @@ def test_half_precision_is_never_a_default(default, expected):
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.bfloat16], indirect=True)
-def test_weights_are_drawn_on_the_cpu_whatever_the_device(default):
+def test_weights_are_drawn_on_the_cpu_for_any_device(default):
     """Strategies put their device around the building of a module; ``meta`` stands for one here."""
     with float32_by_default():
         torch.manual_seed(0)

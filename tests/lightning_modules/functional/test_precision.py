@@ -29,7 +29,7 @@ def test_a_guarded_function_computes_outside_autocast(dtype):
 
 
 @pytest.mark.parametrize("setting", ["highest", "high", "medium"])
-def test_exact_products_are_exact_and_leave_the_setting(setting):
+def test_exact_products_are_exact_and_restore_the_setting(setting):
     torch.set_float32_matmul_precision(setting)
     try:
         with exact_products():

@@ -7,7 +7,7 @@ import pytest
 from malleable.lightning_modules.functional.schedule import warmup_decay
 
 
-def test_linear_rise_and_fall():
+def test_linear_warmup_and_decay():
     """A rise of 4 of 10 steps reaches the peak with its last step; the 6 that follow start at the peak and would be at 0 with one more."""
     factors = [warmup_decay(step, 10, warmup=4) for step in range(11)]
     assert factors == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
@@ -27,7 +27,7 @@ def test_steps_beyond_the_end_stay_at_zero(decay):
     assert warmup_decay(25, 10, warmup=4, decay=decay) == 0
 
 
-def test_a_rise_longer_than_the_course_is_cut():
+def test_a_warmup_longer_than_the_run_is_shortened():
     assert [warmup_decay(step, 2, warmup=20) for step in range(2)] == [0.5, 1]
     assert warmup_decay(0, 0, warmup=20) == 1
 
@@ -39,5 +39,5 @@ def test_an_unknown_decay_is_refused_at_once(step):
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
-def test_without_an_end_the_peak_rate_stays(decay):
+def test_an_unbounded_run_keeps_the_peak_rate(decay):
     assert [warmup_decay(step, math.inf, warmup=2, decay=decay) for step in (0, 1, 2, 10_000)] == [0.5, 1, 1, 1]

@@ -44,7 +44,7 @@ class TestWaiting:
 
     @EVERY_MODEL
     @EVERY_LOSS
-    def test_a_training_step_does_not_wait(self, model, loss):
+    def test_a_training_step_does_not_synchronise(self, model, loss):
         regulariser = DURA() if model == "nfe3" else N3()
         module = make(model, loss=LOSSES[loss], regulariser=regulariser, dropout=0.1).to("meta")
         batch = collate_queries(grouped_rows(ROWS), filtered=False).to("meta")
@@ -55,7 +55,7 @@ class TestWaiting:
             assert not waits.found, waits
 
     @EVERY_MODEL
-    def test_an_evaluation_step_does_not_wait(self, model):
+    def test_an_evaluation_step_does_not_synchronise(self, model):
         module = make(model).to("meta")
         metrics = {name: metric.to("meta") for name, metric in module.configure_metrics().items()}
         batch = collate_queries(ROWS).to("meta")
@@ -68,7 +68,7 @@ class TestWaiting:
 
 class TestStart:
     @EVERY_MODEL
-    def test_one_seed_is_one_model_on_every_device_and_in_every_precision(self, model):
+    def test_a_seed_gives_the_same_model_on_every_device_and_in_every_precision(self, model):
         expected = make(model).state_dict()
         for device in ("cpu", "meta"):  # as Lightning's context for an accelerator
             for dtype in (torch.bfloat16, torch.float16, torch.float64):

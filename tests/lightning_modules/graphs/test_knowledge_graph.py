@@ -44,13 +44,13 @@ class TestTables:
         for part in module.tables[0].weight.chunk(2, 1):
             assert part.std().item() == pytest.approx(spread, rel=0.05)
 
-    def test_are_made_once(self):
+    def test_are_created_once(self):
         module = make()
         before = module.tables[0].weight
         module.configure_model()
         assert module.tables[0].weight is before
 
-    def test_must_be_there(self):
+    def test_must_exist(self):
         with pytest.raises(MisconfigurationException, match=r"NFE has no weights yet: pass graph=\.\.\. and call configure_model\(\), or load"):
             NFE().compute_loss(collate_queries(ROWS))
 
@@ -69,7 +69,7 @@ class TestTables:
 
 
 class TestLoss:
-    def test_rows_that_fill_a_batch_count_for_nothing(self):
+    def test_padding_rows_are_not_counted(self):
         for loss in (BCESum(), Softmax(), KvsAll()):
             module = make(loss=loss)
             batch = collate_queries([*ROWS[:5], ROWS[0]])
@@ -110,7 +110,7 @@ class TestLoss:
         torch.testing.assert_close(grouped, apart)
 
     @pytest.mark.parametrize("shared", [False, True])
-    def test_sparse_updates_touch_what_was_scored_only(self, shared):
+    def test_sparse_updates_change_scored_rows_only(self, shared):
         loss = NegativeSampling(2, shared=shared)
         gradients = []
         for sparse in (True, False):
@@ -124,7 +124,7 @@ class TestLoss:
             assert ((module.tables[0].weight != before).any(1) == (gradients[-1][0] != 0).any(1)).all()
         torch.testing.assert_close(*gradients)
 
-    def test_learns_from_drawn_entities(self, tmp_path):
+    def test_learns_from_sampled_entities(self, tmp_path):
         module = NFE(dimension=16, gamma=2.0, loss=NegativeSampling(8), tuning=EmbeddingTuning(lr=0.05, sparse=True))
         trainer = quiet_trainer(tmp_path, max_epochs=40, enable_checkpointing=False, limit_val_batches=0)
         trainer.fit(module, TinyGraphData(batch_size=24))
@@ -132,14 +132,14 @@ class TestLoss:
 
 
 class TestSchedule:
-    def test_falls_once_an_epoch(self, tmp_path):
+    def test_decays_once_an_epoch(self, tmp_path):
         module = make(tuning=EmbeddingTuning(lr=0.1, lr_decay=0.5))
         trainer = quiet_trainer(tmp_path, max_epochs=3, enable_checkpointing=False)
         trainer.fit(module, TinyGraphData())
         assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
         assert isinstance(trainer.optimizers[0], torch.optim.Adam)
 
-    def test_an_injected_one_falls_every_step(self, tmp_path):
+    def test_a_given_scheduler_is_stepped_every_step(self, tmp_path):
         def halve(optimizer):
             return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
@@ -150,7 +150,7 @@ class TestSchedule:
 
 
 class TestEvaluation:
-    def test_the_entities_side_is_fresh_in_every_evaluation(self, tmp_path):
+    def test_entity_keys_are_computed_in_every_evaluation(self, tmp_path):
         """Computed once within a validation, and again after training went on."""
         module, data = make(tuning=EmbeddingTuning(lr=0.05)), TinyGraphData(batch_size=24)
         trainer = quiet_trainer(tmp_path, max_epochs=5, enable_checkpointing=False)
@@ -173,7 +173,7 @@ class TestEvaluation:
         assert len(rest.target) + len(part.target) == len(batch.target)
         assert rest.known_row.min() == 0
 
-    def test_predictions_leave_out_what_is_known(self):
+    def test_predictions_exclude_known_answers(self):
         module = make(ranking=LinkRanking(top_k=99))
         batch = collate_queries(ROWS[:3])
         found = module.predict_step(batch)
@@ -188,7 +188,7 @@ class TestEvaluation:
         assert sorted(everything.item_ids[0].tolist()) == list(range(PEOPLE))
         assert (everything.scores.diff() <= 0).all()
 
-    def test_predictions_of_relations_stand_in_their_rows(self):
+    def test_predictions_of_relations_are_in_their_rows(self):
         module = make(ranking=LinkRanking(top_k=2))
         batch = collate_queries(ROWS[:4])
         batch.relation = torch.tensor([-1, 1, -1, 4])
@@ -204,7 +204,7 @@ class TestEvaluation:
         assert found.item_ids[1].tolist() == [answer.id for answer in module.predict_tails(int(batch.head[1]), 1, k=2)]
         assert found.item_ids[3].tolist() == [answer.id for answer in module.predict_heads(1, int(batch.head[3]), k=2)]
 
-    def test_predictions_in_words(self):
+    def test_labels_of_predictions(self):
         module = make(ranking=LinkRanking(top_k=4))
         batch = collate_queries(ROWS[:3])
         batch.relation = torch.tensor([-1, 1, 5])
@@ -226,7 +226,7 @@ class TestEvaluation:
             assert answers == [(answer.label, pytest.approx(answer.score, rel=1e-5), answer.uncertainty) for answer in expected]
         assert len(module.answer_fields) == len(tails[1][0])
 
-    def test_predictions_of_what_is_not_a_number_raise(self):
+    def test_predictions_with_nan_scores_are_an_error(self):
         module, batch = make(), collate_queries(ROWS[:3])
         with torch.no_grad():
             module.tables[1].weight[1, 0] = torch.nan
@@ -255,7 +255,7 @@ class TestAnswers:
         assert heads[0].score >= heads[1].score
         torch.testing.assert_close(torch.tensor([a.uncertainty for a in heads]), module.uncertainty()[[a.id for a in heads]])
 
-    def test_known_triples_are_left_out(self):
+    def test_known_triples_are_excluded(self):
         module = make()
         best = module.predict_tails(3, "next", k=2)
         again = module.predict_tails("person 3", 0, k=PEOPLE, exclude=[("person 3", "next", best[0].label), (4, "next", best[1].label)])
@@ -298,7 +298,7 @@ class TestAnswers:
             make().score([triple])
 
     @pytest.mark.parametrize("kind", ["nfe1", "nfe2", "affine_point"])
-    def test_patterns_are_read_off(self, kind):
+    def test_relation_patterns(self, kind):
         """A rotation of period two by construction, an inverse pair, and a composition."""
         graph = KnowledgeGraph(tuple(map(str, range(30))), ("mirror", "there", "back", "twice"))
         torch.manual_seed(0)
@@ -353,7 +353,7 @@ class TestCheckpoints:
         trainer.save_checkpoint(tmp_path / "saved.ckpt")
         return module, tmp_path / "saved.ckpt"
 
-    def test_the_file_alone_answers(self, tmp_path):
+    def test_a_checkpoint_alone_answers_queries(self, tmp_path):
         module, path = self.saved(tmp_path)
         loaded = NFE.load_from_checkpoint(path, weights_only=True)
         assert loaded.graph == module.graph

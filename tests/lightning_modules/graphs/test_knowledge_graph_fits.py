@@ -67,7 +67,7 @@ def test_two_ranks_give_the_run_of_one(choice, tmp_path):
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_sparse_gradients_travel_between_ranks(tmp_path):
+def test_sparse_gradients_are_reduced_over_ranks(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     two = [json.loads(out.splitlines()[-1]) for out in launch([script, tmp_path, "NegativeSampling", "nfe1", "32-true"], ranks=2, cwd=tmp_path)]

@@ -87,7 +87,7 @@ def test_only_what_is_used_is_allocated(kind):
     assert relation.weight.shape == (6, PARTS[kind][1] * 8)
 
 
-def test_gamma_moves_the_loss_and_no_rank():
+def test_gamma_changes_the_loss_and_no_rank():
     batch = collate_queries(query_rows(tiny_triples()))
     figures = []
     for gamma in (0.5, 9.0):
@@ -100,7 +100,7 @@ def test_gamma_moves_the_loss_and_no_rank():
 
 
 @pytest.mark.parametrize("kind", ["nfe1", "nfe2", "nfe3"])
-def test_ten_triples_are_learnt_by_heart(kind, tmp_path):
+def test_ten_triples_are_memorised(kind, tmp_path):
     rows = query_rows(tiny_triples()[:10])
     module = make(kind, 16, tuning=EmbeddingTuning(lr=0.05))
     trainer = quiet_trainer(tmp_path, max_epochs=60, enable_checkpointing=False, logger=False, limit_val_batches=0)
@@ -110,7 +110,7 @@ def test_ten_triples_are_learnt_by_heart(kind, tmp_path):
     assert metrics["ranking"].compute()["mrr"] == 1
 
 
-def test_not_a_number_raises():
+def test_nan_scores_are_an_error():
     module = make()
     with torch.no_grad():
         module.tables[0].weight[3, 2] = torch.nan
@@ -120,7 +120,7 @@ def test_not_a_number_raises():
         metrics["ranking"].compute()
 
 
-def test_a_kind_that_is_none():
+def test_an_unknown_kind_is_an_error():
     with pytest.raises(ValueError, match=r"kind must be one of \['affine_point', 'nfe1', 'nfe2', 'nfe3', 'sigma'\], got 'nfe4'"):
         NFE("nfe4")
 

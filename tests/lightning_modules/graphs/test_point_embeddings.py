@@ -41,7 +41,7 @@ def test_distances_have_a_margin(kind):
     torch.testing.assert_close(make(kind, gamma=2.5).score(triples) - 2.5, make(kind).score(triples))
 
 
-def test_rotations_start_all_round():
+def test_rotations_are_initialised_over_the_circle():
     angles = make(RotatE, dimension=200).tables[1].weight
     assert angles.abs().max() <= torch.pi
     assert angles.abs().max() > 3

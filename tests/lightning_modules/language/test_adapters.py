@@ -114,7 +114,7 @@ def test_an_adapter_of_prompt_tokens_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("form", [None, "head", "embeddings", "trainable_tokens", "dora"])
-def test_what_trains_is_float32_on_a_half_precision_base(tmp_path, form):
+def test_trained_weights_are_float32_on_a_half_precision_base(tmp_path, form):
     base = untied(tmp_path / "base")
     if form is None:
         config = LanguageModelConfig(name=base, lora=LoRA(r=2), dtype="bfloat16")

@@ -63,7 +63,7 @@ def test_the_exported_model_is_the_trained_one(folder):
     assert all(torch.equal(value, own[name]) for name, value in exported.state_dict().items())
 
 
-def test_a_checkpoint_brings_its_vocabulary(folder):
+def test_a_checkpoint_contains_the_vocabulary(folder):
     path = folder[1].checkpoint_callback.best_model_path
     loaded = CausalLM.load_from_checkpoint(path)
     assert tokenizer_digest(loaded.vocabulary.tokenizer) == tokenizer_digest(folder[2].vocabulary.tokenizer)
@@ -128,7 +128,7 @@ def test_a_frozen_model_is_not_trained(folder, tmp_path):
         CausalLM(frozen=True)
 
 
-def test_training_an_adapter_on_keeps_edited_weights_beneath(folder, tmp_path):
+def test_training_an_adapter_keeps_edited_weights_of_the_base(folder, tmp_path):
     """What an edit changed below an adapter stays in every later checkpoint."""
     config = published(folder, lora=LoRA(r=2))
     source = data(tokenizer=folder[2].vocabulary.tokenizer)

@@ -119,7 +119,7 @@ def test_names_stay_and_other_passes_run_without_compilation(graphs):
     assert not graphs
 
 
-def test_settings_survive_as_plain_data():
+def test_settings_are_restored_from_plain_data():
     module = SFT({"compile": {"backend": "eager", "dynamic": True}}, CATALOG)
     assert module.language_model.compile == Compile("eager", dynamic=True)
     assert SFT(module.hparams["language_model"]).language_model == module.language_model

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from malleable.datamodules.batch import Vocabulary
 from malleable.datamodules.language.tokenizer import load_tokenizer, train_tokenizer
-from malleable.lightning_modules.language.adapters import without_adapter
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch, build_language_model, dropout_off, fingerprint
 from malleable.lightning_modules.language.export import gathered_state, save_language_model
 from malleable.lightning_modules.serialization import from_plain, to_plain
@@ -73,7 +72,7 @@ def test_saved_adapter_loads_in_peft(base, tmp_path):
         again = build_language_model(LanguageModelConfig(name=base, adapter=str(tmp_path / "adapter")), tiny_catalog().vocabulary).eval()
         torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits)
         assert any(parameter.requires_grad for parameter in again.parameters())
-        with without_adapter(model):
+        with model.disable_adapter():
             assert not torch.allclose(model(TOKENS).logits, loaded(TOKENS).logits), "adapters off is another model"
 
 
@@ -95,7 +94,7 @@ def test_adapter_of_another_base_is_refused(base, tmp_path):
         build_language_model(LanguageModelConfig(name=base, adapter=str(tmp_path)), tiny_catalog().vocabulary)
 
 
-def test_fingerprint_knows_the_base_not_the_adapter(base):
+def test_fingerprint_depends_on_the_base_only(base):
     torch.manual_seed(1)
     first = build_language_model(lora(base), tiny_catalog().vocabulary)
     torch.manual_seed(2)
@@ -117,7 +116,7 @@ def test_gathered_state_is_a_copy(base):
     assert not any((p == 7).all() for p in model.parameters())
 
 
-def test_dropout_off_spares_recomputing_blocks(base):
+def test_dropout_off_keeps_recomputing_blocks_in_training_mode(base):
     model = build_language_model(lora(base, gradient_checkpointing=True), tiny_catalog().vocabulary)
     with dropout_off(model):
         modes = {type(module).__name__: module.training for module in model.modules()}
@@ -217,6 +216,6 @@ def test_a_real_checkpoint():
 
 
 @pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
-def test_attention_that_takes_no_mask_of_ours_is_refused_by_name(attention):
+def test_attention_without_custom_masks_is_an_error(attention):
     with pytest.raises(ValueError, match=f"one of sdpa, eager, got '{attention}'; use sdpa"):
         LanguageModelConfig(attention=attention)

@@ -44,7 +44,7 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "merg
 
 
 @torch.no_grad()
-def test_a_model_tuned_from_a_sharded_base_of_another_format_is_its_own(published, tmp_path):
+def test_a_tuned_model_is_exported_independently_of_the_format_of_its_base(published, tmp_path):
     model = build_language_model(LanguageModelConfig(name=published), tiny_catalog().vocabulary).eval()
     for parameter in model.parameters():
         parameter.add_(1e-3 * torch.randn_like(parameter))
@@ -59,7 +59,7 @@ def test_a_model_tuned_from_a_sharded_base_of_another_format_is_its_own(publishe
     assert len(open_container(tmp_path / "model").tensors) == len(list(model.parameters()))
 
 
-def test_an_adapter_folder_holds_nothing_of_the_base(published, tmp_path):
+def test_an_adapter_folder_contains_no_weights_of_the_base(published, tmp_path):
     model = build_language_model(lora(published), tiny_catalog().vocabulary).eval()
     save_language_model(model, tmp_path / "adapter", tokenizer=published)
     expected = TOKENIZER | {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -91,7 +91,7 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path, monkeypatch):
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("Heat") == original("Heat")
 
 
-def test_weights_without_a_tokenizer_are_saved_and_said(tmp_path, caplog):
+def test_weights_without_a_tokenizer_are_saved_with_a_warning(tmp_path, caplog):
     save_language_model(build_language_model(tiny_config(), tiny_catalog().vocabulary), tmp_path / "model", tokenizer=str(tmp_path / "gone"))
     assert (tmp_path / "model/model.safetensors").is_file()
     assert "model is saved without a tokenizer" in caplog.text
@@ -121,7 +121,7 @@ def test_a_generation_configuration_that_contradicts_itself(tmp_path):
     assert GenerationConfig.from_pretrained(tmp_path / "model").temperature == 0.6
 
 
-def test_weights_given_take_the_place_of_those_in_memory(tmp_path):
+def test_given_weights_replace_those_in_memory(tmp_path):
     model = build_language_model(tiny_config(), tiny_catalog().vocabulary)
     name, parameter = next(iter(model.named_parameters()))
     save_language_model(model, tmp_path / "model", weights={name: torch.full(parameter.shape, 7.0, dtype=torch.float64)})
@@ -132,7 +132,7 @@ def test_weights_given_take_the_place_of_those_in_memory(tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_kill_leaves_the_old_or_the_new_folder_whole(tmp_path, moment):
+def test_after_a_kill_the_old_or_the_new_folder_is_complete(tmp_path, moment):
     """The process ends right before or after the new folder takes the old one's place."""
     model = build_language_model(tiny_config(), tiny_catalog().vocabulary)
     save_language_model(model, tmp_path / "model")
@@ -150,7 +150,7 @@ def test_a_kill_leaves_the_old_or_the_new_folder_whole(tmp_path, moment):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.vocab_size == 16
 
 
-def test_weights_sharded_by_fsdp_are_saved_whole(tmp_path):
+def test_weights_sharded_by_fsdp_are_saved_completely(tmp_path):
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -110,7 +110,7 @@ def test_a_run_killed_before_its_export_exports_when_resumed(tmp_path, monkeypat
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(run / "model").eval()(TOKENS).logits, logits(module))
 
 
-def test_a_checkpoint_in_shards_is_read_whole(tmp_path):
+def test_a_sharded_checkpoint_is_read_completely(tmp_path):
     """The folders that FSDP and ZeRO write."""
     from torch.distributed.checkpoint import FileSystemWriter, save
 

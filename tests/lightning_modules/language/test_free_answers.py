@@ -43,13 +43,13 @@ def test_the_most_probable_tokens_are_written():
         assert answer == expected + [EOS] * (expected[-1] != EOS)
 
 
-def test_only_a_whole_title_has_a_name():
+def test_only_complete_titles_are_items():
     """`Alien` begins `Aliens`; neither a part of a title nor one with more behind it is that title."""
     tokens = torch.tensor([[4, 5, EOS, -1], [4, 5, 6, EOS], [4, EOS, -1, -1], [7, 7, EOS, -1], [7, EOS, -1, -1], [EOS, -1, -1, -1]])
     assert named_items(tokens, tiny_catalog()).tolist() == [[0], [1], [-1], [-1], [2], [-1]]
 
 
-def test_equal_titles_have_the_first_ones_name():
+def test_equal_titles_give_the_first_item():
     twins = replace(tiny_catalog(), titles=("Alien", "Alien"), token_ids=((4, EOS), (4, EOS)))
     assert named_items(torch.tensor([[4, EOS, -1]]), twins).tolist() == [[0]]
 

@@ -47,13 +47,13 @@ def test_recommendations_are_the_titles_in_order_of_probability():
         torch.testing.assert_close(scores, expected[items], atol=1e-4, rtol=0)
 
 
-def test_as_many_as_the_largest_cut_off():
+def test_the_default_number_of_items_is_the_largest_cut_off():
     assert ready().recommend(batch_of(tiny_rows(2))).item_ids.shape == (2, 3)
     narrow = ready(decoding=Decoding(num_beams=1, exclude_seen=False))
     assert narrow.recommend(batch_of(tiny_rows(2)), k=5).item_ids.min() >= 0, "the beam is at least as wide as the list"
 
 
-def test_what_was_seen_is_left_out():
+def test_seen_items_are_excluded():
     batch = batch_of(tiny_rows(6))
     for row, seen in zip(ready().recommend(batch, k=8).item_ids.tolist(), batch.seen.tolist(), strict=True):
         left = 8 - len({item for item in seen if item >= 0})
@@ -93,7 +93,7 @@ def title_embeddings(module):
     return module.items.title_embeddings(module.model, module.weights_version)
 
 
-def test_title_embeddings_are_those_of_the_model_as_it_stands(tmp_path):
+def test_title_embeddings_are_updated_with_the_weights(tmp_path):
     """Made once an evaluation; made anew after training, after a checkpoint was loaded, and without a Trainer each time."""
     module = ready(decoding=Decoding(grounding="embedding", max_new_tokens=4))
     alone = title_embeddings(module)
@@ -131,7 +131,7 @@ def test_answer_loss_is_the_mean_over_answer_tokens():
 
 
 @torch.no_grad()
-def test_rows_that_only_fill_a_batch_bear_no_loss():
+def test_padding_rows_have_no_loss():
     module, batch = ready(), batch_of(tiny_rows(3))
     alone = module.answer_loss(batch_of(tiny_rows(2)))
     filled = module.answer_loss(batch.replace(sample_id=torch.tensor([0, 1, -3])))
@@ -142,7 +142,7 @@ def test_rows_that_only_fill_a_batch_bear_no_loss():
 
 
 @torch.no_grad()
-def test_packed_rows_that_only_fill_a_batch_bear_no_loss():
+def test_packed_padding_rows_have_no_loss():
     module = ready()
     rows = [{"sample_id": index, "input_ids": TOKENS[index] * 2, "document_ids": [1] * 2 * len(TOKENS[index])} for index in range(3)]
     alone = module.answer_loss(batch_of(rows[:2]))
@@ -213,7 +213,7 @@ class Watch(Callback):
         self.modes["eval"] |= {part.training for part in pl_module.model.modules()}
 
 
-def test_the_rate_rises_and_falls_over_the_whole_run(tmp_path):
+def test_the_learning_rate_schedule_covers_the_whole_run(tmp_path):
     """48 rows in steps of 8, two epochs: 12 steps. A rise of 4, then 8 of 8, 7 of 8, ..., 1 of 8."""
     watch = Watch()
     module = SFT(language_model=tiny_config(), tuning=Tuning(lr=0.1, warmup_steps=4, decay="linear"))
@@ -286,7 +286,7 @@ def attached(module: SFT, **flags):
     return calls
 
 
-def test_ranks_agree_on_every_step_where_weights_are_sharded():
+def test_ranks_synchronise_every_step_with_sharded_weights():
     module = ready()
     expected = module.recommend(batch_of(tiny_rows(3)))
     calls = attached(module, zero_stage_3=True)
@@ -295,7 +295,7 @@ def test_ranks_agree_on_every_step_where_weights_are_sharded():
     assert not any(all_ranks for _, all_ranks in calls), "one rank that goes on keeps all going"
 
 
-def test_ranks_go_their_own_way_where_weights_are_whole():
+def test_ranks_are_independent_without_sharded_weights():
     module = ready()
     assert module.sync_any is None
     calls = attached(module, zero_stage_3=False)
@@ -305,7 +305,7 @@ def test_ranks_go_their_own_way_where_weights_are_whole():
 
 
 @pytest.mark.parametrize("sharded", [True, False])
-def test_weights_load_shard_by_shard_where_they_are_sharded(monkeypatch, sharded):
+def test_sharded_weights_are_loaded_in_shards(monkeypatch, sharded):
     asked = {}
 
     def build(config, catalog, *, zero3_config):

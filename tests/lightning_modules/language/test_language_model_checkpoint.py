@@ -35,7 +35,7 @@ def fit(folder: Path, config: LanguageModelConfig, **settings):
 # --- checkpoints ---
 
 
-def test_checkpoint_brings_weights_catalogue_and_settings(tmp_path):
+def test_checkpoint_restores_weights_catalogue_and_settings(tmp_path):
     """Nothing but the file is needed: no catalogue, no settings, no pickle."""
     module, _, path = fit(tmp_path, tiny_config(), decoding=Decoding(num_beams=5, exclude_seen=False))
     batch = batch_of(tiny_rows(6))
@@ -55,7 +55,7 @@ def test_testing_from_a_checkpoint_equals_testing_the_fitted_model(tmp_path):
     assert {"test_loss", "test_hr_1", "test_ndcg_3", "test_div_ratio_3", "test_or_ratio_3"} <= straight[0].keys()
 
 
-def test_adapter_checkpoint_holds_the_adapter_only(tmp_path):
+def test_adapter_checkpoint_contains_the_adapter_only(tmp_path):
     """The base is neither in it under one name nor, as a head tied to the embeddings, under another."""
     module, _, path = fit(tmp_path, lora(save_base(tmp_path / "base")))
     checkpoint = torch.load(path, weights_only=True)
@@ -67,7 +67,7 @@ def test_adapter_checkpoint_holds_the_adapter_only(tmp_path):
     assert torch.equal(loaded.recommend(batch).scores, module.eval().recommend(batch).scores)
 
 
-def test_adapter_resumes_where_it_stopped(tmp_path):
+def test_adapter_training_is_resumed(tmp_path):
     config = lora(save_base(tmp_path / "base"))
     _, _, path = fit(tmp_path, config)
     module = SFT(language_model=config, ks=(1, 3))
@@ -104,10 +104,10 @@ def test_missing_and_unexpected_weights_are_refused(tmp_path):
     first, *rest = checkpoint["state_dict"].items()
     module = SFT(language_model=config)
     with pytest.raises(
-        MisconfigurationException, match=r"does not fit this module: missing \['model.*lora_A.*'\], unexpected \[\] \(1 and 0 in all\)"
+        MisconfigurationException, match=r"does not fit this module: missing \['model.*lora_A.*'\], unexpected \[\] \(1 and 0 in total\)"
     ):
         module.on_load_checkpoint(checkpoint | {"state_dict": dict(rest)})
-    with pytest.raises(MisconfigurationException, match=r"missing \[\], unexpected \['model.other'\] \(0 and 1 in all\)"):
+    with pytest.raises(MisconfigurationException, match=r"missing \[\], unexpected \['model.other'\] \(0 and 1 in total\)"):
         module.on_load_checkpoint(checkpoint | {"state_dict": {**dict([first, *rest]), "model.other": first[1]}})
 
 
@@ -126,7 +126,7 @@ def test_a_checkpoint_without_catalogue_needs_one():
 
 
 @torch.no_grad()
-def test_the_run_leaves_a_model_that_transformers_loads(tmp_path):
+def test_the_run_exports_a_model_that_transformers_loads(tmp_path):
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("{}")
@@ -139,7 +139,7 @@ def test_the_run_leaves_a_model_that_transformers_loads(tmp_path):
 
 
 @torch.no_grad()
-def test_the_run_leaves_an_adapter_that_peft_loads(tmp_path):
+def test_the_run_exports_an_adapter_that_peft_loads(tmp_path):
     base = save_base(tmp_path / "base")
     module, _, _ = fit(tmp_path, lora(base))
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "run/adapter").eval()
@@ -148,6 +148,6 @@ def test_the_run_leaves_an_adapter_that_peft_loads(tmp_path):
     assert not (tmp_path / "run/model").exists()
 
 
-def test_a_trial_run_leaves_nothing(tmp_path):
+def test_fast_dev_run_exports_nothing(tmp_path):
     quiet_trainer(tmp_path, fast_dev_run=True).fit(SFT(language_model=tiny_config()), TinyData())
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -163,7 +163,7 @@ def test_every_method_runs_and_keeps_statistics_in_float32(tmp_path, base, preci
     ("16-true", "float32", False, r"cannot be trained in float16 \(precision='16-true'.* precision bf16-mixed or 16-mixed"),
     ("16-mixed", "float16", False, "cannot be trained in float16"),
 ])  # fmt: skip
-def test_trainings_that_lose_their_steps_are_refused(tmp_path, base, precision, dtype, adapters, message):
+def test_training_that_loses_steps_is_an_error(tmp_path, base, precision, dtype, adapters, message):
     module = SFT(config_for(base, dtype, adapters), catalog=tiny_catalog())
     with pytest.raises(MisconfigurationException, match=message):
         quiet_trainer(tmp_path, max_epochs=1, precision=precision, enable_checkpointing=False).fit(module, TinyData())
@@ -185,7 +185,7 @@ def test_float32_copies_of_the_weights_lose_nothing(tmp_path, base, monkeypatch)
     module.setup("fit")
 
 
-def test_a_model_in_half_precision_is_tested_without_question(tmp_path, base):
+def test_a_model_in_half_precision_is_tested_without_warning(tmp_path, base):
     """Only training loses."""
     (result,) = quiet_trainer(tmp_path, precision="bf16-true").test(SFT(lora(base, dtype="bfloat16"), ks=(1, 3)), TinyData(), verbose=False)
     assert result["test_loss"] > 0

@@ -59,7 +59,7 @@ def test_the_policy_starts_at_the_reference(shared_prompt):
     assert model.training, "dropout comes back for what follows"
 
 
-def test_a_right_answer_earns_no_gradient_when_both_are_the_same():
+def test_equal_chosen_and_rejected_answers_have_no_gradient():
     """Chosen = rejected among other pairs: loss log 2, gradient exactly zero, also from a reference that differs by rounding."""
     model = tiny_model()
     rows = tiny_rows(1)
@@ -91,7 +91,7 @@ def test_likelihood_of_the_chosen_may_be_added():
 
 
 @pytest.mark.parametrize("sft_weight", [0.0, 0.5])
-def test_rows_that_only_fill_a_batch_count_for_nothing(sft_weight):
+def test_padding_rows_are_not_counted(sft_weight):
     model, batch = tiny_model(), pairs().replace(reference_logps=FAR)
     marked = batch.replace(sample_id=torch.tensor([0, 1, -3, -4]))
     output = preference_step(model, marked, Sigmoid(), sft_weight=sft_weight)
@@ -128,7 +128,7 @@ def test_several_rejected_answers():
     assert not any(value.requires_grad for value in output.extras.values())
 
 
-def test_no_reference_no_loss():
+def test_a_missing_reference_is_an_error():
     message = "the batch has no reference log-probabilities: add the callback ReferenceCache .* or yield PreferenceBatch"
     with pytest.raises(MisconfigurationException, match=message):
         preference_step(tiny_model(), pairs(), Sigmoid())

@@ -49,7 +49,7 @@ def test_policy_and_reference_start_equal_and_recomputation_keeps_gradients(kind
 
 
 @pytest.mark.parametrize("off", [True, False])
-def test_dropout_is_what_the_context_switches(off):
+def test_the_context_disables_dropout(off):
     model = dropping("opt", checkpointing=True)
     with dropout_off(model) if off else nullcontext():
         first, second = (model(input_ids=torch.tensor([[5, 6, 7]])).logits for _ in range(2))

@@ -25,7 +25,7 @@ class StopAfter(Callback):
 
 
 @pytest.mark.parametrize("limit", [{"max_epochs": -1}, {"max_epochs": -1, "max_time": timedelta(hours=1)}, {"max_steps": -1, "max_epochs": -1}])
-def test_an_unbounded_run_holds_the_peak_rate_and_says_so(tmp_path, limit):
+def test_an_unbounded_run_keeps_the_peak_rate_with_a_warning(tmp_path, limit):
     watch = StopAfter()
     trainer = quiet_trainer(tmp_path, **limit, limit_val_batches=0, enable_checkpointing=False, callbacks=[watch])
     with pytest.warns(UserWarning, match=r"tuning.decay: linear needs a number of steps, .* set trainer.max_epochs or trainer.max_steps"):
@@ -33,7 +33,7 @@ def test_an_unbounded_run_holds_the_peak_rate_and_says_so(tmp_path, limit):
     assert watch.rates == [0.01] * 4
 
 
-def test_a_constant_rate_needs_no_end():
+def test_a_constant_rate_gives_no_warning():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -29,7 +29,7 @@ def pairs(count):
     return [row | {"answers": [*row["answers"], (9, EOS)], "reference_logps": [-3.0, -3.0]} for row in tiny_rows(count)]
 
 
-def test_all_language_models_are_one_family():
+def test_all_language_models_have_one_base_class():
     assert all(issubclass(kind, LanguageModel) for kind in (CausalLM, SFT, DPO))
 
 
@@ -63,7 +63,7 @@ def test_preferences_are_learnt_and_measured(tmp_path):
     assert not any("hr_" in name for name in figures)
 
 
-def test_recommending_says_that_it_needs_a_catalogue():
+def test_recommending_without_a_catalogue_is_an_error():
     module = SFT(tiny_config(), vocabulary=VOCABULARY)
     module.configure_model()
     with pytest.raises(MisconfigurationException, match="SFT has no catalogue of items to recommend: pass catalog="):

@@ -89,7 +89,7 @@ def test_loss_and_gradient_equal_the_literal_ones(kind, biases, smoothing, chunk
         torch.testing.assert_close(sides.run(kind(smoothing, chunk), normaliser=7.0), expected, rtol=1e-12, atol=0)
 
 
-def test_single_precision_stays_within_its_rounding():
+def test_single_precision_is_exact_up_to_rounding():
     sides = Sides(dtype=torch.float32)
     expected = literal(BCESum, sides.scores.double(), 0.0)
     loss = sides.run(BCESum(chunk=3))
@@ -131,7 +131,7 @@ def test_literal_official_loss():
     torch.testing.assert_close(torch.autograd.grad(loss, sides.query.bias), gradient)
 
 
-def test_only_what_wants_gradient_gets_some():
+def test_gradients_of_inputs_that_require_them_only():
     sides = Sides()
     loss = sides.run(BCESum(), query=Vectors(sides.query.vector.detach(), sides.query.bias))
     assert [part.shape for part in torch.autograd.grad(loss, (sides.query.bias, sides.entity.weight))] == [(B,), (E, W + 1)]
@@ -141,7 +141,7 @@ def test_only_what_wants_gradient_gets_some():
         assert not sides.run(BCESum()).requires_grad
 
 
-def test_gradients_are_handed_out_once():
+def test_a_second_backward_pass_is_an_error():
     sides = Sides()
     loss = sides.run(BCESum())
     loss.backward(retain_graph=True)
@@ -181,7 +181,7 @@ class TestNegativeSampling:
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(sides.gradients(loss), sides.gradients(expected))
 
-    def test_asks_for_what_it_draws_only(self):
+    def test_only_sampled_rows_are_read(self):
         sides = Sides()
         sides.entity.sparse = True
         sides.run(NegativeSampling(3, shared=True)).backward()
@@ -197,7 +197,7 @@ class TestNegativeSampling:
 
 
 @pytest.mark.parametrize("loss", [BCESum(), Softmax(), KvsAll(), NegativeSampling(3), NegativeSampling(3, 1.0, shared=True)])
-def test_no_true_tail_no_loss(loss):
+def test_without_true_tails_the_loss_is_zero(loss):
     """What is left of a batch that only repeats others' rows."""
     sides = Sides()
     positives = Positives(TARGET[:0], ROW[:0], B)
@@ -216,7 +216,7 @@ def test_regularisers_by_hand():
 
 
 @pytest.mark.parametrize("thing", [BCESum(0.1, 7), Softmax(), KvsAll(0.2), NegativeSampling(3, 0.5, True), F2(0.2), N3(), DURA(0.1)])
-def test_a_checkpoint_describes_them(thing):
+def test_regularisers_are_restored_from_plain_data(thing):
     stored = json.loads(json.dumps(thing.as_plain()))
     base = EmbeddingLoss if isinstance(thing, EmbeddingLoss) else Regulariser
     again = object_from_plain(base, stored)

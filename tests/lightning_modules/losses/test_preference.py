@@ -135,7 +135,7 @@ def test_bad_values(make, message):
 
 
 @pytest.mark.parametrize("loss", [*PAIRWISE, DMPO(), SDPO()])
-def test_answers_that_do_not_exist_count_for_nothing(loss):
+def test_missing_answers_are_not_counted(loss):
     """A row with one rejected answer has the same loss and gradient beside a wider one."""
     ratios = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([[3, 2, 4, 1], [3, 2, 0, 0]])
@@ -192,7 +192,7 @@ def test_state_stays_float32_when_a_module_is_converted():
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_module_ends_the_steps_of_its_loss(tmp_path, accumulated):
+def test_a_module_calls_end_of_step_of_its_loss(tmp_path, accumulated):
     """Once an optimizer step, whatever the accumulation; the state is in the checkpoint."""
     rows = [row | {"answers": [*row["answers"], (9, EOS)]} for row in tiny_rows(16)]
     module = DPO(tiny_config(), tiny_catalog(), loss=WithState())
@@ -262,7 +262,7 @@ class Scaled(Sigmoid):
 
 
 @pytest.mark.parametrize("loss", [Sigmoid(0.7, 0.1, True), Robust(0.3, 0.2), IPO(0.4), Hinge(2.0), SDPO(0.9), DMPO(0.2, True), Scaled(0.5, 3.0)])
-def test_a_loss_survives_as_plain_data(loss, monkeypatch):
+def test_a_loss_is_restored_from_plain_data(loss, monkeypatch):
     monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(Scaled=Scaled))
     stored = json.loads(json.dumps(loss.as_plain()))
     again = object_from_plain(PreferenceLoss, stored)
@@ -271,6 +271,6 @@ def test_a_loss_survives_as_plain_data(loss, monkeypatch):
     assert again.beta == loss.beta
 
 
-def test_only_a_preference_loss_is_made_from_a_checkpoint():
+def test_only_preference_losses_are_built_from_a_checkpoint():
     with pytest.raises(TypeError, match=r"torch\.nn\.MSELoss, which is not a subclass of PreferenceLoss"):
         object_from_plain(PreferenceLoss, {"class_path": "torch.nn.MSELoss"})

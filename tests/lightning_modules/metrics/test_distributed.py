@@ -41,7 +41,7 @@ print(json.dumps(result))
 
 
 @pytest.mark.ddp
-def test_shuffled_and_padded_shards_give_exactly_the_same(tmp_path):
+def test_shuffled_and_padded_shards_give_equal_metrics(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     one = runpy.run_path(str(script))["result"]

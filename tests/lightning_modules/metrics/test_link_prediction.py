@@ -88,12 +88,12 @@ def test_properties():
     assert filtered_ranks(flat, one, filters, "realistic").item() == (1 + 8) / 2
 
 
-def test_counts_beyond_what_single_precision_holds(monkeypatch):
+def test_counts_beyond_single_precision(monkeypatch):
     monkeypatch.setattr(link_prediction, "EXACT", 4)
     assert filtered_ranks(SCORES, TRUE, KNOWN).tolist() == [2, 3, 4]
 
 
-def test_what_is_not_a_number_raises():
+def test_nan_scores_are_an_error():
     for cell in ((0, 1), (1, 0), (2, 4)):
         scores = SCORES.clone()
         scores[cell] = torch.nan
@@ -127,7 +127,7 @@ def test_a_direction_without_queries_has_no_figure():
 
 
 @pytest.mark.parametrize("ties", TIES)
-def test_batches_and_repeats_change_nothing(ties):
+def test_batches_and_repeats_do_not_change_metrics(ties):
     scores, _, _, true, known = random_case(9)
     relation, ids = torch.arange(13) % 6, torch.arange(13)
     whole = LinkPredictionMetrics(6, ties=ties)
@@ -182,7 +182,7 @@ print(json.dumps(result))
 
 
 @pytest.mark.ddp
-def test_shuffled_and_padded_shards_give_exactly_the_same(tmp_path):
+def test_shuffled_and_padded_shards_give_equal_metrics(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     one = runpy.run_path(str(script))["result"]

@@ -22,7 +22,7 @@ from malleable.lightning_modules.recommendation.baselines import ItemKNN
 from malleable.lightning_modules.recommendation.sft import SFT
 
 
-def test_rank_of_target_places_it_among_ties_by_policy():
+def test_rank_of_target_with_each_tie_policy():
     scores = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0]])
     target = torch.tensor([2])  # one better, two equal
     assert rank_of_target(scores, target, "optimistic").tolist() == [2]
@@ -44,7 +44,7 @@ def test_rank_of_target_treats_nan_as_worst():
     assert rank_of_target(scores, torch.tensor([1])).tolist() == [2]
 
 
-def test_rank_in_list_takes_the_first_place_and_misses_padding():
+def test_rank_in_list_is_the_first_position_and_ignores_padding():
     recommended = torch.tensor([[4, 2, 7], [7, 7, -1], [1, -1, -1], [3, 1, -1]])
     ranks = rank_in_list(recommended, torch.tensor([2, 7, 5, -1]))
     assert ranks.tolist() == [2, 1, math.inf, math.inf]
@@ -61,7 +61,7 @@ def test_item_ranks_by_policy_with_mask():
     assert item_ranks(scores, labels, mask, "realistic").tolist() == [[3, 3, 1, 3, inf]]
 
 
-def test_item_ranks_keep_masked_candidates_behind_the_worst_real_ones():
+def test_item_ranks_of_masked_candidates_come_last():
     scores = torch.tensor([[math.nan, 1.0, -math.inf, 5.0]])
     labels = torch.tensor([[1, 0, 0, 0]])
     mask = torch.tensor([[True, True, True, False]])
@@ -149,7 +149,7 @@ def test_scored_metrics_equal_a_naive_loop():
             assert result[f"{name}_{k}"].item() == pytest.approx(sum(row[name] for row in expected) / len(rows), abs=1e-7), name
 
 
-def test_scored_metrics_count_empty_rows_as_zero_on_request():
+def test_scored_metrics_count_empty_rows_as_zero_without_skip_empty():
     scores, labels, mask = torch.rand(2, 3), torch.tensor([[1, 1, 1], [0, 0, 0]]), torch.ones(2, 3, dtype=torch.bool)
     for skip, expected in ((True, 1.0), (False, 0.5)):
         metric = ScoredRankingMetrics(ks=(1,), skip_empty=skip)
@@ -186,7 +186,7 @@ def test_repeated_rows_and_targets_outside_the_catalogue():
     assert metric.compute()["hr_2"].item() == 0.5
 
 
-def test_splitting_and_shuffling_rows_changes_nothing():
+def test_splitting_and_shuffling_rows_does_not_change_metrics():
     generator = torch.Generator().manual_seed(1)
     recommended, target = torch.randint(30, (200, 10), generator=generator), torch.randint(30, (200,), generator=generator)
     scores, labels, mask = scored_rows(1, 200)
@@ -201,7 +201,7 @@ def test_splitting_and_shuffling_rows_changes_nothing():
     assert scored[0].compute() == scored[1].compute()
 
 
-def test_states_do_not_grow_and_survive_inference_mode():
+def test_states_do_not_grow_and_support_inference_mode():
     metric = RankingMetrics(ks=(2,))
     with torch.inference_mode():
         metric.update(torch.tensor([[0, 1]]), torch.tensor([1]), torch.tensor([0]))
@@ -213,7 +213,7 @@ def test_states_do_not_grow_and_survive_inference_mode():
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_no_rows_is_not_a_number():
+def test_metrics_without_rows_are_nan():
     assert RankingMetrics().compute()["hr_10"].isnan()
     assert ScoredRankingMetrics().compute()["map_10"].isnan()
 
@@ -230,7 +230,7 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("ks", [(0,), (), (5, -1)])
-def test_modules_refuse_cut_offs_before_any_data_is_read(ks):
+def test_modules_check_cut_offs_before_data_is_read(ks):
     for make in (SFT, ItemKNN, LinkRanking):
         with pytest.raises(ValueError, match="ks must be cut-offs >= 1, got"):
             make(ks=ks)

@@ -18,7 +18,7 @@ def test_interval_covers_the_mean_with_the_known_width():
     assert interval != bootstrap_interval(values, seed=1)
 
 
-def test_paired_interval_sees_a_constant_gain_through_noise():
+def test_paired_interval_detects_a_constant_gain_in_noise():
     first = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()
     interval = paired_bootstrap(first, first + 0.25)
     assert interval.low == pytest.approx(0.25)
@@ -58,6 +58,6 @@ def test_row_values_are_the_terms_of_the_means():
         assert row_values(name, ranks) is None
 
 
-def test_it_needs_no_torch():
+def test_the_module_does_not_import_torch():
     code = "import sys, malleable.lightning_modules.metrics.significance; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

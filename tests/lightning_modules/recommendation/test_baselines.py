@@ -65,7 +65,7 @@ def test_unknown_popularity_is_counted_from_the_rows():
     assert module.counts.tolist() == naive_counts(data.users)[0].tolist()
 
 
-def test_recommendations_leave_out_what_was_seen():
+def test_recommendations_exclude_seen_items():
     for kind in KINDS:
         module, batch, _ = learnt(kind)
         items, scores = module.recommend(batch, 8)
@@ -77,7 +77,7 @@ def test_recommendations_leave_out_what_was_seen():
     assert learnt(Popularity, exclude_seen=False)[0].recommend(batch, 8).item_ids.min() == 0
 
 
-def test_learning_twice_counts_once():
+def test_two_fits_count_once():
     module, _, data = learnt(Markov)
     before = module.transitions.clone()
     count_rows([module], data.train_dataset)
@@ -124,7 +124,7 @@ def test_without_a_data_module_or_with_a_limit_batches_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoints_carry_the_tables_without_pickle(kind, tmp_path):
+def test_checkpoints_contain_the_tables_without_pickle(kind, tmp_path):
     module, batch, data = learnt(kind)
     checkpoint = ModelCheckpoint(dirpath=tmp_path)
     fitting = trainer(tmp_path, enable_checkpointing=True, callbacks=[checkpoint], max_epochs=1)
@@ -143,7 +143,7 @@ def test_predictions_are_recommendations(tmp_path):
     assert torch.cat([items for items, _ in batches]).shape == (12, 2)
 
 
-def test_low_precision_does_not_touch_the_counts(tmp_path):
+def test_low_precision_does_not_change_the_counts(tmp_path):
     module = Markov()
     trainer(tmp_path, precision="bf16-true").test(module, ToyShop(), verbose=False)
     assert module.transitions.tolist() == naive_counts(toy_users())[2].tolist()

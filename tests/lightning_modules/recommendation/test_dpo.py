@@ -44,7 +44,7 @@ def mean_of_epoch(steps, name):
     return sum(step[name] for step in steps[-6:]) / 6
 
 
-def test_it_learns_to_prefer(tmp_path):
+def test_training_increases_the_margin(tmp_path):
     module, trainer, steps = fit(tmp_path, pairs(48), loss=Sigmoid(beta=0.5))
     assert steps[0]["train_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert steps[0]["train_rewards_margins"] == pytest.approx(0, abs=1e-6)
@@ -65,7 +65,7 @@ def test_several_rejected_answers(tmp_path, loss):
     assert mean_of_epoch(steps, "train_rewards_accuracies") > 0.9
 
 
-def test_likelihood_beside_preference_holds_the_chosen_up(tmp_path):
+def test_sft_weight_keeps_the_likelihood_of_chosen_answers(tmp_path):
     """Preference alone may lower both answers; the likelihood term raises the chosen."""
     _, _, plain = fit(tmp_path / "plain", pairs(24))
     _, _, added = fit(tmp_path / "added", pairs(24), sft_weight=1.0)
@@ -73,7 +73,7 @@ def test_likelihood_beside_preference_holds_the_chosen_up(tmp_path):
     assert mean_of_epoch(added, "train_logps_chosen") > mean_of_epoch(plain, "train_logps_chosen") + 0.5
 
 
-def test_evaluation_measures_likelihood_where_nothing_is_rejected():
+def test_evaluation_without_rejected_answers_measures_likelihood():
     """Validation and test rows have one answer, or several without a reference: the loss is the true answer's, per token."""
     module = ready(DPO)
     single, several = batch_of(tiny_rows(4)), batch_of(pairs(4))
@@ -104,7 +104,7 @@ def test_defaults_and_refusals():
         DPO(sft_weight=-1)
 
 
-def test_a_checkpoint_remembers_its_loss():
+def test_a_checkpoint_stores_the_loss():
     """What loads it goes on training with the same loss."""
     stored = json.loads(json.dumps(dict(DPO(language_model=tiny_config(), loss=SDPO(beta=0.7)).hparams)))
     loss = DPO(**stored).loss

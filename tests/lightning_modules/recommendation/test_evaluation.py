@@ -14,7 +14,7 @@ def batch(**extra):
     return collate_answers([{**row, **{name: values[place] for name, values in extra.items()}} for place, row in enumerate(rows)])
 
 
-def test_what_is_seen_is_left_out():
+def test_seen_items_are_excluded():
     assert allowed_items(batch(), 4).tolist() == [[False, False, True, True], [True, False, True, True]]
     assert allowed_items(batch(), 4, exclude_seen=False) is None
     assert allowed_items(batch(seen=[(), ()]), 4) is None
@@ -26,7 +26,7 @@ def test_candidates_restrict_the_choice():
     assert allowed_items(rows, 4, exclude_seen=False).tolist() == [[False, True, True, False], [True, False, True, True]]
 
 
-def test_metrics_are_fed_by_kind_and_others_left_alone():
+def test_known_metrics_are_updated_and_others_are_not():
     catalog = Catalog(("a", "b", "c", "d"), popularity=(4, 3, 2, 1))
     metrics = recommendation_metrics(catalog, (1, 2)) | {"other": MeanMetric()}
     update_metrics(metrics, Recommendations(torch.tensor([[2, 3], [0, 3]]), torch.zeros(2, 2)), batch())

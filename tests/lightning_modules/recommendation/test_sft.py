@@ -31,7 +31,7 @@ class PackedData(TinyData):
 
 
 @pytest.mark.parametrize("data", [TinyData, PackedData])
-def test_learns_what_follows_from_what(tmp_path, data):
+def test_training_learns_the_next_title(tmp_path, data):
     """i -> i + 1 over eight films: one in eight is right by chance, nearly all after some epochs, from rows as from packed histories."""
     torch.manual_seed(0)
     config = LanguageModelConfig(scratch=Scratch(hidden_size=48, num_layers=1, num_heads=2, max_length=64))

@@ -8,7 +8,6 @@ from tiny import TOKENS, batch_of, tiny_rows
 from tiny_module import lora, ready, save_base
 
 from malleable.lightning_modules.functional.language.logps import answer_logps
-from malleable.lightning_modules.language.adapters import without_adapter
 from malleable.lightning_modules.language.preference import preference_step
 from malleable.lightning_modules.losses.preference import IPO, Sigmoid
 from malleable.lightning_modules.recommendation.sprec import SPRec
@@ -31,7 +30,7 @@ def tuned(tmp_path) -> SPRec:
     return module
 
 
-def test_the_loss_fits_the_batch():
+def test_the_loss_depends_on_the_type_of_the_batch():
     module = ready(SPRec, loss=IPO(beta=0.5), sft_weight=0.3).train()
     answers = batch_of(tiny_rows(4))
     assert module.compute_loss(answers).loss.item() == pytest.approx(module.answer_loss(answers).loss.item())
@@ -44,7 +43,7 @@ def test_the_loss_fits_the_batch():
     assert found.extras.keys() == expected.extras.keys() >= {"rewards_margins", "logps_chosen"}
 
 
-def test_the_cached_reference_is_the_live_one(tmp_path):
+def test_the_cached_reference_equals_the_current_model(tmp_path):
     """A frozen copy of the adapter gives what was cached when the phase began, also after the policy has moved on."""
     module, live = tuned(tmp_path), tuned(tmp_path)
     with torch.no_grad():
@@ -63,12 +62,12 @@ def test_the_cached_reference_is_the_live_one(tmp_path):
         optimizer.step()
 
 
-def test_the_base_without_adapter_is_no_reference(tmp_path):
+def test_the_base_without_adapter_is_not_the_reference(tmp_path):
     """The adapter is continued from phase to phase: switched off, it gives the raw base model, another reference."""
     module = tuned(tmp_path)
     with torch.no_grad():
         reference = answer_logps(module.model, pairs())
-        with without_adapter(module.model):
+        with module.model.disable_adapter():
             base = answer_logps(module.model, pairs())
     assert (reference - base).abs().max() > 0.1
     module.train()
@@ -76,7 +75,7 @@ def test_the_base_without_adapter_is_no_reference(tmp_path):
     assert module.compute_loss(pairs(reference=base)).loss.item() != pytest.approx(math.log(2), abs=1e-3)
 
 
-def test_the_loop_sets_the_rates():
+def test_the_module_has_no_schedule():
     module = ready(SPRec)
     assert isinstance(module.configure_optimizers(), torch.optim.AdamW), "an optimizer without a schedule"
     assert isinstance(module.loss, Sigmoid)

@@ -17,7 +17,7 @@ def test_the_order_of_lines_does_not_matter():
     assert number({"train": TRAIN, "test": TEST}).entities == number({"test": TEST, "train": TRAIN[::-1]}).entities
 
 
-def test_packed_triples_order_and_repeat_as_the_triples_do():
+def test_packed_triples_have_the_order_and_equality_of_triples():
     triples = np.random.default_rng(0).integers(0, (5, 3, 5), (200, 3)).astype(np.int32)
     _, by_row = np.unique(triples, axis=0, return_index=True)
     _, by_code = np.unique(pack(triples, 5, 3), return_index=True)

@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def said() -> None:
+def reset_log_once() -> None:
     """Nothing was said yet."""
     module._log_once.cache_clear()
     module._warn_once.cache_clear()
@@ -63,14 +63,14 @@ def test_a_package_is_opened(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [CoDExS, WN18RR, FB15k237, YAGO310])
-def test_without_a_network_the_ways_out_are_named(kind):
+def test_the_error_without_network_contains_the_remedies(kind):
     with pytest.raises(
         FetchError, match=rf"cannot download https://raw.*train.txt.*copy it to .*train.txt\nor pass {kind.__name__}\(path=...\) a folder"
     ):
         kind().files()
 
 
-def test_a_folder_of_ones_own(folder, caplog):
+def test_a_given_folder(folder, caplog):
     assert Downloaded(str(folder)).files() == [folder / name for name in CONTENT]
     packed = folder / "train.txt.gz"
     packed.write_bytes(gzip.compress((folder / "train.txt").read_bytes()))
@@ -80,7 +80,7 @@ def test_a_folder_of_ones_own(folder, caplog):
     assert caplog.text.count("Downloaded: free") == 1, "the terms are said once"
 
 
-def test_a_folder_with_other_files_is_taken_with_a_warning(folder, caplog):
+def test_a_folder_with_other_files_gives_a_warning(folder, caplog):
     (folder / "valid.txt").write_text("b\tr\ta\n")
     assert Downloaded(str(folder)).load().triples["val"].tolist() == [[1, 0, 0]]
     assert "valid.txt differs from the published val split of Downloaded: figures are not comparable" in caplog.text

@@ -18,7 +18,7 @@ def test_the_relations_have_their_patterns():
     assert len({t for _, t in pairs["in"]}) == 6
 
 
-def test_what_is_held_out_was_seen_and_is_not_given_away():
+def test_held_out_triples_have_known_entities_and_are_not_in_training():
     found = report(SyntheticGraph().load())
     assert found.triples == {"train": 216, "val": 27, "test": 27}
     assert found.unseen == {"val": 0, "test": 0}
@@ -26,7 +26,7 @@ def test_what_is_held_out_was_seen_and_is_not_given_away():
     assert list(found.warnings()) == []
 
 
-def test_settings_decide_everything():
+def test_settings_determine_the_graph():
     source = SyntheticGraph(num_stations=20, seed=1)
     first, again, other = source.load(), source.load(), SyntheticGraph(num_stations=20, seed=2).load()
     assert np.array_equal(first.triples["test"], again.triples["test"])

@@ -51,7 +51,7 @@ def test_all_formats_give_the_same_graph(folders, name):
     assert [path.name.partition(".")[0].removesuffix("2id") for path in source.files()][:3:2] == ["train", "test"]
 
 
-def test_an_openke_file_read_as_ids_hrt_is_found_out(folders):
+def test_an_openke_file_read_as_ids_hrt_is_an_error(folders):
     with pytest.raises(
         ValueError, match=r"entity2id.txt, line 1: 1 column in '4', expected 2: .*files of format openke have a first line with the number of lines"
     ):
@@ -67,14 +67,14 @@ def test_another_order_of_columns(folders):
     assert Triples(str(folders["labels"])).load().entities != ENTITIES
 
 
-def test_the_files_decide_the_settings(folders):
+def test_settings_depend_on_the_files(folders):
     settings = Triples(str(folders["labels"])).settings()
     (folders["labels"] / "valid.tsv").rename(folders["labels"] / "extra.tsv")
     assert settings["splits"] == ["train", "val", "test"]
     assert Triples(str(folders["labels"])).settings()["splits"] == ["train", "test"]
 
 
-def test_one_file_is_split_so_that_nothing_is_unseen(tmp_path):
+def test_one_file_is_split_without_unseen_entities(tmp_path):
     generator = np.random.default_rng(1)
     rows = [(f"e{h}", f"r{r}", f"e{t}") for h, r, t in generator.integers(0, (30, 3, 30), (400, 3))]
     rows += [("rare", "r0", "e0"), ("e0", "once", "e1"), *rows[:5]]
@@ -94,13 +94,13 @@ def test_one_file_is_split_so_that_nothing_is_unseen(tmp_path):
     assert source.files() == [tmp_path / "all.tsv"]
 
 
-def test_a_graph_too_thin_to_split_stays_whole():
+def test_a_graph_that_cannot_be_split_is_not_split():
     tables = GraphTables(["a", "b"], ["r"], {"train": np.array([[0, 0, 1], [0, 0, 0]])})
     held = hold_out(tables, (0.4, 0.4), 0)
     assert {split: triples.tolist() for split, triples in held.triples.items()} == {"train": [[0, 0, 1]], "val": [], "test": [[0, 0, 0]]}
 
 
-def test_what_is_not_there(folders, tmp_path):
+def test_missing_files(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give a folder with train, valid and test, or one file"):
         Triples(str(tmp_path / "nowhere")).files()
     with pytest.raises(FileNotFoundError, match=r"labels has no file train2id; expected train2id with one of the suffixes .txt"):

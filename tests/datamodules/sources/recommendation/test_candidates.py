@@ -28,7 +28,7 @@ def test_rows_of_names_and_of_ids(folder):
     assert [path.name for path in source.files()] == ["train_seq.jsonl", "val.json", "id2name.txt"]
 
 
-def test_a_truth_that_is_not_offered_is_an_error(folder):
+def test_a_target_that_is_not_a_candidate_is_an_error(folder):
     (folder / "val.json").write_text(json.dumps([ROW, ROW | {"trueSelection": "Boris"}]))
     with pytest.raises(ValueError, match=r"val.json, entry 2: trueSelection 'Boris' is not in itemList"):
         CandidateRows(str(folder)).load()
@@ -39,11 +39,11 @@ def test_a_missing_field_and_a_missing_catalogue(folder):
     with pytest.raises(ValueError, match=r"val.json, entry 1: the field 'trueSelection' is missing"):
         CandidateRows(str(folder)).load()
     (folder / "id2name.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no catalogue; expected id2name.txt"):
+    with pytest.raises(FileNotFoundError, match=r"contains no catalogue; expected id2name.txt"):
         CandidateRows(str(folder)).files()
 
 
-def test_the_real_counts():
+def test_counts_of_the_published_files():
     ready = CandidateRows(str(shared_data("rec/lastfm_cans20"))).load()
     assert len(ready.items) == 4606
     assert {split: len(rows) for split, rows in ready.rows.items()} == {"train": 50_800, "val": 2767, "test": 2495}

@@ -31,11 +31,11 @@ def test_titles_with_quotes_and_commas_are_found(history):
 
 
 @pytest.mark.parametrize("end", ["", ".", ". Please go on", "\nNext:", "  "])
-def test_a_list_may_end_in_several_ways(end):
+def test_lists_with_different_endings(end):
     assert FINDER.find_all('Read: "It", "Superhero"' + end) == [4, 0]
 
 
-def test_unknown_titles_are_minus_one_and_hide_no_other():
+def test_unknown_titles_are_minus_one_and_others_are_found():
     assert FINDER.find_all('Read: "Nothing", "Superhero", "No, one", "It"') == [-1, 0, -1, 4]
     assert FINDER.find_all('Read: "never closed') == [-1]
 
@@ -47,7 +47,7 @@ def test_an_answer_is_found_with_or_without_quotes(text, item):
     assert FINDER.find(text) == item
 
 
-def test_rows_and_side_files(folder):
+def test_rows_and_catalogue_files(folder):
     source = InstructionRows(str(folder))
     ready = source.load()
     assert {split: [tuple(row) for row in rows] for split, rows in ready.rows.items()} == {
@@ -58,7 +58,7 @@ def test_rows_and_side_files(folder):
     assert [path.name for path in source.files()] == ["train.json", "test.jsonl", "id2name.json", "name2genre.json", "genre_dict.json"]
 
 
-def test_the_other_name_file_and_no_genres(folder):
+def test_name2id_without_genres(folder):
     (folder / "name2id.json").write_text(json.dumps({name: number for number, name in enumerate(NAMES)}))
     for name in ("id2name.json", "name2genre.json"):
         (folder / name).unlink()
@@ -69,10 +69,10 @@ def test_the_other_name_file_and_no_genres(folder):
 
 def test_a_folder_without_catalogue_or_rows(folder, tmp_path):
     (folder / "id2name.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no catalogue; expected id2name.json or name2id.json"):
+    with pytest.raises(FileNotFoundError, match=r"contains no catalogue; expected id2name.json or name2id.json"):
         InstructionRows(str(folder)).load()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"holds no rows; expected files such as train.json, val.json, test.json"):
+    with pytest.raises(FileNotFoundError, match=r"contains no rows; expected files such as train.json, val.json, test.json"):
         InstructionRows(str(tmp_path / "empty")).files()
 
 
@@ -91,7 +91,7 @@ def test_wrong_rows(folder, text, message):
         InstructionRows(str(folder)).load()
 
 
-def test_the_real_counts():
+def test_counts_of_the_published_files():
     ready = InstructionRows(str(shared_data("rec/goodreads_sprec"))).load()
     assert len(ready.items) == 4058
     assert {split: len(rows) for split, rows in ready.rows.items()} == {"train": 5000, "val": 256, "test": 1000}

@@ -36,7 +36,7 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("form", ["100k", "1m", "atomic"])
-def test_the_three_forms_give_the_same_tables(folders, form):
+def test_the_three_formats_give_the_same_tables(folders, form):
     tables = MovieLens(path=str(folders[form])).load()
     assert tables.interactions.to_dict("list") == {
         "user_id": ["1", "2"],
@@ -51,14 +51,14 @@ def test_the_three_forms_give_the_same_tables(folders, form):
     }
 
 
-def test_ids_stay_as_they_are(folders):
+def test_ids_are_not_changed(folders):
     ids = ["007", "NA", "1.0", '"a']
     (folders["100k"] / "u.data").write_text("".join(f"{key}\t{key}\t5\t1\n" for key in ids))
     tables = MovieLens(path=str(folders["100k"])).load()
     assert tables.interactions["user_id"].tolist() == tables.interactions["item_id"].tolist() == ids
 
 
-def test_an_archive_is_read_in_place(folders, tmp_path, monkeypatch):
+def test_an_archive_is_read(folders, tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "ml-1m.zip", "w") as archive:
         for path in folders["1m"].iterdir():
             archive.write(path, f"ml-1m/{path.name}")
@@ -67,7 +67,7 @@ def test_an_archive_is_read_in_place(folders, tmp_path, monkeypatch):
     assert len(MovieLens("1m").load().interactions) == 2
 
 
-def test_100k_falls_back_to_the_package(folders, monkeypatch):
+def test_100k_uses_the_package_if_the_download_fails(folders, monkeypatch):
     def refuse(*_: object) -> Path:
         raise FetchError("no network")
 
@@ -78,29 +78,29 @@ def test_100k_falls_back_to_the_package(folders, monkeypatch):
         MovieLens("1m").load()
 
 
-def test_without_any_network_both_ways_out_are_named(monkeypatch):
+def test_the_error_without_network_contains_both_remedies(monkeypatch):
     def refuse(name: object, *_: object) -> Path:
         raise FetchError(f"cannot download {name}; put it at there")
 
     monkeypatch.setattr(module, "fetch", refuse)
     monkeypatch.setattr(module, "fetch_package_files", refuse)
-    with pytest.raises(FetchError, match=r"ml-100k.zip; put it at there\ncannot download recbole==1.2.1.*\nor give MovieLens\(path=...\) a folder"):
+    with pytest.raises(FetchError, match=r"ml-100k.zip; put it at there\ncannot download recbole==1.2.1.*\nor pass MovieLens\(path=...\) a folder"):
         MovieLens().files()
 
 
 def test_a_folder_without_the_files_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no MovieLens files; expected u.data and u.item"):
+    with pytest.raises(FileNotFoundError, match=r"contains no MovieLens files; expected u.data and u.item"):
         MovieLens(path=str(tmp_path)).files()
 
 
-def test_the_terms_are_said_once(folders, caplog):
-    module._say_terms.cache_clear()
+def test_the_terms_are_logged_once(folders, caplog):
+    module._log_terms.cache_clear()
     for _ in range(2):
         MovieLens(path=str(folders["1m"])).files()
     assert caplog.text.count("research use only") == 1
 
 
-def test_the_real_counts():
+def test_counts_of_the_published_files():
     tables = MovieLens(path=str(shared_data("rec/ml100k"))).load()
     assert len(tables.interactions) == 100_000
     assert (tables.interactions["rating"] >= 4).sum() == 55_375
@@ -114,14 +114,14 @@ def test_the_real_counts():
     ("form", "name", "change", "message"),
     [
         ("100k", "u.data", ("\t881250949", ""), r"u.data, line 1: 3 fields, expected 4"),
-        ("100k", "u.data", ("881250949", "inf"), r"u.data, line 1, field timestamp: 'inf' is no finite number"),
-        ("1m", "ratings.dat", ("::3::", "::good::"), r"ratings.dat, line 2, field rating: 'good' is no finite number"),
+        ("100k", "u.data", ("881250949", "inf"), r"u.data, line 1, field timestamp: 'inf' is not a finite number"),
+        ("1m", "ratings.dat", ("::3::", "::good::"), r"ratings.dat, line 2, field rating: 'good' is not a finite number"),
         ("1m", "movies.dat", ("::unknown", ""), r"movies.dat, line 2: 2 fields, expected 3"),
         ("100k", "u.item", ("|1|", "|"), r"u.item, line 1: 23 fields, expected 24"),
         ("atomic", "ml-100k.inter", ("user_id:token\titem_id:token\trating:float\ttimestamp:float\n", ""), r"inter, line 1: expected the names"),
     ],
 )
-def test_lines_that_would_be_misread_are_refused(folders, form, name, change, message):
+def test_malformed_lines_are_an_error(folders, form, name, change, message):
     path = folders[form] / name
     path.write_text(path.read_text("latin-1").replace(*change, 1), "latin-1")
     with pytest.raises(ValueError, match=message):

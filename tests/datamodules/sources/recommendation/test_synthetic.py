@@ -21,7 +21,7 @@ def test_sizes_and_distinct_titles():
     assert not tables.interactions.duplicated(["user_id", "item_id"]).any()
 
 
-def test_there_is_something_to_learn():
+def test_the_next_item_is_predictable():
     """The next part of the series is right far more often than the most popular item."""
     data = prepare(Synthetic().load(), Split())
     pairs = [(int(a), int(b)) for items in data.sequences for a, b in pairwise(items)]
@@ -38,7 +38,7 @@ def test_there_is_something_to_learn():
         ({"num_genres": 7}, "num_genres must be between 1 and 6, got 7"),
         ({"num_items": 500}, r"num_items must be between num_genres \(4\) and 182, got 500"),
         ({"num_events": 16}, r"num_events must be between 2 and the items of a genre \(15\), got 16"),
-        ({"persistence": 1.5}, r"persistence must be within \[0, 1\], got 1.5"),
+        ({"persistence": 1.5}, r"persistence must be in \[0, 1\], got 1.5"),
     ],
 )
 def test_settings_out_of_range(arguments, message):

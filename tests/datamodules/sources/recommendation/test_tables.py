@@ -77,7 +77,7 @@ def test_times_of_a_parquet_column(tmp_path):
     assert source.load().interactions["timestamp"].tolist() == [86_400.0, 0.0]
 
 
-def test_whole_number_ids_beside_a_gap_stay_whole(tmp_path):
+def test_integer_ids_with_missing_values_stay_integers(tmp_path):
     source = events_csv(tmp_path, "")
     source.interactions = tmp_path / "events.parquet"
     pd.DataFrame({"user_id": [1.0, 2.0], "item_id": ["a", "b"], "timestamp": [1, 2]}).to_parquet(source.interactions)
@@ -88,7 +88,7 @@ IDS = ["7", "07", "007", "7.0", "pkg-1", "pkg-1.0", "1e3", "NA", "null", "nan", 
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "csv.gz"])
-def test_text_ids_are_never_altered(tmp_path, kind):
+def test_string_ids_are_not_changed(tmp_path, kind):
     events = pd.DataFrame({"user_id": IDS, "item_id": IDS[::-1], "timestamp": 1})
     items = pd.DataFrame({"item_id": IDS, "title": [f"Title {number}" for number in range(len(IDS))]})
     for name, table in (("events", events), ("items", items)):
@@ -105,7 +105,7 @@ def test_text_ids_are_never_altered(tmp_path, kind):
     assert tables.items["item_id"].tolist() == IDS
 
 
-def test_blanks_around_a_cell_of_csv_are_no_part_of_an_id(tmp_path):
+def test_blanks_around_a_cell_of_csv_are_removed(tmp_path):
     source = events_csv(tmp_path, "user_id,item_id,timestamp\n u 1,  a ,1\n")
     assert source.load().interactions[["user_id", "item_id"]].values.tolist() == [["u 1", "a"]]
     source.interactions = tmp_path / "events.jsonl"
@@ -114,7 +114,7 @@ def test_blanks_around_a_cell_of_csv_are_no_part_of_an_id(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_large_numbers_beside_a_gap_are_exact(tmp_path, kind):
+def test_large_numbers_with_missing_values_are_exact(tmp_path, kind):
     source = events_csv(tmp_path, "")
     source.interactions = tmp_path / f"events.{kind}"
     big = 2**53 + 1
@@ -129,7 +129,7 @@ def test_large_numbers_beside_a_gap_are_exact(tmp_path, kind):
 
 
 @pytest.mark.parametrize("value", [1.5, 2.0**53])
-def test_numbers_that_are_no_exact_integers_are_refused_by_row(tmp_path, value):
+def test_numbers_that_are_not_exact_integers_are_an_error_with_the_row(tmp_path, value):
     source = events_csv(tmp_path, "")
     source.interactions = tmp_path / "events.parquet"
     pd.DataFrame({"user_id": [1.0, value], "item_id": ["a", "b"], "timestamp": [1, 2]}).to_parquet(source.interactions)
@@ -138,7 +138,7 @@ def test_numbers_that_are_no_exact_integers_are_refused_by_row(tmp_path, value):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "Float32", "float16"])
-def test_narrow_numbers_are_refused_where_they_are_not_exact(tmp_path, dtype):
+def test_inexact_numbers_of_narrow_dtypes_are_an_error(tmp_path, dtype):
     """Three ids that the file itself has made one."""
     source = events_csv(tmp_path, "")
     source.interactions = tmp_path / "events.parquet"
@@ -150,18 +150,18 @@ def test_narrow_numbers_are_refused_where_they_are_not_exact(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_a_column_of_integers_stored_as_fractions_is_told_from_the_others(tmp_path, swapped):
+def test_integer_ids_stored_as_floats_in_one_table_are_an_error(tmp_path, swapped):
     source = events_csv(tmp_path, "user_id,item_id,timestamp\nu,1.0,1\nu,2.0,2\n")
     source.items.write_text("item_id,title\n1,Heat\n2,Alien\n")
     if swapped:
         source = events_csv(tmp_path, "user_id,item_id,timestamp\nu,1,1\nu,2,2\n")
         source.items.write_text("item_id,title\n1.0,Heat\n2.0,Alien\n")
     name = "items.csv" if swapped else "events.csv"
-    with pytest.raises(ValueError, match=rf"{name} has the item_id '1.0' where the other table has '1': write both alike"):
+    with pytest.raises(ValueError, match=rf"{name} has the item_id '1.0', but the other table has '1'; use one form in both"):
         source.load()
 
 
-def test_blank_lines_of_json_do_not_shift_places(tmp_path):
+def test_blank_lines_of_json_count_in_line_numbers(tmp_path):
     source = events_csv(tmp_path, "")
     source.interactions = tmp_path / "events.jsonl"
     source.interactions.write_text('{"user_id": 1, "item_id": "a", "timestamp": 1}\n\n{"user_id": "", "item_id": "a", "timestamp": 1}\n')
@@ -177,15 +177,15 @@ def test_blank_lines_of_json_do_not_shift_places(tmp_path):
     [
         (
             "user,item_id,timestamp\nu,a,1\n",
-            r"events.csv: no column 'user_id' for user_id, only \['user', 'item_id', 'timestamp'\]; name the right one",
+            r"events.csv: no column 'user_id' for user_id, only \['user', 'item_id', 'timestamp'\]; set its name",
         ),
         ("user_id,item_id,timestamp\nu,a,1\nu,b,soon\n", r"events.csv, line 3, field timestamp: cannot read 'soon'; give unix seconds or ISO 8601"),
         ("user_id,item_id,timestamp\nu,a,\n", r"events.csv, line 2, field timestamp: cannot read ''"),
-        ("user_id,item_id,timestamp,rating\nu,a,1,good\n", r"events.csv, line 2, field rating: cannot read 'good'; give a number"),
+        ("user_id,item_id,timestamp,rating\nu,a,1,good\n", r"events.csv, line 2, field rating: cannot read 'good'; give a finite number"),
         ("user_id,item_id,timestamp\nu,a,1\n,b,1\n", r"events.csv, line 3, field user_id: the id is empty"),
     ],
 )
-def test_what_cannot_be_read_is_named_by_file_line_and_field(tmp_path, text, message):
+def test_errors_contain_file_line_and_field(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         events_csv(tmp_path, text).load()
 
@@ -209,26 +209,26 @@ def test_broken_json_lines(tmp_path):
 
 
 def test_an_unknown_field_in_a_column_map(tmp_path):
-    with pytest.raises(ValueError, match=r"interaction_columns names the unknown field 'usr'; the fields are \['user_id'"):
+    with pytest.raises(ValueError, match=r"interaction_columns has the unknown field 'usr'; the fields are \['user_id'"):
         Tables("a.csv", "b.csv", {"usr": "uid"})
-    with pytest.raises(ValueError, match=r"item_columns names the unknown field 'name'"):
+    with pytest.raises(ValueError, match=r"item_columns has the unknown field 'name'"):
         Tables("a.csv", "b.csv", None, {"name": "title"})
 
 
-def test_a_mapped_column_must_exist_even_where_it_is_optional(tmp_path):
+def test_a_mapped_column_must_exist_even_if_it_is_optional(tmp_path):
     with pytest.raises(ValueError, match="no column 'stars' for rating"):
         events_csv(tmp_path, "user_id,item_id,timestamp\nu,a,1\n", interaction_columns={"rating": "stars"}).load()
 
 
-def test_an_item_without_title_is_a_counted_drop(tmp_path, caplog):
+def test_items_without_title_are_counted(tmp_path, caplog):
     tables = items_csv(tmp_path, "item_id,title\na,Heat\nb,\nc, \n").load()
     assert tables.items["title"].tolist() == ["Heat", "", ""]
     assert "items.csv: 2 items have no title (first: line 3, item_id b); they and their interactions are dropped" in caplog.text
 
 
-def test_of_repeated_items_the_first_stays(tmp_path, caplog):
+def test_the_first_of_repeated_items_is_used(tmp_path, caplog):
     assert items_csv(tmp_path, "item_id,title\na,Heat\na,Cold\n").load().items["title"].tolist() == ["Heat"]
-    assert "1 lines repeat an item_id; the first of each stays" in caplog.text
+    assert "1 lines repeat an item_id; the first line of each is used" in caplog.text
 
 
 def test_missing_and_unknown_files(tmp_path):
@@ -237,7 +237,7 @@ def test_missing_and_unknown_files(tmp_path):
     source = events_csv(tmp_path, "")
     source.interactions = tmp_path / "events.xlsx"
     source.interactions.write_text("")
-    with pytest.raises(ValueError, match=r"events.xlsx: unknown kind of file; give .csv"):
+    with pytest.raises(ValueError, match=r"events.xlsx: unknown format; give .csv"):
         source.load()
 
 
@@ -267,19 +267,19 @@ EVENTS_HEAD = "user_id,item_id,timestamp,rating"
         (f"{EVENTS_HEAD}\ru,a,1,4\r", r"events.csv, line 1: a cell contains a carriage return"),
     ],
 )
-def test_tables_that_would_be_misread_are_refused(tmp_path, text, message):
+def test_malformed_tables_are_an_error(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         events_csv(tmp_path, text).load()
 
 
-def test_stray_quotes_of_tsv_swallow_nothing(tmp_path):
+def test_quotes_in_tsv_are_ordinary_characters(tmp_path):
     source = events_csv(tmp_path, f"{EVENTS_HEAD}\nu,a,1,4\n")
     source.items = tmp_path / "items.tsv"
     source.items.write_text('item_id\ttitle\na\t"Great Performances" Cats\nb\t"Heat\nc\tAlien"\nd\t"The ""Best"" Of"\n')
     assert source.load().items["title"].tolist() == ['"Great Performances" Cats', '"Heat', 'Alien"', 'The "Best" Of']
 
 
-def test_cells_in_quotes_may_hold_commas_and_line_feeds(tmp_path):
+def test_quoted_cells_with_commas_and_line_breaks(tmp_path):
     tables = items_csv(tmp_path, 'item_id,about,title\na,"A film,\nlong, and loud","Heat, again"\nb,,Alien\n').load()
     assert tables.items["title"].tolist() == ["Heat, again", "Alien"]
 
@@ -312,18 +312,18 @@ def test_delimiters(tmp_path):
         Tables("a.csv", "b.csv", encoding="klingon")
 
 
-def test_a_delimiter_behind_a_quoted_cell_is_named(tmp_path):
+def test_another_delimiter_after_a_quoted_cell_is_reported(tmp_path):
     with pytest.raises(
         ValueError, match=r"events.csv, line 1: a quoted cell has text after .*; or set the option `delimiter` to ';', if cells are separated by it"
     ):
         events_csv(tmp_path, '"user_id";"item_id";"timestamp"\n"u";"a";1\n').load()
 
 
-def test_an_id_with_two_titles_is_a_conflict(tmp_path, caplog):
+def test_an_id_with_two_titles_is_reported(tmp_path, caplog):
     _, notes = items_csv(tmp_path, "item_id,title\na,Heat\nb,Alien\na,Heat \nb,Aliens\n")._load_items()
     assert notes == (
-        "2 rows of items.csv repeat an item_id (e.g. a), the first of each stays",
-        "1 item_ids of items.csv have several titles (e.g. b: 'Alien' in line 3 and 'Aliens' in line 5), the first stays",
+        "2 rows of items.csv repeat an item_id (e.g. a), the first row of each is used",
+        "1 item_ids of items.csv have several titles (e.g. b: 'Alien' in line 3 and 'Aliens' in line 5), the first title is used",
     )
     assert notes[1] in caplog.text
 
@@ -339,7 +339,7 @@ def test_values_of_json_that_are_no_numbers(tmp_path, value, field):
         source.load()
 
 
-def test_genres_are_split_at_a_delimiter_of_choice(tmp_path):
+def test_genres_are_split_at_the_given_delimiter(tmp_path):
     rows = 'item_id,title,genres\na,Heat,Crime\nb,Alien,"Horror, Sci-Fi,"\nc,Brazil,Comedy|Drama\n'
     source = items_csv(tmp_path, rows, genre_delimiter=",")
     assert source.load().items["genres"].tolist() == [("Crime",), ("Horror", "Sci-Fi"), ("Comedy|Drama",)]

@@ -48,7 +48,7 @@ def literal(name, head, relation, entities):
 
 
 @pytest.mark.parametrize("name", ["NFE1", "NFE2", "NFE3"])
-def test_the_loop_of_the_benchmarks_is_the_formula(name):
+def test_the_loop_of_the_benchmarks_equals_the_formula(name):
     head, relation, table = rows(INTERACTIONS[name][0])
     products = literal_kg.products(name, head, relation, table)
     torch.testing.assert_close(products, literal(name, head, relation, table))
@@ -165,7 +165,7 @@ class TestRelatives:
         doubled = [torch.cat([part, part.chunk(2, 1)[1]], 1) for part in (head, table)]
         torch.testing.assert_close(scores(NFE2(base=base), doubled[0], relation, doubled[1]), scores(NFE1(), head, relation, table))
 
-    def test_the_parts_add_up(self):
+    def test_the_score_is_the_sum_of_its_parts(self):
         head, relation, table = rows(NFE1())
         means = scores(AffinePoint(), head[:, :4], relation, table[:, :4])
         deviations = scores(Sigma(), head[:, 4:], relation[:, 4:], table[:, 4:])

@@ -32,7 +32,7 @@ def stack(*maps):
 
 
 @pytest.mark.parametrize("complex_places", [False, True])
-def test_a_difference_is_what_happens_to_entities(complex_places):
+def test_a_difference_is_the_mean_over_entities(complex_places):
     first, second, places = affine(2), affine(3, seed=2), PLACES
     if complex_places:
         first, second, places = turns([0.3, 2.0]), turns([0.1, 1.0, -2.0]), torch.complex(PLACES, PLACES.flip(0))
@@ -46,7 +46,7 @@ def test_a_difference_is_what_happens_to_entities(complex_places):
 
 
 @pytest.mark.parametrize("places", [PLACES, torch.complex(PLACES, PLACES.flip(0))])
-def test_moments_do_not_depend_on_how_many_entities_are_taken_at_a_time(places, monkeypatch):
+def test_moments_do_not_depend_on_the_chunk_size(places, monkeypatch):
     whole = Moments.of(places)
     torch.testing.assert_close(whole.mean, places.mean(0))
     torch.testing.assert_close(whole.variance, (places - places.mean(0)).abs().square().mean(0))
@@ -73,7 +73,7 @@ def test_inverse():
     assert min(found[0, 1], found[1, 2], found[0, 0]) > 0.1
 
 
-def test_composition_knows_the_order():
+def test_composition_depends_on_the_order():
     first, second = affine(1), affine(1, seed=7)
     found, third = composition(stack(first, second, second.after(first)), MOMENTS)
     assert found[0, 1] < 1e-12

@@ -19,7 +19,7 @@ def decoder(implementation: str, dtype: torch.dtype = torch.float32) -> nn.Modul
     return model
 
 
-def test_documents_see_themselves_up_to_now():
+def test_attention_is_causal_within_documents():
     """Two documents and padding; padding sees itself, or its softmax would be over nothing."""
     expected = [
         [1, 0, 0, 0, 0],
@@ -36,7 +36,7 @@ def test_a_row_of_padding_has_no_empty_row():
     assert torch.equal(mask[0], torch.eye(3, dtype=torch.bool))
 
 
-def test_sdpa_takes_the_mask_as_it_is():
+def test_sdpa_uses_the_boolean_mask():
     mask = model_mask(decoder("sdpa"), ALLOWED)
     assert mask.dtype == torch.bool
     assert torch.equal(mask, ALLOWED[:, None])
@@ -56,7 +56,7 @@ def test_other_implementations_are_refused():
         model_mask(decoder("flash_attention_2"), ALLOWED)
 
 
-def test_a_built_model_uses_no_kernels_that_are_planned_for_each_shape():
+def test_cudnn_kernels_are_disabled_for_a_built_model():
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:

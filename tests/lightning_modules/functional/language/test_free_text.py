@@ -8,7 +8,7 @@ PROMPTS, MASK = prompts()
 SEEDS = torch.arange(len(PROMPTS)) + 100
 
 
-def test_greedy_text_is_the_librarys():
+def test_greedy_text_equals_generate():
     for kind in ("llama", "gpt2"):
         model = small_lm(kind)
         expected = model.generate(PROMPTS, attention_mask=MASK.long(), do_sample=False, max_new_tokens=12)[:, PROMPTS.shape[1] :]
@@ -29,7 +29,7 @@ def test_rows_end_at_any_of_the_given_tokens():
     assert default[0, -1] in (stops[0], free[0, default.shape[1] - 1])
 
 
-def test_tokens_come_as_often_as_the_model_says():
+def test_sampled_tokens_have_the_probabilities_of_the_model():
     model, count = small_lm(), 3000
     ids, mask = PROMPTS[:1].expand(count, -1), MASK[:1].expand(count, -1)
     text = generate_text(model, ids, mask, max_new_tokens=1, eos_token_id=EOS, temperature=2.0, seeds=torch.arange(count))
@@ -48,7 +48,7 @@ def test_top_p_cuts_the_tail():
     assert set(text[:, 0].tolist()) == set(nucleus.tolist())
 
 
-def test_a_row_writes_the_same_in_any_batch():
+def test_a_row_gives_the_same_text_in_any_batch():
     settings = {"max_new_tokens": 6, "eos_token_id": EOS, "temperature": 1.5, "top_p": 0.9}
     batch = generate_text(small_lm(), PROMPTS, MASK, seeds=SEEDS, **settings)
     for row, prompt in enumerate(real(PROMPTS, MASK)):
@@ -58,7 +58,7 @@ def test_a_row_writes_the_same_in_any_batch():
         assert batch[row, : alone.shape[1]].tolist() == alone[0].tolist()
 
 
-def test_ranks_that_finish_early_keep_step():
+def test_ranks_that_finish_early_run_equally_many_passes():
     model, forwards, asked = small_lm(), [], []
     model.register_forward_hook(lambda *_: forwards.append(1))
 
@@ -77,10 +77,10 @@ def test_ranks_that_finish_early_keep_step():
     assert len(forwards) == 5 + 3
 
 
-def test_settings_that_mean_nothing_are_refused():
+def test_settings_out_of_range_are_an_error():
     for setting in ({"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}):
         with pytest.raises(ValueError, match="generation needs temperature >= 0, 0 < top_p <= 1, top_k >= 1 and max_new_tokens >= 1, got"):
             generate_text(small_lm(), PROMPTS, MASK, **{"max_new_tokens": 3, "eos_token_id": EOS, **setting})
     for seeds, shape in ((None, "None"), (SEEDS[:1], r"\(1,\)")):
-        with pytest.raises(ValueError, match=f"seeds must hold one number for each of the 4 rows, got shape {shape}"):
+        with pytest.raises(ValueError, match=f"seeds must contain one number for each of the 4 rows, got shape {shape}"):
             generate_text(small_lm(), PROMPTS, MASK, max_new_tokens=3, eos_token_id=EOS, temperature=1.0, seeds=seeds)

@@ -26,14 +26,14 @@ def naive(popularity=None, gamma=0.0):
     return torch.tensor(rows)
 
 
-def test_nearest_titles_are_those_of_two_loops():
+def test_nearest_titles_equal_a_loop():
     expected = naive().sort(dim=1)
     found = nearest_titles(TEXTS, TITLES, k=4)
     assert torch.equal(found.item_ids, expected.indices[:, :4])
     torch.testing.assert_close(found.scores, -expected.values[:, :4])
 
 
-def test_popularity_pulls_titles_nearer():
+def test_popularity_reduces_distances():
     popularity = [3, 0, 50, 7, 7, 1, 0, 2, 100, 4, 9]
     expected = naive(popularity, 2.0).sort(dim=1)
     found = nearest_titles(TEXTS, TITLES, k=11, popularity=torch.tensor(popularity), gamma=2.0)
@@ -45,7 +45,7 @@ def test_popularity_pulls_titles_nearer():
     assert torch.equal(nearest_titles(TEXTS, TITLES, k=3, popularity=torch.ones(11), gamma=2.0).item_ids, naive().sort(dim=1).indices[:, :3])
 
 
-def test_a_large_common_offset_does_not_blur_distances():
+def test_a_large_common_offset_does_not_change_distances():
     found = nearest_titles(TEXTS + 3000, TITLES + 3000, k=11)
     assert torch.equal(found.item_ids, naive().sort(dim=1).indices)
 

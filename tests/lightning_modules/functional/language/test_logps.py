@@ -69,7 +69,7 @@ def test_row_layout_by_hand():
     assert row.allowed[0, 8].tolist() == [True] * 5 + [False] * 3 + [True] + [False] * 2
 
 
-def test_padding_beside_a_longer_row_changes_nothing():
+def test_padding_to_a_longer_row_does_not_change_results():
     model = llama()
     with torch.no_grad():
         together = answer_logps(model, batch_of(EXAMPLES))[1]
@@ -77,7 +77,7 @@ def test_padding_beside_a_longer_row_changes_nothing():
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
-def test_packed_documents_do_not_see_each_other():
+def test_packed_documents_are_independent():
     model = llama()
     documents = [[3, 4, 5, 6], [7, 8], [9, 10, 11]]
     row = {"sample_id": 0, "input_ids": [t for d in documents for t in d], "document_ids": [1] * 4 + [2] * 2 + [3] * 3}
@@ -92,7 +92,7 @@ def test_packed_documents_do_not_see_each_other():
 
 @pytest.mark.parametrize("multiple", [1, 8, 32])
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_padding_changes_nothing(multiple, by_hand):
+def test_padding_does_not_change_results(multiple, by_hand):
     """Also in a batch made by hand, which does not say how many columns its answers need."""
     model, batch = llama(), batch_of(EXAMPLES, pad_to_multiple_of=multiple)
     if by_hand:
@@ -102,7 +102,7 @@ def test_padding_changes_nothing(multiple, by_hand):
         torch.testing.assert_close(answer_logps(model, batch), expected, atol=2e-5, rtol=0)
 
 
-def test_rows_of_one_width_whatever_their_answers():
+def test_the_width_of_rows_does_not_depend_on_answers():
     """So that kernels are not planned again for each shape: the widths of 20 random batches are multiples of 8, and few."""
     rng = random.Random(0)
     widths = set()
@@ -122,7 +122,7 @@ def test_empty_prompt_is_refused():
         answer_token_logps(llama(), batch.prompt_ids, mask, batch.answer_ids, batch.answer_mask)
 
 
-def test_answers_that_were_exchanged_for_longer_ones_are_refused():
+def test_answers_longer_than_num_columns_are_an_error():
     batch, longer = batch_of([EXAMPLES[0]], pad_to_multiple_of=1), batch_of([EXAMPLES[1]], pad_to_multiple_of=1)
     batch = batch.replace(answer_ids=longer.answer_ids.repeat(1, 3, 1), answer_mask=longer.answer_mask.repeat(1, 3, 1))
     with pytest.raises(ValueError, match="create the batch with `collate`"):

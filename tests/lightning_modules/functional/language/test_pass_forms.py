@@ -10,10 +10,10 @@ from architectures import pass_errors, plain_logps, stepwise_logps, tiny_model
 from launch import HELPERS, launch
 
 from malleable.lightning_modules.functional.language import pass_check, pass_forms
-from malleable.lightning_modules.functional.language.decoding import beam_search
 from malleable.lightning_modules.functional.language.grounding import embed_texts
 from malleable.lightning_modules.functional.language.logps import answer_token_logps
 from malleable.lightning_modules.functional.language.trie import Trie
+from malleable.lightning_modules.functional.language.trie_beam_search import beam_search
 
 TOLERANCE = 1e-4
 # The form of an answer's prompt, and of the tree of beams.
@@ -63,7 +63,7 @@ def test_many_beams_of_a_window_counted_in_columns():
     torch.testing.assert_close(found.scores[0], expected[found.item_ids[0]], atol=1e-3, rtol=0)
 
 
-def test_the_model_and_its_surroundings_stay_as_they_were():
+def test_the_measurement_does_not_change_model_or_environment():
     model = tiny_model("mistral").train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
@@ -80,7 +80,7 @@ def test_the_model_and_its_surroundings_stay_as_they_were():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_model_is_measured_itself_where_no_twin_can_be_built(monkeypatch):
+def test_the_model_itself_is_measured_if_no_copy_can_be_built(monkeypatch):
     def refuse(*_):
         raise TypeError
 
@@ -99,7 +99,7 @@ def test_large_models_are_measured_by_narrow_twins():
     assert pass_check.check_passes(model).summary() == ""
 
 
-def test_a_model_that_sees_later_tokens_is_refused():
+def test_a_model_that_attends_to_later_tokens_is_an_error():
     with pytest.raises(ValueError, match="BertLMHeadModel attends to later tokens and cannot be trained or decoded"):
         pass_forms.pass_forms(tiny_model("bert"))
     assert pass_forms.pass_forms(tiny_model("bert", is_decoder=True)).describe()["embedding"] == "separate"
@@ -149,7 +149,7 @@ def test_fallbacks_have_gradients():
 @pytest.mark.ddp
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mistral", "gpt_neo"])
-def test_forms_are_the_same_where_weights_are_sharded(kind, tmp_path):
+def test_forms_are_the_same_with_sharded_weights(kind, tmp_path):
     """Models are built under ``zero.Init``, where a twin's weights would be sharded, too."""
     tiny_model(kind).save_pretrained(tmp_path / "model")
     launch([HELPERS / "pass_forms_run.py", tmp_path / "model", tmp_path])

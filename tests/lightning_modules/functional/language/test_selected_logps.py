@@ -61,7 +61,7 @@ def test_a_token_for_each_position_by_default():
     torch.testing.assert_close(selected_token_logps(logits, targets), expected)
 
 
-def test_nothing_chosen():
+def test_no_selected_tokens():
     logits = torch.randn(B, T, V, requires_grad=True)
     logps = selected_token_logps(logits, torch.zeros(B, 0, dtype=torch.long), torch.zeros(B, 0, dtype=torch.long))
     assert logps.shape == (B, 0)
@@ -69,7 +69,7 @@ def test_nothing_chosen():
     assert not logits.grad.any()
 
 
-def test_stores_the_logits_as_they_are_and_a_number_for_each_position():
+def test_saved_tensors_are_the_logits_and_one_number_for_each_position():
     stored = []
     logits, targets, positions = inputs(torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: stored.append(tensor) or tensor, lambda tensor: tensor):

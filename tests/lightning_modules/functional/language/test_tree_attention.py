@@ -18,7 +18,7 @@ def feed(decoder, rows):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "mistral"])
-def test_each_token_computes_what_it_would_in_its_own_sequence(kind, attention):
+def test_each_token_equals_its_own_sequence(kind, attention):
     model = small_lm(kind, attention)
     ids, mask = prompts()
     with torch.no_grad():
@@ -30,7 +30,7 @@ def test_each_token_computes_what_it_would_in_its_own_sequence(kind, attention):
                     torch.testing.assert_close(logits[row, slot], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_rows_can_leave():
+def test_rows_can_be_removed():
     model = small_lm()
     ids, mask = prompts()
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_several_tokens_of_a_path_at_once():
     torch.testing.assert_close(logits[1], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_keys_beyond_a_window_stay_but_are_not_seen():
+def test_keys_outside_a_window_are_masked():
     ids, mask = prompts((6, 2))
     model = small_lm("mistral", sliding_window=3)
     (plan, *_) = mask_plans(model.config)
@@ -66,7 +66,7 @@ def test_keys_beyond_a_window_stay_but_are_not_seen():
     assert decoder.cache.get_seq_length() == 6 + 2 + 2 + 1
 
 
-def test_the_cache_tells_its_length():
+def test_the_cache_returns_its_length():
     ids, mask = prompts((6, 2))
     with torch.no_grad():
         decoder = TreeDecoder(small_lm(), ids, mask)

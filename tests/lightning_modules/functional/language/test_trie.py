@@ -35,7 +35,7 @@ def test_items_with_equal_titles_share_a_leaf(caplog):
     assert trie.restrict(torch.tensor([False, True, False, True])).item(leaf).tolist() == [[3, 1]]
 
 
-def test_counts_and_leaves_see_allowed_items_only():
+def test_counts_and_leaves_are_of_allowed_items_only():
     trie = Trie.build(ALIEN)
     view = trie.restrict(torch.tensor([[True, True, True], [True, False, True], [False, False, False]]))
     nodes = torch.tensor([[0, 1, 2]]).expand(3, -1)
@@ -46,7 +46,7 @@ def test_counts_and_leaves_see_allowed_items_only():
     assert everything.select(torch.tensor([1, 2])) is everything
 
 
-def test_children_are_laid_end_to_end():
+def test_children_are_concatenated():
     view = Trie.build(ALIEN).restrict(torch.tensor([[True, True, True], [True, False, True]]))
     node = torch.tensor([[1, 0, 2], [1, 2, 0]])
     live = torch.tensor([[True, False, True], [True, True, False]])
@@ -72,7 +72,7 @@ def test_the_tables_of_a_large_tree_agree_with_the_titles():
     assert int((trie.num_children == 0).sum()) == len({tuple(title) for title in titles}) == len(trie.title_start)
 
 
-def test_moving_keeps_everything():
+def test_moving_keeps_all_fields():
     trie = Trie.build(ALIEN)
     moved = trie.to("cpu")
     assert torch.equal(moved.token, trie.token)

@@ -62,7 +62,7 @@ def documents():
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_whole_sequences_take_causal_kernels(name, kernels):
+def test_whole_sequences_use_causal_kernels(name, kernels):
     model = tiny_model("llama")
     pass_forms(model)
     kernels.calls.clear()
@@ -78,7 +78,7 @@ def test_whole_sequences_take_causal_kernels(name, kernels):
     ],
     ids=["SFT", "CausalLM"],
 )
-def test_modules_train_by_causal_kernels(make, rows, kernels):
+def test_modules_train_with_causal_kernels(make, rows, kernels):
     module = make(LanguageModelConfig(scratch=Scratch(hidden_size=16, num_layers=2, num_heads=2)))
     module.configure_model()
     kernels.calls.clear()
@@ -109,14 +109,14 @@ def test_packed_rows_of_one_document_equal_those_under_masks():
         torch.testing.assert_close(plain, masked, atol=1e-5, rtol=1e-5)
 
 
-def test_batches_know_whether_rows_are_one_document():
+def test_batches_have_the_flag_one_document():
     row = {"sample_id": 0, "input_ids": [5, 6, 7, 8]}
     assert batch_of(DOCUMENTS).one_document
     assert not batch_of([*DOCUMENTS, {**row, "document_ids": [1, 1, 2, 2]}]).one_document
     assert not batch_of([{**row, "document_ids": [1, 1, 1, 0]}]).one_document
 
 
-def test_the_last_token_of_an_answer_is_not_fed():
+def test_the_last_token_of_an_answer_is_not_an_input():
     batch = batch_of(ROWS, pad_to_multiple_of=1)
     tokens, lengths, starts = separate_answers(*parts(batch))
     assert [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)] == [row["prompt"] + row["answers"][0][:-1] for row in ROWS]

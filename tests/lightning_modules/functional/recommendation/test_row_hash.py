@@ -19,13 +19,13 @@ def test_order_batches_and_padding_do_not_matter():
         assert digest(history=torch.nn.functional.pad(ROWS[:, 1:], padding, value=-1)) == digest()
 
 
-def test_rows_that_fill_a_batch_count_for_nothing():
+def test_padding_rows_are_not_counted():
     more = torch.cat([ROWS, ROWS[:2]])
     assert digest(more, torch.cat([IDS, torch.tensor([-1, -2])])) == digest()
     assert digest()[0] == 6
 
 
-def test_every_change_is_seen():
+def test_every_change_changes_the_hash():
     changed = ROWS.clone()
     changed[2, 3] += 1
     swapped = ROWS[:, [0, 2, 1, 3]]

@@ -9,19 +9,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.batch import Catalog, KnowledgeGraph, Vocabulary
-from malleable.datamodules.identity import (
-    as_plain,
-    check_identity,
-    differences,
-    from_plain,
-    is_stored,
-    read_stored,
-    store_identity,
-    vocabulary_of,
-    write_folder,
-)
+from malleable.datamodules.compatibility import check_identity, differences
 from malleable.datamodules.language.tokenizer import load_tokenizer, pack_tokenizer, tokenizer_digest, train_tokenizer, unpack_tokenizer
 from malleable.datamodules.recommendation.prompt import PromptTemplate
+from malleable.datamodules.stored_identity import as_plain, from_plain, is_stored, read_stored, store_identity, vocabulary_of, write_folder
 
 
 def prepared(data, stage="test"):
@@ -43,7 +34,7 @@ def checkpoint(tmp_path):
 # --- tokenizers ---
 
 
-def test_a_packed_tokenizer_needs_no_file_of_the_machine(tmp_path, cache, monkeypatch):
+def test_a_packed_tokenizer_needs_no_files(tmp_path, cache, monkeypatch):
     folder = train_tokenizer(["Heat", "Jaws"], 300)
     packed, digest = pack_tokenizer(str(folder)), tokenizer_digest(str(folder))
     tokens = load_tokenizer(str(folder))("Heat & Jaws")["input_ids"]
@@ -55,7 +46,7 @@ def test_a_packed_tokenizer_needs_no_file_of_the_machine(tmp_path, cache, monkey
     assert packed["digest"] == digest == tokenizer_digest(str(restored))
 
 
-def test_the_digest_is_of_what_a_tokenizer_does():
+def test_the_digest_depends_on_the_rules_of_a_tokenizer():
     first, other = (tokenizer_digest(str(train_tokenizer(titles, 300))) for titles in (["Heat", "Jaws"], ["Heat", "Jars and more jars"]))
     assert first != other
 
@@ -74,7 +65,7 @@ def test_file_names_of_a_checkpoint_stay_in_its_folder(tmp_path, cache):
     assert not list(tmp_path.glob("escaped"))
 
 
-def test_a_tokenizer_that_cannot_be_read_is_said(caplog):
+def test_a_tokenizer_that_cannot_be_read_is_logged(caplog):
     assert pack_tokenizer("nowhere/at/all") is None
     assert "'nowhere/at/all' cannot be read, so it is neither stored nor compared" in caplog.text
 
@@ -82,7 +73,7 @@ def test_a_tokenizer_that_cannot_be_read_is_said(caplog):
 # --- comparison ---
 
 
-def test_descriptions_survive_as_plain_data():
+def test_descriptions_are_restored_from_plain_data():
     catalog = Catalog(("A", "B"), ((1, 2), (3,)), ((), ("x",)), (1, 2), keys=("7", "8"), template={"prefix": "", "candidates_prefix": None})
     graph = KnowledgeGraph(("a", "b"), ("r",), (1, 2), (3,))
     for kind, described in (("catalog", catalog), ("vocabulary", Vocabulary(3, 1, 0, "folder")), ("graph", graph)):
@@ -122,11 +113,11 @@ def test_a_difference_names_both_values_and_the_remedy(given, message):
         ({"theta": 1.0, "type": "linear"}, {"theta": 1.0}, "'type' 'linear' in the checkpoint, None here"),
     ],
 )
-def test_an_entry_that_one_side_lacks_is_a_difference(stored, given, named):
+def test_an_entry_that_is_missing_on_one_side_is_a_difference(stored, given, named):
     assert differences({"pattern": stored}, {"pattern": given}) == [f"pattern: {named}"]
 
 
-def test_an_entry_that_says_nothing_is_none():
+def test_missing_entries_equal_default_values():
     """Versions of libraries differ in what they write out."""
     assert not differences({"rope": {"theta": 1.0}}, {"rope": {"theta": 1.0, "type": "default", "factor": None}})
 
@@ -142,7 +133,7 @@ def test_counts_and_ids_may_differ():
     check_identity("catalog", A, Catalog(("A", "B", "C"), ((1,), (2,), (3,)), popularity=(5, 6, 7), vocabulary=WORDS, keys=("1", "2", "3")))
 
 
-def test_new_items_behind_the_stored_ones_are_accepted_on_request():
+def test_appended_items_are_accepted_with_extend():
     longer = Catalog(("A", "B", "C", "D"), ((1,), (2,), (3,), (1, 2)), vocabulary=WORDS)
     check_identity("catalog", A, longer, extend=True)
     with pytest.raises(MisconfigurationException, match=r"1 new \('D'\)"):
@@ -178,7 +169,7 @@ def test_reordered_items_give_the_same_rows(checkpoint, tmp_path):
     assert [data.test_dataset[row] for row in range(16)] == [trained.test_dataset[row] for row in range(16)]
 
 
-def test_items_that_the_data_lacks_keep_their_places(checkpoint, tmp_path):
+def test_items_that_are_not_in_the_data_keep_their_numbers(checkpoint, tmp_path):
     path, trained = checkpoint
     catalog = prepared(small_shop.fewer_items(tmp_path / "new", tokenizer=path)).catalog
     assert catalog.titles == trained.catalog.titles
@@ -197,7 +188,7 @@ def test_new_items_are_added_on_request(checkpoint, tmp_path):
     assert catalog.titles == (*trained.catalog.titles, "A Quiet Mirror", "A Quiet Harbor")
     assert catalog.keys == (*trained.catalog.keys, "n1", "n2")
     check_identity("catalog", trained.catalog, catalog, extend=True)
-    with pytest.raises(ValueError, match="extend_catalog needs the catalogue that is extended"):
+    with pytest.raises(ValueError, match="extend_catalog needs a catalogue to extend"):
         small_shop.shop(tmp_path / "new", extend_catalog=True)
 
 
@@ -210,7 +201,7 @@ def test_a_renamed_item_is_refused(checkpoint, tmp_path):
 
 def test_another_template_is_refused(checkpoint, tmp_path):
     path, _ = checkpoint
-    with pytest.raises(ValueError, match=r"template is .*enjoyed.* here, but .* in .*a.ckpt; leave template out"):
+    with pytest.raises(ValueError, match=r"template is .*enjoyed.* here, but .* in .*a.ckpt; omit template"):
         small_shop.shop(tmp_path / "new", tokenizer=path, template="instruction").prepare_data()
 
 
@@ -234,12 +225,12 @@ def test_an_earlier_checkpoint_without_its_tokenizer(checkpoint, tmp_path, cache
     torch.save(entries, path)
     assert vocabulary_of(read_stored(path)).tokenizer is not None  # it is still on this machine
     shutil.rmtree(cache)
-    monkeypatch.setattr("malleable.datamodules.language.tokenizer._READ", {})  # as in another process
+    monkeypatch.setattr("malleable.datamodules.language.tokenizer._CONTENTS", {})  # as in another process
     with pytest.raises(ValueError, match="written by an earlier version, without its tokenizer"):
         read_stored(path)
 
 
-def test_what_is_no_checkpoint(tmp_path):
+def test_files_that_are_not_checkpoints(tmp_path):
     (tmp_path / "a.ckpt").write_text("text")
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
         read_stored(str(tmp_path / "a.ckpt"))

@@ -1,5 +1,7 @@
 """Base class of searches in a trie, which run the model on the live nodes of each row and select among their children.
 
+The searches are ``trie_beam_search.py`` (titles of highest score) and ``trie_sampling.py`` (random titles).
+
 Shapes: B rows, R rows still searched, P prompt tokens, W nodes fed in a row, C candidates, S segments, V vocabulary.
 """
 

@@ -1,4 +1,4 @@
-"""Beam search over the titles of a catalogue.
+"""Beam search over the titles of a catalogue, constrained by their trie (prefix tree).
 
 Shapes: B rows, R rows still searched, P prompt tokens, W beams, C candidates, N items, V vocabulary.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from malleable.lightning_modules.functional.language.tree_attention import evaluating
 from malleable.lightning_modules.functional.language.trie import Candidates, Trie
-from malleable.lightning_modules.functional.language.trie_search import NEG_INF, Decoded, TrieSearch, logsumexp, segment_log_softmax
+from malleable.lightning_modules.functional.language.trie_search_base import NEG_INF, Decoded, TrieSearch, logsumexp, segment_log_softmax
 
 # Number of tokens in a forward pass below which its overhead dominates. Feeding more tokens of a title at once saves passes, but also processes
 # tokens of titles that would have been pruned. Measured on two cores with 1 M parameters: 128 to 1024 make no difference.
@@ -145,8 +145,8 @@ class BeamSearch(TrieSearch):
 
     def keep_best(self, priority: Tensor, score: Tensor, node: Tensor, parent: Tensor) -> None:
         """Keep the best beams, without beams that can no longer become one of the k best titles."""
-        hopeless = priority <= self.best_priority[self.rows, -1:]
-        top = priority.masked_fill(hopeless, NEG_INF).topk(min(self.num_beams, priority.shape[1]))
+        pruned = priority <= self.best_priority[self.rows, -1:]
+        top = priority.masked_fill(pruned, NEG_INF).topk(min(self.num_beams, priority.shape[1]))
         self.priority, self.live = top.values, top.values > NEG_INF
         self.node, self.parent = node.gather(1, top.indices), parent.gather(1, top.indices)
         self.score = score.gather(1, top.indices).masked_fill(~self.live, NEG_INF)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from malleable.datamodules.batch import AnswerBatch, Catalog
-from malleable.datamodules.negatives import Hardest, NegativeSampler, SelfPlay, Semantic
+from malleable.datamodules.negative_samplers import Hardest, NegativeSampler, SelfPlay, Semantic
 from malleable.lightning_modules.functional.keyed_random import keyed_uniform
-from malleable.lightning_modules.functional.language.decoding import beam_search
 from malleable.lightning_modules.functional.language.grounding import nearest_titles
-from malleable.lightning_modules.functional.language.sampling import sample
 from malleable.lightning_modules.functional.language.trie import Trie
+from malleable.lightning_modules.functional.language.trie_beam_search import beam_search
+from malleable.lightning_modules.functional.language.trie_sampling import sample
 from malleable.lightning_modules.language.free_answers import named_items, nearest_items, write_answers
 
 

@@ -10,9 +10,9 @@ from tiny import EOS, TOKENS, batch_of, tiny_catalog, tiny_rows
 from tiny_data import quiet_trainer
 from tiny_module import ready
 
-from malleable.callbacks.self_play.negatives import negatives, row_items, titles
+from malleable.callbacks.self_play.round_negatives import negatives, row_items, titles
 from malleable.datamodules.loading import PhasedLoader
-from malleable.datamodules.negatives import Hardest, Mixture, Popularity, SelfPlay, Semantic, Uniform, round_seed
+from malleable.datamodules.negative_samplers import Hardest, Mixture, Popularity, SelfPlay, Semantic, Uniform, round_seed
 
 
 @pytest.fixture

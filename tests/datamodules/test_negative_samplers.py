@@ -2,10 +2,10 @@ from collections import Counter
 
 import pytest
 
-from malleable.datamodules.negatives import Hardest, ItemSampler, Mixture, Popularity, RowItems, Semantic, Uniform
+from malleable.datamodules.negative_samplers import Hardest, ItemSampler, Mixture, Popularity, RowItems, Semantic, Uniform
 
 
-def test_draws_are_distinct_and_leave_out_what_is_excluded():
+def test_samples_are_distinct_and_not_excluded():
     sampler = ItemSampler(range(20))
     for row in range(200):
         drawn = sampler.draw(row, 5, exclude=[0, 1, 2])
@@ -39,7 +39,7 @@ def test_the_last_possible_items_are_found():
 
 
 def test_too_few_items_are_an_error():
-    with pytest.raises(ValueError, match="row 7 needs 3 items besides its own 2, but only 2 exist; ask for fewer"):
+    with pytest.raises(ValueError, match="row 7 needs 3 items besides its own 2, but there are only 2; reduce their number"):
         ItemSampler(range(5), [1, 1, 1, 1, 0]).draw(7, 3, exclude=[0, 1])
 
 
@@ -50,8 +50,8 @@ def test_drawing_among_candidates_keeps_their_weights():
     assert {sampler.among([0, 4]).draw(row, 1, ())[0] for row in range(50)} == {0, 4}
 
 
-def test_places_cover_all_positions():
-    assert {ItemSampler(range(5)).place(row, 4) for row in range(100)} == {0, 1, 2, 3}
+def test_positions_cover_all_values():
+    assert {ItemSampler(range(5)).draw_position(row, 4) for row in range(100)} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_places_cover_all_positions():
     [
         (lambda: Uniform(0), "num_negatives must be >= 1, got 0"),
         (lambda: Semantic(num_negatives=3, pool=2), "pool 2 must be at least num_negatives 3"),
-        (lambda: Mixture(1, [Uniform()]), "a Mixture has at least two parts, got 1"),
+        (lambda: Mixture(1, [Uniform()]), "a Mixture needs at least two parts, got 1"),
         (lambda: Mixture(1, [Uniform(), Uniform()], [1]), "weights must be 2 numbers >= 0, one for each part and not all 0"),
-        (lambda: Mixture(1, [Uniform(), Popularity(2)]), "num_negatives is 1 of the Mixture, but 2 of its part Popularity"),
+        (lambda: Mixture(1, [Uniform(), Popularity(2)]), "num_negatives is 1 in the Mixture, but 2 in its part Popularity"),
         (lambda: Semantic().bind(3, (), 0), "Semantic needs a model, which a data module does not have"),
         (lambda: Mixture(1, [Uniform(), Hardest()]).bind(3, (), 0), "Hardest needs a model"),
     ],
@@ -71,7 +71,7 @@ def test_bad_values(make, message):
         make()
 
 
-def test_items_never_bought_are_not_drawn_by_any_power_of_popularity():
+def test_items_without_interactions_are_not_sampled_for_any_exponent():
     sampler = Popularity(2, exponent=0.5).bind(4, [4, 0, 9, 1], 0)
     assert {item for row in range(50) for item in sampler(RowItems(row, ()))} == {0, 2, 3}
 

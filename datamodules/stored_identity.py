@@ -1,46 +1,40 @@
-"""Identity of the data that weights were trained on: tokenizer, prompt template, items and labels.
+"""Storage of the data that weights depend on, in checkpoints and exported folders.
 
-It is stored with the weights and compared when they are loaded. A checkpoint has the entries ``catalog``, ``vocabulary`` or ``graph`` and, for
-models that read text, ``tokenizer``. An exported folder has the same entries in ``malleable.json``, beside the files of the tokenizer.
+A checkpoint has the entries ``catalog``, ``vocabulary`` or ``graph`` and, for models that read text, ``tokenizer``. An exported folder has the same
+entries in ``malleable.json``, beside the files of the tokenizer. :mod:`~malleable.datamodules.compatibility` compares them with other data.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, cast, get_args, get_origin, get_type_hints
-
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.batch import Catalog, KnowledgeGraph, Vocabulary
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.datamodules.files.plain_checkpoint import read_plain
 from malleable.datamodules.files.text_files import read_json
 from malleable.datamodules.files.user_files import first_line
-from malleable.datamodules.language.tokenizer import pack_tokenizer, rules_digest, tokenizer_digest, unpack_tokenizer, write_known
-from malleable.datamodules.recommendation.prompt import PromptTemplate
-
-log = logging.getLogger(__name__)
+from malleable.datamodules.language.tokenizer import pack_tokenizer, rules_digest, tokenizer_digest, unpack_tokenizer, write_from_memory
 
 DataDescription = Catalog | Vocabulary | KnowledgeGraph
 
 __all__ = [
+    "FOLDER_FILE",
     "KINDS",
     "SETTINGS",
+    "DataDescription",
     "as_plain",
-    "check_folder",
-    "check_identity",
-    "differences",
     "from_plain",
-    "identity",
     "is_stored",
     "load_identity",
+    "read_entries",
     "read_stored",
+    "restore_tokenizer",
     "rules_digest",
     "store_identity",
     "stores_data",
@@ -53,15 +47,6 @@ KINDS: dict[str, type[Any]] = {"catalog": Catalog, "vocabulary": Vocabulary, "gr
 SETTINGS = "settings"
 """Entry of a checkpoint with the settings that change what its weights compute."""
 FOLDER_FILE = "malleable.json"
-TOKENS = "tokens of items"
-SHOWN = 3
-"""Maximum number of examples in a message."""
-ADVICE = {
-    "catalog": "Use the catalogue of the checkpoint: --data.tokenizer <checkpoint> (in Python, tokenizer='<checkpoint>' of the data module); "
-    "to append new items to it, give --extend_catalog (extend_catalog=True), too",
-    "vocabulary": "Use the tokenizer of the checkpoint: --data.tokenizer <checkpoint> (in Python, tokenizer=... of the data module)",
-    "graph": "Use the data that the checkpoint was trained on",
-}
 
 
 def vocabulary_of(description: DataDescription) -> Vocabulary | None:
@@ -78,112 +63,6 @@ def with_tokenizer(description: DataDescription, tokenizer: str) -> DataDescript
         return description
     vocabulary = replace(vocabulary, tokenizer=tokenizer)
     return replace(description, vocabulary=vocabulary) if isinstance(description, Catalog) else vocabulary
-
-
-# --- comparison ---
-
-
-def identity(description: DataDescription, *, text: bool = True) -> dict[str, Any]:
-    """Return everything that the weights depend on, by name, as values that can be compared.
-
-    Args:
-        description: Description of the data or of a checkpoint.
-        text: Whether the model reads text; otherwise only the items are compared.
-    """
-    if isinstance(description, KnowledgeGraph):
-        return {"entities": description.entities, "relations": description.relations}
-    parts: dict[str, Any] = {"items": description.titles} if isinstance(description, Catalog) else {}
-    vocabulary = vocabulary_of(description)
-    if not text or vocabulary is None:
-        return parts
-    parts |= {"vocab_size": vocabulary.vocab_size, "eos_token_id": vocabulary.eos_token_id}
-    if vocabulary.tokenizer is not None and (digest := tokenizer_digest(vocabulary.tokenizer)) is not None:
-        parts["tokenizer"] = digest
-    if isinstance(description, Catalog):
-        if description.template is not None:
-            # Fields that are missing in a checkpoint of an earlier version had their default values.
-            parts["template"] = {**asdict(PromptTemplate()), **description.template}
-        parts[TOKENS] = dict(zip(description.titles, description.token_ids, strict=False))
-    return parts
-
-
-def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Return a message for each entry that both mappings have and that differs, with both values."""
-    return [found for name in stored if name in given and stored[name] != given[name] for found in _describe(name, stored[name], given[name])]
-
-
-def check_identity(kind: str, stored: DataDescription, given: DataDescription, *, text: bool = True, extend: bool = False) -> None:
-    """Check that data match the data that weights were trained on.
-
-    Args:
-        kind: ``catalog``, ``vocabulary`` or ``graph``.
-        stored: Description in the checkpoint or module.
-        given: Description of the data.
-        text: Whether the model reads text.
-        extend: Whether the data may have new items after the stored ones.
-
-    Raises:
-        MisconfigurationException: If they differ.
-    """
-    if stored is given or stored == given:
-        return
-    own, other = identity(stored, text=text), identity(given, text=text)
-    if extend and isinstance(stored, Catalog) and isinstance(given, Catalog):
-        other |= {"items": given.titles[: len(stored)]}
-        if TOKENS in other:
-            other[TOKENS] = dict(list(other[TOKENS].items())[: len(stored)])
-    if found := differences(own, other):
-        what = "another graph" if kind == "graph" else "other data"
-        raise MisconfigurationException(f"the checkpoint was trained on {what}: {'; '.join(found)}. {ADVICE[kind]}")
-
-
-def _describe(name: str, stored: Any, given: Any) -> list[str]:
-    if isinstance(stored, Mapping):
-        return _describe_mapping(name, stored, given)
-    if isinstance(stored, (tuple, list)):
-        return [_describe_sequence(name, stored, given)]
-    if isinstance(stored, str) and len(stored) == 64:
-        return [f"{name} {stored[:12]} in the checkpoint, {given[:12]} here (digests of the content)"]
-    return [f"{name} {stored!r} in the checkpoint, {given!r} here"]
-
-
-def _describe_mapping(name: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    # Items that only one side has are reported under `items`.
-    names = [key for key in stored if key in given] if name == TOKENS else list(dict.fromkeys([*stored, *given]))
-    other = [key for key in names if stored.get(key) != given.get(key) and not (_is_default(stored.get(key)) and _is_default(given.get(key)))]
-    if not other:
-        return []
-    examples = [f"{key!r} {_short(stored.get(key))} in the checkpoint, {_short(given.get(key))} here" for key in other[:SHOWN]]
-    more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
-    return [f"{name}: {', '.join(examples)}{more}"]
-
-
-def _is_default(value: Any) -> bool:
-    """Return whether a value is a default, which another version of a library may omit."""
-    return value in (None, False, "default") or value in ([], {}, ())
-
-
-def _describe_sequence(name: str, stored: Sequence[Any], given: Sequence[Any]) -> str:
-    ours, theirs = set(stored), set(given)
-    new, missing = [item for item in given if item not in ours], [item for item in stored if item not in theirs]
-    parts = [f"{len(items)} {word} ({_examples(items)})" for word, items in (("new", new), ("missing", missing)) if items]
-    if not parts:
-        pairs = enumerate(zip(stored, given, strict=False))
-        place = next((index for index, (one, other) in pairs if one != other), min(len(stored), len(given)) - 1)
-        parts = [f"in another order, first at position {place}: {stored[place]!r} and {given[place]!r}"]
-    return f"{name}: {len(stored)} in the checkpoint, {len(given)} here, {', '.join(parts)}"
-
-
-def _examples(items: Sequence[Any]) -> str:
-    return ", ".join(map(repr, items[:SHOWN])) + (", ..." if len(items) > SHOWN else "")
-
-
-def _short(value: Any) -> str:
-    text = repr(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-# --- storage ---
 
 
 def as_plain(description: DataDescription) -> dict[str, Any]:
@@ -225,7 +104,7 @@ def store_identity(entries: dict[str, Any], kind: str, description: DataDescript
 
 def restore_tokenizer(name: str, folder: Path) -> bool:
     """Write a tokenizer that this process has read, and whose files were removed since, into a folder; return whether it was read."""
-    return write_known(name, folder)
+    return write_from_memory(name, folder)
 
 
 def load_identity(entries: Mapping[str, Any], kind: str) -> DataDescription | None:
@@ -254,35 +133,6 @@ def write_folder(folder: Path, kind: str, description: DataDescription, settings
         temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
-def check_folder(name: str | None, given: Catalog | Vocabulary) -> None:
-    """Check that data use the tokenizer that the model in an exported folder was trained with; warn if the prompt template differs.
-
-    Items may differ: the model is a base model for further training, and can read and generate any title.
-
-    Args:
-        name: Name of a model or adapter; names that are not exported folders are not checked.
-        given: Description of the data.
-
-    Raises:
-        MisconfigurationException: If the tokenizers differ.
-    """
-    path = Path(name).expanduser() if name is not None else None
-    if path is None or not (path / FOLDER_FILE).is_file():
-        return
-    entries = _entries(path)
-    kind = "catalog" if "catalog" in entries else "vocabulary"
-    stored, here = (identity(description) for description in (from_plain(kind, entries[kind]), given))
-    if entries["tokenizer_digest"] is not None:
-        stored["tokenizer"] = entries["tokenizer_digest"]
-    if found := differences(*({key: side[key] for key in ("vocab_size", "tokenizer") if side.get(key)} for side in (stored, here))):
-        raise MisconfigurationException(
-            f"the model in {path} was trained with another tokenizer than the data use: {'; '.join(found).replace('the checkpoint', path.name)}. "
-            f"Use the model's tokenizer: --data.tokenizer {name} (in Python, tokenizer='{name}' of the data module)"
-        )
-    if found := differences({"template": stored.get("template")}, {"template": here.get("template", stored.get("template"))}):
-        log.warning("the model in %s was trained with another prompt template: %s", path, "; ".join(found).replace("the checkpoint", path.name))
-
-
 def is_stored(name: str | None) -> bool:
     """Return whether a name is a checkpoint or an exported folder with ``malleable.json``."""
     if name is None:
@@ -293,7 +143,7 @@ def is_stored(name: str | None) -> bool:
 
 def stores_data(name: str) -> bool:
     """Return whether a checkpoint or exported folder contains a catalogue or a vocabulary."""
-    return is_stored(name) and any(kind in _entries(Path(name).expanduser()) for kind in ("catalog", "vocabulary"))
+    return is_stored(name) and any(kind in read_entries(Path(name).expanduser()) for kind in ("catalog", "vocabulary"))
 
 
 def read_stored(name: str) -> Catalog | Vocabulary:
@@ -303,7 +153,7 @@ def read_stored(name: str) -> Catalog | Vocabulary:
         ValueError: If the file is not a checkpoint, contains neither, or has another tokenizer than the model was trained with.
     """
     path = Path(name).expanduser()
-    entries = _entries(path)
+    entries = read_entries(path)
     try:
         description = load_identity(entries, "catalog") or load_identity(entries, "vocabulary")
     except ValueError as error:
@@ -323,7 +173,7 @@ def read_stored(name: str) -> Catalog | Vocabulary:
     return description
 
 
-def _entries(path: Path) -> dict[str, Any]:
+def read_entries(path: Path) -> dict[str, Any]:
     """Read the entries of a checkpoint or exported folder."""
     if (path / FOLDER_FILE).is_file():
         folder: dict[str, Any] = read_json(path / FOLDER_FILE)

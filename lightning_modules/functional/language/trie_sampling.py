@@ -1,4 +1,4 @@
-"""Sampling of titles of a catalogue from a language model.
+"""Sampling of titles of a catalogue from a language model, constrained by their trie (prefix tree).
 
 Shapes: B rows, R rows still searched, P prompt tokens, S samples, C candidates, N items, V vocabulary.
 """
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from malleable.lightning_modules.functional.keyed_random import keyed_gumbel, keyed_uniform
-from malleable.lightning_modules.functional.language.decoding import BeamSearch
 from malleable.lightning_modules.functional.language.tree_attention import evaluating
 from malleable.lightning_modules.functional.language.trie import Candidates, Trie
-from malleable.lightning_modules.functional.language.trie_search import NEG_INF, Decoded, TrieSearch, segment_log_softmax
+from malleable.lightning_modules.functional.language.trie_beam_search import BeamSearch
+from malleable.lightning_modules.functional.language.trie_search_base import NEG_INF, Decoded, TrieSearch, segment_log_softmax
 
 
 def sample(
@@ -45,7 +45,7 @@ def sample(
         top_p: Sample from the most probable tokens that together have this probability, in (0, 1].
         distinct: Sample without replacement.
         allowed: ``(N,)`` or ``(B, N)`` bool, the items that may be sampled; ``None`` allows all.
-        sync_any: As in :func:`beam_search`.
+        sync_any: As in :func:`~malleable.lightning_modules.functional.language.trie_beam_search.beam_search`.
 
     Returns:
         Items ``(B, S)`` in the order of sampling, padded with -1, and the log-probability of each under sampling with replacement.
@@ -62,7 +62,7 @@ def sample(
             f"got temperature={temperature}, top_p={top_p}, num_samples={num_samples}"
         )
     if seeds.shape != prompt_ids.shape[:1]:
-        raise ValueError(f"seeds must hold one number for each of the {len(prompt_ids)} rows, got shape {tuple(seeds.shape)}")
+        raise ValueError(f"seeds must contain one number for each of the {len(prompt_ids)} rows, got shape {tuple(seeds.shape)}")
     method = WithoutReplacement if distinct else WithReplacement
     with evaluating(model):
         return method(model, trie, prompt_ids, prompt_mask, allowed, SamplingOptions(seeds, num_samples, temperature, top_p)).run(sync_any)

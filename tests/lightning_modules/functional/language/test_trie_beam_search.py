@@ -4,9 +4,9 @@ import pytest
 import torch
 from small_lm import EOS, prompts, random_titles, real, score_all, score_all_in_trie, small_lm
 
-from malleable.lightning_modules.functional.language import decoding, trie_search
-from malleable.lightning_modules.functional.language.decoding import beam_search
+from malleable.lightning_modules.functional.language import trie_beam_search, trie_search_base
 from malleable.lightning_modules.functional.language.trie import Trie
+from malleable.lightning_modules.functional.language.trie_beam_search import beam_search
 
 TITLES = random_titles()
 PROMPTS, MASK = prompts()
@@ -38,7 +38,7 @@ def library_search(model, titles, prompt_ids, prompt_mask, num_beams, k):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "mistral"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_enough_beams_find_what_scoring_every_title_finds(kind, attention):
+def test_with_enough_beams_the_search_equals_scoring_every_title(kind, attention):
     model = small_lm(kind, attention)
     found = beam_search(model, Trie.build(TITLES), PROMPTS, MASK, num_beams=len(TITLES), k=len(TITLES))
     for row, prompt in enumerate(real(PROMPTS, MASK)):
@@ -61,7 +61,7 @@ def test_renormalised_scores_are_probabilities_over_the_allowed_titles():
 
 
 @pytest.mark.parametrize(("num_beams", "k"), [(2, 1), (3, 2), (6, 6), (12, 5)])
-def test_narrow_beams_find_what_the_library_finds(num_beams, k):
+def test_few_beams_equal_generate(num_beams, k):
     for kind in ("llama", "gpt2"):
         model = small_lm(kind)
         found = beam_search(model, Trie.build(TITLES), PROMPTS, MASK, num_beams=num_beams, k=k)
@@ -70,7 +70,7 @@ def test_narrow_beams_find_what_the_library_finds(num_beams, k):
         torch.testing.assert_close(found.scores, scores, atol=1e-4, rtol=1e-5)
 
 
-def test_the_cut_at_num_beams_candidates_is_the_librarys():
+def test_pruning_at_num_beams_candidates_equals_generate():
     # many seeds, few beams: finished titles often miss the cut
     for seed in range(8):
         titles = random_titles(30, seed)
@@ -80,7 +80,7 @@ def test_the_cut_at_num_beams_candidates_is_the_librarys():
         assert found.item_ids.tolist() == items.tolist()
 
 
-def test_one_beam_takes_the_best_child_each_time():
+def test_one_beam_is_greedy_search():
     model = small_lm()
     found = beam_search(model, Trie.build(TITLES), PROMPTS, MASK, num_beams=1, k=1)
     for row, prompt in enumerate(real(PROMPTS, MASK)):
@@ -91,7 +91,7 @@ def test_one_beam_takes_the_best_child_each_time():
         assert TITLES[int(found.item_ids[row, 0])] == text
 
 
-def test_titles_that_begin_others_are_told_apart():
+def test_titles_that_are_prefixes_of_others():
     titles = [[5, EOS], [5, 6, EOS], [5, 6, 7, EOS], [8, EOS]]
     found = beam_search(small_lm(), Trie.build(titles), PROMPTS, MASK, num_beams=4, k=4)
     assert [sorted(row) for row in found.item_ids.tolist()] == [[0, 1, 2, 3]] * len(PROMPTS)
@@ -107,7 +107,7 @@ def test_of_equal_titles_the_lowest_allowed_item_is_returned_once():
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
-def test_what_is_not_allowed_is_never_returned(renormalize):
+def test_only_allowed_items_are_returned(renormalize):
     model, trie = small_lm(), Trie.build(TITLES)
     allowed = torch.rand(len(PROMPTS), len(TITLES)) < 0.4
     allowed[1] = torch.tensor([title[0] == 2 for title in TITLES])  # whole subtrees are out
@@ -159,11 +159,11 @@ def test_items_are_real_distinct_and_in_order():
 
 
 @pytest.mark.parametrize(("tokens", "kept"), [(1, 0.0), (1, 1.0), (10_000, 0.0), (10_000, 1.0)])
-def test_how_titles_are_fed_to_their_ends_changes_nothing(monkeypatch, tokens, kept):
+def test_the_number_of_tokens_in_a_pass_does_not_change_results(monkeypatch, tokens, kept):
     # series with long tails that do not branch
     titles = [[2, 3, 4, 5, 6, 7, EOS], [2, 4, EOS], [3, EOS], [4, 5, 6, 7, 2, 3, 4, 5, EOS], [4, 6, 7, EOS], [5, 2, 2, 2, 2, EOS]]
-    monkeypatch.setattr(decoding, "PASS_TOKENS", tokens)
-    monkeypatch.setattr(trie_search, "MIN_LIVE_SHARE", kept)
+    monkeypatch.setattr(trie_beam_search, "PASS_TOKENS", tokens)
+    monkeypatch.setattr(trie_search_base, "MIN_LIVE_SHARE", kept)
     for k in (2, 6):
         found = beam_search(small_lm(), Trie.build(titles), PROMPTS, MASK, num_beams=6, k=k)
         for row, prompt in enumerate(real(PROMPTS, MASK)):
@@ -174,7 +174,7 @@ def test_how_titles_are_fed_to_their_ends_changes_nothing(monkeypatch, tokens, k
 
 def test_long_vocabularies_are_normalised_in_parts(monkeypatch):
     expected = beam_search(small_lm(), Trie.build(TITLES), PROMPTS, MASK, num_beams=5, k=5)
-    monkeypatch.setattr(trie_search, "CHUNK", 1)
+    monkeypatch.setattr(trie_search_base, "CHUNK", 1)
     found = beam_search(small_lm(), Trie.build(TITLES), PROMPTS, MASK, num_beams=5, k=5)
     torch.testing.assert_close(found.scores, expected.scores)
 
@@ -187,7 +187,7 @@ def test_half_precision_gives_close_scores():
     assert found.scores.dtype == torch.float32
 
 
-def test_ranks_that_finish_early_keep_step():
+def test_ranks_that_finish_early_run_equally_many_passes():
     model, trie = small_lm(), Trie.build(TITLES)
     calls = {"forward": 0, "asked": []}
     model.register_forward_hook(lambda *_: calls.update(forward=calls["forward"] + 1))
@@ -207,7 +207,7 @@ def test_ranks_that_finish_early_keep_step():
     assert calls["forward"] == 1 + max(5, longest - 1)
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_not_changed():
     model = small_lm("gpt2").train()
     model.transformer.h[0].eval()
     found = beam_search(model, Trie.build(TITLES), PROMPTS, MASK, num_beams=3, k=3)
@@ -218,7 +218,7 @@ def test_the_model_is_left_as_it_was():
 
 
 @pytest.mark.parametrize(("num_beams", "k"), [(2, 3), (2, 0)])
-def test_numbers_that_do_not_fit_are_refused(num_beams, k):
+def test_numbers_out_of_range_are_an_error(num_beams, k):
     with pytest.raises(ValueError, match=f"k must be at least 1 and at most num_beams = {num_beams}, got {k}"):
         beam_search(small_lm(), Trie.build(TITLES), PROMPTS, MASK, num_beams=num_beams, k=k)
 

@@ -13,7 +13,7 @@ from malleable.callbacks.self_play.round_file import RoundFile, answer_statistic
 from malleable.callbacks.sweep import rows_per_pass, sweep
 from malleable.datamodules.batch import Catalog
 from malleable.datamodules.loading import PhasedLoader, RowView
-from malleable.datamodules.negatives import Mixture, NegativeSampler, RowItems, SelfPlay, round_seed
+from malleable.datamodules.negative_samplers import Mixture, NegativeSampler, RowItems, SelfPlay, round_seed
 from malleable.lightning_modules.language.language_model import LanguageModel
 
 Rejected = tuple[list[list[int]], list[list[list[int]]]]

@@ -5,9 +5,9 @@ import pytest
 import torch
 from small_lm import EOS, prompts, random_titles, real, score_all_in_trie, small_lm
 
-from malleable.lightning_modules.functional.language.decoding import beam_search
-from malleable.lightning_modules.functional.language.sampling import SamplingOptions, sample, truncated_log_softmax
 from malleable.lightning_modules.functional.language.trie import Trie
+from malleable.lightning_modules.functional.language.trie_beam_search import beam_search
+from malleable.lightning_modules.functional.language.trie_sampling import SamplingOptions, sample, truncated_log_softmax
 
 TITLES = random_titles()
 PROMPTS, MASK = prompts()
@@ -36,7 +36,7 @@ def chi_square(items, probabilities):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_titles_come_as_often_as_the_model_would_write_them(temperature):
+def test_titles_have_the_probabilities_of_the_model(temperature):
     drawn = sample(small_lm(), Trie.build(FEW), PROMPTS[:1], MASK[:1], seeds=SEEDS[:1], num_samples=4000, temperature=temperature)
     probabilities = exact(temperature)
     assert chi_square(drawn.item_ids, probabilities) < 20.5  # 5 degrees of freedom, p = 0.001
@@ -53,7 +53,7 @@ def test_filters_hold():
 
 
 @pytest.mark.parametrize("distinct", [False, True])
-def test_a_row_draws_the_same_in_any_batch(distinct):
+def test_a_row_gives_the_same_samples_in_any_batch(distinct):
     model, trie = small_lm(), Trie.build(TITLES)
     settings = {"num_samples": 6, "temperature": 2.0, "distinct": distinct}
     batch = sample(model, trie, PROMPTS, MASK, seeds=SEEDS, **settings)
@@ -81,7 +81,7 @@ def test_a_small_top_p_is_one_beam_too():
     assert torch.equal(drawn.item_ids, beam_search(model, trie, PROMPTS, MASK, num_beams=1, k=1).item_ids.expand(-1, 3))
 
 
-def test_top_p_keeps_the_fewest_children_that_reach_it():
+def test_top_p_keeps_the_smallest_sufficient_set_of_children():
     probabilities = torch.tensor([[0.2, 0.5, 0.3, 0.6, 0.4]])
     segment = torch.tensor([[0, 0, 0, 1, 1]])
     draw = SamplingOptions(SEEDS, 1, 1.0, 0.7)
@@ -93,7 +93,7 @@ def test_top_p_keeps_the_fewest_children_that_reach_it():
     )
 
 
-def test_without_replacement_all_titles_come_once():
+def test_without_replacement_all_titles_are_sampled_once():
     drawn = sample(small_lm(), Trie.build(TITLES), PROMPTS, MASK, seeds=SEEDS, num_samples=len(TITLES) + 2, temperature=2.0, distinct=True)
     assert [sorted(row) for row in drawn.item_ids.tolist()] == [[-1, -1, *range(len(TITLES))]] * len(PROMPTS)
     torch.testing.assert_close(drawn.scores.exp().sum(1), torch.ones(len(PROMPTS)))
@@ -124,7 +124,7 @@ def test_pairs_without_replacement_have_the_exact_frequencies():
     assert statistic < len(common) + 4 * (2 * len(common)) ** 0.5
 
 
-def test_ranks_that_finish_early_keep_step():
+def test_ranks_that_finish_early_run_equally_many_passes():
     asked = []
 
     def another_rank_needs_nine_steps(mine):
@@ -143,7 +143,7 @@ def test_settings_out_of_range_are_refused(setting):
 
 
 def test_one_seed_for_each_row_is_needed():
-    with pytest.raises(ValueError, match=r"seeds must hold one number for each of the 4 rows, got shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"seeds must contain one number for each of the 4 rows, got shape \(1,\)"):
         sample(small_lm(), Trie.build(FEW), PROMPTS, MASK, seeds=SEEDS[:1])
 
 

@@ -7,10 +7,10 @@ import torch
 from tiny import EOS, TOKENS, batch_of, tiny_rows
 from tiny_module import ready
 
-from malleable.datamodules.negatives import SelfPlay
-from malleable.lightning_modules.functional.language.decoding import beam_search
+from malleable.datamodules.negative_samplers import SelfPlay
+from malleable.lightning_modules.functional.language.trie_beam_search import beam_search
 from malleable.lightning_modules.language.item_decoding import Decoding
-from malleable.lightning_modules.recommendation.negatives import row_seeds
+from malleable.lightning_modules.recommendation.generated_negatives import row_seeds
 
 MODES = {
     "greedy": SelfPlay(),
@@ -45,7 +45,7 @@ def test_answers_do_not_depend_on_batches(module, name):
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_the_seed_decides_what_is_drawn(module, name):
+def test_the_seed_determines_the_samples(module, name):
     batch = batch_of(tiny_rows(24))
     first, second = (module.generate_negatives(batch, MODES[name], seed=seed) for seed in (1, 2))
     assert torch.equal(first, second) == (name not in DRAWN)
@@ -61,7 +61,7 @@ def test_answers_are_distinct_real_items(module, name):
     assert all(len(set(row)) == play.num_negatives for row in found.tolist())
 
 
-def test_greedy_takes_the_best(module):
+def test_greedy_returns_the_most_probable_title(module):
     """One greedy answer follows the most probable token; several are the best of a beam."""
     batch = batch_of(tiny_rows(8))
     best = module.recommend(batch, 3).item_ids
@@ -70,7 +70,7 @@ def test_greedy_takes_the_best(module):
     assert torch.equal(wide, module.generate_negatives(batch, SelfPlay())), "the best of one is no draw"
 
 
-def test_beam_draws_among_the_best_alike(module):
+def test_beam_k_random_samples_the_best_uniformly(module):
     """400 draws of a row among its beam of 4: each about 100 times, none else. The standard deviation is 8.7."""
     row = tiny_rows(1)[0]
     batch = batch_of([row | {"sample_id": index} for index in range(400)])
@@ -81,7 +81,7 @@ def test_beam_draws_among_the_best_alike(module):
     assert counts[best].min() > 65
 
 
-def test_what_was_seen_is_not_answered(module):
+def test_seen_items_are_not_generated(module):
     batch = batch_of(tiny_rows(12))
     for play in (MODES["greedy"], MODES["sample"], MODES["two of the beam"], MODES["nearest"]):
         found = module.generate_negatives(batch, replace(play, exclude_seen=True), seed=0)
@@ -123,7 +123,7 @@ def test_free_text_is_grounded_in_the_nearest_title(module, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["greedy", "sample", "beam", "text", "nearest"])
-def test_ranks_are_asked_before_each_step(module, name):
+def test_ranks_synchronise_before_each_step(module, name):
     """Where weights are sharded, a rank whose rows have ended goes on as long as any other."""
     flags: list[bool] = []
 
@@ -157,14 +157,14 @@ def test_seeds_of_rows():
         ({"num_beams": 0}, "num_beams must be >= 1, got 0"),
         ({"max_new_tokens": -1}, "max_new_tokens must be >= 1, got -1"),
         ({"temperature": 0.0}, r"temperature must be > 0, got 0.0; use decode='greedy'"),
-        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
-        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"decode": "beam_k_random", "num_beams": 2, "num_negatives": 3}, "num_beams 2 must be at least num_negatives 3"),
         (
             {"grounding": "none", "num_negatives": 2},
-            "grounding 'none' writes one free answer a row; several negatives or beams need grounding 'trie'",
+            "grounding 'none' generates one free answer for each row; several negatives or beams need grounding 'trie'",
         ),
-        ({"grounding": "embedding", "decode": "beam_k_random"}, "grounding 'embedding' writes one free answer a row"),
+        ({"grounding": "embedding", "decode": "beam_k_random"}, "grounding 'embedding' generates one free answer for each row"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Reading of formats whose rows come with a ready split."""
+"""Readers for data sets with a fixed split: files of the splits, rows and titles."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SPLIT_FILES = {
 
 
 class TitleIndex:
-    """Finds titles as given, or as they are once cleaned.
+    """Lookup of titles, unchanged or cleaned.
 
     Args:
-        names: Titles; what is found is their position.
+        names: Titles; the methods return their positions.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ class TitleIndex:
         self.positions = {clean_title(name): position for position, name in numbered} | {name: position for position, name in numbered}
 
     def position(self, name: str) -> int:
-        """Return the position of a title, -1 where there is none."""
+        """Return the position of a title; -1 if there is none."""
         position = self.positions.get(name)
         return position if position is not None else self.positions.get(clean_title(name), -1)
 
@@ -39,7 +39,7 @@ def split_files(folder: Path) -> dict[str, Path]:
     """Find the file of each split.
 
     Raises:
-        FileNotFoundError: If there is none at all.
+        FileNotFoundError: If there is no file of any split.
     """
     found = {}
     for split, names in SPLIT_FILES.items():
@@ -47,7 +47,7 @@ def split_files(folder: Path) -> dict[str, Path]:
         if paths:
             found[split] = paths[0]
     if not found:
-        raise FileNotFoundError(f"{folder} holds no rows; expected files such as {', '.join(names[0] for names in SPLIT_FILES.values())}")
+        raise FileNotFoundError(f"{folder} contains no rows; expected files such as {', '.join(names[0] for names in SPLIT_FILES.values())}")
     return found
 
 
@@ -57,10 +57,10 @@ def read_rows(path: Path) -> list[tuple[str, Any]]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a file that is one JSON object.
+    """Read a file with one JSON object.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If it is another JSON value.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -68,17 +68,17 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def at(place: str, read: Callable[[Any, str], Value], row: Any, name: str) -> Value:
-    """Read a field of a row, with its place in errors.
+def read_field(place: str, read: Callable[[Any, str], Value], row: Any, name: str) -> Value:
+    """Read a field of a row; errors contain the place of the row.
 
     Args:
         place: File and line or entry.
-        read: Such as :func:`~malleable.datamodules.files.text_files.text_of`.
+        read: Function that reads a field, such as :func:`~malleable.datamodules.files.text_files.text_of`.
         row: The row.
-        name: The field.
+        name: Name of the field.
 
     Raises:
-        ValueError: If the row has no such field, or it is of another type.
+        ValueError: If the row has no such field, or if the field has another type.
     """
     try:
         return read(row, name)

@@ -1,8 +1,8 @@
 """Negative samplers, which select the rejected items of rows.
 
-A selection depends on (seed, ``sample_id``, round) only, not on ranks, workers and batches. Samplers never select the true item or an earlier item of
-the user, except :class:`SelfPlay`, and select among the candidates of a row, if there are any. Samplers that need a model are used by callbacks,
-other samplers also by data modules.
+A selection depends on (seed, ``sample_id``, round) only, not on ranks, workers and batches. Samplers except :class:`SelfPlay` never select the true
+item or an earlier item of the user. If a row has candidates, they select among these. Callbacks can use all samplers, data modules only samplers
+that need no model. :mod:`malleable.lightning_modules.recommendation.generated_negatives` generates the negatives of samplers that need a model.
 """
 
 from __future__ import annotations
@@ -60,12 +60,13 @@ class ItemSampler:
         rest = [item for item, weight in zip(self.items, weights, strict=True) if weight > 0 and item not in taken]
         if len(rest) < count - len(drawn):
             raise ValueError(
-                f"row {sample_id} needs {count} items besides its own {len(set(exclude))}, but only {len(drawn) + len(rest)} exist; ask for fewer"
+                f"row {sample_id} needs {count} items besides its own {len(set(exclude))}, but there are only {len(drawn) + len(rest)}; "
+                "reduce their number (num_negatives, or candidates of the split)"
             )
         return drawn + rng.sample(rest, count - len(drawn))
 
-    def place(self, sample_id: int, count: int) -> int:
-        """Sample a position in ``0..count-1`` for a row."""
+    def draw_position(self, sample_id: int, count: int) -> int:
+        """Sample a position from ``0..count-1`` for a row."""
         return int(keyed_generator(self.seed, sample_id, stream=1).random() * count)
 
     def _one(self, rng: random.Random) -> int:
@@ -161,7 +162,7 @@ class Uniform(NegativeSampler):
 
     def bind(self, num_items: int, popularity: Sequence[int], seed: int) -> BoundSampler:
         """Return the sampler for the items of a catalogue."""
-        return _Weighted(ItemSampler(range(num_items), None, seed), self.num_negatives)
+        return _BoundItemSampler(ItemSampler(range(num_items), None, seed), self.num_negatives)
 
 
 @dataclass
@@ -179,7 +180,7 @@ class Popularity(NegativeSampler):
     def bind(self, num_items: int, popularity: Sequence[int], seed: int) -> BoundSampler:
         """Return the sampler for the items of a catalogue."""
         weights = popularity if self.exponent == 1 else [count**self.exponent if count else 0.0 for count in popularity]
-        return _Weighted(ItemSampler(range(num_items), weights, seed), self.num_negatives)
+        return _BoundItemSampler(ItemSampler(range(num_items), weights, seed), self.num_negatives)
 
 
 @dataclass
@@ -218,24 +219,25 @@ class Hardest(NegativeSampler):
 
 @dataclass
 class SelfPlay(NegativeSampler):
-    """The model's own recommendations.
+    """Recommendations of the model itself.
 
-    Differs from the other samplers: an answer may be the true title, as in the published method; SelfPlayLoop decides what becomes of such rows.
+    Unlike with other samplers, an answer may be the true title, as in the published method. The option ``keep_identical`` of ``SelfPlayLoop``
+    determines the treatment of such rows.
 
     Attributes:
-        num_negatives: Rejected answers of each row; more than one needs a loss of several rejected answers.
-        decode: ``greedy`` takes the most probable answer (the released code), ``sample`` draws from the model (what the theory asks for),
-            ``beam_k_random`` draws among the ``num_beams`` best. From a model that DPO on random titles had biased towards few items, two rounds
-            of sampled negatives undid most of the bias (share of the tail .001 before, .139 after); greedy ones overshot (.034): 4 to 7 % of
-            them were distinct, and their mean popularity went from 189 to 43.
-        grounding: ``trie`` decodes among the catalogue's titles only, ``embedding`` writes freely and takes the nearest title,
-            ``none`` takes the free text as it is (the released code).
-        num_beams: Width for ``beam_k_random``, and for several greedy negatives.
-        temperature: Of ``sample``.
-        top_p: Of ``sample``: keep the most probable tokens up to this mass.
-        max_new_tokens: Of free text.
-        exclude_seen: Never answer what the user already has, which is liked and no wrong answer; such an item is not recommended either. The
-            released code has no such rule: false.
+        num_negatives: Rejected answers of each row; more than one needs a loss that supports several rejected answers.
+        decode: ``greedy``: the most probable answer (released code). ``sample``: a sample from the model (theory of the paper). ``beam_k_random``: a
+            random choice among the ``num_beams`` best answers. Measured on a model that DPO with random titles had biased towards few items: two
+            rounds with sampled negatives removed most of the bias (share of tail items .001 before, .139 after). With greedy negatives, this share
+            was .034. Only 4 to 7 % of the greedy negatives were distinct, and their mean popularity changed from 189 to 43.
+        grounding: ``trie``: decode titles of the catalogue only. ``embedding``: generate free text and use the nearest title. ``none``: use the free
+            text unchanged (released code).
+        num_beams: Number of beams of ``beam_k_random``, and of ``greedy`` with several negatives.
+        temperature: Temperature of ``sample``.
+        top_p: Sample from the most probable tokens that together have this probability, for ``sample``.
+        max_new_tokens: Maximum number of tokens of free text.
+        exclude_seen: Exclude items that the user has interacted with: they are not wrong answers, and they are not recommended. The released code
+            does not exclude them (false).
 
     Source:
         Gao et al. (2025), SPRec, arXiv:2412.09243, Section 4.
@@ -260,11 +262,11 @@ class SelfPlay(NegativeSampler):
         if self.temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}; use decode='greedy' for the most probable answer")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.decode == "beam_k_random" and self.num_beams < self.num_negatives:
             raise ValueError(f"num_beams {self.num_beams} must be at least num_negatives {self.num_negatives}")
         if self.grounding != "trie" and (self.num_negatives > 1 or self.decode == "beam_k_random"):
-            raise ValueError(f"grounding '{self.grounding}' writes one free answer a row; several negatives or beams need grounding 'trie'")
+            raise ValueError(f"grounding '{self.grounding}' generates one free answer for each row; several negatives or beams need grounding 'trie'")
 
 
 @dataclass
@@ -285,23 +287,26 @@ class Mixture(NegativeSampler):
         """Check the values."""
         super().__post_init__()
         if len(self.parts) < 2:
-            raise ValueError(f"a Mixture has at least two parts, got {len(self.parts)}")
+            raise ValueError(f"a Mixture needs at least two parts, got {len(self.parts)}")
         if self.weights is not None and (len(self.weights) != len(self.parts) or min(self.weights) < 0 or not any(self.weights)):
             raise ValueError(f"weights must be {len(self.parts)} numbers >= 0, one for each part and not all 0, got {list(self.weights)}")
         if wrong := next((part for part in self.parts if part.num_negatives != self.num_negatives), None):
-            raise ValueError(f"num_negatives is {self.num_negatives} of the Mixture, but {wrong.num_negatives} of its part {type(wrong).__name__}")
+            raise ValueError(
+                f"num_negatives is {self.num_negatives} in the Mixture, but {wrong.num_negatives} in its part {type(wrong).__name__}; "
+                "set both to the same number"
+            )
 
     def choose(self, sample_id: int, seed: int) -> int:
-        """Return the index of the part that the negatives of a row come from."""
+        """Return the index of the part that selects the negatives of a row."""
         return keyed_generator(seed, sample_id, stream=1).choices(range(len(self.parts)), self.weights)[0]
 
     def bind(self, num_items: int, popularity: Sequence[int], seed: int) -> BoundSampler:
         """Return the sampler for the items of a catalogue."""
-        return _Chosen(self, [part.bind(num_items, popularity, seed) for part in self.parts], seed)
+        return _BoundMixture(self, [part.bind(num_items, popularity, seed) for part in self.parts], seed)
 
 
 @dataclass(frozen=True)
-class _Weighted:
+class _BoundItemSampler:
     sampler: ItemSampler
     count: int
 
@@ -311,7 +316,7 @@ class _Weighted:
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class _BoundMixture:
     mixture: Mixture
     parts: Sequence[BoundSampler]
     seed: int

@@ -35,7 +35,7 @@ from malleable import (
 from malleable.datamodules import Countries
 from malleable.datamodules.batch import KnowledgeGraph
 from malleable.datamodules.language.tokenizer import tokenizer_digest
-from malleable.datamodules.negatives import Uniform
+from malleable.datamodules.negative_samplers import Uniform
 from malleable.lightning_modules.base import BaseModule
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
 from malleable.lightning_modules.language.item_decoding import Decoding
@@ -195,7 +195,7 @@ def test_an_exported_model_refuses_another_tokenizer(command, part, trained, tmp
         assert "was trained with another prompt template: template: 'prefix' '' in model, 'The user enjoyed" in caplog.text
 
 
-def test_an_earlier_checkpoint_is_read_with_a_word(trained, tmp_path, caplog):
+def test_an_earlier_checkpoint_is_read_with_a_warning(trained, tmp_path, caplog):
     path, expected = trained(SFT)
     entries = torch.load(path, weights_only=True)
     old = {key: value for key, value in entries.items() if key not in ("tokenizer", "settings")}
@@ -270,7 +270,7 @@ def test_other_settings_of_a_stored_adapter_are_refused(kind, options, change, m
         SFT.load_from_checkpoint(tmp_path / "saved.ckpt", weights_only=True, language_model=names[1])
 
 
-def test_what_does_not_change_the_weights_meaning_may_change(trained, tmp_path):
+def test_options_without_effect_on_the_output_may_differ(trained, tmp_path):
     path, expected = trained(SFT)
     other = tiny_config(gradient_checkpointing=True, attention="eager")
     module = SFT(language_model=other, ks=(1, 3), decoding=Decoding(num_beams=12), tuning=Tuning(lr=1.0))
@@ -367,7 +367,7 @@ MODULES = [kind for name in exported.__all__ if isinstance(kind := getattr(expor
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODULES if not inspect.isabstract(kind)])
-def test_every_option_is_either_a_setting_of_the_weights_or_not(kind):
+def test_every_option_is_a_weight_setting_or_adjustable(kind):
     """An option that is new must be put on one of the two sides."""
     settings = set(kind.weight_settings)
     unknown = set(inspect.signature(kind).parameters) - ADJUSTABLE - {setting.split(".")[0] for setting in settings} - {"interaction"}
