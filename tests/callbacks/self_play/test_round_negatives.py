@@ -161,7 +161,7 @@ def test_a_row_that_excludes_no_more_draws_the_same():
 
 def test_more_than_there_are():
     row = {"sample_id": 4, "item_ids": [0], "history": [1, 2]}
-    with pytest.raises(ValueError, match="row 4 needs 6 items besides its own 3, but only 5 exist"):
+    with pytest.raises(ValueError, match="row 4 needs 6 items besides its own 3, but there are only 5"):
         Uniform(6).bind(8, (), 0)(row_items(row))
     assert sorted(Uniform(5).bind(8, (), 0)(row_items(row))) == [3, 4, 5, 6, 7]
 
