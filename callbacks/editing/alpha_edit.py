@@ -16,14 +16,14 @@ from malleable.callbacks.editing.edit_evaluation import patched_requests
 from malleable.callbacks.editing.edit_report import UsedDirections, spectrum_section
 from malleable.callbacks.editing.post_fit import PostFitEdit
 from malleable.callbacks.report.page import Section
-from malleable.datamodules.editing.requests import EditRequest, checked, load_requests, without_replaced
+from malleable.datamodules.editing.requests import EditRequest, check_requests, load_requests, without_replaced
 from malleable.datamodules.language.texts import read_texts
 from malleable.lightning_modules.editing.editor import AlphaEditor
 from malleable.lightning_modules.editing.known import KnownFacts, known_requests
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.statistics import StatisticsSettings
 from malleable.lightning_modules.editing.targets import Fact
-from malleable.lightning_modules.functional.editing.null_space import LowRank
+from malleable.lightning_modules.functional.editing.weight_update import LowRank
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.patch import Patch
 from malleable.lightning_modules.patches.tensors import canonical_name
@@ -44,9 +44,9 @@ class AlphaEdit(PostFitEdit):
         texts: Text that the edit preserves: a list, or a file as of :func:`~malleable.datamodules.language.texts.read_texts`. Default:
             ``edit_texts`` of the data module.
         statistics: How second moments of the text are computed.
-        statistics_file: File to store the second moments in and load them from; ``{mark}`` in its name is replaced by a hash of model, text and
+        statistics_file: File to store the second moments in and load them from; ``{hash}`` in its name is replaced by a hash of model, text and
             settings. Default: none.
-        known: Edit only facts that the model knows. Default: all requests.
+        known: Edit only facts that the model answers correctly before the edit. Default: all requests.
         model: Name of the attribute of the LightningModule that is the Hugging Face model.
         start: ``best`` weights by the checkpoint callback of the run, or the ``last`` ones.
 
@@ -73,16 +73,16 @@ class AlphaEdit(PostFitEdit):
         self.statistics_file = None if statistics_file is None else Path(statistics_file)
         self.known: KnownFacts | None = from_plain(KnownFacts, known)
         self.texts = texts
-        # Read here, so that a wrong line is found before training.
+        # Read here, so that an invalid line is reported before training.
         self.requests = load_requests(requests)
         self._spectrum: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return also the spectrum of the last edit, which a resumed run does not compute again."""
+        """Return the state of the base class and the spectrum of the last edit, which a resumed run does not compute again."""
         return {**super().state_dict(), "spectrum": self._spectrum}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load also the spectrum of the last edit."""
+        """Load the state of the base class and the spectrum of the last edit."""
         super().load_state_dict(state_dict)
         self._spectrum = dict(state_dict["spectrum"])
 
@@ -91,19 +91,19 @@ class AlphaEdit(PostFitEdit):
         requests = self._requests(trainer)
         if self.settings.needs_text:
             self._texts(trainer)
-        AlphaEditor(self.find_model(pl_module), self.find_tokenizer(trainer, pl_module), self.settings).check(list(map(Fact.of, requests)))
+        AlphaEditor(self.find_model(pl_module), self.find_tokenizer(trainer, pl_module), self.settings).check(list(map(Fact.from_request, requests)))
 
     def identity(self, trainer: Trainer) -> Any:
         """Return the requests."""
         return [_without_references(request) for request in self._requests(trainer)]
 
     def select_requests(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Sequence[EditRequest]:
-        """Return the requests, or those that the model knows if ``known`` is set."""
+        """Return the requests; if ``known`` is set, those that the model answers correctly."""
         requests = self._requests(trainer)
         if self.known is None:
             return requests
         found = known_requests(model, self.find_tokenizer(trainer, pl_module), requests, self.known)
-        log.info("%s of %s requests are edited: facts that the model knows", len(found), len(requests))
+        log.info("%s of %s requests are edited: facts that the model answers correctly", len(found), len(requests))
         return found
 
     def make_patch(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Patch:
@@ -114,7 +114,7 @@ class AlphaEdit(PostFitEdit):
         requests, size = self.selected, self.settings.batch_size
         try:
             for start in range(0, len(requests), size):
-                editor.edit(list(map(Fact.of, requests[start : start + size])))
+                editor.edit(list(map(Fact.from_request, requests[start : start + size])))
                 if evaluation is not None:
                     evaluation.after_batch(trainer, pl_module, requests[: start + size], size)
             deltas = {_tensor_name(editor, layer): _delta(editor, layer) for layer in editor.layers}
@@ -133,13 +133,13 @@ class AlphaEdit(PostFitEdit):
         )
 
     def _prepare(self, trainer: Trainer, editor: AlphaEditor) -> None:
-        """Compute the second moments of the text, and read the keys of facts that earlier patches edited."""
+        """Compute the second moments of the text, and the keys of facts that earlier patches edited."""
         if self.settings.needs_text:
-            # Of the model without patches, so that a file of second moments serves all edits of a model.
+            # Computed on the model without patches, so that all edits of a model can use the same file.
             with self.originals(editor.model):
                 editor.fit_statistics(self._texts(trainer), self.statistics, self.statistics_file)
-        if self.settings.remember:
-            editor.remember(list(map(Fact.of, without_replaced(patched_requests(self.stack.patches), self.selected))))
+        if self.settings.preserve_past:
+            editor.preserve(list(map(Fact.from_request, without_replaced(patched_requests(self.stack.patches), self.selected))))
 
     def report_sections(self) -> list[Section]:
         """Return the spectrum of the second moments, if the last patch of this callback is applied."""
@@ -150,7 +150,7 @@ class AlphaEdit(PostFitEdit):
 
     def _requests(self, trainer: Trainer) -> list[EditRequest]:
         if self.requests is None:
-            self.requests = checked(_of_data(trainer, "edit_requests", "requests=... (a JSONL file or a list)"), "the data module")
+            self.requests = check_requests(_of_data(trainer, "edit_requests", "requests=... (a JSONL file or a list)"), "the data module")
         return self.requests
 
     def _texts(self, trainer: Trainer) -> list[str]:
@@ -201,5 +201,5 @@ def _directions(editor: AlphaEditor) -> dict[int, list[Any]]:
 
 def _rule(settings: EditSettings) -> str:
     if settings.method != "alpha_edit":
-        return f"{settings.method} may use all of them"
+        return f"{settings.method} may change all directions"
     return f"threshold {settings.threshold.mode} {settings.threshold.value:g}"

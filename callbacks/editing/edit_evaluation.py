@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from malleable.callbacks.editing.edit_report import edit_sections, survival_section
 from malleable.callbacks.editing.patched_model import PatchedModel, patch_callbacks
 from malleable.callbacks.report.page import Column, Section
-from malleable.datamodules.editing.requests import EditRequest, load_requests, request_of, without_replaced
+from malleable.datamodules.editing.requests import EditRequest, load_requests, parse_request, without_replaced
 from malleable.datamodules.language.texts import read_texts
 from malleable.lightning_modules.editing.evaluation import EvaluationResult, Protocol, SurvivalEvaluation, evaluate_edits
 from malleable.lightning_modules.metrics.editing import RequestFigures
@@ -26,11 +26,11 @@ class EditEvaluation(PatchedModel):
     """Evaluate edit requests before and after an edit, after each of its batches, and in every test.
 
     It works with every :class:`~malleable.callbacks.editing.post_fit.PostFitEdit` of the Trainer, before or after it in the list of callbacks; with
-    patches that a checkpoint holds; and with a model that was not edited. ``test`` logs the metrics of the model; those of the model without
+    patches of a checkpoint; and with a model that was not edited. ``test`` logs the metrics of the model; those of the model without
     patches are in the report, as are the answers to each request. The patch stores the metrics before and after it.
 
     Args:
-        protocol: What is measured.
+        protocol: Settings of the evaluation.
         requests: Edit requests: a JSONL file, or a list of objects with ``prompt``, ``subject`` and ``target``. Default: those of the edit or of the
             patches; without any, those given to the edit or ``edit_requests`` of the data module.
         texts: Texts for perplexity: a list, or a file as of :func:`~malleable.datamodules.language.texts.read_texts`. Default: ``measured_texts`` of
@@ -56,7 +56,7 @@ class EditEvaluation(PatchedModel):
         self.texts = texts
         self.before, self.after = EvaluationResult(), EvaluationResult()
         self.measured: list[EditRequest] = []
-        self._edited: tuple[str, ...] = ()  # ids of the patches that lie between `before` and `after`
+        self._edited: tuple[str, ...] = ()  # ids of the patches that were applied between `before` and `after`
         self._batches: SurvivalEvaluation | None = None
         self._survival: dict[str, Any] = {}
 
@@ -93,7 +93,7 @@ class EditEvaluation(PatchedModel):
         self.before = self._evaluate(trainer, pl_module)
 
     def after_batch(self, trainer: Trainer, pl_module: LightningModule, edited: Sequence[EditRequest], batch_size: int) -> None:
-        """Measure how many of the facts edited so far hold; every rank must call this method after each batch of an edit.
+        """Measure the efficacy of the facts edited so far; every rank must call this method after each batch of an edit.
 
         Args:
             trainer: The Trainer.
@@ -138,7 +138,7 @@ class EditEvaluation(PatchedModel):
                 self.before = self._evaluate(trainer, pl_module)
         drift = self.stack.patches[0].figures.get("after", {}).get("drift") if len(self.stack.patches) == 1 else None
         if self.after.requests and drift is not None:
-            # The editor measures it on the update of each layer; several patches have no common one.
+            # The drift is measured on the update of each layer, so it is not known for several patches together.
             self.after.figures["drift"] = drift
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -169,7 +169,7 @@ class EditEvaluation(PatchedModel):
         return evaluate_edits(self.find_model(pl_module), tokenizer, self.measured, self._texts(trainer), self.protocol)
 
     def _choose(self, trainer: Trainer, selected: Sequence[EditRequest]) -> list[EditRequest]:
-        """Return the requests to measure: the given ones, those of the edit, those of the patches, or those of the run."""
+        """Return the requests to evaluate: the given ones, those of the edit, those of the patches, or those of the run."""
         if self.requests is not None:
             return self.requests
         if selected:
@@ -210,7 +210,7 @@ def patched_requests(patches: Sequence[Patch]) -> list[EditRequest]:
     current: list[EditRequest] = []
     for patch in patches:
         own = [request for request in patch.requests if {"prompt", "subject", "target"} <= request.keys()]
-        requests = [request_of({name: value for name, value in request.items() if name in names}, number) for number, request in enumerate(own)]
+        requests = [parse_request({name: value for name, value in request.items() if name in names}, number) for number, request in enumerate(own)]
         current = [*without_replaced(current, requests), *requests]
     return current
 

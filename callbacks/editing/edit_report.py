@@ -1,4 +1,4 @@
-"""What edits did, for the report: fact by fact, batch by batch, and which directions of the model's keys they used."""
+"""Sections of the report on edits: table of facts, survival of edits, and spectrum of the second moments of keys."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ MAX_POINTS = 512
 
 
 class UsedDirections(NamedTuple):
-    """Second moments of a layer's keys along their principal directions.
+    """Eigenvalues of the second moment of a layer's keys.
 
     Attributes:
-        values: ``(d,)`` rising.
-        retained: How many of them, from the smallest, edits may use; ``None`` where all may be used.
+        values: ``(d,)`` eigenvalues in ascending order.
+        retained: Number of directions, from the smallest eigenvalue on, that edits may change; ``None`` if all directions may change.
     """
 
     values: Tensor
@@ -35,41 +35,46 @@ class UsedDirections(NamedTuple):
 
 
 def edit_sections(requests: Sequence[EditRequest], before: EvaluationResult, after: EvaluationResult) -> list[Section]:
-    """The table of facts before and after.
+    """Return the table of facts before and after an edit.
 
     Args:
-        requests: What was asked for.
-        before: What the model said before.
-        after: What it says now.
+        requests: Edit requests.
+        before: Results before the edit.
+        after: Results after the edit.
     """
     if not after.requests or not before.requests:
         return []
     worst = sorted(range(len(requests)), key=lambda number: (after.requests[number].efficacy, number))
     shown = sorted(worst[:MAX_ROWS])
-    header = ["question", "old → new", "says before", "says after", "new is likelier", "paraphrases", "neighbours kept"]
+    header = ["prompt", "true → target", "answer before", "answer after", "efficacy", "generalization", "specificity"]
     rows = []
     for number in shown:
-        request, was, now = requests[number], before.requests[number], after.requests[number]
-        said = [findings.answers[number] if number < len(findings.answers) else None for findings in (before, after)]
-        shares = [f"{_share(getattr(was, name))} → {_share(getattr(now, name))}" for name in ("efficacy", "generalization", "specificity")]
-        question = short_title(request.prompt.replace(PLACEHOLDER, request.subject), 60)
-        rows.append([question, f"{request.true or '?'} → {request.target}", *said, *shares])
-    text = "Shares are of questions, before → after; a neighbour is kept while its own answer is likelier than the new one."
+        request, old, new = requests[number], before.requests[number], after.requests[number]
+        answers = [result.answers[number] if number < len(result.answers) else None for result in (before, after)]
+        shares = [f"{_percent(getattr(old, name))} → {_percent(getattr(new, name))}" for name in ("efficacy", "generalization", "specificity")]
+        prompt = short_title(request.prompt.replace(PLACEHOLDER, request.subject), 60)
+        rows.append([prompt, f"{request.true or '?'} → {request.target}", *answers, *shares])
+    text = "Efficacy, generalization and specificity are shares of prompts, before → after the edit."
     if len(requests) > len(shown):
-        text += f" Of {len(requests)} facts, the {len(shown)} that hold least."
+        text += f" The table contains the {len(shown)} of {len(requests)} facts with the lowest efficacy."
     return [Section("Facts before and after", text, table=(header, rows))]
 
 
 def survival_section(survival: Mapping[str, Any]) -> list[Section]:
-    """How edits fare after later ones; nothing after a single batch."""
+    """Return the figure of the efficacy of edits after later batches; no section for a single batch."""
     if len(survival.get("edits", ())) < 2:
         return []
-    text = f"Of all facts edited so far, {survival['curve'][-1]:.1f} % hold after the last of {len(survival['edits'])} batches."
+    text = f"After the last of {len(survival['edits'])} batches, {survival['curve'][-1]:.1f} % of all edited facts are effective."
     return [Section("Survival of edits", text, figure=lambda figure: _draw_survival(figure, survival), figure_size=(10.5, 4.2))]
 
 
 def spectrum_section(directions: Mapping[int, UsedDirections], threshold: str) -> list[Section]:
-    """Second moments of keys, with the threshold."""
+    """Return the table and figure of the second moments of keys.
+
+    Args:
+        directions: Eigenvalues of each layer.
+        threshold: Description of the threshold.
+    """
     if not directions:
         return []
     rows = []
@@ -81,21 +86,21 @@ def spectrum_section(directions: Mapping[int, UsedDirections], threshold: str) -
     return [
         Section(
             "Second moments of keys",
-            f"Mean squares of the edited projections' inputs over text, along their principal directions; {threshold}.",
+            f"Eigenvalues of the second moment of the inputs of the edited projections over text; {threshold}.",
             table=(header, rows),
             figure=lambda figure: _draw_spectrum(figure.subplots(), directions),
         )
     ]
 
 
-def _share(value: float) -> str:
+def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.0f} %"
 
 
 def _draw_survival(figure: Figure, survival: Mapping[str, Any]) -> None:
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     left.plot(survival["edits"], survival["curve"], color=COLORS[0], marker="o", markersize=4)
-    left.set(title="Facts that hold", xlabel="facts edited so far", ylabel="new answer likelier, %", ylim=(0, 103))
+    left.set(title="Efficacy", xlabel="facts edited so far", ylabel="efficacy, %", ylim=(0, 103))
     matrix = torch.tensor(survival["matrix"])
     count = len(matrix)
     image = right.imshow(matrix.numpy(), vmin=0, vmax=100, cmap="viridis", origin="lower", extent=(0.5, count + 0.5, 0.5, count + 0.5))
@@ -106,7 +111,7 @@ def _draw_survival(figure: Figure, survival: Mapping[str, Any]) -> None:
 
 
 def _draw_spectrum(axes: Axes, directions: Mapping[int, UsedDirections]) -> None:
-    parted = False
+    has_threshold = False
     for number, (layer, (values, retained)) in enumerate(directions.items()):
         color = COLORS[number % len(COLORS)]
         place = torch.linspace(0, len(values) - 1, min(MAX_POINTS, len(values))).round().long()
@@ -115,13 +120,13 @@ def _draw_spectrum(axes: Axes, directions: Mapping[int, UsedDirections]) -> None
         axes.plot(((place + 1) / len(values)).tolist(), height.tolist(), color=color, label=label)
         if retained is not None and retained < len(values):
             axes.plot((retained + 0.5) / len(values), float(values[retained - 1 : retained + 1].mean()), "o", color=color, markersize=6)
-            parted = True
+            has_threshold = True
     bounds = {round(float(values[retained]), 12) for values, retained in directions.values() if retained is not None and retained < len(values)}
     lowest = [float(values[retained - 1]) for values, retained in directions.values() if retained]
     if bounds and max(lowest) <= min(bounds):
-        # One threshold parts the directions of every layer.
+        # The same threshold separates the directions of every layer.
         axes.axhline(math.sqrt(max(lowest) * min(bounds)), color=COLORS[6], linestyle="--", linewidth=1.2, label="threshold")
-    elif parted:
+    elif has_threshold:
         axes.plot([], [], "o", color=COLORS[6], markersize=6, label="threshold")
-    axes.set(yscale="log", xlabel="share of directions, from the least used", ylabel="mean square", title="Spectrum of the second moment")
+    axes.set(yscale="log", xlabel="share of directions, in ascending order", ylabel="eigenvalue", title="Spectrum of the second moment")
     axes.legend()

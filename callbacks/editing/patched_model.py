@@ -20,13 +20,14 @@ from malleable.lightning_modules.patches.tensors import canonical_tensors
 
 log = logging.getLogger(__name__)
 
-SECTION = "patches"  # of a checkpoint, as in files that `malleable patch` has written
+SECTION = "patches"
+"""Entry of a checkpoint that contains the patches, as in files written by ``malleable patch``."""
 
 
 class PatchedModel(Callback):
     """Base class of callbacks for a model with patches.
 
-    It loads the patches of a checkpoint, and stores them in the checkpoints of the run.
+    The callback loads the patches of a checkpoint, and stores them in the checkpoints of the run.
 
     Args:
         model: Name of the attribute of the LightningModule that is the Hugging Face model.
@@ -62,7 +63,7 @@ class PatchedModel(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop the patches if a tensor of theirs is trained: after a training step, the original values no longer belong to the weights."""
+        """Drop the patches if one of their tensors is trained: after a training step, the original values no longer belong to the weights."""
         trained = {name for name, tensor in canonical_tensors(self.find_model(pl_module)).items() if tensor.requires_grad}
         if trained & set(self.stack.originals):
             if patch_callbacks(trainer)[0] is self:

@@ -36,13 +36,13 @@ class PostFitEdit(PatchedModel, ABC):
     """Base class of callbacks that change weights after training, by a patch.
 
     After the last step, the patch is made on the best weights, written into the run folder and applied. A checkpoint ``edited.ckpt`` with the
-    changed weights replaces the best one, so that ``trainer.test()`` loads it. Patch and checkpoint hold the original values:
+    changed weights replaces the best one, so that ``trainer.test()`` loads it. Patch and checkpoint contain the original values:
     ``malleable patch revert`` restores them to the bit. An :class:`~malleable.callbacks.editing.edit_evaluation.EditEvaluation` among the
     callbacks measures the model before and after.
 
-    A run that resumes from the edited checkpoint and trains no further is not edited again by the same edit; another edit adds a second patch. If
-    it trains the edited weights, the patches become part of the weights, and the model is edited again at the end. Several edits of a Trainer are
-    applied in order, each on the result of the previous one.
+    If a run resumes from the edited checkpoint without further training, the same edit is not made again; another edit adds a second patch. If
+    the run trains the edited weights, the patches become part of the weights, and the model is edited again at the end. Several edits of a Trainer
+    are applied in order, each on the result of the previous one.
 
     The LightningModule needs a Hugging Face model as an attribute.
 
@@ -97,7 +97,7 @@ class PostFitEdit(PatchedModel, ABC):
         return next((callback for callback in patch_callbacks(trainer) if isinstance(callback, EditEvaluation)), None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop the patches if a tensor of theirs is trained."""
+        """Drop the patches if one of their tensors is trained."""
         super().on_train_start(trainer, pl_module)
         if not self.stack.patches:
             self.applied = {}
@@ -117,7 +117,7 @@ class PostFitEdit(PatchedModel, ABC):
         self.applied[patch.id] = identity
         folder = self._folder(trainer)
         if folder is None:
-            log.warning("%s: no run folder, the patch %s is in memory only", type(self).__name__, patch.id)
+            log.warning("%s: there is no run folder; the patch %s exists in memory only", type(self).__name__, patch.id)
             return
         self._write(trainer, patch)
         self._register(trainer, folder)
@@ -130,7 +130,7 @@ class PostFitEdit(PatchedModel, ABC):
             self.selected = list(self.select_requests(trainer, pl_module, model))
             if evaluation is not None:
                 evaluation.before_edit(trainer, pl_module, self.selected)
-            # One patch for all ranks: theirs may differ by rounding.
+            # All ranks use the patch of the first one: other patches may differ by rounding.
             patch: Patch = trainer.strategy.broadcast(self.make_patch(trainer, pl_module, model))
             tensors = canonical_tensors(model)
             change = self.stack.apply(patch, tensors, allow_conflicts=True)
@@ -143,7 +143,7 @@ class PostFitEdit(PatchedModel, ABC):
         return patch
 
     def _write(self, trainer: Trainer, patch: Patch) -> None:
-        """Write the patch into the run folder, unless it is there: a run that was killed after it may resume in another folder."""
+        """Write the patch into the run folder if it is not there; a killed run may resume in another folder."""
         folder = self._folder(trainer)
         if folder is not None and trainer.is_global_zero and not (folder / "patches" / patch.id).exists():
             patch.write(folder / "patches" / patch.id)
@@ -154,10 +154,10 @@ class PostFitEdit(PatchedModel, ABC):
         if self.start == "last" or not path or path == self.replaced:
             return
         if not trainer.strategy.reduce_boolean_decision(Path(path).is_file(), all=True):
-            # All ranks or none: they must edit the same weights.
-            log.warning("%s: the best checkpoint %s is not a file on every machine: the last weights are edited", type(self).__name__, path)
+            # Decided for all ranks together: they must edit the same weights.
+            log.warning("%s: the best checkpoint %s does not exist on every machine; the last weights are edited", type(self).__name__, path)
             return
-        stored = _read(path, "edit the last weights with start='last', or keep such objects out of save_hyperparameters")
+        stored = _read(path, "edit the last weights with start='last', or exclude such objects from save_hyperparameters")
         pl_module.on_load_checkpoint(stored)
         pl_module.load_state_dict(stored["state_dict"], strict=pl_module.strict_loading)
         for callback in patch_callbacks(trainer):
@@ -170,7 +170,7 @@ class PostFitEdit(PatchedModel, ABC):
         self.replaced = best or self.replaced
         path = Path(getattr(checkpoint, "dirpath", None) or folder / "checkpoints") / f"{EDITED}.ckpt"
         if checkpoint is not None:
-            # Before saving: the edited checkpoint names itself the best one, too.
+            # Set before saving, because the edited checkpoint stores this path, too.
             checkpoint.best_model_path = str(path)
         try:
             # All ranks take part in saving; rank zero replaces the file.
@@ -186,7 +186,7 @@ class PostFitEdit(PatchedModel, ABC):
         trainer.strategy.barrier("edited")
 
     def _complete(self, path: Path, target: Path, pl_module: LightningModule) -> None:
-        """Add the changed tensors to the checkpoint of a module that stores only what it trains; ``path`` will replace ``target``."""
+        """Add the changed tensors to the checkpoint of a module that stores trained tensors only; ``path`` will replace ``target``."""
         if not is_overridden("on_save_checkpoint", pl_module):
             return
         stored = _read(path, "store only plain data in its checkpoints")
@@ -225,7 +225,7 @@ def _read(path: str | Path, advice: str) -> dict[str, Any]:
 
 @contextmanager
 def _on_device(device: torch.device, model: nn.Module) -> Iterator[None]:
-    """Move a model to the device of the training: at the end of a fit Lightning has moved it to the CPU."""
+    """Move a model to the device of the training: at the end of a fit, Lightning moves it to the CPU."""
     before = next(model.parameters()).device
     model.to(device)
     try:

@@ -1,1 +1,1 @@
-"""Edit requests and texts."""
+"""Edit requests, and the data module of model editing."""

@@ -1,4 +1,4 @@
-"""Facts to be edited, and text: sentences that tell the facts, and what else a model should go on saying."""
+"""Data module of edit requests, statements of facts, and plain text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from malleable.datamodules.base import BaseDataModule
 from malleable.datamodules.batch import Vocabulary
-from malleable.datamodules.editing.requests import EditRequest, checked
+from malleable.datamodules.editing.requests import EditRequest, check_requests
 from malleable.datamodules.files.run_folders import exported
 from malleable.datamodules.language.text_rows import TextRows
 from malleable.datamodules.language.tokenizer import largest_token_id, load_tokenizer, train_tokenizer
@@ -24,11 +24,11 @@ class EditingDataModule(BaseDataModule):
     """Edit requests, and text to train the language model that is edited.
 
     The training rows are documents, each with several statements of facts in random order, and plain texts. Validation uses other documents of the
-    same statements. The test uses the text whose perplexity is measured; where there are plain texts, it is held out from training.
+    same statements. The test uses the text whose perplexity is measured; if there are plain texts, it is held out from training.
 
     Args:
         source: Source of the requests and statements.
-        texts: Source of plain texts.
+        texts: Source of plain texts. Default: none.
         tokenizer: Hub id, folder, GGUF file or known name; or a checkpoint, the folder ``model/`` or ``adapter/`` of a run, or ``last:<recipe>``.
             ``None`` trains a BPE tokenizer on statements and texts.
         vocab_size: Vocabulary size of that tokenizer.
@@ -50,14 +50,14 @@ class EditingDataModule(BaseDataModule):
         tokenizer: The tokenizer.
         edit_requests: Edit requests.
         edit_texts: Text that edits preserve: the training texts and the statements that no request changes.
-        measured_texts: Text for perplexity: held-out texts, or such statements where there are no texts.
+        measured_texts: Text for perplexity: held-out texts, or such statements if there are no texts.
 
     Raises:
         ValueError: If a value is out of range or the data cannot be used; the message says which.
     """
 
     reads_checkpoints: ClassVar[bool] = True
-    """Whether ``tokenizer`` may be a checkpoint."""
+    """Whether ``tokenizer`` may be a checkpoint of a run."""
     vocabulary: Vocabulary
     tokenizer: PreTrainedTokenizerBase
     edit_requests: list[EditRequest]
@@ -104,11 +104,11 @@ class EditingDataModule(BaseDataModule):
         self._train_rows: TextRows | None = None
 
     def prepare_data(self) -> None:
-        """Fetch what is fetched and train the tokenizer, unless they are there."""
+        """Download the data and train the tokenizer, if they are not in the cache."""
         self._tokenizer_folder()
 
     def setup(self, stage: str) -> None:
-        """Read requests and texts, and make the rows."""
+        """Read requests and texts, and build the rows."""
         super().setup(stage)
         if self._statements is not None:
             return
@@ -120,29 +120,29 @@ class EditingDataModule(BaseDataModule):
             tokenizer, [*tables.statements, *tables.retained, *texts, *(text for request in tables.requests for text in _strings(request))]
         )
         self.vocabulary = Vocabulary(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, name, largest)
-        self.edit_requests = checked(tables.requests, type(self.source).__name__)
+        self.edit_requests = check_requests(tables.requests, type(self.source).__name__)
         number = len(texts) - min(self.eval_documents, len(texts) // 2)
-        texts, held = texts[:number], texts[number:]
+        texts, held_out = texts[:number], texts[number:]
         retained = self._documents(tables.retained, 1, self.seed) if self.retain_statements else []
         self.edit_texts = retained + texts
-        self.measured_texts = held or retained[: self.eval_documents]
+        self.measured_texts = held_out or retained[: self.eval_documents]
         statements = self._documents(tables.statements, self.shuffles, self.seed + 1)
         if not statements and not texts:
-            raise ValueError(f"{type(self.source).__name__} tells no facts, and there are no texts: give some with texts=...")
-        again = self._documents(tables.statements, 1, self.seed + 2)[: self.eval_documents]
+            raise ValueError(f"{type(self.source).__name__} has no statements, and there are no texts; give texts with texts=...")
+        validation = self._documents(tables.statements, 1, self.seed + 2)[: self.eval_documents]
         self._statements = statements + texts
-        self.val_dataset = self._rows(again or held)
+        self.val_dataset = self._rows(validation or held_out)
         self.test_dataset = self._rows(self.measured_texts)
 
     @property
     def train_dataset(self) -> TextRows | None:
-        """Rows to train on, made at first use: edits of a published model need none."""
+        """Training rows, built on first access, because edits of a published model need none."""
         if self._train_rows is None and self._statements is not None:
             self._train_rows = self._rows(self._statements)
         return self._train_rows
 
     def row_tokens(self) -> Sequence[int]:
-        """Return the targets of each training row."""
+        """Return the number of targets of each training row."""
         assert self.train_dataset is not None
         return cast("Sequence[int]", self.train_dataset.row_tokens())
 
@@ -169,9 +169,9 @@ class EditingDataModule(BaseDataModule):
 
     def _documents(self, sentences: Sequence[str], shuffles: int, seed: int) -> list[str]:
         documents = []
-        for turn in range(shuffles):
+        for shuffle in range(shuffles):
             order = list(sentences)
-            random.Random(f"{seed} {turn}").shuffle(order)
+            random.Random(f"{seed} {shuffle}").shuffle(order)
             documents += [" ".join(order[start : start + self.sentences]) for start in range(0, len(order), self.sentences)]
         return documents
 
@@ -181,7 +181,7 @@ class EditingDataModule(BaseDataModule):
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield every text of a request."""
+    """Yield all strings of a request."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, EditRequest):

@@ -1,4 +1,4 @@
-"""Facts to be edited, and what is asked around them: one vocabulary for every source, and our own file format."""
+"""Edit requests: the type that all sources return, and a JSON file format."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ PLACEHOLDER = "{}"
 
 
 class Probe(NamedTuple):
-    """A question about another subject, whose answer is to stay.
+    """Prompt about another subject (a neighbour), whose answer the edit must not change.
 
     Attributes:
-        prompt: Whole text.
-        answer: What is true.
+        prompt: Complete text of the prompt.
+        answer: True answer.
     """
 
     prompt: str
@@ -27,22 +27,22 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class EditRequest:
-    """A fact that is to become another.
+    """Request to change the answer of a prompt.
 
     Attributes:
-        request_id: Name of the request.
-        prompt: Holds ``{}`` once, for the subject.
-        subject: What the fact is about.
-        target: The new answer.
-        true: The answer so far, where it is known.
-        paraphrases: The same question in other words, subject put in.
-        neighbors: Questions about others, whose answers are to stay.
+        request_id: Id of the request.
+        prompt: Text with one ``{}`` for the subject.
+        subject: Subject of the fact.
+        target: New answer.
+        true: Answer before the edit, if it is known.
+        paraphrases: Paraphrases of the prompt, with the subject inserted.
+        neighbors: Prompts about other subjects, whose answers the edit must not change.
         generation_prompts: Beginnings of texts about the subject, for fluency and consistency.
-        references: Texts about things of which the new answer is true: what texts about the subject should now resemble.
+        references: Texts about other subjects with the new answer; generated texts about the subject are compared with them.
 
     Raises:
-        ValueError: If a text is empty, or the prompt has no place for the subject. If a text but a reference begins or ends in white space: the
-            blank before an answer is added when tokens are made, and tokenizers join another one to the next word.
+        ValueError: If a text is empty, the prompt does not contain ``{}`` exactly once, or a text other than a reference begins or ends in white
+            space. The space before an answer is added by the tokenization; a second one would change the tokens.
     """
 
     request_id: str
@@ -61,61 +61,60 @@ class EditRequest:
             _check_text(name, getattr(self, name))
         if self.true is not None:
             _check_text("true", self.true)
-        for name in _TEXTS:
-            # A text in place of a list would become its letters.
+        for name in _LIST_FIELDS:
+            # Without this check, a string instead of a list would be split into letters.
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
         if not isinstance(self.neighbors, (tuple, list)) or not all(map(_is_probe, self.neighbors)):
-            raise ValueError(f"neighbors must be prompts and answers, both texts, got {self.neighbors!r:.200}")
+            raise ValueError(f"neighbors must be pairs of prompt and answer, both non-empty strings, got {self.neighbors!r:.200}")
         for name in ("paraphrases", "generation_prompts"):
             for text in getattr(self, name):
-                _refuse_blanks(name, text)
+                _check_white_space(name, text)
         for text in (text for probe in self.neighbors for text in probe):
-            _refuse_blanks("neighbors", text)
+            _check_white_space("neighbors", text)
         if self.prompt.count(PLACEHOLDER) != 1:
-            raise ValueError(f"prompt must hold {PLACEHOLDER} exactly once, for the subject, got {self.prompt!r}")
+            raise ValueError(f"prompt must contain {PLACEHOLDER} exactly once, for the subject, got {self.prompt!r}")
         if self.true is not None and self.true.strip() == self.target.strip():
-            raise ValueError(f"target and true are both {self.target!r}: there is nothing to edit")
+            raise ValueError(f"target and true are both {self.target!r}, so there is nothing to edit")
 
     @property
     def question(self) -> tuple[str, str]:
-        """Prompt and subject: what can have one answer only."""
+        """Prompt and subject; two requests with the same question must have the same target."""
         return self.prompt, self.subject
 
     def as_plain(self) -> dict[str, Any]:
-        """Return what :func:`request_of` reads."""
-        lists = {name: list(getattr(self, name)) for name in _TEXTS}
+        """Return plain data for :func:`parse_request`."""
+        lists = {name: list(getattr(self, name)) for name in _LIST_FIELDS}
         return {**asdict(self), **lists, "neighbors": [probe._asdict() for probe in self.neighbors]}
 
 
-_TEXTS = ("paraphrases", "generation_prompts", "references")
-_NAMES = {"request_id", "prompt", "subject", "target", "true", "neighbors", *_TEXTS}
-# What the field's files call them.
-_OTHER_NAMES = {"case_id": "request_id", "target_new": "target", "target_true": "true"}
+_LIST_FIELDS = ("paraphrases", "generation_prompts", "references")
+_FIELDS = {"request_id", "prompt", "subject", "target", "true", "neighbors", *_LIST_FIELDS}
+# Names of fields in published files.
+_ALIASES = {"case_id": "request_id", "target_new": "target", "target_true": "true"}
 
 
-def request_of(fields: Mapping[str, Any], number: int) -> EditRequest:
-    """Make a request of plain data.
+def parse_request(fields: Mapping[str, Any], number: int) -> EditRequest:
+    """Build a request from plain data.
 
     Args:
-        fields: ``prompt``, ``subject`` and ``target``, and optionally the others of :class:`EditRequest`; ``case_id``, ``target_new`` and
-            ``target_true`` will do too, the latter two also as ``{"str": ...}``.
-        number: Its id, if it has none.
+        fields: ``prompt``, ``subject`` and ``target``, and optionally other fields of :class:`EditRequest`. The names ``case_id``, ``target_new``
+            and ``target_true`` are also accepted, the latter two also as ``{"str": ...}``.
+        number: Id of the request if ``fields`` contains none.
 
     Raises:
-        ValueError: If a field is missing, unknown or wrong.
+        ValueError: If a field is missing, unknown or invalid.
     """
-    named = {_OTHER_NAMES.get(name, name): value for name, value in fields.items()}
-    unknown = sorted(named.keys() - _NAMES)
+    named = {_ALIASES.get(name, name): value for name, value in fields.items()}
+    unknown = sorted(named.keys() - _FIELDS)
     missing = sorted({"prompt", "subject", "target"} - named.keys())
     if unknown or missing:
-        raise ValueError(
-            f"an edit request has no {', '.join(missing) or 'field'} {', '.join(unknown)}".strip() + f"; fields are {', '.join(sorted(_NAMES))}"
-        )
+        problems = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
+        raise ValueError(f"invalid fields of an edit request: {'; '.join(problems)}; allowed fields are {', '.join(sorted(_FIELDS))}")
     for name in ("target", "true"):
         if isinstance(named.get(name), Mapping):
             named[name] = named[name].get("str")
     named["request_id"] = id_text(named.get("request_id", number), "request_id")
-    for name in _TEXTS:
+    for name in _LIST_FIELDS:
         named[name] = _texts(name, named.get(name))
     neighbors = named.get("neighbors")
     neighbors = () if neighbors is None else neighbors
@@ -131,21 +130,21 @@ def _is_probe(value: Any) -> bool:
 
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} must be a text, got {value!r:.80}")
-    _refuse_blanks(name, value)
+        raise ValueError(f"{name} must be a non-empty string, got {value!r:.80}")
+    _check_white_space(name, value)
 
 
-def _refuse_blanks(name: str, text: str) -> None:
+def _check_white_space(name: str, text: str) -> None:
     if text != text.strip():
-        raise ValueError(f"{name} must not begin or end in white space, got {text!r}: remove it; a blank before the answer is added automatically")
+        raise ValueError(f"{name} must not begin or end in white space, got {text!r}; remove it (the space before an answer is added automatically)")
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
-        raise ValueError(f"{name} must be a list of texts, got {value!r:.80}")
+        raise ValueError(f"{name} must be a list of strings, got {value!r:.80}")
     texts = tuple(value or ())
     if wrong := [text for text in texts if not isinstance(text, str) or not text.strip()]:
-        raise ValueError(f"{name} must be texts, got {wrong[0]!r}")
+        raise ValueError(f"{name} must contain non-empty strings, got {wrong[0]!r}")
     return texts
 
 
@@ -154,68 +153,70 @@ def _probe(item: Any) -> Probe:
         probe = Probe(item["prompt"], item["answer"])
         if all(isinstance(text, str) and text.strip() for text in probe):
             return probe
-    raise ValueError(f"a neighbor is an object of prompt and answer, both texts, got {item!r:.80}")
+    raise ValueError(f"neighbors must contain objects with prompt and answer, both non-empty strings, got {item!r:.80}")
 
 
 def read_requests(path: Path) -> list[EditRequest]:
-    """Read requests: a JSON object a line, or a JSON array of objects.
+    """Read requests from a file with one JSON object per line, or with a JSON array of objects.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is wrong; the message names file, line and field.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line is invalid; the message names file, line and field.
     """
-    check_file(path, "a file of edit requests holds a JSON object a line, with prompt, subject and target")
+    check_file(path, "a file of edit requests has one JSON object per line, with prompt, subject and target")
     requests = []
     for number, place, fields in read_json_rows(path):
         try:
             if not isinstance(fields, dict):
                 raise ValueError(f"expected an object, got {type(fields).__name__}")
-            requests.append(request_of(fields, number))
+            requests.append(parse_request(fields, number))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
-    return checked(requests, str(path))
+    return check_requests(requests, str(path))
 
 
 def load_requests(given: str | Sequence[Mapping[str, Any]] | None) -> list[EditRequest] | None:
-    """Read requests from a file name or from plain data; ``None`` passes through.
+    """Read requests from a file or from plain data; return ``None`` for ``None``.
 
     Args:
-        given: Name of a file for :func:`read_requests`, or objects for :func:`request_of`.
+        given: Name of a file for :func:`read_requests`, or objects for :func:`parse_request`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a request is wrong.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a request is invalid.
     """
     if given is None:
         return None
     if isinstance(given, str):
         return read_requests(Path(given))
-    return checked([request_of(fields, number) for number, fields in enumerate(given)], "requests")
+    return check_requests([parse_request(fields, number) for number, fields in enumerate(given)], "requests")
 
 
 def without_replaced(earlier: Sequence[EditRequest], later: Sequence[EditRequest]) -> list[EditRequest]:
-    """Return the earlier requests whose prompt and subject no later request has."""
+    """Return the earlier requests, without those whose prompt and subject occur in a later request."""
     replaced = {request.question for request in later}
     return [request for request in earlier if request.question not in replaced]
 
 
-def checked(requests: Sequence[EditRequest], source: str) -> list[EditRequest]:
-    """Check that requests can hold together.
+def check_requests(requests: Sequence[EditRequest], source: str) -> list[EditRequest]:
+    """Check that requests do not contradict each other, and return them as a list.
 
     Raises:
-        ValueError: If there are none, an id occurs twice, or one question is to have two answers.
+        ValueError: If there are no requests, an id occurs twice, or two requests have the same prompt and subject but different targets.
     """
     if not requests:
-        raise ValueError(f"{source} holds no edit requests")
-    seen: dict[str, EditRequest] = {}
-    asked: dict[tuple[str, str], EditRequest] = {}
+        raise ValueError(f"{source} contains no edit requests")
+    by_id: dict[str, EditRequest] = {}
+    by_question: dict[tuple[str, str], EditRequest] = {}
     for request in requests:
-        if request.request_id in seen:
-            raise ValueError(f"{source} has two requests with id {request.request_id!r}; ids must differ")
-        other = asked.get(request.question)
+        if request.request_id in by_id:
+            raise ValueError(f"{source} has two requests with id {request.request_id!r}; ids must be unique")
+        other = by_question.get(request.question)
         if other is not None and other.target != request.target:
-            asks = request.prompt.replace(PLACEHOLDER, request.subject)
-            both = f"{other.request_id} and {request.request_id}"
-            raise ValueError(f"{source}: requests {both} ask {asks!r} and want {other.target!r} and {request.target!r}; keep one")
-        seen[request.request_id] = asked[request.question] = request
+            prompt = request.prompt.replace(PLACEHOLDER, request.subject)
+            ids = f"{other.request_id} and {request.request_id}"
+            raise ValueError(
+                f"{source}: requests {ids} have the same prompt {prompt!r} but targets {other.target!r} and {request.target!r}; keep one"
+            )
+        by_id[request.request_id] = by_question[request.question] = request
     return list(requests)

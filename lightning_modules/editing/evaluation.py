@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest
-from malleable.lightning_modules.editing.answers import measure, measure_generated, measure_writing, perplexity, say
-from malleable.lightning_modules.editing.prompts import Reader
-from malleable.lightning_modules.editing.undisturbed import undisturbed
+from malleable.lightning_modules.editing.answers import (
+    evaluate_generated_answers,
+    evaluate_generated_texts,
+    evaluate_requests,
+    generate_answers,
+    perplexity,
+)
+from malleable.lightning_modules.editing.evaluation_mode import evaluation_mode
+from malleable.lightning_modules.editing.prompts import PromptEncoder
 from malleable.lightning_modules.metrics.editing import EditingMetrics, EditSurvival, RequestFigures
 
 Generated = Literal["off", "facts", "all"]
@@ -23,12 +29,13 @@ class Protocol:
     """Settings of the evaluation.
 
     Attributes:
-        texts: Number of texts for perplexity; 0 turns it off.
-        writing: Length in tokens of the texts generated for fluency and consistency, where requests have ``generation_prompts``; 0 turns them off.
+        texts: Number of texts for perplexity; 0 disables it.
+        writing: Length in tokens of the texts generated for fluency and consistency, if requests have ``generation_prompts``; 0 disables
+            them.
         survival: Measure all facts edited so far after each batch.
         answers: Number of requests whose answers are generated, before and after; ``generated`` measures these.
-        generated: Prompts after which the model generates freely, and the text is compared with the answer (``efficacy_generated``; teacher forcing
-            does not measure this): edited prompts only (``facts``), also paraphrases and neighbours (``all``, doubles the time), or none (``off``).
+        generated: Prompts after which answers are generated and compared with the expected answer (``efficacy_generated``; teacher forcing does not
+            measure this): edited prompts only (``facts``), also paraphrases and neighbours (``all``, doubles the time), or none (``off``).
         generated_tokens: Maximum length of a generated answer in tokens; it ends earlier at the end-of-sequence token or a line break.
         max_rows: Rows of a forward pass.
         seed: Seed of the text generation for fluency and consistency.
@@ -80,36 +87,36 @@ def evaluate_edits(model: Any, tokenizer: Any, requests: Sequence[EditRequest], 
         texts: Texts for perplexity.
         protocol: Settings of the evaluation.
     """
-    reader = Reader(tokenizer)
-    with undisturbed(model):
-        rows = measure(model, reader, requests, protocol.max_rows)
-        rows, answers = _answered(model, reader, requests, rows, protocol)
+    encoder = PromptEncoder(tokenizer)
+    with evaluation_mode(model):
+        rows = evaluate_requests(model, encoder, requests, protocol.max_rows)
+        rows, answers = _add_generated_answers(model, encoder, requests, rows, protocol)
         # Every rank has the metrics of all requests; synchronisation would count them again.
         metric = EditingMetrics(sync_on_compute=False)
         metric.update(rows)
         figures = {name: float(value) for name, value in metric.compute().items()}
         if texts and protocol.texts:
-            figures["perplexity"] = perplexity(model, reader, texts[: protocol.texts])
+            figures["perplexity"] = perplexity(model, encoder, texts[: protocol.texts])
         if protocol.writing:
-            figures |= measure_writing(model, tokenizer, requests, protocol.writing, protocol.seed, protocol.max_rows)
+            figures |= evaluate_generated_texts(model, tokenizer, requests, protocol.writing, protocol.seed, protocol.max_rows)
     return EvaluationResult(rows, answers, figures)
 
 
-def _answered(
-    model: Any, reader: Reader, requests: Sequence[EditRequest], rows: Sequence[RequestFigures], protocol: Protocol
+def _add_generated_answers(
+    model: Any, encoder: PromptEncoder, requests: Sequence[EditRequest], rows: Sequence[RequestFigures], protocol: Protocol
 ) -> tuple[list[RequestFigures], list[str]]:
     """Return the metrics with those of generated answers added, and the answers to the first requests."""
-    asked = requests[: protocol.answers]
+    chosen = requests[: protocol.answers]
     if protocol.generated == "off":
-        prompts = [request.prompt.replace(PLACEHOLDER, request.subject) for request in asked]
-        lengths = [max(len(reader.answer(answer)) for answer in (request.target, request.true) if answer is not None) for request in asked]
-        return list(rows), say(model, reader, prompts, lengths, protocol.max_rows)
-    shares, answers = measure_generated(model, reader, asked, protocol.generated_tokens, protocol.generated == "all", protocol.max_rows)
-    free = [
+        prompts = [request.prompt.replace(PLACEHOLDER, request.subject) for request in chosen]
+        lengths = [max(len(encoder.encode_answer(answer)) for answer in (request.target, request.true) if answer is not None) for request in chosen]
+        return list(rows), generate_answers(model, encoder, prompts, lengths, protocol.max_rows)
+    shares, answers = evaluate_generated_answers(model, encoder, chosen, protocol.generated_tokens, protocol.generated == "all", protocol.max_rows)
+    extended = [
         row._replace(efficacy_generated=efficacy, generalization_generated=generalization, specificity_generated=specificity)
         for row, (efficacy, generalization, specificity) in zip(rows, shares, strict=False)
     ]
-    return [*free, *rows[len(free) :]], answers
+    return [*extended, *rows[len(extended) :]], answers
 
 
 class SurvivalEvaluation:
@@ -133,8 +140,8 @@ class SurvivalEvaluation:
             edited: Requests edited so far, in order.
         """
         bare = [replace(request, paraphrases=(), neighbors=()) for request in edited]
-        with undisturbed(model):
-            rows = measure(model, Reader(tokenizer), bare, self.max_rows)
+        with evaluation_mode(model):
+            rows = evaluate_requests(model, PromptEncoder(tokenizer), bare, self.max_rows)
         self._efficacy.append(torch.tensor([row.efficacy for row in rows]))
 
     def compute(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Plain descent on the matrices that edits change: what an edit must beat."""
+"""Fine-tuning of the matrices that an edit changes, a baseline for edits."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from malleable.lightning_modules.editing.answers import score_answers
-from malleable.lightning_modules.editing.prompts import Reader
+from malleable.lightning_modules.editing.prompts import PromptEncoder
 from malleable.lightning_modules.editing.targets import Fact
 
 
 @dataclass
 class FineTuneSettings:
-    """How the matrices descend.
+    """Settings of fine-tuning.
 
     Attributes:
-        lr: Rate of Adam.
-        steps: Most steps of a batch.
-        stop: Mean loss at which a batch is done.
+        lr: Learning rate of AdamW.
+        steps: Maximum number of optimizer steps for a batch.
+        stop: Mean loss below which the fine-tuning of a batch ends.
         decay: Weight decay.
     """
 
@@ -37,24 +37,24 @@ class FineTuneSettings:
 
 
 def fine_tune(
-    model: Any, weights: Sequence[nn.Parameter], reader: Reader, facts: Sequence[Fact], settings: FineTuneSettings, max_rows: int = 256
+    model: Any, weights: Sequence[nn.Parameter], encoder: PromptEncoder, facts: Sequence[Fact], settings: FineTuneSettings, max_rows: int = 256
 ) -> tuple[list[float], int]:
-    """Minimise the negative log-likelihood of answers after their bare prompts.
+    """Minimise the negative log-likelihood of answers after their prompts.
 
     Args:
-        model: In evaluation mode; all but ``weights`` stay.
-        weights: What is trained.
-        reader: Makes rows of texts.
-        facts: What is to hold.
-        settings: See there.
-        max_rows: Rows of a pass; a step takes all of them.
+        model: Model in evaluation mode.
+        weights: Parameters to train; other parameters do not change.
+        encoder: Encodes prompts.
+        facts: Facts to train on.
+        settings: Settings of the optimisation.
+        max_rows: Rows of a forward pass; gradients are accumulated over all rows.
 
     Returns:
-        Loss of each fact, nats a token, before the last step, and the steps made.
+        Loss of each fact in the last pass, in nats per token, and the number of optimizer steps.
     """
-    answers = [reader.answer(fact.target) for fact in facts]
-    rows = [reader.row(fact.prompt, fact.subject, answer=answer[:-1]) for fact, answer in zip(facts, answers, strict=True)]
-    # Half-precision weights would not move: masters in single precision do.
+    answers = [encoder.encode_answer(fact.target) for fact in facts]
+    rows = [encoder.encode_prompt(fact.prompt, fact.subject, answer=answer[:-1]) for fact, answer in zip(facts, answers, strict=True)]
+    # Small steps would be lost by rounding in half precision, so float32 master weights are trained.
     masters = [weight.detach().float().clone().requires_grad_() for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=settings.lr, weight_decay=settings.decay)
     losses = torch.zeros(len(facts))
@@ -67,9 +67,9 @@ def fine_tune(
             parts, gradients = [], [torch.zeros_like(master) for master in masters]
             for start in range(0, len(rows), max_rows):
                 with torch.enable_grad():
-                    each = score_answers(model, reader, rows[start : start + max_rows], answers[start : start + max_rows]).nll
-                    own = torch.autograd.grad(each.sum() / len(rows), list(weights))
-                parts.append(each.detach())
+                    nll = score_answers(model, encoder, rows[start : start + max_rows], answers[start : start + max_rows]).nll
+                    own = torch.autograd.grad(nll.sum() / len(rows), list(weights))
+                parts.append(nll.detach())
                 gradients = [total + part.float() for total, part in zip(gradients, own, strict=True)]
             losses = torch.cat(parts)
             if losses.mean() < settings.stop or steps == settings.steps:
@@ -83,6 +83,7 @@ def fine_tune(
 
 @torch.no_grad()
 def _step(masters: Sequence[Tensor], gradients: Sequence[Tensor], optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter]) -> None:
+    """Update the master weights, and copy them to the weights of the model."""
     for master, gradient in zip(masters, gradients, strict=True):
         master.grad = gradient.float()
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Selection of edit requests whose facts a model knows."""
+"""Selection of known facts: edit requests whose true answer a model gives before the edit."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest
-from malleable.lightning_modules.editing.answers import take_answers
-from malleable.lightning_modules.editing.prompts import Reader
-from malleable.lightning_modules.editing.undisturbed import undisturbed
+from malleable.lightning_modules.editing.answers import evaluate_answers
+from malleable.lightning_modules.editing.evaluation_mode import evaluation_mode
+from malleable.lightning_modules.editing.prompts import PromptEncoder
 
 
 @dataclass
 class KnownFacts:
-    """Settings for the selection of facts that a model knows.
+    """Selection of known facts, which a model answers correctly before the edit.
 
     Attributes:
         min_neighbors: Minimum number of neighbours that the model answers correctly; other neighbours are dropped.
@@ -31,7 +31,7 @@ class KnownFacts:
 
 
 def known_requests(model: Any, tokenizer: Any, requests: Sequence[EditRequest], settings: KnownFacts) -> list[EditRequest]:
-    """Select the requests whose true answer the model gives exactly, and of each request such neighbours.
+    """Select the requests whose true answer the model gives exactly, and the neighbours of each request for which this is the case, too.
 
     In a distributed run every rank must call this function.
 
@@ -44,13 +44,13 @@ def known_requests(model: Any, tokenizer: Any, requests: Sequence[EditRequest], 
     Raises:
         ValueError: If no request is left.
     """
-    reader = Reader(tokenizer)
+    encoder = PromptEncoder(tokenizer)
     candidates = [request for request in requests if request.true is not None]
-    with undisturbed(model):
-        exact = _exact(model, reader, [(request.prompt.replace(PLACEHOLDER, request.subject), str(request.true)) for request in candidates])
+    with evaluation_mode(model):
+        exact = _exact(model, encoder, [(request.prompt.replace(PLACEHOLDER, request.subject), str(request.true)) for request in candidates])
         known = [request for request, right in zip(candidates, exact, strict=True) if right]
         probes = list(dict.fromkeys(probe for request in known for probe in request.neighbors))
-        exact = _exact(model, reader, [(probe.prompt, probe.answer) for probe in probes])
+        exact = _exact(model, encoder, [(probe.prompt, probe.answer) for probe in probes])
     known_probes = {probe for probe, right in zip(probes, exact, strict=True) if right}
     chosen = []
     for request in known:
@@ -59,12 +59,12 @@ def known_requests(model: Any, tokenizer: Any, requests: Sequence[EditRequest], 
             chosen.append(replace(request, neighbors=neighbors))
     if not chosen:
         raise ValueError(
-            f"the model gives the old answer of {len(known)} of {len(requests)} requests, and none of these has {settings.min_neighbors} neighbours "
-            "that it knows: there is no known fact to edit; lower known.min_neighbors, or take other facts"
+            f"the model gives the true answer of {len(known)} of {len(requests)} requests, and none of these has {settings.min_neighbors} neighbours "
+            "that it answers correctly, so there is no known fact to edit; lower known.min_neighbors, or give other facts"
         )
     return chosen[: settings.limit]
 
 
-def _exact(model: Any, reader: Reader, questions: Sequence[tuple[str, str]]) -> list[bool]:
+def _exact(model: Any, encoder: PromptEncoder, questions: Sequence[tuple[str, str]]) -> list[bool]:
     """Return for each prompt and answer whether the model gives the answer exactly."""
-    return take_answers(model, reader, questions).exact.tolist() if questions else []
+    return evaluate_answers(model, encoder, questions).exact.tolist() if questions else []

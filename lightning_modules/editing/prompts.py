@@ -1,4 +1,4 @@
-"""Prompts of facts as rows of tokens: where the subject ends, in which contexts a fact is read, and what is to be answered."""
+"""Prompts of facts as token ids, with the position of the token at which a fact is edited."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from malleable.datamodules.editing.requests import PLACEHOLDER
 
-STARTS = ("The", "Therefore", "Because", "I", "You")
+CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
 
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
 
@@ -24,24 +24,24 @@ class Span(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A text with the token that an edit looks at.
+    """Token ids of a text.
 
     Attributes:
-        ids: Tokens.
-        position: The token looked at.
+        ids: Token ids.
+        position: Position of the fact token, at which keys and values are read.
     """
 
     ids: list[int]
     position: int
 
 
-class Rows(NamedTuple):
-    """Rows filled up on the right to one length.
+class RowBatch(NamedTuple):
+    """Rows, padded on the right to the same length.
 
     Attributes:
         input_ids: ``(B, T)``.
         attention_mask: ``(B, T)``.
-        position: ``(B,)`` the token looked at.
+        position: ``(B,)`` position of the fact token of each row.
     """
 
     input_ids: Tensor
@@ -49,88 +49,90 @@ class Rows(NamedTuple):
     position: Tensor
 
     def inputs(self) -> dict[str, Tensor]:
-        """What the model is given."""
+        """Return the arguments of the model."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
-    def take(self, chosen: Tensor) -> Rows:
-        """Some of the rows, without columns that none of them needs."""
+    def select(self, chosen: Tensor) -> RowBatch:
+        """Return some of the rows, without columns that contain only padding."""
         mask = self.attention_mask[chosen]
         length = int(mask.sum(1).max())
-        return Rows(self.input_ids[chosen, :length], mask[:, :length], self.position[chosen])
+        return RowBatch(self.input_ids[chosen, :length], mask[:, :length], self.position[chosen])
 
 
-def fill(prompt: str, subject: str, context: str = PLACEHOLDER) -> tuple[str, Span]:
-    """Put the subject into a prompt and the prompt into a context; return the text and where the subject lies in it.
+def fill_prompt(prompt: str, subject: str, context: str = PLACEHOLDER) -> tuple[str, Span]:
+    """Insert the subject into a prompt and the prompt into a context; return the text and the characters of the subject.
 
     Args:
-        prompt: Holds ``{}`` once, for the subject; a subject may hold braces of its own and occur elsewhere too.
-        subject: What the fact is about.
-        context: Holds ``{}`` once, for the prompt.
+        prompt: Text with one ``{}`` for the subject. The subject may contain braces, and may occur in the prompt a second time.
+        subject: Subject of the fact.
+        context: Text with one ``{}`` for the prompt.
 
     Raises:
-        ValueError: If a placeholder is missing or doubled.
+        ValueError: If prompt or context does not contain ``{}`` exactly once.
     """
     for name, text in (("prompt", prompt), ("context", context)):
         if text.count(PLACEHOLDER) != 1:
-            raise ValueError(f"a {name} must hold {PLACEHOLDER} exactly once, got {text!r}")
+            raise ValueError(f"a {name} must contain {PLACEHOLDER} exactly once, got {text!r}")
     (before, after), (left, right) = prompt.split(PLACEHOLDER), context.split(PLACEHOLDER)
     start = len(left) + len(before)
     return f"{left}{before}{subject}{after}{right}", Span(start, start + len(subject))
 
 
-def look_up(offsets: Sequence[tuple[int, int]], span: Span, strategy: FactToken = "subject_last") -> int:
-    """Find the token at which a fact is read.
+def find_fact_token(offsets: Sequence[tuple[int, int]], span: Span, fact_token: FactToken = "subject_last") -> int:
+    """Return the position of the fact token.
 
     Args:
-        offsets: Characters of each token; empty for tokens that the tokenizer adds.
-        span: The subject's characters.
-        strategy: Last or first token of the subject, the one after it, or the last of all.
+        offsets: Characters ``(start, end)`` of each token; empty for special tokens that the tokenizer adds.
+        span: Characters of the subject.
+        fact_token: Last or first token of the subject, the token after the subject, or the last token of the text.
 
     Raises:
         ValueError: If no token overlaps the subject.
     """
-    if strategy == "last":
+    if fact_token == "last":
         return len(offsets) - 1
     inside = [number for number, (start, end) in enumerate(offsets) if start < span.end and end > span.start and end > start]
     if not inside:
         raise ValueError(f"no token overlaps the subject at characters {span.start} to {span.end}")
-    if strategy == "subject_first":
+    if fact_token == "subject_first":
         return inside[0]
-    return min(inside[-1] + (strategy == "subject_first_after_last"), len(offsets) - 1)
+    return min(inside[-1] + (fact_token == "subject_first_after_last"), len(offsets) - 1)
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Turns texts into rows.
+class PromptEncoder:
+    """Converts prompts and answers to token ids.
 
     Args:
-        tokenizer: A fast one of transformers, which tells the characters of each token.
-        strategy: Where a fact is read.
+        tokenizer: Fast tokenizer of transformers, which returns the offsets of tokens.
+        fact_token: Token of a prompt at which the fact is edited.
 
     Raises:
-        ValueError: If the tokenizer tells no offsets.
+        ValueError: If the tokenizer does not return offsets.
     """
 
     tokenizer: Any
-    strategy: FactToken = "subject_last"
+    fact_token: FactToken = "subject_last"
 
     def __post_init__(self) -> None:
-        """Refuse a slow tokenizer: a subject's last token would have to be guessed."""
+        """Refuse a slow tokenizer: the last token of a subject cannot be found without offsets."""
         if not getattr(self.tokenizer, "is_fast", False):
-            raise ValueError(f"editing needs a fast tokenizer, which tells where tokens lie in the text; {type(self.tokenizer).__name__} does not")
+            raise ValueError(
+                f"editing needs a fast tokenizer, which returns the offsets of tokens in the text; {type(self.tokenizer).__name__} is not fast"
+            )
 
     @property
-    def pad(self) -> int:
-        """What rows are filled up with: it is masked, so any token will do."""
+    def pad_token_id(self) -> int:
+        """Id of the padding token. Padding is masked, so any id is correct."""
         return next((number for number in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if number is not None), 0)
 
-    def answer(self, text: str) -> list[int]:
-        """Tokens of an answer after a prompt, with the blank between them.
+    def encode_answer(self, text: str) -> list[int]:
+        """Return the token ids of an answer after a prompt, with the space between them.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If the answer has no tokens.
         """
-        # Behind a letter: some tokenizers put a blank of their own before a text.
+        # The answer is encoded after a letter, because some tokenizers add a space before a text.
         before, whole = (self.tokenizer(one, add_special_tokens=False)["input_ids"] for one in ("a", f"a {text.lstrip()}"))
         ids: list[int] = (
             whole[len(before) :] if whole[: len(before)] == before else self.tokenizer(f" {text.lstrip()}", add_special_tokens=False)["input_ids"]
@@ -139,57 +141,57 @@ class Reader:
             raise ValueError(f"the answer {text!r} has no tokens")
         return ids
 
-    def row(self, prompt: str, subject: str, context: str = PLACEHOLDER, answer: Sequence[int] = ()) -> Row:
-        """Read a prompt, followed by the tokens of an answer."""
-        text, span = fill(prompt, subject, context)
-        # A blank at the end would be a token of its own, which no answer begins after.
+    def encode_prompt(self, prompt: str, subject: str, context: str = PLACEHOLDER, answer: Sequence[int] = ()) -> Row:
+        """Encode a prompt with its subject, followed by the token ids of an answer; see :func:`fill_prompt`."""
+        text, span = fill_prompt(prompt, subject, context)
+        # A space at the end would be a separate token, after which no answer begins.
         text = text.rstrip() if span.end < len(text) else text
-        ids, offsets = self._encoded(text)
-        return Row([*ids, *answer], look_up(offsets, span, self.strategy))
+        ids, offsets = self._encode(text)
+        return Row([*ids, *answer], find_fact_token(offsets, span, self.fact_token))
 
-    def question(self, text: str, answer: Sequence[int] = ()) -> Row:
-        """Read a whole text, followed by the tokens of an answer; its last token is looked at."""
-        ids, _ = self._encoded(text.rstrip())
+    def encode_text(self, text: str, answer: Sequence[int] = ()) -> Row:
+        """Encode a complete text, followed by the token ids of an answer; the fact token is the last token of the text."""
+        ids, _ = self._encode(text.rstrip())
         return Row([*ids, *answer], len(ids) - 1)
 
-    def _encoded(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoded = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
         ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
-        # What the tokenizer puts behind a text (an end, a separator) would stand between prompt and answer.
+        # Special tokens at the end (end of sequence, separator) would be between prompt and answer.
         while len(ids) > 1 and added[len(ids) - 1]:
             ids.pop()
         return ids, encoded["offset_mapping"][: len(ids)]
 
-    def batch(self, rows: Sequence[Row], device: torch.device | str = "cpu") -> Rows:
-        """Fill rows up on the right, whatever side the tokenizer is set to."""
+    def collate(self, rows: Sequence[Row], device: torch.device | str = "cpu") -> RowBatch:
+        """Pad rows on the right, independently of the padding side of the tokenizer."""
         length = max(len(row.ids) for row in rows)
-        ids = torch.full((len(rows), length), self.pad)
+        ids = torch.full((len(rows), length), self.pad_token_id)
         mask = torch.zeros(len(rows), length, dtype=torch.long)
         for number, row in enumerate(rows):
             ids[number, : len(row.ids)] = torch.tensor(row.ids)
             mask[number, : len(row.ids)] = 1
-        return Rows(ids.to(device), mask.to(device), torch.tensor([row.position for row in rows], device=device))
+        return RowBatch(ids.to(device), mask.to(device), torch.tensor([row.position for row in rows], device=device))
 
 
 @torch.no_grad()
-def draw_contexts(model: nn.Module, tokenizer: Any, seed: int = 0, starts: Sequence[str] = STARTS, length: int = 10) -> list[str]:
-    """Let the model write the beginnings that facts are read after.
+def generate_contexts(model: nn.Module, tokenizer: Any, seed: int = 0, starts: Sequence[str] = CONTEXT_STARTS, length: int = 10) -> list[str]:
+    """Generate texts that precede a prompt, so that an edit is effective in different contexts.
 
     Args:
-        model: In evaluation mode.
+        model: Model in evaluation mode.
         tokenizer: Its tokenizer.
-        seed: Of the sampling, among the five likeliest tokens.
-        starts: First words.
-        length: Tokens of a beginning, the first words among them.
+        seed: Seed of the sampling among the five most probable tokens.
+        starts: First words of the contexts.
+        length: Number of tokens of a context, including the first words.
 
     Returns:
-        Contexts, one for each start, such as ``The first thing that. {}``.
+        One context for each start, such as ``The first thing that. {}``.
     """
     device = next(model.parameters()).device
-    reader, generator = Reader(tokenizer), torch.Generator().manual_seed(seed)
+    encoder, generator = PromptEncoder(tokenizer), torch.Generator().manual_seed(seed)
     contexts = []
     for start in starts:
-        ids = torch.tensor([reader.question(start).ids], device=device)
+        ids = torch.tensor([encoder.encode_text(start).ids], device=device)
         first = ids.shape[1]
         while ids.shape[1] < max(length, first + 1):
             best = model(input_ids=ids, use_cache=False).logits[0, -1].float().topk(5)

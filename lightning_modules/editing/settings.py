@@ -1,4 +1,4 @@
-"""How facts are edited."""
+"""Settings of edits."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from typing import Literal, get_args
 from malleable.lightning_modules.editing.fine_tune import FineTuneSettings
 from malleable.lightning_modules.editing.prompts import FactToken
 from malleable.lightning_modules.editing.targets import TargetSettings
-from malleable.lightning_modules.functional.editing.null_space import Threshold
+from malleable.lightning_modules.functional.editing.null_space_threshold import Threshold
 
 Method = Literal["alpha_edit", "memit", "ridge", "fine_tune"]
 
 
 @dataclass
 class EditSettings:
-    """How facts are edited.
+    """Method and hyper-parameters of edits.
 
     Attributes:
-        method: ``alpha_edit`` changes what text does not use; ``memit`` weighs a change by how much text uses it; ``ridge`` weighs all alike
-            (AlphaEdit without its projection); ``fine_tune`` descends on the same matrices.
-        layers: Layers to change, from below; default: from an eighth to a quarter of the depth.
-        ridge: lambda of ``alpha_edit`` and ``ridge``.
-        threshold: Which directions ``alpha_edit`` may change.
-        moment_weight: Weight of the second moment under ``memit``.
-        targets: How target vectors are sought.
-        tuning: How ``fine_tune`` descends.
-        fact_token: Where a fact is read.
-        contexts: Number of beginnings that the model writes itself, after which a fact must hold too.
-        seed: Of these.
-        batch_size: Facts solved for together.
-        remember: Keep what earlier batches gave.
-        block: Template of the blocks' names; found by default.
-        projection: Template of the projections' names; found by default.
+        method: ``alpha_edit`` restricts the update to the null space of the keys of text; ``memit`` penalises the update in proportion to the second
+            moment of these keys; ``ridge`` penalises all directions equally (AlphaEdit without the projection); ``fine_tune`` trains the same
+            matrices by gradient descent.
+        layers: Layers to edit, in ascending order. Default: from 1/8 to 1/4 of the depth.
+        ridge: Ridge parameter lambda of ``alpha_edit`` and ``ridge``.
+        threshold: Threshold of the null space of ``alpha_edit``.
+        moment_weight: Weight of the second moment in ``memit``.
+        targets: Optimisation of target vectors.
+        tuning: Optimisation of ``fine_tune``.
+        fact_token: Token of a prompt at which the fact is edited.
+        contexts: Number of generated contexts, 0 to 5. Each prompt is edited without a context and in these contexts.
+        seed: Seed of the generation of contexts.
+        batch_size: Number of facts in a batch, which are edited by one update.
+        preserve_past: Preserve the facts of earlier batches.
+        block: Template of the module names of blocks, such as ``model.layers.{}``. Default: found automatically.
+        projection: Template of the module names of projections, such as ``model.layers.{}.mlp.down_proj``. Default: found automatically.
 
     Source:
         Fang et al. (2025), AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, arXiv:2410.02355; defaults of the authors'
@@ -50,7 +51,7 @@ class EditSettings:
     contexts: int = 5
     seed: int = 0
     batch_size: int = 100
-    remember: bool = True
+    preserve_past: bool = True
     block: str | None = None
     projection: str | None = None
 
@@ -65,11 +66,11 @@ class EditSettings:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
         if not 0 <= self.contexts <= 5:
-            raise ValueError(f"contexts must lie between 0 and 5, got {self.contexts}")
+            raise ValueError(f"contexts must be between 0 and 5, got {self.contexts}")
         if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
-            raise ValueError(f"layers must rise, got {list(self.layers)}")
+            raise ValueError(f"layers must be in ascending order without duplicates, got {list(self.layers)}")
 
     @property
     def needs_text(self) -> bool:
-        """Whether second moments are needed."""
+        """Whether the method needs second moments of text."""
         return self.method in ("alpha_edit", "memit")

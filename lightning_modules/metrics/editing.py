@@ -65,10 +65,10 @@ class _Sums(Metric):
     def _add(self, values: Tensor) -> None:
         """Add values ``(N, width)``."""
         values = values.to(self.total)
-        known = ~values.isnan()
+        present = ~values.isnan()
         # Not in place: a state that was reset in inference mode cannot be modified outside it.
         self.total = self.total + values.nan_to_num().sum(0)
-        self.count = self.count + known.sum(0)
+        self.count = self.count + present.sum(0)
 
 
 class EditingMetrics(_Sums):
@@ -79,7 +79,7 @@ class EditingMetrics(_Sums):
     Source:
         Meng et al. (2022), Locating and Editing Factual Associations in GPT, arXiv:2202.05262, section 3.3. Published figures on zsRE correspond to
         ``*_accuracy``. ``*_generated``: Yang et al. (2025), The Mirage of Model Editing, arXiv:2502.11177, who generate until a stop token.
-        Differs: answers are matched by :func:`~malleable.lightning_modules.functional.editing.answer_match.gives_answer`, not by a language model.
+        Differs: answers are matched by :func:`~malleable.lightning_modules.functional.editing.answer_match.contains_answer`, not by a language model.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -144,9 +144,9 @@ class Consistency(_Sums):
         super().__init__(1, **options)
         self.tfidf = tfidf
 
-    def update(self, written: Sequence[str], references: Sequence[str]) -> None:
+    def update(self, texts: Sequence[str], references: Sequence[str]) -> None:
         """Add a subject: its generated texts and its reference texts."""
-        self._add(torch.tensor([[100 * self.tfidf.cosine(" ".join(written), " ".join(references))]]))
+        self._add(torch.tensor([[100 * self.tfidf.cosine(" ".join(texts), " ".join(references))]]))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the mean."""
@@ -165,18 +165,18 @@ class EditSurvival(_Sums):
         super().__init__(num_batches * num_batches, **options)
         self.num_batches = num_batches
 
-    def update(self, after: int, batch: Tensor, held: Tensor) -> None:
+    def update(self, after: int, batch: Tensor, effective: Tensor) -> None:
         """Add measurements of facts after batch ``after``.
 
         Args:
             after: Index of the last batch of edits.
             batch: ``(N,)`` index of the batch that edited each fact.
-            held: ``(N,)`` whether, or to which degree between 0 and 1, each edit is effective.
+            effective: ``(N,)`` whether, or to which degree between 0 and 1, each edit is effective.
         """
         place = torch.as_tensor(batch, device=self.total.device).long() + after * self.num_batches
-        held = torch.as_tensor(held).to(self.total)
-        self.total = self.total.index_add(0, place, held)
-        self.count = self.count.index_add(0, place, torch.ones_like(held))
+        effective = torch.as_tensor(effective).to(self.total)
+        self.total = self.total.index_add(0, place, effective)
+        self.count = self.count.index_add(0, place, torch.ones_like(effective))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the shares in percent.

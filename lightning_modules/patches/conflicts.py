@@ -77,8 +77,8 @@ def _overlap(name: str, patch: Patch, other: Patch) -> Overlap:
 
 
 def _contradictions(patch: Patch, other: Patch) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    known = {_question(request): request for request in other.requests}
-    pairs = [(known[question], request) for request in patch.requests if (question := _question(request)) in known]
+    by_question = {_question(request): request for request in other.requests}
+    pairs = [(by_question[question], request) for request in patch.requests if (question := _question(request)) in by_question]
     return [(theirs, ours) for theirs, ours in pairs if _question(ours) != _NO_QUESTION and _target(theirs) != _target(ours)]
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.datamodules.files.text_files import open_text
 from malleable.datamodules.files.user_files import check_tree
+from malleable.lightning_modules.patches.copy_folder import copy_folder
 from malleable.lightning_modules.patches.delta import Delta
-from malleable.lightning_modules.patches.files import mirror
 from malleable.lightning_modules.patches.manifest import dump_manifest, parse_manifest, to_json, to_json_types
 from malleable.lightning_modules.patches.tensors import load_tensors, raw
 
@@ -122,7 +122,7 @@ class Patch:
             if self.folder is None:
                 building.mkdir()
             else:
-                mirror(self.folder, building, without={MANIFEST, DELTAS})
+                copy_folder(self.folder, building, without={MANIFEST, DELTAS})
             (building / MANIFEST).write_text(self.manifest(), encoding="utf-8")
             if self.deltas:
                 save_file(self.tensors(), building / DELTAS)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from malleable.lightning_modules.patches.conflicts import Conflict, find_conflicts
 from malleable.lightning_modules.patches.patch import Patch
-from malleable.lightning_modules.patches.tensors import Comparison, compare, digest, fingerprint
+from malleable.lightning_modules.patches.tensors import Comparison, compare, fingerprint, hash_tensor
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,12 +52,12 @@ class PatchStack:
     Attributes:
         patches: The patches.
         originals: Unpatched values of the changed tensors, by canonical name.
-        digests: Digests of the patched values of these tensors, with which later changes are detected.
+        hashes: Hashes of the patched values of these tensors, to detect later changes.
     """
 
     patches: tuple[Patch, ...] = ()
     originals: Mapping[str, Tensor] = field(default_factory=dict)
-    digests: Mapping[str, str] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -70,8 +70,8 @@ class PatchStack:
         Args:
             tensors: Current tensors of the model by canonical name; read one at a time.
         """
-        untouched = {name: digest(tensors[name]) for name in tensors if name not in self.originals}
-        return untouched | fingerprint(self.originals)
+        unchanged = {name: hash_tensor(tensors[name]) for name in tensors if name not in self.originals}
+        return unchanged | fingerprint(self.originals)
 
     def find(self, prefix: str) -> Patch:
         """Return the patch whose id starts with ``prefix``.
@@ -100,13 +100,12 @@ class PatchStack:
 
         Raises:
             ValueError: If the patch is applied already; if tensors that it changes are missing, quantised, or of another shape or other values than
-            in
-                its base; if patched tensors have changed since; or in the cases that ``allow_conflicts`` and ``force`` permit.
+                in its base; if patched tensors have changed since; or in the cases that ``allow_conflicts`` and ``force`` permit.
         """
         if patch.id in self.ids:
             raise ValueError(f"patch {patch.id} is applied already; to apply it again, revert it first")
-        _check_touched(patch, tensors)
-        self._check_untouched_since(tensors, "export it --merged and make the patch on the result")
+        _check_changed_tensors(patch, tensors)
+        self._check_unchanged(tensors, "export the weights with --merged, and make the patch for the result")
         found = compare(patch.base, self.base(tensors))
         _check_base(patch, found, force)
         absent = [id for id in patch.requires if id not in self.ids]
@@ -143,25 +142,25 @@ class PatchStack:
         if dependent and not force:
             raise ValueError(f"other patches require these: {', '.join(dependent)}; revert those, too, or use force")
         if not force:
-            self._check_untouched_since(tensors, "reverting would discard this change; use force to revert nevertheless")
+            self._check_unchanged(tensors, "reverting would discard this change; use force to revert nevertheless")
         return self._change(remaining, self.originals, {name for patch in reverted.values() for name in patch.deltas})
 
     def _change(self, patches: tuple[Patch, ...], originals: Mapping[str, Tensor], names: Collection[str]) -> Change:
         """Compute the tensors ``names`` with ``patches`` applied, and the new stack."""
         touched = sorted({name for patch in patches for name in patch.deltas})
         tensors = {name: _patched(name, originals[name], patches) for name in sorted(names)}
-        digests = {name: digest(tensors[name]) if name in tensors else self.digests[name] for name in touched}
-        return Change(PatchStack(patches, {name: originals[name] for name in touched}, digests), tensors)
+        hashes = {name: hash_tensor(tensors[name]) if name in tensors else self.hashes[name] for name in touched}
+        return Change(PatchStack(patches, {name: originals[name] for name in touched}, hashes), tensors)
 
-    def _check_untouched_since(self, tensors: Mapping[str, Tensor], advice: str) -> None:
-        changed = [name for name, value in self.digests.items() if name not in tensors or digest(tensors[name]) != value]
+    def _check_unchanged(self, tensors: Mapping[str, Tensor], advice: str) -> None:
+        changed = [name for name, value in self.hashes.items() if name not in tensors or hash_tensor(tensors[name]) != value]
         if changed:
             raise ValueError(f"{_few(changed)} changed after the patches {', '.join(self.ids)} were applied, e.g. by training; {advice}")
 
     def as_plain(self) -> dict[str, Any]:
         """Return the stack as plain data and tensors, for a checkpoint."""
         patches = [{"manifest": patch.manifest(), "tensors": patch.tensors()} for patch in self.patches]
-        return {"patches": patches, "originals": dict(self.originals), "digests": dict(self.digests)}
+        return {"patches": patches, "originals": dict(self.originals), "digests": dict(self.hashes)}
 
     @classmethod
     def from_plain(cls, section: Mapping[str, Any] | None, source: str) -> PatchStack:
@@ -178,31 +177,31 @@ class PatchStack:
             return cls()
         try:
             parts = [(item["manifest"], item["tensors"]) for item in section["patches"]]
-            originals, digests = section["originals"], section["digests"]
+            originals, hashes = section["originals"], section["digests"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"the patches in {source} are damaged: {error} is missing") from error
         tensors = [*(own for _, own in parts), originals]
-        if not all(isinstance(text, str) for text, _ in parts) or not all(map(_are_tensors, tensors)) or not isinstance(digests, dict):
+        if not all(isinstance(text, str) for text, _ in parts) or not all(map(_are_tensors, tensors)) or not isinstance(hashes, dict):
             raise ValueError(f"the patches in {source} are damaged: an entry has a wrong type")
         patches = tuple(Patch.from_parts(manifest, tensors, f"{source}, patch {place}") for place, (manifest, tensors) in enumerate(parts))
-        return cls.checked(patches, originals, digests, source)
+        return cls.checked(patches, originals, hashes, source)
 
     @classmethod
-    def checked(cls, patches: tuple[Patch, ...], originals: Mapping[str, Tensor], digests: Mapping[str, str], source: str) -> PatchStack:
+    def checked(cls, patches: tuple[Patch, ...], originals: Mapping[str, Tensor], hashes: Mapping[str, str], source: str) -> PatchStack:
         """Build a stack from stored parts.
 
         Raises:
             ValueError: If the originals do not match the patches.
         """
         touched = {name for patch in patches for name in patch.deltas}
-        if not touched == originals.keys() == digests.keys():
-            wrong = touched ^ originals.keys() or touched ^ digests.keys()
+        if not touched == originals.keys() == hashes.keys():
+            wrong = touched ^ originals.keys() or touched ^ hashes.keys()
             raise ValueError(f"the patches in {source} are damaged: patches and stored originals do not have the same tensors: {_few(wrong)}")
         bases = {name: patch.base[name] for patch in patches for name in patch.deltas}
-        damaged = [name for name, original in originals.items() if digest(original) != bases[name]]
+        damaged = [name for name, original in originals.items() if hash_tensor(original) != bases[name]]
         if damaged:
             raise ValueError(f"the patches in {source} are damaged: the stored originals of {_few(damaged)} differ from the base of the patches")
-        return cls(patches, originals, digests)
+        return cls(patches, originals, hashes)
 
 
 def _are_tensors(value: Any) -> bool:
@@ -226,7 +225,7 @@ def _patched(name: str, original: Tensor, patches: Iterable[Patch]) -> Tensor:
     return patched
 
 
-def _check_touched(patch: Patch, tensors: Mapping[str, Tensor]) -> None:
+def _check_changed_tensors(patch: Patch, tensors: Mapping[str, Tensor]) -> None:
     missing = [name for name in patch.deltas if name not in tensors]
     if missing:
         if any(name.endswith(f".{own}") for name in missing for own in tensors):

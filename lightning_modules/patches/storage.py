@@ -19,7 +19,7 @@ from malleable.datamodules.files.atomic import atomic_write, recover
 from malleable.datamodules.files.plain_checkpoint import read_plain, saving
 from malleable.datamodules.files.text_files import read_json
 from malleable.datamodules.files.user_files import check_tree, is_file_name, shard_names
-from malleable.lightning_modules.patches.files import mirror
+from malleable.lightning_modules.patches.copy_folder import copy_folder
 from malleable.lightning_modules.patches.patch import Patch, is_patch
 from malleable.lightning_modules.patches.stack import Change, PatchStack
 from malleable.lightning_modules.patches.tensors import canonical_names, load_tensors, open_tensors, untied, write_changed
@@ -166,7 +166,7 @@ class WeightsFolder(Container):
             file, key = self.tensors.places[name]
             changed.setdefault(file, {})[key] = value
         with atomic_write(target, own_modes=True) as building:
-            mirror(self.path, building, {SECTION, *(file.name for file in changed)}, link=target == self.path)
+            copy_folder(self.path, building, {SECTION, *(file.name for file in changed)}, link=target == self.path)
             for file, values in changed.items():
                 write_changed(file, building / file.name, values)
             if change.stack.patches:
@@ -214,17 +214,17 @@ def _read_section(folder: Path) -> PatchStack:
         section = read_json(folder / _ORDER)
     except ValueError as error:
         raise ValueError(f"{folder / _ORDER} is damaged: {error}") from error
-    order, digests = (section.get(name) for name in ("order", "digests")) if isinstance(section, dict) else (None, None)
-    if not isinstance(order, list) or not all(isinstance(id, str) and _ID.fullmatch(id) for id in order) or not isinstance(digests, dict):
+    order, hashes = (section.get(name) for name in ("order", "digests")) if isinstance(section, dict) else (None, None)
+    if not isinstance(order, list) or not all(isinstance(id, str) and _ID.fullmatch(id) for id in order) or not isinstance(hashes, dict):
         raise ValueError(f"{folder / _ORDER} is damaged: expected an object with order, a list of ids, and digests, an object")
-    originals = load_tensors(folder / _ORIGINALS) if digests else {}
-    return PatchStack.checked(tuple(Patch.read(folder / id) for id in order), originals, digests, str(folder))
+    originals = load_tensors(folder / _ORIGINALS) if hashes else {}
+    return PatchStack.checked(tuple(Patch.read(folder / id) for id in order), originals, hashes, str(folder))
 
 
 def write_section(folder: Path, stack: PatchStack) -> None:
     """Write the patches of a weights folder and the original values of the changed tensors to ``folder``."""
     folder.mkdir()
-    (folder / _ORDER).write_text(json.dumps({"order": list(stack.ids), "digests": dict(stack.digests)}, indent=1) + "\n", encoding="utf-8")
+    (folder / _ORDER).write_text(json.dumps({"order": list(stack.ids), "digests": dict(stack.hashes)}, indent=1) + "\n", encoding="utf-8")
     if stack.originals:
         save_file(dict(stack.originals), folder / _ORIGINALS)
         shutil.copymode(folder / _ORDER, folder / _ORIGINALS)  # safetensors creates files for their owner only

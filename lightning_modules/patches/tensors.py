@@ -1,4 +1,4 @@
-"""Names and digests of tensors, and safetensors files that hold them."""
+"""Names and hashes of tensors, and safetensors files that contain them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def canonical_tensors(model: nn.Module) -> dict[str, Tensor]:
 _BLOCK = 1 << 20  # number of values that are converted at once
 
 
-def digest(tensor: Tensor) -> str:
+def hash_tensor(tensor: Tensor) -> str:
     """Return a hash of a tensor's shape and values, 16 hexadecimal digits.
 
     Values of float32 and narrower formats are converted to float32, so that a bfloat16 file and its float32 copy have the same hash.
@@ -96,11 +96,11 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the digest of every tensor. One tensor at a time is read from ``tensors``, which may be a lazy mapping.
+    """Return the hash of every tensor. One tensor at a time is read from ``tensors``, which may be a lazy mapping.
 
     For a model in memory, pass the output of :func:`canonical_tensors`, in which tied tensors occur once.
     """
-    return {name: digest(tensors[name]) for name in sorted(tensors)}
+    return {name: hash_tensor(tensors[name]) for name in sorted(tensors)}
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,11 @@ from literal_targets import literal_target
 from malleable.datamodules.files.fetch import resolve_model
 from malleable.datamodules.language.tokenizer import load_tokenizer
 from malleable.datamodules.sources.editing.countries import Countries
+from malleable.lightning_modules.editing.evaluation_mode import evaluation_mode
 from malleable.lightning_modules.editing.layout import find_layout
-from malleable.lightning_modules.editing.prompts import Reader, draw_contexts
+from malleable.lightning_modules.editing.prompts import PromptEncoder, generate_contexts
 from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
 from malleable.lightning_modules.editing.targets import Fact, TargetSettings, find_targets
-from malleable.lightning_modules.editing.undisturbed import undisturbed
 
 log = logging.getLogger("alpha_edit")
 
@@ -58,28 +58,28 @@ def load(name: str, device: str = "cpu") -> tuple[Any, Any]:
 def compare(name: str, number: int, device: str = "cpu") -> dict[str, float]:
     """Seek the targets of facts in both ways."""
     model, tokenizer = load(name, device)
-    reader, layout = Reader(tokenizer), find_layout(model)
+    encoder, layout = PromptEncoder(tokenizer), find_layout(model)
     settings = TargetSettings(lr=0.5, steps=25)
     requests = Countries(limit=number).load().requests
-    facts = [Fact.of(request) for request in requests]
+    facts = [Fact.from_request(request) for request in requests]
 
     def clock() -> float:
         synchronize(device)
         return time.perf_counter()
 
-    with undisturbed(model):
-        contexts = ["{}", *draw_contexts(model, tokenizer)]
-        find_targets(model, layout, LAYERS[-1], reader, facts[:1], contexts, TargetSettings(steps=2))  # warm up
+    with evaluation_mode(model):
+        contexts = ["{}", *generate_contexts(model, tokenizer)]
+        find_targets(model, layout, LAYERS[-1], encoder, facts[:1], contexts, TargetSettings(steps=2))  # warm up
         start = clock()
-        found = find_targets(model, layout, LAYERS[-1], reader, facts, contexts, settings)
+        found = find_targets(model, layout, LAYERS[-1], encoder, facts, contexts, settings)
         ours = clock() - start
         start = clock()
         block = layout.block_of(model, LAYERS[-1])
-        literal = [literal_target(model, block, reader, fact, contexts, settings) for fact in facts]
+        literal = [literal_target(model, block, encoder, fact, contexts, settings) for fact in facts]
         theirs = clock() - start
         start = clock()
         for fact in facts:
-            find_targets(model, layout, LAYERS[-1], reader, [fact], contexts, settings)
+            find_targets(model, layout, LAYERS[-1], encoder, [fact], contexts, settings)
         single = clock() - start
     change = torch.stack([one.change for one in literal])
     differences = (found.change - change).norm(dim=1) / change.norm(dim=1).clamp_min(1e-9)

@@ -35,13 +35,14 @@ from malleable.datamodules.sources.editing.countries import Countries
 from malleable.datamodules.sources.editing.texts import WordNetGlosses
 from malleable.lightning_modules.editing.editor import AlphaEditor
 from malleable.lightning_modules.editing.evaluation import Protocol, evaluate_edits
+from malleable.lightning_modules.editing.evaluation_mode import evaluation_mode
 from malleable.lightning_modules.editing.fine_tune import FineTuneSettings
 from malleable.lightning_modules.editing.known import KnownFacts, known_requests
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
 from malleable.lightning_modules.editing.targets import Fact, TargetSettings
-from malleable.lightning_modules.editing.undisturbed import undisturbed
-from malleable.lightning_modules.functional.editing.null_space import SecondMoment, Threshold
+from malleable.lightning_modules.functional.editing.null_space_threshold import Threshold
+from malleable.lightning_modules.functional.editing.second_moments import SecondMoment
 
 log = logging.getLogger("alpha_edit_study")
 
@@ -144,7 +145,7 @@ class Bench:
         editor = AlphaEditor(self.model, data.tokenizer, EditSettings(**{**self.setup.common, **trial, "seed": seed}))
         if editor.settings.needs_text:
             if seed not in self.moments:
-                with undisturbed(self.model):
+                with evaluation_mode(self.model):
                     found = second_moments(self.model, editor.layout, editor.layers, data.tokenizer, data.edit_texts, StatisticsSettings())
                 # General text is the same for every seed.
                 self.moments |= {seed: found} if self.texts is None else dict.fromkeys((*SEEDS, TUNING_SEED), found)
@@ -154,7 +155,7 @@ class Bench:
             self.before[seed] = evaluate_edits(self.model, data.tokenizer, requests, data.measured_texts, protocol).figures["perplexity"]
         start = time.perf_counter()
         try:
-            editor.edit(list(map(Fact.of, requests)))
+            editor.edit(list(map(Fact.from_request, requests)))
             after = evaluate_edits(self.model, data.tokenizer, requests, data.measured_texts, protocol).figures
         finally:
             editor.revert()

@@ -164,11 +164,11 @@ def alpha_edit(options: argparse.Namespace) -> dict[str, Any]:
     import decoding
 
     from malleable.datamodules.sources.editing.countries import Countries
+    from malleable.lightning_modules.editing.evaluation_mode import evaluation_mode
     from malleable.lightning_modules.editing.layout import find_layout
-    from malleable.lightning_modules.editing.prompts import Reader
+    from malleable.lightning_modules.editing.prompts import PromptEncoder
     from malleable.lightning_modules.editing.statistics import StatisticsSettings, second_moments
     from malleable.lightning_modules.editing.targets import Fact, TargetSettings, find_targets
-    from malleable.lightning_modules.editing.undisturbed import undisturbed
 
     shape = TINY if options.tiny else BILLION
     setting = decoding.Setting("edits", 1, num_prompts=1, batch_size=1, num_items=20, **shape, device=options.device, dtype=options.dtype)
@@ -177,8 +177,8 @@ def alpha_edit(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = byte_pairs([request.prompt.replace("{}", request.subject) for request in source.requests] + list(source.statements))
     layout, layers = find_layout(model), [1] if options.tiny else [4, 5, 6, 7, 8]
     texts = [" ".join(source.statements[start : start + 20]) for start in range(0, 40 if options.tiny else 2_000, 20)]
-    facts = [Fact.of(request) for request in source.requests]
-    reader, settings = Reader(tokenizer), TargetSettings(lr=0.5, steps=2 if options.tiny else 25)
+    facts = [Fact.from_request(request) for request in source.requests]
+    encoder, settings = PromptEncoder(tokenizer), TargetSettings(lr=0.5, steps=2 if options.tiny else 25)
 
     def seconds(function: Callable[[], Any]) -> float:
         synchronize(options.device)
@@ -188,11 +188,11 @@ def alpha_edit(options: argparse.Namespace) -> dict[str, Any]:
         return time.perf_counter() - start
 
     statistics = seconds(lambda: second_moments(model, layout, layers, tokenizer, texts, StatisticsSettings(max_length=256)))
-    with undisturbed(model):
+    with evaluation_mode(model):
         contexts = ["{}", "It is said that {}"]
-        together = seconds(lambda: find_targets(model, layout, layers[-1], reader, facts, contexts, settings))
+        together = seconds(lambda: find_targets(model, layout, layers[-1], encoder, facts, contexts, settings))
         block = layout.block_of(model, layers[-1])
-        literal = seconds(lambda: [program.literal_target(model, block, reader, fact, contexts, settings) for fact in facts[:2]])
+        literal = seconds(lambda: [program.literal_target(model, block, encoder, fact, contexts, settings) for fact in facts[:2]])
     each = literal / 2
     return {"statistics_s": statistics, "targets_s": together, "literal_fact_s": each, "ratio": each * len(facts) / together}
 

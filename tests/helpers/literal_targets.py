@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from malleable.lightning_modules.editing.prompts import Reader
+from malleable.lightning_modules.editing.prompts import PromptEncoder
 from malleable.lightning_modules.editing.targets import Fact, TargetSettings
 
 
@@ -22,11 +22,15 @@ class LiteralTarget(NamedTuple):
     steps: int
 
 
-def literal_target(model: Any, block: nn.Module, reader: Reader, fact: Fact, contexts: Sequence[str], settings: TargetSettings) -> LiteralTarget:
+def literal_target(
+    model: Any, block: nn.Module, encoder: PromptEncoder, fact: Fact, contexts: Sequence[str], settings: TargetSettings
+) -> LiteralTarget:
     """Seek the target of a fact at a block's output."""
-    answer = reader.answer(fact.target)
-    rows = [reader.row(fact.prompt, fact.subject, context, answer[:-1]) for context in contexts] + [reader.row("{} is a", fact.subject)]
-    batch = reader.batch(rows)
+    answer = encoder.encode_answer(fact.target)
+    rows = [encoder.encode_prompt(fact.prompt, fact.subject, context, answer[:-1]) for context in contexts] + [
+        encoder.encode_prompt("{} is a", fact.subject)
+    ]
+    batch = encoder.collate(rows)
     labels = torch.full_like(batch.input_ids, -100)
     for number, row in enumerate(rows[:-1]):
         labels[number, len(row.ids) - len(answer) : len(row.ids)] = torch.tensor(answer)

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small_editing import decoder, tokenizer
-from small_facts import KNOWN, NEW, OTHERS, SETTINGS, TEXTS, also, learnt_decoder, lesson_loss, lessons, share
+from small_facts import KNOWN, NEW, OTHERS, SETTINGS, TEXTS, learnt_decoder, lesson_loss, lessons, paraphrased, share
 from torch.utils.data import DataLoader
 
 from malleable import AlphaEdit, EditEvaluation, PostFitEdit
@@ -21,7 +21,7 @@ from malleable.lightning_modules.editing.targets import Fact, TargetSettings
 
 
 class FactModule(LightningModule):
-    """Knows nothing of us but the names ``model`` and ``tokenizer``.
+    """Module that does not depend on malleable, except for the attribute names ``model`` and ``tokenizer``.
 
     Args:
         spoil: Epoch from which on training ruins the weights.
@@ -45,7 +45,7 @@ class FactModule(LightningModule):
         return lesson_loss(self.model, inputs, labels)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_known", share(self.model, KNOWN + also(KNOWN)))
+        self.log("val_known", share(self.model, KNOWN + paraphrased(KNOWN)))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.log_dict({"test_new": share(self.model, NEW), "test_others": share(self.model, OTHERS)})
@@ -67,14 +67,14 @@ class FactModule(LightningModule):
     val_dataloader = test_dataloader = train_dataloader
 
 
-def asked(fact: Fact) -> dict[str, Any]:
+def make_request(fact: Fact) -> dict[str, Any]:
     """Make a request."""
     return {"prompt": fact.prompt, "subject": fact.subject, "target": fact.target}
 
 
 def edit(**changed: Any) -> AlphaEdit:
     """Make the callback that edits."""
-    return AlphaEdit(**{"requests": [asked(fact) for fact in NEW], "settings": EditSettings(**SETTINGS), "texts": TEXTS, **changed})
+    return AlphaEdit(**{"requests": [make_request(fact) for fact in NEW], "settings": EditSettings(**SETTINGS), "texts": TEXTS, **changed})
 
 
 def evaluation(**protocol: Any) -> EditEvaluation:
@@ -92,7 +92,7 @@ def trainer_of(folder: Path, *edits: PostFitEdit | EditEvaluation, **options: An
 def main(folder: Path, ranks: int, how: str) -> None:
     """Fit, or leave a frozen model as it is, edit and test; write the patch's id and what was measured."""
     more = {"paraphrases": ["because I know"], "generation_prompts": ["I know", "the dog"], "references": ["the dog saw the house"]}
-    facts = [{**asked(fact), "true": "dog", "neighbors": [{"prompt": "the capital of Lima", "answer": "sad"}], **more} for fact in NEW[:3]]
+    facts = [{**make_request(fact), "true": "dog", "neighbors": [{"prompt": "the capital of Lima", "answer": "sad"}], **more} for fact in NEW[:3]]
     settings = EditSettings(**{**SETTINGS, "targets": TargetSettings(lr=0.5, steps=10, clamp=4.0, decay=0.01), "batch_size": 2})
     module, callback, measured = FactModule(), edit(requests=facts, settings=settings), evaluation(texts=7, writing=8, generated_tokens=4)
     module.load_state_dict(torch.load(folder / "learnt.pt", weights_only=True))

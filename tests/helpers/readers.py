@@ -579,15 +579,15 @@ class _Reference:
 class _Statistics:
     def make(folder):
         from malleable.lightning_modules.editing.statistics import _write
-        from malleable.lightning_modules.functional.editing.null_space import SecondMoment
+        from malleable.lightning_modules.functional.editing.second_moments import SecondMoment
 
-        _write(folder / "s.safetensors", "mark", {1: SecondMoment(3), 2: SecondMoment(3)}, 2)
+        _write(folder / "s.safetensors", "hash", {1: SecondMoment(3), 2: SecondMoment(3)}, 2)
 
     def read(folder):
-        from malleable.lightning_modules.editing.statistics import _taken_up
-        from malleable.lightning_modules.functional.editing.null_space import SecondMoment
+        from malleable.lightning_modules.editing.statistics import _load
+        from malleable.lightning_modules.functional.editing.second_moments import SecondMoment
 
-        return _taken_up(folder / "s.safetensors", "mark", {1: SecondMoment(3), 2: SecondMoment(3)})
+        return _load(folder / "s.safetensors", "hash", {1: SecondMoment(3), 2: SecondMoment(3)})
 
 
 @reader("round", "r.parquet")

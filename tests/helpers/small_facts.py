@@ -12,9 +12,9 @@ import torch
 from small_editing import decoder, tokenizer
 from torch.nn import functional as F
 
-from malleable.lightning_modules.editing.prompts import Reader
+from malleable.lightning_modules.editing.prompts import PromptEncoder
 from malleable.lightning_modules.editing.targets import Fact, TargetSettings
-from malleable.lightning_modules.functional.editing.null_space import Threshold
+from malleable.lightning_modules.functional.editing.null_space_threshold import Threshold
 
 FIRST = ("Andes", "Bordeaux", "Danielle", "Darrieux", "French", "Lima")
 LAST = ("Peru", "Tom", "Zürich", "capital", "coast", "dog")
@@ -37,16 +37,16 @@ SETTINGS = {
 }
 
 
-def also(facts: Sequence[Fact]) -> list[Fact]:
+def paraphrased(facts: Sequence[Fact]) -> list[Fact]:
     """The same facts asked in other words."""
     return [fact._replace(prompt=PARAPHRASE) for fact in facts]
 
 
 def lessons() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Inputs and labels of all facts in both wordings."""
-    reader = Reader(tokenizer("bos"))
-    rows = [reader.row(fact.prompt, fact.subject, answer=reader.answer(fact.target)) for fact in KNOWN + also(KNOWN)]
-    batch = reader.batch(rows)
+    encoder = PromptEncoder(tokenizer("bos"))
+    rows = [encoder.encode_prompt(fact.prompt, fact.subject, answer=encoder.encode_answer(fact.target)) for fact in KNOWN + paraphrased(KNOWN)]
+    batch = encoder.collate(rows)
     return batch.inputs(), batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
 
 
@@ -70,20 +70,20 @@ def _learnt() -> Any:
         lesson_loss(model, inputs, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 20 == 19 and share(model, KNOWN + also(KNOWN)) == 1:
+        if step % 20 == 19 and share(model, KNOWN + paraphrased(KNOWN)) == 1:
             break
-    assert share(model, KNOWN + also(KNOWN)) == 1
+    assert share(model, KNOWN + paraphrased(KNOWN)) == 1
     return model.eval()
 
 
 @torch.no_grad()
 def share(model: Any, facts: Sequence[Fact]) -> float:
     """Share of facts whose answer is the likeliest at each of its tokens."""
-    reader = Reader(tokenizer("bos"))
+    encoder = PromptEncoder(tokenizer("bos"))
     right = 0
     for fact in facts:
-        answer = reader.answer(fact.target)
-        row = reader.row(fact.prompt, fact.subject, answer=answer)
+        answer = encoder.encode_answer(fact.target)
+        row = encoder.encode_prompt(fact.prompt, fact.subject, answer=answer)
         best = model(torch.tensor([row.ids])).logits[0].argmax(-1)
         right += best[-len(answer) - 1 : -1].tolist() == answer
     return right / len(facts)

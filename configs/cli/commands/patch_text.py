@@ -1,4 +1,4 @@
-"""What ``malleable patch`` prints: tables of plain text."""
+"""Output of ``malleable patch``: tables in plain text."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from malleable.datamodules.files.escape import for_terminal
 from malleable.lightning_modules.patches.patch import Patch
 from malleable.lightning_modules.patches.storage import Container
 
-_BLOCK = 1 << 20  # values in memory at once, widened
+_BLOCK = 1 << 20
+"""Number of values that are converted to float64 at once."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return rows in aligned columns; the last one may be of any width."""
+    """Return rows in aligned columns; the last column has no fixed width."""
     cells = [[for_terminal(cell) for cell in row] for row in (head, *([_cell(value) for value in row] for row in rows))]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     return "".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in cells)
@@ -31,11 +32,11 @@ def listing(patches: Sequence[Patch]) -> str:
 
 
 def describe(patch: Patch, sizes: Mapping[str, float]) -> str:
-    """Return all about one patch.
+    """Return a description of a patch.
 
     Args:
         patch: The patch.
-        sizes: Norms of the original tensors, as far as known.
+        sizes: Norms of the original tensors; may be incomplete.
     """
     head = [("id", patch.id), ("kind", patch.kind), ("title", patch.title), ("created", patch.created)]
     head += [("requires", ", ".join(patch.requires)), ("base", f"{len(patch.base)} tensors")]
@@ -53,7 +54,7 @@ def describe(patch: Patch, sizes: Mapping[str, float]) -> str:
 
 
 def patch_difference(first: Patch, second: Patch) -> str:
-    """Return what two patches do alike and otherwise."""
+    """Return the requests that only one of two patches has, and a comparison of their deltas."""
     if first.id == second.id:
         return f"the same patch, {first.id}\n"
     lines = []
@@ -63,13 +64,13 @@ def patch_difference(first: Patch, second: Patch) -> str:
     rows = []
     for name in sorted(first.deltas.keys() | second.deltas.keys()):
         one, two = first.deltas.get(name), second.deltas.get(name)
-        alike = one.cosine(two) if one and two and one.shape == two.shape else None
-        rows.append((name, one.norm if one else None, two.norm if two else None, alike))
+        cosine = one.cosine(two) if one and two and one.shape == two.shape else None
+        rows.append((name, one.norm if one else None, two.norm if two else None, cosine))
     return "".join(lines) + table(["tensor", f"norm in {first.id}", f"norm in {second.id}", "cosine"], rows)
 
 
 def difference(first: Container, second: Container) -> str:
-    """Return the tensors in which two targets differ, and their stacks; one tensor of each is read at a time."""
+    """Return the tensors in which two targets differ, and the patches of both; one tensor of each target is read at a time."""
     rows: list[tuple[Any, ...]] = []
     both = [name for name in first.tensors if name in second.tensors]
     for name in both:
@@ -88,7 +89,7 @@ def difference(first: Container, second: Container) -> str:
 
 
 def _tensor_difference(first: Tensor, second: Tensor) -> tuple[str, str] | None:
-    """Relative Frobenius norm and largest absolute value of the difference; ``None`` if there is none."""
+    """Return the relative Frobenius norm and the largest absolute value of the difference; ``None`` if the tensors are equal."""
     if first.shape != second.shape:
         return f"shape {tuple(first.shape)}", f"shape {tuple(second.shape)}"
     energy = size = largest = 0.0

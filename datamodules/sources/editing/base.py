@@ -1,4 +1,4 @@
-"""What a source of edit requests gives."""
+"""Base class of sources of edit requests."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from malleable.datamodules.editing.requests import EditRequest
 
 @dataclass(frozen=True)
 class EditTables:
-    """Requests, and text around them.
+    """Edit requests, and statements of facts.
 
     Attributes:
-        requests: What is to be edited.
-        statements: Sentences that state the facts before the edit, those to be edited among them; training texts.
-        retained: The statements of facts that no request changes.
+        requests: Edit requests.
+        statements: Sentences that state the facts before the edit, including the facts to edit; used as training texts.
+        retained: Those statements whose facts no request changes.
     """
 
     requests: list[EditRequest]
@@ -24,8 +24,8 @@ class EditTables:
 
 
 class EditSource(ABC):
-    """Where edit requests come from; subclasses state origin and terms in their docstring."""
+    """Base class of sources of edit requests. The docstring of a subclass states the origin and the licence of its data."""
 
     @abstractmethod
     def load(self) -> EditTables:
-        """Read or make the requests."""
+        """Read or build the requests."""

@@ -1,7 +1,7 @@
 """Facts about countries and territories, in ``countries.csv`` beside this file.
 
-Origin: npm ``countries-list`` 3.4.1 (https://github.com/annexare/Countries), of whose 252 entries the table keeps the English names of country,
-capital, continent, first currency and first language. Its licence:
+Origin: npm ``countries-list`` 3.4.1 (https://github.com/annexare/Countries), with 252 entries. The table contains the English names of
+country, capital, continent, first currency and first language. The licence:
 
 The MIT License (MIT). Copyright (c) 2014 Annexare Studio. Permission is hereby granted, free of charge, to any person obtaining a copy of this
 software and associated documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from malleable.datamodules.files.table_files import read_table
-from malleable.datamodules.sources.editing.facts import Fact, FactSource, FactTables, Relation
+from malleable.datamodules.sources.editing.facts import FactSource, FactTables, Relation, Triple
 
 RELATIONS = (
     Relation(
@@ -76,9 +76,10 @@ RELATIONS = (
 
 
 class Countries(FactSource):
-    """Capitals, continents, currencies, languages, and the countries of the capitals: about 1,130 facts, five templates each; nothing is fetched.
+    """Capitals, continents, currencies and languages of countries, and the countries of capitals: about 1,130 facts with five templates each.
 
-    A table of one's own is a CSV file with the columns ``country``, ``capital``, ``continent``, ``currency`` and ``language``.
+    The table is part of this package. Your own table must be a CSV file with the columns ``country``, ``capital``, ``continent``, ``currency`` and
+    ``language``.
     """
 
     packaged: ClassVar[Path | None] = Path(__file__).with_name("countries.csv")
@@ -87,20 +88,20 @@ class Countries(FactSource):
         """Read the facts, in the order of the table.
 
         Raises:
-            FileNotFoundError: If there is no such table.
+            FileNotFoundError: If the table does not exist.
             ValueError: If a column is missing.
         """
         names = [relation.name for relation in RELATIONS]
-        facts: dict[tuple[int, str], Fact] = {}
+        facts: dict[tuple[int, str], Triple] = {}
         header, _, columns = read_table(self.path, ",")
         table = dict(zip(header, columns, strict=True))
         needed = {"country", "capital", "continent", "currency", "language"}
         if missing := needed - table.keys():
             raise ValueError(f"{self.path} has no column {', '.join(sorted(missing))}; it needs {', '.join(sorted(needed))}")
         for row in (dict(zip(header, cells, strict=True)) for cells in zip(*columns, strict=True)):
-            told = [(relation, row["country"], row[relation]) for relation in ("capital", "continent", "currency", "language")]
-            for relation, subject, known in [*told, ("country", row["capital"], row["country"])]:
-                if subject and known:
+            facts_of_country = [(relation, row["country"], row[relation]) for relation in ("capital", "continent", "currency", "language")]
+            for relation, subject, object_ in [*facts_of_country, ("country", row["capital"], row["country"])]:
+                if subject and object_:
                     number = names.index(relation)
-                    facts.setdefault((number, subject), Fact(number, subject, known))
+                    facts.setdefault((number, subject), Triple(number, subject, object_))
         return FactTables(list(RELATIONS), list(facts.values()))

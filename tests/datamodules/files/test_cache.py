@@ -1,3 +1,5 @@
+import fcntl
+import os
 import shutil
 from pathlib import Path
 
@@ -88,6 +90,26 @@ def test_a_writer_that_was_overtaken_leaves_the_others_work(tmp_path):
     module._write(tmp_path / "arrays", overtaken, {"arrays": ["heads"], "meta": {"by": "this"}})
     assert open_arrays(tmp_path / "arrays")[1] == {"by": "another"}
     assert [path.name for path in tmp_path.iterdir()] == ["arrays"]
+
+
+def test_temporary_folder_of_a_killed_process_is_removed(folder):
+    left = folder.with_name(f".{folder.name}.xyz.tmp")
+    (left / folder.name).mkdir(parents=True)
+    assert open_tables(folder) is not None
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_temporary_folder_in_use_is_not_removed(folder):
+    used = folder.with_name(f".{folder.name}.xyz.tmp")
+    used.mkdir()
+    # A lock belongs to a descriptor, so this one has the effect of a lock of another process.
+    descriptor = os.open(used, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        assert open_tables(folder) is not None
+        assert used.is_dir()
+    finally:
+        os.close(descriptor)
 
 
 def test_digest_depends_on_values_not_on_order():

@@ -74,6 +74,14 @@ def test_fetch_downloads_a_file_once(url, site, cache):
     assert fetch(url, SHA256, "set/a.csv") == path
 
 
+def test_temporary_folder_of_a_killed_download_is_removed(url, cache):
+    path = fetch(url, SHA256, "a.csv")
+    left = path.with_name(".a.csv.xyz.tmp")
+    left.mkdir()
+    assert fetch(url, SHA256, "a.csv") == path
+    assert not left.exists()
+
+
 def test_fetch_without_network_says_which_file_to_put_where(cache):
     with pytest.raises(
         FetchError, match=r"cannot download https://x.org/a.zip .*tests run offline.*; download it on another machine and copy it to .*set/a.zip"

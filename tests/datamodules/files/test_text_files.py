@@ -115,7 +115,7 @@ def test_blanks():
 def test_requests_refuse_white_space_at_the_ends_of_what_tokens_are_made_of(field, form):
     value = form.replace(PLACEHOLDER, REQUEST.get(field, "Anna is"))
     fields = {"neighbors": (Probe(value, "x"),)} if field == "neighbors" else {field: value if field in REQUEST else (value,)}
-    with pytest.raises(ValueError, match=f"{field} must not begin or end in white space, got .*remove it"):
+    with pytest.raises(ValueError, match=f"{field} must not begin or end in white space, got .*; remove it"):
         EditRequest(**{"request_id": "1", **REQUEST, **fields})
 
 

@@ -51,6 +51,14 @@ def test_training_is_repeatable_and_cached(cache, monkeypatch):
     assert [path.name for path in cache.rglob("*.tmp")] == []
 
 
+def test_temporary_folder_of_a_killed_process_is_removed(cache):
+    folder = train_tokenizer(TITLES, 300)
+    left = folder.with_name(f".{folder.name}.xyz.tmp")
+    left.mkdir()
+    assert train_tokenizer(TITLES, 300) == folder
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("damage", [lambda text: text.replace('"t"', '"q"', 1), lambda text: text[:100], lambda text: None])
 def test_a_damaged_cached_tokenizer_is_logged_and_trained_again(cache, caplog, damage):
     folder = train_tokenizer(TITLES, 300)

@@ -1,4 +1,4 @@
-"""The editor on decoders that have learnt facts: they change, others stay, and everything else is as it was."""
+"""AlphaEditor on a decoder trained on facts: edited facts change, other facts and the state of the model do not."""
 
 import copy
 import logging
@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from small_editing import decoder, tokenizer
-from small_facts import NEW, OTHERS, SETTINGS, TEXTS, also, learnt_decoder, share
+from small_facts import NEW, OTHERS, SETTINGS, TEXTS, learnt_decoder, paraphrased, share
 
 from malleable.lightning_modules.editing.editor import AlphaEditor
 from malleable.lightning_modules.editing.settings import EditSettings
@@ -30,9 +30,9 @@ def editor(model, **changed):
     return made
 
 
-def test_edited_facts_hold_in_other_words_too_and_the_others_stay(model):
+def test_edits_generalise_to_paraphrases_and_preserve_other_facts(model):
     records = editor(model).edit(NEW)
-    assert share(model, NEW) == share(model, also(NEW)) == 1
+    assert share(model, NEW) == share(model, paraphrased(NEW)) == 1
     assert share(model, OTHERS) >= 0.9
     assert [record.fact for record in records] == NEW
     for record in records:
@@ -41,7 +41,7 @@ def test_edited_facts_hold_in_other_words_too_and_the_others_stay(model):
         assert record.residuals[-1] < 0.5
 
 
-def test_projection_is_what_keeps_the_others(model, learnt):
+def test_projection_preserves_other_facts(model, learnt):
     editor(model).edit(NEW)
     free = copy.deepcopy(learnt)
     editor(free, method="ridge").edit(NEW)
@@ -50,7 +50,7 @@ def test_projection_is_what_keeps_the_others(model, learnt):
 
 
 @pytest.mark.parametrize("method", ["memit", "ridge", "fine_tune"])
-def test_baselines_take_the_same_way(model, method):
+def test_baselines_edit_the_same_facts(model, method):
     made = editor(model, method=method, moment_weight=0.1)
     made.settings.tuning.lr = 3e-3
     assert len(made.edit(NEW)) == 6
@@ -60,32 +60,32 @@ def test_baselines_take_the_same_way(model, method):
         torch.testing.assert_close(made.projections[layer].weight - made._originals[layer], change, rtol=1e-4, atol=1e-5)
 
 
-def test_batches_one_after_another_remember(model):
+def test_later_batches_preserve_earlier_ones(model):
     made = editor(model, batch_size=2)
     records = made.edit(NEW)
     assert [record.batch for record in records] == [0, 0, 1, 1, 2, 2]
     assert share(model, NEW) == 1
-    assert made.keys[1].shape == (6, 256)
+    assert made.past_keys[1].shape == (6, 256)
     (more,) = made.edit([OTHERS[0]._replace(target=NEW[0].target)])
     assert more.batch == 3
-    assert made.keys[1].shape == (7, 256)
+    assert made.past_keys[1].shape == (7, 256)
     assert share(model, NEW) == 1
 
 
-def test_facts_of_an_earlier_editor_are_remembered(model, learnt):
+def test_facts_of_another_editor_are_preserved(model, learnt):
     """Two editors, one after the other, do what one does in two batches; without their memory the second does something else."""
     one = editor(model, batch_size=3)
     one.edit(NEW)
     changes = []
-    for remembered in (NEW[:3], []):
+    for preserved in (NEW[:3], []):
         other = copy.deepcopy(learnt)
         moments = editor(other, batch_size=3)
         moments.edit(NEW[:3])
         second = AlphaEditor(other, tokenizer("bos"), EditSettings(**SETTINGS | {"batch_size": 3}))
         second.moments, second.spectra = moments.moments, moments.spectra
-        second.remember(remembered)
+        second.preserve(preserved)
         second.edit(NEW[3:])
-        assert second.keys[0].shape[0] == len(remembered) + 3
+        assert second.past_keys[0].shape[0] == len(preserved) + 3
         changes.append({layer: moments.change(layer) + second.change(layer) for layer in (0, 1)})
     for layer in (0, 1):
         whole = one.change(layer)
@@ -93,7 +93,7 @@ def test_facts_of_an_earlier_editor_are_remembered(model, learnt):
         assert (changes[1][layer] - whole).norm() > 1e-2 * whole.norm()
 
 
-def test_updates_lie_in_the_null_space_and_their_drift_within_the_bound(model):
+def test_updates_are_in_the_null_space_and_drift_is_bounded(model):
     made = editor(model)
     made.edit(NEW)
     for layer in (0, 1):
@@ -105,15 +105,15 @@ def test_updates_lie_in_the_null_space_and_their_drift_within_the_bound(model):
         assert 0 < made.drift()[layer] <= bound * (1 + 1e-6)
 
 
-def test_keys_weigh_the_bare_prompt_as_much_as_all_contexts(model):
+def test_empty_context_has_half_of_the_weight_of_a_key(model):
     made = editor(model)
     made.contexts = ["{}", "The dog. {}", "You know that. {}", "I. {}"]
-    keys, values = made._read(NEW[:2], [0, 1])
-    reader = made.reader
+    keys, values = made._keys_and_values(NEW[:2], [0, 1])
+    encoder = made.encoder
     for number, fact in enumerate(NEW[:2]):
         alone = []
         for context in made.contexts:
-            row = reader.row(fact.prompt, fact.subject, context)
+            row = encoder.encode_prompt(fact.prompt, fact.subject, context)
             seen = []
             handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
             states = model(torch.tensor([row.ids]), output_hidden_states=True).hidden_states
@@ -126,7 +126,7 @@ def test_keys_weigh_the_bare_prompt_as_much_as_all_contexts(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_taking_edits_back_restores_every_bit(model, dtype):
+def test_revert_restores_the_weights_exactly(model, dtype):
     model.to(dtype)
     before = copy.deepcopy(model.state_dict())
     made = editor(model)
@@ -137,7 +137,7 @@ def test_taking_edits_back_restores_every_bit(model, dtype):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_half_precision_base_has_full_precision_statistics_and_rounds_the_sum_once(model):
+def test_half_precision_model_has_float32_statistics_and_is_rounded_once(model):
     model.to(torch.bfloat16)
     before = copy.deepcopy(model.state_dict())
     made = editor(model, batch_size=1)
@@ -153,7 +153,7 @@ def test_a_half_precision_base_has_full_precision_statistics_and_rounds_the_sum_
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_everything_else_is_left_as_it_was(model):
+def test_state_of_the_model_is_restored(model):
     model.train()
     flags = {name: number % 2 == 0 for number, (name, _) in enumerate(model.named_parameters())}
     for name, parameter in model.named_parameters():
@@ -177,20 +177,20 @@ def test_everything_else_is_left_as_it_was(model):
     assert changed == ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]
 
 
-def test_it_works_under_inference_mode(model):
+def test_edit_in_inference_mode(model):
     with torch.inference_mode():
         editor(model).edit(NEW)
     assert share(model, NEW) == 1
 
 
-def test_gpt2_is_edited_the_right_way_round():
+def test_transposed_weights_of_gpt2():
     model = decoder("gpt2", width=32, inner=32)
     made = AlphaEditor(model, tokenizer("bos"), EditSettings(method="ridge", layers=(0, 1), ridge=1e-3, contexts=0))
     records = made.edit([Fact("I saw {} in", "Anna", "Lima"), Fact("I saw {} in", "Tom", "Bordeaux")])
     assert all(record.residuals[-1] < 0.1 for record in records)
 
 
-def test_behind_an_adapter_the_frozen_matrix_is_edited(model):
+def test_frozen_matrix_of_an_adapter_is_edited(model):
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj", "q_proj"], init_lora_weights=False)).eval()
     made = AlphaEditor(wrapped, tokenizer("bos"), EditSettings(**SETTINGS | {"method": "ridge"}))
     before = {name: value.clone() for name, value in wrapped.state_dict().items()}
@@ -200,16 +200,16 @@ def test_behind_an_adapter_the_frozen_matrix_is_edited(model):
     assert changed == [f"base_model.model.model.layers.{layer}.mlp.down_proj.base_layer.weight" for layer in (0, 1)]
 
 
-def test_without_text_there_is_no_null_space(model):
+def test_edit_without_statistics_raises(model):
     with pytest.raises(ValueError, match="call fit_statistics"):
         AlphaEditor(model, tokenizer("bos"), EditSettings(**SETTINGS)).edit(NEW)
 
 
-def test_layers_by_default_and_by_mistake(model, caplog):
+def test_default_and_invalid_layers(model, caplog):
     assert AlphaEditor(decoder(layers=32, width=8, inner=8), tokenizer("bos")).layers == (4, 5, 6, 7, 8)
     with pytest.raises(ValueError, match=r"layers \[7\] do not exist"):
         AlphaEditor(model, tokenizer("bos"), EditSettings(layers=(1, 7)))
-    with pytest.raises(ValueError, match="layers must rise"):
+    with pytest.raises(ValueError, match="layers must be in ascending order"):
         EditSettings(layers=(2, 1))
     with caplog.at_level(logging.INFO):
         editor(model).metric(1)

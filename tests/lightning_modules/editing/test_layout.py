@@ -1,4 +1,4 @@
-"""Where decoders are edited: found in every family, refused where an edit would not do what it says."""
+"""Blocks and projections of decoder families; models that cannot be edited raise."""
 
 import pytest
 import torch
@@ -36,12 +36,12 @@ def test_blocks_and_projections_are_found(family):
     assert found.oriented(torch.zeros(32, 48)).shape == found.weight.shape
 
 
-def test_experts_are_refused():
+def test_mixture_of_experts_raises():
     with pytest.raises(ValueError, match="mixtures of experts"):
         find_layout(decoder("mixtral"))
 
 
-def test_layers_of_experts_are_refused_with_the_ones_that_are_not():
+def test_layers_with_experts_raise_and_name_editable_layers():
     model = decoder("deepseek_v3")
     layout = find_layout(model)
     assert layout.editable_layers(model) == [0]
@@ -50,7 +50,7 @@ def test_layers_of_experts_are_refused_with_the_ones_that_are_not():
         layout.projection_of(model, 1)
 
 
-def test_towers_that_read_images_are_passed_over():
+def test_image_encoders_are_ignored():
     model = decoder()
     model.model.vision_tower = torch.nn.ModuleList(torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 4) for _ in range(9))
     assert find_layout(model).block == "model.layers.{}"
@@ -58,7 +58,7 @@ def test_towers_that_read_images_are_passed_over():
     assert find_layout(model).block == "model.layers.{}"
 
 
-def test_unknown_names_are_refused_with_what_there_is():
+def test_unknown_names_raise_and_list_modules():
     with pytest.raises(ValueError, match="names no module"):
         find_layout(decoder(), block="model.blocks.{}")
     model = decoder()
@@ -70,7 +70,7 @@ def test_unknown_names_are_refused_with_what_there_is():
     assert find_layout(model, projection="model.layers.{}.mlp.out").projection == "model.layers.{}.mlp.out"
 
 
-def test_a_matrix_that_is_no_float_is_refused():
+def test_quantised_matrix_raises():
     model = decoder()
     layer = model.model.layers[1].mlp.down_proj
     layer.weight = torch.nn.Parameter(torch.zeros(32, 48, dtype=torch.int8), requires_grad=False)
@@ -78,7 +78,7 @@ def test_a_matrix_that_is_no_float_is_refused():
         find_layout(model).projection_of(model, 1)
 
 
-def test_behind_an_adapter_the_frozen_matrix_is_meant():
+def test_frozen_matrix_of_an_adapter():
     model = decoder()
     plain = model.model.layers[1].mlp.down_proj.weight
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))

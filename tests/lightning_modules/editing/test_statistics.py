@@ -1,4 +1,4 @@
-"""Second moments over text: the same however it is cut, resumed or shared; never those of something else."""
+"""Second moments over text: equal for all piece sizes, after interruptions and on several ranks; files of other models raise."""
 
 import copy
 
@@ -35,7 +35,7 @@ def by_hand(model, exclude_first=False):
 @pytest.mark.parametrize("max_tokens", [8192, 64])
 @pytest.mark.parametrize("piece", [512, 3])
 @torch.no_grad()
-def test_they_are_the_mean_over_attended_tokens(side, max_tokens, piece):
+def test_moments_are_means_over_unmasked_tokens(side, max_tokens, piece):
     expected, count = by_hand(decoder())
     found = moments(side=side, max_tokens=max_tokens, piece=piece)[2]
     assert found.count == count
@@ -43,18 +43,18 @@ def test_they_are_the_mean_over_attended_tokens(side, max_tokens, piece):
 
 
 @torch.no_grad()
-def test_the_first_token_may_be_left_out():
+def test_exclude_first():
     expected, count = by_hand(decoder(), exclude_first=True)
     found = moments(exclude_first=True)[2]
     assert found.count == count
     torch.testing.assert_close(found.mean(), expected, rtol=1e-4, atol=1e-7)
 
 
-def test_long_texts_are_cut():
+def test_long_texts_are_truncated():
     assert moments(max_length=5)[1].count == 5 * len(TEXTS)
 
 
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_interrupted_computation_continues(tmp_path, monkeypatch):
     whole = moments(piece=4)
     file = tmp_path / "moments.safetensors"
     calls = []
@@ -78,8 +78,16 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
+def test_temporary_folder_of_a_killed_process_is_removed(tmp_path):
+    file = tmp_path / "moments.safetensors"
+    moments(file=file)
+    (tmp_path / f".{file.name}.xyz.tmp").mkdir()
+    moments(file=file)
+    assert list(tmp_path.iterdir()) == [file]
+
+
 @pytest.mark.parametrize("other", ["model", "text", "setting"])
-def test_moments_of_something_else_are_refused(tmp_path, other):
+def test_moments_of_another_model_text_or_setting_raise(tmp_path, other):
     file = tmp_path / "moments.safetensors"
     moments(file=file)
     changed = {"model": {"model": decoder(seed=1)}, "text": {"texts": TEXTS[1:]}, "setting": {"exclude_first": True}}[other]
@@ -87,7 +95,7 @@ def test_moments_of_something_else_are_refused(tmp_path, other):
         moments(file=file, **changed)
 
 
-def test_moments_under_another_tokenizer_or_configuration_are_refused(tmp_path):
+def test_moments_of_another_tokenizer_or_configuration_raise(tmp_path):
     """Of equal size and weights."""
     file = tmp_path / "moments.safetensors"
     model = decoder()
@@ -103,12 +111,12 @@ def test_moments_under_another_tokenizer_or_configuration_are_refused(tmp_path):
         second_moments(model, tokenizer=tokenizer("bos"), **options)
 
 
-def test_no_text_is_refused():
+def test_no_text_raises():
     with pytest.raises(ValueError, match="need text"):
         moments(texts=[])
 
 
-def test_memory_is_bounded_by_the_tokens_of_a_pass(monkeypatch):
+def test_max_tokens_bounds_a_pass(monkeypatch):
     sizes = []
     batches = statistics._batches
 
@@ -123,8 +131,8 @@ def test_memory_is_bounded_by_the_tokens_of_a_pass(monkeypatch):
     assert 128 < max(sizes) <= 256
 
 
-def test_other_models_have_files_of_their_own_where_the_name_says_so(tmp_path):
-    file = tmp_path / "moments-{mark}.safetensors"
+def test_hash_in_the_name_gives_each_model_its_own_file(tmp_path):
+    file = tmp_path / "moments-{hash}.safetensors"
     moments(file=file)
     moments(decoder(seed=1), file=file)
     moments(file=file)
@@ -132,19 +140,19 @@ def test_other_models_have_files_of_their_own_where_the_name_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-1] + bytes([content[-1] ^ 1]), lambda content: content[:40]])
-def test_damaged_moments_are_taken_again_or_refused_by_name(tmp_path, damage):
+def test_damaged_file_is_computed_again_or_raises(tmp_path, damage):
     whole = moments()
-    for name in ("moments-{mark}.safetensors", "moments.safetensors"):
+    for name in ("moments-{hash}.safetensors", "moments.safetensors"):
         moments(file=tmp_path / name)
     for path in tmp_path.iterdir():
         path.write_bytes(damage(path.read_bytes()))
-    healed = moments(file=tmp_path / "moments-{mark}.safetensors")
+    healed = moments(file=tmp_path / "moments-{hash}.safetensors")
     assert torch.equal(healed[2].total, whole[2].total)
     with pytest.raises(ValueError, match=r"moments\.safetensors is damaged .*; remove it, give another file"):
         moments(file=tmp_path / "moments.safetensors")
 
 
-def test_the_file_is_not_written_after_every_piece(tmp_path, monkeypatch):
+def test_file_is_not_written_after_every_piece(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(statistics, "_write", lambda *arguments: written.append(arguments[-1]))
     moments(piece=4, file=tmp_path / "moments", save_minutes=10)

@@ -1,7 +1,7 @@
-"""Edits of a small decoder by each method, as an earlier release computed them.
+"""Edits of a small decoder by each method are equal to stored results.
 
-A change that is meant is stored by ``MALLEABLE_STORE_RESULTS=1 pytest tests/lightning_modules/editing/test_stored_edits.py``; the commit message
-says what changed and why.
+To store results after an intended change, run ``MALLEABLE_STORE_RESULTS=1 pytest tests/lightning_modules/editing/test_stored_edits.py``, and state
+the change and its reason in the commit message.
 """
 
 import json
@@ -18,7 +18,7 @@ from malleable.lightning_modules.editing.editor import AlphaEditor
 from malleable.lightning_modules.editing.fine_tune import FineTuneSettings
 from malleable.lightning_modules.editing.settings import EditSettings, Method
 from malleable.lightning_modules.editing.targets import TargetSettings
-from malleable.lightning_modules.functional.editing.null_space import Threshold
+from malleable.lightning_modules.functional.editing.null_space_threshold import Threshold
 
 STORED = Path(__file__).with_name("stored_edits.json")
 SETTINGS: dict[str, Any] = {
@@ -62,7 +62,7 @@ def results(method: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", get_args(Method))
-def test_edits_are_the_stored_ones(method):
+def test_edits_equal_stored_results(method):
     stored = json.loads(STORED.read_text()) if STORED.is_file() else {}
     found = results(method)
     if os.environ.get("MALLEABLE_STORE_RESULTS"):
@@ -76,7 +76,7 @@ def test_edits_are_the_stored_ones(method):
         )
 
 
-def test_each_method_changes_both_layers_in_its_own_way():
+def test_methods_change_both_layers_differently():
     stored = json.loads(STORED.read_text())
     for layer in ("layer 0", "layer 1"):
         norms = [round(stored[method][layer][0], 6) for method in get_args(Method)]

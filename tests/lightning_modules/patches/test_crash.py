@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "helpers" / "crash_run.py"
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model"])
-def test_killed_at_any_step_the_old_or_the_new_state_is_found_whole(tmp_path, name):
+def test_kill_at_any_step_leaves_the_old_or_the_new_state(tmp_path, name):
     folder = tmp_path / "start"
     folder.mkdir()
     if name == "model":

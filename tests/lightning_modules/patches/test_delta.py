@@ -8,7 +8,7 @@ def factors(d1=5, r=2, d0=7):
     return torch.randn(d1, r), torch.randn(r, d0)
 
 
-def test_a_low_rank_delta_is_its_product():
+def test_low_rank_delta_equals_product():
     up, down = factors()
     delta = Delta(up, down)
     assert (delta.shape, delta.rank) == ((5, 7), 2)
@@ -17,17 +17,17 @@ def test_a_low_rank_delta_is_its_product():
     assert delta.norm == pytest.approx(float((up @ down).norm()), rel=1e-6)
 
 
-def test_the_product_is_rounded_once():
+def test_product_is_rounded_once():
     up, down = factors(r=64)
     assert torch.equal(Delta(up, down).dense(), (up.double() @ down.double()).float())
 
 
 @pytest.mark.parametrize(("given", "kept"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)])
-def test_values_are_kept_in_float32_at_least(given, kept):
+def test_values_are_stored_in_float32_or_float64(given, kept):
     assert Delta(torch.ones(2, 2, dtype=given)).dense().dtype == kept
 
 
-def test_nobody_else_changes_it():
+def test_delta_is_a_copy():
     values = torch.ones(3)
     delta = Delta(values)
     values.zero_()
@@ -35,7 +35,7 @@ def test_nobody_else_changes_it():
 
 
 @pytest.mark.parametrize("low", [(False, False), (True, False), (False, True), (True, True)])
-def test_products_of_every_form_equal_the_dense_ones(low):
+def test_inner_products_equal_dense_ones(low):
     pair = [factors(), factors(r=3)]
     one, two = (Delta(*parts) if factored else Delta(parts[0] @ parts[1]) for parts, factored in zip(pair, low, strict=True))
     dense = [(up @ down).flatten() for up, down in pair]
@@ -43,7 +43,7 @@ def test_products_of_every_form_equal_the_dense_ones(low):
     assert one.cosine(two) == pytest.approx(float(torch.cosine_similarity(*dense, dim=0)), rel=1e-4)
 
 
-def test_the_share_in_the_row_space_equals_a_dense_projection():
+def test_share_in_row_space_equals_dense_projection():
     # Three rows that span two directions.
     up, down = torch.randn(5, 3), torch.randn(3, 7)
     down[2] = down[0] - down[1]
@@ -57,7 +57,7 @@ def test_the_share_in_the_row_space_equals_a_dense_projection():
     assert new.share_in_rows_of(Delta(new.dense())) is None
 
 
-def test_zero_has_no_direction():
+def test_zero_delta():
     zero, one = Delta(torch.zeros(2, 1), torch.zeros(1, 2)), Delta(torch.ones(2, 2))
     assert (zero.cosine(one), one.share_in_rows_of(zero), zero.share_in_rows_of(zero)) == (0.0, 0.0, 0.0)
 
@@ -73,6 +73,6 @@ def test_zero_has_no_direction():
         (torch.ones(2, 0), torch.ones(0, 2), "r >= 1"),
     ],
 )
-def test_what_is_no_delta_is_refused(up, down, message):
+def test_invalid_delta_raises(up, down, message):
     with pytest.raises(ValueError, match=message):
         Delta(up, down)

@@ -25,7 +25,7 @@ def folder(tmp_path):
     return make().write(tmp_path / "edit")
 
 
-def test_a_patch_reads_as_it_was_written(tmp_path):
+def test_write_and_read(tmp_path):
     figures = {"before": {"efficacy": 0.0}, "after": {"efficacy": 1.0, "perplexity": float("nan")}}
     patch = make(title="Łódź", settings={"layers": (1, 2)}, figures=figures, requires=["0" * 12])
     read = Patch.read(patch.write(tmp_path / "edit"))
@@ -40,7 +40,7 @@ def test_a_patch_reads_as_it_was_written(tmp_path):
     assert stored["b.bias"] == {"shape": [4], "form": "dense", "norm": 2.0}
 
 
-def test_the_id_is_that_of_the_edit():
+def test_id_depends_on_the_content_only():
     patch = make()
     same = make(
         deltas=dict(reversed(patch.deltas.items())),
@@ -60,34 +60,34 @@ def test_the_id_is_that_of_the_edit():
     assert len({patch.id, *(other.id for other in others)}) == 6
 
 
-def test_the_id_is_that_of_other_processes(folder):
+def test_id_is_equal_in_other_processes(folder):
     code = f"from malleable import Patch; from pathlib import Path; print(Patch.read(Path({str(folder)!r})).id)"
     done = subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": "1"}, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == f"{make().id}\n"
 
 
-def test_a_patch_without_weights(tmp_path):
+def test_patch_without_weights(tmp_path):
     patch = Patch(kind="erasure", deltas={}, base={}, requests=[{"concept": "Snoopy"}])
     folder = patch.write(tmp_path / "erasure")
     assert [path.name for path in folder.iterdir()] == ["patch.json"]
     assert Patch.read(folder).requests == [{"concept": "Snoopy"}]
 
 
-def test_nothing_is_overwritten(folder):
+def test_existing_folder_is_not_overwritten(folder):
     before = (folder / "patch.json").read_bytes()
     with pytest.raises(FileExistsError, match="never overwritten; give another folder"):
         make(kind="other").write(folder)
     assert (folder / "patch.json").read_bytes() == before
 
 
-def test_what_else_lies_in_the_folder_goes_along(folder, tmp_path):
+def test_other_files_are_copied(folder, tmp_path):
     (folder / "ledger.jsonl").write_text("{}\n")
     copy = Patch.read(folder).write(tmp_path / "copy")
     assert sorted(path.name for path in copy.iterdir()) == ["deltas.safetensors", "ledger.jsonl", "patch.json"]
     assert Patch.read(copy).id == make().id
 
 
-def test_all_patches_of_a_folder(folder, tmp_path):
+def test_read_patches(folder, tmp_path):
     make(kind="older", created="2001-01-01T00:00:00+00:00").write(tmp_path / "z")
     (tmp_path / "other").mkdir()
     (tmp_path / ".half.killed.tmp/half").mkdir(parents=True)
@@ -106,7 +106,7 @@ def test_all_patches_of_a_folder(folder, tmp_path):
         ({"deltas": TWINS, "base": dict.fromkeys(TWINS, "")}, r"both be stored as 'a\.up'"),
     ],
 )
-def test_what_is_no_patch_is_refused(fields, message):
+def test_invalid_fields_raise(fields, message):
     with pytest.raises(ValueError, match=message):
         make(**fields)
 
@@ -122,7 +122,7 @@ def test_what_is_no_patch_is_refused(fields, message):
         ({"created": "yesterday"}, "'created' must be a time like .* got 'yesterday'"),
     ],
 )
-def test_a_wrong_manifest_is_refused_by_name(folder, changes, message):
+def test_invalid_manifest_raises(folder, changes, message):
     fields = json.loads((folder / "patch.json").read_text())
     (folder / "patch.json").write_text(json.dumps({**fields, **changes}))
     with pytest.raises(ValueError, match=rf"edit/patch\.json: .*{message}"):
@@ -130,7 +130,7 @@ def test_a_wrong_manifest_is_refused_by_name(folder, changes, message):
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "it is not JSON"), ("[]", "must be a JSON object, got list"), (b"\xff", "not text in UTF-8")])
-def test_a_manifest_that_is_no_manifest(folder, text, message):
+def test_manifest_without_an_object_raises(folder, text, message):
     (folder / "patch.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=rf"edit/patch\.json.*{message}"):
         Patch.read(folder)
@@ -145,7 +145,7 @@ def test_a_manifest_that_is_no_manifest(folder, text, message):
         (lambda tensors: tensors.update({"b.bias": torch.ones(5)}), r"b\.bias has shape \[5\], but \[4\] in the manifest"),
     ],
 )
-def test_wrong_deltas_are_refused_by_name(folder, change, message):
+def test_invalid_deltas_raise(folder, change, message):
     tensors = load_file(folder / "deltas.safetensors")
     change(tensors)
     save_file(tensors, folder / "deltas.safetensors")
@@ -153,19 +153,19 @@ def test_wrong_deltas_are_refused_by_name(folder, change, message):
         Patch.read(folder)
 
 
-def test_damaged_deltas_are_refused_by_name(folder):
+def test_damaged_deltas_raise(folder):
     (folder / "deltas.safetensors").write_bytes(b"12345678{}")
     with pytest.raises(ValueError, match=r"edit/deltas\.safetensors is damaged"):
         Patch.read(folder)
 
 
-def test_files_of_two_patches_do_not_pass_for_one(folder, tmp_path):
+def test_files_of_different_patches_raise(folder, tmp_path):
     tensors = load_file(folder / "deltas.safetensors")
     save_file({**tensors, "b.bias": -tensors["b.bias"]}, folder / "deltas.safetensors")
     with pytest.raises(ValueError, match=rf"edit has id {make().id}, but its contents have id [0-9a-f]{{12}}"):
         Patch.read(folder)
 
 
-def test_a_folder_that_is_no_patch(tmp_path):
+def test_folder_without_a_patch_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not a patch: it has no patch\.json"):
         Patch.read(tmp_path)

@@ -42,7 +42,7 @@ def target():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_reverting_brings_back_every_bit_in_any_order(dtype):
+def test_revert_in_any_order_restores_the_weights_exactly(dtype):
     target = Target(copies(canonical_tensors(llama(dtype=dtype))))
     before = copies(target.tensors)
     patches = [random_patch(before, names, seed, rank) for seed, (names, rank) in enumerate([((DOWN, UP), 2), ((DOWN,), None), ((DOWN, QUERY), 1)])]
@@ -53,11 +53,11 @@ def test_reverting_brings_back_every_bit_in_any_order(dtype):
         for patch in order:
             target.revert(patch.id)
         assert equal(target.tensors, before)
-        assert (target.stack.patches, target.stack.originals, target.stack.digests) == ((), {}, {})
+        assert (target.stack.patches, target.stack.originals, target.stack.hashes) == ((), {}, {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_the_middle_one_it_is_as_if_that_had_never_been(dtype):
+def test_revert_of_a_middle_patch_equals_never_applying_it(dtype):
     target, other = (Target(copies(canonical_tensors(llama(dtype=dtype)))) for _ in range(2))
     # Three remain: of two, the order of the sum never shows.
     first, middle, *last = (random_patch(target.tensors, (DOWN, UP), seed) for seed in range(4))
@@ -70,7 +70,7 @@ def test_without_the_middle_one_it_is_as_if_that_had_never_been(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_sum_is_rounded_once(dtype):
+def test_sum_is_rounded_once(dtype):
     target = Target(copies(canonical_tensors(llama(dtype=dtype))))
     original = target.tensors[DOWN].clone()
     patches = [random_patch(target.tensors, seed=seed) for seed in range(3)]
@@ -80,21 +80,21 @@ def test_the_sum_is_rounded_once(dtype):
     torch.testing.assert_close(target.tensors[DOWN], exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_low_rank_and_dense_give_the_same_weights(target):
+def test_low_rank_and_dense_deltas_give_equal_weights(target):
     factored = random_patch(target.tensors)
     dense = Patch(kind="alpha_edit", deltas={DOWN: Delta(factored.deltas[DOWN].dense())}, base=factored.base)
     changes = [target.stack.apply(patch, target.tensors).tensors for patch in (factored, dense)]
     assert equal(*changes)
 
 
-def test_only_what_a_patch_touches_changes(target):
+def test_only_patched_tensors_change(target):
     before = copies(target.tensors)
     change = target.stack.apply(random_patch(target.tensors), target.tensors)
     assert set(change.tensors) == set(change.stack.originals) == {DOWN}
     assert equal(target.tensors, before)  # until it is written
 
 
-def test_a_live_model_keeps_ties_formats_and_gradients():
+def test_model_in_memory_preserves_ties_dtypes_and_gradients():
     model = llama(tied=True).requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)
     tensors = canonical_tensors(model)
@@ -108,7 +108,7 @@ def test_a_live_model_keeps_ties_formats_and_gradients():
     assert equal(copies(tensors), before)
 
 
-def test_weights_under_an_adapter_and_those_of_the_adapter():
+def test_weights_of_base_and_adapter():
     model = with_lora(llama())
     name = QUERY.replace(".weight", ".lora_A.weight")
     target = Target(canonical_tensors(model))
@@ -121,7 +121,7 @@ def test_weights_under_an_adapter_and_those_of_the_adapter():
     assert equal(copies(target.tensors), before)
 
 
-def test_transposed_weights_take_a_delta_as_they_are_stored():
+def test_delta_has_the_layout_of_transposed_weights():
     model = gpt2()
     target = Target(canonical_tensors(model))
     name = "transformer.h.0.mlp.c_fc.weight"
@@ -135,13 +135,13 @@ def test_transposed_weights_take_a_delta_as_they_are_stored():
     assert torch.equal(target.tensors[name], before)
 
 
-def test_a_patch_of_no_weights_is_kept_too(target):
+def test_patch_without_weights(target):
     target.apply(Patch(kind="erasure", deltas={}, base={}, requests=[{"concept": "Snoopy"}]))
     assert len(target.stack.patches) == 1
     assert target.stack.originals == {}
 
 
-def test_the_base_of_a_new_patch_is_the_model_without_any(target):
+def test_base_of_a_new_patch_is_the_unpatched_model(target):
     plain = target.stack.base(target.tensors)
     target.apply(random_patch(target.tensors))
     assert target.stack.base(target.tensors) == plain
@@ -158,14 +158,14 @@ def refused(target, message, call):
     assert target.stack.ids == ids
 
 
-def test_another_base_is_refused_and_the_target_untouched(target):
+def test_other_base_raises_and_changes_nothing(target):
     patch = random_patch(canonical_tensors(llama(seed=1)))
     message = rf"{patch.id} was made for other weights; .* differ: 16 \(the target contains 21 of the 21 tensors of its base\).*force does not help"
     refused(target, message, lambda: target.apply(patch))
     refused(target, message, lambda: target.apply(patch, force=True))
 
 
-def test_other_weights_beside_those_it_touches_need_force(target):
+def test_differences_in_other_tensors_need_force(target):
     patch = random_patch(target.tensors)
     target.tensors[UP] += 1
     refused(target, rf"tensors that differ: 1 .* such as {UP}, but none that it changes; use force", lambda: target.apply(patch))
@@ -173,7 +173,7 @@ def test_other_weights_beside_those_it_touches_need_force(target):
 
 
 @pytest.mark.parametrize("made_on_adapter", [True, False])
-def test_an_adapter_on_one_side_only_needs_force(made_on_adapter):
+def test_adapter_on_one_side_only_needs_force(made_on_adapter):
     bare, wrapped = (canonical_tensors(model) for model in (llama(), with_lora(llama())))
     made_on, target = (wrapped, Target(bare)) if made_on_adapter else (bare, Target(wrapped))
     patch = random_patch(made_on)
@@ -181,7 +181,7 @@ def test_an_adapter_on_one_side_only_needs_force(made_on_adapter):
     target.apply(patch, force=True)
 
 
-def test_what_was_not_stored_is_not_compared():
+def test_missing_tensors_are_not_compared():
     tensors = canonical_tensors(with_lora(llama()))
     name = QUERY.replace(".weight", ".lora_A.weight")
     trained = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
@@ -190,31 +190,31 @@ def test_what_was_not_stored_is_not_compared():
     refused(Target(trained), "if it contains trained weights only, give the folder", lambda: PatchStack().apply(random_patch(tensors), trained))
 
 
-def test_other_names_of_the_same_model_are_recognised(target):
+def test_other_names_of_the_same_model(target):
     short = {name.removeprefix("model."): tensor for name, tensor in target.tensors.items()}
     refused(Target(short), "its tensors have other names", lambda: PatchStack().apply(random_patch(target.tensors), short))
 
 
-def test_another_shape_is_refused(target):
+def test_other_shape_raises(target):
     patch = random_patch(target.tensors)
     target.tensors[DOWN] = target.tensors[DOWN].T.clone()
     refused(target, rf"has shape \(24, 16\), but \(16, 24\) in patch {patch.id}", lambda: target.apply(patch, force=True))
 
 
-def test_quantised_weights_are_refused(target):
+def test_quantised_weights_raise(target):
     patch = random_patch(target.tensors)
     target.tensors[DOWN] = target.tensors[DOWN].to(torch.int8)
     refused(target, r"has dtype torch\.int8, and quantised weights cannot be patched", lambda: target.apply(patch, force=True))
 
 
-def test_a_result_that_its_format_cannot_hold_is_refused():
+def test_overflow_of_the_dtype_raises():
     target = Target(copies(canonical_tensors(llama(dtype=torch.float16))))
     deltas = {DOWN: Delta(torch.full((16, 24), 1e6))}
     patch = Patch(kind="alpha_edit", deltas=deltas, base=target.stack.base(target.tensors))
     refused(target, r"is not finite after patching: values exceed the range of torch\.float16", lambda: target.apply(patch))
 
 
-def test_a_tied_tensor_that_is_stored_twice_is_refused(target):
+def test_tied_tensor_stored_twice_raises(target):
     tied = canonical_tensors(llama(tied=True))
     patch = random_patch(tied, ["model.embed_tokens.weight"])
     target.tensors = {**copies(tied), "lm_head.weight": tied["model.embed_tokens.weight"].detach().clone()}
@@ -222,13 +222,13 @@ def test_a_tied_tensor_that_is_stored_twice_is_refused(target):
     target.apply(random_patch(tied))  # one that does not touch it may pass
 
 
-def test_a_patch_is_applied_once(target):
+def test_applying_a_patch_twice_raises(target):
     patch = random_patch(target.tensors)
     target.apply(patch)
     refused(target, f"{patch.id} is applied already", lambda: target.apply(patch, force=True, allow_conflicts=True))
 
 
-def test_what_lay_below_must_lie_below_and_stay(target):
+def test_required_patches(target):
     below = random_patch(target.tensors)
     above = random_patch(target.tensors, (DOWN,), 1, requires=[below.id])
     refused(target, f"{above.id} requires {below.id}, which are not applied; apply", lambda: target.apply(above))
@@ -239,7 +239,7 @@ def test_what_lay_below_must_lie_below_and_stay(target):
     refused(target, "which are not applied", lambda: Target(copies(canonical_tensors(llama()))).apply(above))
 
 
-def test_conflicts_need_consent(target):
+def test_conflicts_must_be_allowed(target):
     one, two = (random_patch(target.tensors, seed=seed) for seed in range(2))
     target.apply(one)
     refused(target, f"(?s)conflict with {one.id}.*{DOWN}: cosine .*allow conflicts", lambda: target.apply(two, force=True))
@@ -247,7 +247,7 @@ def test_conflicts_need_consent(target):
     assert (conflict.other, conflict.overlaps[0].tensor) == (one, DOWN)
 
 
-def test_weights_trained_since_are_not_lost_by_accident(target):
+def test_revert_after_training_needs_force(target):
     before, patch = copies(target.tensors), random_patch(target.tensors)
     target.apply(patch)
     target.tensors[DOWN][0, 0] += 1
@@ -257,7 +257,7 @@ def test_weights_trained_since_are_not_lost_by_accident(target):
     assert equal(target.tensors, before)
 
 
-def test_ids_may_be_shortened_while_they_are_clear(target):
+def test_unique_prefixes_of_ids(target):
     patches = [random_patch(target.tensors, seed=seed, rank=1) for seed in range(17)]
     stack = PatchStack(tuple(patches))
     assert stack.find(patches[3].id[:11]) is patches[3]
@@ -267,7 +267,7 @@ def test_ids_may_be_shortened_while_they_are_clear(target):
         stack.find("x")
 
 
-def test_it_travels_as_plain_data(target):
+def test_plain_data_round_trip(target):
     for patch in (random_patch(target.tensors, (DOWN, UP)), random_patch(target.tensors, (DOWN,), 1, rank=None)):
         target.apply(patch, allow_conflicts=True)
     file = io.BytesIO()
@@ -276,7 +276,7 @@ def test_it_travels_as_plain_data(target):
     read = PatchStack.from_plain(torch.load(file, weights_only=True), "here")
     assert read.ids == target.stack.ids
     assert equal(read.originals, target.stack.originals)
-    assert read.digests == target.stack.digests
+    assert read.hashes == target.stack.hashes
     change = read.revert(read.ids, target.tensors)
     assert equal(change.tensors, target.stack.originals)
     assert PatchStack.from_plain(None, "here").ids == ()
@@ -292,7 +292,7 @@ def test_it_travels_as_plain_data(target):
         (lambda section: section["patches"][0].update(manifest="{"), r"here, patch 0/patch\.json: it is not JSON"),
     ],
 )
-def test_a_damaged_section_is_refused(target, change, message):
+def test_damaged_section_raises(target, change, message):
     target.apply(random_patch(target.tensors))
     section = target.stack.as_plain()
     change(section)

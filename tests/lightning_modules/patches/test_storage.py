@@ -39,7 +39,7 @@ def test_apply_and_revert_in_place(tmp_path, dtype):
         assert torch.equal(value, after["state_dict"][key])
 
 
-def test_what_torch_and_the_system_keep_with_it_stays(tmp_path):
+def test_metadata_and_permissions_are_preserved(tmp_path):
     path = save_checkpoint(llama(), tmp_path / "model.ckpt")
     state = llama().state_dict(prefix="model.")
     torch.save({"state_dict": state}, path)
@@ -64,7 +64,7 @@ def test_tied_weights_stay_tied(tmp_path):
     assert torch.equal(content(path)["state_dict"]["model.lm_head.weight"], before["model.lm_head.weight"])
 
 
-def test_weights_under_an_adapter(tmp_path):
+def test_base_weights_of_an_adapter(tmp_path):
     model = with_lora(llama())
     path = save_checkpoint(model, tmp_path / "model.ckpt")
     patch = random_patch(open_container(path).tensors, [QUERY])
@@ -75,7 +75,7 @@ def test_weights_under_an_adapter(tmp_path):
     assert torch.equal(content(path)["state_dict"][f"model.{key}"], model.state_dict()[key])
 
 
-def test_a_checkpoint_of_the_adapter_alone(tmp_path):
+def test_checkpoint_of_an_adapter_only(tmp_path):
     model = with_lora(llama())
     whole = open_container(save_checkpoint(model, tmp_path / "whole.ckpt")).tensors
     path = save_checkpoint(model, tmp_path / "adapter.ckpt", only="lora_")
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_the_adapter_alone(tmp_path):
     assert len(open_container(path).stack.patches) == 1
 
 
-def test_elsewhere_leaves_the_target_alone(tmp_path):
+def test_output_path_does_not_change_the_target(tmp_path):
     path = save_checkpoint(llama(), tmp_path / "model.ckpt")
     before, patch = path.read_bytes(), random_patch(open_container(path).tensors)
     out = apply(path, patch, tmp_path / "new" / "patched.ckpt")
@@ -97,7 +97,7 @@ def test_elsewhere_leaves_the_target_alone(tmp_path):
         apply(path, patch, out)
 
 
-def test_another_base_leaves_the_file_alone(tmp_path):
+def test_other_base_does_not_change_the_file(tmp_path):
     path = save_checkpoint(llama(), tmp_path / "model.ckpt")
     other = save_checkpoint(llama(seed=1), tmp_path / "other.ckpt")
     before = path.read_bytes()
@@ -106,7 +106,7 @@ def test_another_base_leaves_the_file_alone(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_another_attribute_of_the_module(tmp_path):
+def test_prefix_of_the_model(tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": {f"net.{key}": value for key, value in llama().state_dict().items()}}, path)
     with pytest.raises(ValueError, match=r"has no tensor with the prefix 'model\.', but e\.g\. \['net\.lm_head.* give the --prefix"):
@@ -121,13 +121,13 @@ def test_another_attribute_of_the_module(tmp_path):
         ({"state_dict": {}, "x": print}, "contains more than tensors and plain data .*print"),
     ],
 )
-def test_other_files_are_refused(tmp_path, content, message):
+def test_other_files_raise(tmp_path, content, message):
     torch.save(content, tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match=message):
         open_container(tmp_path / "model.ckpt")
 
 
-def test_a_damaged_section_is_refused_with_the_file(tmp_path):
+def test_damaged_section_of_a_checkpoint_raises(tmp_path):
     path = save_checkpoint(llama(), tmp_path / "model.ckpt", patches={"patches": []})
     with pytest.raises(ValueError, match=r"the patches in .*model\.ckpt are damaged"):
         open_container(path)
@@ -147,7 +147,7 @@ def folder(request, tmp_path):
     return tmp_path / "model"
 
 
-def test_a_model_loads_after_applying_and_has_every_byte_back_after_reverting(folder):
+def test_patched_model_loads_and_revert_restores_the_bytes(folder):
     before, plain = tree(folder), load(folder)
     patches = [random_patch(open_container(folder).tensors, (DOWN, UP), seed) for seed in range(2)]
     for patch in patches:
@@ -163,7 +163,7 @@ def test_a_model_loads_after_applying_and_has_every_byte_back_after_reverting(fo
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_has_every_byte_back(tmp_path, dtype):
+def test_revert_restores_the_bytes_in_half_precision(tmp_path, dtype):
     folder = tmp_path / "model"
     llama(dtype=dtype, tied=True).save_pretrained(folder)
     before = tree(folder)
@@ -174,13 +174,13 @@ def test_half_precision_has_every_byte_back(tmp_path, dtype):
     assert tree(folder) == before
 
 
-def test_a_patch_made_on_the_live_model_fits_its_folder(folder):
+def test_patch_of_a_model_in_memory_applies_to_its_folder(folder):
     patch = random_patch(canonical_tensors(llama()))
     apply(folder, patch)
     assert open_container(folder).stack.ids == (patch.id,)
 
 
-def test_an_adapter_has_every_byte_back(tmp_path):
+def test_revert_restores_the_bytes_of_an_adapter(tmp_path):
     folder = tmp_path / "adapter"
     with_lora(llama()).save_pretrained(folder)
     before = tree(folder)
@@ -194,7 +194,7 @@ def test_an_adapter_has_every_byte_back(tmp_path):
     assert tree(folder) == before
 
 
-def test_files_beside_a_patch_travel_with_it(folder, tmp_path):
+def test_other_files_of_a_patch_are_copied(folder, tmp_path):
     edit = random_patch(open_container(folder).tensors).write(tmp_path / "edit")
     (edit / "keys.safetensors").write_bytes(b"keys")
     patch = Patch.read(edit)
@@ -204,7 +204,7 @@ def test_files_beside_a_patch_travel_with_it(folder, tmp_path):
     assert tree(exported) == tree(edit)
 
 
-def test_unchanged_files_are_shared_and_others_are_kept(tmp_path):
+def test_unchanged_files_are_linked_and_other_files_are_copied(tmp_path):
     folder = tmp_path / "model"
     llama().save_pretrained(folder, max_shard_size="4KB")
     (folder / "extra").mkdir()
@@ -218,7 +218,7 @@ def test_unchanged_files_are_shared_and_others_are_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_elsewhere_leaves_the_target_alone_and_shares_nothing(folder, tmp_path):
+def test_output_path_has_no_links_to_the_target(folder, tmp_path):
     before = tree(folder)
     out = apply(folder, random_patch(open_container(folder).tensors), tmp_path / "out")
     assert tree(folder) == before
@@ -226,7 +226,7 @@ def test_elsewhere_leaves_the_target_alone_and_shares_nothing(folder, tmp_path):
     assert not torch.equal(load(out)[DOWN], load(folder)[DOWN])
 
 
-def test_files_that_are_links_into_the_cache_of_the_hub_stay_whole_there(tmp_path):
+def test_links_to_the_hub_cache_are_not_written_through(tmp_path):
     folder = tmp_path / "models--x" / "snapshots" / "1"
     llama().save_pretrained(folder.parents[1] / "blobs")
     folder.mkdir(parents=True)
@@ -240,7 +240,7 @@ def test_files_that_are_links_into_the_cache_of_the_hub_stay_whole_there(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "model.safetensors", "sub/notes.txt"])
-def test_links_out_of_the_folder_are_refused(tmp_path, name):
+def test_links_out_of_the_folder_raise(tmp_path, name):
     llama().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "sub").mkdir()
     (tmp_path / "secret").write_text("x")
@@ -251,7 +251,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "sub/model.safetensors", "/etc/passwd", "", "..", "x" * 300, "\ud800"])
-def test_shards_in_other_folders_are_refused(tmp_path, name):
+def test_shards_in_other_folders_raise(tmp_path, name):
     llama().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "sub").mkdir()
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "sub" / "model.safetensors")
@@ -262,7 +262,7 @@ def test_shards_in_other_folders_are_refused(tmp_path, name):
         resolve_model(str(tmp_path / "model"))
 
 
-def test_the_file_that_transformers_loads_is_patched(tmp_path):
+def test_file_that_transformers_loads_is_patched(tmp_path):
     """Of several files of weights in a folder: the one that the configuration names, and no adapter without its configuration."""
     llama().save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -279,7 +279,7 @@ def damage_index(folder):
     (folder / "model.safetensors.index.json").write_text("[]")
 
 
-def lose_shard(folder):
+def remove_shard(folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
 
@@ -290,11 +290,11 @@ def lose_shard(folder):
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "has no safetensors weights .* save_pretrained"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"half"), r"model\.safetensors is damaged"),
         (damage_index, r"model\.safetensors\.index\.json is damaged"),
-        (lose_shard, r"is incomplete: model-00001-of-00001\.safetensors of its index is missing"),
+        (remove_shard, r"is incomplete: model-00001-of-00001\.safetensors of its index is missing"),
         (lambda folder: (folder / "patches").mkdir(), r"patches was not written by malleable: it has no stack\.json"),
     ],
 )
-def test_what_is_damaged_is_refused_by_name(tmp_path, change, message):
+def test_damaged_files_raise(tmp_path, change, message):
     llama().save_pretrained(tmp_path / "model")
     change(tmp_path / "model")
     with pytest.raises(ValueError, match=message):
@@ -310,7 +310,7 @@ def test_what_is_damaged_is_refused_by_name(tmp_path, change, message):
         ("{id}/patch.json", b"{}", r"patch\.json: format version None"),
     ],
 )
-def test_a_damaged_section_is_refused_by_name(tmp_path, name, text, message):
+def test_damaged_section_of_a_folder_raises(tmp_path, name, text, message):
     llama().save_pretrained(tmp_path / "model")
     patch = random_patch(open_container(tmp_path / "model").tensors)
     apply(tmp_path / "model", patch)
@@ -319,7 +319,7 @@ def test_a_damaged_section_is_refused_by_name(tmp_path, name, text, message):
         open_container(tmp_path / "model")
 
 
-def test_a_path_is_what_lies_there(tmp_path):
+def test_relative_paths_and_links_are_resolved(tmp_path):
     save_checkpoint(llama(), tmp_path / "model.ckpt")
     llama().save_pretrained(tmp_path / "model")
     with_lora(llama()).save_pretrained(tmp_path / "adapter")
@@ -339,7 +339,7 @@ def test_a_path_is_what_lies_there(tmp_path):
         ("nothing.txt", "contains no weights; give a folder with config"),
     ],
 )
-def test_other_folders_are_refused_with_advice(tmp_path, inside, message):
+def test_other_folders_raise(tmp_path, inside, message):
     folder = tmp_path / "epoch=1.ckpt"
     folder.mkdir()
     (folder / inside).touch()
@@ -347,7 +347,7 @@ def test_other_folders_are_refused_with_advice(tmp_path, inside, message):
         open_container(folder)
 
 
-def test_the_one_file_form_that_is_there_is_named(tmp_path):
+def test_consolidated_checkpoint_is_named(tmp_path):
     (tmp_path / "last.ckpt").mkdir()
     (tmp_path / "last.ckpt" / "latest").touch()
     (tmp_path / "consolidated-last.ckpt").touch()
@@ -355,12 +355,12 @@ def test_the_one_file_form_that_is_there_is_named(tmp_path):
         open_container(tmp_path / "last.ckpt")
 
 
-def test_a_patch_is_not_a_target(tmp_path):
+def test_patch_as_target_raises(tmp_path):
     tensors = {name: value.detach() for name, value in llama().named_parameters()}
     with pytest.raises(ValueError, match="is a patch, not weights"):
         open_container(random_patch(tensors).write(tmp_path / "edit"))
 
 
-def test_nothing_there(tmp_path):
+def test_missing_path_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give a checkpoint"):
         open_container(tmp_path / "nowhere")

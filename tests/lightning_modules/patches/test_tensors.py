@@ -14,15 +14,15 @@ from malleable.lightning_modules.patches.tensors import (
     canonical_names,
     canonical_tensors,
     compare,
-    digest,
     fingerprint,
+    hash_tensor,
     untied,
     write_changed,
 )
 
 
 @pytest.mark.parametrize(("build", "target"), [(llama, "q_proj"), (gpt2, "c_attn")])
-def test_a_wrapped_model_has_the_names_of_the_bare_one_and_those_of_its_adapter(build, target):
+def test_canonical_names_of_a_wrapped_model(build, target):
     bare, wrapped = build(), with_lora(build(), target)
     names = canonical_names(wrapped.state_dict())
     own = {name for name in names if ".lora_" in name}
@@ -32,7 +32,7 @@ def test_a_wrapped_model_has_the_names_of_the_bare_one_and_those_of_its_adapter(
 
 
 @pytest.mark.parametrize(("build", "target"), [(llama, "q_proj"), (gpt2, "c_attn")])
-def test_the_module_that_holds_the_model_adds_a_prefix_only(build, target):
+def test_prefix_of_the_module(build, target):
     for model in (build(), with_lora(build(), target)):
         state = model.state_dict()
         held = canonical_names([*(f"model.{key}" for key in state), "head.weight"], "model.")
@@ -40,7 +40,7 @@ def test_the_module_that_holds_the_model_adds_a_prefix_only(build, target):
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=["plain", "dora", "modules_to_save"])
-def test_memory_and_file_of_an_adapter_agree(settings):
+def test_names_in_memory_equal_names_in_the_file(settings):
     wrapped = with_lora(llama(), **settings)
     live, filed = canonical_names(wrapped.state_dict()), canonical_names(get_peft_model_state_dict(wrapped))
     assert set(filed) <= set(live)
@@ -48,18 +48,18 @@ def test_memory_and_file_of_an_adapter_agree(settings):
     assert all(torch.equal(state[live[name]], file[key]) for name, key in filed.items())
 
 
-def test_names_outside_an_adapter_are_left_alone():
+def test_names_outside_an_adapter_do_not_change():
     assert canonical_name("encoder.default.base_layer.weight") == "encoder.default.base_layer.weight"
 
 
-def test_two_keys_for_one_name_are_refused():
+def test_two_keys_with_one_name_raise():
     with pytest.raises(
         ValueError, match=r"'base_model\.model\.a\.weight' and 'base_model\.model\.a\.base_layer\.weight' would both be named 'a\.weight'"
     ):
         canonical_names(["base_model.model.a.weight", "base_model.model.a.base_layer.weight"])
 
 
-def test_tied_tensors_are_there_once():
+def test_tied_tensors_occur_once():
     model = gpt2()
     tensors = canonical_tensors(model)
     assert "lm_head.weight" not in tensors
@@ -67,36 +67,36 @@ def test_tied_tensors_are_there_once():
     assert untied(model.state_dict())["transformer.wte.weight"] == ["transformer.wte.weight", "lm_head.weight"]
 
 
-def test_views_and_empty_tensors_are_not_taken_for_tied():
+def test_views_and_empty_tensors_are_not_tied():
     values = torch.randn(4, 4)
     tensors = {"a": values, "b": values[:2], "c": values.T, "d": torch.empty(0), "e": torch.empty(0)}
     assert untied(tensors) == {name: [name] for name in tensors}
 
 
-def test_equal_values_have_equal_digests_in_every_narrow_format():
+def test_hash_does_not_depend_on_the_dtype_up_to_float32():
     for dtype in (torch.bfloat16, torch.float16):
         narrow = torch.randn(4, 3).to(dtype)
-        assert digest(narrow) == digest(narrow.float())
-    assert digest(torch.randn(4, 3).bfloat16()) != digest(torch.randn(4, 3))
+        assert hash_tensor(narrow) == hash_tensor(narrow.float())
+    assert hash_tensor(torch.randn(4, 3).bfloat16()) != hash_tensor(torch.randn(4, 3))
 
 
-def test_shape_values_and_integers_count():
+def test_hash_depends_on_shape_values_and_kind_of_dtype():
     values = torch.arange(6.0)
-    digests = [digest(tensor) for tensor in (values, values.view(2, 3), values.view(3, 2), values + 1, values.long(), values.double())]
-    assert len(set(digests)) == len(digests)
-    assert all(len(value) == 16 for value in digests)
+    hashes = [hash_tensor(tensor) for tensor in (values, values.view(2, 3), values.view(3, 2), values + 1, values.long(), values.double())]
+    assert len(set(hashes)) == len(hashes)
+    assert all(len(value) == 16 for value in hashes)
 
 
-def test_layout_does_not_count():
+def test_hash_does_not_depend_on_the_layout():
     values = torch.randn(3, 4)
-    assert digest(values.T) == digest(values.T.contiguous())
+    assert hash_tensor(values.T) == hash_tensor(values.T.contiguous())
 
 
-def test_it_does_not_depend_on_the_size_of_a_block(monkeypatch):
+def test_hash_does_not_depend_on_the_block_size(monkeypatch):
     values = torch.randn(10, 7)
-    whole = digest(values)
+    whole = hash_tensor(values)
     monkeypatch.setattr(module, "_BLOCK", 16)
-    assert digest(values) == whole
+    assert hash_tensor(values) == whole
 
 
 def test_one_tensor_is_read_at_a_time():
@@ -124,21 +124,21 @@ def test_one_tensor_is_read_at_a_time():
     assert Lazy.most == 1
 
 
-def test_a_comparison_names_every_difference():
+def test_comparison_lists_all_differences():
     base = {"same": "1", "other": "2", "gone": "3", "tied": "4"}
     found = compare(base, {"same": "1", "other": "9", "new": "5", "copy": "4", "tied": "4"})
     assert found.checked == 3
     assert (found.differing, found.missing, found.unknown, found.copies) == (("other",), ("gone",), ("new",), {"copy": "tied"})
 
 
-def test_a_model_and_its_copy_in_half_precision():
+def test_comparison_with_a_copy_in_half_precision():
     half = llama(dtype=torch.bfloat16)
     assert fingerprint(canonical_tensors(half)) == fingerprint(canonical_tensors(half.float()))
     assert fingerprint(canonical_tensors(half)) != fingerprint(canonical_tensors(llama()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_tensor_changes_and_all_else_stays(tmp_path, dtype):
+def test_write_changed_replaces_one_tensor_only(tmp_path, dtype):
     tensors = {name: torch.randn(3, 4).to(dtype) for name in "abc"} | {"scalar": torch.tensor(1.0)}
     save_file(tensors, tmp_path / "old", metadata={"format": "pt", "note": "kept"})
     (tmp_path / "old").chmod(0o444)

@@ -1,4 +1,4 @@
-"""Published requests, as their authors write them."""
+"""Sources of edit requests in published formats."""
 
 import json
 
@@ -20,7 +20,7 @@ FLAT = {
 }
 
 
-def written(path, records):
+def write_json(path, records):
     path.write_text(json.dumps(records))
     return str(path)
 
@@ -35,12 +35,12 @@ def test_counterfact(tmp_path):
     assert {probe.answer for probe in request.neighbors} == {"French"}
     assert request.references == ()
     snippets = [{"relation_id": "P103", "target_id": "Q1860", "samples": [{"name": "A", "text": "A speaks English."}]}]
-    source = CounterFact(str(path), snippets=written(tmp_path / "snippets.json", snippets))
+    source = CounterFact(str(path), snippets=write_json(tmp_path / "snippets.json", snippets))
     assert source.load().requests[0].references == ("A speaks English.",)
 
 
 def test_flat_counterfact(tmp_path):
-    (request,) = FlatCounterFact(written(tmp_path / "flat.json", [FLAT])).load().requests
+    (request,) = FlatCounterFact(write_json(tmp_path / "flat.json", [FLAT])).load().requests
     assert request.request_id == "7"
     assert request.prompt == "The dog of {} is named"
     assert request.neighbors == (Probe("The dog of Tom is named", "Bello"),)
@@ -50,7 +50,7 @@ def test_flat_counterfact_as_published(caplog):
     tables = FlatCounterFact(str(shared_data("edit/counterfact_edit_2000.json"))).load()
     assert len(tables.requests) == 1998
     assert sum(request.prompt.startswith("{}") for request in tables.requests) > 1500
-    assert "2 of 2000 records ask what a later one asks" in caplog.text
+    assert "2 of 2000 records are dropped, because a later record has the same prompt and subject" in caplog.text
 
 
 def test_zsre():
@@ -70,9 +70,9 @@ def test_qaedit():
     assert all(len(request.neighbors) == 5 for request in requests)
 
 
-def test_the_later_of_two_that_ask_the_same_counts(tmp_path):
+def test_last_record_with_the_same_prompt_is_used(tmp_path):
     other = {**FLAT, "case_id": 8, "target_new": "Max"}
-    source = FlatCounterFact(written(tmp_path / "flat.json", [FLAT, {**FLAT, "case_id": 9, "prompt": "Anna has"}, other]))
+    source = FlatCounterFact(write_json(tmp_path / "flat.json", [FLAT, {**FLAT, "case_id": 9, "prompt": "Anna has"}, other]))
     assert [(request.request_id, request.target) for request in source.load().requests] == [("9", "Rex"), ("8", "Max")]
 
 
@@ -94,12 +94,12 @@ def test_lines_and_limits(tmp_path):
         (["text"], r"entry 1: expected an object, got str"),
     ],
 )
-def test_wrong_records_are_named(tmp_path, records, message):
+def test_invalid_records_are_named(tmp_path, records, message):
     with pytest.raises(ValueError, match=message):
-        FlatCounterFact(written(tmp_path / "flat.json", records)).load()
+        FlatCounterFact(write_json(tmp_path / "flat.json", records)).load()
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"the file .* does not exist; give the file of edit records"):
         QAEdit(str(tmp_path / "none.json")).load()
     (tmp_path / "half.json").write_text("[{")
@@ -109,14 +109,14 @@ def test_other_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize("value", ["text", 1, None, {}, ["", "x"], [1], [None], [["x"]], "", [{}]])
 @pytest.mark.parametrize("field", ["paraphrases", "generation_prompts", "references", "neighbors"])
-def test_lists_of_requests_hold_texts(field, value, tmp_path):
+def test_lists_of_requests_must_contain_strings(field, value, tmp_path):
     fields = {"request_id": "1", "prompt": "{} speaks", "subject": "Anna", "target": "English"}
     if value is None:
         return
     with pytest.raises(ValueError, match=field):
         EditRequest(**fields, **{field: value})
     with pytest.raises(ValueError, match=rf"r.json, entry 1: .*{'neighbor' if field == 'neighbors' else field}"):
-        RequestFile(written(tmp_path / "r.json", [fields | {field: value}])).load()
+        RequestFile(write_json(tmp_path / "r.json", [fields | {field: value}])).load()
 
 
 @pytest.mark.parametrize("value", ["text", 1, None, {}, [1], [None]])
@@ -124,18 +124,18 @@ def test_lists_of_requests_hold_texts(field, value, tmp_path):
     ("source", "field"),
     [(CounterFact, "paraphrase_prompts"), (CounterFact, "neighborhood_prompts"), (CounterFact, "generation_prompts"), (QAEdit, "locality")],
 )
-def test_lists_of_records_are_lists(tmp_path, source, field, value):
+def test_list_fields_of_records_must_be_lists(tmp_path, source, field, value):
     record = {"prompt": "Anna speaks", "subject": "Anna", "target": "English", "rephrase": "Anna says", "locality": []}
     if source is CounterFact:
         record = json.loads(shared_data("edit/counterfact_nested_sample.json").read_text())[0]
     with pytest.raises(ValueError, match=rf"r.json, entry 1: .*{'loc' if field == 'locality' else field}"):
-        source(written(tmp_path / "r.json", [record | {field: value}])).load()
+        source(write_json(tmp_path / "r.json", [record | {field: value}])).load()
 
 
 @pytest.mark.parametrize("value", [1, None, [], {}, ["x"], True])
 @pytest.mark.parametrize("field", ["prompt", "subject", "target_new", "ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth"])
-def test_texts_of_records_are_texts(tmp_path, field, value):
+def test_text_fields_of_records_must_be_strings(tmp_path, field, value):
     if not value and field in ("rephrase_prompt", "locality_prompt"):
         return  # there is none
     with pytest.raises(ValueError, match=rf"r.json, entry 1: field {field}: expected a string, got"):
-        FlatCounterFact(written(tmp_path / "r.json", [FLAT | {field: value}])).load()
+        FlatCounterFact(write_json(tmp_path / "r.json", [FLAT | {field: value}])).load()

@@ -1,4 +1,4 @@
-"""Tables of facts as requests: another answer, other words, neighbours that nobody edits."""
+"""Requests built from tables of facts: targets, paraphrases, neighbours."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from shared import shared_data
 
-from malleable.datamodules.editing.requests import checked
+from malleable.datamodules.editing.requests import check_requests
 from malleable.datamodules.sources.editing.countries import RELATIONS, Countries
 from malleable.datamodules.sources.editing.fact_files import LRE, ParaRel
-from malleable.datamodules.sources.editing.facts import Fact, FactSource, FactTables, Relation
+from malleable.datamodules.sources.editing.facts import FactSource, FactTables, Relation, Triple
 
 COLORS = Relation("color", ("The color of {} is", "People paint {}", "{} looks", "One calls {}"))
 TASTES = Relation("taste", ("The taste of {} is", "{} tastes"))
@@ -22,15 +22,15 @@ class Garden(FactSource):
 
     def tables(self):
         colors = ("red", "blue", "white", "pink")
-        facts = [Fact(0, f"flower {number}", colors[number % 4]) for number in range(40)]
-        facts += [Fact(1, "flower 1", "sweet"), Fact(1, "flower 2", "sour"), Fact(1, "flower 3", "sweet"), Fact(0, "red rose", "red")]
+        facts = [Triple(0, f"flower {number}", colors[number % 4]) for number in range(40)]
+        facts += [Triple(1, "flower 1", "sweet"), Triple(1, "flower 2", "sour"), Triple(1, "flower 3", "sweet"), Triple(0, "red rose", "red")]
         return FactTables([COLORS, TASTES], facts)
 
 
-def test_a_request_asks_in_the_first_template_for_another_object_of_the_relation():
+def test_prompt_is_the_first_template_and_target_another_object():
     tables = Garden(limit=12).load()
     truth = {(fact.relation, fact.subject): fact.object for fact in Garden().tables().facts}
-    assert len(checked(tables.requests, "garden")) == 12
+    assert len(check_requests(tables.requests, "garden")) == 12
     for request in tables.requests:
         relation = (COLORS, TASTES).index(COLORS if request.request_id.startswith("color") else TASTES)
         own = (COLORS, TASTES)[relation]
@@ -41,7 +41,7 @@ def test_a_request_asks_in_the_first_template_for_another_object_of_the_relation
         assert all(request.subject in text and text != request.prompt.replace("{}", request.subject) for text in request.paraphrases)
 
 
-def test_neighbours_share_the_true_answer_and_are_not_edited():
+def test_neighbours_have_the_same_object_and_are_not_edited():
     tables = Garden(relations=["color"], limit=12, neighbors=4).load()
     edited = {request.subject for request in tables.requests}
     for request in tables.requests:
@@ -54,10 +54,10 @@ def test_neighbours_share_the_true_answer_and_are_not_edited():
             assert probe.answer == request.true
 
 
-def test_neighbours_of_other_answers_fill_up_but_not_with_the_new_one():
+def test_remaining_neighbours_have_other_objects_but_not_the_target():
     class Rare(Garden):
         def tables(self):
-            facts = [Fact(0, f"flower {number}", f"color {number % 20}") for number in range(40)]
+            facts = [Triple(0, f"flower {number}", f"color {number % 20}") for number in range(40)]
             return FactTables([COLORS], facts)
 
     requests = Rare(limit=10, neighbors=6).load().requests
@@ -65,13 +65,13 @@ def test_neighbours_of_other_answers_fill_up_but_not_with_the_new_one():
     assert all(probe.answer != request.target for request in requests for probe in request.neighbors)
 
 
-def test_what_gives_itself_away_is_left_out():
+def test_trivial_facts_are_excluded():
     tables = Garden().load()
     assert "red rose" not in {request.subject for request in tables.requests}
     assert not any("red rose" in sentence for sentence in tables.statements)
 
 
-def test_a_template_held_out_is_never_told_and_asks_the_paraphrase():
+def test_held_out_template_is_the_paraphrase_only():
     tables = Garden(relations=["color"], limit=10, hold_out=True).load()
     told = set(tables.statements)
     assert len(tables.statements) == 40 * 3
@@ -85,7 +85,7 @@ def test_a_template_held_out_is_never_told_and_asks_the_paraphrase():
     assert asked == set(COLORS.templates[1:])
 
 
-def test_kept_sentences_tell_no_edited_fact():
+def test_retained_statements_contain_no_edited_fact():
     tables = Garden(relations=["color"], limit=10).load()
     edited = {request.subject for request in tables.requests}
     assert set(tables.retained) < set(tables.statements)
@@ -93,12 +93,12 @@ def test_kept_sentences_tell_no_edited_fact():
     assert not any(f"{subject} " in f"{sentence} " for subject in edited for sentence in tables.retained)
 
 
-def test_the_seed_decides_and_nothing_else():
+def test_requests_depend_on_the_seed_only():
     assert Garden(limit=10, seed=1).load() == Garden(limit=10, seed=1).load()
     assert Garden(limit=10, seed=1).load().requests != Garden(limit=10, seed=2).load().requests
 
 
-def test_references_tell_of_the_new_answer():
+def test_references_contain_the_target():
     for request in Garden(relations=["color"], limit=10, generate=True).load().requests:
         assert request.generation_prompts == (request.prompt.replace("{}", request.subject),)
         assert request.references
@@ -114,7 +114,7 @@ def test_references_tell_of_the_new_answer():
         ({"neighbors": -1}, "neighbors must be >= 0, got -1"),
     ],
 )
-def test_wrong_settings_are_refused(options, message):
+def test_invalid_settings_raise(options, message):
     with pytest.raises(ValueError, match=message):
         Garden(**options).load()
 
@@ -133,7 +133,7 @@ def test_countries():
     assert all(len(relation.templates) >= 4 for relation in RELATIONS)
 
 
-def test_a_table_without_a_column_is_refused(tmp_path):
+def test_table_without_a_column_raises(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("country,capital\nPeru,Lima\n")
     with pytest.raises(ValueError, match="has no column continent, currency, language"):
@@ -155,7 +155,7 @@ def test_lre(tmp_path):
 
 
 @pytest.mark.parametrize("source", [LRE, ParaRel])
-def test_facts_that_are_not_in_the_package_need_a_path(source):
+def test_sources_without_a_packaged_table_need_a_path(source):
     with pytest.raises(ValueError, match=rf"{source.__name__} needs path=\.\.\., the file or folder of its facts"):
         source()
 
@@ -177,7 +177,7 @@ def test_pararel(tmp_path):
     assert len(source.tables().facts) == 6
     assert all(request.prompt == "{} is a" for request in source.load().requests)
     (tmp_path / "facts.jsonl").write_text('{"rel": "P1"}')
-    with pytest.raises(ValueError, match=r"facts.jsonl, line 1: the field 'sub' is missing.*; a fact is an object of rel, sub and obj"):
+    with pytest.raises(ValueError, match=r"facts.jsonl, line 1: the field 'sub' is missing.*; a fact must be an object with rel, sub and obj"):
         source.tables()
     (tmp_path / "facts.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"ParaRel needs .*facts.jsonl"):

@@ -1,11 +1,11 @@
-"""Whether generated texts give answers: by words, within the first sentence, whatever their case and punctuation."""
+"""Match of generated texts with answers: words of the first sentence, independent of case and punctuation."""
 
 import pytest
 
-from malleable.lightning_modules.functional.editing.answer_match import first_sentence, gives_answer, normalize_answer
+from malleable.lightning_modules.functional.editing.answer_match import contains_answer, first_sentence, normalize_answer
 
 
-def test_case_punctuation_and_articles_do_not_count():
+def test_normalisation_removes_case_punctuation_and_articles():
     assert normalize_answer("The  Beatles' “Help!”") == "beatles help"
     assert normalize_answer("ＡＢＣ") == "abc"
 
@@ -20,7 +20,7 @@ def test_case_punctuation_and_articles_do_not_count():
         ("東京。大阪", 0, "東京。"),
     ],
 )
-def test_the_first_sentence_ends_at_a_stop_or_a_line_break(text, least, expected):
+def test_first_sentence(text, least, expected):
     assert first_sentence(text, least) == expected
 
 
@@ -39,5 +39,5 @@ def test_the_first_sentence_ends_at_a_stop_or_a_line_break(text, least, expected
         ("French", "?!", False),
     ],
 )
-def test_an_answer_is_given_by_its_words(text, answer, right):
-    assert gives_answer(text, answer) is right
+def test_contains_answer(text, answer, right):
+    assert contains_answer(text, answer) is right

@@ -8,14 +8,14 @@ from collections.abc import Collection
 from pathlib import Path
 
 
-def mirror(source: Path, target: Path, without: Collection[str] = (), *, link: bool = False) -> None:
+def copy_folder(source: Path, target: Path, without: Collection[str] = (), *, link: bool = False) -> None:
     """Copy a folder.
 
     Args:
         source: Folder to copy.
         target: Path of the copy; must not exist.
-        without: Names of files and folders directly in ``source`` that are not copied.
-        link: Create hard links instead of copies where the file system supports them, and keep symbolic links. Only for a folder that replaces
+        without: Names of files and folders at the top level of ``source`` that are not copied.
+        link: Create hard links instead of copies if the file system supports them, and keep symbolic links. Use this only if the copy replaces
             ``source``.
     """
 

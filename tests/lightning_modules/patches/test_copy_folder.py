@@ -3,7 +3,7 @@ import os
 import pytest
 from tiny_patch import apply, llama, random_patch, save_checkpoint
 
-from malleable.lightning_modules.patches.files import mirror
+from malleable.lightning_modules.patches.copy_folder import copy_folder
 from malleable.lightning_modules.patches.storage import open_container
 
 
@@ -12,7 +12,7 @@ def tree(path):
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
-def test_every_file_has_the_permissions_that_the_umask_leaves(tmp_path, umask, mode):
+def test_new_files_have_the_permissions_of_the_umask(tmp_path, umask, mode):
     """Libraries create some for their owner only, and another user of the group would read half a patch."""
     before = os.umask(umask)
     try:
@@ -30,7 +30,7 @@ def test_every_file_has_the_permissions_that_the_umask_leaves(tmp_path, umask, m
     assert {file.stat().st_mode & 0o777 for file in written} == {mode}
 
 
-def test_a_private_model_stays_private(tmp_path):
+def test_permissions_of_a_private_model_are_preserved(tmp_path):
     llama().save_pretrained(tmp_path / "model", max_shard_size="12KB")
     for file in (tmp_path / "model").iterdir():
         file.chmod(0o600)
@@ -42,14 +42,14 @@ def test_a_private_model_stays_private(tmp_path):
         assert {(tmp_path / folder / name).stat().st_mode & 0o777 for name in before} == {0o600}
 
 
-def test_a_mirror_shares_files_or_copies_them(tmp_path):
+def test_copy_with_and_without_links(tmp_path):
     source = tmp_path / "source"
     (source / "inside").mkdir(parents=True)
     for name in ("a", "left", "inside/left"):
         (source / name).write_text(name)
     (source / "link").symlink_to("a")
-    mirror(source, tmp_path / "linked", {"left"}, link=True)
-    mirror(source, tmp_path / "copied", {"left"})
+    copy_folder(source, tmp_path / "linked", {"left"}, link=True)
+    copy_folder(source, tmp_path / "copied", {"left"})
     for name in ("linked", "copied"):
         assert tree(tmp_path / name) == {"a": "a", "link": "a", "inside/left": "inside/left"}
     assert (source / "a").samefile(tmp_path / "linked" / "a")
@@ -58,7 +58,7 @@ def test_a_mirror_shares_files_or_copies_them(tmp_path):
     assert not (tmp_path / "copied" / "link").is_symlink()
 
 
-def test_a_mirror_copies_where_it_cannot_link(tmp_path, monkeypatch):
+def test_files_are_copied_if_links_are_not_supported(tmp_path, monkeypatch):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a").write_text("a")
 
@@ -66,5 +66,5 @@ def test_a_mirror_copies_where_it_cannot_link(tmp_path, monkeypatch):
         raise OSError("not on this file system")
 
     monkeypatch.setattr("os.link", refuse)
-    mirror(tmp_path / "source", tmp_path / "target", link=True)
+    copy_folder(tmp_path / "source", tmp_path / "target", link=True)
     assert tree(tmp_path / "target") == {"a": "a"}

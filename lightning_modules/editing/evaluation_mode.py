@@ -1,4 +1,4 @@
-"""A model that is edited or asked, and afterwards is in the state it was in."""
+"""Context that puts a model into evaluation mode and restores its state afterwards."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients to parameters and full precision of products, put back afterwards; works under inference mode."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Set evaluation mode, disable gradients of parameters, and use full precision for matrix products; restore all of these at the end.
+
+    The context disables autocast and inference mode, so it can also be used inside them.
+    """
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     precision = torch.get_float32_matmul_precision()
