@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from malleable.datamodules.files.user_files import first_line
-from malleable.lightning_modules.patches.tensors import open_tensors, raw
+from malleable.lightning_modules.patches.tensors import open_tensors, tensor_bytes
 
 CHECKSUM = "sha256"
 
@@ -53,5 +53,5 @@ def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(raw(value))
+        digest.update(tensor_bytes(value))
     return digest.hexdigest()

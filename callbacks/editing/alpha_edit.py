@@ -121,7 +121,7 @@ class AlphaEdit(PostFitEdit):
             records, drift = editor.records, editor.drift()
         finally:
             editor.revert()
-        self._spectrum = {"rule": _rule(self.settings), "directions": _directions(editor)}
+        self._spectrum = {"rule": _describe_threshold(self.settings), "directions": _used_directions(editor)}
         outcomes = [{name: value for name, value in record._asdict().items() if name != "fact"} for record in records]
         return self.patch(
             model,
@@ -150,12 +150,12 @@ class AlphaEdit(PostFitEdit):
 
     def _requests(self, trainer: Trainer) -> list[EditRequest]:
         if self.requests is None:
-            self.requests = check_requests(_of_data(trainer, "edit_requests", "requests=... (a JSONL file or a list)"), "the data module")
+            self.requests = check_requests(_from_datamodule(trainer, "edit_requests", "requests=... (a JSONL file or a list)"), "the data module")
         return self.requests
 
     def _texts(self, trainer: Trainer) -> list[str]:
         if self.texts is None:
-            self.texts = list(_of_data(trainer, "edit_texts", "texts=... (a file or a list)"))
+            self.texts = list(_from_datamodule(trainer, "edit_texts", "texts=... (a file or a list)"))
         if isinstance(self.texts, str):
             self.texts = read_texts(Path(self.texts))
         if not self.texts:
@@ -163,7 +163,7 @@ class AlphaEdit(PostFitEdit):
         return self.texts
 
 
-def _of_data(trainer: Trainer, name: str, instead: str) -> Any:
+def _from_datamodule(trainer: Trainer, name: str, instead: str) -> Any:
     found = getattr(getattr(trainer, "datamodule", None), name, None)
     if found is None:
         raise MisconfigurationException(f"AlphaEdit needs {instead}, or a data module that has `{name}`")
@@ -194,12 +194,12 @@ def _delta(editor: AlphaEditor, layer: int) -> Delta:
     return Delta(update.up, update.down)
 
 
-def _directions(editor: AlphaEditor) -> dict[int, list[Any]]:
+def _used_directions(editor: AlphaEditor) -> dict[int, list[Any]]:
     """Return the fields of :class:`UsedDirections` of each layer, as plain data."""
     return {layer: [spectrum.values.cpu(), editor.retained(layer)] for layer, spectrum in editor.spectra.items()}
 
 
-def _rule(settings: EditSettings) -> str:
+def _describe_threshold(settings: EditSettings) -> str:
     if settings.method != "alpha_edit":
         return f"{settings.method} may change all directions"
     return f"threshold {settings.threshold.mode} {settings.threshold.value:g}"

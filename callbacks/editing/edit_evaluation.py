@@ -88,7 +88,7 @@ class EditEvaluation(PatchedModel):
             pl_module: The LightningModule, without the edit.
             selected: Requests of the edit; may be empty.
         """
-        self.measured = self._choose(trainer, selected)
+        self.measured = self._choose_requests(trainer, selected)
         self.after, self._edited, self._batches = EvaluationResult(), (), None
         self.before = self._evaluate(trainer, pl_module)
 
@@ -129,7 +129,7 @@ class EditEvaluation(PatchedModel):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the model as it is, and without patches if it has some."""
         before = self.before if self._edited == self.stack.ids and len(self._edited) == 1 else None
-        earlier, self.measured = self.measured, self._choose(trainer, ())
+        earlier, self.measured = self.measured, self._choose_requests(trainer, ())
         self.after = self._evaluate(trainer, pl_module)
         if not self.stack.patches:
             self.before = EvaluationResult()
@@ -168,7 +168,7 @@ class EditEvaluation(PatchedModel):
         tokenizer = self.find_tokenizer(trainer, pl_module)
         return evaluate_edits(self.find_model(pl_module), tokenizer, self.measured, self._texts(trainer), self.protocol)
 
-    def _choose(self, trainer: Trainer, selected: Sequence[EditRequest]) -> list[EditRequest]:
+    def _choose_requests(self, trainer: Trainer, selected: Sequence[EditRequest]) -> list[EditRequest]:
         """Return the requests to evaluate: the given ones, those of the edit, those of the patches, or those of the run."""
         if self.requests is not None:
             return self.requests

@@ -178,25 +178,25 @@ class PostFitEdit(PatchedModel, ABC):
                 temporary = Path(trainer.strategy.broadcast(str(own)))
                 trainer.save_checkpoint(temporary)
                 if trainer.is_global_zero:
-                    self._complete(temporary, path, trainer.lightning_module)
+                    self._add_changed_tensors(temporary, path, trainer.lightning_module)
         except BaseException:
             if checkpoint is not None:
                 checkpoint.best_model_path = best
             raise
         trainer.strategy.barrier("edited")
 
-    def _complete(self, path: Path, target: Path, pl_module: LightningModule) -> None:
+    def _add_changed_tensors(self, path: Path, target: Path, pl_module: LightningModule) -> None:
         """Add the changed tensors to the checkpoint of a module that stores trained tensors only; ``path`` will replace ``target``."""
         if not is_overridden("on_save_checkpoint", pl_module):
             return
         stored = _read(path, "store only plain data in its checkpoints")
-        missing = {key: tensor for key, tensor in self._changed(pl_module).items() if key not in stored["state_dict"]}
+        missing = {key: tensor for key, tensor in self._changed_tensors(pl_module).items() if key not in stored["state_dict"]}
         if missing:
             stored["state_dict"] |= {key: tensor.cpu() for key, tensor in missing.items()}
             with saving(target):
                 torch.save(stored, path)
 
-    def _changed(self, pl_module: LightningModule) -> dict[str, Tensor]:
+    def _changed_tensors(self, pl_module: LightningModule) -> dict[str, Tensor]:
         """Return the tensors that the patches change, by their keys in the state of the module."""
         keys = {id(value): key for key, value in pl_module.state_dict(keep_vars=True).items()}
         tensors = canonical_tensors(self.find_model(pl_module))

@@ -19,7 +19,7 @@ from malleable.datamodules.files.user_files import check_tree
 from malleable.lightning_modules.patches.copy_folder import copy_folder
 from malleable.lightning_modules.patches.delta import Delta
 from malleable.lightning_modules.patches.manifest import dump_manifest, parse_manifest, to_json, to_json_types
-from malleable.lightning_modules.patches.tensors import load_tensors, raw
+from malleable.lightning_modules.patches.tensors import load_tensors, tensor_bytes
 
 MANIFEST = "patch.json"
 DELTAS = "deltas.safetensors"
@@ -87,7 +87,7 @@ class Patch:
             for part in (delta.up, delta.down):
                 if part is not None:
                     state.update(f"{name} {part.dtype} {tuple(part.shape)} ".encode())
-                    state.update(raw(part))
+                    state.update(tensor_bytes(part))
         return state.hexdigest()[:12]
 
     def tensors(self) -> dict[str, Tensor]:

@@ -155,7 +155,7 @@ class PatchStack:
     def _check_unchanged(self, tensors: Mapping[str, Tensor], advice: str) -> None:
         changed = [name for name, value in self.hashes.items() if name not in tensors or hash_tensor(tensors[name]) != value]
         if changed:
-            raise ValueError(f"{_few(changed)} changed after the patches {', '.join(self.ids)} were applied, e.g. by training; {advice}")
+            raise ValueError(f"{_join_names(changed)} changed after the patches {', '.join(self.ids)} were applied, e.g. by training; {advice}")
 
     def as_plain(self) -> dict[str, Any]:
         """Return the stack as plain data and tensors, for a checkpoint."""
@@ -196,11 +196,13 @@ class PatchStack:
         touched = {name for patch in patches for name in patch.deltas}
         if not touched == originals.keys() == hashes.keys():
             wrong = touched ^ originals.keys() or touched ^ hashes.keys()
-            raise ValueError(f"the patches in {source} are damaged: patches and stored originals do not have the same tensors: {_few(wrong)}")
+            raise ValueError(f"the patches in {source} are damaged: patches and stored originals do not have the same tensors: {_join_names(wrong)}")
         bases = {name: patch.base[name] for patch in patches for name in patch.deltas}
         damaged = [name for name, original in originals.items() if hash_tensor(original) != bases[name]]
         if damaged:
-            raise ValueError(f"the patches in {source} are damaged: the stored originals of {_few(damaged)} differ from the base of the patches")
+            raise ValueError(
+                f"the patches in {source} are damaged: the stored originals of {_join_names(damaged)} differ from the base of the patches"
+            )
         return cls(patches, originals, hashes)
 
 
@@ -232,7 +234,7 @@ def _check_changed_tensors(patch: Patch, tensors: Mapping[str, Tensor]) -> None:
             advice = "its tensors have other names: load it and save it again with transformers"
         else:
             advice = "if it contains trained weights only, give the folder of the base model, or a checkpoint of all weights"
-        raise ValueError(f"patch {patch.id} changes {_few(missing)}, which the target does not contain; {advice}")
+        raise ValueError(f"patch {patch.id} changes {_join_names(missing)}, which the target does not contain; {advice}")
     for name, delta in patch.deltas.items():
         tensor = tensors[name]
         if tensor.dtype not in _FLOATS:
@@ -246,20 +248,24 @@ def _check_base(patch: Patch, found: Comparison, force: bool) -> None:
         return
     doubled = [name for name, same in found.copies.items() if same in patch.deltas]
     if doubled:
-        raise ValueError(f"{_few(doubled)} in the target equals a tensor that the patch changes: tied weights are stored twice; save the model again")
+        raise ValueError(
+            f"{_join_names(doubled)} in the target equals a tensor that the patch changes: tied weights are stored twice; save the model again"
+        )
     touched = [name for name in found.differing if name in patch.deltas]
     # A checkpoint of trained weights may lack tensors of the frozen model, but not of an adapter.
     others = [*found.differing, *found.unknown, *(name for name in found.missing if ".lora_" in name)]
     if not touched and (not others or force):
         return
-    advice = f"and it changes {_few(touched)}: force does not help" if touched else "but none that it changes; use force to apply it nevertheless"
+    advice = (
+        f"and it changes {_join_names(touched)}: force does not help" if touched else "but none that it changes; use force to apply it nevertheless"
+    )
     raise ValueError(
         f"patch {patch.id} was made for other weights; tensors that differ: {len(others)} (the target contains {found.checked} of the "
-        f"{len(patch.base)} tensors of its base), such as {_few(others)}, {advice}; give the weights it was made for, in their dtype"
+        f"{len(patch.base)} tensors of its base), such as {_join_names(others)}, {advice}; give the weights it was made for, in their dtype"
     )
 
 
-def _few(names: Collection[str]) -> str:
+def _join_names(names: Collection[str]) -> str:
     """Return up to three names and the number of the others."""
     shown = ", ".join(sorted(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -22,7 +22,7 @@ from malleable.datamodules.files.user_files import check_tree, is_file_name, sha
 from malleable.lightning_modules.patches.copy_folder import copy_folder
 from malleable.lightning_modules.patches.patch import Patch, is_patch
 from malleable.lightning_modules.patches.stack import Change, PatchStack
-from malleable.lightning_modules.patches.tensors import canonical_names, load_tensors, open_tensors, untied, write_changed
+from malleable.lightning_modules.patches.tensors import canonical_names, group_tied, load_tensors, open_tensors, write_changed
 
 SECTION = "patches"
 """Entry of a checkpoint, or sub-folder of a model folder, that holds the patches."""
@@ -92,7 +92,7 @@ class CheckpointFile(Container):
                 f"{path} has no tensor with the prefix {prefix!r}, but e.g. {sorted(state)[:3]}; give the --prefix of the model's tensors"
             )
         named = {name: state[key] for name, key in keys.items()}
-        aliases = untied(named)
+        aliases = group_tied(named)
         self._keys = {name: [keys[alias] for alias in names] for name, names in aliases.items()}
         self.tensors = {name: named[name] for name in aliases}
         self.stack = PatchStack.from_plain(self._content.get(SECTION), str(path))

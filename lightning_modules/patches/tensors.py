@@ -54,7 +54,7 @@ def canonical_names(keys: Iterable[str], prefix: str = "") -> dict[str, str]:
     return names
 
 
-def untied(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+def group_tied(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Group names by tensor: ``{first name: all names}``, so that tied tensors share one entry."""
     first: dict[object, str] = {}
     names: dict[str, list[str]] = {}
@@ -71,7 +71,7 @@ def canonical_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     state = {key: value for key, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     tensors = {name: state[key] for name, key in canonical_names(state).items()}
-    return {name: tensors[name] for name in untied(tensors)}
+    return {name: tensors[name] for name in group_tied(tensors)}
 
 
 _BLOCK = 1 << 20  # number of values that are converted at once
@@ -86,11 +86,11 @@ def hash_tensor(tensor: Tensor) -> str:
     dtype = torch.float32 if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor.dtype
     state = hashlib.blake2b(f"{dtype}{tuple(tensor.shape)}".encode(), digest_size=8)
     for block in torch.split(tensor.detach().reshape(-1), _BLOCK):
-        state.update(raw(block.to("cpu", dtype)))
+        state.update(tensor_bytes(block.to("cpu", dtype)))
     return state.hexdigest()
 
 
-def raw(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor on the CPU."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
@@ -171,7 +171,7 @@ def write_changed(source: Path, target: Path, values: Mapping[str, Tensor]) -> N
         header = json.loads(file.read(header_size))
         for key, value in values.items():
             start, end = header[key]["data_offsets"]
-            data = raw(value)
+            data = tensor_bytes(value)
             assert data.nbytes == end - start, f"{key} changes its size"
             file.seek(8 + header_size + start)
             file.write(data)

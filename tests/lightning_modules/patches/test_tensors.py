@@ -15,8 +15,8 @@ from malleable.lightning_modules.patches.tensors import (
     canonical_tensors,
     compare,
     fingerprint,
+    group_tied,
     hash_tensor,
-    untied,
     write_changed,
 )
 
@@ -64,13 +64,13 @@ def test_tied_tensors_occur_once():
     tensors = canonical_tensors(model)
     assert "lm_head.weight" not in tensors
     assert tensors["transformer.wte.weight"] is model.lm_head.weight
-    assert untied(model.state_dict())["transformer.wte.weight"] == ["transformer.wte.weight", "lm_head.weight"]
+    assert group_tied(model.state_dict())["transformer.wte.weight"] == ["transformer.wte.weight", "lm_head.weight"]
 
 
 def test_views_and_empty_tensors_are_not_tied():
     values = torch.randn(4, 4)
     tensors = {"a": values, "b": values[:2], "c": values.T, "d": torch.empty(0), "e": torch.empty(0)}
-    assert untied(tensors) == {name: [name] for name in tensors}
+    assert group_tied(tensors) == {name: [name] for name in tensors}
 
 
 def test_hash_does_not_depend_on_the_dtype_up_to_float32():
