@@ -86,7 +86,7 @@ def test_report_sections(run):
         assert cells[2].startswith(request["true"])
         assert cells[3].startswith(fact.target)
         assert cells[4] == "0 % → 100 %"
-    assert "after the last of 3 batches" in page
+    assert "After the last of 3 batches" in page
     assert "relative_energy 0.001" in page
     for name in ("survival_of_edits.png", "second_moments_of_keys.png"):
         assert (folder / "report" / name).stat().st_size > 10_000
@@ -288,22 +288,22 @@ def test_long_reports_show_the_facts_with_the_lowest_efficacy():
     from malleable.lightning_modules.metrics.editing import RequestFigures
 
     requests = [EditRequest(str(number), "{} is", f"fact {number}", "new", "old") for number in range(100)]
-    held = [RequestFigures(float(number != 90), *[math.nan] * 8) for number in range(100)]
+    results = [RequestFigures(float(number != 90), *[math.nan] * 8) for number in range(100)]
     before = EvaluationResult([RequestFigures(*[0.0] * 9)] * 100, ["old"] * 100)
-    (section,) = edit_sections(requests, before, EvaluationResult(held, ["new"] * 100))
+    (section,) = edit_sections(requests, before, EvaluationResult(results, ["new"] * 100))
     header, rows = section.table
     assert len(rows) == 60
     assert rows[-1][0] == "fact 90 is"
     assert rows[-1][-3:] == ["0 % → 0 %", "0 % → –", "0 % → –"]
     assert "60 of 100 facts with the lowest efficacy" in section.text
     assert len(header) == len(rows[0])
-    assert edit_sections(requests, EvaluationResult(), EvaluationResult(held)) == []
+    assert edit_sections(requests, EvaluationResult(), EvaluationResult(results)) == []
 
 
 def test_figures_of_survival_and_of_methods_without_a_null_space(tmp_path):
     matrix = [[100.0, math.nan], [50.0, 100.0]]
     (section,) = survival_section({"edits": [5, 10], "matrix": matrix, "curve": [100.0, 75.0]})
-    assert "75.0 % hold after the last of 2 batches" in section.text
+    assert "After the last of 2 batches, 75.0 % of all edited facts are effective" in section.text
     assert survival_section({}) == survival_section({"edits": [5], "matrix": [[100.0]], "curve": [100.0]}) == []
     values = torch.linspace(1e-4, 1, 64)
     (spectrum,) = spectrum_section({0: UsedDirections(values, None), 1: UsedDirections(values, 64)}, "all")
