@@ -28,6 +28,20 @@ def keyed_uniform(seeds: Tensor, counter: Tensor) -> Tensor:
     return (bits.float() + 0.5) * 2.0**-23
 
 
+def keyed_integers(seeds: Tensor, counter: Tensor, high: int) -> Tensor:
+    """Draw from the uniform distribution on the integers 0 to ``high - 1``.
+
+    Args:
+        seeds: int64.
+        counter: int64, broadcast against ``seeds``; each pair (seed, counter) gives an independent number.
+        high: Number of integers, > 0.
+
+    Returns:
+        int64.
+    """
+    return _shift(mix(mix(seeds) + counter), 1) % high
+
+
 def keyed_normal(seeds: Tensor, counter: Tensor) -> Tensor:
     """Draw from the standard normal distribution.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -180,7 +181,8 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
     def compute_loss(self, batch: QueryBatch) -> LossOutput:
         """Compute the loss, a mean over the true tails of the optimizer step, or over its queries for :class:`KvsAll`."""
         # Padding queries get weight 0. Removing them would synchronise, because their number is not known on the CPU.
-        positives = Positives(batch.target, batch.target_row, len(batch), batch.sample_id >= 0, batch.one_each)
+        seed = self._sampling_seed() if self.loss.samples else 0
+        positives = Positives(batch.target, batch.target_row, len(batch), batch.sample_id >= 0, batch.one_each, batch.sample_id, seed)
         weight = self.loss.weight(positives)
         step = batch.num_step_rows if self.loss.per_query else batch.num_step_tokens
         normaliser = weight.clamp_min(1) if step is None else step
@@ -195,6 +197,13 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
             return LossOutput(loss, {}, weight)
         penalty = self._penalty(batch, positives, query) / normaliser
         return LossOutput(loss + penalty, {"penalty": penalty.detach()}, weight)
+
+    def _sampling_seed(self) -> Tensor | int:
+        """Return the seed of sampled entities, equal in all batches of an optimizer step; evaluations always have the same."""
+        if self.training and self.attached is None:
+            # Added on the host, so that a step does not synchronise.
+            return torch.randint(1 << 32, (), device="cpu")
+        return int(os.environ.get("PL_GLOBAL_SEED", 0)) * 1_000_003 + (self.global_step if self.training else -1)
 
     def log_loss(self, batch: QueryBatch, split: Split) -> None:
         """Accumulate the loss in validation; a test computes ranks only."""

@@ -15,8 +15,12 @@ from torch.nn import functional as F
 
 from malleable.lightning_modules.functional.graphs.interaction import Vectors, score_pairs
 from malleable.lightning_modules.functional.graphs.one_vs_all import KeyOf, Kind, one_vs_all_loss
+from malleable.lightning_modules.functional.keyed_random import keyed_integers, mix
 from malleable.lightning_modules.functional.precision import full, full_precision
 from malleable.lightning_modules.serialization import SerializableModule
+
+# Separates these random numbers from others that have the same seed and ids.
+_PURPOSE = int.from_bytes(b"entities") >> 1
 
 
 class Positives(NamedTuple):
@@ -28,6 +32,8 @@ class Positives(NamedTuple):
         num_rows: B; queries without a true tail do not contribute to the loss.
         real: ``(B,)`` bool, False for padding queries, which do not count; ``None``: all queries count.
         one_each: Whether each query has exactly one true tail, in order, so that ``row`` is ``0..B-1``.
+        sample_id: ``(B,)`` ids of the queries, for losses that sample; ``None``: their positions.
+        seed: Seed of losses that sample: the same in all batches of an optimizer step, on all ranks.
     """
 
     target: Tensor
@@ -35,6 +41,8 @@ class Positives(NamedTuple):
     num_rows: int
     real: Tensor | None = None
     one_each: bool = False
+    sample_id: Tensor | None = None
+    seed: Tensor | int = 0
 
     @property
     def counts(self) -> Tensor:
@@ -171,10 +179,12 @@ class KvsAll(OneVsAll):
 class NegativeSampling(EmbeddingLoss):
     """Binary cross-entropy of the true tail and uniformly sampled entities: ``softplus(-s_t) + sum_k w_k softplus(s_k)``.
 
+    The entities of a true tail depend only on the seed, the optimizer step, its query and the tail itself, not on ranks and batches.
+
     Args:
         num_negatives: K, number of sampled entities.
         temperature: Temperature of self-adversarial weights ``w = softmax(temperature s)``, which have no gradient; 0: all weights ``1 / K``.
-        shared: Sample one set of entities for all queries of the batch, which are then scored by one matrix product.
+        shared: Sample one set of entities for all queries of an optimizer step, which are then scored by one matrix product.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -200,7 +210,7 @@ class NegativeSampling(EmbeddingLoss):
     def forward(self, query: Vectors, entity: nn.Embedding, key_of: KeyOf, positives: Positives, normaliser: Tensor | float) -> Tensor:
         """Compute the loss of true tails and sampled entities."""
         target, row = positives.target, positives.row
-        drawn = torch.randint(entity.num_embeddings, (1 if self.shared else len(target), self.num_negatives), device=target.device)
+        drawn = self.draw(positives, entity.num_embeddings)
         own = query.full().rows(row)
         keys = key_of(full(entity(torch.cat([target, drawn.flatten()]))))
         truth = score_pairs(own, keys.rows(slice(0, len(target))))
@@ -216,6 +226,17 @@ class NegativeSampling(EmbeddingLoss):
         # The weights are nan if all sampled entities are the true tail.
         parts = F.softplus(-truth) + (weight.nan_to_num() * F.softplus(scores)).sum(1)
         return parts @ positives.weights.to(parts.dtype) / normaliser
+
+    def draw(self, positives: Positives, num_entities: int) -> Tensor:
+        """Sample entities, ``(P, K)`` int64, or ``(1, K)`` if :attr:`shared`."""
+        target = positives.target
+        if self.shared:
+            seeds = target.new_zeros(1)
+        else:
+            ids = torch.arange(positives.num_rows, device=target.device) if positives.sample_id is None else positives.sample_id
+            seeds = mix(mix(ids)[positives.row] + target)
+        counter = torch.arange(self.num_negatives, device=target.device)
+        return keyed_integers((seeds + (positives.seed + _PURPOSE))[:, None], counter, num_entities)
 
 
 class Regulariser(SerializableModule, ABC):

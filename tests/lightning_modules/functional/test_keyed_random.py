@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from malleable.lightning_modules.functional.keyed_random import keyed_gumbel, keyed_normal, keyed_uniform
+from malleable.lightning_modules.functional.keyed_random import keyed_gumbel, keyed_integers, keyed_normal, keyed_uniform
 
 
 def test_numbers_are_uniform_and_uncorrelated():
@@ -28,6 +28,18 @@ def test_numbers_are_those_of_the_published_mixing_function():
         [((mix((mix(seed % 2**64) + counter) % 2**64) >> 41) + 0.5) / 2**23 for counter in counters.tolist()] for seed in seeds[:, 0].tolist()
     ]
     assert keyed_uniform(seeds, counters).tolist() == expected
+
+
+def test_integers_are_uniform():
+    draws = keyed_integers(torch.arange(200)[:, None], torch.arange(500), 20)
+    assert draws.dtype == torch.int64
+    counts = torch.bincount(draws.flatten(), minlength=20)
+    assert len(counts) == 20
+    assert ((counts - 5000) ** 2 / 5000).sum() < 44  # chi-square, 19 degrees of freedom, p = 0.001
+    # Integers of 63 bits: no number of a large range is left out or more frequent, as it would be with 23 bits.
+    draws = keyed_integers(torch.arange(1000)[:, None], torch.arange(500), 3 << 24)
+    assert len(draws.unique()) > 490_000
+    assert (draws % 2).float().mean() == pytest.approx(0.5, abs=0.003)
 
 
 def test_normal_numbers():

@@ -124,6 +124,29 @@ class TestLoss:
             assert ((module.tables[0].weight != before).any(1) == (gradients[-1][0] != 0).any(1)).all()
         torch.testing.assert_close(*gradients)
 
+    def test_sampled_entities_change_with_the_step_and_not_in_evaluation(self, tmp_path, monkeypatch):
+        seeds = {True: [], False: []}
+
+        class Recorded(NegativeSampling):
+            def draw(self, positives, num_entities):
+                seeds[torch.is_grad_enabled()].append(int(positives.seed))
+                return super().draw(positives, num_entities)
+
+        for seed in ("5", "6"):
+            monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+            trainer = quiet_trainer(tmp_path, max_epochs=2, limit_train_batches=4, enable_checkpointing=False)
+            trainer.fit(NFE(dimension=4, loss=Recorded(2)), TinyGraphData(batch_size=4, global_batch_size=8))
+        # Two batches in each step.
+        assert seeds[True][::2] == seeds[True][1::2]
+        assert len(set(seeds[True])) == len(seeds[True]) / 2 == 8
+        assert len(set(seeds[False])) == 2
+
+    def test_a_module_without_a_trainer_samples_with_the_generator(self):
+        module, batch = make(loss=NegativeSampling(8)), collate_queries(ROWS)
+        assert module.compute_loss(batch).loss != module.compute_loss(batch).loss
+        module.eval()
+        assert module.compute_loss(batch).loss == module.compute_loss(batch).loss
+
     def test_learns_from_sampled_entities(self, tmp_path):
         module = NFE(dimension=16, gamma=2.0, loss=NegativeSampling(8), tuning=EmbeddingTuning(lr=0.05, sparse=True))
         trainer = quiet_trainer(tmp_path, max_epochs=40, enable_checkpointing=False, limit_val_batches=0)

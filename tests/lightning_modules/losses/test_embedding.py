@@ -173,13 +173,33 @@ class TestNegativeSampling:
     @pytest.mark.parametrize("biases", [True, False])
     def test_equals_the_literal_form(self, temperature, shared, biases):
         sides = Sides(biases)
-        torch.manual_seed(5)
-        loss = sides.run(NegativeSampling(4, temperature, shared), normaliser=8)
-        torch.manual_seed(5)
-        drawn = torch.randint(E, (1 if shared else 8, 4)).expand(8, 4)
+        sampling = NegativeSampling(4, temperature, shared)
+        loss = sides.run(sampling, normaliser=8)
+        drawn = sampling.draw(POSITIVES, E).expand(8, 4)
         expected = self.literal(sides.scores, drawn, temperature) / 8
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(sides.gradients(loss), sides.gradients(expected))
+
+    def test_samples_depend_on_seed_query_and_tail_only(self):
+        sampling, ids = NegativeSampling(16), torch.tensor([7, 2**62, 9, 40, 5, 3])
+        whole = sampling.draw(Positives(TARGET, ROW, B, sample_id=ids, seed=3), E)
+        assert whole.shape == (8, 16)
+        assert len(whole.unique(dim=0)) == 8
+        # The queries in another order and in two batches, with the tails of each query in another order.
+        for rows in ([5, 3, 1], [4, 0, 2]):
+            places = [place for row in rows for place in reversed((row == ROW).nonzero().flatten().tolist())]
+            new_row = torch.tensor([rows.index(ROW[place]) for place in places])
+            part = sampling.draw(Positives(TARGET[places], new_row, len(rows), sample_id=ids[rows], seed=3), E)
+            assert torch.equal(part, whole[places])
+        assert not torch.equal(sampling.draw(Positives(TARGET, ROW, B, sample_id=ids, seed=4), E), whole)
+
+    def test_shared_samples_depend_on_the_seed_only(self):
+        sampling = NegativeSampling(16, shared=True)
+        whole = sampling.draw(Positives(TARGET, ROW, B, sample_id=torch.arange(B), seed=3), E)
+        part = sampling.draw(Positives(TARGET[:1], ROW[:1], 1, sample_id=torch.tensor([80]), seed=3), E)
+        assert whole.shape == (1, 16)
+        assert torch.equal(part, whole)
+        assert not torch.equal(sampling.draw(POSITIVES, E), whole)
 
     def test_only_sampled_rows_are_read(self):
         sides = Sides()
