@@ -26,11 +26,7 @@ from pykeen.triples import CoreTriplesFactory
 from torch import Tensor
 
 from malleable import NFE, ComplEx, DistMult, KnowledgeGraphDataModule, TransE
-from malleable.datamodules.sources.graphs.codex import CoDExS
-from malleable.datamodules.sources.graphs.fb15k237 import FB15k237
-from malleable.datamodules.sources.graphs.published import PublishedGraph
-from malleable.datamodules.sources.graphs.small_graphs import UMLS, Kinship
-from malleable.datamodules.sources.graphs.wn18rr import WN18RR
+from malleable.datamodules.sources.graphs.published import UMLS, WN18RR, CoDExS, FB15k237, Kinship, PublishedGraph
 from malleable.lightning_modules.functional.graphs import one_vs_all
 from malleable.lightning_modules.graphs.knowledge_graph import KnowledgeGraphModule
 from malleable.lightning_modules.losses.embedding import EmbeddingLoss

@@ -29,8 +29,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from malleable import NFE, ComplEx, DistMult, KnowledgeGraphDataModule, RotatE, TransE
-from malleable.datamodules.sources.graphs.codex import CoDExS
-from malleable.datamodules.sources.graphs.small_graphs import UMLS, Kinship
+from malleable.datamodules.sources.graphs.published import UMLS, CoDExS, Kinship
 from malleable.lightning_modules.functional.graphs.flows import NFE1, NFE2, NFE3
 from malleable.lightning_modules.functional.graphs.points import ComplexDiagonal, Diagonal, Rotation, Translation
 from malleable.lightning_modules.losses.embedding import DURA, F2, N3, BCESum, Softmax

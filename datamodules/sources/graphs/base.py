@@ -1,11 +1,9 @@
 """Base class of sources of knowledge graphs, and numbering of their labels.
 
-A new source is a class in a new file of this folder. Add its name to ``datamodules/__init__.pyi``.
+To add a source, add a class to this folder and its name to ``datamodules/__init__.pyi``.
 
-- For a published graph with a fixed split, subclass one of the base classes in ``published.py``. A subclass of ``DownloadedGraph`` defines ``terms``,
-  ``address`` and ``checksums`` (example: ``wn18rr.py``). A subclass of ``PackagedGraph`` defines ``terms``, ``package``, ``folder`` and ``checksums``
-  (example: ``small_graphs.py``).
-- For another source, subclass :class:`GraphSource`, implement ``files`` and ``load``, and override ``settings`` if arguments affect the data
+- For a published graph with a fixed split, add its files to the table in ``published.py``, and a subclass of ``PublishedGraph`` beside it.
+- For another source, create a file with a subclass of :class:`GraphSource`, implement ``files`` and ``load``, and override ``settings`` if arguments affect the data
   (examples: ``triples.py``, ``synthetic.py``). :func:`number` converts labelled triples to :class:`GraphTables`.
 """
 

