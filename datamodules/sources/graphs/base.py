@@ -3,8 +3,8 @@
 To add a source, add a class to this folder and its name to ``datamodules/__init__.pyi``.
 
 - For a published graph with a fixed split, add its files to the table in ``published.py``, and a subclass of ``PublishedGraph`` beside it.
-- For another source, create a file with a subclass of :class:`GraphSource`, implement ``files`` and ``load``, and override ``settings`` if arguments affect the data
-  (examples: ``triples.py``, ``synthetic.py``). :func:`number` converts labelled triples to :class:`GraphTables`.
+- For another source, create a file with a subclass of :class:`GraphSource`, implement ``files`` and ``load``, and override ``settings`` if arguments
+  affect the data (examples: ``triples.py``, ``synthetic.py``). :func:`number` converts labelled triples to :class:`GraphTables`.
 """
 
 from __future__ import annotations
