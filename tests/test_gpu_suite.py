@@ -47,6 +47,14 @@ def test_the_benchmark_lists_its_parts():
     assert sum(int(seconds.removesuffix(" s")) for seconds in budgets.values()) <= 480
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_each_benchmark_has_an_option_for_the_device(path):
+    text = path.read_text(encoding="utf-8")
+    if '__name__ == "__main__"' in text:
+        # `parser_of` of graph_sides.py adds the option.
+        assert "add_device_arguments(parser" in text or '"--device"' in text or "parser_of(" in text
+
+
 @pytest.mark.slow
 def test_the_tests_for_a_gpu_pass_on_a_cpu():
     done = run("-m", "pytest", "-q", "-m", "gpu", ROOT / "tests/gpu", "--rootdir", ROOT, MALLEABLE_GPU_TESTS_ON="cpu")

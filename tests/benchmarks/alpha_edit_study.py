@@ -27,6 +27,7 @@ from typing import Any
 os.environ["TQDM_DISABLE"] = "1"  # no bars of weights between the lines
 
 import torch
+from devices import add_device_arguments, describe, synchronize
 
 from malleable.datamodules.editing.datamodule import EditingDataModule
 from malleable.datamodules.editing.requests import EditRequest
@@ -120,15 +121,16 @@ class Bench:
         name: Model.
         setup: What is edited.
         texts: Whether general text is kept; else sentences of facts that no request changes.
+        device: Device of the model.
     """
 
-    def __init__(self, name: str, setup: Setup, texts: bool) -> None:
+    def __init__(self, name: str, setup: Setup, texts: bool, device: str) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.setup, self.name = setup, name
+        self.setup, self.name, self.device = setup, name, device
         folder, gguf_file = resolve_model(name)
         options = {} if gguf_file is None else {"gguf_file": gguf_file}
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval().to(device)
         self.texts = WordNetGlosses(limit=700) if texts else None
         self.moments: dict[int, dict[int, SecondMoment]] = {}
         self.before: dict[int, float] = {}
@@ -153,6 +155,7 @@ class Bench:
         protocol = Protocol(texts=40, writing=0, answers=0)
         if seed not in self.before:
             self.before[seed] = evaluate_edits(self.model, data.tokenizer, requests, data.measured_texts, protocol).figures["perplexity"]
+        synchronize(self.device)
         start = time.perf_counter()
         try:
             editor.edit(list(map(Fact.from_request, requests)))
@@ -160,6 +163,7 @@ class Bench:
         finally:
             editor.revert()
         after["perplexity_ratio"] = after["perplexity"] / self.before[seed]
+        synchronize(self.device)
         after["seconds"] = time.perf_counter() - start
         return after
 
@@ -218,12 +222,14 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct-q4_1")
     parser.add_argument("--methods", nargs="+", help="Beginnings of names; default: all.")
     parser.add_argument("--json", type=Path)
+    add_device_arguments(parser, dtype=False)
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
     setup = SETUPS[options.data]
     chosen = [name for name in setup.trials if not options.methods or any(name.startswith(word) for word in options.methods)]
-    result = study(Bench(options.model, setup, texts=options.data == "smollm2"), chosen)
+    log.info("%s on %s", options.model, describe(options.device))
+    result = study(Bench(options.model, setup, options.data == "smollm2", options.device), chosen)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2))
 

@@ -5,7 +5,7 @@
 For each seed, one model is trained by sft/movielens.yaml (the warm-up). All arms start from its weights and train for the same rounds on the same
 rows. ``sft`` uses supervised epochs in both phases of a round, ``dpo`` rejects random titles, and ``sprec`` rejects titles that the model generated.
 The last lines are the table of configs/sprec/README.md: mean and standard deviation over the seeds. A run that is already in the folder is not
-repeated.
+repeated; use one folder for each device.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import yaml
+from devices import add_device_arguments
 
 METRICS = ("ndcg_10", "hr_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10")
 SAMPLE = {"negatives": {"class_path": "SelfPlay", "init_args": {"decode": "sample"}}}
@@ -46,6 +47,12 @@ def run(folder: Path, recipe: str, seed: int, settings: dict) -> dict[str, float
     return {key.removeprefix("test_"): value for key, value in json.loads(found[-1].read_text()).items() if key.startswith("test_")}
 
 
+def trainer_settings(options: argparse.Namespace) -> dict:
+    """Settings of the Trainer in all runs."""
+    accelerator = "gpu" if options.device.startswith("cuda") else "cpu"
+    return {"accelerator": accelerator, "devices": 1, "limit_val_batches": 0, "enable_progress_bar": False}
+
+
 def arm_settings(model: Path, arm: dict, options: argparse.Namespace, seed: int) -> dict:
     """What an arm changes in sprec/movielens.yaml."""
     phase = {"epochs": 1, "warmup_steps": options.warmup_steps, "batch_factor": options.batch_factor}
@@ -65,8 +72,7 @@ def arm_settings(model: Path, arm: dict, options: argparse.Namespace, seed: int)
         "model": {"init_args": {"language_model": {"name": str(model)}, "loss": loss}},
         "data": {"init_args": {"tokenizer": str(model)}},
         "trainer": {
-            "limit_val_batches": 0,
-            "enable_progress_bar": False,
+            **trainer_settings(options),
             "callbacks": [{"class_path": "SelfPlayLoop", "init_args": loop}, {"class_path": "RunReport"}],
         },
     }
@@ -100,9 +106,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--dpo_lr", type=float, default=1e-4)
     parser.add_argument("--beta", type=float, default=4.0)
+    add_device_arguments(parser, dtype=False)
     options = parser.parse_args()
     folders = [options.folder.resolve() / f"seed_{seed}" for seed in range(options.seeds)]
-    warm = {"trainer": {"max_epochs": options.epochs, "limit_val_batches": 0, "enable_progress_bar": False}}
+    warm = {"trainer": {"max_epochs": options.epochs, **trainer_settings(options)}}
     jobs = [partial(run, folder / "warm-up", "sft/movielens.yaml", seed, warm) for seed, folder in enumerate(folders)]
     results = {"warm-up": at_once(jobs, options.jobs)}
     jobs = []
