@@ -5,6 +5,7 @@ from .editing.edit_evaluation import EditEvaluation as EditEvaluation
 from .editing.post_fit import PostFitEdit as PostFitEdit
 from .last_checkpoint import LastCheckpoint as LastCheckpoint
 from .line_progress import LineProgress as LineProgress
+from .line_progress import LossProgressBar as LossProgressBar
 from .predictions import PredictionWriter as PredictionWriter
 from .reference import ReferenceCache as ReferenceCache
 from .report.baselines import Baselines as Baselines

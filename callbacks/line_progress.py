@@ -1,21 +1,49 @@
-"""Progress for output that is no terminal: log files of schedulers, pipes and notebooks converted to text."""
+"""Progress of runs: bars on a terminal, and lines in log files of schedulers, pipes and notebooks that are converted to text.
+
+Both read the training loss from the device when they print it, not after every batch.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+
+LOSS = "train_loss"
+
+
+class LossProgressBar(TQDMProgressBar):
+    """Progress bar that shows the training loss, which it reads from the device at most twice in a second.
+
+    Args:
+        refresh_rate: Number of batches between updates.
+        process_position: Line of the bar, if several are shown.
+        leave: Leave the bar of each epoch on the terminal.
+    """
+
+    def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
+        super().__init__(refresh_rate, process_position, leave)
+        self._loss: dict[str, float] = {}
+        self._read = -math.inf
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        """Return the figures to show."""
+        if not self._loss or time.monotonic() - self._read > 0.5:
+            self._loss = training_loss(trainer)
+            self._read = time.monotonic()
+        return {**super().get_metrics(trainer, pl_module), **self._loss}
 
 
 class LineProgress(ProgressBar):
-    """Prints one line for each tenth of a fit, a test or a prediction, where a progress bar would print thousands.
+    """Prints one line for each tenth of a fit, a test or a prediction.
 
-    A fit whose length is unknown (no ``max_epochs`` and no ``max_steps``) gets a line for each epoch. Lines hold the figures that are
-    logged with ``prog_bar=True``.
+    A fit whose length is unknown (no ``max_epochs`` and no ``max_steps``) gets a line for each epoch. Lines contain the training loss and the figures
+    that are logged with ``prog_bar=True``.
 
     Args:
         parts: Lines of a fit, a test or a prediction.
@@ -78,28 +106,42 @@ class LineProgress(ProgressBar):
         self._printed = 0
         self._started = time.monotonic()
 
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        """Return the figures to print."""
+        return {**super().get_metrics(trainer, pl_module), **training_loss(trainer)}
+
     def _show_fit(self, trainer: Trainer, pl_module: LightningModule, batches: float) -> None:
         epoch = trainer.current_epoch
         epochs, steps = trainer.max_epochs or -1, trainer.max_steps
         share = batches / trainer.num_training_batches if math.isfinite(trainer.num_training_batches) else 0.0
-        figures = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
-        text = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items())
-        if steps > 0:
-            self._show("fit", trainer, trainer.global_step / steps, f"epoch {epoch}, step {trainer.global_step} of {steps}, {text}")
-        elif epochs > 0:
-            self._show("fit", trainer, (epoch + share) / epochs, f"epoch {epoch} of {epochs}, {text}")
-        elif share == 1:
-            self._write(trainer, f"fit: epoch {epoch}, {text}")
 
-    def _show(self, name: str, trainer: Trainer, share: float, text: str = "") -> None:
+        def figures() -> str:
+            found = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
+            return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items())
+
+        if steps > 0:
+            self._show("fit", trainer, trainer.global_step / steps, lambda: f"epoch {epoch}, step {trainer.global_step} of {steps}, {figures()}")
+        elif epochs > 0:
+            self._show("fit", trainer, (epoch + share) / epochs, lambda: f"epoch {epoch} of {epochs}, {figures()}")
+        elif share == 1:
+            self._write(trainer, f"fit: epoch {epoch}, {figures()}")
+
+    def _show(self, name: str, trainer: Trainer, share: float, text: Callable[[], str] = str) -> None:
+        """Print a line if a new part has been reached; ``text`` is called only then, because it reads figures from the device."""
         part = int(share * self.parts + 1e-9)
         if part < self._printed:  # another dataloader, or a fit that was made longer
             self._printed = part
         if part > self._printed:
             self._printed = part
-            self._write(trainer, f"{name}: {100 * part // self.parts} %{f', {text}' if text else ''}")
+            self._write(trainer, f"{name}: {100 * part // self.parts} %, {text()}")
 
     def _write(self, trainer: Trainer, line: str) -> None:
         if self._enabled and trainer.is_global_zero and not trainer.sanity_checking:
             sys.stdout.write(f"{line.rstrip(', ')} ({time.monotonic() - self._started:.0f} s)\n")
             sys.stdout.flush()
+
+
+def training_loss(trainer: Trainer) -> dict[str, float]:
+    """Read the training loss of the latest optimizer step from the device; empty if there is none."""
+    loss = trainer.callback_metrics.get(LOSS)
+    return {} if loss is None else {LOSS: loss.item()}

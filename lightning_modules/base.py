@@ -342,8 +342,11 @@ class BaseModule(CheckedLoading, ABC):
         batches, self._step_figures = self._step_figures, []
         means = torch.stack([torch.stack(list(figures.values())) for figures in batches]).mean(0)
         means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        # Lightning reads the figures of progress bars after every batch, which synchronises on accelerators. The progress bars of the command line
+        # read the loss when they print it.
+        on_cpu = means.device.type == "cpu"
         for name, value in zip(batches[0], means, strict=True):
-            self.log(f"train_{name}", value, prog_bar=name == "loss", batch_size=1)
+            self.log(f"train_{name}", value, prog_bar=on_cpu and name == "loss", batch_size=1)
 
     def _log_mean_loss(self, split: Split) -> None:
         sums = self._loss_sums.pop(split, {})

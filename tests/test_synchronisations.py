@@ -44,6 +44,17 @@ def test_not_found(name):
     assert not waits.found, waits
 
 
+def test_what_is_read_from_another_device_does_not_count():
+    with Synchronisations("meta") as waits:
+        torch.ones(()).item()
+        torch.arange(3)[torch.tensor([True, False, True])]
+    assert not waits.found, waits
+    with Synchronisations("meta") as waits:
+        torch.ones((), device="meta").item()
+        torch.ones(3).to("meta")
+    assert len(waits.found) == 2, waits
+
+
 def test_backward_passes_are_covered():
     class Reading(torch.autograd.Function):
         @staticmethod

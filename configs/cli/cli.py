@@ -17,14 +17,14 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar, Timer, TQDMProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 import malleable
 from malleable.callback_options import CallbackOption, split_callback_options
 from malleable.callbacks.last_checkpoint import LastCheckpoint
-from malleable.callbacks.line_progress import LineProgress
+from malleable.callbacks.line_progress import LineProgress, LossProgressBar
 from malleable.callbacks.predictions import DescribesPredictions, PredictionWriter
 from malleable.callbacks.self_play.loop import SelfPlayLoop
 from malleable.checkpoints import AtomicCheckpointIO, as_layer, consolidate, differences, find_checkpoint, other_settings, stored_model
@@ -192,7 +192,7 @@ class MalleableCLI(LightningCLI):
         callbacks = list(given) if isinstance(given, list) else [given]
         if config.trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             # The default of Lightning 2.6, rich, breaks when anything else draws.
-            callbacks.append(TQDMProgressBar() if sys.stdout.isatty() else LineProgress())
+            callbacks.append(LossProgressBar() if sys.stdout.isatty() else LineProgress())
         if config.trainer.enable_checkpointing is not False and not any(isinstance(callback, Checkpoint) for callback in callbacks):
             callbacks += self._checkpoints(config.checkpoint)
         if self.subcommand == "predict" and not any(isinstance(callback, (BasePredictionWriter, PredictionWriter)) for callback in callbacks):

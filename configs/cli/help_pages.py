@@ -58,6 +58,7 @@ CALLBACKS = {
     "PredictionWriter": "writes predictions with your ids",
     "LastCheckpoint": "saves the last epoch",
     "LineProgress": "shows the progress in lines",
+    "LossProgressBar": "shows the progress in a bar, with the training loss",
 }
 
 _DOES = {

@@ -1,9 +1,16 @@
 """Counts what makes a program wait for its device, on machines without one."""
 
 import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from tiny_data import quiet_trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,21 +44,29 @@ class Synchronisations(TorchDispatchMode):
     is answered by a stand-in, so that all places are found in one run. On a CPU it works alike, but for ``tolist`` and ``numpy``.
     Backward passes started inside are covered, because their operations are dispatched too.
 
+    Args:
+        device: Count only what waits for tensors of this type of device. Default: all.
+
     Attributes:
         found: Operation and place of each wait, in order.
     """
 
-    def __init__(self):
+    def __init__(self, device: str | None = None):
         super().__init__()
+        self.device = device
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _waits(func.overloadpacket, func, args, kwargs):
+        if _waits(func.overloadpacket, func, args, kwargs) and self._concerns(func.overloadpacket, args):
             self.found.append(f"{func} at {_place()}")
             if any(value.is_meta for value in _tensors(args)):
                 return _stand_in(func.overloadpacket, args, kwargs)
         return func(*args, **kwargs)
+
+    def _concerns(self, packet, args) -> bool:
+        copies = packet in (aten._to_copy, aten.copy_)
+        return self.device is None or copies or any(value.device.type == self.device for value in _tensors(args))
 
     def __str__(self):
         return f"{len(self.found)} synchronisations:\n  " + "\n  ".join(self.found)
@@ -115,3 +130,67 @@ def _place() -> str:
     ]
     frame = (own or frames)[-1]
     return f"{frame.filename}:{frame.lineno} ({frame.line})"
+
+
+class MetaAccelerator(CPUAccelerator):
+    """Accelerator whose device is ``meta``."""
+
+    def setup_device(self, device: torch.device) -> None:
+        """Accept any device."""
+
+
+class MetaStrategy(SingleDeviceStrategy):
+    """Strategy on the device ``meta``."""
+
+    def __init__(self) -> None:
+        super().__init__("meta")
+
+    def reduce(self, tensor: Any, *args: Any, **options: Any) -> Any:
+        """Return the tensor; for the length of a loader, which Lightning reads before it trains, a stand-in."""
+        length = isinstance(tensor, Tensor) and not tensor.is_floating_point()
+        return torch.ones((), dtype=tensor.dtype) if length else tensor
+
+    def teardown(self) -> None:
+        """Leave the module where it is, and drop what was logged: meta tensors cannot be moved to the CPU."""
+        trainer = self.lightning_module.trainer
+        trainer.fit_loop.epoch_loop._results.clear()
+        trainer._logger_connector.reset_metrics()
+
+
+def meta_trainer(folder: Path, **options: Any) -> Trainer:
+    """A Trainer on the device ``meta``, which logs nothing before its end and does not read what it logs."""
+    settings = {
+        "accelerator": MetaAccelerator(),
+        "strategy": MetaStrategy(),
+        "limit_val_batches": 0,
+        "enable_checkpointing": False,
+        "log_every_n_steps": 1000,
+    }
+    return quiet_trainer(folder, **settings, **options)
+
+
+class WatchedSteps(Callback):
+    """Runs the batches of an epoch within a context, with what Lightning does between them.
+
+    Args:
+        context: Makes the context.
+        first: Number of the first batch within the context.
+
+    Attributes:
+        steps: Number of batches within the context.
+    """
+
+    def __init__(self, context: Callable[[], AbstractContextManager[Any]], first: int = 0) -> None:
+        self.context, self.first, self.steps = context, first, 0
+        self.stack = ExitStack()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.first:
+            self.stack.enter_context(self.context())
+        self.steps += batch_idx >= self.first
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.stack.close()
+
+    def on_exception(self, trainer, pl_module, exception):
+        self.stack.close()

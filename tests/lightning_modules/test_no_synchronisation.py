@@ -1,4 +1,4 @@
-"""Training steps of language-model methods never wait for the device.
+"""Training steps never wait for the device.
 
 They run on the device ``meta``, whose tensors hold no data: code takes the paths of an accelerator there.
 """
@@ -6,12 +6,16 @@ They run on the device ``meta``, whose tensors hold no data: code takes the path
 import pytest
 import torch
 from architectures import tiny_model
-from synchronisations import Synchronisations
-from tiny import batch_of
+from synchronisations import Synchronisations, WatchedSteps, meta_trainer
+from tiny import batch_of, tiny_config, tiny_rows
+from tiny_data import TinyData
+from tiny_graph import TinyGraphData
 
-from malleable import DPO, SFT, CausalLM, SPRec
+from malleable import DPO, NFE, SFT, CausalLM, ComplEx, SPRec
 from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
+from malleable.lightning_modules.language.tuning import Tuning
+from malleable.lightning_modules.losses.embedding import N3, KvsAll, NegativeSampling
 from malleable.lightning_modules.losses.preference import SDPO
 
 CATALOG = Catalog(titles=("A", "B"), token_ids=((5, 1), (6, 1)), popularity=(1, 1), vocabulary=Vocabulary(40, eos_token_id=1))
@@ -93,4 +97,35 @@ def test_step_on_a_manually_created_batch():
     batch = batch_of(rows)
     batch.answer_columns = None
     _, waits = step_on_meta(module, batch)
+    assert not waits.found, waits
+
+
+def known_pairs():
+    rows = [{**row, "answers": [*row["answers"], [6, 1]], "item_ids": [*row["item_ids"], 0]} for row in tiny_rows(16)]
+    return [{**row, "reference_logps": [-3.0, -4.0]} for row in rows]
+
+
+TWO = {"batch_size": 4, "global_batch_size": 8}  # two batches in an optimizer step
+WHOLE_STEPS = {
+    "SFT": lambda: (SFT(tiny_config(), tuning=Tuning()), TinyData(train=tiny_rows(16), **TWO)),
+    "DPO": lambda: (DPO(tiny_config(), sft_weight=0.5), TinyData(train=known_pairs(), **TWO)),
+    "SPRec": lambda: (SPRec(tiny_config()), TinyData(train=known_pairs(), **TWO)),
+    "NFE": lambda: (NFE(dimension=6, regulariser=N3(), dropout=0.1), TinyGraphData(**TWO)),
+    "NFE with KvsAll": lambda: (NFE("nfe2", dimension=6, loss=KvsAll()), TinyGraphData(**TWO)),
+    "ComplEx with sampled entities": lambda: (ComplEx(dimension=6, loss=NegativeSampling(4)), TinyGraphData(**TWO)),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_STEPS)
+def test_whole_step_in_a_trainer(name, tmp_path, monkeypatch):
+    """With logging, clipping, optimizer and scheduler. Step counters of optimizers are on the CPU, where nothing waits for them.
+
+    Lightning reads what is logged with ``prog_bar=True`` after every batch.
+    """
+    module, data = WHOLE_STEPS[name]()
+    monkeypatch.setattr(module, "export", lambda *args: None, raising=False)  # the weights hold no data
+    waits = Synchronisations("meta")
+    watched = WatchedSteps(lambda: waits)
+    meta_trainer(tmp_path, max_epochs=1, limit_train_batches=4, gradient_clip_val=1.0, callbacks=[watched]).fit(module, data)
+    assert watched.steps == 4
     assert not waits.found, waits
