@@ -32,7 +32,7 @@ def test_values_that_are_commented_out_are_the_defaults():
 
 
 def test_its_options_of_callbacks_exist():
-    named = re.findall(r"--trainer\.callbacks\.([A-Z]\w+)\.(\w+)", PAGE)
+    named = re.findall(r"--trainer\.callbacks\.([A-Z]\w*[a-z]\w*)\.(\w+)", PAGE)
     assert ("SelfPlayLoop", "rounds") in named
     for name, option in named:
         assert option in inspect.signature(getattr(malleable, name)).parameters

@@ -21,7 +21,7 @@ def ready(module):
     return module
 
 
-class Needy(BoringModule):
+class RequiresRows(BoringModule):
     """Takes the number of rows from the data module."""
 
     required_from_datamodule = ("num_rows",)
@@ -32,21 +32,21 @@ class Needy(BoringModule):
 
 
 def test_attributes_are_copied_from_the_data_module(tmp_path):
-    module = Needy()
+    module = RequiresRows()
     trainer(tmp_path).fit(module, BoringDataModule(num_rows=12))
     assert module.num_rows == 12
 
 
 def test_attributes_of_the_constructor_are_kept(tmp_path):
-    module = Needy(num_rows=5)
+    module = RequiresRows(num_rows=5)
     trainer(tmp_path).fit(module, BoringDataModule(num_rows=12))
     assert module.num_rows == 5
 
 
 def test_a_missing_required_attribute_is_an_error(tmp_path):
     loader = DataLoader([0.0])
-    with pytest.raises(MisconfigurationException, match=r"Needy needs `num_rows`: pass Needy\(num_rows=...\)"):
-        trainer(tmp_path).fit(Needy(), loader)
+    with pytest.raises(MisconfigurationException, match=r"RequiresRows needs `num_rows`: pass RequiresRows\(num_rows=...\)"):
+        trainer(tmp_path).fit(RequiresRows(), loader)
 
 
 def test_matrices_decay_and_vectors_do_not():

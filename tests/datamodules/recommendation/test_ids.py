@@ -37,7 +37,7 @@ def write(path, table):
     return str(path)
 
 
-def asked(path, users, histories):
+def write_histories(path, users, histories):
     """Write a file of histories by id."""
     if path.suffix == ".csv":
         with path.open("w", encoding="utf-8", newline="") as file:
@@ -65,7 +65,7 @@ def test_predictions_contain_the_ids_of_the_input(tmp_path, form, kind, query):
     # A user twice, a new one, and an item that the catalogue does not have.
     users = [*rng.sample(ids, 4), ids[0], ids[0], "new user"]
     histories = [rng.sample(ids, 3) for _ in users]
-    path = asked(tmp_path / f"histories.{query}", users, [[*items, "no such item"] for items in histories])
+    path = write_histories(tmp_path / f"histories.{query}", users, [[*items, "no such item"] for items in histories])
     settings = {"cache_dir": str(tmp_path / "cache"), "tokenizer": "none", "split": Split(history_length=3)}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
     data = RecommendationDataModule(source, predict_file=path, **settings)

@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def reset_log_once() -> None:
-    """Nothing was said yet."""
+    """Terms and warnings are logged again in each test."""
     module._log_once.cache_clear()
     module._warn_once.cache_clear()
 
@@ -84,7 +84,7 @@ def test_a_given_folder(folder, caplog):
     (folder / "train.txt").unlink()
     assert Downloaded(str(folder)).files()[0] == packed
     assert "differs from the published" not in caplog.text
-    assert caplog.text.count("Downloaded: free") == 1, "the terms are said once"
+    assert caplog.text.count("Downloaded: free") == 1, "the terms are logged once"
 
 
 def test_a_folder_with_other_files_gives_a_warning(folder, caplog):
