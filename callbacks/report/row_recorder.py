@@ -22,7 +22,7 @@ from malleable.lightning_modules.metrics.row_ranks import RowRanks
 from malleable.lightning_modules.metrics.significance import Floats, bootstrap_interval, row_values
 
 ROWS_FILE = "test_rows.safetensors"
-DIGEST = "asked"  # entry of the file's metadata: digest of targets, seen items, candidates and titles
+DIGEST = "digest"  # key in the metadata of the file: checksum of targets, seen items, candidates and titles
 
 
 class RowRecorder:

@@ -1,6 +1,6 @@
-"""Train models that stay malleable: align, personalise, edit, make forget, and measure every change.
+"""PyTorch Lightning training for models that stay malleable: align, personalise, edit, make forget, and measure every change.
 
-Every public class is importable from here. Nothing heavy is imported until it is used.
+Every public class can be imported from here. Modules are imported when one of their classes is first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m malleable``: the same command line."""
+"""Entry point of ``python -m malleable``, which is the same as the command ``malleable``."""
 
 from malleable.main import main
 

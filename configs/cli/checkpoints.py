@@ -1,4 +1,4 @@
-"""The model that a checkpoint describes, and the search for the latest checkpoint."""
+"""Checkpoint I/O, search for checkpoints, and the model configuration that is stored in a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.datamodules.files.plain_checkpoint import read_plain, saving
-from malleable.datamodules.files.run_folders import Wanted, find_run_checkpoint
+from malleable.datamodules.files.run_folders import RunDescription, find_run_checkpoint
 from malleable.datamodules.files.yaml_files import read_yaml
 
-# Of a whole checkpoint: what only the continuation of its run needs.
+# Entries of a checkpoint that are needed only to resume its run.
 _LOOP_STATES = {"optimizer_states", "lr_schedulers", "loops", "MixedPrecision", "AMPScalerState"}
-# What DeepSpeed puts beside the entries of a checkpoint.
+# Entries that DeepSpeed adds to a checkpoint.
 _ENGINE_STATES = {
     "buffer_names",
     "checkpoint_parallel_dimensions",
@@ -51,7 +51,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Save to a file of this machine, or as Lightning does to an address."""
+        """Save atomically to a local file. URLs are written by Lightning."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -59,54 +59,54 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, partial)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a file of this machine as tensors and plain data."""
+        """Load tensors and plain data from a local file."""
         return read_plain(path, mmap=False)
 
 
-def find_checkpoint(ckpt_path: str, runs: Path, wanted: Wanted | None = None) -> str:
-    """Return the checkpoint that ``ckpt_path`` means.
+def find_checkpoint(ckpt_path: str, runs: Path, expected: RunDescription | None = None) -> str:
+    """Return the path of the checkpoint given by ``--ckpt_path``.
 
     Args:
         ckpt_path: A file, a folder written by a sharded strategy, or ``last`` or ``best`` as in
             :func:`~malleable.datamodules.files.run_folders.find_run_checkpoint`.
-        runs: Folder of the runs among which ``last`` and ``best`` are looked for, one ``version_*`` each.
-        wanted: Model and data that such a run must have.
+        runs: Folder in which ``last`` and ``best`` are searched, with one subfolder ``version_*`` for each run.
+        expected: Model and data that the run of ``last`` or ``best`` must have.
 
     Raises:
-        FileNotFoundError: If there is none.
-        MisconfigurationException: If the path is an address.
+        FileNotFoundError: If the checkpoint does not exist.
+        MisconfigurationException: If the path is a URL.
     """
     if ckpt_path in ("last", "best"):
-        return find_run_checkpoint(ckpt_path, runs, wanted)
+        return find_run_checkpoint(ckpt_path, runs, expected)
     if "://" in ckpt_path:
-        raise MisconfigurationException(f"--ckpt_path {ckpt_path} is an address; download the file, check where it comes from, and give its path")
+        raise MisconfigurationException(f"--ckpt_path {ckpt_path} is a URL; download the file, check its origin, and give its local path")
     if not Path(ckpt_path).exists():
-        raise FileNotFoundError(f"no checkpoint {ckpt_path}; give an existing file, or `last` or `best` of the latest run under {runs}")
+        raise FileNotFoundError(f"the checkpoint {ckpt_path} does not exist; give an existing file, or `last` or `best` for the latest run in {runs}")
     return ckpt_path
 
 
 def consolidate(folder: str) -> str:
-    """Consolidate a DeepSpeed checkpoint to one file beside it, unless that exists, and return the path of the file.
+    """Convert a DeepSpeed checkpoint folder to a single file in the same parent folder, and return the path of the file.
 
-    The file has all entries of a checkpoint except the states of optimizer, schedulers and loops. It contains plain data only. The folder contains
-    pickles, so only folders from trusted sources should be consolidated.
+    An existing file is used again unless the folder is newer. The file has all entries of the checkpoint except the states of optimizer, schedulers
+    and loops, and contains plain data only. The folder contains pickles, so only folders from trusted sources should be converted.
     """
     source = Path(folder)
     file = source.with_name(f"consolidated-{source.name}")
     if not file.exists() or file.stat().st_mtime < (source / "latest").stat().st_mtime:
         from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp32_state_dict
 
-        with atomic_write(file) as partial, saving(file):  # ranks may all come here at once
+        with atomic_write(file) as partial, saving(file):  # all ranks may do this at the same time
             states = convert_zero_checkpoint_to_fp32_state_dict(source, partial)
             torch.save({key: value for key, value in states.items() if key not in _LOOP_STATES | _ENGINE_STATES}, partial)
     return str(file)
 
 
 def stored_model(ckpt_path: str) -> dict[str, Any] | None:
-    """Return class and arguments of the model in a checkpoint, as a configuration; ``None`` if it does not tell.
+    """Return class and arguments of the model of a checkpoint, as a configuration; ``None`` if they are not stored.
 
-    They come from the checkpoint's hyper-parameters, or else (folders of sharded strategies, modules that store none)
-    from the ``config_fit.yaml`` of the run it lies in.
+    They are read from the hyper-parameters of the checkpoint. If it has none, as for folders of sharded strategies and modules without stored
+    hyper-parameters, they are read from ``config_fit.yaml`` in its run folder.
     """
     path = Path(ckpt_path)
     if path.is_file():
@@ -124,41 +124,42 @@ def stored_model(ckpt_path: str) -> dict[str, Any] | None:
 
 
 def differences(given: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
-    """Return the values of the model that differ from those of the checkpoint, as text; empty if there are none."""
-    now, then = dict(_leaves(given)), dict(_leaves(stored))
+    """Return a text with the values of a model configuration that differ from the checkpoint; empty if all are equal."""
+    now, then = dict(_flatten(given)), dict(_flatten(stored))
     return ", ".join(f"{key} {now[key]} (checkpoint: {then[key]})" for key in sorted(now.keys() & then.keys()) if now[key] != then[key])
 
 
-def other_settings(given: Mapping[str, Any], stored: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, Any, Any]]:
-    """Return dotted name, given and stored value of those settings of a model that differ.
+def changed_settings(given: Mapping[str, Any], stored: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Return the settings of a model that differ from a checkpoint: dotted name, given value and stored value.
 
     Args:
-        given: Arguments of the model's constructor.
-        stored: Those of the model in a checkpoint.
-        names: Dotted names of the settings to compare. Where one side lacks the mapping that a name leads through (no adapters), that is compared.
+        given: Constructor arguments of the model.
+        stored: Constructor arguments of the model in the checkpoint.
+        names: Dotted names of the settings to compare. If only one side has the parent mapping of a name (e.g. one model has no adapters), the values
+            of the parent are compared.
     """
     found = {}
     for name in names:
-        path, now, then = _reach(given, stored, name.split("."))
-        if path and _plain(now) != _plain(then):
+        path, now, then = _common_values(given, stored, name.split("."))
+        if path and _to_json_types(now) != _to_json_types(then):
             found[path] = (now, then)
     return [(path, now, then) for path, (now, then) in found.items()]
 
 
-def as_layer(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nest values of dotted names."""
-    layer: dict[str, Any] = {}
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a mapping with dotted names to nested dictionaries."""
+    nested: dict[str, Any] = {}
     for name, value in values.items():
         *parents, last = name.split(".")
-        place = layer
+        inner = nested
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    return layer
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+    return nested
 
 
-def _reach(given: Mapping[str, Any], stored: Mapping[str, Any], parts: Sequence[str]) -> tuple[str, Any, Any]:
-    """Follow a name as far as both sides have mappings; an empty name where a side does not know it."""
+def _common_values(given: Mapping[str, Any], stored: Mapping[str, Any], parts: Sequence[str]) -> tuple[str, Any, Any]:
+    """Return the longest prefix of a dotted name at which both sides have a value, and the two values; an empty name if a side has no value."""
     for depth, part in enumerate(parts, start=1):
         if part not in given or part not in stored:
             return "", None, None
@@ -169,13 +170,13 @@ def _reach(given: Mapping[str, Any], stored: Mapping[str, Any], parts: Sequence[
     return ".".join(parts), given, stored
 
 
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))  # a tuple is stored as a list
+def _to_json_types(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))  # checkpoints store tuples as lists
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, prefix if key == "init_args" else f"{prefix}{key}.")
+            yield from _flatten(value, prefix if key == "init_args" else f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", json.dumps(value, default=str)  # equal for a tuple and the list it is stored as
+            yield f"{prefix}{key}", json.dumps(value, default=str)  # JSON text is the same for tuples and lists

@@ -1,4 +1,4 @@
-"""The command line ``malleable``. Commands that train are in :mod:`malleable.cli`, which is imported only for them."""
+"""Entry point of the command ``malleable``. Commands that use a Trainer import :mod:`malleable.cli`; the others do not."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from json import JSONDecodeError
 from traceback import walk_tb
 
 from malleable import __version__
+from malleable.argument_checks import TRAINER_COMMANDS, check_arguments
 from malleable.commands.recipes import run_recipes
 from malleable.datamodules.files.escape import for_terminal
 from malleable.datamodules.files.user_files import first_line, format_problem, system_problem
-from malleable.early import TRAINER_COMMANDS, check_words
 from malleable.help_pages import HELP, command_help
 from malleable.memory import memory_problem
 
@@ -26,20 +26,20 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run a command.
 
     Args:
-        args: Words after the program's name; default: those of this process. Errors of a command line become a message
-            and an exit status; called from Python with ``args``, they are raised as they are.
+        args: Command and options; default: the arguments of this process. With the default, an error is printed as a message and the process exits
+            with status 1. If ``args`` is given, errors are raised.
     """
-    words = list(sys.argv[1:] if args is None else args)
+    argv = list(sys.argv[1:] if args is None else args)
     if args is None and sys.__stderr__ is not None:
-        faulthandler.enable(sys.__stderr__)  # a segmentation fault, e.g. of torch without memory, would say nothing
+        faulthandler.enable(sys.__stderr__)  # reports segmentation faults, which torch can cause if memory is insufficient
     try:
         with _log_to_stderr():
-            _run(words)
+            _run(argv)
             sys.stdout.flush()
     except BrokenPipeError:
         if args is not None:
             raise
-        # The reader of the output, such as `head`, has ended; discard the rest.
+        # The reader of the output, such as `head`, has ended. Discard the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         message = _message(error)
@@ -49,54 +49,57 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _run(words: list[str]) -> None:
-    command = words[0] if words else "--help"
+def _run(argv: list[str]) -> None:
+    command = argv[0] if argv else "--help"
     if command in ("-h", "--help"):
         sys.stdout.write(HELP)
     elif command == "--version":
         sys.stdout.write(f"malleable {__version__}\n")
     elif command == "recipes":
-        run_recipes(words[1:])
+        run_recipes(argv[1:])
     elif command == "compare":
         from malleable.commands.compare import run_compare  # numpy takes a tenth of a second to import
 
-        run_compare(words[1:])
+        run_compare(argv[1:])
     elif command == "patch":
         from malleable.commands.patch import run as run_patch  # torch takes a second to import
 
-        run_patch(words[1:])
-    elif command in TRAINER_COMMANDS and words[1:] in (["--help"], ["-h"]):
+        run_patch(argv[1:])
+    elif command in TRAINER_COMMANDS and argv[1:] in (["--help"], ["-h"]):
         sys.stdout.write(command_help(command))
     else:
-        check_words(words)
+        check_arguments(argv)
         from malleable.cli import run  # torch and Lightning take seconds to import
 
-        run(words[:-1] if words[1:] == ["--help", "all"] else words)
+        run(argv[:-1] if argv[1:] == ["--help", "all"] else argv)
 
 
-_DEBUG = "MALLEABLE_DEBUG=1 shows where"
+_DEBUG = "set MALLEABLE_DEBUG=1 to see the traceback"
 
 
 def _message(error: BaseException | None) -> str | None:
-    """Return what an error says to the user, ``None`` for a bug, which keeps its traceback.
+    """Return the message of an expected error; ``None`` for a bug, which is shown with its traceback.
 
-    Errors that this package or Lightning raises on purpose, and those of the system and of parsers, become one message.
+    Expected errors are those that this package or Lightning raises for wrong input, and errors of the system and of parsers.
     """
     while error is not None:
-        if message := _known(error):
+        if message := _own_message(error):
             return message
-        error = error.__cause__  # the parser wraps what a constructor raises
+        error = error.__cause__  # jsonargparse wraps the errors of constructors
     return None
 
 
-def _known(error: BaseException) -> str | None:
+def _own_message(error: BaseException) -> str | None:
+    """Return the message of an error without its causes."""
     *_, (frame, _) = walk_tb(error.__traceback__)
     ours = str(frame.f_globals.get("__name__")).partition(".")[0] == "malleable"
     problem = system_problem(error)
     if problem is not None:
         files = [str(name) for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name is not None]
         return f"{' and '.join(files)}: {problem}" if files else f"{problem} ({first_line(error)}; {_DEBUG})"
-    if type(error).__name__ == "MisconfigurationException" or (ours and isinstance(error, (ValueError, OSError, ImportError)) and not _is_raw(error)):
+    if type(error).__name__ == "MisconfigurationException" or (
+        ours and isinstance(error, (ValueError, OSError, ImportError)) and not _is_parser_error(error)
+    ):
         return str(error)
     if message := memory_problem(error):
         return message
@@ -104,24 +107,24 @@ def _known(error: BaseException) -> str | None:
     return None if damaged is None else f"a file {damaged}; {_DEBUG}"
 
 
-def _is_raw(error: BaseException) -> bool:
-    """Whether an error comes from a parser of the standard library, which knows no path."""
+def _is_parser_error(error: BaseException) -> bool:
+    """Return whether an error comes from a parser of the standard library, whose messages do not contain the file."""
     return isinstance(error, (UnicodeError, JSONDecodeError))
 
 
-# Messages of libraries that tell a user of this command line nothing, by logger.
-_NOISE = {
+# Messages of libraries that are not useful here, by logger.
+_SUPPRESSED = {
     "lightning.pytorch.utilities.rank_zero": "try installing [litlogger]",
-    "DeepSpeed": "Setting accelerator to CPU",  # at its import, which transformers does in any run
+    "DeepSpeed": "Setting accelerator to CPU",  # logged when transformers imports DeepSpeed
 }
 
 
-def _is_no_noise(record: logging.LogRecord) -> bool:
-    return _NOISE[record.name] not in str(record.msg)
+def _is_shown(record: logging.LogRecord) -> bool:
+    return _SUPPRESSED[record.name] not in str(record.msg)
 
 
-class _Plain(logging.Formatter):
-    """Formatter that escapes control characters, so that labels of files cannot send commands to the terminal."""
+class _EscapingFormatter(logging.Formatter):
+    """Formatter that escapes control characters, because labels of data files could contain terminal commands."""
 
     def format(self, record: logging.LogRecord) -> str:
         return for_terminal(super().format(record), keep="\n\t")
@@ -129,21 +132,21 @@ class _Plain(logging.Formatter):
 
 @contextmanager
 def _log_to_stderr() -> Iterator[None]:
-    """Show the package's messages of the first process, and warnings of all."""
+    """Log to stderr: messages of this package from the first process, and warnings from all processes."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Plain())
+    handler.setFormatter(_EscapingFormatter())
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))) == "0"
     handler.setLevel(logging.INFO if first else logging.WARNING)
     level = log.level
     log.setLevel(logging.INFO)
     log.addHandler(handler)
-    noisy = [logging.getLogger(name) for name in _NOISE]
-    for logger in noisy:
-        logger.addFilter(_is_no_noise)
+    filtered = [logging.getLogger(name) for name in _SUPPRESSED]
+    for logger in filtered:
+        logger.addFilter(_is_shown)
     try:
         yield
     finally:
         log.removeHandler(handler)
-        for logger in noisy:
-            logger.removeFilter(_is_no_noise)
+        for logger in filtered:
+            logger.removeFilter(_is_shown)
         log.setLevel(level)

@@ -1,4 +1,4 @@
-"""Recipes by name: ``sprec/movielens.yaml`` is looked up in the working directory, then among those of the package."""
+"""Search for recipes by name: ``sprec/movielens.yaml`` is searched in the working directory, then in the package."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ FOLDER = Path(str(resources.files("malleable.configs")))
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the packaged recipes; the fragments under ``base/`` are none."""
+    """Return the names of the packaged recipes, without the fragments in ``base/``."""
     return sorted(name for name in _packaged() if not name.startswith("base/"))
 
 
 def summary(name: str) -> str:
-    """Return a recipe's first comment line."""
+    """Return the first comment line of a recipe."""
     first = (FOLDER / name).read_text(encoding="utf-8").split("\n", 1)[0]
     return first.removeprefix("#").strip()
 
@@ -28,7 +28,7 @@ def find_recipe(name: str) -> Path:
         name: A path, or the name of a packaged recipe with or without ``.yaml``.
 
     Raises:
-        FileNotFoundError: If there is no such file; the message lists similar names.
+        FileNotFoundError: If the file does not exist. The message contains similar names.
     """
     for path in (Path(name), FOLDER / name, FOLDER / f"{name}.yaml"):
         if path.is_file():
@@ -39,7 +39,7 @@ def find_recipe(name: str) -> Path:
 
 
 def recipe_name(path: Path) -> str | None:
-    """Return the name of the runs of a configuration, ``None`` for a fragment such as ``base/ddp.yaml``."""
+    """Return the name of the run folders of a configuration file; ``None`` for a fragment such as ``base/ddp.yaml``."""
     path = path.resolve()
     for folder in (FOLDER.resolve(), Path.cwd()):
         if path.is_relative_to(folder):
@@ -49,7 +49,7 @@ def recipe_name(path: Path) -> str | None:
 
 
 def similar(name: str, known: Sequence[str], prefix: str = "") -> str:
-    """Return a hint at known names like ``name``, each behind ``prefix``; empty if there are none."""
+    """Return a hint with known names that are similar to ``name``, each with ``prefix``; empty if there are none."""
     matches = get_close_matches(name, known, n=2, cutoff=0.6)
     return f" (did you mean {' or '.join(prefix + match for match in matches)}?)" if matches else ""
 

@@ -1,4 +1,4 @@
-"""Run folders, claimed before a run starts."""
+"""Creation of run folders before a run starts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from malleable.datamodules.files.run_folders import run_versions
 
 @contextmanager
 def claimed_folders(trainer: Trainer) -> Iterator[None]:
-    """Give the run a ``version_N`` folder that no other run has, before its data is prepared.
+    """Create a new run folder ``version_N`` before the data of a run is prepared.
 
-    The first process of the run makes the folder; :class:`RunFolder` tells the others. A run that ends without having written
-    anything, or fails with nothing but its configuration, leaves no folder.
+    The first process of the run creates the folder, and :class:`RunFolder` broadcasts its number to the other processes. The folder is removed at the
+    end if it is empty, or if the run fails and has written its configuration only.
 
     Args:
-        trainer: Its loggers without a version get the claimed one.
+        trainer: The version of its loggers is set to N, unless it is already set.
     """
     claimed = []
     if _is_first(trainer):
         claimed = _claim(trainer)
         for folder in claimed:
-            recover_below(folder.parent)  # what killed runs have left half-written
+            recover_below(folder.parent)  # temporary files of killed runs
     try:
         yield
     except BaseException:
@@ -41,12 +41,12 @@ def claimed_folders(trainer: Trainer) -> Iterator[None]:
         raise
     finally:
         for folder in claimed:
-            with suppress(OSError):  # the run has written something
+            with suppress(OSError):  # the folder is not empty
                 folder.rmdir()
 
 
 def _discard_configuration(folder: Path) -> None:
-    """Remove what Lightning stores of the configuration of a run that failed before it wrote anything else."""
+    """Remove the configuration files of a failed run if it has written no other files."""
     files = list(folder.iterdir()) if folder.is_dir() else []
     if all(re.fullmatch(r"(config_\w+|hparams)\.yaml", file.name) for file in files):
         for file in files:
@@ -54,12 +54,12 @@ def _discard_configuration(folder: Path) -> None:
 
 
 class RunFolder(Callback):
-    """Makes one run folder of those of all processes, and lets a resumed run compare its checkpoints with those of the interrupted one."""
+    """Use the run folder of the first process in all processes, and restore the monitored checkpoints of a resumed run."""
 
     _limit: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the loggers of all processes the version that the first process claimed."""
+        """Broadcast the version of the first process to the loggers of all processes."""
         for logger in trainer.loggers:
             if isinstance(logger, (CSVLogger, TensorBoardLogger)):
                 logger._version = trainer.strategy.broadcast(logger._version)
@@ -71,9 +71,9 @@ class RunFolder(Callback):
             trainer.fit_loop.epoch_loop.max_steps, self._limit = self._limit, None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let monitored checkpoints of the interrupted run count.
+        """Restore the scores of monitored checkpoints of the interrupted run.
 
-        Lightning forgets their scores where the folder is another one, so that the best epoch since the interruption would become the best of all.
+        Lightning discards them if the run folder is a different one. The best checkpoint would then be the best since the interruption only.
         """
         if trainer.state.fn == TrainerFn.FITTING:
             self._limit = reopen(trainer, checkpoint)
@@ -92,15 +92,15 @@ class RunFolder(Callback):
 
 
 def _moved(path: str, folder: Path) -> str:
-    """Return the checkpoint of that name beside the one that is resumed, if there is one: the run's folder may have been renamed."""
-    beside = folder / Path(path).name
-    return str(beside) if beside.exists() else path
+    """Return the path of a checkpoint in the folder of the resumed checkpoint if it exists there, because a run folder may have been renamed."""
+    moved = folder / Path(path).name
+    return str(moved) if moved.exists() else path
 
 
 def claim_version(root: Path) -> int:
-    """Make the folder ``version_N`` below ``root`` and return N, which is larger than all that are there.
+    """Create the folder ``version_N`` in ``root`` and return N, which is larger than all existing numbers.
 
-    Processes that call this at the same time get different numbers: the system refuses to make a folder twice.
+    Processes that call this function at the same time get different numbers, because a folder can be created only once.
     """
     root.mkdir(parents=True, exist_ok=True)
     version = max((number for number, _ in run_versions(root)), default=-1) + 1
@@ -126,6 +126,6 @@ def _claim(trainer: Trainer) -> list[Path]:
 
 
 def _is_first(trainer: Trainer) -> bool:
-    # Before its process group exists, the strategy of a second node does not know its global rank.
+    # On further nodes, the strategy has no correct global rank before the process group is initialised.
     environment: Any = getattr(trainer.strategy, "cluster_environment", None)
     return environment is None or (environment.node_rank() == 0 and environment.local_rank() == 0)

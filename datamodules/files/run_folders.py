@@ -80,8 +80,8 @@ def exported(name: str) -> str:
     return str(folder)
 
 
-class Wanted(NamedTuple):
-    """What a checkpoint is wanted for.
+class RunDescription(NamedTuple):
+    """What a checkpoint is expected for.
 
     Attributes:
         model: Import path of the module.
@@ -94,7 +94,7 @@ class Wanted(NamedTuple):
     source: Any = None
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Wanted:
+    def from_config(cls, config: Mapping[str, Any]) -> RunDescription:
         """Return what a configuration describes.
 
         Args:
@@ -104,7 +104,7 @@ class Wanted(NamedTuple):
         arguments = data.get("init_args")
         return cls(model.get("class_path"), data.get("class_path"), arguments.get("source") if isinstance(arguments, Mapping) else None)
 
-    def differences(self, stored: Wanted) -> list[str]:
+    def differences(self, stored: RunDescription) -> list[str]:
         """Name what a stored configuration has differently; what it does not say is not compared."""
         found = [
             f"{name} {then}, here {now}"
@@ -119,7 +119,7 @@ class Wanted(NamedTuple):
         return found
 
 
-def find_run_checkpoint(which: str, runs: Path, wanted: Wanted | None = None) -> str:
+def find_run_checkpoint(which: str, runs: Path, expected: RunDescription | None = None) -> str:
     """Return a checkpoint of the latest run that fits.
 
     The latest run is the one with the largest number, whatever the times of its files: clocks are set back, and copies are new. The newest
@@ -129,7 +129,7 @@ def find_run_checkpoint(which: str, runs: Path, wanted: Wanted | None = None) ->
     Args:
         which: ``last``: the run's newest checkpoint; ``best``: the one that the run would test.
         runs: Folder of the runs, one ``version_*`` each.
-        wanted: Model and data that the run must have; default: any.
+        expected: Model and data that the run must have; default: any.
 
     Raises:
         FileNotFoundError: If there is none; the message names the nearest run and how it differs.
@@ -139,7 +139,7 @@ def find_run_checkpoint(which: str, runs: Path, wanted: Wanted | None = None) ->
         newest = _newest(run / "checkpoints")
         if newest is None:
             continue
-        other = (wanted or Wanted()).differences(_stored(run, newest))
+        other = (expected or RunDescription()).differences(_stored(run, newest))
         if not other:
             if nearest:
                 log.info("%s is that of %s; later runs are of another model or other data", which, run)
@@ -220,15 +220,15 @@ def _best(newest: Path, runs: Path) -> Path:
     return existing[0]
 
 
-def _stored(run: Path, checkpoint: Path) -> Wanted:
+def _stored(run: Path, checkpoint: Path) -> RunDescription:
     """Return what a run was made of, by its configuration or else by its checkpoint."""
     with suppress(OSError, ValueError):
         if config := read_yaml(run / "config_fit.yaml"):
-            return Wanted.of(config)
+            return RunDescription.from_config(config)
     if checkpoint.is_dir():
-        return Wanted()
+        return RunDescription()
     values = read_plain(checkpoint).get("hyper_parameters") or {}
-    return Wanted(values.get("_class_path"))
+    return RunDescription(values.get("_class_path"))
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

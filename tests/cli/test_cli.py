@@ -153,7 +153,7 @@ def test_progress_is_plain_unless_replaced(boring, monkeypatch, terminal, kind):
 
 
 def test_a_run_that_nothing_ends_is_refused(run, boring):
-    with pytest.raises(MisconfigurationException, match=r"nothing would end this run: max_epochs is -1.*SelfPlayLoop.*--trainer.max_epochs"):
+    with pytest.raises(MisconfigurationException, match=r"the length of this run is not limited: max_epochs is -1.*SelfPlayLoop"):
         run("fit", "--trainer.max_epochs", -1)
     assert run("fit", "--trainer.max_epochs", -1, "--trainer.max_steps", 2).trainer.global_step == 2
 
@@ -182,7 +182,7 @@ def test_training_alone_does_not_test(run):
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_an_untrained_model_is_refused_before_it_is_made(run, command, monkeypatch):
     monkeypatch.setattr(BoringModule, "__init__", lambda self: pytest.fail("the model was made"))
-    with pytest.raises(MisconfigurationException, match=rf"`{command}` would measure BoringModule .* --ckpt_path .* --allow_untrained"):
+    with pytest.raises(MisconfigurationException, match=rf"`{command}` would use BoringModule .* --ckpt_path .* --allow_untrained"):
         run(command)
 
 
@@ -205,7 +205,7 @@ def test_given_values_win_over_the_checkpoints(run, caplog):
     cli = run("test", "--ckpt_path", "last", "--model.goal", 5)
     assert cli.model.goal == 5.0  # given here
     assert cli.model.width == 3  # given nowhere here: the checkpoint's
-    (line,) = [message for message in caplog.messages if "given values win" in message]
+    (line,) = [message for message in caplog.messages if "given values override" in message]
     assert line.endswith(f"{CHECKPOINTS}/last.ckpt: goal 5.0 (checkpoint: 2.0)")
 
 

@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 import malleable
-from malleable.early import COMMANDS, TRAINER_COMMANDS
+from malleable.argument_checks import COMMANDS, TRAINER_COMMANDS
 from malleable.help_pages import CALLBACKS, DATA, HELP, MODELS, command_help
 from malleable.main import main
 

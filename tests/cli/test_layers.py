@@ -2,7 +2,7 @@ import pytest
 import yaml
 from jsonargparse import Namespace
 
-from malleable.layers import drop_replaced, mark_replacements
+from malleable.layers import drop_replaced_arguments, mark_replacements
 
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.5, "weight_decay": 0.7}}
 
@@ -105,14 +105,14 @@ def test_options_are_announced():
 
 def test_a_value_that_is_no_class_drops_nothing():
     config = Namespace(model=Namespace(class_path="a.B", init_args=Namespace(x=1)))
-    drop_replaced(config, {"model": {"x": 2, "y": "[unclosed"}, "other": 3})
+    drop_replaced_arguments(config, {"model": {"x": 2, "y": "[unclosed"}, "other": 3})
     assert config.model.init_args.x == 1
 
 
 @pytest.mark.parametrize("name", ["no.such.module.B", "a..b", "malleable.layers.nothing"])
 def test_a_class_that_cannot_be_imported_counts_as_another(name):
     config = Namespace(model=Namespace(class_path="torch.optim.SGD", init_args=Namespace(x=1)))
-    drop_replaced(config, {"model": name})
+    drop_replaced_arguments(config, {"model": name})
     assert "init_args" not in config.model
 
 

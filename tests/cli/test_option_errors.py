@@ -1,7 +1,7 @@
 import pytest
 
 from malleable.main import main
-from malleable.option_errors import causes, explain, take_help
+from malleable.option_errors import causes, explain, split_help_option
 
 TINY = ["fit", "--config", "sprec/tiny.yaml"]
 
@@ -18,8 +18,8 @@ def error(capsys, *words):
     [
         (["--trainer.max_epochs", "x"], "--trainer.max_epochs: expected int, got x"),
         (["--trainer.max_epoch", "3"], "there is no option --trainer.max_epoch (did you mean --trainer.max_epochs or --trainer.min_epochs?)"),
-        (["--model", "SPRecc"], "--model: there is no class SPRecc (did you mean SPRec?); give a name of malleable or an import path"),
-        (["--model.loss", "Sigmod"], "--model.loss: there is no class Sigmod (did you mean Sigmoid?); give a name of malleable or an import path"),
+        (["--model", "SPRecc"], "--model: there is no class SPRecc (did you mean SPRec?); give a class of malleable or an import path"),
+        (["--model.loss", "Sigmod"], "--model.loss: there is no class Sigmod (did you mean Sigmoid?); give a class of malleable or an import path"),
         (["--model.decoding.num_beams", "x"], "--model.decoding.num_beams: expected int, got x"),
         (["--model.init_args.ks", "10"], "--model.ks: expected tuple, got 10; write it as --model.ks '[5, 10]'"),
         (["--model.language_model.scratch.hidden", "4"], "there is no option --model.language_model.scratch.hidden"),
@@ -44,7 +44,7 @@ def test_a_command_without_a_model_says_what_to_do(capsys, tmp_path, monkeypatch
         with pytest.raises(SystemExit):
             main(words)
         text = capsys.readouterr().err.splitlines()[-1]
-        assert text.startswith(f"error: no model is given: malleable {words[0]} --config RECIPE, where RECIPE is a YAML file of yours or a packaged")
+        assert text.startswith(f"error: no model is given: malleable {words[0]} --config RECIPE, with a YAML file or a packaged")
 
 
 def test_debugging_shows_the_whole_report(capsys, monkeypatch):
@@ -76,11 +76,11 @@ def test_options_of_a_nested_class_are_listed(capsys, name):
 
 
 def test_help_of_an_unknown_part_says_so():
-    with pytest.raises(ValueError, match=r"--model\.nothing\.help: the configuration has no class there"):
+    with pytest.raises(ValueError, match=r"--model\.nothing\.help: the configuration has no class model.nothing"):
         main([*TINY, "--model.nothing.help"])
 
 
 def test_help_of_a_named_class_is_the_parsers():
     words = ["fit", "--data.source.help", "MovieLens"]
-    assert take_help(words) == (words, "")
-    assert take_help(["fit", "--data.split.help", "--config", "x"]) == (["fit", "--config", "x"], "data.split")
+    assert split_help_option(words) == (words, "")
+    assert split_help_option(["fit", "--data.split.help", "--config", "x"]) == (["fit", "--config", "x"], "data.split")

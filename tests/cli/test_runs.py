@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from malleable.checkpoints import find_checkpoint
-from malleable.datamodules.files.run_folders import Wanted
+from malleable.datamodules.files.run_folders import RunDescription
 from malleable.runs import claim_version, claimed_folders
 
 SOURCE = {"class_path": "s.Tables", "init_args": {"file": "a.csv"}}
@@ -207,10 +207,10 @@ def test_runs_of_other_models_and_data_are_left_out(tmp_path, caplog):
         configure(tmp_path / f"version_{number}", other)
     configure(tmp_path / "version_9", SFT)  # a run without a checkpoint, such as a test
     with caplog.at_level("INFO", "malleable"):
-        assert find_checkpoint("last", tmp_path, Wanted.of(SFT)) == str(fitting)
+        assert find_checkpoint("last", tmp_path, RunDescription.from_config(SFT)) == str(fitting)
     assert f"last is that of {tmp_path}/version_0; later runs are of another model or other data" in caplog.text
     absolute = changed(SFT, file=str(Path("a.csv").absolute()))
-    assert find_checkpoint("last", tmp_path, Wanted.of(absolute)) == str(fitting)
+    assert find_checkpoint("last", tmp_path, RunDescription.from_config(absolute)) == str(fitting)
 
 
 def test_the_error_names_the_nearest_run_and_how_it_differs(tmp_path):
@@ -220,14 +220,14 @@ def test_the_error_names_the_nearest_run_and_how_it_differs(tmp_path):
     configure(tmp_path / "version_1", changed(SFT, model="m.DPO", data="d.Other"))
     message = rf"no run under .* has this model and this data; the nearest run is .*version_0: data\.source\.file b\.csv, here a\.csv\. .*{path}"
     with pytest.raises(FileNotFoundError, match=message):
-        find_checkpoint("last", tmp_path, Wanted.of(SFT))
+        find_checkpoint("last", tmp_path, RunDescription.from_config(SFT))
 
 
 def test_a_run_without_a_configuration_is_known_by_its_checkpoint(tmp_path):
     path = save(tmp_path / "version_0/checkpoints/last.ckpt", hyper_parameters={"_class_path": "m.SFT"})
-    assert find_checkpoint("last", tmp_path, Wanted.of(SFT)) == str(path)
+    assert find_checkpoint("last", tmp_path, RunDescription.from_config(SFT)) == str(path)
     with pytest.raises(FileNotFoundError, match=r"version_0: model m\.SFT, here m\.DPO"):
-        find_checkpoint("last", tmp_path, Wanted("m.DPO"))
+        find_checkpoint("last", tmp_path, RunDescription("m.DPO"))
 
 
 def test_best_is_what_the_run_would_test(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from jsonargparse import Namespace
 
-from malleable.layers import _log_dropped, drop_replaced
+from malleable.layers import _log_dropped, drop_replaced_arguments
 from malleable.unused import RULES, Values, check_unused
 
 SAMPLER = {"class_path": "SelfPlay", "init_args": {"decode": "greedy", "grounding": "trie"}}
@@ -35,7 +35,7 @@ def short(option):
 def test_every_rule_refuses_on_the_command_line_and_warns_in_files(number, tmp_path, monkeypatch, caplog):
     rule = RULES[number]
     config = next(config for config in (CONFIG, EMBEDDING) if rule.unused(Values(config)))
-    with pytest.raises(ValueError, match=rf"--{short(rule.option)} has no effect: .*; leave it out"):
+    with pytest.raises(ValueError, match=rf"--{short(rule.option)} has no effect: .*; omit it"):
         check_unused(["fit", f"--{short(rule.option)}", "1"], config)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(nested(rule.option)))
@@ -93,5 +93,5 @@ def test_the_settings_of_a_replaced_class_are_named(caplog):
     caplog.set_level("INFO")
     _log_dropped.cache_clear()
     config = Namespace(model=Namespace(class_path="malleable.NFE", init_args=Namespace(dimension=3, gamma=1.0)))
-    drop_replaced(config, {"model": "ComplEx"})
+    drop_replaced_arguments(config, {"model": "ComplEx"})
     assert "model: ComplEx replaces NFE, whose settings are dropped: dimension, gamma" in caplog.text

@@ -652,11 +652,11 @@ class _Recipe:
         (folder / "r.yaml").write_text(RECIPE)
 
     def read(folder):
-        from malleable.early import check_words
+        from malleable.argument_checks import check_arguments
         from malleable.layers import RecipeFile
         from malleable.option_errors import OptionParser
 
-        check_words(["fit", "--config", str(folder / "r.yaml")])
+        check_arguments(["fit", "--config", str(folder / "r.yaml")])
         parser = OptionParser(prog="x")
         parser.add_argument("--config", action=RecipeFile)
         for key in ("model", "data", "trainer", "checkpoint"):

@@ -1,1 +1,1 @@
-"""Commands that do not train: ``compare``, ``patch`` and ``recipes``."""
+"""Commands without a Trainer: ``compare``, ``patch`` and ``recipes``."""

@@ -1,4 +1,4 @@
-"""``malleable compare``: the test metrics of several runs side by side, with paired intervals where the runs tested the same rows; without torch."""
+"""Command ``malleable compare``: test metrics of several runs side by side, with paired confidence intervals. Without torch."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ Format = Literal["table", "markdown", "csv", "json"]
 
 HELP = """usage: malleable compare [--all] [--format FORMAT] RUN RUN [RUN ...]
 
-Show the test metrics of runs side by side; differences to the first run have paired 95 % intervals where the test rows are the same.
+Show the test metrics of runs side by side, with differences to the first run. If the test rows are the same, differences have paired 95 % intervals.
 
-  RUN              a run folder such as runs/sprec/tiny/version_0, or the name of a recipe such as sprec/tiny for its latest fit below `runs`
+  RUN              a run folder such as runs/sprec/tiny/version_0, or the name of a recipe such as sprec/tiny for its latest fit in `runs`
   --all            show all metrics and cut-offs
   --format FORMAT  table (default), markdown, csv or json
 """
 
 
 class Difference(NamedTuple):
-    """A metric of a run less that of the first one.
+    """Difference of a metric between a run and the first run.
 
     Attributes:
-        mean: Over the test rows.
+        mean: Mean over the test rows.
         low: Lower end of the 95 % interval.
-        high: Upper end.
+        high: Upper end of the 95 % interval.
     """
 
     mean: float
@@ -47,17 +47,17 @@ class Difference(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        """Return the difference with its interval, and a mark where that excludes 0."""
+        """Return the difference with its interval, and ``*`` if the interval excludes 0."""
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]{' *' if self.low > 0 or self.high < 0 else '  '}"
 
 
 class Row(NamedTuple):
-    """A metric of all runs.
+    """Values of one metric for all runs.
 
     Attributes:
-        metric: Its name.
-        values: Its value of each run; ``None`` where a run does not have it.
-        differences: Of each run but the first; ``None`` where rows are not paired, or the metric is no mean over rows.
+        metric: Name of the metric.
+        values: Value for each run; ``None`` if a run does not have the metric.
+        differences: Difference of each further run to the first run; ``None`` if the rows are not paired or the metric is not a mean over rows.
     """
 
     metric: str
@@ -67,13 +67,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side.
+    """Comparison of runs.
 
     Attributes:
-        runs: The first one is the one to compare with.
-        headings: Of the runs: their names, behind the models where these differ.
-        rows: The metrics.
-        reasons: Why each run but the first is not paired with it; ``None`` where it is.
+        runs: The runs. The others are compared with the first one.
+        headings: Name of each run, with its model if the models differ.
+        rows: Metrics.
+        reasons: Reason why each further run cannot be paired with the first run; ``None`` if it can.
     """
 
     runs: Sequence[Run]
@@ -82,14 +82,14 @@ class Comparison:
     reasons: Sequence[str | None]
 
     def notes(self) -> list[str]:
-        """Return what is to be said of the runs."""
+        """Return notes on the choice of runs, on the intervals, and on runs that are not paired."""
         notes = [run.note for run in self.runs if run.note]
         if any(reason is None for reason in self.reasons):
-            notes.append("differences to the first run: paired bootstrap over the test rows, seed 0; * where the interval excludes 0")
+            notes.append("differences to the first run: paired bootstrap over the test rows, seed 0; *: the interval excludes 0")
         return notes + [f"{heading}: {reason}" for heading, reason in zip(self.headings[1:], self.reasons, strict=True) if reason is not None]
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """Return header and rows of a table."""
+        """Return the header and the rows of a table."""
         header = ["metric", self.headings[0]]
         for heading, reason in zip(self.headings[1:], self.reasons, strict=True):
             header += [heading, "difference (95 %)" if reason is None else "not paired"]
@@ -102,58 +102,60 @@ class Comparison:
         return header, rows
 
 
-def run_compare(words: Sequence[str]) -> None:
+def run_compare(argv: Sequence[str]) -> None:
     """Run ``malleable compare [--all] [--format FORMAT] RUN RUN...``.
 
     Args:
-        words: Runs: folders such as ``runs/sprec/tiny/version_0``, or names of recipes such as ``sprec/tiny`` for the latest fit below ``runs``. The
-            first is the one to compare with. ``--all`` lists all cut-offs, ``--format`` is ``table``, ``markdown``, ``csv`` or ``json``.
+        argv: Runs and options. A run is a folder such as ``runs/sprec/tiny/version_0``, or the name of a recipe such as ``sprec/tiny`` for its latest
+            fit in ``runs``. ``--all`` shows all metrics and cut-offs. ``--format`` is ``table``, ``markdown``, ``csv`` or ``json``.
 
     Raises:
         ValueError: If there are fewer than two runs, or an option or a format is unknown.
         FileNotFoundError: If a run or its report is missing.
     """
-    if set(words) & {"-h", "--help"}:
+    if set(argv) & {"-h", "--help"}:
         sys.stdout.write(HELP)
         return
-    names, every, style = _options(words)
+    names, every, style = _options(argv)
     if len(names) < 2:
-        raise ValueError("malleable compare needs two runs at least: malleable compare runs/sprec/tiny/version_0 runs/sft/tiny/version_0")
+        raise ValueError("malleable compare needs at least two runs, e.g. malleable compare runs/sprec/tiny/version_0 runs/sft/tiny/version_0")
     found = compare([load_run(name) for name in names], every)
     sys.stdout.write(render(found, style))
     if style in ("csv", "json"):
-        # Beside the output, which another program reads.
+        # Log the notes, because other programs read the output.
         for note in found.notes():
             log.info("%s", note)
 
 
-def _options(words: Sequence[str]) -> tuple[list[str], bool, Format]:
-    """Return the runs, whether all metrics are shown, and the format."""
+def _options(argv: Sequence[str]) -> tuple[list[str], bool, Format]:
+    """Return the names of the runs, whether to show all metrics, and the format."""
     names: list[str] = []
     every, style = False, "table"
-    waiting = list(words)
-    while waiting:
-        word = waiting.pop(0)
-        option, equals, value = word.partition("=")
+    remaining = list(argv)
+    while remaining:
+        argument = remaining.pop(0)
+        option, equals, value = argument.partition("=")
         if option == "--format":
-            style = value if equals else waiting.pop(0) if waiting else ""
+            style = value if equals else remaining.pop(0) if remaining else ""
             if style not in get_args(Format):
                 raise ValueError(f"--format {style}: the formats are {', '.join(get_args(Format))}{similar(style, get_args(Format))}")
-        elif word == "--all":
+        elif argument == "--all":
             every = True
-        elif word.startswith("-"):
-            raise ValueError(f"malleable compare has no option {word}{similar(word, ('--all', '--format'))}; its options are --all and --format")
+        elif argument.startswith("-"):
+            raise ValueError(
+                f"malleable compare has no option {argument}{similar(argument, ('--all', '--format'))}; its options are --all and --format"
+            )
         else:
-            names.append(word)
+            names.append(argument)
     return names, every, style  # type: ignore[return-value]
 
 
 def compare(runs: Sequence[Run], every: bool = False) -> Comparison:
-    """Put runs side by side.
+    """Compare runs.
 
     Args:
-        runs: The first one is the one to compare with.
-        every: List all metrics, not only those at cut-off 10 and without a cut-off.
+        runs: Runs. The others are compared with the first one.
+        every: Include all metrics, not only those without a cut-off or with cut-off 10.
     """
     first, *others = runs
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
@@ -173,7 +175,7 @@ def compare(runs: Sequence[Run], every: bool = False) -> Comparison:
 
 
 def difference(metric: str, first: Run, other: Run) -> Difference | None:
-    """Return the difference of a metric with its interval; ``None`` where it is no mean over rows."""
+    """Return the difference of a metric with its interval; ``None`` if the metric is not a mean over rows."""
     one, two = (row_values(metric, run.rows["rank"]) for run in (first, other))
     if one is None or two is None or metric not in first.metrics or metric not in other.metrics:
         return None
@@ -185,7 +187,7 @@ def render(found: Comparison, style: Format = "table") -> str:
 
     Args:
         found: The comparison.
-        style: ``table`` and ``markdown`` have the notes below; ``csv`` has a column for each value; ``json`` has everything.
+        style: Format. ``table`` and ``markdown`` end with the notes, ``csv`` has a column for each value, ``json`` contains all values.
     """
     if style == "json":
         return _json(found)

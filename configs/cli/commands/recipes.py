@@ -1,4 +1,4 @@
-"""``malleable recipes``: list, print and copy the recipes of the package."""
+"""Command ``malleable recipes``: list, print and copy the packaged recipes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from pathlib import Path
 from malleable.recipes import find_recipe, recipe_names, summary
 
 
-def run_recipes(words: Sequence[str]) -> None:
+def run_recipes(argv: Sequence[str]) -> None:
     """Run ``malleable recipes [show NAME | copy NAME [FILE]]``.
 
     Args:
-        words: What follows ``recipes``: nothing to list all, ``show`` to print one, ``copy`` to write it into the working directory.
+        argv: Arguments after ``recipes``. Without arguments, all recipes are listed. ``show`` prints a recipe, ``copy`` copies it to a file. By
+            default, the file is in the working directory.
 
     Raises:
-        ValueError: If the words are others.
-        FileNotFoundError: If there is no such recipe.
-        FileExistsError: If the file to write exists.
+        ValueError: If there are other arguments.
+        FileNotFoundError: If the recipe does not exist.
+        FileExistsError: If the file to write already exists.
     """
-    match list(words):
+    match list(argv):
         case []:
             names = recipe_names()
             width = max(map(len, names), default=0)
@@ -37,4 +38,4 @@ def run_recipes(words: Sequence[str]) -> None:
             file.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
             sys.stdout.write(f"copied {source} to {file}; run it with: malleable fit --config {file}\n")
         case _:
-            raise ValueError(f"malleable recipes {' '.join(words)}: give nothing, `show NAME` or `copy NAME [FILE]`")
+            raise ValueError(f"malleable recipes {' '.join(argv)}: expected no arguments, `show NAME` or `copy NAME [FILE]`")

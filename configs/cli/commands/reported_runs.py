@@ -1,4 +1,4 @@
-"""Runs that ``malleable compare`` reads: found by folder or by the name of a recipe, with the metrics and the rows of their tests; without torch."""
+"""Reader of the reports of runs for ``malleable compare``: test metrics and test rows. Without torch."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from numpy.typing import NDArray
 from malleable.datamodules.files.user_files import reading
 
 METRICS_FILE = "metrics.json"
-# As in malleable.callbacks.report.row_recorder, which imports torch.
+# Copies of the constants in malleable.callbacks.report.row_recorder, which imports torch.
 ROWS_FILE = "test_rows.safetensors"
-DIGEST = "asked"
+DIGEST = "digest"
 SHOWN = 3
 LISTED = 5
 
 
 @dataclass(frozen=True)
 class Run:
-    """The report of a run.
+    """Report of a run.
 
     Attributes:
-        name: Folder of the run, below the folder of all runs where it lies there.
-        folder: Folder of the run.
-        model: Class of the model; empty where there is no configuration.
-        metrics: Test metrics, without the split's name.
-        rows: ``sample_id``, ``target`` and ``rank`` of each test row; empty where they are not stored.
-        digest: Of targets, seen items, candidates and titles of the test rows; empty where it is not stored.
-        protocol: Options of the model that belong to the protocol of the test, by name.
-        data: Options of the data module that decide what is tested, by dotted name; they tell why rows differ.
-        note: How the run was chosen, where a name stands for several.
+        name: Path of the run folder, relative to the folder of all runs if it is inside it.
+        folder: Run folder.
+        model: Class name of the model; empty if the run has no configuration.
+        metrics: Test metrics, by name without the prefix ``test_``.
+        rows: ``sample_id``, ``target`` and ``rank`` of each test row; empty if they are not stored.
+        digest: Checksum of targets, seen items, candidates and titles of the test rows; empty if it is not stored.
+        protocol: Options of the model that belong to the evaluation protocol, by name.
+        data: Options of the data module that affect the test rows, by dotted name. They explain differences between the rows of two runs.
+        note: Explanation of the choice, if several runs match the given name.
     """
 
     name: str
@@ -54,10 +54,10 @@ def load_run(name: str, runs: Path = Path("runs")) -> Run:
 
     Args:
         name: A run folder, its report, or the name of a recipe.
-        runs: Where the runs of recipes are.
+        runs: Folder with the runs of recipes.
 
     Raises:
-        FileNotFoundError: If there is no report of a test.
+        FileNotFoundError: If the run has no report of a test.
         ValueError: If the report is damaged.
     """
     folder, note = find_report(name, runs)
@@ -66,11 +66,11 @@ def load_run(name: str, runs: Path = Path("runs")) -> Run:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         own = {key.removeprefix("test_"): float(value) for key, value in metrics.items() if key.startswith("test_") and value is not None}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no report of a run ({error}); test the run again") from error
+        raise ValueError(f"{path} is not the report of a run ({error}); test the run again") from error
     if not own:
-        raise ValueError(f"{path} has no test metrics; run `malleable test` on the run's checkpoint")
+        raise ValueError(f"{path} has no test metrics; run `malleable test` on the checkpoint of the run")
     config = _config(folder.parent)
-    model = dict(_leaves(config["model"])) if isinstance(config.get("model"), dict) else {}
+    model = dict(_flatten(config["model"])) if isinstance(config.get("model"), dict) else {}
     return Run(
         name=folder.parent.as_posix().removeprefix(f"{runs}/"),
         folder=folder.parent,
@@ -84,54 +84,55 @@ def load_run(name: str, runs: Path = Path("runs")) -> Run:
 
 
 def find_report(name: str, runs: Path) -> tuple[Path, str]:
-    """Return the folder with the metrics of a run, and how it was chosen where the name stands for several runs.
+    """Return the report folder of a run, and a note on the choice if several runs match the name.
 
-    The name of a recipe means its latest run with a fit, or else its latest test: a baseline that was tested under the recipe is a run of its own.
+    For the name of a recipe, the latest tested run with a fit is chosen, or the latest tested run if none has a fit. Thus a later test without a fit,
+    e.g. of a baseline, is not chosen.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If no run has a report of a test.
     """
-    place = Path(name)
-    if place.name == METRICS_FILE and place.is_file():
-        return place.parent, ""
+    path = Path(name)
+    if path.name == METRICS_FILE and path.is_file():
+        return path.parent, ""
     recipe = runs / name.removesuffix(".yaml")
-    for folder in (place, place / "report", recipe / "report"):
+    for folder in (path, path / "report", recipe / "report"):
         if (folder / METRICS_FILE).is_file():
             return folder, ""
-    versions = [version for folder in dict.fromkeys((recipe, place)) for version in _versions(folder)]
+    versions = [version for folder in dict.fromkeys((recipe, path)) for version in _versions(folder)]
     tested = [version for version in versions if _is_tested(version)]
     if tested:
         return _latest(name, tested)
-    raise FileNotFoundError(_missing(name, place, recipe, versions))
+    raise FileNotFoundError(_missing_report(name, path, recipe, versions))
 
 
 def _latest(name: str, tested: list[Path]) -> tuple[Path, str]:
     fits = [version for version in tested if (version / "config_fit.yaml").is_file()]
     chosen = (fits or tested)[0]
-    others = [f"{version.as_posix()} ({_described(version)})" for version in tested if version != chosen]
-    listed = f"; others: {', '.join(others[:LISTED])}{', ...' if len(others) > LISTED else ''}" if others else ""
-    return chosen / "report", f"{name} is {chosen.as_posix()} ({_described(chosen)}), the latest {'fit' if fits else 'test'}{listed}"
+    others = [f"{version.as_posix()} ({_model_and_command(version)})" for version in tested if version != chosen]
+    listed = f"; other runs: {', '.join(others[:LISTED])}{', ...' if len(others) > LISTED else ''}" if others else ""
+    return chosen / "report", f"{name}: using {chosen.as_posix()} ({_model_and_command(chosen)}), the latest {'fit' if fits else 'test'}{listed}"
 
 
-def _missing(name: str, place: Path, recipe: Path, versions: list[Path]) -> str:
-    """Return why a run has no report of a test."""
-    folder = next((folder for folder in (place, recipe) if any(folder.glob("config_*.yaml"))), None)
-    writes = "the callback RunReport writes it after a test"
+def _missing_report(name: str, given: Path, recipe: Path, versions: list[Path]) -> str:
+    """Return the error message for a run without the report of a test."""
+    folder = next((folder for folder in (given, recipe) if any(folder.glob("config_*.yaml"))), None)
+    remedy = "the callback RunReport writes it after a test"
     if folder is not None:
         commands = sorted(path.stem.removeprefix("config_") for path in folder.glob("config_*.yaml"))
         path = folder / "report" / METRICS_FILE
-        return f"{folder.as_posix()} is a run of `{'`, `'.join(commands)}` without the report of a test: {path.as_posix()} does not exist; {writes}"
+        return f"{folder.as_posix()} is a run of `{'`, `'.join(commands)}` without the report of a test: {path.as_posix()} does not exist; {remedy}"
     if versions:
-        known = ", ".join(f"{version.as_posix()} ({_described(version)})" for version in versions[:LISTED])
-        return f"no run of {name!r} has the report of a test ({known}); {writes}"
+        known = ", ".join(f"{version.as_posix()} ({_model_and_command(version)})" for version in versions[:LISTED])
+        return f"no run of {name!r} has the report of a test ({known}); {remedy}"
     return (
-        f"no report of a run {name!r}: neither {(place / 'report' / METRICS_FILE).as_posix()} nor "
-        f"{recipe.as_posix()}/version_*/report/{METRICS_FILE} exists; {writes}"
+        f"no report of a run {name!r}: neither {(given / 'report' / METRICS_FILE).as_posix()} nor "
+        f"{recipe.as_posix()}/version_*/report/{METRICS_FILE} exists; {remedy}"
     )
 
 
 def _versions(folder: Path) -> list[Path]:
-    """Return the runs below a folder, the latest first."""
+    """Return the run folders in a folder, the latest first."""
     return sorted(folder.glob("version_*"), key=lambda path: (len(path.name), path.name), reverse=True)
 
 
@@ -140,14 +141,13 @@ def _is_tested(folder: Path) -> bool:
     return path.is_file() and '"test_' in path.read_text(encoding="utf-8", errors="replace")
 
 
-def _described(folder: Path) -> str:
-    """Return model and command of a run."""
+def _model_and_command(folder: Path) -> str:
     commands = [command for command in _COMMANDS if (folder / f"config_{command}.yaml").is_file()]
     return ", ".join(filter(None, [_model(_config(folder)), "fit" if "fit" in commands else "".join(commands[:1])]))
 
 
 def _rows(path: Path) -> dict[str, Any]:
-    """Return the columns of a file of test rows, and the digest in it; nothing where there is no such file."""
+    """Return the columns and the digest of a file of test rows; empty ones if the file does not exist or is incomplete."""
     rows: dict[str, Any] = {}
     digest = ""
     if path.is_file():
@@ -156,84 +156,83 @@ def _rows(path: Path) -> dict[str, Any]:
         with reading(path), safe_open(path, framework="numpy") as file:
             rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
             digest = (file.metadata() or {}).get(DIGEST, "")
-    whole = {"sample_id", "target", "rank"} <= rows.keys() and len(rows["rank"]) and digest
-    return {"rows": rows, "digest": digest} if whole else {"rows": {}, "digest": ""}
+    complete = {"sample_id", "target", "rank"} <= rows.keys() and len(rows["rank"]) and digest
+    return {"rows": rows, "digest": digest} if complete else {"rows": {}, "digest": ""}
 
 
-# Options of data modules that change neither the rows of the test nor what they are compared with.
+# Options of data modules that change neither the test rows nor the items that are ranked.
 _NEUTRAL = {
     "batch_size", "cache_dir", "eval_batch_size", "extend_catalog", "global_batch_size", "group_queries", "history_length", "local_files_only",
     "max_prompt_length", "negatives", "num_workers", "pack_length", "predict_file", "predict_users", "seed", "template", "tokenizer",
     "train_limit", "train_view", "val_limit", "vocab_size",
 }  # fmt: skip
-# What an absent `split` means; tests compare it with the class, which takes half a second to import.
+# Default values of `data.split`. They are repeated here because the import of the class takes half a second; a test compares them.
 SPLIT_DEFAULTS: dict[str, Any] = {
     "kind": "leave_last_out", "min_rating": None, "min_user_events": 5, "min_item_events": 1, "fractions": [0.8, 0.1, 0.1], "repeats": "drop",
     "candidates": None, "test_limit": None,
 }  # fmt: skip
-# The command whose configuration says what was tested comes first.
+# Commands in the order in which their configurations are read: that of `test` contains the tested data.
 _COMMANDS = ("test", "fit", "validate", "predict")
-# Options of models that belong to the protocol.
+# Options of models that belong to the evaluation protocol.
 _PROTOCOL = ("exclude_seen", "decoding.exclude_seen", "decoding.grounding", "ranking.ties")
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
-    """Return the configuration of a run; empty where there is none."""
+    """Return the configuration of a run; empty if it does not exist."""
     path = next((path for command in _COMMANDS if (path := folder / f"config_{command}.yaml").is_file()), None)
     if path is None:
         return {}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no configuration of a run ({error}); test the run again") from error
+        raise ValueError(f"{path} is not the configuration of a run ({error}); test the run again") from error
     return content if isinstance(content, dict) else {}
 
 
 def _model(config: Mapping[str, Any]) -> str:
-    """Return the name of the model's class; empty where it is not known."""
+    """Return the class name of the model; empty if it is unknown."""
     model = config.get("model")
     path = model.get("class_path") if isinstance(model, dict) else model
     return str(path or "").rpartition(".")[2]
 
 
 def _data(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of data that decide what is tested, by dotted name."""
+    """Return the options of the data module that affect the test rows, by dotted name."""
     data = config.get("data")
-    found = dict(_leaves(data)) if isinstance(data, dict) else {}
+    found = dict(_flatten(data)) if isinstance(data, dict) else {}
     if "split" in found:
         del found["split"]
         found |= {f"split.{name}": value for name, value in SPLIT_DEFAULTS.items()}
     return found
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if key in _NEUTRAL:
             continue
         if isinstance(value, Mapping):
-            yield from _leaves(value, prefix if key == "init_args" else f"{prefix}{key}.")
+            yield from _flatten(value, prefix if key == "init_args" else f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
 def why_unpaired(first: Run, other: Run) -> str | None:
-    """Return why the test rows of two runs cannot be paired; ``None`` if they can.
+    """Return the reason why the test rows of two runs cannot be paired; ``None`` if they can.
 
-    What the rows ask and which items there are decides, not the options that led there: the same table under another name or in another encoding
-    is the same data.
+    The rows and the items are compared, not the options of the data: a table with another file name or encoding can contain the same data.
     """
     common = [name for name in first.protocol if name in other.protocol]
     if changed := _changed(*({f"model.{name}": run.protocol[name] for name in common} for run in (first, other))):
-        return f"measured under another protocol ({changed})"
+        return f"it was tested with another protocol ({changed})"
     if not first.rows or not other.rows:
-        return "the ranks of its test rows, or of the first run's, are not stored; test the run again with the callback RunReport"
+        return "the ranks of the test rows are not stored for this run or for the first run; test the run again with the callback RunReport"
     if first.digest != other.digest or any(not np.array_equal(first.rows[name], other.rows[name]) for name in ("sample_id", "target")):
         changed = _changed(first.data, other.data)
-        return f"it was tested on other rows, or with other candidates, seen items or titles{f' ({changed})' if changed else ''}"
+        return f"it was tested with other rows, candidates, seen items or titles{f' ({changed})' if changed else ''}"
     return None
 
 
 def _changed(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
-    """Name the options that differ; the first few of them."""
+    """Return a text with the first options that differ."""
     found = [f"{name}: {one.get(name)} and {two.get(name)}" for name in sorted(one.keys() | two.keys()) if one.get(name) != two.get(name)]
     return ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")

@@ -13,7 +13,7 @@ def touch(path):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint nowhere\.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"the checkpoint nowhere\.ckpt does not exist"):
         find_checkpoint("nowhere.ckpt", tmp_path)
 
 
@@ -21,7 +21,7 @@ def test_a_missing_file(tmp_path):
 def test_addresses_are_refused_and_files_are_left_alone(tmp_path, address):
     file = str(touch(tmp_path / "a.ckpt"))
     assert find_checkpoint(file, tmp_path) == file
-    with pytest.raises(MisconfigurationException, match=f"--ckpt_path {address} is an address; download the file"):
+    with pytest.raises(MisconfigurationException, match=f"--ckpt_path {address} is a URL; download the file"):
         find_checkpoint(address, tmp_path)
 
 

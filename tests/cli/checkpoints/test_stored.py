@@ -69,10 +69,10 @@ def test_the_checkpoints_settings_and_template_go_before_the_recipes(shop, caplo
     command, expected = shop
     caplog.set_level(logging.INFO, logger="malleable")
     assert figures(command("test", "shop", "--ckpt_path", "saved.ckpt")) == pytest.approx(expected, abs=1e-5)
-    (line,) = [message for message in caplog.messages if "are used instead of the recipe's" in message]
-    assert "language_model.scratch.num_heads 4 (2)" in line
+    (line,) = [message for message in caplog.messages if "override those of the recipe" in message]
+    assert "language_model.scratch.num_heads 4 (recipe: 2)" in line
     assert "language_model.lora {" in line
-    assert "tokenizer, template and catalogue are those of saved.ckpt" in caplog.text
+    assert "tokenizer, template and catalogue are read from saved.ckpt" in caplog.text
 
 
 @pytest.mark.parametrize("variant", ["reordered", "more_users"])
@@ -130,7 +130,7 @@ def test_new_items_are_named_and_added_on_request(shop):
         command("test", "more_items", "--ckpt_path", "saved.ckpt")
     cli = command("test", "more_items", "--ckpt_path", "saved.ckpt", "--extend_catalog")
     assert cli.model.catalog.titles[12:] == ("A Quiet Mirror", "A Quiet Harbor")
-    with pytest.raises(MisconfigurationException, match="--extend_catalog adds items to the catalogue of a checkpoint: give --ckpt_path"):
+    with pytest.raises(MisconfigurationException, match="--extend_catalog adds items to the catalogue of a checkpoint; add --ckpt_path"):
         command("fit", "more_items", "--extend_catalog")
 
 

@@ -73,7 +73,7 @@ def test_a_certain_difference_is_marked(tmp_path, capsys):
     assert not lines["hr_10"].rstrip().endswith("*")
 
 
-OTHER = "it was tested on other rows, or with other candidates, seen items or titles"
+OTHER = "it was tested with other rows, candidates, seen items or titles"
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,10 @@ OTHER = "it was tested on other rows, or with other candidates, seen items or ti
     [
         ({"split": {"kind": "global_time"}, "digest": "y"}, f"{OTHER} (split.kind: leave_last_out and global_time)"),
         ({"split": {"candidates": 20}, "digest": "y"}, f"{OTHER} (split.candidates: None and 20)"),
-        ({"grounding": "embedding"}, "measured under another protocol (model.grounding: trie and embedding)"),
+        ({"grounding": "embedding"}, "it was tested with another protocol (model.grounding: trie and embedding)"),
         ({"target": np.zeros(40, dtype=int)}, OTHER),
         ({"digest": "other"}, OTHER),
-        ({"digest": ""}, "the ranks of its test rows, or of the first run's, are not stored"),
+        ({"digest": ""}, "the ranks of the test rows are not stored for this run or for the first run"),
     ],
 )
 def test_runs_of_other_data_or_protocols_are_marked_and_not_paired(change, reason, tmp_path, capsys):
@@ -131,10 +131,11 @@ def test_the_name_of_a_recipe_is_its_latest_fit(tmp_path, capsys, monkeypatch):
     run_compare(["shop", "shop/version_2"])
     text = capsys.readouterr().out
     assert (
-        "shop is runs/shop/version_1 (SFT, fit), the latest fit; others: runs/shop/version_2 (ItemKNN, test), runs/shop/version_0 (SFT, fit)" in text
+        "shop: using runs/shop/version_1 (SFT, fit), the latest fit; other runs: runs/shop/version_2 (ItemKNN, test), runs/shop/version_0 (SFT, fit)"
+        in text
     )
     write_run(tmp_path / "runs" / "baselines" / "version_0", RANKS["a"], command="test", grounding="")
-    assert load_run("baselines").note == "baselines is runs/baselines/version_0 (ItemKNN, test), the latest test"
+    assert load_run("baselines").note == "baselines: using runs/baselines/version_0 (ItemKNN, test), the latest test"
 
 
 def test_a_run_without_a_test_is_named_with_its_command(tmp_path, monkeypatch):
@@ -203,7 +204,7 @@ def test_runs_without_stored_rows_are_still_listed(tmp_path, capsys):
     names = [write_run(tmp_path / name, RANKS["a"]) for name in "ab"]
     (tmp_path / "b" / "report" / "test_rows.safetensors").unlink()
     run_compare(names)
-    assert "the ranks of its test rows, or of the first run's, are not stored" in capsys.readouterr().out
+    assert "the ranks of the test rows are not stored for this run or for the first run" in capsys.readouterr().out
 
 
 def test_a_recipe_means_its_latest_run(tmp_path, monkeypatch):
@@ -219,7 +220,7 @@ def test_a_recipe_means_its_latest_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["one"], "needs two runs at least"),
+        (["one"], "needs at least two runs"),
         (["one", "--al"], "no option --al \\(did you mean --all\\?\\); its options are --all and --format"),
         (["one", "two", "--format", "cvs"], r"--format cvs: the formats are table, markdown, csv, json \(did you mean csv"),
         (["one", "two", "--format"], "the formats are"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from malleable.early import COMMANDS, SECTIONS, check_words, config_names
+from malleable.argument_checks import COMMANDS, SECTIONS, check_arguments, config_names
 from malleable.main import main
 
 
@@ -38,7 +38,7 @@ def test_every_known_key_exists_somewhere(boring, resolved):
 )
 def test_a_typing_error_names_what_was_meant(boring, words, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        check_words(words)
+        check_arguments(words)
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,13 @@ def test_a_typing_error_names_what_was_meant(boring, words, message):
 def test_a_damaged_file_is_named_with_the_place(content, message):
     Path("own.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        check_words(["fit", "--config", "own.yaml"])
+        check_arguments(["fit", "--config", "own.yaml"])
 
 
 @pytest.mark.parametrize("content", [b"", b"# Nothing yet.\n", b"\xef\xbb\xbftrainer: {max_epochs: 1}\n", b"trainer+: {max_epochs: 1}\n"])
 def test_other_files_pass(content):
     Path("own.yaml").write_bytes(content)
-    check_words(["fit", "--config", "own.yaml", "--config", '{"model": 1}', "--model.suffix=--x", "--trainer.callbacks+=RunReport"])
+    check_arguments(["fit", "--config", "own.yaml", "--config", '{"model": 1}', "--model.suffix=--x", "--trainer.callbacks+=RunReport"])
 
 
 def test_configurations_are_found_in_every_spelling():
@@ -74,4 +74,4 @@ def test_options_are_not_abbreviated(boring, capsys):
 
 @pytest.mark.parametrize("words", [["fit"], ["fit", "--config"], ["--print_shtab=bash"]])
 def test_a_command_without_options_or_values_is_no_error_here(words):
-    check_words(words)
+    check_arguments(words)

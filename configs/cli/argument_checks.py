@@ -1,4 +1,4 @@
-"""Checks of a command line that need neither torch nor Lightning, so that a typing error is answered at once."""
+"""Checks of command-line arguments without torch and Lightning, so that typing errors are reported without a delay."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from malleable.recipes import find_recipe, similar
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = (*TRAINER_COMMANDS, "compare", "recipes", "patch")
-# Top-level keys of a configuration; tests/cli/test_early.py compares them with those of the parsers.
+# Top-level keys of a configuration; tests/cli/test_argument_checks.py compares them with those of the parsers.
 SECTIONS = (
     "allow_untrained",
     "checkpoint",
@@ -28,17 +28,17 @@ SECTIONS = (
 )
 
 
-def check_words(words: Sequence[str]) -> None:
-    """Check the command, the names of its files, and the top-level keys of files and options.
+def check_arguments(argv: Sequence[str]) -> None:
+    """Check the command, the names of configuration files, and the top-level keys of files and options.
 
     Args:
-        words: The command and its options.
+        argv: Command and options.
 
     Raises:
-        ValueError: If the command or a key is unknown, or a file is not a YAML mapping; the message gives similar names.
+        ValueError: If the command or a key is unknown, or if a file is not a YAML mapping. The message contains similar names.
         FileNotFoundError: If a file of ``--config`` does not exist.
     """
-    command, *options = words
+    command, *options = argv
     if command not in COMMANDS and not command.startswith("-"):
         raise ValueError(f"unknown command {command!r}{similar(command, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
     for name in config_names(options):
@@ -51,7 +51,7 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def config_names(options: Sequence[str]) -> list[str]:
-    """Return the values of ``--config`` and ``-c``, in both spellings, with and without ``=``."""
+    """Return the values of ``--config`` and ``-c``, written with or without ``=``."""
     names = []
     for option, following in zip_longest(options, options[1:], fillvalue=""):
         flag, equals, value = option.partition("=")
