@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from malleable.datamodules.base import BaseDataModule
 from malleable.datamodules.batch import Vocabulary
 from malleable.datamodules.editing.requests import EditRequest, check_requests
-from malleable.datamodules.files.run_folders import exported
+from malleable.datamodules.files.run_folders import find_exported_model
 from malleable.datamodules.language.text_rows import TextRows
 from malleable.datamodules.language.tokenizer import largest_token_id, load_tokenizer, train_tokenizer
 from malleable.datamodules.sources.editing.base import EditSource, EditTables
@@ -90,7 +90,7 @@ class EditingDataModule(BaseDataModule):
             raise ValueError(f"pack_length must be >= 2, got {pack_length}")
         self.source = source
         self.texts = texts
-        self.tokenizer_name = None if tokenizer is None else exported(tokenizer)
+        self.tokenizer_name = None if tokenizer is None else find_exported_model(tokenizer)
         self.vocab_size = vocab_size
         self.sentences = sentences
         self.shuffles = shuffles

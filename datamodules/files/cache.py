@@ -14,14 +14,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from malleable.datamodules.files.atomic import atomic_write, recover
-from malleable.datamodules.files.sealed import MANIFEST, is_whole, problem, seal
+from malleable.datamodules.files.sealed import MANIFEST, find_damage, is_intact, seal
 
 log = logging.getLogger(__name__)
 
 Numbers = NDArray[np.number[Any]]
 
 
-def digest(settings: Mapping[str, Any]) -> str:
+def hash_settings(settings: Mapping[str, Any]) -> str:
     """Return a short hash of settings, given as plain data."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -85,7 +85,7 @@ def open_arrays(folder: Path) -> tuple[dict[str, Numbers], dict[str, Any]] | Non
 def _write(folder: Path, save: Callable[[Path], None], manifest: Mapping[str, Any]) -> None:
     """Call ``save`` with a new folder, and add the manifest with checksums."""
     # Another process may have written the same content meanwhile; it is kept, because other processes may read it.
-    with atomic_write(folder, keep=is_whole) as part:
+    with atomic_write(folder, keep=is_intact) as part:
         part.mkdir()
         save(part)
         seal(part, manifest)
@@ -93,10 +93,10 @@ def _write(folder: Path, save: Callable[[Path], None], manifest: Mapping[str, An
 
 def _open(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a complete cache, else ``None``."""
-    recover(folder)  # a complete cache is not written again, so nothing else removes what a killed process has left
+    recover(folder)  # a complete cache is not written again, so temporary folders of killed processes must be removed here
     if not folder.exists():
         return None
-    if damage := problem(folder):
+    if damage := find_damage(folder):
         log.warning("the cache %s %s: building it again", folder, damage)
         return None
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())

@@ -11,7 +11,7 @@ WINDOWS = "cp1252"
 """Encoding without a byte-order mark that programs on Western European Windows use."""
 COMMON = ("utf-8", WINDOWS, "latin-1", "utf-16", "shift_jis", "gb18030", "euc_kr", "cp1250", "cp1251", "iso8859-15", "mac_roman")
 """Frequent encodings of tables, for messages."""
-CONVERT = "save it as UTF-8, or name its encoding where the source has the option `encoding`"
+CONVERT = "save it as UTF-8, or set the option `encoding` of the source if it has this option"
 """Remedy for a file in another encoding, for messages."""
 # UTF-32 must come first: its byte-order mark starts with that of UTF-16.
 _MARKS = (

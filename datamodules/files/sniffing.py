@@ -1,4 +1,4 @@
-"""Encoding and delimiter of tables that come without options, by rules that do not depend on what the cells mean."""
+"""Detection of encoding and delimiter of text tables, if they are not given as options."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _PIECE = 1 << 18
 
 
 def sniff_encoding(path: Path, other: str | None = None) -> str | None:
-    """Return the encoding to read a text file in.
+    """Detect the encoding of a text file.
 
-    A byte-order mark decides. Without one, the file is UTF-8 if all of it is; else it is in ``other``, and where that is not given in cp1252, which
-    programs on Western European Windows write. The latter is reported.
+    A file with a byte-order mark has the encoding of the mark. Another file is UTF-8 if it can be decoded as UTF-8, and otherwise has the encoding
+    ``other``. If ``other`` is not given, the encoding is cp1252, which programs on Western European Windows use, and a warning is logged.
 
     Args:
         path: The file.
         other: Encoding of files that are not UTF-8, for example that of the source.
 
     Returns:
-        What :func:`~malleable.datamodules.files.text_files.open_text` takes: ``None`` for UTF-8 or the encoding of the mark.
+        Argument ``encoding`` of :func:`~malleable.datamodules.files.text_files.open_text`: ``None`` for UTF-8 and for files with a byte-order mark.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is none of them, or no regular file; with line and byte.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a regular file, or has none of these encodings. The message contains line and byte.
     """
     marked = False
     try:
         with open_text(path) as file:
             marked = file.encoding != "utf-8"
-            # UTF-16 without a mark looks like UTF-8 with a NUL beside every letter.
+            # English text in UTF-16 without a byte-order mark is valid UTF-8, with a NUL next to each letter.
             has_nul = any("\0" in part for part in iter(lambda: file.read(_PIECE), ""))
         return other if has_nul and not marked else None
     except EncodingError as error:
@@ -52,16 +52,17 @@ def sniff_encoding(path: Path, other: str | None = None) -> str | None:
 
 
 def sniff_delimiter(path: Path, names: Container[str], default: str = ",", encoding: str | None = None) -> str:
-    """Return what stands between the cells of a table whose first line names the columns.
+    """Detect the delimiter of a table with a header.
 
-    It is the first of ``default``, comma, semicolon, tab and vertical bar that parts the first line into cells of which one is a known name. Where
-    the first line is a single known name, it is a semicolon or a tab of the second line, if that does not have the default. Else it is the default.
+    The candidates are ``default``, comma, semicolon, tab and vertical bar, in this order. The first candidate is returned that splits the header into
+    cells with at least one known name. If the whole header is one known name, and the second line does not contain ``default``, a semicolon or tab in
+    the second line is returned. Otherwise, ``default`` is returned.
 
     Args:
         path: The file.
-        names: Names of columns, in small letters.
-        default: Delimiter of a file that does not tell.
-        encoding: Of a file without a byte-order mark; default: UTF-8.
+        names: Known names of columns, in lower case.
+        default: Delimiter if none is detected.
+        encoding: Encoding of a file without a byte-order mark; default: UTF-8.
     """
     lines = [line for _, line in islice(read_lines(path, encoding), 2)]
     for delimiter in dict.fromkeys((default, *DELIMITERS)):

@@ -37,7 +37,7 @@ def read_cells(path: Path, delimiter: str, encoding: str | None = None, *, quote
         path: The file.
         delimiter: Delimiter between cells.
         encoding: Encoding of a file without a byte-order mark; default: UTF-8.
-        quotes: False treats quotes like other characters.
+        quotes: Whether quotes delimit cells. If false, they are ordinary characters.
 
     Yields:
         Number of the first line of the row, from 1, and its cells.
@@ -153,7 +153,7 @@ def read_table(path: Path, delimiter: str, encoding: str | None = None) -> tuple
 
 
 def other_delimiter(header: Sequence[str], delimiter: str) -> str | None:
-    """Return another delimiter that occurs in a header of a single name, or ``None``."""
+    """Return another delimiter that occurs in the only column name of a header; ``None`` if the header has several names or no other delimiter."""
     if len(header) != 1:
         return None
     return next((other for other in (",", ";", "\t", "|") if other != delimiter and other in header[0]), None)

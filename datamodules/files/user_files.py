@@ -130,11 +130,11 @@ def _is_format_error(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno is None:
         # pyarrow raises such errors for damaged data, gzip and torch for truncated files.
-        return type(error) is OSError and not is_ours(error)
+        return type(error) is OSError and not is_own_error(error)
     return any(base.__name__ in _LIBRARIES for base in type(error).__mro__)
 
 
-def is_ours(error: BaseException) -> bool:
+def is_own_error(error: BaseException) -> bool:
     """Return whether an error was raised in code of this package."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
@@ -198,7 +198,7 @@ def check_model_folder(folder: Path) -> None:
     """Check the folder of a model, an adapter or a tokenizer before a library reads it.
 
     Raises:
-        ValueError: If a file is a link to a place outside, a named pipe or a device, or if an index names a file in another folder.
+        ValueError: If a file is a link to a file outside the folder, a named pipe or a device, or if an index refers to a file in another folder.
     """
     for path in folder.iterdir():
         check_inside(path, folder)
@@ -221,7 +221,7 @@ def shard_names(index: Path) -> list[str]:
     """Return the names of the files in the index of a sharded model.
 
     Raises:
-        ValueError: If the index is damaged, or names a file in another folder.
+        ValueError: If the index is damaged, or refers to a file in another folder.
     """
     with reading(index, "JSON"):
         content = json.loads(index.read_text(encoding="utf-8"))
@@ -231,5 +231,5 @@ def shard_names(index: Path) -> list[str]:
     names = sorted(set(shards.values()))
     wrong = next((name for name in names if not is_file_name(name)), None)
     if wrong is not None:
-        raise ValueError(f"{index} names {wrong!r:.200}, which is not a file name in its folder; put all files of the model into one folder")
+        raise ValueError(f"{index} refers to {wrong!r:.200}, which is not a file name in its folder; put all files of the model into one folder")
     return names

@@ -1,4 +1,4 @@
-"""YAML that a user gives: recipes, and configurations stored beside checkpoints."""
+"""Reader of YAML files: recipes, and configurations stored in run folders."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from malleable.datamodules.files.text_files import open_text
 from malleable.datamodules.files.user_files import check_file, first_line
 
 SIZE_LIMIT = 1 << 22
-"""Bytes of a YAML file, at most."""
+"""Maximum number of bytes of a YAML file."""
 DEPTH_LIMIT = 64
-"""Lists and mappings within each other, at most."""
+"""Maximum nesting of lists and mappings."""
 NODES_LIMIT = 100_000
-"""Values of a YAML file, those that aliases repeat counted each time, at most."""
+"""Maximum number of values of a YAML file; each use of an alias counts."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that is a mapping, or empty.
+    """Read a YAML file that contains a mapping or is empty.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no YAML or no mapping, or beyond the limits; with file, line and column.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not valid YAML in UTF-8, does not contain a mapping, or exceeds the limits. The message contains file, line and column.
     """
     check_file(path, "give a YAML file, or the name of a recipe")
     with open_text(path, line_limit=SIZE_LIMIT) as file:
         text = file.read(SIZE_LIMIT + 1)
         if file.encoding not in ("utf-8", "utf-8-sig"):
-            raise ValueError(f"{path} is in {file.encoding.upper()}; save it as UTF-8")
+            raise ValueError(f"{path} is encoded in {file.encoding.upper()}; save it as UTF-8")
     if len(text) > SIZE_LIMIT:
-        raise ValueError(f"{path} is larger than {SIZE_LIMIT >> 20} MiB; is it a configuration?")
+        raise ValueError(f"{path} is larger than {SIZE_LIMIT >> 20} MiB; give a configuration file")
     content = parse_yaml(text, str(path))
     if not isinstance(content, dict | None):
-        raise ValueError(f"{path} holds a {type(content).__name__}; a configuration is a mapping with keys such as `model` and `data`")
+        raise ValueError(f"{path} contains a {type(content).__name__}; a configuration must be a mapping with keys such as `model` and `data`")
     return content or {}
 
 
 def parse_yaml(text: str, place: str) -> Any:
-    """Parse YAML; aliases that repeat values without end are refused.
+    """Parse YAML.
 
     Args:
         text: The text.
-        place: Where it stands, for messages.
+        place: File or option, for messages.
 
     Raises:
-        ValueError: If it is no YAML, or beyond the limits.
+        ValueError: If it is not valid YAML, or exceeds the limits, e.g. by aliases that repeat values many times.
     """
     import yaml
 
@@ -56,8 +56,14 @@ def parse_yaml(text: str, place: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"{place}{at}: not YAML: {getattr(error, 'problem', None) or first_line(error)}") from error
-    except (RecursionError, ValueError, TypeError, OverflowError, AttributeError) as error:  # nesting, odd dates and numbers, unhashable keys
-        raise ValueError(f"{place}: not YAML that can be read: {first_line(error)}") from error
+    except (
+        RecursionError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        AttributeError,
+    ) as error:  # nesting, invalid dates and numbers, unhashable keys
+        raise ValueError(f"{place}: YAML that cannot be read: {first_line(error)}") from error
     return content
 
 
@@ -66,18 +72,18 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """The safe loader, without merges (``<<``) of merges that double the number of keys time and again."""
+        """Safe loader with a limit on merged keys, because nested merges (``<<``) can double the number of keys at each level."""
 
         def flatten_mapping(self, node: yaml.MappingNode) -> None:
             super().flatten_mapping(node)
             if len(node.value) > NODES_LIMIT:
-                raise ValueError(f"more than {NODES_LIMIT} keys in one mapping, merged ones among them")
+                raise ValueError(f"more than {NODES_LIMIT} keys in one mapping, including merged keys")
 
     return Loader
 
 
 def _check_size(content: Any) -> None:
-    """Count values level by level; an alias counts as its value."""
+    """Raise an error if there are too many values or levels. Each use of an alias counts."""
     level, count = [content], 0
     for _ in range(DEPTH_LIMIT):
         following: list[Any] = []
@@ -85,7 +91,7 @@ def _check_size(content: Any) -> None:
             if isinstance(value, dict | list):
                 following += value.values() if isinstance(value, dict) else value
             if count + len(following) > NODES_LIMIT:
-                raise ValueError(f"more than {NODES_LIMIT} values, those that aliases repeat among them; is it a configuration?")
+                raise ValueError(f"more than {NODES_LIMIT} values, including those repeated by aliases; give a configuration file")
         count += len(following)
         level = following
         if not level:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from malleable.datamodules.batch import KnowledgeGraph
-from malleable.datamodules.files.cache import Numbers, digest, open_arrays, write_arrays
+from malleable.datamodules.files.cache import Numbers, hash_settings, open_arrays, write_arrays
 from malleable.datamodules.files.fetch import sha256_of
 from malleable.datamodules.graphs.queries import Answers, Lists
 from malleable.datamodules.graphs.report import GraphReport, both_directions, report
@@ -63,7 +63,7 @@ class GraphStore:
 
 def fingerprint(source: GraphSource) -> str:
     """Return the name of the cache folder of a source."""
-    return digest(
+    return hash_settings(
         {"format": FORMAT, "source": [type(source).__qualname__, source.settings(), [sha256_of(path) for path in source.files()]]},
     )
 

@@ -16,7 +16,7 @@ import torch
 
 from malleable.datamodules.files.atomic import atomic_write, recover
 from malleable.datamodules.files.fetch import cache_folder, gguf_errors, hub_errors, hub_snapshot, resolve_model, tokenizer_files
-from malleable.datamodules.files.sealed import is_whole, problem, seal
+from malleable.datamodules.files.sealed import find_damage, is_intact, seal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ def load_tokenizer(name: str, local_files_only: bool = False) -> PreTrainedToken
     folder, gguf_file = resolve_model(name)
     if gguf_file is not None:
         folder = str(_converted(Path(folder) / gguf_file))
-    elif Path(folder).parent == cache_folder() / "tokenizers" and (damage := problem(Path(folder))):
+    elif Path(folder).parent == cache_folder() / "tokenizers" and (damage := find_damage(Path(folder))):
         raise OSError(f"the cached tokenizer {folder} {damage}; remove this folder, and repeat the command that created it")
     with hub_errors("tokenizer", name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=local_files_only, trust_remote_code=False)
@@ -141,7 +141,7 @@ def unpack_tokenizer(packed: Mapping[str, Any]) -> Path:
     folder = cache_folder() / "tokenizers" / f"stored-{packed['digest'][:16]}"
     if _is_cached(folder):
         return folder
-    with atomic_write(folder, keep=is_whole) as temporary:
+    with atomic_write(folder, keep=is_intact) as temporary:
         temporary.mkdir()
         for file, data in packed["files"].items():
             # File names of an untrusted checkpoint must not refer to other folders.
@@ -236,7 +236,7 @@ def _converted(gguf: Path) -> Path:
 def _is_cached(folder: Path) -> bool:
     """Return whether a complete tokenizer is in the cache; log a warning if it is damaged."""
     recover(folder)
-    damage = problem(folder)
+    damage = find_damage(folder)
     if damage and folder.exists():
         log.warning("the cached tokenizer %s %s: creating it again", folder, damage)
     return damage is None
@@ -244,7 +244,7 @@ def _is_cached(folder: Path) -> bool:
 
 def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save a tokenizer, unless another process has just saved the same one."""
-    with atomic_write(folder, keep=is_whole) as temporary:
+    with atomic_write(folder, keep=is_intact) as temporary:
         tokenizer.save_pretrained(temporary)
         seal(temporary)
     log.info("tokenizer of %d tokens saved to %s", len(tokenizer), folder)

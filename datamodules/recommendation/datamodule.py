@@ -12,7 +12,7 @@ import numpy as np
 from malleable.datamodules.base import BaseDataModule
 from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.files.fetch import cache_folder
-from malleable.datamodules.files.run_folders import exported
+from malleable.datamodules.files.run_folders import find_exported_model
 from malleable.datamodules.loading import PhasedLoader
 from malleable.datamodules.negative_samplers import NegativeSampler
 from malleable.datamodules.recommendation.events import SPLITS
@@ -102,7 +102,7 @@ class RecommendationDataModule(BaseDataModule):
         local_files_only: bool = False,
     ) -> None:
         super().__init__(batch_size, global_batch_size, eval_batch_size, num_workers, seed)
-        tokenizer = None if tokenizer is None else exported(tokenizer)
+        tokenizer = None if tokenizer is None else find_exported_model(tokenizer)
         if extend_catalog and not is_stored(tokenizer):
             raise ValueError(f"extend_catalog needs a catalogue to extend: set tokenizer=<checkpoint>, got tokenizer={tokenizer!r}")
         if negatives is not None:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from pyarrow import compute
 
 from malleable.datamodules.batch import Catalog, Vocabulary
-from malleable.datamodules.files.cache import digest, open_tables, write_tables
+from malleable.datamodules.files.cache import hash_settings, open_tables, write_tables
 from malleable.datamodules.files.fetch import sha256_of
-from malleable.datamodules.files.sealed import is_whole
+from malleable.datamodules.files.sealed import is_intact
 from malleable.datamodules.language import tokenizer as tokenizers
 from malleable.datamodules.negative_samplers import ItemSampler
 from malleable.datamodules.recommendation.alignment import align
@@ -62,7 +62,7 @@ class StoreSettings:
     def cache_key(self) -> str:
         """Return the name of the cache folder: a digest of the settings and of the contents of the source's files."""
         kind = self.tokenizer
-        return digest(
+        return hash_settings(
             {
                 "format": FORMAT,
                 "source": [type(self.source).__qualname__, self.source.settings(), [sha256_of(path) for path in self.source.files()]],
@@ -131,7 +131,7 @@ class Store:
                 raise OSError(f"the cache {target} cannot be read right after it was written; check the disk, or choose another cache_dir")
         store = cls._from_tables(*opened)
         vocabulary = store.catalog.vocabulary
-        if settings.tokenizer is None and vocabulary is not None and not is_whole(Path(vocabulary.tokenizer or "")):
+        if settings.tokenizer is None and vocabulary is not None and not is_intact(Path(vocabulary.tokenizer or "")):
             # The folder of the trained tokenizer was removed or damaged. Equal titles give the same tokenizer again.
             trained = tokenizers.train_tokenizer(store.catalog.titles, settings.vocab_size, store.catalog.popularity)
             store.catalog = replace(store.catalog, vocabulary=replace(vocabulary, tokenizer=str(trained)))

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from malleable.datamodules.batch import Vocabulary
-from malleable.datamodules.files.run_folders import exported
+from malleable.datamodules.files.run_folders import find_exported_model
 from malleable.lightning_modules.functional.defaults import drawn_on_cpu
 from malleable.lightning_modules.functional.language.attention import MASKED_ATTENTION
 from malleable.lightning_modules.language.adapters import with_adapter
@@ -108,7 +108,7 @@ class LanguageModelConfig:
         """
         for field_name, folder in (("name", "model"), ("adapter", "adapter")):
             given = getattr(self, field_name)
-            if given is not None and given != (found := exported(given)):
+            if given is not None and given != (found := find_exported_model(given)):
                 if Path(found).name != folder:
                     raise ValueError(f"{field_name}={given} is {found}, not a folder {folder}; an adapter goes into `adapter`, its base into `name`")
                 setattr(self, field_name, found)

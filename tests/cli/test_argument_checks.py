@@ -47,7 +47,7 @@ def test_a_typing_error_names_what_was_meant(boring, words, message):
         (b"modle: x\n", r"own\.yaml has unknown keys: 'modle' \(did you mean model\?\)"),
         (b"model: [\n", r"own\.yaml, line 2, column 1: not YAML"),
         (b"model: \xff\n", r"own\.yaml, line 1, byte 8: not text in UTF-8"),
-        (b"- model\n", r"own\.yaml holds a list; a configuration is a mapping"),
+        (b"- model\n", r"own\.yaml contains a list; a configuration must be a mapping"),
     ],
 )
 def test_a_damaged_file_is_named_with_the_place(content, message):

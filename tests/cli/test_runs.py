@@ -107,7 +107,7 @@ def test_a_run_that_fails_before_it_writes_leaves_no_folder(run, boring, monkeyp
     assert not list((boring / "runs/boring").iterdir())
     monkeypatch.undo()
     monkeypatch.chdir(boring)
-    with pytest.raises(FileNotFoundError, match="no last checkpoint under runs/boring"):
+    with pytest.raises(FileNotFoundError, match="no last checkpoint in runs/boring"):
         run("test", "--ckpt_path", "last")
 
 
@@ -165,7 +165,7 @@ def test_whole_checkpoints_stand_for_one_that_is_not(tmp_path, damage):
     assert find_checkpoint("last", tmp_path) == str(newest)
     for path in (newest, folder / "epoch=3.ckpt"):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match="no last checkpoint under"):
+    with pytest.raises(FileNotFoundError, match="no last checkpoint in"):
         find_checkpoint("last", tmp_path)
 
 
@@ -195,7 +195,7 @@ def test_folders_without_a_state_are_ranked_by_their_names_or_else_their_times(t
 
 def test_without_a_run(tmp_path):
     for which in ("last", "best"):
-        with pytest.raises(FileNotFoundError, match=f"no {which} checkpoint under"):
+        with pytest.raises(FileNotFoundError, match=f"no {which} checkpoint in"):
             find_checkpoint(which, tmp_path)
 
 
@@ -208,7 +208,7 @@ def test_runs_of_other_models_and_data_are_left_out(tmp_path, caplog):
     configure(tmp_path / "version_9", SFT)  # a run without a checkpoint, such as a test
     with caplog.at_level("INFO", "malleable"):
         assert find_checkpoint("last", tmp_path, RunDescription.from_config(SFT)) == str(fitting)
-    assert f"last is that of {tmp_path}/version_0; later runs are of another model or other data" in caplog.text
+    assert f"last: using {tmp_path}/version_0; later runs have another model or other data" in caplog.text
     absolute = changed(SFT, file=str(Path("a.csv").absolute()))
     assert find_checkpoint("last", tmp_path, RunDescription.from_config(absolute)) == str(fitting)
 
@@ -218,7 +218,8 @@ def test_the_error_names_the_nearest_run_and_how_it_differs(tmp_path):
     configure(tmp_path / "version_0", changed(SFT, file="b.csv"))
     save(tmp_path / "version_1/checkpoints/last.ckpt")
     configure(tmp_path / "version_1", changed(SFT, model="m.DPO", data="d.Other"))
-    message = rf"no run under .* has this model and this data; the nearest run is .*version_0: data\.source\.file b\.csv, here a\.csv\. .*{path}"
+    difference = r"data\.source\.file b\.csv instead of a\.csv"
+    message = rf"no run in .* has this model and this data; the most similar run is .*version_0, with {difference}\. .*{path}"
     with pytest.raises(FileNotFoundError, match=message):
         find_checkpoint("last", tmp_path, RunDescription.from_config(SFT))
 
@@ -226,7 +227,7 @@ def test_the_error_names_the_nearest_run_and_how_it_differs(tmp_path):
 def test_a_run_without_a_configuration_is_known_by_its_checkpoint(tmp_path):
     path = save(tmp_path / "version_0/checkpoints/last.ckpt", hyper_parameters={"_class_path": "m.SFT"})
     assert find_checkpoint("last", tmp_path, RunDescription.from_config(SFT)) == str(path)
-    with pytest.raises(FileNotFoundError, match=r"version_0: model m\.SFT, here m\.DPO"):
+    with pytest.raises(FileNotFoundError, match=r"version_0, with model m\.SFT instead of m\.DPO"):
         find_checkpoint("last", tmp_path, RunDescription("m.DPO"))
 
 
@@ -246,10 +247,10 @@ def test_best_is_what_the_run_would_test(tmp_path):
 
 def test_a_best_checkpoint_that_is_gone_or_unknown(tmp_path):
     last = save(tmp_path / "version_0/checkpoints/last.ckpt", best=str(tmp_path / "version_0/checkpoints/epoch=1.ckpt"))
-    with pytest.raises(FileNotFoundError, match=r"the best checkpoint of .*version_0 is gone: .*epoch=1\.ckpt does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"the best checkpoint of .*version_0 is missing: .*epoch=1\.ckpt does not exist"):
         find_checkpoint("best", tmp_path)
     save(last)
-    with pytest.raises(FileNotFoundError, match=r"last\.ckpt does not say which checkpoint of its run is the best one"):
+    with pytest.raises(FileNotFoundError, match=r"last\.ckpt does not contain the path of the best checkpoint"):
         find_checkpoint("best", tmp_path)
 
 
@@ -259,7 +260,7 @@ def test_commands_find_the_run_of_their_model(run, boring):
     cli = run("test", "--ckpt_path", "last")
     assert cli.config.test.ckpt_path == "runs/boring/version_0/checkpoints/last.ckpt"
     assert run("test", "--ckpt_path", "best").config.test.ckpt_path.startswith("runs/boring/version_0/checkpoints/epoch=")
-    with pytest.raises(FileNotFoundError, match=r"the nearest run is runs/boring/version_1: model boring.TrainingFree, here boring.Ragged"):
+    with pytest.raises(FileNotFoundError, match=r"the most similar run is .*version_1, with model boring\.TrainingFree instead of boring\.Ragged"):
         run("test", "--ckpt_path", "last", "--model", "boring.Ragged")
 
 

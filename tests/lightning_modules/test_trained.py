@@ -59,7 +59,7 @@ def test_a_checkpoint_file_gives_the_same_recommendations(runs):
 
 def test_missing_runs_and_checkpoints_are_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="last:sft/none: there is no run with a checkpoint below runs/sft/none or sft/none"):
+    with pytest.raises(FileNotFoundError, match="last:sft/none: there is no run with a checkpoint in runs/sft/none or sft/none"):
         load_trained("last:sft/none", SFT)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint x.ckpt; give a checkpoint file, a run folder, or last:<recipe>"):
         find_trained("x.ckpt")
@@ -136,7 +136,7 @@ def test_weights_of_an_earlier_run_are_the_base_of_the_next(runs, tmp_path):
 def test_an_adapter_and_its_base_have_separate_fields(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module, _ = run(tmp_path / "runs/sft/lora/version_0", lora(save_base(tmp_path / "base")))
-    with pytest.raises(FileNotFoundError, match="which has no folder model or adapter: it is no finished run of a language model"):
+    with pytest.raises(FileNotFoundError, match="which has no folder model or adapter, because the run is not finished"):
         LanguageModelConfig(name="last:sft/lora")
     module.export(tmp_path / "runs/sft/lora/version_0")
     assert LanguageModelConfig(name="base", adapter="last:sft/lora").adapter == "runs/sft/lora/version_0/adapter"

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from malleable.datamodules.files import cache as module
-from malleable.datamodules.files.cache import digest, open_arrays, open_tables, write_arrays, write_tables
+from malleable.datamodules.files.cache import hash_settings, open_arrays, open_tables, write_arrays, write_tables
 
 TABLES = {
     "items": {"id": pa.array([1, 2, 3]), "tokens": pa.array([[1], [], [2, 3]], pa.list_(pa.int32()))},
@@ -113,8 +113,8 @@ def test_temporary_folder_in_use_is_not_removed(folder):
 
 
 def test_digest_depends_on_values_not_on_order():
-    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
-    assert digest({"a": 1}) != digest({"a": 2})
+    assert hash_settings({"a": 1, "b": [2]}) == hash_settings({"b": [2], "a": 1})
+    assert hash_settings({"a": 1}) != hash_settings({"a": 2})
 
 
 def test_arrays_come_back_memory_mapped(tmp_path):

@@ -14,12 +14,12 @@ from malleable.datamodules.files.text_files import numbered_lines
         ("a\nThé\n".encode("cp1252"), None, "line 2, byte 3: not text in UTF-8 (invalid continuation byte 0xe9)", "`encoding: cp1252` of the source"),
         ("a\nThé\n".encode("cp1252"), "utf8", "line 2, byte 3: not text in UTF-8", "`encoding: cp1252` of the source"),
         ("é".encode("cp1252"), None, "line 1, byte 1: not text in UTF-8 (unexpected end of data 0xe9)", "`encoding: cp1252`"),
-        (b"a\n\xe9\x81\x00\n", None, "line 2, byte 1: not text in UTF-8", "save it as UTF-8, or name its encoding"),
+        (b"a\n\xe9\x81\x00\n", None, "line 2, byte 1: not text in UTF-8", "save it as UTF-8, or set the option `encoding`"),
         (b"\xef\xbb\xbfa\n\xe9\n", None, "line 2, byte 1: not text in UTF-8", "its byte-order mark is of this encoding"),
-        (b"a\nb \x81\n", "cp1252", "line 2, byte 3: not text in CP1252", "save it as UTF-8, or name its encoding"),
-        ("a\nThé\n".encode("latin-1"), "ascii", "line 2, byte 3: not text in ASCII", "name its encoding"),
+        (b"a\nb \x81\n", "cp1252", "line 2, byte 3: not text in CP1252", "save it as UTF-8, or set the option `encoding`"),
+        ("a\nThé\n".encode("latin-1"), "ascii", "line 2, byte 3: not text in ASCII", "set the option `encoding`"),
         ("\ufeffa\nb\n".encode("utf-16-le") + b"x", None, "line 3: not text in UTF-16 (", "its byte-order mark"),
-        ("あ\n".encode("shift_jis") + b"\x82", "shift_jis", "line 2", "name its encoding"),
+        ("あ\n".encode("shift_jis") + b"\x82", "shift_jis", "line 2", "set the option `encoding`"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])

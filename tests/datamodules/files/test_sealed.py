@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from malleable.datamodules.files.sealed import is_whole, problem, seal
+from malleable.datamodules.files.sealed import find_damage, is_intact, seal
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def folder(tmp_path):
 
 
 def test_a_sealed_folder_is_whole(folder):
-    assert is_whole(folder)
-    assert problem(folder) is None
+    assert is_intact(folder)
+    assert find_damage(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -31,5 +31,5 @@ def test_a_sealed_folder_is_whole(folder):
 )
 def test_damage_is_named(folder, file, content, message):
     (folder / file).unlink() if content is None else (folder / file).write_text(content)
-    assert not is_whole(folder)
-    assert re.match(message, problem(folder))
+    assert not is_intact(folder)
+    assert re.match(message, find_damage(folder))

@@ -10,11 +10,11 @@ MERGES = "\n".join(["m0: &m0 {k: 1}", *(f"m{level}: &m{level} {{<<: [{', '.join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (ALIASES, "x.yaml: not YAML that can be read: more than 100000 values, those that aliases repeat among them"),
-        (MERGES, "x.yaml: not YAML that can be read: more than 100000 keys in one mapping, merged ones among them"),
-        ("[" * (DEPTH_LIMIT + 1) + "]" * (DEPTH_LIMIT + 1), "x.yaml: not YAML that can be read: lists and mappings are nested more than 64 deep"),
-        ("[" * 5000 + "]" * 5000, "x.yaml: not YAML that can be read: maximum recursion depth exceeded"),
-        ("a: &a [*a]", "x.yaml: not YAML that can be read: lists and mappings are nested more than 64 deep"),
+        (ALIASES, "x.yaml: YAML that cannot be read: more than 100000 values, including those repeated by aliases"),
+        (MERGES, "x.yaml: YAML that cannot be read: more than 100000 keys in one mapping, including merged keys"),
+        ("[" * (DEPTH_LIMIT + 1) + "]" * (DEPTH_LIMIT + 1), "x.yaml: YAML that cannot be read: lists and mappings are nested more than 64 deep"),
+        ("[" * 5000 + "]" * 5000, "x.yaml: YAML that cannot be read: maximum recursion depth exceeded"),
+        ("a: &a [*a]", "x.yaml: YAML that cannot be read: lists and mappings are nested more than 64 deep"),
     ],
     ids=["aliases", "merges", "deep", "very deep", "itself"],
 )
@@ -27,7 +27,7 @@ def test_bombs_are_refused_at_once(text, message):
 def test_large_files_are_refused(tmp_path):
     path = tmp_path / "large.yaml"
     path.write_text("# " + "x" * 1000 + "\n" + "a: 1 # comment\n" * (SIZE_LIMIT // 14))
-    with pytest.raises(ValueError, match=r"large\.yaml is larger than 4 MiB; is it a configuration"):
+    with pytest.raises(ValueError, match=r"large\.yaml is larger than 4 MiB; give a configuration file"):
         read_yaml(path)
 
 
