@@ -1,4 +1,4 @@
-"""Callbacks. ``__init__.pyi`` lists the public names; each is imported when it is first used."""
+"""Callbacks. ``__init__.pyi`` lists the public names. Each of them is imported when it is first used."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Checkpoint of the newest epoch, or of the step at which a run was interrupted."""
+"""Checkpoint of the last epoch, or of the step at which a run was interrupted."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ log = logging.getLogger(__name__)
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Writes ``last.ckpt`` after every epoch and when a fit is interrupted.
+    """Write ``last.ckpt`` after every epoch and when a fit is interrupted.
 
-    ``ModelCheckpoint(monitor=..., save_last=...)`` names the newest of the *monitored* checkpoints ``last``, which can be many epochs old. Put this
-    callback beside it. Where another checkpoint callback has just saved the same step, ``last.ckpt`` is a relative link to its file.
+    With ``ModelCheckpoint(monitor=..., save_last=...)``, ``last.ckpt`` is the last of the *monitored* checkpoints, which can be many epochs old. Use
+    this callback in addition. If another checkpoint callback has already saved the same step, ``last.ckpt`` is a relative link to its file.
 
-    In one process, SIGINT and SIGTERM end a fit after the current optimizer step: the step is saved, and the log says how to resume. A
-    second signal ends it at once, as does a first one outside training steps. Several processes, and SIGTERM under SLURM, keep
-    Lightning's own handling. SIGTERM ends validation, test and prediction at once.
+    In a single process, SIGINT and SIGTERM end a fit after the current optimizer step. A checkpoint of this step is saved, and the log shows how to
+    resume. A second signal, or a signal outside training steps, ends the fit immediately. With several processes, and for SIGTERM under SLURM,
+    Lightning handles the signals. SIGTERM ends validation, test and prediction immediately.
 
     Args:
         dirpath: Folder of the checkpoints; default: ``checkpoints`` in the run folder.
-        every_n_epochs: Epochs between two checkpoints.
+        every_n_epochs: Number of epochs between two checkpoints.
     """
 
     def __init__(self, dirpath: str | Path | None = None, every_n_epochs: int = 1) -> None:
@@ -48,16 +48,16 @@ class LastCheckpoint(ModelCheckpoint):
         """Install the signal handlers."""
         super().on_train_start(trainer, pl_module)
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            # Under SLURM, SIGTERM precedes the signal at which Lightning saves and requeues the job.
+            # Under SLURM, SIGTERM can come before the signal at which Lightning saves and requeues the job.
             for number in (signal.SIGINT,) if SLURMEnvironment.detect() else (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, partial(self._receive, trainer))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Defer signals to the end of a step; checkpoint callbacks are called last, so other callbacks of this hook are not deferred."""
+        """Start to defer signals to the end of a step. This hook is called last for checkpoint callbacks, after the hooks of other callbacks."""
         self._in_epoch = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save and end the run if a signal was received and the optimizer step is complete."""
+        """Save a checkpoint and end the run if a signal was received and the optimizer step is complete."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if self._received is not None and complete:
@@ -80,7 +80,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._release()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End a validation of its own at SIGTERM; Lightning would go on to the end of a batch, or of the last hook."""
+        """End a validation outside a fit at SIGTERM. Lightning would first finish the batch or hook."""
         if trainer.state.fn != TrainerFn.FITTING:
             _end_at_sigterm()
 
@@ -97,7 +97,7 @@ class LastCheckpoint(ModelCheckpoint):
         if not self._in_epoch or trainer.validating:
             self._end(number)
         self._received = number
-        log.warning("received %s: the run ends after this step; once more ends it at once", signal.Signals(number).name)
+        log.warning("received %s: the run ends after this step; a second signal ends it immediately", signal.Signals(number).name)
 
     def _end(self, number: int) -> NoReturn:
         self._received = None
@@ -121,7 +121,7 @@ class LastCheckpoint(ModelCheckpoint):
             self._last_checkpoint_saved = filepath
             return
         if trainer.is_global_zero and path.is_symlink():
-            path.unlink()  # written through, it would overwrite the other checkpoint
+            path.unlink()  # otherwise the target of the link, another checkpoint, would be overwritten
         trainer.strategy.barrier("last")
         super()._save_checkpoint(trainer, filepath)
 
@@ -132,11 +132,11 @@ def _end_at_sigterm() -> None:
 
 
 def _link(target: Path, path: Path) -> None:
-    """Replace ``path`` by a relative link to ``target`` in one step."""
+    """Replace ``path`` atomically by a relative link to ``target``."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.link")
-    for left in path.parent.glob(f".{path.name}.*.link"):  # by a process that was killed
-        left.unlink(missing_ok=True)
+    for old in path.parent.glob(f".{path.name}.*.link"):  # from killed processes
+        old.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, path.parent))
     temporary.replace(path)

@@ -1,6 +1,6 @@
-"""Progress of runs: bars on a terminal, and lines in log files of schedulers, pipes and notebooks that are converted to text.
+"""Progress output: a bar on terminals, and lines in log files and pipes.
 
-Both read the training loss from the device when they print it, not after every batch.
+Both read the training loss from the device only when they print it, not after every batch.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class LossProgressBar(TQDMProgressBar):
 
 
 class LineProgress(ProgressBar):
-    """Prints one line for each tenth of a fit, a test or a prediction.
+    """Print one line for each tenth of a fit, a test or a prediction, instead of a progress bar.
 
-    A fit whose length is unknown (no ``max_epochs`` and no ``max_steps``) gets a line for each epoch. Lines contain the training loss and the figures
-    that are logged with ``prog_bar=True``.
+    If the length of a fit is unknown (no ``max_epochs`` and no ``max_steps``), one line is printed for each epoch. The lines contain the training loss
+    and the metrics that are logged with ``prog_bar=True``.
 
     Args:
-        parts: Lines of a fit, a test or a prediction.
+        parts: Number of lines for a fit, a test or a prediction.
 
     Raises:
         ValueError: If ``parts`` is below 1.
@@ -74,12 +74,12 @@ class LineProgress(ProgressBar):
         self._begin()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Print a line where a part of the fit ends within an epoch."""
-        if not trainer.is_last_batch:  # else after the epoch's validation
+        """Print a line if a part of the fit ends at this batch."""
+        if not trainer.is_last_batch:  # the last batch is shown after the validation of the epoch
             self._show_fit(trainer, pl_module, batch_idx + 1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print a line where a part of the fit ends with an epoch."""
+        """Print a line if a part of the fit ends with this epoch."""
         self._show_fit(trainer, pl_module, trainer.num_training_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,7 +89,7 @@ class LineProgress(ProgressBar):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Print a line where a part of the test ends."""
+        """Print a line if a part of the test ends at this batch."""
         self._show("test", trainer, (batch_idx + 1) / trainer.num_test_batches[dataloader_idx])
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,7 +99,7 @@ class LineProgress(ProgressBar):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Print a line where a part of the prediction ends."""
+        """Print a line if a part of the prediction ends at this batch."""
         self._show("predict", trainer, (batch_idx + 1) / trainer.num_predict_batches[dataloader_idx])
 
     def _begin(self) -> None:
@@ -129,7 +129,7 @@ class LineProgress(ProgressBar):
     def _show(self, name: str, trainer: Trainer, share: float, text: Callable[[], str] = str) -> None:
         """Print a line if a new part has been reached; ``text`` is called only then, because it reads figures from the device."""
         part = int(share * self.parts + 1e-9)
-        if part < self._printed:  # another dataloader, or a fit that was made longer
+        if part < self._printed:  # the next dataloader has started, or the fit was extended
             self._printed = part
         if part > self._printed:
             self._printed = part

@@ -1,4 +1,4 @@
-"""Predictions on disk, readable by people and by programs."""
+"""Writing of predictions to CSV, JSON lines and Parquet files."""
 
 from __future__ import annotations
 
@@ -20,34 +20,44 @@ from malleable.datamodules.batch import Batch, Catalog, Recommendations
 from malleable.datamodules.files.atomic import atomic_write, recover, temporary_folder
 from malleable.datamodules.files.escape import for_csv
 
-Described = Iterator[tuple[Sequence[Any], Sequence[Sequence[Any]]]]
+Descriptions = Iterator[tuple[Sequence[Any], Sequence[Sequence[Any]]]]
 Format = Literal["csv", "jsonl", "parquet"]
 CHUNK = 4096
-"""Rows of a row group in Parquet."""
+"""Number of rows of a row group in Parquet."""
 
 
 @runtime_checkable
 class DescribesPredictions(Protocol):
-    """A module that names what it was asked, and what it answers.
+    """Protocol for modules that convert their predictions to named fields.
+
+    A query is the input of a row, e.g. head and relation. An answer is one prediction for it, e.g. an entity with its score.
 
     Attributes:
-        query_fields: Names of the parts of a query.
-        answer_fields: Names of the parts of an answer.
+        query_fields: Names of the fields of a query.
+        answer_fields: Names of the fields of an answer.
     """
 
     query_fields: Sequence[str]
     answer_fields: Sequence[str]
 
-    def describe(self, batch: Any, found: Any) -> Described:
-        """Return for each row of a batch the parts of its query, and those of each answer in ``found``, best first."""
+    def describe(self, batch: Any, found: Any) -> Descriptions:
+        """Convert the predictions of a batch.
+
+        Args:
+            batch: The batch.
+            found: Output of ``predict_step`` for the batch.
+
+        Returns:
+            For each row, the values of the query fields, and the values of the answer fields for each answer, best first.
+        """
 
 
-class DescribesItems:
-    """The same of :class:`~malleable.datamodules.batch.Recommendations` from a catalogue.
+class ItemDescriber:
+    """Convert :class:`~malleable.datamodules.batch.Recommendations` to named fields.
 
     Args:
-        catalog: The items. They are written by the source's ids, or by their titles where the source has none.
-        users: User of each row by ``sample_id``; ``None`` writes none.
+        catalog: Catalogue of the items. Its ids are written, or its titles if it has no ids.
+        users: User of each row by ``sample_id``; ``None`` omits users.
     """
 
     answer_fields: Sequence[str] = ("item_id", "title", "score")
@@ -58,44 +68,46 @@ class DescribesItems:
         self.users = users
         self.query_fields: Sequence[str] = () if users is None else ("user_id",)
 
-    def describe(self, batch: Batch, found: Recommendations) -> Described:
-        """Return the user where it is known, and the items of each row."""
+    def describe(self, batch: Batch, found: Recommendations) -> Descriptions:
+        """Return for each row its user, if known, and its items."""
         for sample_id, items, scores in zip(batch.sample_id.tolist(), *(part.tolist() for part in found), strict=True):
             query = () if self.users is None else (self.users.get(sample_id, ""),)
             yield query, [(self.keys[item], self.titles[item], score) for item, score in zip(items, scores, strict=True) if item >= 0]
 
 
-class NamedColumns:
-    """Describes predictions that are columns by name: ``{"label": [...], "score": tensor}``, each with a value for each row."""
+class ColumnDescriber:
+    """Convert predictions that are named columns, e.g. ``{"label": [...], "score": tensor}``, with one value for each row."""
 
     query_fields: Sequence[str] = ()
 
     def __init__(self, names: Sequence[str]) -> None:
         self.answer_fields = names
 
-    def describe(self, batch: Batch, found: Mapping[str, Any]) -> Described:
+    def describe(self, batch: Batch, found: Mapping[str, Any]) -> Descriptions:
         """Return one answer for each row."""
         columns = [value.tolist() if hasattr(value, "tolist") else list(value) for value in found.values()]
         return (((), [values]) for values in zip(*columns, strict=True))
 
 
 class PredictionWriter(Callback):
-    """Write what ``predict`` finds, in the order of the rows' ids and whatever the number of devices.
+    """Write predictions to files, sorted by ``sample_id``. The result does not depend on the number of devices.
 
-    ``predictions.csv`` and ``predictions.parquet`` have a line for each answer, ``predictions.jsonl`` one for each row, with its answers as
-    ``items``. Of recommendations they hold ``sample_id, user_id, rank, item_id, title, score``: ``sample_id`` is the number of the row in the file
-    of histories, from 0, ``user_id`` is there where that file has users, and ``item_id`` is the source's own id (the title where the source has
-    none; the first id where items of one title were merged). A module that :class:`DescribesPredictions` names its own fields (a knowledge graph's:
-    ``sample_id, head, relation, tail, rank, answer, score, uncertainty``). ``predict_step`` may also return columns by name.
+    ``predictions.csv`` and ``predictions.parquet`` have one line for each answer. ``predictions.jsonl`` has one line for each row, with the answers
+    in the field ``items``.
 
-    Each device appends its rows to a file of its own in a temporary folder beside the predictions, which all devices must reach. The files are merged
-    at the end. Memory does not grow with the number of rows. What a killed process has left there is removed by the next prediction.
+    The fields of recommendations are ``sample_id, user_id, rank, item_id, title, score``. ``sample_id`` is the number of the row in the file of
+    histories, from 0. ``user_id`` exists only if this file has users. ``item_id`` is the id of the source: the first id if items with the same title
+    were merged, or the title if the source has no ids. Modules that implement :class:`DescribesPredictions` define their own fields, e.g. for
+    knowledge graphs ``sample_id, head, relation, tail, rank, answer, score, uncertainty``. ``predict_step`` can also return named columns.
 
-    In CSV, a text that a spreadsheet would take for a formula stands behind an apostrophe.
+    During prediction, each device writes its rows to a file in a temporary folder, which must be on a file system that all devices share. The files are
+    merged at the end. Memory use does not depend on the number of rows. The next prediction removes temporary folders of killed processes.
+
+    In CSV, titles that a spreadsheet would interpret as formulas start with an apostrophe.
 
     Args:
         dirpath: Folder of the files; default: the run folder.
-        formats: Kinds of files: ``csv``, ``jsonl``, ``parquet``.
+        formats: File formats: ``csv``, ``jsonl``, ``parquet``.
 
     Raises:
         ValueError: If a format is unknown.
@@ -105,7 +117,7 @@ class PredictionWriter(Callback):
         if unknown := sorted(set(formats) - {"csv", "jsonl", "parquet"}):
             raise ValueError(f"formats must be among csv, jsonl and parquet, got {unknown}")
         if not formats:
-            raise ValueError("formats is empty; name csv, jsonl or parquet, or leave PredictionWriter out")
+            raise ValueError("formats is empty; give csv, jsonl or parquet, or remove PredictionWriter")
         self.dirpath = dirpath
         self.formats = tuple(formats)
         self.folder: Path | None = None
@@ -117,11 +129,11 @@ class PredictionWriter(Callback):
         self._ascending = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder; all ranks agree on it."""
+        """Set the output folder, which is the same on all ranks."""
         self.folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Discard earlier predictions, create the folder of the devices' files, and find the description of the new predictions."""
+        """Reset the state, create the temporary folder, and choose the conversion of predictions to named fields."""
         self._discard()
         assert self.folder is not None
         if trainer.is_global_zero:
@@ -134,11 +146,11 @@ class PredictionWriter(Callback):
         if isinstance(pl_module, DescribesPredictions) and not (catalog is not None and hasattr(pl_module, "recommend")):
             self._description = pl_module
         else:
-            self._description = None if catalog is None else DescribesItems(catalog, getattr(data, "predicted_users", None))
+            self._description = None if catalog is None else ItemDescriber(catalog, getattr(data, "predicted_users", None))
 
     @staticmethod
     def _catalog(own: Catalog | None, other: Catalog | None) -> Catalog | None:
-        """The module's catalogue; the data's where it is the same and only that one has ids."""
+        """Return the catalogue of the module, or that of the data module if it has the same titles and only it has ids."""
         if own is None or (not own.keys and other is not None and other.titles == own.titles):
             return other
         return own
@@ -146,18 +158,18 @@ class PredictionWriter(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Write the batch's rows, repeated ones left out."""
+        """Write the rows of the batch, without repeated rows."""
         if isinstance(batch, Batch) and isinstance(outputs, Mapping):
-            self._description = NamedColumns(list(outputs))
+            self._description = ColumnDescriber(list(outputs))
         elif not isinstance(batch, Batch) or not (isinstance(outputs, Recommendations) or isinstance(pl_module, DescribesPredictions)):
             raise MisconfigurationException(
-                f"PredictionWriter writes Recommendations, or columns by name, for a Batch, but {type(pl_module).__name__}.predict_step gave "
-                f"{type(outputs).__name__} for {type(batch).__name__}; leave PredictionWriter out"
+                f"PredictionWriter expects Recommendations or named columns for a Batch, but {type(pl_module).__name__}.predict_step returned "
+                f"{type(outputs).__name__} for {type(batch).__name__}; remove PredictionWriter"
             )
         if self._description is None:
             raise MisconfigurationException(
-                f"PredictionWriter writes items by their ids, but neither {type(pl_module).__name__} nor the data module has a catalogue; "
-                "set the attribute `catalog` of one of them, or leave PredictionWriter out"
+                f"PredictionWriter needs a catalogue, but neither {type(pl_module).__name__} nor the data module has one; "
+                "set the attribute `catalog` of one of them, or remove PredictionWriter"
             )
         if self._part is None:
             self._part = self._open(trainer.global_rank)
@@ -182,7 +194,7 @@ class PredictionWriter(Callback):
         trainer.strategy.barrier("predictions")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the files of the devices."""
+        """Remove the temporary files of the devices."""
         self._discard()
 
     def _fields(self) -> tuple[list[str], list[str]]:
@@ -213,8 +225,8 @@ class PredictionWriter(Callback):
         paths = [self._part_path(rank) for rank in range(ranks)]
         if missing := [path for path in paths if not path.is_file()]:
             raise MisconfigurationException(
-                f"{missing[0]} does not exist here: the devices of a prediction write into one folder, which must lie on a file system that all "
-                "machines share; set dirpath of PredictionWriter"
+                f"{missing[0]} does not exist on this machine: all devices must write to one folder on a shared file system; set `dirpath` of "
+                "PredictionWriter to such a folder"
             )
         with ExitStack() as stack:
             parts = [stack.enter_context(path.open(encoding="utf-8")) for path in paths]
@@ -224,12 +236,12 @@ class PredictionWriter(Callback):
         rank_zero_info(f"predictions for {number} rows: {first}")
 
     def write(self, lines: Iterable[str], query_fields: Sequence[str], answer_fields: Sequence[str]) -> int:
-        """Write the files of all formats, each whole or not at all.
+        """Write the files of all formats, each of them atomically.
 
         Args:
             lines: Rows in JSON in their final order: ``[sample_id, query, answers]``.
-            query_fields: Names of the parts of a query.
-            answer_fields: Names of the parts of an answer.
+            query_fields: Names of the fields of a query.
+            answer_fields: Names of the fields of an answer.
 
         Returns:
             The number of rows.
@@ -248,7 +260,7 @@ class PredictionWriter(Callback):
 
 
 class _File:
-    """A file of predictions that is written row by row."""
+    """Base class of prediction files that are written row by row."""
 
     def __init__(self, path: Path, query_fields: Sequence[str], answer_fields: Sequence[str]) -> None:
         self.path = path
@@ -259,7 +271,7 @@ class _File:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the file."""
+        """Close the file."""
 
     def lines(self, sample_id: int, query: list[Any], answers: list[list[Any]]) -> Iterator[dict[str, Any]]:
         """Yield a line for each answer."""
@@ -283,7 +295,7 @@ class _CsvFile(_File):
         self.file.close()
 
     def add(self, sample_id: int, query: list[Any], answers: list[list[Any]]) -> None:
-        # Ids stay as they are, because they are joined with tables of the user.
+        # Ids are not escaped, because users join them with other tables.
         for line in self.lines(sample_id, query, answers):
             self.writer.writerow([for_csv(value) if name == "title" else value for name, value in line.items()])
 
@@ -328,7 +340,7 @@ class _ParquetFile(_File):
         self.chunk = []
 
     def _type(self, name: str) -> pa.DataType:
-        """Return the type of a column by its first value; a column without any holds text."""
+        """Return the type of a column, from its first value; string if it has no values."""
         value = next((line[name] for line in self.chunk if line[name] is not None), None)
         if name in ("sample_id", "rank"):
             return pa.int64()

@@ -1,4 +1,4 @@
-"""Resuming where Lightning itself does not resume well."""
+"""Corrections of how Lightning resumes a run."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from lightning.pytorch import Trainer
 
 
 def finish_epoch(trainer: Trainer) -> None:
-    """Finish an epoch whose last batch was trained when the checkpoint was saved; to be called in ``on_train_start``.
+    """Finish an epoch if the checkpoint was saved after its last batch and before its end. Call this function in ``on_train_start``.
 
-    From a checkpoint taken there, Lightning leaves out the validation and the hooks of the epoch's end, and goes on as if in the middle of the
-    next epoch: its start is left out, and, unless it has as many batches as the epoch before, those count as its own. Here the epoch is
-    validated, if that is due, and ended; the next one then begins at its first batch. A second call does nothing.
+    When Lightning resumes from such a checkpoint, it omits the validation and the hooks at the end of the epoch, and continues as if it were in the
+    middle of the next epoch: the hooks at its start are omitted, and, if it has another number of batches, the batches of the previous epoch are
+    counted as its own. This function runs the validation, if it is due, and ends the epoch. The next epoch then starts at its first batch. A second
+    call has no effect.
     """
     loop = trainer.fit_loop
     epoch_loop, batches = loop.epoch_loop, loop.epoch_loop.batch_progress
     if not (loop.restarted_mid_epoch and epoch_loop.restarted_on_train_batch_end and batches.is_last_batch):
         return
-    progress: Any = loop.epoch_progress  # whose counts are declared as those of a simpler kind
+    progress: Any = loop.epoch_progress  # Any, because the declared type of its counts lacks attributes
     for counts in (progress.current, progress.total):
-        # Lightning has counted the epoch as finished.
+        # Lightning has already counted the epoch as finished.
         counts.processed -= 1
         counts.completed -= 1
     batches.increment_completed()
     epoch_loop._batches_that_stepped += 1
-    # Not by the setter of the outer loop, which leaves all loops restarting where `max_steps` is given: the validation would go on behind the
-    # batches of an earlier one.
+    # The setter of the outer loop is not used: with `max_steps`, all loops would stay in the state `restarting`, and the validation would skip the
+    # batches of an earlier validation.
     loop._restarting = False
     epoch_loop.restarting = False
     val_batches = trainer.val_check_batch
@@ -39,14 +40,13 @@ def finish_epoch(trainer: Trainer) -> None:
     loop.on_iteration_done()
 
 
-def reopen(trainer: Trainer, checkpoint: Mapping[str, Any]) -> int | None:
-    """Let a run enter its loop whose `max_steps` were reached when the checkpoint was saved after the last batch of an epoch.
+def extend_max_steps(trainer: Trainer, checkpoint: Mapping[str, Any]) -> int | None:
+    """Increase ``max_steps`` if it was reached when the checkpoint was saved after the last batch of an epoch. Call this in ``on_load_checkpoint``.
 
-    Lightning would leave it out, and so the validation and the end of that epoch. To be called in ``on_load_checkpoint``; the limit is raised by a
-    step until :func:`finish_epoch` has ended the epoch.
+    Otherwise, Lightning would not enter its loop, and would omit the validation and the end of the epoch.
 
     Returns:
-        The limit to set again after :func:`finish_epoch`, ``None`` where it was not changed.
+        The original limit, to be restored after :func:`finish_epoch`; ``None`` if it was not changed.
     """
     states = checkpoint.get("loops", {}).get("fit_loop", {})
     epochs, batches = (states.get(name, {}) for name in ("epoch_progress", "epoch_loop.batch_progress"))

@@ -1,4 +1,4 @@
-"""Files that belong to a run, named relative to its folder: the run may be renamed, moved, or resumed from another working directory."""
+"""Paths of files in run folders. They are relative to the run folder, because a run can be moved, or resumed from another working directory."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from lightning.pytorch import Trainer
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Return the folder of the run, the same on all ranks; every rank must call it."""
+    """Return the run folder, which is the same on all ranks. All ranks must call this function."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def stored_copies(trainer: Trainer, folder: Path, name: str) -> list[Path]:
-    """Return the existing files of a name, the likeliest one first; where there is none, the place where it should be.
+def find_copies(trainer: Trainer, folder: Path, name: str) -> list[Path]:
+    """Return the existing copies of a file in the folders of the interrupted run and of this run, in this order.
+
+    If there is no copy, the path in the folder of this run is returned.
 
     Args:
-        trainer: The checkpoint that it resumes from lies in the folder of the interrupted run, or in a folder of that.
-        folder: Where this run writes such files.
-        name: Path of the file, relative to the folder in which it was written.
+        trainer: Trainer. The folder of the interrupted run is derived from its ``ckpt_path``.
+        folder: Folder of this run.
+        name: Path of the file, relative to the run folder.
     """
-    places = [folder / name]
+    candidates = [folder / name]
     if trainer.ckpt_path and "://" not in str(trainer.ckpt_path):
-        places = [*(parent / name for parent in Path(trainer.ckpt_path).absolute().parents[:2]), *places]
-    return [place for place in places if place.is_file()] or places[-1:]
+        candidates = [*(parent / name for parent in Path(trainer.ckpt_path).absolute().parents[:2]), *candidates]
+    return [path for path in candidates if path.is_file()] or candidates[-1:]

@@ -1,4 +1,4 @@
-"""Counting baselines on the test rows of a recommender, for its report."""
+"""Evaluation of counting baselines on the test rows of a recommender, for the report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Baselines(Callback):
     ``baseline_popularity_hr_10`` and so on. They are neither trained by gradients nor part of checkpoints.
 
     Args:
-        baselines: Baselines with their settings; they take the catalogue from the data module. In a configuration each is a class name, or
+        baselines: Baselines with their settings. Their catalogue is that of the data module. In a configuration, each element is a class name, or
             ``class_path`` and ``init_args``. Default: :class:`Popularity`, :class:`ItemKNN` and :class:`Markov`.
 
     Raises:
@@ -39,7 +39,7 @@ class Baselines(Callback):
         given = (Popularity(), ItemKNN(), Markov()) if baselines is None else tuple(baselines)
         wrong = [baseline for baseline in given if not isinstance(baseline, Baseline)]
         if wrong:
-            raise TypeError(f"baselines must be modules derived from Baseline, such as [Popularity(), ItemKNN(last=5)], got {wrong[0]!r:.80}")
+            raise TypeError(f"baselines must be instances of Baseline, such as [Popularity(), ItemKNN(last=5)], got {wrong[0]!r:.80}")
         self.baselines = dict(zip(_numbered([_snake_case(type(baseline).__name__) for baseline in given], "_{}"), given, strict=True))
         self._titles = _numbered([type(baseline).__name__ for baseline in given], " ({})")
         self.values: dict[str, dict[str, float]] = {}
@@ -57,7 +57,7 @@ class Baselines(Callback):
         if not hasattr(source, "catalog"):
             raise MisconfigurationException(
                 f"Baselines counts the training rows of a data module with a `catalog`, got {type(source).__name__}; "
-                "pass `datamodule=...` or leave Baselines out"
+                "pass `datamodule=...` or remove Baselines"
             )
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,7 +65,7 @@ class Baselines(Callback):
         source = trainer.datamodule  # type: ignore[attr-defined]
         rows = training_rows(source)
         if rows is not self._rows:
-            # Copies: tables have the size of this catalogue, and a given module may be the tested one.
+            # Copy the modules: their tables have the size of this catalogue, and one of them may be the tested module.
             self._modules = {name: copy.deepcopy(baseline).eval() for name, baseline in self.baselines.items()}
             for module in self._modules.values():
                 module.catalog = source.catalog
@@ -78,13 +78,13 @@ class Baselines(Callback):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Recommend for the same rows.
+        """Evaluate the baselines on the batch.
 
         Raises:
             MisconfigurationException: If a batch is not an :class:`~malleable.datamodules.batch.AnswerBatch`.
         """
         if not isinstance(batch, AnswerBatch):
-            raise MisconfigurationException(f"Baselines needs test rows with a history and a target, got {type(batch).__name__}; leave Baselines out")
+            raise MisconfigurationException(f"Baselines needs test rows with a history and a target, got {type(batch).__name__}; remove Baselines")
         for name, module in self._modules.items():
             metrics = self._metrics[name]
             update_metrics(metrics, module.recommend(batch, _width(metrics)), batch)
@@ -103,13 +103,13 @@ class Baselines(Callback):
 
 
 def _snake_case(name: str) -> str:
-    """Return a class name in snake case: ``item_knn`` of ``ItemKNN``."""
+    """Convert a class name to snake case, e.g. ``ItemKNN`` to ``item_knn``."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def _numbered(names: Sequence[str], suffix: str) -> list[str]:
     """Append a number to the second and later occurrences of a name."""
-    counts = [names[: place + 1].count(name) for place, name in enumerate(names)]
+    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
     return [name if count == 1 else name + suffix.format(count) for name, count in zip(names, counts, strict=True)]
 
 

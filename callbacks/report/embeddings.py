@@ -1,4 +1,4 @@
-"""What the embeddings of a knowledge graph hold: written to files, and shown in the report."""
+"""Export and analysis of the embeddings of a knowledge graph."""
 
 from __future__ import annotations
 
@@ -19,41 +19,49 @@ from malleable.datamodules.batch import KnowledgeGraph
 from malleable.datamodules.files.escape import for_markdown
 from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics
 
-MEDIAN = "The median (smallest to largest) of the entities' mean deviation is"
-CLEAR = 1.0  # the difference of a pattern worth showing
+MEDIAN = "The median (minimum to maximum) of the mean standard deviation of entities is"
+CLEAR = 1.0  # patterns with a smaller difference are shown
 PATTERNS = {"symmetric": "{}", "inverse": "{} ↔ {}", "composed": "{}, then {} ≈ {}"}
 
 
 @runtime_checkable
-class EmbedsGraph(Protocol):
-    """A module with embeddings of a graph."""
+class GraphEmbedding(Protocol):
+    """Protocol for modules with embeddings of a knowledge graph."""
 
     graph: KnowledgeGraph | None
 
     def uncertainty(self) -> Tensor:
-        """Return the deviation of each entity, ``(E,)``; a ``ValueError`` says why there is none."""
+        """Return the mean standard deviation of each entity, ``(E,)``.
+
+        Raises:
+            ValueError: If the model has no uncertainty. The message contains the reason.
+        """
 
     def relation_patterns(self, k: int, among: Sequence[int] | None) -> Sequence[tuple[str, tuple[str, ...], float]]:
-        """Return kind, relations and difference of the k clearest patterns of each kind; a ``NotImplementedError`` says why there are none."""
+        """Return kind, relations and difference of the k patterns with the smallest difference, for each kind.
+
+        Raises:
+            NotImplementedError: If patterns are not defined for the model. The message contains the reason.
+        """
 
     def metrics(self, split: Any) -> dict[str, Metric]:
         """Return the metrics of a split."""
 
     def export(self, folder: str | Path) -> Path:
-        """Write the embeddings with their labels, on rank zero."""
+        """Write the embeddings and their labels. Called on rank zero only."""
 
 
 class EmbeddingReport(Callback):
-    """Export the embeddings of a graph after training, and show in the report what they say.
+    """Export the embeddings of a knowledge graph after training, and add their analysis to the report.
 
-    The report has uncertainty against degree, the clearest patterns of relations, and after a test the figures of the relations predicted best
-    and worst. It works with every module that :class:`EmbedsGraph`, and is silent with others. Where the test after training is of another
-    checkpoint than the last one, its embeddings take the place of the exported ones.
+    The report shows the uncertainty of entities against their degree, and the clearest patterns of relations. After a test, it also shows the metrics
+    of the relations with the best and the worst predictions. Modules that do not implement :class:`GraphEmbedding` are ignored. If a checkpoint is
+    tested after training, its embeddings replace the exported ones.
 
     Args:
         dirpath: Folder of the exported embeddings; default: ``embeddings`` in the run folder.
-        k: Rows of a table, of each kind.
-        max_relations: Look for patterns among so many relations, the most frequent ones: time grows with the cube of their number.
+        k: Maximum number of patterns of each kind, and of best and of worst relations.
+        max_relations: Number of relations, the most frequent ones, among which patterns are searched. The time is cubic in this number.
 
     Raises:
         ValueError: If a number is out of range.
@@ -71,26 +79,26 @@ class EmbeddingReport(Callback):
         self._sections: list[Section] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder; all ranks agree on it."""
+        """Set the output folder, which is the same on all ranks."""
         self.folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "embeddings")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export, and note what there is to say."""
+        """Export and analyse the embeddings."""
         self._trained = True
-        self._look(trainer, pl_module, tested=False)
+        self._analyse(trainer, pl_module, tested=False)
         if self.report_sections():
             rank_zero_info(f"embeddings: {self.folder}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what there is to say of the tested weights, and export them if they were trained here."""
-        self._look(trainer, pl_module, tested=True)
+        """Analyse the tested embeddings, and export them if they come from this fit."""
+        self._analyse(trainer, pl_module, tested=True)
 
     def report_sections(self) -> list[Section]:
         """Return the sections of the last fit or test."""
         return self._sections
 
-    def _look(self, trainer: Trainer, module: LightningModule, tested: bool) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run or not isinstance(module, EmbedsGraph) or module.graph is None:  # type: ignore[attr-defined]
+    def _analyse(self, trainer: Trainer, module: LightningModule, tested: bool) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run or not isinstance(module, GraphEmbedding) or module.graph is None:  # type: ignore[attr-defined]
             return
         assert self.folder is not None
         if self._trained and (not tested or trainer.ckpt_path):
@@ -100,34 +108,37 @@ class EmbeddingReport(Callback):
         self._sections += [relations_section(metric, module.graph, self.k) for metric in metrics]
 
 
-def uncertainty_section(module: EmbedsGraph, graph: KnowledgeGraph) -> Section:
-    """Show the uncertainty of entities against the number of their training triples."""
+def uncertainty_section(module: GraphEmbedding, graph: KnowledgeGraph) -> Section:
+    """Return a section with the uncertainty of entities against the number of their training triples."""
     title = "Uncertainty of entities"
     try:
         uncertainty = module.uncertainty().cpu()
     except ValueError as error:
         return Section(title, f"{error}.")
     if not graph.degree:
-        return Section(title, f"{MEDIAN} {_spread(uncertainty)}. The graph does not tell in how many training triples an entity occurs.")
+        return Section(title, f"{MEDIAN} {_median_and_range(uncertainty)}. The numbers of training triples of the entities are unknown.")
     degree = torch.tensor(graph.degree)
     seen = degree > 0
-    text = f"{MEDIAN} {_spread(uncertainty[seen])} over the {int(seen.sum()):,} entities of the training triples"
+    text = f"{MEDIAN} {_median_and_range(uncertainty[seen])} over the {int(seen.sum()):,} entities of the training triples"
     if not seen.all():
-        text += f"; {_spread(uncertainty[~seen])} over the {int((~seen).sum()):,} that only validation or test have, left out below"
+        text += f"; {_median_and_range(uncertainty[~seen])} over the {int((~seen).sum()):,} that occur only in validation or test (not in the figure)"
     correlation = float(spearman_corrcoef(uncertainty[seen].double(), degree[seen].double()))
     text += f". Its rank correlation (Spearman) with the number of an entity's training triples is {correlation:+.2f}."
     return Section(title, text, figure=lambda figure: draw_uncertainty(figure.subplots(), degree[seen], uncertainty[seen], correlation))
 
 
-def patterns_section(module: EmbedsGraph, graph: KnowledgeGraph, k: int, max_relations: int) -> Section:
-    """List the clearest patterns of relations."""
+def patterns_section(module: GraphEmbedding, graph: KnowledgeGraph, k: int, max_relations: int) -> Section:
+    """Return a section with the clearest patterns of relations."""
     title, count = "Patterns of relations", len(graph.relations)
     chosen = list(range(count))
-    text = f"Read off the maps that the relations make of entities: 0 is the exact pattern, 2 nothing in common; listed is what is below {CLEAR:g}."
+    text = (
+        "Patterns in the transformations of entities by relations. A difference of 0 is an exact pattern, a difference of 2 is no similarity. "
+        f"Differences below {CLEAR:g} are listed."
+    )
     if count > max_relations:
         frequency = torch.tensor(graph.frequency or [0] * count)
         chosen = frequency.argsort(descending=True, stable=True)[:max_relations].tolist()
-        text += f" Looked for among the {max_relations} most frequent of {count:,} relations."
+        text += f" Only the {max_relations} most frequent of {count:,} relations are searched."
     try:
         patterns = module.relation_patterns(k, chosen)
     except NotImplementedError as error:
@@ -136,13 +147,13 @@ def patterns_section(module: EmbedsGraph, graph: KnowledgeGraph, k: int, max_rel
     clear = [row for row in rows if row[2] < CLEAR]
     if not clear:
         lowest = sorted(rows, key=lambda row: row[2])[:1]
-        nearest = "".join(f", the nearest is: {for_markdown(name)} ({kind}, {value:.2f})" for name, kind, value in lowest)
-        return Section(title, f"{text} There is none{nearest}.")
+        nearest = "".join(f"; the clearest one is {for_markdown(name)} ({kind}, {value:.2f})" for name, kind, value in lowest)
+        return Section(title, f"{text} There is no such pattern{nearest}.")
     return Section(title, text, (("relations", "pattern", "difference"), clear))
 
 
 def relations_section(metric: LinkPredictionMetrics, graph: KnowledgeGraph, k: int) -> Section:
-    """List the relations predicted best and worst, with the figures of both directions."""
+    """Return a section with the relations of the best and the worst MRR, with the metrics of both directions."""
     figures, count = metric.relation_figures, len(graph.relations)
     hits = [f"hits_{k}" for k in sorted({metric.ks[0], metric.ks[-1]})]
     names = ("queries", "mrr", *hits)
@@ -153,11 +164,14 @@ def relations_section(metric: LinkPredictionMetrics, graph: KnowledgeGraph, k: i
     columns = [figures[name][direction * count : (direction + 1) * count].tolist() for direction in range(2) for name in names]
     rows: list[list[Any]] = [[graph.relations[relation], *(column[relation] for column in columns)] for relation in order]
     if len(rows) > 2 * k:
-        rows[k:-k] = [[f"… {len(rows) - 2 * k:,} between"] + [None] * len(columns)]
+        rows[k:-k] = [[f"… {len(rows) - 2 * k:,} more"] + [None] * len(columns)]
     header = ["relation", *(f"{name} ({direction})" for direction in ("tail", "head") for name in names)]
-    text = f"{len(order):,} of {count:,} relations are tested, sorted by the MRR of both directions: (h, r, ?) asks a tail, (?, r, t) a head."
+    text = (
+        f"{len(order):,} of {count:,} relations are tested. They are sorted by the MRR of both directions: prediction of tails (h, r, ?) and of "
+        "heads (?, r, t)."
+    )
     return Section("Figures of relations", text, (header, rows))
 
 
-def _spread(values: Tensor) -> str:
+def _median_and_range(values: Tensor) -> str:
     return f"{values.median():.3g} ({values.min():.3g} to {values.max():.3g})"

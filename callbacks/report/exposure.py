@@ -1,4 +1,4 @@
-"""What a recommender exposes: the titles it names most, beside what users chose."""
+"""Exposure of items in the recommendations of a test, for the report."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TOP = 12
 
 
 class ExposureReport(Callback):
-    """Count what the tested module recommends, and show it in the report.
+    """Count the recommendations of each item in a test, and add them to the report.
 
-    It works with every module whose ``test_step`` returns :class:`~malleable.datamodules.batch.Recommendations` for an
-    :class:`~malleable.datamodules.batch.AnswerBatch`, and is silent with others.
+    Modules are ignored unless their ``test_step`` returns :class:`~malleable.datamodules.batch.Recommendations` for an
+    :class:`~malleable.datamodules.batch.AnswerBatch`.
 
     Args:
-        k: Items of each list that count; default: all.
+        k: Number of items of each list that are counted; default: all.
     """
 
     def __init__(self, k: int | None = None) -> None:
@@ -36,14 +36,14 @@ class ExposureReport(Callback):
         self._metric: ExposureMetrics | None = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from nothing."""
+        """Reset the counts."""
         self.catalog = getattr(pl_module, "catalog", None) or getattr(getattr(trainer, "datamodule", None), "catalog", None)
         self._metric = self.recommended = None
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Count a batch."""
+        """Count the recommendations of a batch."""
         if self.catalog is None or not isinstance(outputs, Recommendations) or not isinstance(batch, AnswerBatch):
             return
         if self._metric is None:
@@ -52,7 +52,7 @@ class ExposureReport(Callback):
         self._metric.update(outputs.item_ids, history, batch.sample_id)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add up over all processes; one without a batch takes part, because the others would wait for it."""
+        """Sum the counts over all processes, including those without a batch."""
         width = max(gather_over_ranks(0 if self._metric is None else self._metric.ks[0]))
         if not width:
             return
@@ -65,7 +65,7 @@ class ExposureReport(Callback):
         return ExposureMetrics(len(self.catalog), ks=(k,)).to(device)
 
     def report_sections(self) -> list[Section]:
-        """Show the most recommended titles, and how the exposure is spread."""
+        """Return sections with the most recommended titles and the concentration of exposure."""
         if self.recommended is None or self.catalog is None:
             return []
         catalog, versions = self.catalog, {"recommended": self.recommended}
@@ -74,7 +74,7 @@ class ExposureReport(Callback):
         return [
             Section(
                 "Most recommended titles",
-                text=f"{int((self.recommended > 0).sum())} of {len(catalog)} titles are recommended at all.",
+                text=f"{int((self.recommended > 0).sum())} of {len(catalog)} titles are recommended at least once.",
                 table=_table(self.recommended, catalog),
                 figure=lambda figure: draw_exposure(figure.subplots(), versions, catalog.titles, TOP, catalog.keys),
                 figure_size=(9.0, 5.0),

@@ -1,4 +1,4 @@
-"""Drawings that reports share. Each draws on axes it is given and changes no global state.
+"""Plots for reports. Each function draws on given axes and changes no global state.
 
 Shapes: N items of the catalogue, E entities of a graph.
 """
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
+# Colours of Okabe and Ito, which colour-blind readers can distinguish.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-STYLE: Any = {  # matplotlib types the keys one by one
+STYLE: Any = {  # Any, because matplotlib accepts only its literal keys
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.labelsize": 10,
@@ -43,24 +43,24 @@ STYLE: Any = {  # matplotlib types the keys one by one
     "lines.linewidth": 1.8,
 }
 TITLE_LENGTH = 38
-MAX_DOTS = 20_000  # of a scatter plot
-BINS = 12  # of an abscissa
-LONG = 40  # points of a curve, from which on a running mean is drawn
-NOISY = 0.25  # points at which it turns, as a share
-MIN_WINDOW, WINDOWS = 5, 15  # points of a running mean at least, and their share of a curve
-SHORT_LABEL = 14  # characters of a legend's label, of which three stand side by side
-LEGEND_PAD, LEGEND_ROW = 24.0, 14.0  # points between axes and title for a legend of one row, and for each further row
+MAX_DOTS = 20_000  # maximum number of points in a scatter plot
+BINS = 12  # number of bins of the abscissa for medians
+LONG = 40  # minimum number of points of a noisy curve
+NOISY = 0.25  # minimum share of turning points of a noisy curve
+MIN_WINDOW, WINDOWS = 5, 15  # a running mean uses at least 5 points, or 1/15 of the points of the curve
+SHORT_LABEL = 14  # labels up to this length are arranged in three columns of a legend, longer ones in two
+LEGEND_PAD, LEGEND_ROW = 24.0, 14.0  # distance in points between axes and title for a legend of one row, and for each further row
 
 Counts = Tensor | Sequence[float]
 
 
 def save_figure(path: Path, draw: Callable[[Figure], None], size: tuple[float, float] = (8.0, 4.5)) -> None:
-    """Draw a figure of ``size`` inches and write it as PNG, whole or not at all."""
+    """Draw a figure of ``size`` inches and write it atomically as PNG."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE | {"font.family": list(installed_families())}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # combining marks, which fonts compose differently
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # combining characters, which fonts can draw in another way
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         with atomic_write(path) as temporary:
@@ -75,15 +75,15 @@ def draw_curves(
     y_label: str = "",
     smoothed: Collection[str] = (),
 ) -> None:
-    """Draw lines.
+    """Draw curves.
 
     Args:
-        axes: Where to draw.
+        axes: Axes to draw on.
         curves: Abscissas and ordinates by name.
-        title: Heading.
+        title: Title.
         x_label: Label of the abscissa.
         y_label: Label of the ordinate.
-        smoothed: Names of curves of which a running mean is drawn where they are noisy, with their own values faint behind it.
+        smoothed: Names of curves that are drawn as running means if they are noisy. The original values are drawn faintly behind them.
     """
     for index, (name, (x, y)) in enumerate(curves.items()):
         color = COLORS[index % len(COLORS)]
@@ -99,7 +99,7 @@ def draw_curves(
 
 
 def is_noisy(values: Sequence[float]) -> bool:
-    """Whether a curve is long and goes up and down from point to point, so that its course is hard to see.
+    """Return whether a curve has many points and a large share of turning points.
 
     Args:
         values: Ordinates in order; ``nan`` is a gap.
@@ -110,11 +110,11 @@ def is_noisy(values: Sequence[float]) -> bool:
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Return the mean of the values around each one; those at the ends of a curve, and beside gaps, have fewer neighbours.
+    """Compute the running mean. Windows are cut at the ends of the curve and at gaps.
 
     Args:
-        values: Values in order; ``nan`` is a gap, over which no mean reaches.
-        width: Number of values of a mean.
+        values: Values in order; ``nan`` is a gap.
+        width: Number of values in a window.
     """
     means: list[float] = []
     for is_gap, part in groupby(values, key=math.isnan):
@@ -123,14 +123,14 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
             means += own
             continue
         sums = [0.0, *accumulate(own)]
-        for place in range(len(own)):
-            low, high = max(0, place - width // 2), min(len(own), place + width // 2 + 1)
+        for index in range(len(own)):
+            low, high = max(0, index - width // 2), min(len(own), index + width // 2 + 1)
             means.append((sums[high] - sums[low]) / (high - low))
     return means
 
 
 def add_legend(axes: Axes) -> None:
-    """Put a legend between title and axes, where it covers nothing that is drawn."""
+    """Add a legend between title and axes, so that it does not cover the plot."""
     labels = axes.get_legend_handles_labels()[1]
     columns = min(len(labels), 3 if max(map(len, labels)) <= SHORT_LABEL else 2)
     rows = -(-len(labels) // columns)
@@ -139,28 +139,28 @@ def add_legend(axes: Axes) -> None:
 
 
 def split_curve(curve: tuple[Sequence[float], Sequence[float]], phases: Sequence[tuple[int, str]]) -> tuple[list[float], list[float]]:
-    """Put a gap into a curve wherever a phase of another name begins; its losses are other ones.
+    """Insert gaps into a curve between phases of different names, because their losses are different.
 
     Args:
-        curve: Abscissas, ascending, and ordinates.
-        phases: First step and name of each phase, ascending. A point at ``step`` is of the phase that began before it.
+        curve: Abscissas in ascending order, and ordinates.
+        phases: First step and name of each phase, in ascending order. A point at the first step of a phase belongs to the previous phase.
     """
     x, y = list(curve[0]), list(curve[1])
     borders = [step for (_, earlier), (step, name) in pairwise(phases) if name != earlier]
     for step in borders:
-        place = bisect_right(x, step)
-        if 0 < place < len(x):
-            x.insert(place, step)
-            y.insert(place, float("nan"))
+        index = bisect_right(x, step)
+        if 0 < index < len(x):
+            x.insert(index, step)
+            y.insert(index, float("nan"))
     return x, y
 
 
 def draw_phases(axes: Axes, phases: Sequence[tuple[int, str]], end: float) -> None:
-    """Shade the phases of all names but the first, and name each once; nothing where all have one name.
+    """Shade all phases whose name differs from that of the first phase, and add the names to the legend.
 
     Args:
-        axes: Has the curves.
-        phases: First step and name of each phase, ascending.
+        axes: Axes with the curves.
+        phases: First step and name of each phase, in ascending order.
         end: Last step.
     """
     names = list(dict.fromkeys(name for _, name in phases))
@@ -175,14 +175,14 @@ def draw_phases(axes: Axes, phases: Sequence[tuple[int, str]], end: float) -> No
 
 
 def draw_exposure(axes: Axes, versions: Mapping[str, Counts], titles: Sequence[str], top: int = 12, keys: Sequence[str] = ()) -> None:
-    """Draw how often the most recommended titles were recommended, as horizontal bars, one colour a version.
+    """Draw the shares of the most recommended titles as horizontal bars, with one colour for each version.
 
     Args:
-        axes: Where to draw.
-        versions: Recommendation counts of each item, ``(N,)``, by name of the version; shares of each version are drawn.
+        axes: Axes to draw on.
+        versions: Counts of each item, ``(N,)``, by name of the version.
         titles: Titles of the N items.
-        top: Number of titles: those with the largest share in any version, ordered by the first version.
-        keys: Id of each item, for titles that no installed font can draw.
+        top: Number of titles. The titles with the largest share in any version are drawn, ordered by the first version.
+        keys: Ids of the items, for titles that no installed font can draw.
     """
     shares = _shares(versions)
     stacked = torch.stack(list(shares.values()))
@@ -190,8 +190,8 @@ def draw_exposure(axes: Axes, versions: Mapping[str, Counts], titles: Sequence[s
     chosen = chosen[stacked[0, chosen].argsort(descending=True, stable=True)]
     height = 0.8 / len(shares)
     for index, (name, share) in enumerate(shares.items()):
-        places = [place + (index - (len(shares) - 1) / 2) * height for place in range(len(chosen))]
-        axes.barh(places, (100 * share[chosen]).tolist(), height, color=COLORS[index % len(COLORS)], label=name)
+        positions = [bar + (index - (len(shares) - 1) / 2) * height for bar in range(len(chosen))]
+        axes.barh(positions, (100 * share[chosen]).tolist(), height, color=COLORS[index % len(COLORS)], label=name)
     axes.set_yticks(range(len(chosen)), [short_title(titles[item], key=keys[item] if keys else "") for item in chosen.tolist()])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
@@ -202,66 +202,66 @@ def draw_exposure(axes: Axes, versions: Mapping[str, Counts], titles: Sequence[s
 
 
 def draw_exposure_curve(axes: Axes, versions: Mapping[str, Counts]) -> None:
-    """Draw what share of the recommendations the n most recommended items take, for every n.
+    """Draw the share of the n most frequent items in all recommendations, for all n.
 
     Args:
-        axes: Where to draw.
-        versions: Counts of each item, ``(N,)``, by name; training interactions or histories may stand beside recommendations.
+        axes: Axes to draw on.
+        versions: Counts of each item, ``(N,)``, by name, e.g. of recommendations and of training interactions.
     """
     for index, (name, share) in enumerate(_shares(versions).items()):
-        taken = 100 * share.sort(descending=True).values.cumsum(0)
-        axes.plot(range(1, len(taken) + 1), taken.tolist(), color=COLORS[index % len(COLORS)], label=name)
+        cumulative = 100 * share.sort(descending=True).values.cumsum(0)
+        axes.plot(range(1, len(cumulative) + 1), cumulative.tolist(), color=COLORS[index % len(COLORS)], label=name)
     _set_log_scale(axes)
     axes.set_ylim(0, 102)
-    axes.set(title="Concentration of exposure", xlabel="n most frequent items", ylabel="share they take (%)")
+    axes.set(title="Concentration of exposure", xlabel="n most frequent items", ylabel="cumulative share (%)")
     add_legend(axes)
 
 
 def draw_uncertainty(axes: Axes, degree: Tensor, uncertainty: Tensor, correlation: float) -> None:
-    """Draw the uncertainty of entities against their number of triples, and its median among entities of like numbers.
+    """Draw the uncertainty of entities against their numbers of triples, with medians of bins.
 
     Args:
-        axes: Where to draw.
-        degree: ``(E,)``, positive.
-        uncertainty: ``(E,)``.
-        correlation: Their rank correlation, for the title.
+        axes: Axes to draw on.
+        degree: Numbers of triples ``(E,)``, positive.
+        uncertainty: Uncertainty ``(E,)``.
+        correlation: Rank correlation of both, for the title.
     """
-    # Evenly spread over the degrees, so that the few frequent entities stay.
+    # Draw points at equal distances in the order of degrees, so that the few entities with many triples are included.
     order = degree.argsort(stable=True)
     drawn = order[torch.linspace(0, len(order) - 1, min(len(order), MAX_DOTS)).long()]
     size, alpha = (16, 0.5) if len(drawn) <= 1000 else (4, 0.15)
     axes.scatter(degree[drawn].tolist(), uncertainty[drawn].tolist(), size, COLORS[0], alpha=alpha, linewidths=0)
-    axes.scatter([], [], 16, COLORS[0], label="entity")  # in the legend the dots would be too faint to see
+    axes.scatter([], [], 16, COLORS[0], label="entity")  # an opaque point for the legend
     scale = degree.double().log()
     edges = torch.linspace(float(scale.min()), float(scale.max()), BINS + 1, dtype=torch.double)[1:-1]
     bins = [part for part in torch.split(order, torch.bucketize(scale, edges).bincount(minlength=BINS).tolist()) if len(part)]
     medians = [[float(values[part].float().median()) for part in bins] for values in (degree, uncertainty)]
-    axes.plot(*medians, color=COLORS[1], marker="o", markersize=4, label="median of like degrees")
+    axes.plot(*medians, color=COLORS[1], marker="o", markersize=4, label="median of a bin of degrees")
     _set_log_scale(axes)
     axes.set(title=f"Uncertainty of entities (Spearman {correlation:+.2f})", xlabel="training triples of the entity", ylabel="mean deviation")
     add_legend(axes)
 
 
 def _set_log_scale(axes: Axes) -> None:
-    """Scale the abscissa by its logarithm, with numbers written plainly: 3, not 3 × 10⁰."""
+    """Use a logarithmic abscissa with plain numbers: 3 instead of 3 × 10⁰."""
     from matplotlib.ticker import LogFormatter
 
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # shows some between two powers of ten, none over many
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # no minor labels on long axes
 
 
 def short_title(title: str, length: int = TITLE_LENGTH, key: str = "") -> str:
-    """Leave out the middle of a long title, replace what no font can draw, and keep dollar signs from being read as mathematics."""
+    """Shorten a long title in the middle, replace characters that cannot be drawn, and escape dollar signs, which would start a formula."""
     title = drawable(title, key)
-    end = 7  # a year in brackets
+    end = 7  # length of a year in brackets, which many titles end with
     cut = title if len(title) <= length else f"{title[: length - end - 1].rstrip()}…{title[-end:]}"
     return cut.replace("$", r"\$")
 
 
 def _shares(versions: Mapping[str, Counts]) -> dict[str, Tensor]:
     if not versions:
-        raise ValueError("there is no version to draw; give counts by name")
+        raise ValueError("versions is empty; give counts by name")
     counts = {name: torch.as_tensor(values).double() for name, values in versions.items()}
     if len({len(values) for values in counts.values()}) != 1:
         raise ValueError(f"all versions must count the same items, got { ({name: len(values) for name, values in counts.items()}) }")

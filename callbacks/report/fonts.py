@@ -1,4 +1,4 @@
-"""Labels of figures in every script: families that are installed, and substitutes for characters that none of them has."""
+"""Fonts for labels in all scripts, and replacement of characters that no installed font has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 log = logging.getLogger(__name__)
 
 DEFAULT = "DejaVu Sans"
-# What systems install for scripts and symbols that matplotlib's own font lacks; fonts of coloured bitmaps cannot be drawn.
+# Common system fonts for scripts and symbols that the default font of matplotlib lacks. matplotlib cannot draw colour bitmap fonts.
 FAMILIES = (
     *(f"Noto Sans CJK {region}" for region in ("SC", "JP", "KR", "TC")),
     *(f"Noto Sans {region}" for region in ("SC", "JP", "KR", "TC")),
@@ -19,12 +19,12 @@ FAMILIES = (
     *(f"Noto Sans {script}" for script in ("Arabic", "Hebrew", "Devanagari", "Bengali", "Tamil", "Thai", "Georgian", "Armenian", "Symbols")),
     *("Noto Emoji", "Symbola", "Segoe UI Emoji", "Segoe UI Symbol", "FreeSans", "Unifont"),
 )
-MAX_ESCAPED = 2  # characters of a label that are written as numbers before the label becomes an id
+MAX_ESCAPED = 2  # a label with more missing characters is replaced by the id
 
 
 @cache
 def installed_families() -> tuple[str, ...]:
-    """Return the families to look for characters in, matplotlib's own font first."""
+    """Return the installed font families, beginning with the default font of matplotlib."""
     from matplotlib.font_manager import fontManager
 
     names = {entry.name for entry in fontManager.ttflist}
@@ -32,18 +32,18 @@ def installed_families() -> tuple[str, ...]:
 
 
 def drawable(title: str, key: str = "") -> str:
-    r"""Return a label of characters that an installed font has.
+    r"""Convert a title to a label that can be drawn with the installed fonts.
 
-    One or two other characters are written as ``\u65e5``. With more of them, the item's id takes the place of the title.
+    One or two missing characters are replaced by escapes such as ``\u65e5``. If more characters are missing, the id of the item replaces the title.
 
     Args:
-        title: The label.
-        key: Id of the item; empty where it has none.
+        title: The title.
+        key: Id of the item; empty if it has none.
     """
     missing = [character for character in title if not _is_drawable(character)]
     if not missing:
         return title
-    _report()
+    _log_missing()
     return _escaped(f"id {key}" if len(missing) > MAX_ESCAPED and key else title)
 
 
@@ -63,8 +63,8 @@ def _characters() -> frozenset[int]:
     return frozenset().union(*(FT2Font(findfont(FontProperties(family=name))).get_charmap() for name in installed_families()))
 
 
-@cache  # once is enough
-def _report() -> None:
+@cache  # logs once
+def _log_missing() -> None:
     log.info(
-        "figures show ids or numbers for characters that no installed font has; install fonts that have them, such as Noto Sans CJK and Noto Emoji"
+        "no installed font has some characters of the titles, so figures show ids or escapes; install fonts such as Noto Sans CJK and Noto Emoji"
     )

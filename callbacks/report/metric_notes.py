@@ -1,4 +1,4 @@
-"""What the metrics of reports mean: one line each, and which direction is better."""
+"""Definitions of the metrics in reports, and whether higher or lower values are better."""
 
 from __future__ import annotations
 
@@ -7,68 +7,68 @@ from collections.abc import Iterable
 
 HIGHER, LOWER, NEITHER = "↑", "↓", ""
 
-# Definitions say @k where a key ends in a cut-off.
+# Keys have no cut-off. In definitions, k is the cut-off.
 NOTES: dict[str, tuple[str, str]] = {
     "hr": (HIGHER, "share of test rows whose true item is among the first k recommended"),
     "ndcg": (HIGHER, "mean of 1 / log2(rank + 1) of the true item, 0 beyond k"),
     "mrr": (HIGHER, "mean of 1 / rank of the true answer, 0 beyond k"),
     "recall": (HIGHER, "share of the relevant items that are among the first k"),
-    "recall_cap": (HIGHER, "the same, divided by the most that could be there"),
+    "recall_cap": (HIGHER, "recall divided by its maximum possible value"),
     "precision": (HIGHER, "share of the first k that are relevant"),
     "map": (HIGHER, "mean over rows of the precision at each relevant item among the first k"),
     "mr": (LOWER, "mean rank of the true answer"),
     "hits": (HIGHER, "share of queries whose true answer ranks among the first k"),
     "mrr_tail": (HIGHER, "MRR of the queries (head, relation, ?)"),
     "mrr_head": (HIGHER, "MRR of the queries (?, relation, tail)"),
-    "div_ratio": (HIGHER, "different items among all recommendations, divided by their number"),
-    "or_ratio": (LOWER, "share of all recommendations that the three most recommended items take"),
-    "coverage": (HIGHER, "share of the catalogue that is recommended at all"),
-    "gini": (LOWER, "Gini coefficient of how often items are recommended: 0 all alike, near 1 few items only"),
-    "entropy": (HIGHER, "entropy in nats of how often items are recommended"),
-    "valid_ratio": (HIGHER, "share of the k places that hold an item"),
+    "div_ratio": (HIGHER, "number of distinct recommended items divided by the number of recommendations"),
+    "or_ratio": (LOWER, "share of the three most recommended items in all recommendations"),
+    "coverage": (HIGHER, "share of the catalogue that is recommended at least once"),
+    "gini": (LOWER, "Gini coefficient of the numbers of recommendations of items: 0 if all are equal, near 1 if few items are recommended"),
+    "entropy": (HIGHER, "entropy of the distribution of recommendations over items, in nats"),
+    "valid_ratio": (HIGHER, "share of the k positions that have an item"),
     "mgu": (LOWER, "mean over genres of |share in recommendations - share in histories|"),
     "dgu": (LOWER, "largest minus smallest difference of a genre's share in recommendations and in histories"),
     "pop_mgu": (LOWER, "as MGU, for groups of items by popularity"),
     "pop_dgu": (LOWER, "as DGU, for groups of items by popularity"),
     "arp": (NEITHER, "mean number of training interactions of the recommended items"),
-    "arp_ratio": (NEITHER, "the same divided by that of the items in histories: 1 is as popular as what users chose"),
+    "arp_ratio": (NEITHER, "ARP divided by the mean number of training interactions of the items in histories"),
     "aplt": (HIGHER, "share of recommendations outside the most popular fifth of the items"),
-    "loss": (LOWER, "what training minimises, on test rows"),
+    "loss": (LOWER, "training loss, on test rows"),
     "perplexity": (LOWER, "exponential of the mean negative log-likelihood of a token"),
     "perplexity_ratio": (LOWER, "perplexity after the edit divided by that before"),
-    "efficacy": (HIGHER, "% of edited facts whose new answer is likelier than the old one"),
-    "generalization": (HIGHER, "the same of paraphrases, %"),
-    "specificity": (HIGHER, "% of neighbouring facts whose own answer is likelier than the new one"),
-    "efficacy_exact": (HIGHER, "% of edited facts whose new answer is the likeliest, token by token"),
-    "generalization_exact": (HIGHER, "the same of paraphrases, %"),
-    "specificity_exact": (HIGHER, "% of neighbouring facts whose own answer is the likeliest, token by token"),
-    "efficacy_accuracy": (HIGHER, "% of the new answers' tokens that are the likeliest"),
-    "generalization_accuracy": (HIGHER, "the same of paraphrases, %"),
-    "specificity_accuracy": (HIGHER, "% of the neighbours' answer tokens that are the likeliest"),
-    "efficacy_generated": (HIGHER, "% of edited facts for which the model writes the new answer"),
-    "generalization_generated": (HIGHER, "the same of paraphrases, %"),
-    "specificity_generated": (HIGHER, "% of neighbouring facts for which the model writes their own answer"),
+    "efficacy": (HIGHER, "% of edited facts whose new answer is more probable than the old one"),
+    "generalization": (HIGHER, "efficacy on paraphrases, %"),
+    "specificity": (HIGHER, "% of neighbouring facts whose true answer is more probable than the new one"),
+    "efficacy_exact": (HIGHER, "% of edited facts for which each token of the new answer is the most probable one"),
+    "generalization_exact": (HIGHER, "exact efficacy on paraphrases, %"),
+    "specificity_exact": (HIGHER, "% of neighbouring facts for which each token of the true answer is the most probable one"),
+    "efficacy_accuracy": (HIGHER, "% of the tokens of new answers that are the most probable ones"),
+    "generalization_accuracy": (HIGHER, "token accuracy of new answers on paraphrases, %"),
+    "specificity_accuracy": (HIGHER, "% of the tokens of the true answers of neighbouring facts that are the most probable ones"),
+    "efficacy_generated": (HIGHER, "% of edited facts for which the model generates the new answer"),
+    "generalization_generated": (HIGHER, "generated efficacy on paraphrases, %"),
+    "specificity_generated": (HIGHER, "% of neighbouring facts for which the model generates the true answer"),
     "score": (HIGHER, "harmonic mean of efficacy, generalization and specificity"),
-    "fluency": (HIGHER, "entropy of word pairs and triples in what the model writes; falls when it repeats itself"),
-    "consistency": (HIGHER, "similarity, %, of what the model writes of a subject and texts about its new answer"),
-    "drift": (LOWER, "mean squared change, on other text, of the outputs of the edited layers"),
+    "fluency": (HIGHER, "entropy of bigrams and trigrams of generated text; lower for repetitive text"),
+    "consistency": (HIGHER, "similarity, %, of text generated about a subject and texts about its new answer"),
+    "drift": (LOWER, "mean squared change of the outputs of the edited layers on unrelated text"),
 }
 
 
 def arrow(metric: str) -> str:
-    """Return ``↑`` where higher is better, ``↓`` where lower is, and nothing where neither is or the metric is unknown."""
+    """Return ``↑`` if higher values are better, ``↓`` if lower values are better, and an empty string if neither holds or the metric is unknown."""
     return NOTES.get(_name(metric), (NEITHER, ""))[0]
 
 
-def marked(metric: str) -> str:
-    """Return a metric's key with its arrow behind it."""
+def with_arrow(metric: str) -> str:
+    """Return the key of a metric, followed by its arrow."""
     return f"{metric} {arrow(metric)}".rstrip()
 
 
 def is_secondary(key: str, headline: Iterable[str]) -> bool:
-    """Return whether a logged key belongs to a known metric that is not a main one at any cut-off.
+    """Return whether a logged key is a known metric that is not among the main metrics at any cut-off.
 
-    Losses, perplexity and unknown keys are never secondary. Without main metrics, no key is.
+    Losses, perplexity and unknown keys are never secondary. If there are no main metrics, no key is secondary.
 
     Args:
         key: Logged key, such as ``val_gini_10``.
@@ -79,10 +79,10 @@ def is_secondary(key: str, headline: Iterable[str]) -> bool:
 
 
 def definitions(metrics: Iterable[str]) -> list[list[str]]:
-    """Return a row for each kind of metric: name with ``@k`` for a cut-off, direction, definition; unknown ones are left out."""
+    """Return one row for each known metric: name, with ``@k`` if it has a cut-off, direction and definition."""
     names = dict.fromkeys((f"{_name(metric)}{'@k' if _name(metric) != metric else ''}", _name(metric)) for metric in metrics)
-    words = {HIGHER: "higher is better", LOWER: "lower is better", NEITHER: ""}
-    return [[shown, words[NOTES[name][0]], NOTES[name][1]] for shown, name in names if name in NOTES]
+    directions = {HIGHER: "higher is better", LOWER: "lower is better", NEITHER: ""}
+    return [[shown, directions[NOTES[name][0]], NOTES[name][1]] for shown, name in names if name in NOTES]
 
 
 def _name(metric: str) -> str:

@@ -1,4 +1,4 @@
-"""What a report is made of, and how it becomes Markdown."""
+"""Sections of a report, protocols of the objects that contribute them, and conversion to Markdown."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Rows = Sequence[Sequence[Any]]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report that a callback contributes.
+    """Section of a report.
 
     Attributes:
         title: Heading.
         text: Markdown.
-        table: Header and rows; cells are shown as they are, Markdown in them is not interpreted.
-        figure: Draws on a figure, e.g. ``lambda figure: draw_curves(figure.subplots(), curves)``.
+        table: Header and rows. Markdown in cells is escaped.
+        figure: Function that draws on a figure, e.g. ``lambda figure: draw_curves(figure.subplots(), curves)``.
         figure_size: Width and height of the figure in inches.
     """
 
@@ -37,12 +37,12 @@ class Section:
 
 @dataclass(frozen=True)
 class Column:
-    """Figures of another model, to stand beside the tested one.
+    """Metrics of another model, for comparison with the tested model.
 
     Attributes:
         title: Heading in tables.
-        key: Prefix in ``metrics.json``: ``baseline_popularity`` gives ``baseline_popularity_hr_10``.
-        values: Values by metric, without the split's name.
+        key: Prefix in ``metrics.json``, e.g. ``baseline_popularity`` for ``baseline_popularity_hr_10``.
+        values: Metrics, by name without the prefix ``test_``.
     """
 
     title: str
@@ -52,47 +52,47 @@ class Column:
 
 @runtime_checkable
 class HasSections(Protocol):
-    """A callback with something to say in the report; asked on rank zero after fit and after test."""
+    """Protocol for callbacks that contribute sections to the report. The method is called on rank zero after fit and after test."""
 
     def report_sections(self) -> list[Section]:
-        """Return the sections known by now."""
+        """Return the sections of the current run."""
 
 
 @runtime_checkable
 class HasHeadlineMetrics(Protocol):
-    """A module or callback that names its main test metrics; read on rank zero after fit and after test."""
+    """Protocol for modules and callbacks with main test metrics. The property is read on rank zero after fit and after test."""
 
     @property
     def headline_metrics(self) -> Sequence[str]:
-        """Names without the split's name, such as ``hr_10``."""
+        """Names of the main metrics without the prefix ``test_``, e.g. ``hr_10``."""
 
 
 @runtime_checkable
 class HasColumns(Protocol):
-    """A callback that measured other models; asked on rank zero after fit and after test."""
+    """Protocol for callbacks that evaluate other models. The method is called on rank zero after fit and after test."""
 
     def report_columns(self) -> list[Column]:
-        """Return the columns known by now."""
+        """Return the metrics of the other models in the last test."""
 
 
 @runtime_checkable
 class HasRows(Protocol):
-    """A callback that measured single rows of a test (or requests); asked on rank zero after test."""
+    """Protocol for callbacks that store metrics of single test rows or requests. The method is called on rank zero after test."""
 
     def report_rows(self) -> Mapping[str, Sequence[float]]:
-        """Return the values of the tested module for each row by metric, without the split's name; ``nan`` where a row has none."""
+        """Return the values of each row, by metric without the prefix ``test_``; ``nan`` for rows without a value."""
 
 
 @runtime_checkable
 class HasPhases(Protocol):
-    """A callback that trains in phases with losses of their own; asked on rank zero after fit and after test."""
+    """Protocol for callbacks that train in phases with different losses. The method is called on rank zero after fit and after test."""
 
     def report_phases(self) -> list[tuple[int, str]]:
-        """Return the optimizer step at which each phase begins, ascending, and the name of its kind."""
+        """Return the first optimizer step of each phase, in ascending order, and the kind of the phase."""
 
 
-def number(value: Any) -> str:
-    """Format a cell: four digits behind the point, fewer for large values; a dash for what is missing."""
+def format_cell(value: Any) -> str:
+    """Format a cell of a table: four decimals, or two for large values, or three significant digits; a dash for missing values."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if not isinstance(value, float):
@@ -103,27 +103,27 @@ def number(value: Any) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Rows) -> str:
-    """Write a table; columns of numbers are aligned to the right, the first one and those of text to the left."""
+    """Format a Markdown table. The first column and columns of text are left-aligned, columns of numbers right-aligned."""
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(header)
-    text = [place == 0 or (len(column) > 0 and all(isinstance(cell, str) for cell in column)) for place, column in enumerate(columns)]
-    lines = [_line(header), "|" + "|".join(" --- " if left else " ---: " for left in text) + "|"]
-    return "\n".join([*lines, *(_line([number(cell) for cell in row]) for row in rows)])
+    text = [index == 0 or (len(column) > 0 and all(isinstance(cell, str) for cell in column)) for index, column in enumerate(columns)]
+    lines = [_table_line(header), "|" + "|".join(" --- " if left else " ---: " for left in text) + "|"]
+    return "\n".join([*lines, *(_table_line([format_cell(cell) for cell in row]) for row in rows)])
 
 
 def plain_table(header: Sequence[str], rows: Rows) -> str:
-    """Write a table for a terminal."""
-    cells = [[for_terminal(cell) for cell in row] for row in (header, *([number(cell) for cell in row] for row in rows))]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(header))]
+    """Format a table for a terminal."""
+    cells = [[for_terminal(cell) for cell in row] for row in (header, *([format_cell(cell) for cell in row] for row in rows))]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(header))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in cells
     )
 
 
 def figure_names(sections: Sequence[Section]) -> list[str]:
-    """Name each section's figure after its title, equal titles by number."""
+    """Return the file name of the figure of each section, derived from its title and numbered if titles are equal."""
     names: list[str] = []
     for section in sections:
         stem = re.sub(r"[^a-z0-9]+", "_", section.title.lower()).strip("_") or "figure"
@@ -133,7 +133,7 @@ def figure_names(sections: Sequence[Section]) -> list[str]:
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """Write a page of sections; figures lie beside it, under :func:`figure_names`."""
+    """Format the sections as a Markdown page that refers to figures by :func:`figure_names`."""
     parts = [f"# {for_markdown(title)}"]
     for section, figure_name in zip(sections, figure_names(sections), strict=True):
         parts.append(f"## {for_markdown(section.title)}")
@@ -146,5 +146,5 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
+def _table_line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(for_markdown(str(cell)) for cell in cells) + " |"

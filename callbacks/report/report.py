@@ -1,4 +1,4 @@
-"""The report every run ends in: figures as JSON, a page, and pictures."""
+"""Report of a run: metrics as JSON, a Markdown page and figures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from malleable.callbacks.report.figures import draw_curves, draw_phases, is_noisy, save_figure, split_curve
-from malleable.callbacks.report.logged import logged_anew
-from malleable.callbacks.report.metric_notes import definitions, is_secondary, marked
+from malleable.callbacks.report.logged import newly_logged
+from malleable.callbacks.report.metric_notes import definitions, is_secondary, with_arrow
 from malleable.callbacks.report.page import (
     Column,
     HasColumns,
@@ -38,27 +38,31 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 2048
 PANELS_A_ROW = 3
-SMOOTHED = "Noisy curves of training are running means; what single steps logged is drawn faintly."
+SMOOTHED = "Noisy training curves are shown as running means. The values of single steps are drawn faintly."
 
 
 class RunReport(Callback):
-    """Write ``report/metrics.json``, ``report/report.md`` and PNG figures into the run folder, after fit and again after test.
+    """Write ``report/metrics.json``, ``report/report.md`` and PNG figures to the run folder, after fit and again after test.
 
-    ``metrics.json`` holds the last value of everything logged, under its own key. The page has the test metrics, the course
-    of everything logged during training, and what other callbacks contribute: those with a method ``report_sections() ->
-    list[Section]`` give parts of the page, those with ``report_columns() -> list[Column]`` give models to compare with,
-    which also enter ``metrics.json``, those with ``report_rows()`` give values of single rows, for intervals, and those with
-    ``report_phases() -> list[tuple[int, str]]`` give phases, which the curves show. They are asked on rank zero.
-    A data module with ``data_summary() -> list[tuple[str, str]]`` is described on the page.
+    ``metrics.json`` contains the last value of each logged metric. The page contains the test metrics, the curves of all metrics that are logged
+    during training, and contributions of other callbacks, whose methods are called on rank zero:
 
-    Test metrics reach the loggers of the run as they are logged; the metrics of the models to compare with are logged once, after the test.
+    - ``report_sections() -> list[Section]``: sections of the page;
+    - ``report_columns() -> list[Column]``: other models for comparison, whose metrics are also written to ``metrics.json``;
+    - ``report_rows()``: values of single rows, for confidence intervals;
+    - ``report_phases() -> list[tuple[int, str]]``: phases of training, which are shown in the curves.
 
-    ``test_rows.safetensors`` has ``sample_id``, ``target`` and ``rank`` of each test row where the module ranks; ``malleable compare`` reads it.
+    If the data module has a method ``data_summary() -> list[tuple[str, str]]``, its output is added to the page.
+
+    Metrics of the other models are sent to the loggers once, after the test.
+
+    If the module ranks answers, ``test_rows.safetensors`` contains ``sample_id``, ``target`` and ``rank`` of each test row. ``malleable compare``
+    reads this file.
 
     Args:
         dirpath: Folder of the report; default: ``report`` in the run folder.
-        headline: Metrics, without the split's name, that the log and the top of the page show. Default: the ``headline_metrics`` of the tested
-            module and of the callbacks. If the test has none of them, all metrics are shown.
+        headline: Metrics, without the prefix ``test_``, that are shown in the log and at the top of the page. Default: the ``headline_metrics`` of
+            the tested module and of the callbacks. If the test has none of them, all metrics are shown.
     """
 
     def __init__(self, dirpath: str | None = None, headline: Sequence[str] | None = None) -> None:
@@ -71,64 +75,64 @@ class RunReport(Callback):
         self.rows = RowRecorder()
         self.phases: list[tuple[int, str]] = []
         self.seconds = 0.0
-        self._earlier = 0.0  # of these, before the run was resumed
+        self._earlier = 0.0  # seconds before the run was resumed, which are included in `seconds`
         self._started: float | None = None
         self._last_step = -1
-        self._noted: dict[str, Any] = {}
+        self._recorded: dict[str, Any] = {}
         self._fits = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the curves and the last values for a run that is resumed."""
+        """Return the curves, the training time and the last values."""
         history = {name: [list(point) for point in points] for name, points in self.history.items()}
         return {"history": history, "seconds": self._elapsed(), "metrics": dict(self.metrics)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the curves of the interrupted run; a test of the best checkpoint of a fit keeps those of the whole fit."""
+        """Restore the curves of the interrupted run. A test after a fit keeps the curves of the fit, although it loads an earlier checkpoint."""
         if self._fits or not self.history:
             self.history = {name: [(int(step), float(value)) for step, value in points] for name, points in state_dict["history"].items()}
             self.seconds = self._earlier = state_dict["seconds"]
         if self._fits:
-            # A run that was killed after its last step logs nothing more.
+            # If the run was killed after its last step, no values are logged again.
             self.metrics = {name: value for name, value in state_dict.get("metrics", {}).items() if not name.startswith("test_")}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder; all ranks agree on it."""
+        """Set the output folder, which is the same on all ranks."""
         folder = trainer.log_dir or trainer.default_root_dir
         self.folder = Path(self.dirpath or Path(folder) / "report")
         self._fits = stage == "fit"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start to measure the training time."""
         self._started = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Note what was logged, as often as the Trainer logs and at the end of an epoch."""
+        """Record logged values every ``log_every_n_steps`` steps and at the end of an epoch."""
         step = trainer.global_step
         due = step % max(1, trainer.log_every_n_steps) == 0 or trainer.is_last_batch  # type: ignore[attr-defined]
         if due and step != self._last_step:
             self._last_step = step
-            self._note(trainer, validation=False)
+            self._record(trainer, validation=False)
         if trainer.is_last_batch:
-            self.metrics.update(_plain(trainer.callback_metrics))  # a checkpoint may be saved now
+            self.metrics.update(_to_floats(trainer.callback_metrics))  # a checkpoint may be saved after this hook
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the metrics."""
+        """Record the validation metrics."""
         if not trainer.sanity_checking:
-            self._note(trainer, validation=True)
+            self._record(trainer, validation=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the last values before a checkpoint is saved."""
-        self.metrics.update(_plain(trainer.callback_metrics))
+        """Record the last values before a checkpoint is saved."""
+        self.metrics.update(_to_floats(trainer.callback_metrics))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the last values and the time."""
-        self.metrics.update(_plain(trainer.callback_metrics))
+        """Record the last values and the training time."""
+        self.metrics.update(_to_floats(trainer.callback_metrics))
         self.seconds, self._started = self._elapsed(), None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what was trained, also by a run that was killed after its last step and has nothing left to train."""
+        """Record steps, epochs and training time, also if a resumed run has no steps left."""
         self.seconds, self._started = self._elapsed(), None
-        resumed = f", {self.seconds - self._earlier:.0f} s of it since the run was resumed" if self._earlier else ""
+        resumed = f", of which {self.seconds - self._earlier:.0f} s after the run was resumed" if self._earlier else ""
         self.facts |= {
             "optimizer steps": str(trainer.global_step),
             "epochs": str(trainer.current_epoch),
@@ -136,7 +140,7 @@ class RunReport(Callback):
         }
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to collect the rows, and forget the figures of an earlier test."""
+        """Remove the metrics of an earlier test, and start to collect rows."""
         self.metrics = {name: value for name, value in self.metrics.items() if not name.startswith("test_")}
         self.rows.start(pl_module)
 
@@ -151,15 +155,15 @@ class RunReport(Callback):
         self.rows.finish(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the metrics and what was tested."""
-        self.metrics.update(_plain(trainer.callback_metrics))
+        """Record the test metrics, the number of rows and the checkpoint."""
+        self.metrics.update(_to_floats(trainer.callback_metrics))
         if self.rows.number:
             self.facts["test rows"] = f"{self.rows.number:,}"
         if trainer.ckpt_path:
             self.facts["tested checkpoint"] = str(trainer.ckpt_path)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the report; by now all callbacks have ended."""
+        """Write the report. At this point, the test and fit hooks of all callbacks have been called."""
         if stage not in ("fit", "test") or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         contributors = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
@@ -180,12 +184,12 @@ class RunReport(Callback):
             self._log(trainer, columns)
 
     def write(self, title: str, name: str, columns: Sequence[Column] = (), sections: Sequence[Section] = (), headline: Sequence[str] = ()) -> None:
-        """Write all files, each whole or not at all, and log the main metrics.
+        """Write all files atomically, and log the main metrics.
 
         Args:
-            title: Heading of the page.
+            title: Title of the page.
             name: Name of the tested model.
-            columns: Models to compare with.
+            columns: Metrics of other models.
             sections: Sections of other callbacks.
             headline: Names of the main metrics.
         """
@@ -194,7 +198,7 @@ class RunReport(Callback):
         main = [row for row in rows if row[0] in headline] or rows
         sections = [*self._first_sections(header, main, headline), *sections, *self._last_sections(header, rows if len(rows) > len(main) else [])]
         self.rows.save(self.folder)
-        everything = self.metrics | _of_columns(columns)
+        everything = self.metrics | _flatten_columns(columns)
         finite = {key: value if math.isfinite(value) else None for key, value in everything.items()}
         for section, figure_name in zip(sections, figure_names(sections), strict=True):
             if section.figure is not None:
@@ -207,8 +211,8 @@ class RunReport(Callback):
         rank_zero_info(f"{title}{table}\nreport: {self.folder / 'report.md'}")
 
     def _log(self, trainer: Trainer, columns: Sequence[Column]) -> None:
-        """Give the loggers the metrics of the models to compare with; those of the run itself are logged already."""
-        finite = {name: value for name, value in _of_columns(columns).items() if math.isfinite(value)}
+        """Send the metrics of the other models to the loggers. Those of the tested model have already been logged."""
+        finite = {name: value for name, value in _flatten_columns(columns).items() if math.isfinite(value)}
         for logger in trainer.loggers if finite else ():
             logger.log_metrics(finite, step=trainer.global_step)
             logger.save()
@@ -226,16 +230,19 @@ class RunReport(Callback):
         sections = [self._metrics_section("All test metrics", header, rows)] if rows else []
         tested = [key.removeprefix("test_") for key in self.metrics if key.startswith("test_")]
         if meanings := definitions(tested):
-            sections.append(Section("What the metrics mean", table=(("metric", "better", "definition"), meanings)))
-        return [*sections, Section("Run", table=(("what", "value"), list(self.facts.items())))]
+            sections.append(Section("Definitions of the metrics", table=(("metric", "better", "definition"), meanings)))
+        return [*sections, Section("Run", table=(("property", "value"), list(self.facts.items())))]
 
     def _metrics_section(self, title: str, header: Sequence[str], rows: Rows) -> Section:
-        """Return a table with arrows, and with intervals where the values of single rows are known."""
+        """Return a table of metrics with arrows, and with confidence intervals if the values of single rows are known."""
         intervals = [self.rows.interval(row[0]) for row in rows]
-        marks = [[marked(name), *values] for name, *values in rows]
+        marks = [[with_arrow(name), *values] for name, *values in rows]
         if not any(intervals):
             return Section(title, table=(header, marks))
-        text = "↑: higher is better, ↓: lower. Intervals: bootstrap over the test rows, of this one run; another seed varies by more."
+        text = (
+            "↑: higher is better, ↓: lower is better. Intervals: bootstrap over the test rows of this run. They do not contain the variation between "
+            "seeds, which can be larger."
+        )
         rows = [[name, own, interval, *others] for (name, own, *others), interval in zip(marks, intervals, strict=True)]
         return Section(title, text, table=([*header[:2], "95 % interval", *header[2:]], rows))
 
@@ -244,10 +251,10 @@ class RunReport(Callback):
         rows = [[metric, value, *(column.values.get(metric) for column in columns)] for metric, value in own.items()]
         return ["metric", name, *(column.title for column in columns)], rows
 
-    def _note(self, trainer: Trainer, validation: bool) -> None:
-        for name, value in logged_anew(trainer.callback_metrics, self._noted).items():
+    def _record(self, trainer: Trainer, validation: bool) -> None:
+        for name, value in newly_logged(trainer.callback_metrics, self._recorded).items():
             if name.startswith("val_") == validation and not name.startswith("test_"):
-                self._noted[name] = value
+                self._recorded[name] = value
                 points = self.history.setdefault(name, [])
                 points.append((trainer.global_step, float(value)))
                 if len(points) > MAX_POINTS:
@@ -258,13 +265,13 @@ class RunReport(Callback):
 
 
 def curve_panels(history: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-    """Sort curves into panels: the same metric of all splits and cut-offs lies in one.
+    """Group curves into panels. Each panel contains one metric with all its splits and cut-offs.
 
     Args:
         history: Steps and values by logged key.
 
     Returns:
-        Panels by metric; each holds abscissas and ordinates by split and cut-off. A metric without two points of one curve has no panel.
+        Panels by metric. A panel contains abscissas and ordinates by split and cut-off. Metrics whose curves have fewer than two points are omitted.
     """
     panels: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
     for name, points in history.items():
@@ -277,40 +284,40 @@ def curve_panels(history: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str
 
 
 def draw_panels(figure: Figure, panels: Mapping[str, Mapping[str, tuple[list[int], list[float]]]], phases: Sequence[tuple[int, str]] = ()) -> None:
-    """Draw each panel on axes of its own.
+    """Draw each panel on its own axes.
 
     Args:
-        figure: Where to draw.
+        figure: Figure to draw on.
         panels: Output of :func:`curve_panels`.
-        phases: First optimizer step and name of each phase: curves of training are not joined across phases of other names, which are shaded.
+        phases: First optimizer step and name of each phase. Training curves have gaps between phases of different names. The phases are shaded.
     """
     columns = min(PANELS_A_ROW, len(panels))
-    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
-    for place, (metric, curves) in zip(axes, panels.items(), strict=False):
+    all_axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
+    for axes, (metric, curves) in zip(all_axes, panels.items(), strict=False):
         split = {name: split_curve(curve, phases) if _is_training(name) else curve for name, curve in curves.items()}
-        draw_curves(place, split, title=metric, smoothed=[name for name in split if _is_training(name)])
-        draw_phases(place, phases, max(x[-1] for x, _ in curves.values()))
-    for place in axes[len(panels) :]:
-        place.set_visible(False)
+        draw_curves(axes, split, title=metric, smoothed=[name for name in split if _is_training(name)])
+        draw_phases(axes, phases, max(x[-1] for x, _ in curves.values()))
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
 
 
 def _is_training(name: str) -> bool:
-    """Whether a curve is logged by single steps, rather than over a whole split."""
+    """Return whether the values of a curve come from single training steps, not from a whole split."""
     return not name.startswith("val")
 
 
-def _of_columns(columns: Sequence[Column]) -> dict[str, float]:
+def _flatten_columns(columns: Sequence[Column]) -> dict[str, float]:
     return {f"{column.key}_{metric}": value for column in columns for metric, value in column.values.items()}
 
 
-def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
+def _to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
 def _data_sections(data: Any) -> list[Section]:
-    """Return the data module's own description."""
+    """Return a section with the summary of the data module; an empty list if it has none."""
     describe = getattr(data, "data_summary", None)
-    return [Section("Data", table=(("what", "value"), describe()))] if callable(describe) else []
+    return [Section("Data", table=(("property", "value"), describe()))] if callable(describe) else []
 
 
 def _title(trainer: Trainer, module: LightningModule) -> str:

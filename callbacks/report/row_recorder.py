@@ -1,4 +1,4 @@
-"""Rows of a test: their number, and the rank of each true answer, stored beside the report so that runs can be compared row by row."""
+"""Number of test rows and rank of the true answer of each row. They are stored in the report folder for comparisons of runs row by row."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ DIGEST = "digest"  # key in the metadata of the file: checksum of targets, seen 
 
 
 class RowRecorder:
-    """Counts the rows of a test and collects the ranks that the module's own metrics compute.
+    """Count the rows of a test, and collect the rank of the true answer of each row.
 
-    Metrics take part that have an attribute ``row_ranks``, see :class:`~malleable.lightning_modules.metrics.row_ranks.RowRanks`.
+    The ranks are computed by the first metric of the module with an attribute ``row_ranks``, see
+    :class:`~malleable.lightning_modules.metrics.row_ranks.RowRanks`.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,7 @@ class RowRecorder:
         self._count: Tensor | None = None
 
     def start(self, module: LightningModule) -> None:
-        """Ask the first metric of ranks for those of single rows."""
+        """Reset the state, and connect the first metric that computes ranks."""
         self.number, self.rows, self.values, self._count = None, {}, {}, None
         own: dict[str, Any] = module.metrics("test") if isinstance(module, BaseModule) else {}
         metric = next((metric for metric in own.values() if hasattr(metric, "row_ranks")), None)
@@ -49,15 +50,15 @@ class RowRecorder:
             metric.row_ranks = self._ranks
 
     def count(self, batch: Any) -> None:
-        """Count the rows of a batch, repeats left out, and add up a digest of what they ask."""
+        """Count the rows of a batch without repeated rows, and add their hash."""
         sample_id = getattr(batch, "sample_id", None)
         if isinstance(sample_id, Tensor):
-            asked = [batch.target[:, None], batch.seen, batch.candidates] if isinstance(batch, AnswerBatch) else []
-            total = hash_rows(sample_id, asked)
+            fields = [batch.target[:, None], batch.seen, batch.candidates] if isinstance(batch, AnswerBatch) else []
+            total = hash_rows(sample_id, fields)
             self._count = total if self._count is None else self._count + total
 
     def finish(self, trainer: Trainer, module: LightningModule) -> None:
-        """Gather from all ranks; each must call it."""
+        """Gather the rows of all ranks. All ranks must call this method."""
         count = torch.zeros(2, dtype=torch.long, device=module.device) if self._count is None else self._count
         number, total = trainer.strategy.reduce(count, reduce_op="sum").tolist()
         self.number = number or None
@@ -69,18 +70,18 @@ class RowRecorder:
             self._ranks = None
 
     def add(self, values: Mapping[str, Sequence[float]]) -> None:
-        """Add per-row values of other metrics, by metric; rows without a value are left out."""
+        """Add values of single rows for other metrics, by metric. Rows without a value (``nan``) are omitted."""
         columns = {name: np.array(column, dtype=np.float64) for name, column in values.items()}
         self.values |= {name: column[~np.isnan(column)] for name, column in columns.items()}
 
     def save(self, folder: Path) -> None:
-        """Write the rows into the folder of a report; nothing where there are none."""
+        """Write the rows to the report folder, if there are any."""
         if self.rows:
             with atomic_write(folder / ROWS_FILE) as path:
                 save_file(self.rows, path, metadata={DIGEST: self.digest})
 
     def interval(self, metric: str) -> str | None:
-        """Return the 95 % interval of a metric, a bootstrap over the test rows; ``None`` where its rows are not known."""
+        """Return the 95 % bootstrap interval of a metric over the test rows; ``None`` if the values of single rows are unknown."""
         values = self.values.get(metric)
         if values is None and len(self.rows.get("rank", ())) > 1:
             values = row_values(metric, self.rows["rank"])

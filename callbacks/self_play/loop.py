@@ -1,4 +1,4 @@
-"""The loop that makes a recommender play against itself."""
+"""Self-play training of a recommender: alternating supervised and preference phases."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from malleable.callbacks.reference import phased_loader, reference_logps
-from malleable.callbacks.report.comparison import batch_digest, measure, protocol, protocol_difference, recommendation_counts, self_play_sections
-from malleable.callbacks.report.logged import logged_anew
+from malleable.callbacks.report.comparison import (
+    evaluate_recommender,
+    evaluation_protocol,
+    hash_batch,
+    protocol_difference,
+    recommendation_counts,
+    self_play_sections,
+)
+from malleable.callbacks.report.logged import newly_logged
 from malleable.callbacks.report.page import Column, Section
 from malleable.callbacks.restart import finish_epoch
-from malleable.callbacks.run_files import run_folder, stored_copies
+from malleable.callbacks.run_files import find_copies, run_folder
 from malleable.callbacks.self_play.limits import check_limits, check_rounds
 from malleable.callbacks.self_play.phases import Phase, PhaseSettings, SelfPlayState, plan_phases, reset_moments
 from malleable.callbacks.self_play.round_file import RoundFile, draw_positions
-from malleable.callbacks.self_play.round_negatives import compare_decoding, negatives
+from malleable.callbacks.self_play.round_negatives import choose_negatives, compare_decoding
 from malleable.datamodules.batch import Catalog, Recommendations
 from malleable.datamodules.loading import PhasedLoader, RowView, sample_ids
 from malleable.datamodules.negative_samplers import NegativeSampler, SelfPlay
@@ -35,32 +42,37 @@ log = logging.getLogger(__name__)
 
 
 class SelfPlayLoop(Callback):
-    """Alternate supervised and preference phases, with the model's own answers as rejected ones.
+    """Alternate supervised and preference phases, with the model's own answers as rejected answers.
 
-    A warm-up of supervised epochs is followed by ``rounds`` rounds. A round draws rows without replacement, asks the model what it would recommend,
-    trains on the true titles (``sft``), freezes the reference by caching its log-probabilities, and trains true against own titles (``dpo``). Each
-    phase starts with a fresh optimizer and its own rate. The loop sets the number of epochs itself.
+    The run starts with a supervised warm-up, followed by ``rounds`` rounds. A round has the following steps:
 
-    A round's rows, negatives and reference lie in ``self_play/round_<n>.parquet`` and ``round_<n>_pairs.parquet`` in the run folder; with the
-    state in the checkpoint a run killed anywhere goes on to the same result.
+    1. draw rows without replacement, and generate the answers of the model for them;
+    2. train on the true titles (``sft``);
+    3. compute and cache the reference log-probabilities of the current model;
+    4. train on pairs of the true title and the generated title (``dpo``).
+
+    Each phase starts with a new optimizer state and has its own learning rate. The loop sets the number of epochs.
+
+    Rows, negatives and reference log-probabilities of a round are written to ``self_play/round_<n>.parquet`` and ``round_<n>_pairs.parquet`` in the
+    run folder. With these files and the checkpoint, an interrupted run can be resumed with the same result.
 
     Args:
-        rounds: Number of rounds, the paper's K; 0 is the warm-up alone.
-        rows_per_round: Rows drawn for a round; ``None`` takes all rows every round.
-        warmup: The initial supervised phase.
-        sft: The supervised phase of a round.
-        dpo: The preference phase of a round.
-        negatives: Sampler of the rejected answers, see :mod:`malleable.datamodules.negative_samplers`. Default: :class:`SelfPlay`.
-            ``Uniform`` and ``Popularity`` are the controls.
-        negatives_from: The model that chooses them: ``pre_round`` the one that enters the round (the released code), ``post_sft`` the one after the
-            supervised phase.
-        keep_identical: What to do with rows whose rejected answer is the true one: they have no gradient.
-        compare_on: Split on which the warmed-up model is measured for the report's before and after; ``none`` leaves it out.
-        loader: The training loader, where there is no data module of ours.
-        diagnostic_rows: Rows of each round on which greedy and sampled answers are compared with the true titles in the log and the report: number
-            of distinct titles, share of the three most frequent, mean popularity. The mode that :attr:`negatives` does not use needs a pass of its
-            own; 0 leaves the comparison out. Applies to :class:`SelfPlay` with ``grounding='trie'``.
-        seed: Seed of everything drawn.
+        rounds: Number of rounds, K in the paper; 0 for the warm-up only.
+        rows_per_round: Number of rows drawn for a round; ``None`` uses all rows in each round.
+        warmup: Initial supervised phase.
+        sft: Supervised phase of a round.
+        dpo: Preference phase of a round.
+        negatives: Sampler of rejected answers, see :mod:`malleable.datamodules.negative_samplers`. Default: :class:`SelfPlay`, the model's own answers.
+            ``Uniform`` and ``Popularity`` are controls.
+        negatives_from: Model that generates the rejected answers: ``pre_round`` for the model at the start of the round (as in the released code),
+            ``post_sft`` for the model after the supervised phase.
+        keep_identical: Whether to keep or drop rows whose rejected answer is the true answer. They have no gradient.
+        compare_on: Split on which the model is evaluated after the warm-up, for comparison in the report; ``none`` omits it.
+        loader: Training loader; needed only without a data module of this package.
+        diagnostic_rows: Number of rows of each round for which the log and the report compare greedy and sampled answers with the true titles: number
+            of distinct titles, share of the three most frequent titles, mean popularity. The decoding mode that ``negatives`` does not use needs an
+            additional pass; 0 omits the comparison. Used only for :class:`SelfPlay` with ``grounding='trie'``.
+        seed: Random seed.
 
     Source:
         Gao et al. (2025), SPRec, arXiv:2412.09243, Algorithm 1, and its released code.
@@ -116,11 +128,11 @@ class SelfPlayLoop(Callback):
         self._keys: tuple[str, ...] = ()
         self._earlier: dict[str, Any] = {}
         if not self.phases:
-            raise ValueError("the loop has no epoch: give the warm-up epochs or play at least one round")
+            raise ValueError("the loop has no epochs: set epochs of the warm-up, or at least one round")
         if self.settings["dpo"].epochs > 1:
             rank_zero_warn(
-                f"{self.settings['dpo'].epochs} preference epochs a round: with beta <= 1/2 the exact optimum of a round moves away from the data, "
-                "so long phases drift; watch div_ratio, or_ratio and the chosen log-probabilities"
+                f"{self.settings['dpo'].epochs} preference epochs per round: with beta <= 1/2 the exact optimum of a round moves away from the data, "
+                "so long phases can drift; check div_ratio, or_ratio and the chosen log-probabilities"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,52 +140,52 @@ class SelfPlayLoop(Callback):
         return dict(vars(self.state))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state of the interrupted run and show the rows of its running phase."""
+        """Restore the state of the interrupted run, and set the rows of the interrupted phase."""
         self.state = SelfPlayState(**state_dict)
         if self.state.path is not None:
             self.state.path = "/".join(Path(self.state.path).parts[-2:])  # earlier versions stored it relative to the working directory
         self._cached = None
         if self._loader is not None and self.state.epoch >= 0:
-            self._show_phase()
+            self._set_phase_rows()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the combination, and tell the Trainer how many epochs there are."""
+        """Check module and Trainer, and set the number of epochs."""
         if stage != "fit":
             return
         if not hasattr(pl_module, "generate_negatives"):
             raise MisconfigurationException(
-                f"SelfPlayLoop needs a module that recommends, such as SPRec; {type(pl_module).__name__} has no `generate_negatives`"
+                f"SelfPlayLoop needs a module with the method `generate_negatives`, such as SPRec; {type(pl_module).__name__} does not have it"
             )
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             check_limits(trainer, self.phases)
             trainer.fit_loop.max_epochs = len(self.phases)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         self._folder = run_folder(trainer)
-        self._copies = partial(stored_copies, trainer, self._folder)
+        self._copies = partial(find_copies, trainer, self._folder)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the rows of the first phase, or of the phase that was interrupted."""
+        """Set the rows of the first phase, or of the interrupted phase."""
         if trainer.lr_scheduler_configs:
             own = getattr(pl_module, "lr_scheduler", None) is None
-            remedy = f"{type(pl_module).__name__} makes a schedule of its own; use SPRec, which makes none" if own else "leave lr_scheduler out"
-            raise MisconfigurationException(f"SelfPlayLoop sets the learning rates itself; {remedy}")
+            remedy = f"{type(pl_module).__name__} has its own schedule; use SPRec, which has none" if own else "omit lr_scheduler"
+            raise MisconfigurationException(f"SelfPlayLoop sets the learning rates; {remedy}")
         self._loader = phased_loader(trainer, self._loader, type(self).__name__)
         rounds = {phase.kind: self._rows_per_step(self._loader, phase.kind) for phase in self.phases if phase.round}
         check_rounds(rounds, len(draw_positions(sample_ids(self._loader.pool), self.rows_per_round, 1, self.seed)) if rounds else 0)
         vocabulary = cast("LanguageModel", pl_module).vocabulary
         self._pad_token_id = 0 if vocabulary is None else vocabulary.pad_token_id
         if self.state.epoch >= 0:
-            self._show_phase()
+            self._set_phase_rows()
         elif trainer.ckpt_path is None:
             self._prepare(trainer, cast("LanguageModel", pl_module), 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish an epoch that was interrupted between its last step and its end: its end prepares the next phase."""
-        self._adopt(trainer)
+        """Finish an epoch that was interrupted after its last step, because the hook at its end prepares the next phase."""
+        self._copy_round(trainer)
         finish_epoch(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a phase with a fresh optimizer."""
+        """Reset the optimizer and a stateful loss at the start of a phase."""
         phase = self.phases[trainer.current_epoch]
         if phase.epoch == 0:
             self._earlier, self.state.figures = dict(trainer.callback_metrics), {}
@@ -198,47 +210,47 @@ class SelfPlayLoop(Callback):
         pl_module.log("train_lr", rate, batch_size=1)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Note the phase's figures before a checkpoint is saved after its last step."""
+        """Record the metrics of the phase before a checkpoint is saved after its last step."""
         if trainer.is_last_batch:
-            self._note(trainer)
+            self._update_figures(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the model of the epoch's end is validated."""
+        """Record that the model at the end of the epoch is validated."""
         if trainer.is_last_batch and not trainer.sanity_checking:
             self.state.validated = trainer.current_epoch
 
-    def _note(self, trainer: Trainer) -> None:
-        self.state.figures |= {key: float(value) for key, value in logged_anew(trainer.callback_metrics, self._earlier).items()}
+    def _update_figures(self, trainer: Trainer) -> None:
+        self.state.figures |= {key: float(value) for key, value in newly_logged(trainer.callback_metrics, self._earlier).items()}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the phase's figures, then prepare the next one: the Trainer asks for its rows before the epoch starts."""
+        """Record the metrics of a finished phase, and prepare the next one, because the Trainer reads its rows before the next epoch starts."""
         epoch = trainer.current_epoch
         phase = self.phases[epoch]
         last = epoch + 1 == len(self.phases)
         if last or self.phases[epoch + 1].epoch == 0:
-            self._note(trainer)
+            self._update_figures(trainer)
             self.state.finish(phase, epoch)
         if phase.kind == "warmup" and (last or self.phases[epoch + 1].kind != "warmup"):
-            self._measure_before(trainer, cast("LanguageModel", pl_module))
+            self._evaluate_supervised(trainer, cast("LanguageModel", pl_module))
         if not last and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._prepare(trainer, cast("LanguageModel", pl_module), epoch + 1)
 
     def _prepare(self, trainer: Trainer, module: LanguageModel, epoch: int) -> None:
-        """Make the rows of an epoch and show them; all ranks do the same."""
+        """Compute and set the rows of an epoch, on all ranks."""
         agreed = trainer.strategy.broadcast(epoch)
         if agreed != epoch:
-            raise RuntimeError(f"rank {trainer.global_rank} is about to enter epoch {epoch}, rank 0 epoch {agreed}; the ranks fell out of step")
+            raise RuntimeError(f"rank {trainer.global_rank} prepares epoch {epoch}, but rank 0 prepares epoch {agreed}; restart the run")
         loader, phase = self._loader, self.phases[epoch]
         assert loader is not None
         if phase.epoch == 0:
             if phase.kind == "warmup":
                 self.state.path = None
             elif self._starts_round(epoch):
-                self._draw(trainer, module, loader, phase)
+                self._draw_round(trainer, module, loader, phase)
             if phase.kind == "dpo":
-                self._freeze(trainer, module, loader, phase)
+                self._complete_pairs(trainer, module, loader, phase)
         self.state.epoch = epoch
-        self._show_phase()
+        self._set_phase_rows()
 
     def _rows_per_step(self, loader: PhasedLoader[Any], kind: str) -> int:
         return loader.rows_per_step // loader.batch_factor * self.settings[kind].batch_factor
@@ -246,8 +258,8 @@ class SelfPlayLoop(Callback):
     def _starts_round(self, epoch: int) -> bool:
         return epoch == 0 or self.phases[epoch - 1].round != self.phases[epoch].round
 
-    def _draw(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase) -> None:
-        """Draw the round's rows and, unless they come later, its negatives."""
+    def _draw_round(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase) -> None:
+        """Draw the rows of a round, and choose its negatives unless this is done after the supervised phase."""
         ids = sample_ids(loader.pool)
         positions = draw_positions(ids, self.rows_per_round, phase.round, self.seed)
         file = RoundFile(positions, ids[positions].tolist())
@@ -258,40 +270,40 @@ class SelfPlayLoop(Callback):
     def _choose_negatives(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> None:
         rows = RowView(loader.pool, file.positions)
         seed = (self.seed, phase.round)
-        file.items, file.answers = negatives(trainer, module, rows, loader, self.negatives, seed, self._name(phase))
-        self._record(trainer, phase, "play", file.figures(rows, module.catalog))
+        file.items, file.answers = choose_negatives(trainer, module, rows, loader, self.negatives, seed, self._name(phase))
+        self._log_figures(trainer, phase, "negatives", file.figures(rows, module.catalog))
         if self.diagnostic_rows and isinstance(self.negatives, SelfPlay) and self.negatives.grounding == "trie":
             found = compare_decoding(trainer, module, loader, file, self.diagnostic_rows, self.negatives, seed, self._name(phase))
             for titles, figures in found.items():
-                self._record(trainer, phase, "decoding", figures, titles)
+                self._log_figures(trainer, phase, "decoding", figures, titles)
 
-    def _record(self, trainer: Trainer, phase: Phase, kind: str, figures: dict[str, float], titles: str = "") -> None:
-        """Log figures of a round, and keep them for the report."""
+    def _log_figures(self, trainer: Trainer, phase: Phase, kind: str, figures: dict[str, float], titles: str = "") -> None:
+        """Log statistics of a round, and store them for the report."""
         heading = f"round {phase.round}{titles and f', {titles} titles'}"
         rank_zero_info(f"{heading}: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
         for logger in trainer.loggers:
             logger.log_metrics({f"selfplay/{titles and titles + '/'}{name}": value for name, value in figures.items()}, step=trainer.global_step)
         self.state.history.append({"phase": kind, "round": phase.round, **({"titles": titles} if titles else {}), **figures})
 
-    def _freeze(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase) -> None:
-        """Complete the round's pairs: late negatives, identical rows, and the reference as the model stands now."""
+    def _complete_pairs(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase) -> None:
+        """Complete the pairs of a round: negatives if they are missing, removal of identical rows, and reference log-probabilities."""
         file = self._file()
         if file.answers is None:
             self._choose_negatives(trainer, module, loader, phase, file)
         if self.keep_identical == "drop":
-            file = self._distinct(loader, phase, file)
+            file = self._without_identical(loader, phase, file)
         pairs = file.pairs(loader.pool, self._pad_token_id)
         file.reference = reference_logps(trainer, module, pairs, loader, f"{self._name(phase)}, reference").tolist()
         self._write(trainer, phase, file)
 
-    def _distinct(self, loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> RoundFile:
-        """Leave out rows whose rejected answer is the true one, unless too few others are left for a single step."""
+    def _without_identical(self, loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> RoundFile:
+        """Remove rows whose rejected answer is the true answer, unless the remaining rows are too few for an optimizer step."""
         kept = file.without_identical(RowView(loader.pool, file.positions))
         if len(kept.positions) >= self._rows_per_step(loader, "dpo"):
             return kept
         rank_zero_warn(
-            f"round {phase.round}: the model recommends the true item in all but {len(kept.positions)} of {len(file.positions)} rows, "
-            "too few for a step; identical rows stay, without effect. More rounds on these rows teach nothing"
+            f"round {phase.round}: the rejected answer differs from the true answer in only {len(kept.positions)} of {len(file.positions)} rows, too "
+            "few for an optimizer step; identical rows are kept, but have no effect. More rounds with these rows do not change the model"
         )
         return file
 
@@ -304,18 +316,18 @@ class SelfPlayLoop(Callback):
         rows = loader.pool if settings.view == "answer" else loader.view(settings.view)
         return rows if settings.rows is None else RowView(rows, draw_positions(sample_ids(rows), settings.rows, 0, self.seed))
 
-    def _show_phase(self) -> None:
-        """Let the loader show the rows of the running phase."""
+    def _set_phase_rows(self) -> None:
+        """Set the rows of the current phase in the loader."""
         assert self._loader is not None
         phase = self.phases[self.state.epoch]
         rows = self._current_rows(self._loader, phase)
         tokens = rows.row_tokens() if hasattr(rows, "row_tokens") else [len(rows[index]["answers"][0]) for index in range(len(rows))]
         self._loader.set_rows(rows, tokens, self.settings[phase.kind].batch_factor)
         if phase.kind == "warmup" and not self._loader.num_steps:
-            # Lightning would end such a run without an error, and export the weights as they were built.
+            # Lightning would end such a run without an error, and the initial weights would be exported.
             raise MisconfigurationException(
-                f"the {len(rows)} rows of the warm-up do not fill one optimizer step of {self._loader.rows_per_step}; lower global_batch_size and "
-                f"batch_size{', or pack_length: rows are whole histories packed together' if self.settings['warmup'].view == 'packed' else ''}"
+                f"the warm-up has {len(rows)} rows, but an optimizer step needs {self._loader.rows_per_step}; lower global_batch_size and "
+                f"batch_size{', or pack_length, because several histories are packed into a row' if self.settings['warmup'].view == 'packed' else ''}"
             )
 
     def _rows(self) -> Any:
@@ -331,7 +343,7 @@ class SelfPlayLoop(Callback):
         return "warm-up" if phase.kind == "warmup" else f"round {phase.round} {phase.kind}"
 
     def _write(self, trainer: Trainer, phase: Phase, file: RoundFile) -> None:
-        # The pairs get a file of their own: a checkpoint from before they were frozen still points at the drawn rows.
+        # The pairs are written to another file, because earlier checkpoints still refer to the file with the drawn rows.
         self.state.path = f"self_play/round_{phase.round}{'_pairs' if phase.kind == 'dpo' and file.reference is not None else ''}.parquet"
         if trainer.is_global_zero:
             file.write(self._folder / self.state.path)
@@ -345,25 +357,25 @@ class SelfPlayLoop(Callback):
             self._cached = RoundFile.read_first(self._copies(self.state.path), self.state.digest)
         return self._cached
 
-    def _adopt(self, trainer: Trainer) -> None:
-        """Copy the running round of the interrupted run into the folder of this run, from which the next checkpoints resume."""
+    def _copy_round(self, trainer: Trainer) -> None:
+        """Copy the file of the current round from the interrupted run to the folder of this run, for later checkpoints."""
         if self.state.path is None or trainer.ckpt_path is None:
             return
         path, file = self._folder / self.state.path, self._file()
         if trainer.is_global_zero and self._copies(self.state.path)[0].resolve() != path.resolve():
             file.write(path)
 
-    def _measure_before(self, trainer: Trainer, module: LanguageModel) -> None:
-        """Measure the warmed-up model, the "supervised only" row of the report."""
+    def _evaluate_supervised(self, trainer: Trainer, module: LanguageModel) -> None:
+        """Evaluate the model after the warm-up, for the column "supervised only" of the report."""
         datamodule = getattr(trainer, "datamodule", None)
         if self.compare_on == "none" or datamodule is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        rank_zero_info(f"measuring the supervised model on the {self.compare_on} split")
+        rank_zero_info(f"evaluating the supervised model on the {self.compare_on} split")
         loader = getattr(datamodule, f"{self.compare_on}_dataloader")()
-        self.state.before = measure(trainer, module, loader)
+        self.state.before = evaluate_recommender(trainer, module, loader)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from zero on every rank, also on one that has no rows to test."""
+        """Reset the counts on all ranks, including those without test rows."""
         if self.state.before:
             self._counts = torch.zeros(len(cast("LanguageModel", pl_module).catalog or ()), dtype=torch.long, device=pl_module.device)
             self._test_rows = torch.zeros(2, dtype=torch.long, device=pl_module.device)
@@ -371,29 +383,29 @@ class SelfPlayLoop(Callback):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Count what the final model recommends."""
+        """Count the recommendations of the tested model."""
         if isinstance(outputs, Recommendations) and self._counts is not None and self._test_rows is not None:
             self._counts = self._counts + recommendation_counts(outputs.item_ids, batch.sample_id, len(self._counts))
-            self._test_rows = self._test_rows + batch_digest(batch)
+            self._test_rows = self._test_rows + hash_batch(batch)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add up the counts of all ranks, and compare the test with that of the warmed-up model."""
+        """Sum the counts over all ranks, and compare the protocol with that of the model after the warm-up."""
         if self._counts is not None and self._test_rows is not None:
             module = cast("LanguageModel", pl_module)
             catalog = cast("Catalog", module.catalog)
             self._titles, self._keys = catalog.titles, catalog.keys
             self._counts, rows = (trainer.strategy.reduce(total, reduce_op="sum").cpu() for total in (self._counts, self._test_rows))
-            self._difference = protocol_difference(self.state.before.get("protocol"), protocol(module, rows))
+            self._difference = protocol_difference(self.state.before.get("protocol"), evaluation_protocol(module, rows))
 
     def report_columns(self) -> list[Column]:
-        """The warmed-up model, beside the final one, where both were measured alike."""
+        """Return the metrics of the model after the warm-up, if its protocol is the same as that of the test."""
         shown = self.state.before and self.compare_on == "test" and not self._difference
         return [Column("supervised only", "before", self.state.before["figures"])] if shown else []
 
     def report_phases(self) -> list[tuple[int, str]]:
-        """Return the optimizer step at which each phase begins, and what it trains on."""
+        """Return the first optimizer step of each phase, and whether the phase is supervised or uses preferences."""
         return [(step, name) for step, name in self.state.marks]
 
     def report_sections(self) -> list[Section]:
-        """Curves over the rounds, and what is recommended before and after."""
+        """Return sections with statistics and curves of the rounds, and the recommendations before and after self-play."""
         return self_play_sections(self.state.history, self.state.before, self._counts, self._titles, self._difference, self._keys)

@@ -1,4 +1,4 @@
-"""The phases of self-play as plain data: how each is trained, which comes when, and what a resumed run must know."""
+"""Phases of self-play as plain data: settings, schedule, and the state of a run for checkpoints."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 
 @dataclass
 class PhaseSettings:
-    """One kind of phase.
+    """Settings of one kind of phase.
 
     Attributes:
-        epochs: Passes over the phase's rows; 0 leaves the phase out.
-        lr: Peak learning rate.
-        warmup_steps: Optimizer steps of linear rise.
-        decay: Course after the rise, over the whole phase.
-        view: Rows the phase learns from: prompts with answers, or the data module's packed histories.
-        rows: Rows of the warm-up, drawn once; ``None`` takes all. The later phases take ``rows_per_round``.
-        batch_factor: Rows of a pass and of an optimizer step, as a multiple of the loader's: a prompt with its answer is short beside a
-            packed row, and small steps are noisy ones.
+        epochs: Number of epochs; 0 omits the phase.
+        lr: Maximum learning rate.
+        warmup_steps: Number of optimizer steps with a linear increase of the learning rate.
+        decay: Shape of the decrease of the learning rate, from the end of the increase to the end of the phase.
+        view: Training rows: ``answer`` for prompts with answers, ``packed`` for the packed histories of the data module.
+        rows: Number of rows of the warm-up, which are drawn once; ``None`` uses all rows. The other phases use ``rows_per_round``.
+        batch_factor: Factor by which batch size and rows of an optimizer step are larger than those of the loader. A prompt with its answer is much
+            shorter than a packed row, so more rows fit into a batch, and larger steps have less noise.
     """
 
     epochs: int = 1
@@ -33,12 +33,12 @@ class PhaseSettings:
     batch_factor: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
+        """Check the values."""
         for name in ("epochs", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} of a phase must be >= 0, got {getattr(self, name)}")
         if self.lr <= 0:
-            raise ValueError(f"lr of a phase must be > 0, got {self.lr}; epochs: 0 leaves the phase out")
+            raise ValueError(f"lr of a phase must be > 0, got {self.lr}; to omit the phase, set its epochs to 0")
         if self.rows is not None and self.rows < 1:
             raise ValueError(f"rows of a phase must be >= 1 or null, got {self.rows}")
         if self.batch_factor < 1:
@@ -46,12 +46,12 @@ class PhaseSettings:
 
 
 class Phase(NamedTuple):
-    """What one epoch is.
+    """Phase of an epoch.
 
     Attributes:
         kind: ``warmup``, ``sft`` or ``dpo``.
-        round: 0 in the warm-up, then from 1.
-        epoch: Epoch within the phase, from 0.
+        round: Number of the round, from 1; 0 for the warm-up.
+        epoch: Index of the epoch within the phase, from 0.
     """
 
     kind: str
@@ -60,11 +60,11 @@ class Phase(NamedTuple):
 
 
 def plan_phases(rounds: int, epochs: Mapping[str, int]) -> list[Phase]:
-    """List what each epoch of a run is.
+    """Return the phase of each epoch of a run.
 
     Args:
-        rounds: Rounds of self-play.
-        epochs: Epochs of ``warmup``, ``sft`` and ``dpo``.
+        rounds: Number of rounds of self-play.
+        epochs: Number of epochs of ``warmup``, ``sft`` and ``dpo``.
     """
     order = [("warmup", 0)] + [(kind, number) for number in range(1, rounds + 1) for kind in ("sft", "dpo")]
     return [Phase(kind, number, epoch) for kind, number in order for epoch in range(epochs[kind])]
@@ -72,17 +72,18 @@ def plan_phases(rounds: int, epochs: Mapping[str, int]) -> list[Phase]:
 
 @dataclass
 class SelfPlayState:
-    """All that a resumed run needs, as plain data.
+    """State of a run for checkpoints, as plain data.
 
     Attributes:
-        epoch: The epoch whose rows are shown; -1 before the first.
-        path: File of the running round, relative to the run's folder.
-        digest: Checksum of that file.
-        history: For each finished phase its name and the figures logged by then; those of validation only if it was validated at its end.
-        before: Test figures and recommendation counts of the model after its warm-up, and what they depend on.
-        figures: Last value of what was logged in the running phase.
-        validated: The last epoch at whose end the model was validated; -1 before the first.
-        marks: For each phase the optimizer step at which it began, and ``supervised`` or ``preference``.
+        epoch: Epoch whose rows are set in the loader; -1 before the first.
+        path: File of the current round, relative to the run folder.
+        digest: Checksum of the content of this file.
+        history: Name and logged metrics of each finished phase, and statistics of the answers of each round. Validation metrics are included only if
+            the model was validated at the end of the phase.
+        before: Output of :func:`~malleable.callbacks.report.comparison.evaluate_recommender` after the warm-up.
+        figures: Last value of each metric logged in the current phase.
+        validated: Last epoch with a validation at its end; -1 before the first.
+        marks: First optimizer step of each phase, and ``supervised`` or ``preference``.
     """
 
     epoch: int = -1
@@ -95,18 +96,18 @@ class SelfPlayState:
     validated: int = -1
 
     def finish(self, phase: Phase, epoch: int) -> None:
-        """Add the figures of a phase to the history.
+        """Add the metrics of a phase to the history.
 
         Args:
             phase: The phase.
-            epoch: Its last epoch. Figures of an earlier validation are not those of the phase's end, and are left out.
+            epoch: Last epoch of the phase. Validation metrics of earlier epochs are omitted.
         """
         figures = {name: value for name, value in self.figures.items() if self.validated == epoch or not name.startswith("val_")}
         self.history.append({"phase": phase.kind, "round": phase.round, **figures})
 
 
 def reset_moments(optimizer: Any) -> None:
-    """Forget an optimizer's moments in place, so that it goes on like a new one; works on what DeepSpeed wraps, too."""
+    """Set the state of an optimizer to zero in place, as in a new optimizer. Also works for optimizers that DeepSpeed wraps."""
     for state in optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, Tensor):

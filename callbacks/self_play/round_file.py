@@ -1,4 +1,4 @@
-"""A self-play round on disk: which rows, what the model answered, and the frozen reference."""
+"""File of a self-play round: rows, rejected answers and reference log-probabilities."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from malleable.datamodules.sample_ids import Ints, keyed_order
 
 @dataclass
 class RoundFile:
-    """The rows of one round: state of a run, to resume from. It names items by their positions in the catalogue, and is not meant for users.
+    """Rows of a round, from which a run is resumed. This is an internal file: items are numbers in the catalogue of the run.
 
     Attributes:
-        positions: Rows of the pool.
-        sample_ids: Their ids.
-        items: For each row the rejected items, -1 where an answer is no item.
-        answers: For each row the rejected answers' tokens; empty where the model gave no answer.
-        reference: For each row the reference log-probabilities of the true and the rejected answers, in nats.
+        positions: Index of each row in the pool.
+        sample_ids: Id of each row.
+        items: Rejected items of each row; -1 if an answer is not an item.
+        answers: Tokens of the rejected answers of each row; empty if the model gave no answer.
+        reference: Reference log-probabilities of the true and the rejected answers of each row, in nats.
     """
 
     positions: list[int]
@@ -42,48 +42,52 @@ class RoundFile:
     reference: list[list[float]] | None = None
 
     def table(self) -> pa.Table:
-        """Return the columns known so far."""
+        """Return the columns that are set, as a table."""
         columns = {name: value for name, value in vars(self).items() if value is not None}
         types = {"reference": pa.list_(pa.float32())}
         return pa.table({name: pa.array(value, types.get(name)) for name, value in columns.items()})
 
     def digest(self) -> str:
-        """Checksum of the content."""
+        """Return a checksum of the content."""
         return hashlib.sha256(repr(self.table().to_pydict()).encode()).hexdigest()
 
     def write(self, path: Path) -> None:
-        """Write the Parquet file, whole or not at all."""
+        """Write the Parquet file atomically."""
         with atomic_write(path) as temporary:
             pq.write_table(self.table(), temporary)
 
     @classmethod
     def read(cls, path: Path, digest: str | None = None) -> RoundFile:
-        """Read a round, and refuse one that is missing, unreadable or changed.
+        """Read the file of a round.
+
+        Args:
+            path: The file.
+            digest: Expected checksum; ``None`` omits the check.
 
         Raises:
-            MisconfigurationException: If the file is missing, cannot be read, or does not have the checksum that the checkpoint remembers.
+            MisconfigurationException: If the file does not exist, cannot be read, or has another checksum.
         """
         if not path.exists():
-            raise MisconfigurationException(f"the interrupted round is gone: {path} does not exist; put the file back or start a new run")
+            raise MisconfigurationException(f"the file of the interrupted round is missing: {path} does not exist; restore it or start a new run")
         file: RoundFile | None = None
-        with suppress(ValueError, TypeError, OverflowError):  # cut off, or another table
+        with suppress(ValueError, TypeError, OverflowError):  # a truncated file, or another table
             stored = cls(**read_parquet(path).to_pydict())
             stored.table()
             file = stored
         if file is None or (digest is not None and file.digest() != digest):
-            raise MisconfigurationException(f"{path} is not the file the checkpoint was saved with; put the original back or start a new run")
+            raise MisconfigurationException(f"{path} is not the file of the checkpoint (its checksum differs); restore it or start a new run")
         return file
 
     @classmethod
     def read_first(cls, paths: Sequence[Path], digest: str | None) -> RoundFile:
-        """Read the first of several copies that is whole and has the checksum; the error is that of the last one."""
+        """Read the first of several copies that is complete and has the checksum. If there is none, the error is that of the last copy."""
         for path in paths[:-1]:
             with suppress(MisconfigurationException):
                 return cls.read(path, digest)
         return cls.read(paths[-1], digest)
 
     def without_identical(self, rows: Any) -> RoundFile:
-        """Leave out rows whose rejected answer is the true one or is missing."""
+        """Return the rows whose rejected answers exist and differ from the true answer."""
         assert self.answers is not None
         assert self.items is not None
         kept = [index for index in range(len(self.positions)) if not self._identical(rows[index], index) and all(self.answers[index])]
@@ -95,7 +99,7 @@ class RoundFile:
         )
 
     def pairs(self, pool: Any, pad_token_id: int = 0) -> RowView:
-        """Return the rows with the rejected answers behind the true one, and the reference where it is known; they make a PreferenceBatch."""
+        """Return rows with true answer, rejected answers and, if computed, reference log-probabilities. They collate to a ``PreferenceBatch``."""
         assert self.answers is not None
         assert self.items is not None
         fields = []
@@ -114,11 +118,12 @@ class RoundFile:
         return any(list(answer) == true for answer in self.answers[index])
 
     def figures(self, rows: Any, catalog: Catalog | None) -> dict[str, float]:
-        """What the round's answers look like.
+        """Compute statistics of the rejected answers.
 
         Returns:
-            ``frac_identical`` (rejected equals true), ``frac_invalid`` (no item of the catalogue), ``distinct_negs`` (share of distinct answers),
-            ``top_neg_share`` (of the ten most frequent), ``mean_pop_neg`` (mean training interactions of the rejected items).
+            ``frac_identical`` (share of rows whose rejected answer is the true one), ``frac_invalid`` (share of answers that are not items),
+            ``distinct_negs`` (number of distinct answers divided by the number of answers), ``top_neg_share`` (share of the ten most frequent
+            answers) and, if the popularity is known, ``mean_pop_neg`` (mean number of training interactions of the rejected items).
         """
         assert self.answers is not None
         assert self.items is not None
@@ -139,14 +144,14 @@ class RoundFile:
 
 
 def answer_statistics(items: Sequence[int], popularity: Sequence[int] = ()) -> dict[str, float]:
-    """Describe how concentrated answers are.
+    """Compute statistics of the concentration of answers.
 
     Args:
-        items: The answers; negative values are no item and are left out.
-        popularity: Training interactions of each item of the catalogue; empty if unknown.
+        items: Items of the answers. Negative values are not items and are omitted.
+        popularity: Number of training interactions of each item of the catalogue; empty if unknown.
 
     Returns:
-        ``distinct`` (number of different items), ``top_3_share`` (share of the three most frequent items) and, where the popularity is known,
+        ``distinct`` (number of distinct items), ``top_3_share`` (share of the three most frequent items) and, if the popularity is known,
         ``mean_popularity`` (mean number of training interactions).
     """
     known = [item for item in items if item >= 0]
@@ -158,25 +163,26 @@ def answer_statistics(items: Sequence[int], popularity: Sequence[int] = ()) -> d
 
 
 def draw_positions(ids: Ints, count: int | None, number: int, seed: int) -> list[int]:
-    """Draw the rows of a round without replacement across rounds, until the pool cannot fill another.
+    """Draw the rows of a round without replacement across rounds.
 
-    Rounds are consecutive pieces of an order of the pool, then of the next order. An order depends on the seed and the ids of the rows alone.
+    The pool is shuffled, and rounds are consecutive parts of it. If the remaining rows are too few for a round, the pool is shuffled again. The order
+    depends only on the seed and the ids of the rows.
 
     Args:
-        ids: ``(N,)`` ids of the pool's rows.
-        count: Rows of a round; ``None`` takes all.
-        number: The round, from 1; 0 for a draw of its own.
-        seed: Seed of the orders.
+        ids: Ids of the rows of the pool, ``(N,)``.
+        count: Number of rows of a round; ``None`` for all rows.
+        number: Number of the round, from 1; 0 for an independent draw.
+        seed: Random seed.
 
     Raises:
-        ValueError: If a round is empty, or larger than the pool.
+        ValueError: If ``count`` is less than 1, or larger than the pool.
     """
     if count is None:
         return list(range(len(ids)))
     if count < 1:
-        raise ValueError(f"a round needs at least 1 row, got {count}; null takes all")
+        raise ValueError(f"a round must have at least 1 row, got {count}; null uses all rows")
     if count > len(ids):
-        raise ValueError(f"a round needs {count} rows but there are {len(ids)} training rows; lower rows_per_round")
-    shuffle, piece = divmod(max(0, number - 1), len(ids) // count)
-    positions: list[int] = keyed_order(ids, seed, 2 * shuffle + (number == 0))[piece * count : (piece + 1) * count].tolist()
+        raise ValueError(f"a round needs {count} rows, but there are {len(ids)} training rows; lower rows_per_round")
+    shuffle, part = divmod(max(0, number - 1), len(ids) // count)
+    positions: list[int] = keyed_order(ids, seed, 2 * shuffle + (number == 0))[part * count : (part + 1) * count].tolist()
     return positions

@@ -1,4 +1,4 @@
-"""Rejected answers for the rows of a round."""
+"""Choice of rejected answers for the rows of a self-play round."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 
+from malleable.callbacks.row_pass import apply_to_rows, rows_per_pass
 from malleable.callbacks.self_play.round_file import RoundFile, answer_statistics
-from malleable.callbacks.sweep import rows_per_pass, sweep
 from malleable.datamodules.batch import Catalog
 from malleable.datamodules.loading import PhasedLoader, RowView
 from malleable.datamodules.negative_samplers import Mixture, NegativeSampler, RowItems, SelfPlay, round_seed
@@ -19,22 +19,22 @@ from malleable.lightning_modules.language.language_model import LanguageModel
 Rejected = tuple[list[list[int]], list[list[list[int]]]]
 
 
-def negatives(
+def choose_negatives(
     trainer: Trainer, module: LanguageModel, rows: Any, loader: PhasedLoader[Any], sampler: NegativeSampler, seed: tuple[int, int], label: str
 ) -> Rejected:
     """Choose the rejected answers of a round.
 
     Args:
-        trainer: Shards the rows over the ranks.
+        trainer: Trainer, which distributes the rows over the ranks.
         module: The recommender.
-        rows: The rows of the round.
-        loader: Collates rows; its batch size serves where the data module has no ``eval_batch_size``.
-        sampler: Chooses the answers.
-        seed: Seed and round.
-        label: Prefix of the progress lines.
+        rows: Rows of the round.
+        loader: Loader with the collate function, and with the batch size if the data module has no ``eval_batch_size``.
+        sampler: Sampler of the answers.
+        seed: Seed and number of the round.
+        label: Prefix of the progress messages.
 
     Returns:
-        For each row the items, -1 where an answer is none, and the tokens of the answers.
+        Items of each row, -1 for answers that are not items, and the tokens of the answers.
     """
     catalog = module.catalog
     assert catalog is not None
@@ -46,12 +46,12 @@ def negatives(
         items = [choose(row_items(rows[index])) for index in range(len(rows))]
         return items, titles(items, catalog)
     if not isinstance(sampler, SelfPlay):
-        # Nothing that the user has had before, also where it may be recommended again.
+        # Exclude all earlier items of the user, also if they may be recommended again.
         rows = RowView(rows, range(len(rows)), [{"seen": sorted(row_items(rows[index]).exclude)} for index in range(len(rows))])
     generate = partial(module.generate_negatives, sampler=sampler, seed=number)
-    table = sweep(trainer, module, rows, loader.collate_fn, rows_per_pass(trainer, loader), generate, f"{label}: negatives")
+    table = apply_to_rows(trainer, module, rows, loader.collate_fn, rows_per_pass(trainer, loader), generate, f"{label}: negatives")
     if isinstance(sampler, SelfPlay) and sampler.grounding == "none":
-        # (rows, 1 + tokens): the item or -1, then the free text padded with -1.
+        # (rows, 1 + tokens): the item or -1, followed by the tokens of the free text padded with -1.
         return table[:, :1].tolist(), [[[token for token in row if token >= 0]] for row in table[:, 1:].tolist()]
     return table.tolist(), titles(table.tolist(), catalog)
 
@@ -59,7 +59,7 @@ def negatives(
 def _mixed(
     trainer: Trainer, module: LanguageModel, rows: Any, loader: PhasedLoader[Any], mixture: Mixture, seed: tuple[int, int], label: str
 ) -> Rejected:
-    """Let each part choose for its own rows."""
+    """Assign each row to a sampler of the mixture, and choose its answers with this sampler."""
     parts = [mixture.choose(int(rows[index]["sample_id"]), round_seed(*seed)) for index in range(len(rows))]
     items: list[list[int]] = [[]] * len(rows)
     answers: list[list[list[int]]] = [[]] * len(rows)
@@ -67,7 +67,7 @@ def _mixed(
         positions = [index for index, chosen in enumerate(parts) if chosen == part]
         if not positions:
             continue
-        found = negatives(trainer, module, RowView(rows, positions), loader, sampler, seed, f"{label}, {type(sampler).__name__}")
+        found = choose_negatives(trainer, module, RowView(rows, positions), loader, sampler, seed, f"{label}, {type(sampler).__name__}")
         for position, own_items, own_answers in zip(positions, *found, strict=True):
             items[position], answers[position] = own_items, own_answers
     return items, answers
@@ -83,17 +83,17 @@ def compare_decoding(
     seed: tuple[int, int],
     label: str,
 ) -> dict[str, dict[str, float]]:
-    """Describe how concentrated greedy and sampled answers of the module are, beside the true titles.
+    """Compare the concentration of greedy answers, sampled answers and true titles.
 
     Args:
-        trainer: Shards the rows over the ranks.
+        trainer: Trainer, which distributes the rows over the ranks.
         module: The recommender.
-        loader: Has the rows of the round, and collates them.
-        file: The round, with its answers.
-        count: Number of rows to compare on, the first of the round.
-        sampler: How the answers of the round were generated. The mode that it does not use needs another pass.
-        seed: Seed and round.
-        label: Prefix of the progress lines.
+        loader: Loader with the pool of rows and the collate function.
+        file: File of the round, with its answers.
+        count: Number of rows of the round to compare, from the first one.
+        sampler: Sampler of the answers in the file. Another decoding mode needs an additional pass.
+        seed: Seed and number of the round.
+        label: Prefix of the progress messages.
 
     Returns:
         :func:`answer_statistics` of ``true``, ``greedy`` and ``sample`` titles.
@@ -106,17 +106,17 @@ def compare_decoding(
     for mode in modes:
         other = replace(sampler, decode=mode, num_negatives=1)
         same = other == sampler
-        answers[mode] = file.items[: len(rows)] if same else negatives(trainer, module, rows, loader, other, seed, f"{label}, {mode}")[0]
+        answers[mode] = file.items[: len(rows)] if same else choose_negatives(trainer, module, rows, loader, other, seed, f"{label}, {mode}")[0]
     popularity = module.catalog.popularity
     return {name: answer_statistics([item for row in table for item in row], popularity) for name, table in answers.items()}
 
 
 def row_items(row: Mapping[str, Any]) -> RowItems:
-    """Return what decides the negatives of a row."""
+    """Return the fields of a row on which its negatives depend: id, excluded items and candidates."""
     own = (row.get(name, ()) for name in ("item_ids", "history", "earlier", "seen"))
     return RowItems(int(row["sample_id"]), {int(item) for items in own for item in items}, row.get("candidates", ()))
 
 
 def titles(items: list[list[int]], catalog: Catalog) -> list[list[list[int]]]:
-    """Return the tokens of each row's items; an empty answer where there is no item."""
+    """Return the tokens of the items of each row; an empty answer for -1."""
     return [[list(catalog.token_ids[item]) if item >= 0 else [] for item in row] for row in items]

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from malleable.callbacks.restart import finish_epoch, reopen
+from malleable.callbacks.restart import extend_max_steps, finish_epoch
 from malleable.datamodules.files.atomic import recover_below
 from malleable.datamodules.files.run_folders import run_versions
 
@@ -76,7 +76,7 @@ class RunFolder(Callback):
         Lightning discards them if the run folder is a different one. The best checkpoint would then be the best since the interruption only.
         """
         if trainer.state.fn == TrainerFn.FITTING:
-            self._limit = reopen(trainer, checkpoint)
+            self._limit = extend_max_steps(trainer, checkpoint)
         if trainer.state.fn != TrainerFn.FITTING or not trainer.ckpt_path or "://" in str(trainer.ckpt_path):
             return
         folder = Path(trainer.ckpt_path).absolute().parent

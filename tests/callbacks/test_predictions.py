@@ -62,7 +62,7 @@ def test_without_a_catalogue_nothing_is_written(tmp_path):
     writer, trainer, module = PredictionWriter(), Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), Markov()
     writer.setup(trainer, module, "predict")
     writer.on_predict_start(trainer, module)
-    with pytest.raises(MisconfigurationException, match=r"writes items by their ids, but neither Markov nor the data module has a catalogue"):
+    with pytest.raises(MisconfigurationException, match=r"needs a catalogue, but neither Markov nor the data module has one"):
         writer.on_predict_batch_end(trainer, module, Recommendations(torch.zeros(1, 1).long(), torch.zeros(1, 1)), Batch(torch.tensor([0])), 0)
 
 
@@ -247,6 +247,6 @@ def test_two_ranks_answer_like_one(answered):
 
 
 def test_other_outputs_are_refused(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"BoringModule.predict_step gave Tensor for BoringBatch; leave PredictionWriter out"):
+    with pytest.raises(MisconfigurationException, match=r"BoringModule.predict_step returned Tensor for BoringBatch; remove PredictionWriter"):
         write(tmp_path, BoringModule(), BoringDataModule())
     assert not (tmp_path / "predictions.csv").exists()

@@ -143,7 +143,7 @@ def test_a_resumed_run_reads_the_old_values(tmp_path, passes):
 @pytest.mark.parametrize("rows", [pairs(24, step=3), pairs(28)], ids=["other answers", "more rows"])
 def test_other_rows_are_refused(tmp_path, rows):
     fit(tmp_path, ReferenceCache())
-    with pytest.raises(MisconfigurationException, match=r"reference-.*\.safetensors belongs to other training rows; remove it or use"):
+    with pytest.raises(MisconfigurationException, match=r"reference-.*\.safetensors belongs to other training rows; remove the file, or use"):
         fit(tmp_path, ReferenceCache(), rows=rows, ckpt_path=tmp_path / "checkpoints/saved.ckpt", max_epochs=2)
 
 
@@ -151,7 +151,7 @@ def test_lost_values_cannot_be_computed_again(tmp_path):
     fit(tmp_path, ReferenceCache())
     (path,) = files(tmp_path / "run")
     path.rename(tmp_path / "elsewhere")
-    with pytest.raises(MisconfigurationException, match=r"are gone: .*reference-.* does not exist\. The model has been trained since"):
+    with pytest.raises(MisconfigurationException, match=r"are missing: .*reference-.* does not exist. They cannot be computed again"):
         fit(tmp_path, ReferenceCache(), ckpt_path=tmp_path / "checkpoints/saved.ckpt", max_epochs=2)
 
 
@@ -179,7 +179,7 @@ def test_damaged_values_are_computed_again_or_refused(tmp_path, passes, damage):
     whole = path.read_bytes()
     damaged = whole[:-1] + bytes([whole[-1] ^ 1]) if damage == "a changed bit" else whole[:-8]
     path.write_bytes(damaged)
-    with pytest.raises(MisconfigurationException, match=r"reference-.*\.safetensors is damaged .* put the original back or start a new run"):
+    with pytest.raises(MisconfigurationException, match=r"reference-.*\.safetensors is damaged .* restore the file or start a new run"):
         fit(tmp_path, ReferenceCache(cache), ckpt_path=tmp_path / "checkpoints/saved.ckpt", max_epochs=2)
     fit(tmp_path, ReferenceCache(cache))
     assert len(passes) == 2
@@ -208,7 +208,7 @@ def test_a_loader_of_ones_own(tmp_path):
     trainer.fit(make_module(), loader)
     assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-6)
     plain = DataLoader(pairs(8), batch_size=4, collate_fn=batch_of)
-    with pytest.raises(MisconfigurationException, match="ReferenceCache exchanges the training rows and needs a PhasedLoader, got DataLoader"):
+    with pytest.raises(MisconfigurationException, match="ReferenceCache replaces the training rows and needs a PhasedLoader, got DataLoader"):
         quiet_trainer(tmp_path, max_epochs=1, callbacks=[ReferenceCache()], enable_checkpointing=False).fit(make_module(), plain)
 
 
@@ -236,7 +236,7 @@ def test_ranks_that_hold_half_of_each_weight_equal_one(tmp_path):
 @pytest.mark.parametrize("shared_prompt", [None, False, True])
 def test_reference_and_policy_take_one_form(shared_prompt, monkeypatch):
     seen = []
-    monkeypatch.setattr(reference, "sweep", lambda *args: args[5]("batch"))
+    monkeypatch.setattr(reference, "apply_to_rows", lambda *args: args[5]("batch"))
     monkeypatch.setattr(reference, "rows_per_pass", lambda *_: 1)
     monkeypatch.setattr(reference, "answer_logps", lambda model, batch, **options: seen.append(options) or torch.zeros(1, 0))
     module = DPO(tiny_config(), tiny_catalog(), decoding=Decoding(shared_prompt=shared_prompt))

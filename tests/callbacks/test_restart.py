@@ -4,7 +4,7 @@ from boring import BoringDataModule, BoringModule
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from malleable.callbacks.restart import finish_epoch, reopen
+from malleable.callbacks.restart import extend_max_steps, finish_epoch
 
 ROWS = (12, 20, 8)  # of each epoch: 3, 5 and 2 batches
 
@@ -38,7 +38,7 @@ class Lengths(Callback):
         self.show(trainer, self.epoch)
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint):
-        self.limit = reopen(trainer, checkpoint)
+        self.limit = extend_max_steps(trainer, checkpoint)
 
     def on_train_start(self, trainer, pl_module):
         finish_epoch(trainer)

@@ -1,8 +1,8 @@
-"""Cached reference log-probabilities and a sweep as a script of its own, for one rank and for several.
+"""Cached reference log-probabilities and a pass over rows as a script, for one rank and for several.
 
     python reference_run.py FOLDER [ddp|zero3]
 
-Leaves ``FOLDER/reference-*.safetensors``, and in ``FOLDER/sweep.json`` what a sweep over 11 rows returned on each rank.
+Leaves ``FOLDER/reference-*.safetensors``, and in ``FOLDER/rows.json`` what a pass over 11 rows returned on each rank.
 """
 
 import json
@@ -17,7 +17,7 @@ from tiny import TOKENS, batch_of, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 
 from malleable.callbacks.reference import ReferenceCache
-from malleable.callbacks.sweep import sweep
+from malleable.callbacks.row_pass import apply_to_rows
 from malleable.lightning_modules.recommendation.dpo import DPO
 
 
@@ -33,12 +33,14 @@ def stored(path: Path | str) -> dict[str, torch.Tensor]:
 
 
 class Sweeping(ReferenceCache):
-    """Sweeps besides, over a number of rows that ranks and batches do not divide."""
+    """Also makes a pass over 11 rows, which cannot be divided evenly among ranks and batches."""
 
     found: torch.Tensor
 
     def on_train_start(self, trainer, pl_module):
-        self.found = sweep(trainer, pl_module, tiny_rows(11), batch_of, 2, lambda batch: batch.sample_id[:, None] * torch.tensor([1, 10]), "test")
+        self.found = apply_to_rows(
+            trainer, pl_module, tiny_rows(11), batch_of, 2, lambda batch: batch.sample_id[:, None] * torch.tensor([1, 10]), "test"
+        )
         super().on_train_start(trainer, pl_module)
 
 
@@ -52,7 +54,7 @@ def main(folder: Path, strategy: str = "auto") -> None:
     trainer.fit(DPO(language_model=tiny_config()), TinyData(train=pairs(22), batch_size=4 // ranks, global_batch_size=4))
     found = [callback.found] if ranks == 1 else list(trainer.strategy.all_gather(callback.found))
     if trainer.is_global_zero:
-        (folder / "sweep.json").write_text(json.dumps([part.tolist() for part in found]))
+        (folder / "rows.json").write_text(json.dumps([part.tolist() for part in found]))
 
 
 if __name__ == "__main__":

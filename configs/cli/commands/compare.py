@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from malleable.callbacks.report.metric_notes import marked
-from malleable.callbacks.report.page import markdown_table, number, plain_table
+from malleable.callbacks.report.metric_notes import with_arrow
+from malleable.callbacks.report.page import format_cell, markdown_table, plain_table
 from malleable.commands.reported_runs import Run, load_run, why_unpaired
 from malleable.datamodules.files.escape import for_csv, for_markdown
 from malleable.lightning_modules.metrics.significance import paired_bootstrap, row_values
@@ -95,9 +95,9 @@ class Comparison:
             header += [heading, "difference (95 %)" if reason is None else "not paired"]
         rows = []
         for row in self.rows:
-            cells = [marked(row.metric), number(row.values[0])]
+            cells = [with_arrow(row.metric), format_cell(row.values[0])]
             for value, difference in zip(row.values[1:], row.differences, strict=True):
-                cells += [number(value), "" if difference is None else str(difference)]
+                cells += [format_cell(value), "" if difference is None else str(difference)]
             rows.append(cells)
         return header, rows
 

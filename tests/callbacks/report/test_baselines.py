@@ -111,9 +111,9 @@ def test_keys_are_class_names_in_snake_case():
 
 
 def test_errors(tmp_path):
-    with pytest.raises(TypeError, match=r"baselines must be modules derived from Baseline, .* got 'popularity'"):
+    with pytest.raises(TypeError, match=r"baselines must be instances of Baseline, .* got 'popularity'"):
         Baselines(["popularity"])
-    with pytest.raises(MisconfigurationException, match=r"with a `catalog`, got BoringDataModule; pass `datamodule=...` or leave Baselines out"):
+    with pytest.raises(MisconfigurationException, match=r"with a `catalog`, got BoringDataModule; pass `datamodule=...` or remove Baselines"):
         trainer(tmp_path, Baselines()).test(BoringModule(), BoringDataModule(), verbose=False)
 
 

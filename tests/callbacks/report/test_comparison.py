@@ -11,15 +11,15 @@ from tiny_data import TinyData, quiet_trainer
 from tiny_module import ready
 from torch.utils.data import DataLoader
 
-from malleable.callbacks.report.comparison import measure, recommendation_counts, round_curves, self_play_sections
+from malleable.callbacks.report.comparison import evaluate_recommender, recommendation_counts, round_curves, self_play_sections
 from malleable.callbacks.report.page import markdown
 
 HISTORY = [
     {"phase": "warmup", "round": 0, "val_hr_10": 0.1, "val_loss": 3.0},
-    {"phase": "play", "round": 1, "frac_identical": 0.25, "distinct_negs": 0.5},
+    {"phase": "negatives", "round": 1, "frac_identical": 0.25, "distinct_negs": 0.5},
     {"phase": "sft", "round": 1, "val_hr_10": 0.15},
     {"phase": "dpo", "round": 1, "val_hr_10": 0.2, "val_or_ratio_10": 0.4},
-    {"phase": "play", "round": 2, "frac_identical": 0.5, "distinct_negs": 0.75},
+    {"phase": "negatives", "round": 2, "frac_identical": 0.5, "distinct_negs": 0.75},
     {"phase": "dpo", "round": 2, "val_hr_10": 0.3, "val_or_ratio_10": 0.3},
 ]
 
@@ -36,7 +36,7 @@ def test_measuring_equals_testing(tmp_path):
     trainer = quiet_trainer(tmp_path)
     (tested,) = trainer.test(module, TinyData(), verbose=False)
     module.train()
-    found = measure(trainer, module, DataLoader(tiny_rows(13), batch_size=4, collate_fn=batch_of))
+    found = evaluate_recommender(trainer, module, DataLoader(tiny_rows(13), batch_size=4, collate_fn=batch_of))
     assert {f"test_{name}": value for name, value in found["figures"].items()} == pytest.approx({k: v for k, v in tested.items() if k != "test_loss"})
     lists = module.eval().recommend(batch_of(tiny_rows(13))).item_ids
     assert found["counts"].tolist() == torch.bincount(lists.flatten(), minlength=8).tolist()
@@ -50,7 +50,7 @@ def test_measuring_disturbs_nothing(tmp_path, monkeypatch):
     modes = []
     evaluate = module.evaluate
     monkeypatch.setattr(module, "evaluate", lambda *args: modes.append((module.training, torch.is_grad_enabled())) or evaluate(*args))
-    measure(trainer, module, DataLoader(tiny_rows(8), batch_size=4, collate_fn=batch_of))
+    evaluate_recommender(trainer, module, DataLoader(tiny_rows(8), batch_size=4, collate_fn=batch_of))
     assert modes == [(False, False)] * 2
     assert module.training
     assert not module.eval_metrics
@@ -68,7 +68,7 @@ def test_counts_of_all_ranks_are_added(tmp_path):
     strategy = SimpleNamespace(reduce=reduce, batch_to_device=trainer.strategy.batch_to_device)
     shared = SimpleNamespace(strategy=strategy, precision_plugin=trainer.precision_plugin)
     loader = DataLoader(tiny_rows(4), batch_size=4, collate_fn=batch_of)
-    assert torch.equal(measure(shared, module, loader)["counts"], 2 * measure(trainer, module, loader)["counts"])
+    assert torch.equal(evaluate_recommender(shared, module, loader)["counts"], 2 * evaluate_recommender(trainer, module, loader)["counts"])
     assert set(summed) == {"sum"}
 
 

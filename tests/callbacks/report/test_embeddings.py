@@ -137,7 +137,7 @@ class TestUncertainty:
             module.tables[0].weight[:, 3:] = 1 / torch.tensor([0.1, *range(1, 12)])[:, None]
         section = uncertainty_section(module, graph_of(degree=DEGREE))
         assert "is 0.167 (0.0909 to 1) over the 11 entities of the training triples" in section.text
-        assert "; 10 (10 to 10) over the 1 that only validation or test have" in section.text
+        assert "; 10 (10 to 10) over the 1 that occur only in validation or test" in section.text
         assert section.text.endswith("is -1.00.")
         save_figure(tmp_path / "figure.png", section.figure)
         assert (tmp_path / "figure.png").is_file()
@@ -149,7 +149,7 @@ class TestUncertainty:
 
     def test_without_degrees(self):
         section = uncertainty_section(make(), graph_of(degree=()))
-        assert "does not tell in how many training triples" in section.text
+        assert "The numbers of training triples of the entities are unknown" in section.text
         assert section.figure is None
 
 
@@ -171,7 +171,7 @@ class TestPatterns:
     def test_none_is_clear(self):
         section = patterns_section(make(dimension=64), tiny_graph(), 10, 10)
         assert section.table is None
-        assert "There is none, the nearest is: " in section.text
+        assert "There is no such pattern; the clearest one is " in section.text
 
     def test_labels_are_not_interpreted(self):
         graph = graph_of(relations=tuple(f"{number} {HOSTILE}" for number in range(3)))

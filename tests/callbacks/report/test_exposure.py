@@ -23,7 +23,7 @@ def test_counts_are_those_of_the_recommended_lists(tmp_path):
     assert exposure.recommended.tolist() == torch.bincount(lists.flatten(), minlength=len(TITLES)).tolist()
     page = (tmp_path / "report" / "report.md").read_text()
     distinct = len(lists.unique())
-    assert f"{distinct} of 8 titles are recommended at all." in page
+    assert f"{distinct} of 8 titles are recommended at least once." in page
     assert "| title | recommended | share | share of training interactions |" in page
     assert (tmp_path / "report" / "most_recommended_titles.png").is_file()
     assert (tmp_path / "report" / "concentration_of_exposure.png").is_file()

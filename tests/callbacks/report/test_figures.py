@@ -87,7 +87,7 @@ def test_figures_are_whole_or_not_there(tmp_path):
 def test_refusals():
     with pytest.raises(ValueError, match=r"all versions must count the same items, got \{'a': 1, 'b': 2\}"):
         draw_exposure(axes(), {"a": [1], "b": [1, 2]}, TITLES)
-    with pytest.raises(ValueError, match="there is no version to draw"):
+    with pytest.raises(ValueError, match="versions is empty"):
         draw_exposure_curve(axes(), {})
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from malleable.callbacks.report.metric_notes import NOTES, arrow, definitions, is_secondary, marked
+from malleable.callbacks.report.metric_notes import NOTES, arrow, definitions, is_secondary, with_arrow
 from malleable.lightning_modules.metrics.editing import RequestFigures
 from malleable.lightning_modules.metrics.exposure import ExposureMetrics
 from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics
@@ -27,8 +27,8 @@ def test_every_metric_has_a_definition():
 
 def test_arrows():
     assert [arrow(name) for name in ("hr_10", "or_ratio_5", "arp_10", "mr", "unknown_3")] == ["↑", "↓", "", "↓", ""]
-    assert marked("hr_10") == "hr_10 ↑"
-    assert marked("unknown_3") == "unknown_3"
+    assert with_arrow("hr_10") == "hr_10 ↑"
+    assert with_arrow("unknown_3") == "unknown_3"
 
 
 def test_a_cut_off_is_defined_once():

@@ -1,10 +1,10 @@
 import math
 
-from malleable.callbacks.report.page import Section, figure_names, markdown, markdown_table, number, plain_table
+from malleable.callbacks.report.page import Section, figure_names, format_cell, markdown, markdown_table, plain_table
 
 
 def test_numbers():
-    assert [number(value) for value in (0.12345678, 0.0, 123.4567, 1e-6, math.nan, None, 7, "x")] == [
+    assert [format_cell(value) for value in (0.12345678, 0.0, 123.4567, 1e-6, math.nan, None, 7, "x")] == [
         "0.1235",
         "0.0000",
         "123.46",

@@ -165,7 +165,7 @@ def test_curves_go_on_after_a_resumption_and_load_without_pickle(tmp_path):
     assert second.history["train_loss"][:4] == first.history["train_loss"]
     assert second.seconds > first.seconds
     own = second.seconds - torch.load(path, weights_only=True)["callbacks"]["RunReport"]["seconds"]
-    assert second.facts["training time"] == f"{second.seconds:.0f} s, {own:.0f} s of it since the run was resumed"
+    assert second.facts["training time"] == f"{second.seconds:.0f} s, {own:.0f} s after the run was resumed"
 
 
 def test_the_curves_of_a_whole_fit_stay_when_its_best_checkpoint_is_tested(tmp_path):
@@ -188,7 +188,7 @@ def test_long_runs_keep_a_bounded_history():
     trainer = type("Trainer", (), {"callback_metrics": {"train_loss": torch.tensor(1.0)}, "global_step": 0})()
     for step in range(3 * MAX_POINTS):
         trainer.global_step, trainer.callback_metrics = step, {"train_loss": torch.tensor(1.0)}
-        report._note(trainer, validation=False)
+        report._record(trainer, validation=False)
     points = report.history["train_loss"]
     assert len(points) <= MAX_POINTS
     assert points[0][0] == 0

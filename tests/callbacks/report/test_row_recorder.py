@@ -29,7 +29,7 @@ def test_the_ranks_of_a_test_give_its_metrics(tmp_path):
     assert "| metric | ItemKNN | 95 % interval |" in page
     assert "| hr_10 ↑ |" in page
     assert f"| test rows | {len(data.test_dataset)} |" in page
-    assert "## What the metrics mean" in page
+    assert "## Definitions of the metrics" in page
 
 
 def test_the_ranks_of_a_graph_give_its_metrics(tmp_path):

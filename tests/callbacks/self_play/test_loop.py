@@ -165,7 +165,7 @@ def test_all_identical_is_a_warning(tmp_path):
     module = make_module(dropout=0.0)
     rows = [row | {"sample_id": index} for index, row in enumerate([tiny_rows(1)[0]] * 8)]
     module.generate_negatives = lambda batch, sampler, seed: batch.item_ids[:, :1]
-    with pytest.warns(UserWarning, match="recommends the true item in all but 0 of 8 rows"):
+    with pytest.warns(UserWarning, match="differs from the true answer in only 0 of 8 rows"):
         _, trainer, steps = run(tmp_path, make_loop(rounds=1, rows_per_round=8), module, TinyData(train=rows))
     assert [loss for kind, *_, loss in steps if kind == "dpo"] == pytest.approx([math.log(2)] * 2, abs=1e-7)
     assert trainer.current_epoch == 4
@@ -319,11 +319,11 @@ def test_figures_of_another_protocol_are_not_shown(tmp_path, change):
     assert loop.report_columns() == []
     (section,) = loop.report_sections()
     named = {
-        "rows": r"test rows: 13 rows .* then, 6 rows",
+        "rows": r"test rows: 13 rows .* before, 6 rows",
         "cut-offs": r"metrics: .*\[1, 3\]",
-        "exclusion": 'decoding: .*"exclude_seen": false.* then',
+        "exclusion": 'decoding: .*"exclude_seen": false.* before',
     }[change]
-    assert re.search(f"not shown beside this test: {named}", section.text)
+    assert re.search(f"cannot be compared with this test: {named}", section.text)
 
 
 def test_sections_for_the_report(tmp_path):
@@ -340,7 +340,7 @@ def test_sections_for_the_report(tmp_path):
     assert make_loop().report_columns() == []
 
 
-@pytest.mark.parametrize("play", [SelfPlay(), SelfPlay(decode="sample"), SelfPlay(decode="beam_k_random", num_beams=3)])
+@pytest.mark.parametrize("negatives", [SelfPlay(), SelfPlay(decode="sample"), SelfPlay(decode="beam_k_random", num_beams=3)])
 def test_greedy_and_sampled_answers_stand_beside_the_true_titles(tmp_path, play, caplog):
     loop = make_loop(negatives=play, diagnostic_rows=20)
     with caplog.at_level(logging.INFO):
@@ -388,5 +388,5 @@ def test_figures_of_validation_are_those_of_the_end_of_a_phase(tmp_path):
     loop = make_loop(warmup=PhaseSettings(epochs=3, lr=1e-2, warmup_steps=0), diagnostic_rows=0, compare_on="none")
     trainer = quiet_trainer(tmp_path, max_epochs=-1, check_val_every_n_epoch=2, callbacks=[loop])
     trainer.fit(make_module(dropout=0.0), TinyData(batch_size=4))
-    validated = {(entry["phase"], entry["round"]): "val_hr_3" in entry for entry in loop.state.history if entry["phase"] != "play"}
+    validated = {(entry["phase"], entry["round"]): "val_hr_3" in entry for entry in loop.state.history if entry["phase"] != "negatives"}
     assert validated == {("warmup", 0): False, ("sft", 1): True, ("dpo", 1): False, ("sft", 2): True, ("dpo", 2): False}

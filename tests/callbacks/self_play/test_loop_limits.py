@@ -35,9 +35,9 @@ def test_phases_that_mean_nothing(values, message):
 
 
 def test_limits_that_have_no_effect_or_end_in_mid_round_are_refused(tmp_path):
-    with pytest.raises(MisconfigurationException, match="max_epochs=3 has no effect: SelfPlayLoop sets the epochs itself, 6 with"):
+    with pytest.raises(MisconfigurationException, match="max_epochs=3 has no effect: SelfPlayLoop sets the number of epochs, 6 with"):
         make_loop().setup(quiet_trainer(tmp_path, max_epochs=3), make_module(), "fit")
-    with pytest.raises(MisconfigurationException, match="EarlyStopping would end the run in the middle of a round"):
+    with pytest.raises(MisconfigurationException, match="EarlyStopping could end the run in the middle of a round"):
         make_loop().setup(quiet_trainer(tmp_path, max_epochs=-1, callbacks=[EarlyStopping("val_loss")]), make_module(), "fit")
     for epochs in (-1, 6):
         make_loop().setup(quiet_trainer(tmp_path, max_epochs=epochs), make_module(), "fit")
@@ -51,29 +51,29 @@ def test_refusals(tmp_path):
         SelfPlayLoop(rows_per_round=0)
     with pytest.raises(ValueError, match="diagnostic_rows must be >= 0, got -1"):
         SelfPlayLoop(diagnostic_rows=-1)
-    with pytest.raises(ValueError, match="the loop has no epoch"):
+    with pytest.raises(ValueError, match="the loop has no epochs"):
         SelfPlayLoop(rounds=0, warmup=PhaseSettings(epochs=0))
-    with pytest.warns(UserWarning, match="3 preference epochs a round"):
+    with pytest.warns(UserWarning, match="3 preference epochs per round"):
         SelfPlayLoop(dpo=PhaseSettings(epochs=3))
     with pytest.raises(ValueError, match="a round needs 64 rows but there are 48"):
         run(tmp_path, make_loop(rows_per_round=64))
-    with pytest.raises(MisconfigurationException, match="the 2 rows of the warm-up do not fill one optimizer step of"):
+    with pytest.raises(MisconfigurationException, match="the warm-up has 2 rows, but an optimizer step needs"):
         run(tmp_path, make_loop(warmup=PhaseSettings(epochs=1, rows=2)))
-    with pytest.raises(MisconfigurationException, match="a round of 32 rows does not fill one optimizer step of 40 in the sft phase"):
+    with pytest.raises(MisconfigurationException, match="a round has 32 rows, but an optimizer step of the sft phase needs 40"):
         run(tmp_path, make_loop(sft=PhaseSettings(batch_factor=10)))
     scheduled = make_module()
     scheduled.lr_scheduler = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer)
-    with pytest.raises(MisconfigurationException, match="sets the learning rates itself; leave lr_scheduler out"):
+    with pytest.raises(MisconfigurationException, match="sets the learning rates; omit lr_scheduler"):
         run(tmp_path, module=scheduled)
     unscheduled = make_module()
     unscheduled.default_lr_scheduler = scheduled.lr_scheduler
-    with pytest.raises(MisconfigurationException, match="sets the learning rates itself; SPRec makes a schedule of its own; use SPRec"):
+    with pytest.raises(MisconfigurationException, match="sets the learning rates; SPRec has its own schedule; use SPRec"):
         run(tmp_path, module=unscheduled)
 
     class Mute(LightningModule):
         pass
 
-    with pytest.raises(MisconfigurationException, match="needs a module that recommends, such as SPRec; Mute has no `generate_negatives`"):
+    with pytest.raises(MisconfigurationException, match="needs a module with the method `generate_negatives`, such as SPRec; Mute does not have it"):
         make_loop().setup(quiet_trainer(tmp_path), Mute(), "fit")
     plain = DataLoader(tiny_rows(8), batch_size=4, collate_fn=batch_of)
     module = make_module()
@@ -89,6 +89,6 @@ def test_rounds_that_end_without_a_validation_are_named(tmp_path, caplog):
         trainer = quiet_trainer(tmp_path, max_epochs=-1, check_val_every_n_epoch=every)
         with caplog.at_level("INFO"):
             loop.setup(trainer, make_module(), "fit")
-        return "no round ends in an epoch with a validation" in caplog.text
+        return "no round ends with a validation" in caplog.text
 
     assert [check(2, 1), check(2, 2), check(3, 2)] == [False, False, True]

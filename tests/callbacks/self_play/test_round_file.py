@@ -69,7 +69,7 @@ def test_all_rows_in_every_round():
 def test_rounds_that_cannot_be_drawn():
     with pytest.raises(ValueError, match="a round needs 5 rows but there are 4 training rows; lower rows_per_round"):
         draw_positions(np.arange(4), 5, 1, seed=0)
-    with pytest.raises(ValueError, match="a round needs at least 1 row, got 0; null takes all"):
+    with pytest.raises(ValueError, match="a round must have at least 1 row, got 0; null uses all rows"):
         draw_positions(np.arange(4), 0, 1, seed=0)
 
 
@@ -111,7 +111,7 @@ def test_a_changed_file_is_refused(tmp_path):
     path = tmp_path / "round_2.parquet"
     digest = whole_file().digest()
     replace(whole_file(), items=[[3], [1], [0]]).write(path)
-    with pytest.raises(MisconfigurationException, match=r"round_2\.parquet is not the file the checkpoint was saved with; put the original back"):
+    with pytest.raises(MisconfigurationException, match=r"round_2\.parquet is not the file of the checkpoint"):
         RoundFile.read(path, digest)
     assert RoundFile.read(path).items == [[3], [1], [0]]
 
@@ -124,12 +124,12 @@ def test_an_unreadable_file_is_refused(tmp_path, damage):
         pq.write_table(pq.read_table(path).rename_columns(["a", "b", "c", "d", "e"]), path)
     else:
         path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else 300])
-    with pytest.raises(MisconfigurationException, match=r"round_2\.parquet is not the file the checkpoint was saved with; put the original back"):
+    with pytest.raises(MisconfigurationException, match=r"round_2\.parquet is not the file of the checkpoint"):
         RoundFile.read(path, whole_file().digest())
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"the interrupted round is gone: .*round_3\.parquet does not exist; put"):
+    with pytest.raises(MisconfigurationException, match=r"the file of the interrupted round is missing: .*round_3\.parquet does not exist; restore"):
         RoundFile.read(tmp_path / "round_3.parquet", "any")
 
 

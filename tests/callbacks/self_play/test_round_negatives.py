@@ -10,7 +10,7 @@ from tiny import EOS, TOKENS, batch_of, tiny_catalog, tiny_rows
 from tiny_data import quiet_trainer
 from tiny_module import ready
 
-from malleable.callbacks.self_play.round_negatives import negatives, row_items, titles
+from malleable.callbacks.self_play.round_negatives import choose_negatives, row_items, titles
 from malleable.datamodules.loading import PhasedLoader
 from malleable.datamodules.negative_samplers import Hardest, Mixture, Popularity, SelfPlay, Semantic, Uniform, round_seed
 
@@ -24,7 +24,7 @@ def module(tmp_path):
 
 def make(module, sampler, rows=None, seed: tuple[int, int] = (0, 1), batch_size: int = 2):
     loader = PhasedLoader(tiny_rows(), batch_size, collate_fn=batch_of)
-    return negatives(module.trainer, module, rows or tiny_rows(), loader, sampler, seed, "round 1")
+    return choose_negatives(module.trainer, module, rows or tiny_rows(), loader, sampler, seed, "round 1")
 
 
 FAMILY = {

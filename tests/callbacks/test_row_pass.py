@@ -10,8 +10,8 @@ from tiny import batch_of, tiny_rows
 from tiny_data import quiet_trainer
 from torch import nn
 
-from malleable.callbacks import sweep as module
-from malleable.callbacks.sweep import inference, sweep
+from malleable.callbacks import row_pass as module
+from malleable.callbacks.row_pass import apply_to_rows, inference_mode
 from malleable.datamodules import global_batches as loader
 from malleable.lightning_modules.recommendation.sft import SFT
 
@@ -37,7 +37,7 @@ def attached(trainer) -> SFT:
 
 @pytest.mark.parametrize(("count", "batch_size"), [(11, 2), (8, 4), (3, 16), (1, 1)])
 def test_each_row_once_and_in_order(trainer, count, batch_size):
-    found = sweep(trainer, attached(trainer), tiny_rows(count), batch_of, batch_size, ids_and_tens, "test")
+    found = apply_to_rows(trainer, attached(trainer), tiny_rows(count), batch_of, batch_size, ids_and_tens, "test")
     assert found.tolist() == expected(count)
 
 
@@ -51,7 +51,7 @@ def test_shares_of_ranks_come_together_in_order(trainer, monkeypatch, size, coun
         monkeypatch.setattr(loader, "world", lambda: (rank, size))
         part = SFT()
         part.all_gather = all_gather
-        return sweep(trainer, part, tiny_rows(count), batch_of, batch_size, ids_and_tens, "test").tolist()
+        return apply_to_rows(trainer, part, tiny_rows(count), batch_of, batch_size, ids_and_tens, "test").tolist()
 
     def note(own):
         shares.append(own)
@@ -68,7 +68,7 @@ def test_shares_of_ranks_come_together_in_order(trainer, monkeypatch, size, coun
 @pytest.mark.ddp
 def test_two_ranks_get_all_rows(two_ranks):
     """11 rows in batches of 2 on two processes: 3 calls each, and the whole table on both."""
-    assert json.loads((two_ranks / "sweep.json").read_text()) == [expected(11)] * 2
+    assert json.loads((two_ranks / "rows.json").read_text()) == [expected(11)] * 2
 
 
 def test_nothing_random_and_no_gradients(trainer):
@@ -81,7 +81,7 @@ def test_nothing_random_and_no_gradients(trainer):
         seen.append((part.training, part.model[0].training, output.requires_grad))
         return output
 
-    found = sweep(trainer, part, tiny_rows(4), batch_of, 2, function, "test")
+    found = apply_to_rows(trainer, part, tiny_rows(4), batch_of, 2, function, "test")
     assert seen == [(False, False, False)] * 2
     assert torch.equal(found[0], found[3])
     assert [part.training, part.model[0].training, part.model[1].training] == [True, True, False], "each part as it was"
@@ -89,7 +89,7 @@ def test_nothing_random_and_no_gradients(trainer):
 
 def test_modes_return_after_a_failure(trainer):
     part = SFT()
-    with pytest.raises(RuntimeError, match="lost"), inference(trainer, part):
+    with pytest.raises(RuntimeError, match="lost"), inference_mode(trainer, part):
         raise RuntimeError("lost")
     assert part.training
 
@@ -97,7 +97,7 @@ def test_modes_return_after_a_failure(trainer):
 def test_the_trainers_precision_holds(tmp_path):
     part = SFT()
     part.model = nn.Linear(4, 2)
-    with inference(quiet_trainer(tmp_path, precision="bf16-mixed"), part):
+    with inference_mode(quiet_trainer(tmp_path, precision="bf16-mixed"), part):
         assert part.model(torch.ones(1, 4)).dtype == torch.bfloat16
 
 
@@ -106,7 +106,7 @@ def test_progress_is_told_at_intervals_and_at_the_end(trainer, monkeypatch, capl
     clock = iter(range(0, 1000, 4))
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     with caplog.at_level(logging.INFO):
-        sweep(trainer, attached(trainer), tiny_rows(9), batch_of, 1, ids_and_tens, "answers")
+        apply_to_rows(trainer, attached(trainer), tiny_rows(9), batch_of, 1, ids_and_tens, "answers")
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("answers: ")]
     assert 2 <= len(lines) < 9
     assert lines[-1].startswith("answers: 9 of 9 rows, ")

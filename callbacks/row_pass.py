@@ -1,4 +1,4 @@
-"""One pass over rows outside the training loop, shared among ranks: what generation and reference passes have in common."""
+"""Distributed passes over rows outside the loops of the Trainer, e.g. to generate answers or to compute reference log-probabilities."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ REPORT_EVERY_S = 10.0
 
 
 @contextmanager
-def inference(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Evaluation mode, no gradients, the Trainer's precision; training mode returns afterwards."""
+def inference_mode(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Context with evaluation mode, without gradients and with the precision of the Trainer. The previous modes are restored at the end."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -36,12 +36,12 @@ def inference(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
 
 def rows_per_pass(trainer: Trainer, loader: PhasedLoader[Any]) -> int:
-    """Rows of a pass without gradients: the data module's ``eval_batch_size``, or as many as in training where there is none."""
+    """Return the batch size of passes without gradients: ``eval_batch_size`` of the data module, or the batch size of training if it has none."""
     size: int | None = getattr(getattr(trainer, "datamodule", None), "eval_batch_size", None)
     return size or loader.max_batch_size
 
 
-def sweep(
+def apply_to_rows(
     trainer: Trainer,
     module: LightningModule,
     rows: Any,
@@ -50,26 +50,26 @@ def sweep(
     function: Callable[[Any], Tensor],
     label: str,
 ) -> Tensor:
-    """Apply ``function`` to all rows, each rank to its share, and gather the results in the order of the rows.
+    """Apply a function to all rows, distributed over the ranks, and gather the results in the order of the rows.
 
-    All ranks make equally many calls, so ``function`` may hold collectives.
+    All ranks call the function equally often, so it can contain collective operations.
 
     Args:
-        trainer: Moves batches and knows the precision.
-        module: Evaluated without dropout and gradients.
-        rows: Map-style rows, the same on every rank.
-        collate_fn: Makes a batch of rows.
-        batch_size: Rows a call on one rank.
-        function: Maps a batch to ``(B, ...)``, of one shape behind B for all batches.
-        label: What the progress lines say.
+        trainer: Trainer, for device and precision.
+        module: Module, set to evaluation mode during the pass.
+        rows: Map-style dataset, the same on every rank.
+        collate_fn: Function that converts rows to a batch.
+        batch_size: Number of rows of a batch on one rank.
+        function: Function that maps a batch to a tensor ``(B, ...)``, whose shape except for B is the same for all batches.
+        label: Label of the progress messages.
 
     Returns:
-        ``(len(rows), ...)`` on the CPU, equal on all ranks.
+        Results ``(len(rows), ...)`` on the CPU, the same on all ranks.
     """
     pin = trainer.strategy.root_device.type == "cuda"
     loader: PhasedLoader[Any] = PhasedLoader(rows, batch_size, collate_fn=collate_fn, shuffle=False, drop_last=False, pin_memory=pin)
     results, start, last = [], time.monotonic(), time.monotonic()
-    with inference(trainer, module):
+    with inference_mode(trainer, module):
         for number, batch in enumerate(loader, 1):
             moved: Batch = trainer.strategy.batch_to_device(batch)
             results.append(function(moved))
@@ -80,6 +80,6 @@ def sweep(
     gathered = cast("Tensor", module.all_gather(own))
     if trainer.world_size == 1:
         return gathered.cpu()[: len(rows)]
-    # Rows are dealt batch by batch, so the order is (batch, rank, row of the batch).
+    # Batches are assigned to the ranks in turn, so the order of rows is (batch, rank, row of the batch).
     shape = (trainer.world_size, -1, batch_size, *own.shape[1:])
     return gathered.reshape(shape).transpose(0, 1).flatten(0, 2).cpu()[: len(rows)]
