@@ -15,14 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from malleable.callbacks.reference import phased_loader, reference_logps
-from malleable.callbacks.report.comparison import (
-    evaluate_recommender,
-    evaluation_protocol,
-    hash_batch,
-    protocol_difference,
-    recommendation_counts,
-    self_play_sections,
-)
+from malleable.callbacks.report import comparison
 from malleable.callbacks.report.logged import newly_logged
 from malleable.callbacks.report.page import Column, Section
 from malleable.callbacks.restart import finish_epoch
@@ -44,17 +37,12 @@ log = logging.getLogger(__name__)
 class SelfPlayLoop(Callback):
     """Alternate supervised and preference phases, with the model's own answers as rejected answers.
 
-    The run starts with a supervised warm-up, followed by ``rounds`` rounds. A round has the following steps:
+    The run starts with a supervised warm-up, followed by ``rounds`` rounds. A round draws rows without replacement, generates answers of the model,
+    trains on the true titles (``sft``), computes the reference log-probabilities, and trains on pairs of true and generated titles (``dpo``). Each
+    phase starts with a new optimizer state and has its own learning rate. The loop sets the number of epochs.
 
-    1. draw rows without replacement, and generate the answers of the model for them;
-    2. train on the true titles (``sft``);
-    3. compute and cache the reference log-probabilities of the current model;
-    4. train on pairs of the true title and the generated title (``dpo``).
-
-    Each phase starts with a new optimizer state and has its own learning rate. The loop sets the number of epochs.
-
-    Rows, negatives and reference log-probabilities of a round are written to ``self_play/round_<n>.parquet`` and ``round_<n>_pairs.parquet`` in the
-    run folder. With these files and the checkpoint, an interrupted run can be resumed with the same result.
+    The data of a round is written to ``self_play/round_<n>.parquet`` and ``round_<n>_pairs.parquet`` in the run folder. With these files and the
+    checkpoint, an interrupted run can be resumed with the same result.
 
     Args:
         rounds: Number of rounds, K in the paper; 0 for the warm-up only.
@@ -64,8 +52,8 @@ class SelfPlayLoop(Callback):
         dpo: Preference phase of a round.
         negatives: Sampler of rejected answers, see :mod:`malleable.datamodules.negative_samplers`. Default: :class:`SelfPlay`, the model's own answers.
             ``Uniform`` and ``Popularity`` are controls.
-        negatives_from: Model that generates the rejected answers: ``pre_round`` for the model at the start of the round (as in the released code),
-            ``post_sft`` for the model after the supervised phase.
+        negatives_from: Model for the rejected answers: ``pre_round`` for the model at the start of the round, as in the released code; ``post_sft``
+            for the model after the supervised phase.
         keep_identical: Whether to keep or drop rows whose rejected answer is the true answer. They have no gradient.
         compare_on: Split on which the model is evaluated after the warm-up, for comparison in the report; ``none`` omits it.
         loader: Training loader; needed only without a data module of this package.
@@ -372,7 +360,7 @@ class SelfPlayLoop(Callback):
             return
         rank_zero_info(f"evaluating the supervised model on the {self.compare_on} split")
         loader = getattr(datamodule, f"{self.compare_on}_dataloader")()
-        self.state.before = evaluate_recommender(trainer, module, loader)
+        self.state.before = comparison.evaluate_recommender(trainer, module, loader)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset the counts on all ranks, including those without test rows."""
@@ -385,8 +373,8 @@ class SelfPlayLoop(Callback):
     ) -> None:
         """Count the recommendations of the tested model."""
         if isinstance(outputs, Recommendations) and self._counts is not None and self._test_rows is not None:
-            self._counts = self._counts + recommendation_counts(outputs.item_ids, batch.sample_id, len(self._counts))
-            self._test_rows = self._test_rows + hash_batch(batch)
+            self._counts = self._counts + comparison.recommendation_counts(outputs.item_ids, batch.sample_id, len(self._counts))
+            self._test_rows = self._test_rows + comparison.hash_batch(batch)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sum the counts over all ranks, and compare the protocol with that of the model after the warm-up."""
@@ -395,7 +383,7 @@ class SelfPlayLoop(Callback):
             catalog = cast("Catalog", module.catalog)
             self._titles, self._keys = catalog.titles, catalog.keys
             self._counts, rows = (trainer.strategy.reduce(total, reduce_op="sum").cpu() for total in (self._counts, self._test_rows))
-            self._difference = protocol_difference(self.state.before.get("protocol"), evaluation_protocol(module, rows))
+            self._difference = comparison.protocol_difference(self.state.before.get("protocol"), comparison.evaluation_protocol(module, rows))
 
     def report_columns(self) -> list[Column]:
         """Return the metrics of the model after the warm-up, if its protocol is the same as that of the test."""
@@ -408,4 +396,4 @@ class SelfPlayLoop(Callback):
 
     def report_sections(self) -> list[Section]:
         """Return sections with statistics and curves of the rounds, and the recommendations before and after self-play."""
-        return self_play_sections(self.state.history, self.state.before, self._counts, self._titles, self._difference, self._keys)
+        return comparison.self_play_sections(self.state.history, self.state.before, self._counts, self._titles, self._difference, self._keys)

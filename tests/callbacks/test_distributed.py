@@ -100,7 +100,7 @@ torch.save([found, exposure.recommended, loop._counts], f"ranks{ranks}-{os.envir
 
 
 @pytest.mark.ddp
-def test_a_rank_without_a_batch_takes_part_in_every_reduction(tmp_path):
+def test_rank_without_batches_joins_all_reductions(tmp_path):
     """An iterable dataset may end on one rank before its first batch; nothing waits for that rank, and all have the figures of all rows."""
     run_alone_and_on_two_ranks(UNEVEN, tmp_path)
     expected, *counts = torch.load(tmp_path / "ranks1-0.pt", weights_only=True)

@@ -38,7 +38,7 @@ def epoch_of(path):
 
 
 @pytest.mark.parametrize(("epochs", "linked"), [(1, True), (2, True), (3, False), (4, False)])
-def test_the_last_epoch_is_saved_whatever_is_monitored(epochs, linked):
+def test_last_epoch_is_saved_with_any_monitor(epochs, linked):
     checkpoint = fit(epochs)
     last = Path("checkpoints/last.ckpt")
     assert epoch_of(last) == epochs - 1
@@ -47,7 +47,7 @@ def test_the_last_epoch_is_saved_whatever_is_monitored(epochs, linked):
     assert len(list(Path("checkpoints").iterdir())) == 2
 
 
-def test_without_a_monitor_the_newest_is_written_once():
+def test_without_monitor_the_checkpoint_is_written_once():
     fit(3, monitor=None)
     last = Path("checkpoints/last.ckpt")
     assert last.is_symlink()
@@ -61,7 +61,7 @@ def test_epochs_between_two_checkpoints():
 
 
 @pytest.mark.parametrize("slurm", [False, True])
-def test_signals_of_slurm_stay_with_lightning(monkeypatch, slurm):
+def test_lightning_handles_slurm_signals(monkeypatch, slurm):
     handlers = {}
     monkeypatch.setattr("lightning.fabric.plugins.environments.SLURMEnvironment.detect", lambda: slurm)
     monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.setdefault(number, handler))
@@ -91,7 +91,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
-def test_an_interrupted_fit_saves_the_step_and_goes_on_from_it(whole, number, status):
+def test_interrupted_fit_is_saved_and_resumed(whole, number, status):
     done = script("fit", int(number), 5)
     assert done.returncode == status, done.stderr
     stored = torch.load("checkpoints/last.ckpt", weights_only=True)
@@ -104,5 +104,5 @@ def test_an_interrupted_fit_saves_the_step_and_goes_on_from_it(whole, number, st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "number", "status"), [("fit", signal.SIGINT, 1), ("fit", signal.SIGTERM, 143), ("test", signal.SIGTERM, -15)])
-def test_outside_training_steps_a_signal_ends_the_run_at_once(command, number, status):
+def test_signal_outside_training_steps_ends_the_run_immediately(command, number, status):
     assert script(command, int(number), -1, timeout=50).returncode == status

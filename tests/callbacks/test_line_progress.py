@@ -75,13 +75,13 @@ def test_a_bar_reads_the_loss_twice_in_a_second_at_most(monkeypatch):
     assert shown == [0, 0, 0, 1, 1, 2]
 
 
-def test_it_can_be_switched_off(capsys):
+def test_output_can_be_disabled(capsys):
     progress = LineProgress()
     progress.disable()
     Trainer(callbacks=[progress], max_epochs=1, **QUIET).fit(BoringModule(), BoringDataModule())
     assert "fit" not in capsys.readouterr().out
 
 
-def test_no_parts():
+def test_parts_below_one_are_refused():
     with pytest.raises(ValueError, match="parts must be >= 1, got 0"):
         LineProgress(0)

@@ -28,7 +28,7 @@ def write(tmp_path, module, data):
     return trainer.predict(module, data)
 
 
-def test_files_hold_what_was_recommended(tmp_path):
+def test_files_contain_the_recommendations(tmp_path):
     batches = write(tmp_path, Markov(ks=(8,)), ToyShop())
     items, scores = (torch.cat([batch[place] for batch in batches]) for place in range(2))
     with (tmp_path / "predictions.csv").open(encoding="utf-8") as file:
@@ -48,7 +48,7 @@ def test_files_hold_what_was_recommended(tmp_path):
     assert [tuple(line.values()) for line in lines] == flat
 
 
-def test_ids_of_the_data_serve_a_checkpoint_that_has_none(tmp_path):
+def test_ids_of_the_data_module_are_used_if_the_checkpoint_has_none(tmp_path):
     data, module = ToyShop(), Markov(ks=(2,))
     data.setup = lambda stage: (ToyShop.setup(data, stage), setattr(data, "catalog", replace(data.catalog, keys=tuple(f"key {t}" for t in TITLES))))
     module.catalog = Catalog(TITLES)
@@ -58,7 +58,7 @@ def test_ids_of_the_data_serve_a_checkpoint_that_has_none(tmp_path):
     assert all(item["item_id"] == f"key {item['title']}" for item in items)
 
 
-def test_without_a_catalogue_nothing_is_written(tmp_path):
+def test_missing_catalogue_is_an_error(tmp_path):
     writer, trainer, module = PredictionWriter(), Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), Markov()
     writer.setup(trainer, module, "predict")
     writer.on_predict_start(trainer, module)
@@ -66,7 +66,7 @@ def test_without_a_catalogue_nothing_is_written(tmp_path):
         writer.on_predict_batch_end(trainer, module, Recommendations(torch.zeros(1, 1).long(), torch.zeros(1, 1)), Batch(torch.tensor([0])), 0)
 
 
-def test_repeats_are_left_out_and_rows_sorted(tmp_path):
+def test_repeated_rows_are_omitted_and_rows_sorted(tmp_path):
     writer, trainer, module = PredictionWriter(), Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), Markov()
     module.catalog = Catalog(("Heat", "Alien"), keys=("007", "1.0"))
     writer.setup(trainer, module, "predict")
@@ -86,7 +86,7 @@ def test_repeats_are_left_out_and_rows_sorted(tmp_path):
     ]
 
 
-def test_all_formats_hold_the_same(tmp_path, monkeypatch):
+def test_all_formats_have_the_same_content(tmp_path, monkeypatch):
     monkeypatch.setattr("malleable.callbacks.predictions.CHUNK", 5)  # several row groups
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
     writer = PredictionWriter(formats=("parquet", "csv", "jsonl"))
@@ -101,7 +101,7 @@ def test_all_formats_hold_the_same(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".predictions*"))
 
 
-def test_columns_by_name_are_written(tmp_path):
+def test_named_columns_are_written(tmp_path):
     writer, trainer, module = PredictionWriter(formats=["parquet"]), Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), Markov()
     writer.setup(trainer, module, "predict")
     writer.on_predict_start(trainer, module)
@@ -116,7 +116,7 @@ def test_columns_by_name_are_written(tmp_path):
     }
 
 
-def test_rows_are_not_held_in_memory(tmp_path):
+def test_memory_does_not_grow_with_rows(tmp_path):
     """They lie in the file of the device as soon as a batch is done."""
     writer, trainer, module = PredictionWriter(), Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path), Markov()
     module.catalog = Catalog(("Heat", "Alien"))
@@ -217,7 +217,7 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_answers_of_a_graph_have_their_labels(answered):
+def test_answers_of_a_graph_have_labels(answered):
     rows = rows_of(answered / "ranks1")
     asked = [tuple(line.split("\t")) for line in QUERIES.splitlines()]
     assert [(row["head"], row["relation"], row["tail"]) for row in rows] == [(*query, "?")[:3] for query in asked]
@@ -239,7 +239,7 @@ def test_answers_of_a_graph_have_their_labels(answered):
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_two_ranks_answer_like_one(answered):
+def test_two_ranks_give_the_same_predictions_as_one(answered):
     """Five rows in batches of two: the second rank has a repeat, which is left out."""
     launch([answered / "run.py"], cwd=answered)
     for name in ("predictions.csv", "predictions.jsonl"):

@@ -95,7 +95,7 @@ def test_equal_runs_share_the_file(tmp_path, passes):
 
 
 @pytest.mark.parametrize("change", ["weights", "rejected answers", "rows"])
-def test_another_model_or_other_pairs_have_a_file_of_their_own(tmp_path, passes, change):
+def test_other_model_or_pairs_use_another_file(tmp_path, passes, change):
     """The ids of rows do not tell their answers: negatives may be drawn anew for the same rows."""
     fit(tmp_path, ReferenceCache(dirpath=str(tmp_path / "cache")))
     other = {
@@ -108,7 +108,7 @@ def test_another_model_or_other_pairs_have_a_file_of_their_own(tmp_path, passes,
     assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_equal_weights_under_other_settings_or_precision_have_a_file_of_their_own(tmp_path, passes):
+def test_other_settings_or_precision_use_another_file(tmp_path, passes):
     """Four heads instead of two make another function of the same weights."""
     fit(tmp_path, ReferenceCache(dirpath=str(tmp_path / "cache")))
     other = make_module()
@@ -123,7 +123,7 @@ def test_equal_weights_under_other_settings_or_precision_have_a_file_of_their_ow
         assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_the_next_fit_has_a_reference_of_its_own(tmp_path, passes):
+def test_next_fit_has_a_new_reference(tmp_path, passes):
     """The same callback, a model that has moved on: the reference is the model as it stands now."""
     cache, module = ReferenceCache(), make_module()
     for number in (1, 2):
@@ -147,7 +147,7 @@ def test_other_rows_are_refused(tmp_path, rows):
         fit(tmp_path, ReferenceCache(), rows=rows, ckpt_path=tmp_path / "checkpoints/saved.ckpt", max_epochs=2)
 
 
-def test_lost_values_cannot_be_computed_again(tmp_path):
+def test_missing_values_are_an_error(tmp_path):
     fit(tmp_path, ReferenceCache())
     (path,) = files(tmp_path / "run")
     path.rename(tmp_path / "elsewhere")
@@ -186,7 +186,7 @@ def test_damaged_values_are_computed_again_or_refused(tmp_path, passes, damage):
     assert path.read_bytes() == whole
 
 
-def test_rows_are_told_apart_by_id_prompt_and_answers():
+def test_row_keys_depend_on_id_prompt_and_answers():
     row = {"sample_id": 3, "prompt": [1, 2], "answers": [[3], [4, 5]]}
     changes = (
         {"sample_id": 4},
@@ -201,7 +201,7 @@ def test_rows_are_told_apart_by_id_prompt_and_answers():
     assert torch.equal(row_keys([row]), row_keys([arrays]))
 
 
-def test_a_loader_of_ones_own(tmp_path):
+def test_custom_loader(tmp_path):
     loader = PhasedLoader(DataLoader(pairs(24), batch_size=4, collate_fn=batch_of))
     watch = Watch()
     trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[ReferenceCache(loader=loader), watch], enable_checkpointing=False)
@@ -226,7 +226,7 @@ def test_two_ranks_equal_one(tmp_path, two_ranks):
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_ranks_that_hold_half_of_each_weight_equal_one(tmp_path):
+def test_sharded_weights_equal_one_rank(tmp_path):
     """Under ZeRO-3 no rank knows the weights that the file is named after; they agree on one name all the same."""
     reference_run.main(tmp_path / "one")
     launch([reference_run.__file__, tmp_path / "two", "zero3"])
@@ -234,7 +234,7 @@ def test_ranks_that_hold_half_of_each_weight_equal_one(tmp_path):
 
 
 @pytest.mark.parametrize("shared_prompt", [None, False, True])
-def test_reference_and_policy_take_one_form(shared_prompt, monkeypatch):
+def test_reference_and_policy_use_the_same_pass_form(shared_prompt, monkeypatch):
     seen = []
     monkeypatch.setattr(reference, "apply_to_rows", lambda *args: args[5]("batch"))
     monkeypatch.setattr(reference, "rows_per_pass", lambda *_: 1)

@@ -72,7 +72,7 @@ def fit(folder, epochs, ckpt_path=None, every=None, **limits):
 
 
 @pytest.mark.parametrize("step", [2, 3, 6, 8, 10])
-def test_resuming_at_any_step_equals_going_on(tmp_path, step):
+def test_resuming_at_any_step_equals_an_uninterrupted_run(tmp_path, step):
     # Steps 3, 8 and 10 are the last of their epochs; the epoch after 3 is longer, the one after 8 shorter.
     whole, expected, total = fit(tmp_path, 3, every=1)
     resumed, found, steps = fit(tmp_path, 3, ckpt_path=tmp_path / f"step={step}.ckpt")
@@ -85,7 +85,7 @@ def test_resuming_at_any_step_equals_going_on(tmp_path, step):
 
 
 @pytest.mark.parametrize(("step", "limit"), [(3, 10), (6, 10), (8, 10), (10, 10), (3, 5), (8, 8)])
-def test_the_same_with_a_limit_of_steps(tmp_path, step, limit):
+def test_resuming_with_max_steps(tmp_path, step, limit):
     whole, expected, total = fit(tmp_path, 3, every=1, max_steps=limit)
     resumed, found, steps = fit(tmp_path, 3, ckpt_path=tmp_path / f"step={step}.ckpt", max_steps=limit)
     assert (total, steps) == (limit, limit)

@@ -43,7 +43,7 @@ def test_each_row_once_and_in_order(trainer, count, batch_size):
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(("count", "batch_size"), [(11, 2), (8, 4), (2, 4), (13, 1)])
-def test_shares_of_ranks_come_together_in_order(trainer, monkeypatch, size, count, batch_size):
+def test_results_of_ranks_are_gathered_in_order(trainer, monkeypatch, size, count, batch_size):
     """The ranks one after the other: first each one's share is noted, then each gets them all."""
     shares: list[torch.Tensor] = []
 
@@ -71,7 +71,7 @@ def test_two_ranks_get_all_rows(two_ranks):
     assert json.loads((two_ranks / "rows.json").read_text()) == [expected(11)] * 2
 
 
-def test_nothing_random_and_no_gradients(trainer):
+def test_pass_has_no_dropout_and_no_gradients(trainer):
     part = attached(trainer)
     part.model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 2).eval())
     seen = []
@@ -87,21 +87,21 @@ def test_nothing_random_and_no_gradients(trainer):
     assert [part.training, part.model[0].training, part.model[1].training] == [True, True, False], "each part as it was"
 
 
-def test_modes_return_after_a_failure(trainer):
+def test_modes_are_restored_after_an_error(trainer):
     part = SFT()
     with pytest.raises(RuntimeError, match="lost"), inference_mode(trainer, part):
         raise RuntimeError("lost")
     assert part.training
 
 
-def test_the_trainers_precision_holds(tmp_path):
+def test_precision_of_the_trainer_is_used(tmp_path):
     part = SFT()
     part.model = nn.Linear(4, 2)
     with inference_mode(quiet_trainer(tmp_path, precision="bf16-mixed"), part):
         assert part.model(torch.ones(1, 4)).dtype == torch.bfloat16
 
 
-def test_progress_is_told_at_intervals_and_at_the_end(trainer, monkeypatch, caplog):
+def test_progress_is_logged_at_intervals_and_at_the_end(trainer, monkeypatch, caplog):
     """A clock that jumps four seconds a look: a line at most every ten, and the last."""
     clock = iter(range(0, 1000, 4))
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))

@@ -9,7 +9,7 @@ from malleable.argument_checks import COMMANDS, SECTIONS, check_arguments, confi
 from malleable.main import main
 
 
-def test_a_mistyped_command_is_answered_without_heavy_imports():
+def test_mistyped_command_is_reported_without_torch():
     code = "import sys, malleable.main; sys.argv[1:] = ['fot']; sys.modules['torch'] = None; malleable.main.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=os.environ)
     assert done.stderr == f"malleable: error: unknown command 'fot' (did you mean fit?); the commands are {', '.join(COMMANDS)}\n"
@@ -36,7 +36,7 @@ def test_every_known_key_exists_somewhere(boring, resolved):
         (["fit", "-c", "boring.yaml", "--sede_everything=3"], r"unknown option --sede_everything \(did you mean --seed_everything\?\)"),
     ],
 )
-def test_a_typing_error_names_what_was_meant(boring, words, message):
+def test_typing_error_has_similar_names(boring, words, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         check_arguments(words)
 
@@ -50,19 +50,19 @@ def test_a_typing_error_names_what_was_meant(boring, words, message):
         (b"- model\n", r"own\.yaml contains a list; a configuration must be a mapping"),
     ],
 )
-def test_a_damaged_file_is_named_with_the_place(content, message):
+def test_damaged_file_error_contains_file_and_line(content, message):
     Path("own.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         check_arguments(["fit", "--config", "own.yaml"])
 
 
 @pytest.mark.parametrize("content", [b"", b"# Nothing yet.\n", b"\xef\xbb\xbftrainer: {max_epochs: 1}\n", b"trainer+: {max_epochs: 1}\n"])
-def test_other_files_pass(content):
+def test_valid_files_are_accepted(content):
     Path("own.yaml").write_bytes(content)
     check_arguments(["fit", "--config", "own.yaml", "--config", '{"model": 1}', "--model.suffix=--x", "--trainer.callbacks+=RunReport"])
 
 
-def test_configurations_are_found_in_every_spelling():
+def test_config_names_in_all_spellings():
     assert config_names(["--config", "a", "-c", "b", "--config=c", "--other", "d"]) == ["a", "b", "c"]
 
 
@@ -73,5 +73,5 @@ def test_options_are_not_abbreviated(boring, capsys):
 
 
 @pytest.mark.parametrize("words", [["fit"], ["fit", "--config"], ["--print_shtab=bash"]])
-def test_a_command_without_options_or_values_is_no_error_here(words):
+def test_missing_options_and_values_are_accepted(words):
     check_arguments(words)

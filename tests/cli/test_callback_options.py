@@ -14,7 +14,7 @@ def callbacks(config):
     return {each["class_path"].rpartition(".")[2]: each.get("init_args") for each in config["trainer"]["callbacks"]}
 
 
-def test_the_callback_of_that_class_is_changed_and_the_others_stay(boring, resolved):
+def test_only_the_callback_of_the_class_is_changed(boring, resolved):
     before = resolved(*RECIPE)
     words = [f"{LOOP}.rounds", "3", f"{LOOP}.warmup.epochs=2", f"{LOOP}.negatives.decode", "greedy", "--trainer.callbacks.RunReport.dirpath", "x"]
     after = resolved(*RECIPE, *words)
@@ -26,7 +26,7 @@ def test_the_callback_of_that_class_is_changed_and_the_others_stay(boring, resol
     assert new["Baselines"] == old["Baselines"]
 
 
-def test_it_wins_over_every_file_wherever_it_stands(boring, resolved):
+def test_option_overrides_all_files(boring, resolved):
     more = {"trainer": {"callbacks+": [{"class_path": "ExposureReport"}]}}
     (boring / "more.yaml").write_text(yaml.safe_dump(more))
     words = ["fit", f"{LOOP}.rounds", "3", "--config", "sprec/tiny.yaml", "--trainer.callbacks.ExposureReport.k=4", "--config", "more.yaml"]
@@ -34,7 +34,7 @@ def test_it_wins_over_every_file_wherever_it_stands(boring, resolved):
     assert (found["SelfPlayLoop"]["rounds"], found["ExposureReport"]["k"]) == (3, 4)
 
 
-def test_callbacks_of_the_command_line_have_options_too(boring, resolved):
+def test_options_of_callbacks_on_the_command_line(boring, resolved):
     words = ["--trainer.callbacks+=ExposureReport", "--trainer.callbacks+=RunReport", "--trainer.callbacks.ExposureReport.k", "2"]
     found = callbacks(resolved("fit", "--config", "boring.yaml", *words, "--trainer.callbacks.dirpath", "last"))
     assert (found["ExposureReport"]["k"], found["RunReport"]["dirpath"]) == (2, "last")
@@ -46,7 +46,7 @@ def test_another_class_within_a_callback_starts_from_its_own_defaults(boring, re
     assert "decode" not in (found.get("init_args") or {})
 
 
-def test_the_saved_configuration_has_it(run, tmp_path):
+def test_saved_configuration_contains_the_option(run, tmp_path):
     run("fit", "--trainer.callbacks+=RunReport", "--trainer.callbacks.RunReport.dirpath", "there", "--trainer.max_steps", "1")
     (path,) = tmp_path.rglob("config_fit.yaml")
     assert callbacks(yaml.safe_load(path.read_text()))["RunReport"]["dirpath"] == "there"
@@ -73,7 +73,7 @@ def test_the_saved_configuration_has_it(run, tmp_path):
         (["--trainer.callbacks+=RunReport", "--trainer.callbacks.RunReport.dirpath", "x"], "--trainer.callbacks.RunReport.dirpath: there are 2 "),
     ],
 )
-def test_errors_name_the_option(boring, capsys, words, expected):
+def test_errors_contain_the_option(boring, capsys, words, expected):
     with pytest.raises(SystemExit) as ended:
         main([*RECIPE, *words, "--print_config"])
     assert ended.value.code == 2
@@ -87,6 +87,6 @@ def test_a_value_is_needed():
         split_callback_options(["fit", "--trainer.callbacks.Baselines.x"])
 
 
-def test_other_options_stay_where_they_are():
+def test_order_of_other_options_is_kept():
     words = ["fit", "--trainer.callbacks.settings.method", "memit", "--trainer.callbacks.A.b=-1", "--trainer.callbacks+=A"]
     assert split_callback_options(words) == (["fit", "--trainer.callbacks.settings.method", "memit", "--trainer.callbacks+=A"], ["--callback=A.b=-1"])

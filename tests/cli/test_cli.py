@@ -31,7 +31,7 @@ def equal(first, second):
 # Run folders
 
 
-def test_a_run_writes_into_its_own_folder_only(run, boring, caplog):
+def test_run_writes_to_its_own_folder_only(run, boring, caplog):
     caplog.set_level(logging.INFO, "malleable")
     run("fit")
     assert names(boring) == ["boring.yaml", "runs"]
@@ -45,18 +45,18 @@ def test_each_run_has_a_new_folder(run, boring):
     assert names(boring / "runs" / "boring") == ["version_0", "version_1"]
 
 
-def test_another_logger_keeps_the_run_folder(run, boring):
+def test_run_folder_with_another_logger(run, boring):
     trainer = run("fit", "--trainer.logger", "lightning.pytorch.loggers.logger.DummyLogger").trainer
     assert [type(logger).__name__ for logger in trainer.loggers] == ["CSVLogger", "DummyLogger"]
     assert {"checkpoints", "metrics.csv"} <= set(names(boring / "runs" / "boring" / "version_0"))
 
 
-def test_the_root_of_the_runs_can_be_moved(run, boring):
+def test_default_root_dir_changes_the_run_folder(run, boring):
     run("fit", "--trainer.default_root_dir", "elsewhere")
     assert (boring / "elsewhere" / "boring" / "version_0" / "metrics.csv").exists()
 
 
-def test_a_run_without_a_file_is_named_after_its_model(boring):
+def test_run_without_config_file_is_named_after_its_model(boring):
     from malleable.cli import run
 
     words = ["--model", "boring.BoringModule", "--data", "boring.BoringDataModule", "--trainer.max_steps", "1", "--trainer.accelerator", "cpu"]
@@ -71,7 +71,7 @@ def test_fit_and_test_may_share_a_folder(run, boring):
     assert {"config_fit.yaml", "config_test.yaml"} <= set(names(boring))
 
 
-def test_the_saved_configuration_is_the_run(run, boring, resolved):
+def test_saved_configuration_reproduces_the_run(run, boring, resolved):
     run("fit", "--model.goal", 3)
     path = boring / "runs" / "boring" / "version_0" / "config_fit.yaml"
     saved = yaml.safe_load(path.read_text())
@@ -82,35 +82,35 @@ def test_the_saved_configuration_is_the_run(run, boring, resolved):
 # Checkpoints
 
 
-def test_every_epoch_is_saved_and_the_last_is_named(run, boring):
+def test_each_epoch_is_saved_and_last_ckpt_exists(run, boring):
     run("fit", "--trainer.max_epochs", 2, "--checkpoint.save_top_k", -1)
     assert names(boring / CHECKPOINTS) == ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt", "last.ckpt"]
 
 
-def test_the_last_epoch_is_saved_beside_the_monitored_one(run, boring):
+def test_last_epoch_is_saved_in_addition_to_the_monitored_one(run, boring):
     run("fit", "--trainer.max_epochs", 3, "--checkpoint.monitor", "val_loss", "--checkpoint.mode", "max")
     assert names(boring / CHECKPOINTS) == ["epoch=0-step=4.ckpt", "last.ckpt"]
     assert torch.load(boring / CHECKPOINTS / "last.ckpt", weights_only=True)["epoch"] == 2
 
 
-def test_the_last_epoch_need_not_be_saved(run, boring):
+def test_saving_the_last_epoch_can_be_disabled(run, boring):
     run("fit", "--checkpoint.save_last", "null")
     assert names(boring / CHECKPOINTS) == ["epoch=0-step=4.ckpt"]
 
 
-def test_a_checkpoint_is_written_beside_its_place(run, boring, monkeypatch):
+def test_temporary_checkpoint_is_in_the_same_folder(run, boring, monkeypatch):
     """The folder for temporary files may be another file system, where the last step of Lightning's save is a copy."""
     monkeypatch.setenv("TMPDIR", str(boring / "missing"))
     assert isinstance(run("fit").trainer.strategy.checkpoint_io, AtomicCheckpointIO)
     assert (boring / CHECKPOINTS / "last.ckpt").exists()
 
 
-def test_the_best_can_be_asked_for(run):
+def test_ckpt_path_best(run):
     callback = run("fit", "--checkpoint.monitor", "val_loss", "--checkpoint.filename", "{val_loss:.2f}").trainer.checkpoint_callback
     assert "val_loss=" in callback.best_model_path
 
 
-def test_checkpoints_can_be_switched_off(run, boring):
+def test_checkpoints_can_be_disabled(run, boring):
     run("fit", "--trainer.enable_checkpointing", "false")
     assert not (boring / CHECKPOINTS).exists()
 
@@ -142,7 +142,7 @@ def test_resuming_the_last_run_gives_the_uninterrupted_weights(run):
 
 
 @pytest.mark.parametrize(("terminal", "kind"), [(True, TQDMProgressBar), (False, LineProgress)])
-def test_progress_is_plain_unless_replaced(boring, monkeypatch, terminal, kind):
+def test_default_progress_bar_can_be_replaced(boring, monkeypatch, terminal, kind):
     from malleable.cli import run
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
@@ -152,7 +152,7 @@ def test_progress_is_plain_unless_replaced(boring, monkeypatch, terminal, kind):
     assert own.progress_bar_callback.refresh_rate == 7
 
 
-def test_a_run_that_nothing_ends_is_refused(run, boring):
+def test_run_of_unlimited_length_is_refused(run, boring):
     with pytest.raises(MisconfigurationException, match=r"the length of this run is not limited: max_epochs is -1.*SelfPlayLoop"):
         run("fit", "--trainer.max_epochs", -1)
     assert run("fit", "--trainer.max_epochs", -1, "--trainer.max_steps", 2).trainer.global_step == 2
@@ -161,7 +161,7 @@ def test_a_run_that_nothing_ends_is_refused(run, boring):
 # Testing after training
 
 
-def test_after_training_the_registered_checkpoint_is_tested(run):
+def test_best_checkpoint_is_tested_after_fit(run):
     # The edit is neither in the last checkpoint nor in what Lightning would reload.
     metrics = run("fit", "--test_after_fit", "--trainer.callbacks", "boring.EditAfterFit").trainer.callback_metrics
     assert metrics["test_mean_output"] == 7.0
@@ -172,7 +172,7 @@ def test_without_checkpoints_the_weights_in_memory_are_tested(run):
     assert saved.callback_metrics["test_loss"] == unsaved.callback_metrics["test_loss"]
 
 
-def test_training_alone_does_not_test(run):
+def test_fit_does_not_test_by_default(run):
     assert "test_loss" not in run("fit", "--test_after_fit", "false").trainer.callback_metrics
 
 
@@ -180,18 +180,18 @@ def test_training_alone_does_not_test(run):
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_an_untrained_model_is_refused_before_it_is_made(run, command, monkeypatch):
+def test_untrained_model_is_refused_before_it_is_built(run, command, monkeypatch):
     monkeypatch.setattr(BoringModule, "__init__", lambda self: pytest.fail("the model was made"))
     with pytest.raises(MisconfigurationException, match=rf"`{command}` would use BoringModule .* --ckpt_path .* --allow_untrained"):
         run(command)
 
 
 @pytest.mark.parametrize("word", [("--allow_untrained",), ("--allow_untrained", "true"), ("--model", "boring.TrainingFree")])
-def test_an_untrained_model_is_measured_where_that_is_meant(run, word):
+def test_untrained_model_is_tested_with_allow_untrained(run, word):
     assert "test_loss" in run("test", *word).trainer.callback_metrics
 
 
-def test_a_trained_model_is_measured(run):
+def test_trained_model_is_tested(run):
     trained = run("fit").trainer.callback_metrics["val_loss"]
     assert run("test", "--ckpt_path", "last").trainer.callback_metrics["test_loss"] == trained
 
@@ -199,7 +199,7 @@ def test_a_trained_model_is_measured(run):
 # Checkpoint against command line
 
 
-def test_given_values_win_over_the_checkpoints(run, caplog):
+def test_given_values_override_the_checkpoint(run, caplog):
     caplog.set_level(logging.INFO, "malleable")
     run("fit", "--model.width", 3)
     cli = run("test", "--ckpt_path", "last", "--model.goal", 5)
@@ -209,13 +209,13 @@ def test_given_values_win_over_the_checkpoints(run, caplog):
     assert line.endswith(f"{CHECKPOINTS}/last.ckpt: goal 5.0 (checkpoint: 2.0)")
 
 
-def test_a_checkpoint_of_another_class_lends_no_values(run):
+def test_values_of_a_checkpoint_of_another_class_are_ignored(run):
     run("fit", "--model.width", 2, "--model.goal", 9)
     cli = run("test", "--ckpt_path", f"{CHECKPOINTS}/last.ckpt", "--model", "boring.TrainingFree")
     assert cli.model.goal == 1.0
 
 
-def test_plain_lightning_classes_run_by_their_path(boring):
+def test_lightning_classes_run_by_import_path(boring):
     from malleable.cli import run
 
     here = "lightning.pytorch.demos.boring_classes"
@@ -227,7 +227,7 @@ def test_plain_lightning_classes_run_by_their_path(boring):
 
 
 @pytest.mark.ddp
-def test_two_processes_train_like_one(run, boring):
+def test_two_processes_give_the_same_weights_as_one(run, boring):
     words = ("--data.batch_size", 2, "--data.global_batch_size", 8, "--test_after_fit")
     alone = run("fit", *words)
     two = ["--config", "base/ddp.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.enable_progress_bar", "false"]

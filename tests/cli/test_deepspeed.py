@@ -31,7 +31,7 @@ def metrics(folder, version):
 @pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sharded_runs_equal_plain_ones(boring, run, ranks):
+def test_sharded_runs_equal_unsharded_runs(boring, run, ranks):
     run(*FIT)
     plain = metrics(boring, 0)
     commands = [
@@ -70,7 +70,7 @@ trainer: {max_epochs: 1, num_sanity_val_steps: 0, enable_model_summary: false}
 @pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_consolidated_checkpoint_has_all_that_a_plain_one_has(boring, run, stage):
+def test_consolidated_checkpoint_has_all_entries(boring, run, stage):
     """Whose engine states and loops alone are left out; a sharded run goes on from its folder under the stored tokenizer."""
     (boring / "boring.yaml").write_text(SHOP)
     run("fit")
@@ -91,7 +91,7 @@ def test_a_consolidated_checkpoint_has_all_that_a_plain_one_has(boring, run, sta
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_the_fragments_fit_the_strategy(boring, resolved, stage):
+def test_fragments_match_the_strategy(boring, resolved, stage):
     chosen = resolved("fit", "--config", "boring.yaml", "--config", f"base/deepspeed_zero{stage}.yaml")["trainer"]["strategy"]
     strategy = DeepSpeedStrategy(**chosen["init_args"])
     assert strategy.zero_stage_3 is (stage == 3)

@@ -25,7 +25,7 @@ def optimizer(config):
     return config["model"]["init_args"]["optimizer"]
 
 
-def test_the_recipe_itself_is_read_whole(adamw, resolved):
+def test_recipe_is_read_completely(adamw, resolved):
     assert optimizer(resolved("fit", "--config", "adamw.yaml"))["init_args"]["weight_decay"] == 0.7
 
 
@@ -54,7 +54,7 @@ def test_another_class_on_the_command_line_starts_from_its_own_defaults(adamw, r
     assert (found["init_args"]["lr"], found["init_args"]["weight_decay"]) == (0.001, 0.0)
 
 
-def test_what_follows_another_class_is_kept(adamw, resolved):
+def test_arguments_after_a_class_change_are_kept(adamw, resolved):
     found = optimizer(resolved("fit", "--config", "adamw.yaml", "--model.optimizer", "SGD", "--model.optimizer.momentum", 0.3))
     assert (found["init_args"]["momentum"], found["init_args"]["weight_decay"]) == (0.3, 0.0)
 
@@ -92,7 +92,7 @@ def test_callbacks_are_appended(boring, resolved):
     assert [callback["class_path"].rpartition(".")[2] for callback in callbacks] == ["DeviceStatsMonitor", "LearningRateMonitor"]
 
 
-def test_options_are_announced():
+def test_replace_is_inserted_before_options():
     words = ["fit", "--model.optimizer", "SGD", "--model.goal=2", "--allow_untrained", "--config", "a.yaml"]
     assert mark_replacements(words) == [
         "fit",
@@ -103,7 +103,7 @@ def test_options_are_announced():
     ]
 
 
-def test_a_value_that_is_no_class_drops_nothing():
+def test_value_without_class_drops_nothing():
     config = Namespace(model=Namespace(class_path="a.B", init_args=Namespace(x=1)))
     drop_replaced_arguments(config, {"model": {"x": 2, "y": "[unclosed"}, "other": 3})
     assert config.model.init_args.x == 1
@@ -116,7 +116,7 @@ def test_a_class_that_cannot_be_imported_counts_as_another(name):
     assert "init_args" not in config.model
 
 
-def test_broken_yaml_on_the_command_line_is_the_parsers_business(boring, capsys):
+def test_invalid_yaml_is_left_to_the_parser(boring, capsys):
     from malleable.main import main
 
     with pytest.raises(SystemExit):

@@ -26,7 +26,7 @@ def python(*arguments, **variables):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], []])
-def test_help_names_every_command(capsys, words):
+def test_help_contains_every_command(capsys, words):
     main(words)
     text = capsys.readouterr().out
     assert all(f"\n  {command} " in text for command in ("fit", "validate", "test", "predict", "recipes", "patch"))
@@ -38,13 +38,13 @@ def test_the_version(capsys):
 
 
 @pytest.mark.parametrize("command", ["--help", "recipes"])
-def test_light_commands_import_nothing_heavy(command):
+def test_light_commands_do_not_import_torch(command):
     code = f"import sys; from malleable.main import main; main([{command!r}]); sys.exit(' '.join({HEAVY!r} & sys.modules.keys()) or 0)"
     done = python("-c", code.replace(f"{HEAVY!r}", f"set({HEAVY!r})"))
     assert done.returncode == 0, done.stderr
 
 
-def test_the_module_runs_too():
+def test_python_m_malleable():
     done = python("-m", "malleable", "recipes")
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -57,7 +57,7 @@ def test_classes_in_the_working_directory_are_found_by_path(boring):
     assert done.returncode == 0, done.stderr
 
 
-def test_an_error_of_ours_is_one_message(monkeypatch, boring, capsys):
+def test_error_of_this_package_is_printed_as_one_message(monkeypatch, boring, capsys):
     monkeypatch.setattr(sys, "argv", ["malleable", "fit", "--config", "nothing.yaml"])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -67,7 +67,7 @@ def test_an_error_of_ours_is_one_message(monkeypatch, boring, capsys):
     assert "Traceback" not in text
 
 
-def test_a_value_a_class_refuses_is_one_message(monkeypatch, boring, capsys):
+def test_constructor_error_is_printed_as_one_message(monkeypatch, boring, capsys):
     monkeypatch.setattr(sys, "argv", ["malleable", "fit", "--config", "boring.yaml", "--data.batch_size", "0"])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -82,7 +82,7 @@ def test_debugging_shows_the_traceback(monkeypatch, boring):
         main()
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch, boring):
+def test_bug_is_shown_with_its_traceback(monkeypatch, boring):
     # The module is not of this package: its ValueError is not known to be meant for the reader.
     monkeypatch.setattr(sys, "argv", ["malleable", "fit", "--config", "boring.yaml", "--model.width", "0"])
     with pytest.raises(ValueError, match="width must be >= 1"):
@@ -103,7 +103,7 @@ def test_an_unknown_option_is_named(boring, capsys):
     assert text.count("\n") <= 3
 
 
-def test_messages_reach_the_reader_of_the_first_process_only(capsys, monkeypatch):
+def test_only_the_first_process_logs_messages(capsys, monkeypatch):
     log = logging.getLogger("malleable.some.where")
     for rank, expected in (("0", "a message\na warning\n"), ("1", "a warning\n")):
         monkeypatch.setenv("RANK", rank)
@@ -114,7 +114,7 @@ def test_messages_reach_the_reader_of_the_first_process_only(capsys, monkeypatch
     assert capsys.readouterr().err == ""
 
 
-def test_advertisements_of_libraries_are_left_out(monkeypatch):
+def test_advertisements_of_libraries_are_suppressed(monkeypatch):
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     shown = []
     monkeypatch.setattr(logger, "handle", lambda record: shown.append(record.msg) if logger.filter(record) else None)
@@ -165,7 +165,7 @@ def test_errors_of_the_system_and_of_parsers_are_one_message(monkeypatch, capsys
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), TypeError("x"), AttributeError("x"), IndexError("x"), AssertionError("x"), RecursionError("x")])
-def test_errors_of_programming_keep_their_traceback(monkeypatch, error):
+def test_programming_errors_are_shown_with_their_traceback(monkeypatch, error):
     monkeypatch.setattr("malleable.main._run", raising(error))
     monkeypatch.setattr(sys, "argv", ["malleable", "fit"])
     with pytest.raises(type(error)):
@@ -189,7 +189,7 @@ def test_a_segmentation_fault_is_reported():
     assert "Fatal Python error: Segmentation fault" in done.stderr
 
 
-def test_the_end_of_a_pipe_is_no_error():
+def test_closed_output_pipe_is_not_an_error():
     command = f"{sys.executable} -c 'from malleable.main import main; main()' recipes | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""

@@ -4,7 +4,7 @@ import torch
 from malleable.memory import memory_problem
 
 
-def test_what_python_and_torch_raise_becomes_one_message():
+def test_memory_errors_of_python_and_torch_have_a_message():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(10**15)
     message = memory_problem(raised.value)
@@ -15,11 +15,11 @@ def test_what_python_and_torch_raise_becomes_one_message():
     assert memory_problem(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")).startswith("out of memory on the device")
 
 
-def test_a_killed_reader_is_named():
+def test_killed_dataloader_worker_has_a_message():
     error = RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
     assert "lower data.num_workers" in memory_problem(error)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("bad_alloc"), RuntimeError("DataLoader worker (pid 1) exited")])
-def test_other_errors_are_left_alone(error):
+def test_other_errors_have_no_message(error):
     assert memory_problem(error) is None

@@ -34,11 +34,11 @@ def error(capsys, *words):
         ),
     ],
 )
-def test_the_deepest_cause_is_the_message(capsys, words, expected):
+def test_message_is_the_deepest_cause(capsys, words, expected):
     assert error(capsys, *words).startswith(f"error: {expected}")
 
 
-def test_a_command_without_a_model_says_what_to_do(capsys, tmp_path, monkeypatch):
+def test_missing_model_has_a_remedy(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words in (["fit"], ["test", "--seed_everything", "3"]):
         with pytest.raises(SystemExit):
@@ -54,12 +54,12 @@ def test_debugging_shows_the_whole_report(capsys, monkeypatch):
     assert "Problem with given class_path 'malleable.Decoding'" in capsys.readouterr().err
 
 
-def test_a_report_without_structure_stays_as_it_is():
+def test_report_without_structure_is_unchanged():
     assert explain("something is wrong") == "something is wrong"
     assert explain("") == ""
 
 
-def test_causes_carry_their_option_and_class():
+def test_causes_contain_option_and_class():
     report = "Parser key \"model\":\n  - Problem with given class_path 'a.B':\n      Parser key \"c\":\n        Expected a <class 'int'>\n"
     (cause,) = causes(report)
     assert (cause.key, cause.owner, cause.text, cause.depth) == ("model.c", "a.B", "Expected a <class 'int'>", 3)
@@ -75,12 +75,12 @@ def test_options_of_a_nested_class_are_listed(capsys, name):
     assert text.count(f"  --{name}.") >= 2
 
 
-def test_help_of_an_unknown_part_says_so():
+def test_help_of_an_unknown_option_is_an_error():
     with pytest.raises(ValueError, match=r"--model\.nothing\.help: the configuration has no class model.nothing"):
         main([*TINY, "--model.nothing.help"])
 
 
-def test_help_of_a_named_class_is_the_parsers():
+def test_help_of_a_given_class_is_handled_by_jsonargparse():
     words = ["fit", "--data.source.help", "MovieLens"]
     assert split_help_option(words) == (words, "")
     assert split_help_option(["fit", "--data.split.help", "--config", "x"]) == (["fit", "--config", "x"], "data.split")

@@ -65,7 +65,7 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def test_all_users_of_the_data_are_recommended_what_they_lack(predict, tmp_path, caplog):
+def test_all_users_get_recommendations_without_seen_items(predict, tmp_path, caplog):
     with caplog.at_level("INFO"):
         predict("--data.predict_users", "all")
     rows = table(tmp_path / "runs" / "shop" / "version_0" / "predictions.csv")
@@ -112,7 +112,7 @@ def test_wrong_files_of_users(name, text, message, predict, tmp_path):
         predict("--data.predict_users", name)
 
 
-def test_what_to_predict_for_is_asked_for(predict, tmp_path):
+def test_missing_prediction_input_is_an_error(predict, tmp_path):
     with pytest.raises(MisconfigurationException, match=r"set the data of prediction: predict_file, or predict_users: all"):
         predict()
     with pytest.raises(ValueError, match="predict_file and predict_users exclude each other"):
@@ -123,21 +123,21 @@ def test_what_to_predict_for_is_asked_for(predict, tmp_path):
     assert not list((tmp_path / "runs").rglob("version_*"))
 
 
-def test_a_graph_answers_without_a_callback_in_the_recipe(predict, tmp_path):
+def test_predictions_of_a_graph_are_written_without_a_callback(predict, tmp_path):
     (tmp_path / "queries.csv").write_text("district 0,next,?\n")
     predict("--allow_untrained", "--data.predict_file", "queries.csv", recipe="graph.yaml")
     rows = [json.loads(line) for line in (tmp_path / "runs" / "graph" / "version_0" / "predictions.jsonl").read_text().splitlines()]
     assert [row["head"] for row in rows] == ["district 0"]
 
 
-def test_a_writer_of_the_user_replaces_it(predict, tmp_path):
+def test_user_writer_replaces_the_default_writer(predict, tmp_path):
     cli = predict("--data.predict_users", "all", f"--trainer.callbacks+={__name__}.OwnWriter")
     (own,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, BasePredictionWriter))
     assert own.batches == 1
     assert not list(tmp_path.rglob("predictions.*"))
 
 
-def test_models_whose_predictions_can_be_named_have_a_writer(caplog):
+def test_models_with_describable_predictions_have_a_writer(caplog):
     for model in (NFE(), SFT(), CausalLM()):
         assert [type(writer) for writer in _prediction_writer(model)] == [PredictionWriter]
     assert _prediction_writer(BoringModule()) == []

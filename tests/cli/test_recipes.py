@@ -37,7 +37,7 @@ def test_an_unknown_name_lists_similar_ones(packaged, name):
         find_recipe(name)
 
 
-def test_a_name_like_no_other_points_to_the_list(packaged):
+def test_unknown_name_without_similar_names(packaged):
     with pytest.raises(FileNotFoundError, match=r"or in the package; `malleable recipes` lists all"):
         find_recipe("zzz.yaml")
 
@@ -50,7 +50,7 @@ def test_a_summary_is_the_first_comment(packaged):
     assert summary("sprec/tiny.yaml") == "About sprec/tiny."
 
 
-def test_the_list_names_and_describes(capsys):
+def test_list_contains_names_and_summaries(capsys):
     main(["recipes"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(recipe_names())
@@ -59,7 +59,7 @@ def test_the_list_names_and_describes(capsys):
         assert line.endswith(summary(name))
 
 
-def test_runs_are_named_after_the_recipe(packaged):
+def test_run_names_of_recipes(packaged):
     Path("mine").mkdir()
     Path("mine/own.yaml").write_text("")
     assert recipe_name(packaged / "sprec" / "tiny.yaml") == "sprec/tiny"
@@ -72,7 +72,7 @@ def test_the_package_has_recipes():
     assert (FOLDER / "base" / "fit.yaml").is_file()
 
 
-def test_a_recipe_is_shown(packaged, capsys):
+def test_show_prints_a_recipe(packaged, capsys):
     main(["recipes", "show", "sprec/tiny"])
     assert capsys.readouterr().out == "# About sprec/tiny.\n# More.\nmodel: x\n"
 
@@ -87,6 +87,6 @@ def test_a_recipe_is_copied(packaged, capsys, target, file):
 
 
 @pytest.mark.parametrize("words", [["sho", "sprec/tiny"], ["show"], ["copy", "a", "b", "c"]])
-def test_other_words_are_refused(words):
+def test_other_arguments_are_refused(words):
     with pytest.raises(ValueError, match="`show NAME` or `copy NAME"):
         main(["recipes", *words])

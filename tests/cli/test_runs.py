@@ -47,7 +47,7 @@ def quiet(**options):
     return Trainer(accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, **options)
 
 
-def test_processes_that_claim_at_the_same_time_get_different_folders(tmp_path):
+def test_concurrent_processes_get_different_folders(tmp_path):
     children = []
     for _ in range(8):
         child = os.fork()
@@ -61,14 +61,14 @@ def test_processes_that_claim_at_the_same_time_get_different_folders(tmp_path):
     assert sorted(int(path.read_text()) for path in tmp_path.glob("claim-*")) == list(range(8))
 
 
-def test_a_claimed_number_is_larger_than_all_others(tmp_path):
+def test_claimed_number_is_larger_than_all_existing_numbers(tmp_path):
     for name in ("version_3", "version_x", "version_7_copy", "other"):
         (tmp_path / name).mkdir()
     assert claim_version(tmp_path) == 4
 
 
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
-def test_the_folder_exists_before_the_run_begins_and_is_its_own(tmp_path, kind):
+def test_folder_exists_before_the_run_starts(tmp_path, kind):
     if kind is TensorBoardLogger:
         pytest.importorskip("tensorboard")
     first, second = (quiet(logger=kind(tmp_path, name="runs")) for _ in range(2))
@@ -126,7 +126,7 @@ def test_commands_that_are_started_together_have_folders_of_their_own(boring):
 # Searching
 
 
-def test_last_is_the_newest_checkpoint_of_the_run_with_the_largest_number(tmp_path):
+def test_last_is_the_latest_checkpoint_of_the_latest_run(tmp_path):
     """Whatever the times of files: clocks are set back, and copies are new."""
     old = save(tmp_path / "version_2/checkpoints/last.ckpt", steps=90)
     newest = save(tmp_path / "version_10/checkpoints/last-v1.ckpt", steps=20)
@@ -141,7 +141,7 @@ def test_last_is_the_newest_checkpoint_of_the_run_with_the_largest_number(tmp_pa
     assert find_checkpoint("last", tmp_path) == str(newest)
 
 
-def test_a_link_is_the_checkpoint_it_leads_to(tmp_path):
+def test_link_counts_as_its_target(tmp_path):
     folder = tmp_path / "version_0/checkpoints"
     save(folder / "epoch=3.ckpt", steps=3)
     save(folder / "edited.ckpt", steps=2)
@@ -150,7 +150,7 @@ def test_a_link_is_the_checkpoint_it_leads_to(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["link to nowhere", "empty", "cut", "missing"])
-def test_whole_checkpoints_stand_for_one_that_is_not(tmp_path, damage):
+def test_incomplete_last_checkpoint_is_skipped(tmp_path, damage):
     """A run was killed after it removed the old checkpoint, or while it wrote the new one."""
     folder = tmp_path / "version_0/checkpoints"
     save(folder / "epoch=3.ckpt", steps=3)
@@ -199,7 +199,7 @@ def test_without_a_run(tmp_path):
             find_checkpoint(which, tmp_path)
 
 
-def test_runs_of_other_models_and_data_are_left_out(tmp_path, caplog):
+def test_runs_with_other_model_or_data_are_skipped(tmp_path, caplog):
     fitting = save(tmp_path / "version_0/checkpoints/last.ckpt")
     configure(tmp_path / "version_0", SFT)
     for number, other in enumerate((changed(SFT, model="m.DPO"), changed(SFT, file="b.csv"), changed(SFT, data="d.Other")), start=1):
@@ -213,7 +213,7 @@ def test_runs_of_other_models_and_data_are_left_out(tmp_path, caplog):
     assert find_checkpoint("last", tmp_path, RunDescription.from_config(absolute)) == str(fitting)
 
 
-def test_the_error_names_the_nearest_run_and_how_it_differs(tmp_path):
+def test_error_contains_the_most_similar_run_and_its_differences(tmp_path):
     path = save(tmp_path / "version_0/checkpoints/last.ckpt")
     configure(tmp_path / "version_0", changed(SFT, file="b.csv"))
     save(tmp_path / "version_1/checkpoints/last.ckpt")
@@ -224,14 +224,14 @@ def test_the_error_names_the_nearest_run_and_how_it_differs(tmp_path):
         find_checkpoint("last", tmp_path, RunDescription.from_config(SFT))
 
 
-def test_a_run_without_a_configuration_is_known_by_its_checkpoint(tmp_path):
+def test_run_without_configuration_is_described_by_its_checkpoint(tmp_path):
     path = save(tmp_path / "version_0/checkpoints/last.ckpt", hyper_parameters={"_class_path": "m.SFT"})
     assert find_checkpoint("last", tmp_path, RunDescription.from_config(SFT)) == str(path)
     with pytest.raises(FileNotFoundError, match=r"version_0, with model m\.SFT instead of m\.DPO"):
         find_checkpoint("last", tmp_path, RunDescription("m.DPO"))
 
 
-def test_best_is_what_the_run_would_test(tmp_path):
+def test_best_is_the_checkpoint_that_the_run_tests(tmp_path):
     folder = tmp_path / "version_0/checkpoints"
     best = save(folder / "epoch=1.ckpt", steps=2)
     save(folder / "last.ckpt", steps=5, best=str(best))
@@ -245,7 +245,7 @@ def test_best_is_what_the_run_would_test(tmp_path):
     assert find_checkpoint("best", tmp_path) == str(edited)
 
 
-def test_a_best_checkpoint_that_is_gone_or_unknown(tmp_path):
+def test_missing_or_unknown_best_checkpoint(tmp_path):
     last = save(tmp_path / "version_0/checkpoints/last.ckpt", best=str(tmp_path / "version_0/checkpoints/epoch=1.ckpt"))
     with pytest.raises(FileNotFoundError, match=r"the best checkpoint of .*version_0 is missing: .*epoch=1\.ckpt does not exist"):
         find_checkpoint("best", tmp_path)

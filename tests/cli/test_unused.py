@@ -61,7 +61,7 @@ def nested(option):
     return {parts[0]: {"class_path": "X", "init_args": tree} if parts[0] in ("model", "data") else tree}
 
 
-def test_options_with_effect_pass(caplog):
+def test_options_with_effect_are_accepted(caplog):
     sampler = {"class_path": "SelfPlay", "init_args": {"decode": "sample"}}
     used = {
         "model": {"init_args": {"ks": [1, 5], "decoding": {"grounding": "trie", "num_beams": 5}, "language_model": {"name": None}}},
@@ -89,7 +89,7 @@ def test_options_with_effect_pass(caplog):
     assert not caplog.text
 
 
-def test_the_settings_of_a_replaced_class_are_named(caplog):
+def test_dropped_settings_of_a_replaced_class_are_logged(caplog):
     caplog.set_level("INFO")
     _log_dropped.cache_clear()
     config = Namespace(model=Namespace(class_path="malleable.NFE", init_args=Namespace(dimension=3, gamma=1.0)))

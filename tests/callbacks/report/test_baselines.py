@@ -18,7 +18,7 @@ def trainer(tmp_path, *callbacks):
     return Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=list(callbacks), **quiet)
 
 
-def test_baselines_are_what_each_baseline_measures_itself(tmp_path):
+def test_values_equal_a_test_of_each_baseline(tmp_path):
     callback = Baselines()
     trainer(tmp_path, RunReport(), callback).test(Popularity(ks=(1, 3)), ToyShop(), verbose=False)
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
@@ -30,7 +30,7 @@ def test_baselines_are_what_each_baseline_measures_itself(tmp_path):
     assert "| metric | Popularity | 95 % interval | Popularity | ItemKNN | Markov |" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_baselines_are_what_a_fit_of_each_baseline_gives(tmp_path):
+def test_values_equal_a_fit_of_each_baseline(tmp_path):
     """Also where the last training rows fill no batch."""
     module, data = Markov(ks=(1, 3)), ToyShop(batch_size=5)
     callback = Baselines([Markov()])
@@ -65,7 +65,7 @@ class Recent(Baseline):
         return torch.zeros(len(batch), len(self.catalog)).scatter(1, batch.history.clamp_min(0), ranks.float())
 
 
-def test_configured_baselines_and_those_of_ones_own(tmp_path):
+def test_configured_and_custom_baselines(tmp_path):
     callback = Baselines([ItemKNN(last=1), Recent(exclude_seen=False), ItemKNN(last=3)])
     module = Popularity(ks=(1, 3))
     trainer(tmp_path, RunReport(), callback).test(module, ToyShop(), verbose=False)

@@ -24,13 +24,13 @@ HISTORY = [
 ]
 
 
-def test_counts_leave_out_padding():
+def test_counts_exclude_padding():
     """Rows that only fill a batch, and places where nothing could be recommended."""
     items = torch.tensor([[0, 2], [2, -1], [3, 3], [1, 1]])
     assert recommendation_counts(items, torch.tensor([0, 1, -3, 7]), 5).tolist() == [1, 2, 2, 0, 0]
 
 
-def test_measuring_equals_testing(tmp_path):
+def test_evaluation_equals_test(tmp_path):
     """Outside the test loop the same figures come out, and every recommended place is counted."""
     module = ready()
     trainer = quiet_trainer(tmp_path)
@@ -42,7 +42,7 @@ def test_measuring_equals_testing(tmp_path):
     assert found["counts"].tolist() == torch.bincount(lists.flatten(), minlength=8).tolist()
 
 
-def test_measuring_disturbs_nothing(tmp_path, monkeypatch):
+def test_evaluation_has_no_side_effects(tmp_path, monkeypatch):
     """It is done in evaluation mode, without gradients; neither the module's mode nor the metrics of the Trainer's own loops are touched."""
     module = ready()
     trainer = quiet_trainer(tmp_path)
@@ -56,7 +56,7 @@ def test_measuring_disturbs_nothing(tmp_path, monkeypatch):
     assert not module.eval_metrics
 
 
-def test_counts_of_all_ranks_are_added(tmp_path):
+def test_counts_are_summed_over_ranks(tmp_path):
     module = ready()
     trainer = quiet_trainer(tmp_path)
     summed = []
@@ -72,7 +72,7 @@ def test_counts_of_all_ranks_are_added(tmp_path):
     assert set(summed) == {"sum"}
 
 
-def test_curves_have_a_point_at_the_end_of_each_phase_that_was_validated():
+def test_curves_have_a_point_for_each_validated_phase():
     """A metric that was measured once is no curve, and what is no curve's metric is left out."""
     assert round_curves(HISTORY) == {"hr_10": ([0, 0.5, 1, 2], [0.1, 0.15, 0.2, 0.3]), "or_ratio_10": ([1, 2], [0.4, 0.3])}
     assert round_curves(HISTORY[:1]) == {}
@@ -95,7 +95,7 @@ def test_sections_of_a_whole_run():
     assert [axes.get_title() for axes in figure.axes] == ["hr_10", "or_ratio_10"]
 
 
-def test_greedy_and_sampled_answers_make_a_table():
+def test_table_of_greedy_and_sampled_answers():
     entries = [
         {"phase": "decoding", "round": 1, "titles": titles, "distinct": distinct, "top_3_share": share}
         for titles, distinct, share in (("true", 8.0, 0.5), ("greedy", 2.0, 1.0), ("sample", 7.0, 0.6))
@@ -112,7 +112,7 @@ def test_settings_in_a_difference_are_not_interpreted():
     assert is_inert(markdown("Page", sections))
 
 
-def test_sections_take_what_there_is():
+def test_sections_of_incomplete_runs():
     """Nothing of what was not done: no rounds, no test, no measurement before."""
     assert self_play_sections([], {}, None, TITLES) == []
     assert self_play_sections(HISTORY[:1], {"counts": torch.ones(8)}, None, TITLES) == []

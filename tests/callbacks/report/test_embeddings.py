@@ -41,7 +41,7 @@ def exported(folder):
     return load_file(folder / "embeddings" / "embeddings.safetensors")["entity.mu"]
 
 
-def test_a_run_ends_in_files_and_sections(tmp_path):
+def test_files_and_sections_of_a_run(tmp_path):
     module, data = make(), TinyGraphData(batch_size=24)
     trainer = quiet_trainer(tmp_path, max_epochs=3, callbacks=[RunReport(), EmbeddingReport()], enable_checkpointing=False)
     trainer.fit(module, data)
@@ -71,14 +71,14 @@ def test_the_exported_weights_are_the_tested_ones(tmp_path):
     assert not torch.equal(exported(tmp_path / "run"), last)
 
 
-def test_a_test_alone_exports_nothing(tmp_path):
+def test_test_without_fit_exports_nothing(tmp_path):
     report = EmbeddingReport()
     quiet_trainer(tmp_path, callbacks=[report]).test(make(), TinyGraphData(), verbose=False)
     assert not (tmp_path / "run" / "embeddings").exists()
     assert [section.title for section in report.report_sections()] == ["Uncertainty of entities", "Patterns of relations", "Figures of relations"]
 
 
-def test_a_folder_of_ones_own(tmp_path):
+def test_custom_folder(tmp_path):
     quiet_trainer(tmp_path, max_epochs=1, callbacks=[EmbeddingReport(str(tmp_path / "tables"))], enable_checkpointing=False).fit(
         make(), TinyGraphData()
     )
@@ -86,7 +86,7 @@ def test_a_folder_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize(("module", "data", "settings"), [(BoringModule, BoringDataModule, {}), (make, TinyGraphData, {"fast_dev_run": True})])
-def test_silent_with_other_modules_and_in_trial_runs(tmp_path, module, data, settings):
+def test_other_modules_and_fast_dev_run_are_ignored(tmp_path, module, data, settings):
     report = EmbeddingReport()
     trainer = quiet_trainer(tmp_path, callbacks=[report], **{"max_epochs": 1, "enable_checkpointing": False, **settings})
     trainer.fit(module(), data())
@@ -113,7 +113,7 @@ trainer.test(NFE(dimension=4), TinyGraphData(), verbose=False)
 
 @pytest.mark.ddp
 @pytest.mark.slow
-def test_two_ranks_report_like_one(tmp_path):
+def test_two_ranks_give_the_same_report_as_one(tmp_path):
     """Figures of relations count the queries of both."""
     (tmp_path / "run.py").write_text(SCRIPT)
     runpy.run_path("run.py")

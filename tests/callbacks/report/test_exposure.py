@@ -29,7 +29,7 @@ def test_counts_are_those_of_the_recommended_lists(tmp_path):
     assert (tmp_path / "report" / "concentration_of_exposure.png").is_file()
 
 
-def test_unknown_popularity_is_left_out(tmp_path):
+def test_unknown_popularity_is_omitted(tmp_path):
     exposure = ExposureReport()
     trainer(tmp_path, exposure).test(Popularity(ks=(3,)), ToyShop(popularity=False), verbose=False)
     assert exposure.recommended.sum() == 3 * 12

@@ -21,7 +21,7 @@ def axes():
     return Figure().subplots()
 
 
-def test_bars_hold_the_shares_of_the_largest_items():
+def test_bars_show_the_shares_of_the_largest_items():
     place = axes()
     versions = {"before": torch.tensor([5, 1, 0, 4, 0, 0]), "after": [0, 0, 6, 2, 2, 0]}
     draw_exposure(place, versions, TITLES, top=3)
@@ -41,7 +41,7 @@ def test_concentration_is_a_cumulative_share():
     assert list(place.lines[0].get_xdata()) == [1, 2, 3, 4]
 
 
-def test_medians_are_of_like_degrees(monkeypatch):
+def test_medians_of_degree_bins(monkeypatch):
     place, degree = axes(), torch.tensor([1, 100, 1, 1, 100, 10_000])
     draw_uncertainty(place, degree, torch.tensor([3.0, 8.0, 1.0, 2.0, 7.0, 5.0]), -0.5)
     assert [list(values) for values in (place.lines[0].get_xdata(), place.lines[0].get_ydata())] == [[1, 100, 10_000], [2, 7, 5]]
@@ -64,12 +64,12 @@ def test_curves_have_labels_and_a_legend_when_there_are_several():
     assert place.get_legend() is not None
 
 
-def test_titles_are_shortened_and_never_mathematics():
+def test_titles_are_shortened_and_dollar_signs_escaped():
     assert short_title("Sugar $5 and $6") == r"Sugar \$5 and \$6"
     assert short_title("a" * 40 + " (1995)") == "a" * 30 + "… (1995)"
 
 
-def test_figures_are_whole_or_not_there(tmp_path):
+def test_figures_are_written_atomically(tmp_path):
     path = tmp_path / "deep" / "figure.png"
     save_figure(path, lambda figure: draw_exposure(figure.subplots(), {"recommended": [1] * 6}, ["$x$", "日本", *TITLES[2:]]))
     first = path.read_bytes()
@@ -101,7 +101,7 @@ def test_a_short_logarithmic_axis_has_plain_numbers():
     assert all(label.isdigit() for label in labels)
 
 
-def test_no_legend_covers_what_is_drawn():
+def test_legend_does_not_cover_the_plot():
     curves = {f"val @{k}": ([1, 2, 3], [k, 5.0, 10.0 - k]) for k in (1, 3, 5, 10)}
     drawings = {
         "curves": lambda place: (draw_curves(place, curves, title="hr"), draw_phases(place, [(0, "supervised"), (2, "preference")], 3)),
@@ -128,7 +128,7 @@ def test_a_running_mean_stops_at_gaps():
     assert means[4:] == [15.0, 15.0]
 
 
-def test_noisy_curves_are_smoothed_before_their_own_values():
+def test_noisy_curves_are_smoothed():
     place, steps = axes(), list(range(100))
     values = [float(step % 2) for step in steps]
     draw_curves(place, {"train": (steps, values), "val": (steps, values)}, smoothed=["train"])
@@ -157,6 +157,6 @@ def test_characters_that_no_font_has_are_replaced(monkeypatch, caplog):
     assert [label.get_text() for label in place.get_yticklabels()] == ["id P-1", "Tea"]
 
 
-def test_the_own_font_of_matplotlib_comes_first():
+def test_default_font_comes_first():
     assert fonts.installed_families()[0] == fonts.DEFAULT
     assert fonts.drawable("Crème & Teapot → ½") == "Crème & Teapot → ½"

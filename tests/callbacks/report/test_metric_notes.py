@@ -37,7 +37,7 @@ def test_a_cut_off_is_defined_once():
     assert rows[0][1] == "higher is better"
 
 
-def test_curves_of_main_metrics_and_of_what_is_no_metric_are_drawn():
+def test_secondary_metrics():
     drawn = [
         name for name in ("train_loss", "val_loss", "val_hr_5", "val_gini_10", "train_rewards_margins", "lr") if not is_secondary(name, HEADLINE)
     ]

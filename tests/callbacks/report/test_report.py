@@ -75,7 +75,7 @@ class Recorder(DummyLogger):
         self.rows.append(metrics)
 
 
-def test_the_loggers_get_every_figure_of_the_report_once(tmp_path):
+def test_loggers_receive_each_metric_once(tmp_path):
     logger = Recorder()
     run(tmp_path, [RunReport(str(tmp_path / "report")), Contributor()], logger=[logger])
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
@@ -138,7 +138,7 @@ def test_fit_alone_reports_too(tmp_path):
     assert "## Test metrics" not in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_the_folder_is_the_runs_or_the_given_one(tmp_path):
+def test_default_and_custom_folder(tmp_path):
     trainer = run(tmp_path, [RunReport()], logger=CSVLogger(tmp_path, name="runs"))
     assert (tmp_path / "runs" / "version_0" / "report" / "report.md").is_file()
     assert trainer.log_dir == str(tmp_path / "runs" / "version_0")
@@ -146,7 +146,7 @@ def test_the_folder_is_the_runs_or_the_given_one(tmp_path):
     assert (tmp_path / "elsewhere" / "report.md").is_file()
 
 
-def test_curves_go_on_after_a_resumption_and_load_without_pickle(tmp_path):
+def test_curves_continue_after_resuming(tmp_path):
     whole = RunReport()
     run(tmp_path / "whole", [whole], test=False, max_epochs=2)
     first, second = RunReport(), RunReport()
@@ -168,7 +168,7 @@ def test_curves_go_on_after_a_resumption_and_load_without_pickle(tmp_path):
     assert second.facts["training time"] == f"{second.seconds:.0f} s, {own:.0f} s after the run was resumed"
 
 
-def test_the_curves_of_a_whole_fit_stay_when_its_best_checkpoint_is_tested(tmp_path):
+def test_curves_are_kept_when_the_best_checkpoint_is_tested(tmp_path):
     report = RunReport()
     checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="first", every_n_epochs=10, save_last=False, save_top_k=1)
     early = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
@@ -183,7 +183,7 @@ def test_fast_dev_run_writes_nothing(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
-def test_long_runs_keep_a_bounded_history():
+def test_history_is_bounded():
     report = RunReport()
     trainer = type("Trainer", (), {"callback_metrics": {"train_loss": torch.tensor(1.0)}, "global_step": 0})()
     for step in range(3 * MAX_POINTS):
@@ -195,7 +195,7 @@ def test_long_runs_keep_a_bounded_history():
     assert points[-1][0] == 3 * MAX_POINTS - 1
 
 
-def test_what_was_not_logged_anew_is_not_noted_again(tmp_path):
+def test_values_are_recorded_only_when_logged(tmp_path):
     """One figure is logged in the first epoch only, one in every other step."""
 
     class Module(BoringModule):
@@ -215,7 +215,7 @@ def test_what_was_not_logged_anew_is_not_noted_again(tmp_path):
     assert [step for step, _ in report.history["odd"]] == [2, 4, 6, 8]
 
 
-def test_a_run_that_was_killed_after_its_last_step_reports_as_if_it_were_not(tmp_path):
+def test_report_after_a_kill_at_the_last_step(tmp_path):
     checkpoint = ModelCheckpoint(dirpath=tmp_path, save_last=True, save_on_train_epoch_end=True)
     run(tmp_path / "whole", [RunReport(), checkpoint], test=False, enable_checkpointing=True)
     resumed = quiet(tmp_path / "resumed", callbacks=[RunReport()], max_epochs=2)
@@ -232,7 +232,7 @@ def test_a_test_does_not_report_the_figures_of_training(tmp_path):
     assert all(name.startswith("test_") for name in json.loads((tmp_path / "test/report/metrics.json").read_text()))
 
 
-def test_a_second_test_reports_its_own_figures(tmp_path):
+def test_second_test_replaces_the_metrics(tmp_path):
     class Module(BoringModule):
         def test_step(self, batch, batch_idx):
             self.log("test_once", 1.0, batch_size=1)
@@ -244,7 +244,7 @@ def test_a_second_test_reports_its_own_figures(tmp_path):
         assert ("test_once" in json.loads((tmp_path / "report/metrics.json").read_text())) == once
 
 
-def test_phases_part_the_curves_of_training(tmp_path):
+def test_training_curves_have_gaps_between_phases(tmp_path):
     phases = [(0, "supervised"), (4, "preference"), (6, "supervised"), (8, "supervised")]
     assert split_curve(([1, 4, 5, 6, 7, 8], [0.0] * 6), phases)[0] == [1, 4, 4, 5, 6, 6, 7, 8]
     figure = Figure()

@@ -43,7 +43,7 @@ def test_the_ranks_of_a_graph_give_its_metrics(tmp_path):
     assert "| mr ↓ |" in (folder / "report.md").read_text()
 
 
-def test_repeats_are_left_out_and_rows_are_ordered():
+def test_repeated_rows_are_omitted_and_rows_sorted():
     ranks = RowRanks()
     ranks.add(torch.tensor([5, -1]), torch.tensor([7, 8]), torch.tensor([2.0, 1.0]).double())
     ranks.add(torch.tensor([3]), torch.tensor([9]), torch.tensor([torch.inf]))

@@ -62,7 +62,7 @@ def assert_equal(first, second) -> None:
         assert torch.equal(value, weights(second)[name]), name
 
 
-def test_plan_is_a_pure_function():
+def test_plan_phases():
     assert plan_phases(2, {"warmup": 2, "sft": 1, "dpo": 1}) == [
         Phase("warmup", 0, 0),
         Phase("warmup", 0, 1),
@@ -75,7 +75,7 @@ def test_plan_is_a_pure_function():
     assert plan_phases(1, {"warmup": 0, "sft": 0, "dpo": 2}) == [Phase("dpo", 1, 0), Phase("dpo", 1, 1)]
 
 
-def test_a_whole_run(tmp_path):
+def test_complete_run(tmp_path):
     _, trainer, steps = run(tmp_path)
     assert [kind for kind, *_ in steps if kind == "warmup"] == ["warmup"] * 24
     assert all(preference == (kind == "dpo") for kind, _, _, preference, _ in steps)
@@ -105,7 +105,7 @@ def test_rounds_share_no_row_until_the_pool_is_used_up(tmp_path):
     assert not first & second
 
 
-def test_no_rounds_equal_supervised_tuning(tmp_path):
+def test_zero_rounds_equal_supervised_tuning(tmp_path):
     """K = 0: bit-equal to SFT with the same rate, course and steps."""
     looped, *_ = run(tmp_path / "loop", make_loop(rounds=0))
     seed_everything(7)
@@ -132,7 +132,7 @@ def test_frozen_negatives_equal_plain_dpo(tmp_path):
     assert_equal(looped, plain)
 
 
-def test_kept_identical_pairs_bear_no_gradient(tmp_path):
+def test_identical_pairs_have_no_gradient(tmp_path):
     """chosen = rejected: loss log 2, gradient exactly zero, so the model stays."""
     rows = [row | {"sample_id": index} for index, row in enumerate([tiny_rows(1)[0]] * 8)]
     loop = make_loop(
@@ -186,7 +186,7 @@ def test_all_identical_is_a_warning(tmp_path):
     ],
     ids=str,
 )
-def test_every_switch_runs(tmp_path, changes):
+def test_all_options_run(tmp_path, changes):
     _, _, steps = run(tmp_path, make_loop(rounds=1, **changes))
     assert steps[-1][0] == "dpo"
     assert all(math.isfinite(loss) for *_, loss in steps)
@@ -211,7 +211,7 @@ def test_late_negatives_come_from_the_tuned_model(tmp_path):
     assert len(after.positions) < len(before.positions), "the tuned model is right more often, and its right answers are dropped"
 
 
-def test_self_play_spreads_what_was_concentrated(tmp_path):
+def test_self_play_reduces_concentration(tmp_path):
     """A model tuned on rows with one favourite recommends it too often; playing against itself it does so less (ORRatio falls)."""
     rows = tiny_rows(96)
     loop = make_loop(
@@ -230,7 +230,7 @@ def test_self_play_spreads_what_was_concentrated(tmp_path):
     assert after["test_or_ratio_3"] < before["or_ratio_3"] - 0.05
 
 
-def test_optimizer_starts_afresh(tmp_path):
+def test_optimizer_is_reset_for_each_phase(tmp_path):
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
     for _ in range(3):
@@ -263,7 +263,7 @@ def test_bare_trainer_and_loader(tmp_path):
     assert_equal(module, with_data)
 
 
-def test_a_run_that_was_moved_resumes_in_a_folder_of_its_own(tmp_path, monkeypatch):
+def test_moved_run_resumes_in_a_new_folder(tmp_path, monkeypatch):
     """From another working directory; each resumed run has all that the next one needs."""
     whole, *_ = run(tmp_path / "whole", make_loop(rounds=1))
 
@@ -292,7 +292,7 @@ def test_a_run_that_was_moved_resumes_in_a_folder_of_its_own(tmp_path, monkeypat
     assert_equal(module, whole)
 
 
-def test_phases_note_their_own_figures_only(tmp_path):
+def test_phases_record_their_own_metrics_only(tmp_path):
     loop = make_loop()
     run(tmp_path, loop)
     logged = {kind: {key for entry in loop.state.history if entry["phase"] == kind for key in entry} for kind in ("warmup", "sft", "dpo")}
@@ -340,8 +340,8 @@ def test_sections_for_the_report(tmp_path):
     assert make_loop().report_columns() == []
 
 
-@pytest.mark.parametrize("negatives", [SelfPlay(), SelfPlay(decode="sample"), SelfPlay(decode="beam_k_random", num_beams=3)])
-def test_greedy_and_sampled_answers_stand_beside_the_true_titles(tmp_path, play, caplog):
+@pytest.mark.parametrize("play", [SelfPlay(), SelfPlay(decode="sample"), SelfPlay(decode="beam_k_random", num_beams=3)])
+def test_greedy_and_sampled_answers_are_compared(tmp_path, play, caplog):
     loop = make_loop(negatives=play, diagnostic_rows=20)
     with caplog.at_level(logging.INFO):
         module, *_ = run(tmp_path, loop)
@@ -370,20 +370,20 @@ def test_comparing_decoding_changes_no_weights(tmp_path, changes):
     assert compared == (changes == {"diagnostic_rows": 8})
 
 
-def test_progress_is_told(tmp_path, caplog):
+def test_progress_is_logged(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run(tmp_path)
     assert "round 1 sft: negatives: 32 of 32 rows" in caplog.text
     assert "round 2 dpo, reference" in caplog.text
 
 
-def test_a_loop_without_rounds_needs_no_rows_for_them(tmp_path):
+def test_loop_without_rounds_does_not_check_their_rows(tmp_path):
     _, trainer, steps = run(tmp_path, make_loop(rounds=0, rows_per_round=10_000, warmup=PhaseSettings(epochs=1)))
     assert {kind for kind, *_ in steps} == {"warmup"}
     assert trainer.current_epoch == 1
 
 
-def test_figures_of_validation_are_those_of_the_end_of_a_phase(tmp_path):
+def test_validation_metrics_belong_to_the_end_of_a_phase(tmp_path):
     """Validated after epochs 2, 4 and 6: in the warm-up of three epochs, and at the ends of the supervised phases."""
     loop = make_loop(warmup=PhaseSettings(epochs=3, lr=1e-2, warmup_steps=0), diagnostic_rows=0, compare_on="none")
     trainer = quiet_trainer(tmp_path, max_epochs=-1, check_val_every_n_epoch=2, callbacks=[loop])

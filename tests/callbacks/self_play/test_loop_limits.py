@@ -29,12 +29,12 @@ def run(folder, loop=None, module=None):
         ({"batch_factor": 0}, "batch_factor of a phase must be >= 1, got 0"),
     ],
 )
-def test_phases_that_mean_nothing(values, message):
+def test_invalid_phase_settings(values, message):
     with pytest.raises(ValueError, match=message):
         PhaseSettings(**values)
 
 
-def test_limits_that_have_no_effect_or_end_in_mid_round_are_refused(tmp_path):
+def test_unsuitable_limits_are_refused(tmp_path):
     with pytest.raises(MisconfigurationException, match="max_epochs=3 has no effect: SelfPlayLoop sets the number of epochs, 6 with"):
         make_loop().setup(quiet_trainer(tmp_path, max_epochs=3), make_module(), "fit")
     with pytest.raises(MisconfigurationException, match="EarlyStopping could end the run in the middle of a round"):
@@ -82,7 +82,7 @@ def test_refusals(tmp_path):
         quiet_trainer(tmp_path, max_epochs=-1, callbacks=[make_loop(loader=plain)]).fit(module, plain)
 
 
-def test_rounds_that_end_without_a_validation_are_named(tmp_path, caplog):
+def test_rounds_without_validation_are_reported(tmp_path, caplog):
     def check(warmup, every):
         caplog.clear()
         loop = make_loop(warmup=PhaseSettings(epochs=warmup))

@@ -45,14 +45,14 @@ def test_a_round_depends_on_its_number_alone():
     assert draw_positions(np.arange(10), 3, 5, seed=4) != draw_positions(np.arange(10), 3, 5, seed=5)
 
 
-def test_a_row_that_is_left_out_changes_the_order_of_no_other():
+def test_removed_row_does_not_change_the_order_of_others():
     ids = np.arange(100, 120)
     whole = draw_positions(ids, 20, 1, seed=4)
     less = np.delete(ids, 3)
     assert less[draw_positions(less, 19, 1, seed=4)].tolist() == [id for id in ids[whole].tolist() if id != 103]
 
 
-def test_the_warm_up_draws_for_itself():
+def test_warm_up_has_an_independent_draw():
     """Round 0 takes neither round 1's rows nor keeps any from it."""
     assert draw_positions(np.arange(10), 3, 0, seed=4) != draw_positions(np.arange(10), 3, 1, seed=4)
     rounds = [draw_positions(np.arange(10), 3, number, seed=4) for number in range(1, 4)]
@@ -100,7 +100,7 @@ def test_the_reference_is_kept_in_single_precision(tmp_path):
     assert RoundFile.read(tmp_path / "round.parquet", file.digest()).reference == file.reference
 
 
-def test_every_change_shows_in_the_checksum():
+def test_checksum_depends_on_all_columns():
     file = whole_file()
     changes = {"positions": [5, 0, 1], "sample_ids": [5, 0, 1], "items": [[3], [1], [0]], "answers": [[[4]], [[4]], [[]]], "reference": None}
     digests = {replace(file, **{name: value}).digest() for name, value in changes.items()}
@@ -136,7 +136,7 @@ def test_a_missing_file_is_refused(tmp_path):
 # --- pairs ---
 
 
-def test_pairs_show_the_true_answer_before_the_rejected_one():
+def test_pairs_start_with_the_true_answer():
     pairs = whole_file().pairs(tiny_rows())
     shown = [pairs[index] for index in range(len(pairs))]
     assert [row["sample_id"] for row in shown] == POSITIONS
@@ -157,12 +157,12 @@ def test_pairs_before_the_reference_is_known():
     assert batch_of([pairs[0], pairs[1]]).reference_logps is None
 
 
-def test_identical_and_missing_answers_are_left_out():
+def test_rows_with_identical_or_missing_answers_are_removed():
     kept = whole_file().without_identical(rows())
     assert kept == RoundFile([5], [5], [[3]], [[list(TOKENS[3])]])
 
 
-def test_one_true_answer_among_several_is_enough_to_leave_a_row_out():
+def test_row_with_one_identical_answer_is_removed():
     answers = [[list(TOKENS[3]), list(TOKENS[0])], [list(TOKENS[2]), list(TOKENS[3])], [list(TOKENS[2]), []]]
     file = RoundFile(POSITIONS, [5, 0, 2], [[3, 0], [2, 3], [2, -1]], answers)
     assert file.without_identical(rows()).positions == [0]
@@ -209,6 +209,6 @@ def test_statistics_of_answers_by_hand():
     assert answer_statistics([-1], popularity) == {"distinct": 0.0, "top_3_share": 0.0, "mean_popularity": 0.0}
 
 
-def test_no_answer_is_an_item():
+def test_answers_without_items():
     file = RoundFile([0], [0], [[-1]], [[[9, 9]]])
     assert file.figures(tiny_rows(), tiny_catalog())["mean_pop_neg"] == 0.0

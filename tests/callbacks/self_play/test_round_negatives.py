@@ -39,7 +39,7 @@ FAMILY = {
 
 @pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("count", [1, 3])
-def test_every_sampler_leaves_out_the_true_item_and_all_earlier_ones(module, name, count):
+def test_samplers_exclude_the_true_and_earlier_items(module, name, count):
     """Also those that the prompt does not show, and where they may be recommended again."""
     rows = [row | {"earlier": [(row["item_ids"][0] + 3) % 8], "seen": ()} for row in tiny_rows()]
     items, answers = make(module, FAMILY[name](count), rows=rows)
@@ -61,7 +61,7 @@ def test_a_choice_depends_on_seed_row_and_round_only(module, name):
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_choices_are_among_the_candidates_where_there_are_some(module, name):
+def test_choices_are_candidates(module, name):
     rows = [row | {"candidates": [(row["item_ids"][0] + step) % 8 for step in (0, 2, 3)]} for row in tiny_rows(9) if len(row["history"]) == 1]
     items, _ = make(module, FAMILY[name](), rows=rows)
     for row, (item,) in zip(rows, items, strict=True):
@@ -84,7 +84,7 @@ def test_hardest_negatives_are_the_first_of_the_ranking(module):
         assert found == [item for item in ranking if item != row["item_ids"][0]][:2]
 
 
-def test_parts_of_a_mixture_have_their_share(module):
+def test_shares_of_a_mixture(module):
     rows = [row | {"sample_id": 1000 + row["sample_id"]} for row in tiny_rows(400)]
     mixture = Mixture(1, [Uniform(), Hardest()], [1, 3])
     chosen = Counter(mixture.choose(row["sample_id"], 5) for row in rows)
@@ -110,7 +110,7 @@ def test_answers_of_another_round_or_seed_differ(module):
     assert found[0] != found[2]
 
 
-def test_batches_do_not_matter(module):
+def test_result_does_not_depend_on_batches(module):
     sampler = SelfPlay(decode="sample", num_negatives=2)
     assert make(module, sampler, batch_size=1) == make(module, sampler, batch_size=8)
 
@@ -159,14 +159,14 @@ def test_a_row_that_excludes_no_more_draws_the_same():
     assert min(item for (item,) in after) >= 100
 
 
-def test_more_than_there_are():
+def test_more_negatives_than_items():
     row = {"sample_id": 4, "item_ids": [0], "history": [1, 2]}
     with pytest.raises(ValueError, match="row 4 needs 6 items besides its own 3, but there are only 5"):
         Uniform(6).bind(8, (), 0)(row_items(row))
     assert sorted(Uniform(5).bind(8, (), 0)(row_items(row))) == [3, 4, 5, 6, 7]
 
 
-def test_no_item_has_no_title():
+def test_missing_item_has_no_title():
     assert titles([[2, -1], [0, 1]], tiny_catalog()) == [[[7, EOS], []], [[4, 5, EOS], [4, 5, 6, EOS]]]
 
 

@@ -64,7 +64,7 @@ def figures(cli):
     return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
 
 
-def test_the_checkpoints_settings_and_template_go_before_the_recipes(shop, caplog):
+def test_settings_of_the_checkpoint_override_the_recipe(shop, caplog):
     """The recipe says two heads, no adapters and another template."""
     command, expected = shop
     caplog.set_level(logging.INFO, logger="malleable")
@@ -86,7 +86,7 @@ def test_new_tables_are_read_under_the_stored_tokenizer_and_catalogue(shop, vari
         assert figures(cli) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_run_goes_on_with_its_settings_on_more_users(shop):
+def test_resumed_run_keeps_its_settings_with_more_users(shop):
     command, _ = shop
     cli = command("fit", "more_users", "--ckpt_path", "saved.ckpt", "--trainer.max_epochs", 2)
     assert cli.model.language_model.scratch.num_heads == 4
@@ -124,7 +124,7 @@ def test_options_that_agree_or_concern_the_data_are_accepted(shop):
     assert (cli.datamodule.batch_size, cli.model.decoding.num_beams) == (3, 5)
 
 
-def test_new_items_are_named_and_added_on_request(shop):
+def test_new_items_are_reported_and_added_with_extend_catalog(shop):
     command, _ = shop
     with pytest.raises(ValueError, match=r"2 items of the data are not in the catalogue of 12 .*'A Quiet Mirror' \(id n1\).*--extend_catalog"):
         command("test", "more_items", "--ckpt_path", "saved.ckpt")

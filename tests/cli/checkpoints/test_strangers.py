@@ -64,7 +64,7 @@ def test_code_in_a_checkpoint_is_refused(run, boring, checkpoint):
 @pytest.mark.parametrize(
     "content", [b"", b"text", torch.zeros(3), [1], {"state_dict": [1]}, {"hyper_parameters": [1], "state_dict": {}}, {"state_dict": {1: 2}}]
 )
-def test_what_is_no_checkpoint_is_named(run, boring, content):
+def test_invalid_checkpoint_error_contains_the_file(run, boring, content):
     if isinstance(content, bytes):
         (boring / "a.ckpt").write_bytes(content)
     else:
@@ -73,7 +73,7 @@ def test_what_is_no_checkpoint_is_named(run, boring, content):
         run("test", "--ckpt_path", "a.ckpt")
 
 
-def test_weights_of_another_size_are_named(run, checkpoint):
+def test_error_for_weights_of_another_size(run, checkpoint):
     content = torch.load(checkpoint, weights_only=True)
     name = next(iter(content["state_dict"]))
     content["state_dict"] = {name: torch.zeros(7, 3), "other": torch.zeros(1)}
@@ -98,7 +98,7 @@ def test_foreign_classes(arguments, found):
     assert foreign_classes(arguments, found) == []
 
 
-def test_loading_from_python_is_as_strict(run, boring, checkpoint):
+def test_load_from_checkpoint_refuses_foreign_classes(run, boring, checkpoint):
     assert isinstance(BoringModule.load_from_checkpoint(checkpoint), BoringModule)
     with pytest.raises(ValueError, match="weights_only=False would run code"):
         BoringModule.load_from_checkpoint(checkpoint, weights_only=False)

@@ -47,7 +47,7 @@ def write_run(folder, ranks, split=None, target=None, seed=1, grounding="trie", 
     return str(folder)
 
 
-def test_two_runs_have_their_metrics_and_paired_intervals(tmp_path, capsys):
+def test_metrics_and_paired_intervals_of_two_runs(tmp_path, capsys):
     names = [write_run(tmp_path / name, ranks, seed=number) for number, (name, ranks) in enumerate(RANKS.items())]
     main(["compare", *names])
     text = capsys.readouterr().out
@@ -66,7 +66,7 @@ def test_two_runs_have_their_metrics_and_paired_intervals(tmp_path, capsys):
     assert "hr_5" in capsys.readouterr().out
 
 
-def test_a_certain_difference_is_marked(tmp_path, capsys):
+def test_significant_difference_is_marked(tmp_path, capsys):
     run_compare([write_run(tmp_path / "a", np.full(50, 9)), write_run(tmp_path / "b", np.full(50, 1))])
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
     assert lines["ndcg_10"].rstrip().endswith("*")
@@ -96,7 +96,7 @@ def test_runs_of_other_data_or_protocols_are_marked_and_not_paired(change, reaso
     assert "[" not in text.partition("\n\n")[0]
 
 
-def test_what_changes_no_row_of_the_test_does_not_matter(tmp_path, capsys):
+def test_options_without_effect_on_test_rows_are_ignored(tmp_path, capsys):
     names = [
         write_run(tmp_path / "a", RANKS["a"]),
         write_run(tmp_path / "b", RANKS["b"], {"history_length": 3, "val_limit": 4}, seed=2, grounding=""),
@@ -108,7 +108,7 @@ def test_what_changes_no_row_of_the_test_does_not_matter(tmp_path, capsys):
     assert "not paired" not in text
 
 
-def test_headings_name_the_models_where_they_differ(tmp_path, capsys, monkeypatch):
+def test_headings_contain_the_models_if_they_differ(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number, grounding in enumerate(("trie", "")):
         write_run(tmp_path / "runs" / "shop" / f"version_{number}", RANKS["a"], grounding=grounding)
@@ -138,7 +138,7 @@ def test_the_name_of_a_recipe_is_its_latest_fit(tmp_path, capsys, monkeypatch):
     assert load_run("baselines").note == "baselines: using runs/baselines/version_0 (ItemKNN, test), the latest test"
 
 
-def test_a_run_without_a_test_is_named_with_its_command(tmp_path, monkeypatch):
+def test_error_for_a_run_without_a_test(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "shop" / "version_3"
     folder.mkdir(parents=True)
@@ -191,7 +191,7 @@ def test_values_of_other_people_are_not_interpreted(tmp_path, capsys, monkeypatc
     assert all(cell.startswith("'=1+1") for cell in header[1:])
 
 
-def test_files_have_the_names_that_the_report_gives_them():
+def test_constants_equal_those_of_the_report():
     assert (reported_runs.ROWS_FILE, reported_runs.DIGEST) == (ROWS_FILE, DIGEST)
 
 
@@ -207,7 +207,7 @@ def test_runs_without_stored_rows_are_still_listed(tmp_path, capsys):
     assert "the ranks of the test rows are not stored for this run or for the first run" in capsys.readouterr().out
 
 
-def test_a_recipe_means_its_latest_run(tmp_path, monkeypatch):
+def test_recipe_name_selects_the_latest_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for version in (2, 9, 10):
         write_run(tmp_path / "runs" / "sprec" / "tiny" / f"version_{version}", np.full(5, version))
@@ -227,14 +227,14 @@ def test_a_recipe_means_its_latest_run(tmp_path, monkeypatch):
         (["nowhere", "nothing"], "no report of a run 'nowhere'"),
     ],
 )
-def test_wrong_words_are_refused(words, message, tmp_path, monkeypatch):
+def test_wrong_arguments_are_refused(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_compare(words)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"test_hr_10": "many"}', "{}"])
-def test_a_damaged_report_is_named(text, tmp_path):
+def test_damaged_report_error_contains_the_file(text, tmp_path):
     folder = write_run(tmp_path / "a", RANKS["a"])
     (tmp_path / "a" / "report" / "metrics.json").write_text(text)
     with pytest.raises(ValueError, match=r"metrics\.json"):

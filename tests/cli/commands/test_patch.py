@@ -82,7 +82,7 @@ def test_a_folder_of_patches_is_listed(edits, patch):
     assert [line.split()[1] for line in lines] == [Patch.read(edit).id for edit in edits]
 
 
-def test_a_model_that_lies_beside_patches_is_a_target(edits, patch, tmp_path):
+def test_model_folder_with_patches_is_a_target(edits, patch, tmp_path):
     llama().save_pretrained(edits[0].parent)
     assert patch("list", edits[0].parent) == f"{edits[0].parent} contains no patches\n"
 
@@ -100,7 +100,7 @@ def test_conflicts_are_reported_and_need_consent(target, edits, patch, monkeypat
     assert shown.endswith(f"{target} has 2 patches\n")
 
 
-def test_force_is_for_what_lies_below(target, edits, patch, monkeypatch, capsys):
+def test_force_ignores_a_different_base(target, edits, patch, monkeypatch, capsys):
     code, message = fails(monkeypatch, capsys, "apply", edits[2], target)
     assert (code, "apply these first, or use force" in message) == (1, True)
     patch("apply", edits[2], target, "--force")
@@ -120,7 +120,7 @@ def test_a_dry_run_checks_and_writes_nothing(target, edits, patch, monkeypatch, 
     assert target.read_bytes() == stored
 
 
-def test_elsewhere_and_back(target, edits, patch, tmp_path):
+def test_apply_and_revert_with_out(target, edits, patch, tmp_path):
     stored = target.read_bytes()
     patch("apply", edits[0], target, "--out", tmp_path / "patched.ckpt")
     patch("revert", tmp_path / "patched.ckpt", "--all", "--out", tmp_path / "back.ckpt")
@@ -128,7 +128,7 @@ def test_elsewhere_and_back(target, edits, patch, tmp_path):
     assert patch("diff", target, tmp_path / "back.ckpt").startswith("0 of 21 common tensors differ\n")
 
 
-def test_show_tells_all_of_one_patch(target, edits, patch):
+def test_show_prints_all_fields_of_a_patch(target, edits, patch):
     first = Patch.read(edits[0])
     text = patch("show", edits[0])
     for line in (
@@ -144,7 +144,7 @@ def test_show_tells_all_of_one_patch(target, edits, patch):
     assert rows[DOWN] == ["(16,", "24)", "2", f"{first.deltas[DOWN].norm:.6g}", "-"]
 
 
-def test_show_of_a_target_relates_to_its_originals(target, edits, patch):
+def test_show_of_a_target_has_relative_norms(target, edits, patch):
     size = float(open_container(target).tensors[DOWN].double().norm())
     for edit in (edits[0], edits[2]):
         patch("apply", edit, target)
@@ -168,7 +168,7 @@ def test_diff_of_targets_measures_the_change(target, edits, patch, tmp_path, mon
     assert lines[-2:] == [f"patches of {target}: none", f"patches of {tmp_path / 'model'}: {first.id}"]
 
 
-def test_diff_names_tensors_of_one_side_only_and_other_shapes(tmp_path, patch):
+def test_diff_lists_missing_tensors_and_other_shapes(tmp_path, patch):
     for name, state in {
         "a": {"x": torch.ones(2), "y": torch.ones(2), "none": EMPTY},
         "b": {"x": torch.ones(3), "z": torch.ones(1), "none": EMPTY},
@@ -197,7 +197,7 @@ def test_diff_of_two_kinds_is_refused(target, edits, monkeypatch, capsys):
     assert (code, "are a patch and a target; give two patches or two targets" in message) == (1, True)
 
 
-def test_a_patch_is_exported_as_it_came(target, edits, patch, tmp_path):
+def test_exported_patch_equals_the_original(target, edits, patch, tmp_path):
     for edit in (edits[0], edits[2]):
         patch("apply", edit, target)
     patch("export", target, tmp_path / "latest")
@@ -230,7 +230,7 @@ def test_a_merged_export_has_the_weights_and_no_patches(edits, patch, tmp_path, 
         (["list", "model.ckpt", "--prefix", "net."], "has no tensor with the prefix 'net.'"),
     ],
 )
-def test_mistakes_are_explained(target, edits, monkeypatch, capsys, words, message):
+def test_error_messages(target, edits, monkeypatch, capsys, words, message):
     stored = target.read_bytes()
     code, text = fails(monkeypatch, capsys, *words)
     assert code == 1
@@ -239,14 +239,14 @@ def test_mistakes_are_explained(target, edits, monkeypatch, capsys, words, messa
     assert target.read_bytes() == stored
 
 
-def test_damage_is_told_with_the_file(target, edits, monkeypatch, capsys):
+def test_damage_error_contains_the_file(target, edits, monkeypatch, capsys):
     (edits[0] / "patch.json").write_text("{")
     code, text = fails(monkeypatch, capsys, "apply", edits[0], target)
     assert (code, "first/patch.json: it is not JSON" in text) == (1, True)
 
 
 @pytest.mark.parametrize("words", [[], ["unknown"], ["apply"], ["list", "x", "--unknown"]])
-def test_a_wrong_command_line_shows_its_use(monkeypatch, capsys, words):
+def test_wrong_command_line_prints_the_usage(monkeypatch, capsys, words):
     code, text = fails(monkeypatch, capsys, *words)
     assert (code, text.startswith("usage: malleable patch")) == (2, True)
 
@@ -261,7 +261,7 @@ def test_it_imports_neither_lightning_nor_transformers(target):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["checkpoint", "folder"])
-def test_patches_applied_at_the_same_time_are_all_there(tmp_path, kind):
+def test_concurrent_applies_keep_all_patches(tmp_path, kind):
     """Reading, changing and writing is one step for other processes."""
     model = llama()
     target = tmp_path / "model"

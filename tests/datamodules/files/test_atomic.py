@@ -59,7 +59,7 @@ def test_the_temporary_path_has_the_same_name_and_parent_file_system(tmp_path):
         temporary.write_text("x")
 
 
-def test_an_error_leaves_the_old_content_and_nothing_else(tmp_path, kind):
+def test_error_keeps_the_old_content_and_removes_temporary_files(tmp_path, kind):
     path = tmp_path / "name"
     write(path, kind, "old")
 
@@ -91,7 +91,7 @@ def test_permissions_follow_the_umask(tmp_path, kind):
         assert stat.S_IMODE(path.stat().st_mode) == 0o750
 
 
-def test_files_shared_by_hard_links_stay_as_they_are(tmp_path):
+def test_permissions_of_hard_links_are_unchanged(tmp_path):
     (tmp_path / "original").write_text("x")
     (tmp_path / "original").chmod(0o400)
     with atomic_write(tmp_path / "folder") as temporary:
@@ -108,7 +108,7 @@ def test_a_symbolic_link_is_followed(tmp_path):
     assert (tmp_path / "elsewhere" / "real").read_text() == "x"
 
 
-def test_keep_decides_on_what_another_process_has_written_meanwhile(tmp_path, kind):
+def test_keep_is_called_with_content_of_another_process(tmp_path, kind):
     path = tmp_path / "name"
     for keep, left in ((lambda path: True, "theirs"), (lambda path: False, "ours")):
         with atomic_write(path, keep=keep) as temporary:
@@ -133,7 +133,7 @@ with atomic_write(Path(sys.argv[1])) as temporary:
 """
 
 
-def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_running_one_are_not(tmp_path, kind):
+def test_only_temporary_folders_of_killed_processes_are_removed(tmp_path, kind):
     path = tmp_path / "na[m]e"
     assert subprocess.run([sys.executable, "-c", KILLED, path], stdout=subprocess.DEVNULL, check=False).returncode == -signal.SIGKILL
     with subprocess.Popen([sys.executable, "-c", KILLED, path, "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
@@ -147,7 +147,7 @@ def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_running_one_ar
     assert text_of(path) == {"last"}
 
 
-def test_a_folder_moved_aside_by_a_killed_process_is_put_back(tmp_path):
+def test_folder_moved_by_a_killed_process_is_restored(tmp_path):
     left = tmp_path / ".name.abc.tmp"
     left.mkdir()
     fill(left / "name.old", "old")
@@ -157,7 +157,7 @@ def test_a_folder_moved_aside_by_a_killed_process_is_put_back(tmp_path):
     assert names(tmp_path) == ["name"]
 
 
-def test_leftovers_below_a_folder_are_removed(tmp_path):
+def test_recover_below_removes_temporary_folders(tmp_path):
     left = tmp_path / "run/checkpoints/.last.ckpt.abc.tmp"
     left.mkdir(parents=True)
     (left / "last.ckpt").write_text("half")
@@ -184,7 +184,7 @@ for _ in range(40):
 """
 
 
-def test_two_processes_may_write_at_once(tmp_path, kind):
+def test_concurrent_writes(tmp_path, kind):
     path = tmp_path / "name"
     write(path, kind, "0")
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, path, kind, text]) for text in "12"]
@@ -200,7 +200,7 @@ def test_two_processes_may_write_at_once(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_reading_changing_and_writing_is_one_step_under_the_lock(tmp_path, kind):
+def test_lock_makes_read_and_write_atomic(tmp_path, kind):
     path = tmp_path / "count"
     place = path / "number" if kind == "folder" else path
 

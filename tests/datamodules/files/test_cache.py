@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "tables"
 
 
-def test_tables_come_back_memory_mapped(folder):
+def test_tables_are_memory_mapped(folder):
     before = pa.total_allocated_bytes()
     tables, meta = open_tables(folder)
     assert pa.total_allocated_bytes() - before < 1000
@@ -31,12 +31,12 @@ def test_tables_come_back_memory_mapped(folder):
     assert meta == {"name": "x"}
 
 
-def test_nothing_there_is_no_warning(tmp_path, caplog):
+def test_missing_cache_gives_no_warning(tmp_path, caplog):
     assert open_tables(tmp_path / "tables") is None
     assert not caplog.records
 
 
-def test_a_changed_byte_is_found(folder, caplog):
+def test_changed_byte_is_detected(folder, caplog):
     path = next((folder / "items").glob("*.arrow"))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -46,19 +46,19 @@ def test_a_changed_byte_is_found(folder, caplog):
 
 
 @pytest.mark.parametrize("lost", ["manifest.json", "items/state.json"])
-def test_a_lost_file_is_found(folder, caplog, lost):
+def test_missing_file_is_detected(folder, caplog, lost):
     (folder / lost).unlink()
     assert open_tables(folder) is None
     assert "building it again" in caplog.text
 
 
-def test_a_cut_manifest_is_found(folder, caplog):
+def test_truncated_manifest_is_detected(folder, caplog):
     (folder / "manifest.json").write_text('{"files"')
     assert open_tables(folder) is None
     assert "is incomplete" in caplog.text
 
 
-def test_writing_replaces_what_is_broken_and_leaves_no_part(folder):
+def test_writing_replaces_a_damaged_cache(folder):
     shutil.rmtree(folder / "items")
     write_tables(folder, TABLES, {})
     assert open_tables(folder) is not None
@@ -75,14 +75,14 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.glob("tables*")) == []
 
 
-def test_of_two_writers_the_first_wins(folder):
+def test_first_of_two_writers_is_kept(folder):
     stamp = (folder / "manifest.json").stat().st_mtime_ns
     write_tables(folder, TABLES, {"name": "second"})
     assert (folder / "manifest.json").stat().st_mtime_ns == stamp
     assert [path.name for path in folder.parent.iterdir() if "tmp" in path.name] == []
 
 
-def test_a_writer_that_was_overtaken_leaves_the_others_work(tmp_path):
+def test_late_writer_keeps_the_existing_cache(tmp_path):
     def overtaken(part: Path) -> None:
         write_arrays(tmp_path / "arrays", {"heads": np.arange(3)}, {"by": "another"})
         np.save(part / "heads.npy", np.arange(3))
@@ -112,12 +112,12 @@ def test_temporary_folder_in_use_is_not_removed(folder):
         os.close(descriptor)
 
 
-def test_digest_depends_on_values_not_on_order():
+def test_hash_does_not_depend_on_order():
     assert hash_settings({"a": 1, "b": [2]}) == hash_settings({"b": [2], "a": 1})
     assert hash_settings({"a": 1}) != hash_settings({"a": 2})
 
 
-def test_arrays_come_back_memory_mapped(tmp_path):
+def test_arrays_are_memory_mapped(tmp_path):
     arrays = {"heads": np.arange(5, dtype=np.int32), "empty": np.zeros((0, 3), dtype=np.int64)}
     write_arrays(tmp_path / "arrays", arrays, {"labels": ["ä", "b"]})
     opened, meta = open_arrays(tmp_path / "arrays")
@@ -127,7 +127,7 @@ def test_arrays_come_back_memory_mapped(tmp_path):
     assert meta == {"labels": ["ä", "b"]}
 
 
-def test_a_changed_byte_of_an_array_is_found(tmp_path, caplog):
+def test_changed_byte_of_an_array_is_detected(tmp_path, caplog):
     write_arrays(tmp_path / "arrays", {"heads": np.arange(5)}, {})
     path = tmp_path / "arrays" / "heads.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -135,7 +135,7 @@ def test_a_changed_byte_of_an_array_is_found(tmp_path, caplog):
     assert "is corrupt (heads.npy): building it again" in caplog.text
 
 
-def test_objects_are_no_arrays(tmp_path):
+def test_object_arrays_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pickle"):
         write_arrays(tmp_path / "arrays", {"labels": np.array(["a", None], dtype=object)}, {})
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ from malleable.datamodules.files.text_files import numbered_lines
     ],
 )
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
-def test_what_cannot_be_decoded_has_its_place(tmp_path, content, encoding, place, advice, name):
+def test_decoding_error_contains_line_and_byte(tmp_path, content, encoding, place, advice, name):
     path = tmp_path / name
     path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     with pytest.raises(EncodingError) as raised:
@@ -44,7 +44,7 @@ def test_what_cannot_be_decoded_has_its_place(tmp_path, content, encoding, place
         ("utf_88", r"did you mean utf-8"),
     ],
 )
-def test_an_unknown_encoding_names_similar_ones(encoding, message):
+def test_unknown_encoding_error_has_similar_names(encoding, message):
     with pytest.raises(ValueError, match=message):
         check_encoding(encoding)
 

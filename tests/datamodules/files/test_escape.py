@@ -7,7 +7,7 @@ from hostile import HOSTILE
 from malleable.datamodules.files.escape import for_csv, for_markdown, for_terminal
 
 
-def test_nothing_is_left_that_markdown_or_a_terminal_obeys():
+def test_markup_and_control_characters_are_escaped():
     text = for_markdown(HOSTILE + "\n# heading")
     assert not set(text) & set("<>[]`*|\x1b\x9b\u202e\n")
     assert "http:" not in text
@@ -18,16 +18,16 @@ def test_nothing_is_left_that_markdown_or_a_terminal_obeys():
 
 
 @pytest.mark.parametrize("text", ["Heat (1995)", "hr_10", "Misérables, Les", "日本語", "emoji 👩‍👩‍👧", "a: b", "n't", ""])
-def test_plain_labels_stay(text):
+def test_plain_labels_are_unchanged(text):
     assert for_markdown(text) == for_terminal(text) == for_csv(text) == text
 
 
-def test_line_feeds_stay_where_they_are_meant():
+def test_line_feeds_can_be_kept():
     assert for_terminal("a\nb\tc\rd", keep="\n\t") == r"a" + "\nb\tc" + r"\u000dd"
 
 
 @pytest.mark.parametrize("cell", ['=HYPERLINK("http://x")', "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "=1"])
-def test_formulas_are_text_in_csv(cell):
+def test_formulas_are_escaped_in_csv(cell):
     assert for_csv(cell) == f"'{cell}"
     file = io.StringIO()
     csv.writer(file).writerow([for_csv(cell)])
@@ -35,5 +35,5 @@ def test_formulas_are_text_in_csv(cell):
 
 
 @pytest.mark.parametrize("cell", ["-5", "+49", "-1.5e3", -1.0, 0, None, "5"])
-def test_numbers_stay_in_csv(cell):
+def test_numbers_are_unchanged_in_csv(cell):
     assert for_csv(cell) == cell

@@ -82,7 +82,7 @@ def test_temporary_folder_of_a_killed_download_is_removed(url, cache):
     assert not left.exists()
 
 
-def test_fetch_without_network_says_which_file_to_put_where(cache):
+def test_fetch_error_without_network_has_file_and_folder(cache):
     with pytest.raises(
         FetchError, match=r"cannot download https://x.org/a.zip .*tests run offline.*; download it on another machine and copy it to .*set/a.zip"
     ):
@@ -90,31 +90,31 @@ def test_fetch_without_network_says_which_file_to_put_where(cache):
     assert files_in(cache) == []
 
 
-def test_a_file_that_the_server_does_not_have(url, cache):
+def test_missing_file_on_the_server(url, cache):
     with pytest.raises(FetchError, match=r"cannot download http://127.0.0.1:\d+/other.csv \(404 .*copy it to .*other.csv"):
         fetch(url.replace("source.csv", "other.csv"), SHA256, "other.csv")
     assert files_in(cache) == []
 
 
-def test_a_file_put_there_by_hand_is_taken(cache, no_download):
+def test_manually_copied_file_is_used(cache, no_download):
     (cache / "set").mkdir(parents=True)
     (cache / "set" / "a.csv").write_bytes(CONTENT)
     assert fetch("https://x.org/a.csv", SHA256, "set/a.csv").read_bytes() == CONTENT
 
 
-def test_a_corrupt_download_is_an_error_and_leaves_nothing(url, cache):
+def test_corrupt_download_is_an_error_and_is_not_stored(url, cache):
     with pytest.raises(FetchError, match=f"was downloaded with checksum {SHA256}, expected 0000; try again, or copy the correct file to"):
         fetch(url, "0000", "a.csv")
     assert files_in(cache) == []
 
 
-def test_a_download_that_breaks_off_leaves_nothing(url, cache):
+def test_interrupted_download_is_not_stored(url, cache):
     with pytest.raises(FetchError, match=r"cannot download .*broken.csv \(.*IncompleteRead"):
         fetch(url.replace("source.csv", "broken.csv"), SHA256, "a.csv")
     assert files_in(cache) == []
 
 
-def test_a_server_that_does_not_answer(cache, monkeypatch):
+def test_server_timeout(cache, monkeypatch):
     def slow(*_: object, **options: float) -> None:
         raise requests.Timeout(f"no answer within {options['timeout']} s")
 
@@ -124,7 +124,7 @@ def test_a_server_that_does_not_answer(cache, monkeypatch):
     assert files_in(cache) == []
 
 
-def test_a_damaged_cached_file_is_fetched_again(url, cache, caplog):
+def test_damaged_cached_file_is_downloaded_again(url, cache, caplog):
     fetch(url, SHA256, "a.csv").write_bytes(b"damaged")
     assert fetch(url, SHA256, "a.csv").read_bytes() == CONTENT
     assert "expected" in caplog.text
@@ -170,7 +170,7 @@ def test_a_member_with_another_checksum_is_an_error(pip, cache):
 
 
 @pytest.mark.parametrize("name", ["org/model", "/some/folder"])
-def test_resolve_model_leaves_ids_and_folders_alone(name):
+def test_resolve_model_returns_ids_and_folders_unchanged(name):
     assert resolve_model(name) == (name, None)
 
 
@@ -182,7 +182,7 @@ def test_resolve_model_splits_a_gguf_file(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "gguf"), [("smollm2-135m-instruct-q4_1", "SmolLM2-135M-Instruct.Q4_1.gguf"), ("minilm-l6-v2", None)])
-def test_resolve_model_knows_models_inside_packages(name, gguf, monkeypatch):
+def test_resolve_model_of_packaged_models(name, gguf, monkeypatch):
     monkeypatch.setattr(module, "fetch_package_files", lambda requirement, members: [Path("/cache") / member for member in members])
     folder, file = resolve_model(name)
     assert folder.startswith("/cache/")

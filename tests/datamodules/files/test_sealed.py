@@ -14,7 +14,7 @@ def folder(tmp_path):
     return tmp_path / "sealed"
 
 
-def test_a_sealed_folder_is_whole(folder):
+def test_sealed_folder_is_intact(folder):
     assert is_intact(folder)
     assert find_damage(folder) is None
 
@@ -29,7 +29,7 @@ def test_a_sealed_folder_is_whole(folder):
         ("manifest.json", None, "is incomplete"),
     ],
 )
-def test_damage_is_named(folder, file, content, message):
+def test_find_damage_describes_the_damage(folder, file, content, message):
     (folder / file).unlink() if content is None else (folder / file).write_text(content)
     assert not is_intact(folder)
     assert re.match(message, find_damage(folder))

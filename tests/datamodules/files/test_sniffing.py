@@ -24,7 +24,7 @@ def test_encodings(tmp_path, content, other, expected):
 
 
 @pytest.mark.parametrize("content", [b"\x81\n", b"\xef\xbb\xbf\xe9\n", b"\xff\xfe1"])
-def test_what_is_no_text(tmp_path, content):
+def test_files_that_are_not_text(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(ValueError, match=r"a, line 1.*: not text in UTF-"):
         sniff_encoding(tmp_path / "a")

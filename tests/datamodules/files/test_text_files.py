@@ -61,7 +61,7 @@ def test_facts_keep_all_characters(tmp_path, separator):
     assert [fact.subject for fact in ParaRel(str(tmp_path)).tables().facts] == [f"An{separator}na"]
 
 
-def test_rows_have_their_places(tmp_path):
+def test_rows_have_line_numbers(tmp_path):
     (tmp_path / "a.jsonl").write_text("1\n\n2")
     (tmp_path / "a.json").write_text("\n [1, 2]")
     assert [tuple(row) for row in read_json_rows(tmp_path / "a.jsonl")] == [
@@ -81,14 +81,14 @@ def test_rows_have_their_places(tmp_path):
         ("a.jsonl", b"\xff\xfe1", r"a.jsonl, line 1: not text in UTF-16"),
     ],
 )
-def test_wrong_files_are_named(tmp_path, name, content, message):
+def test_errors_contain_the_file(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(read_json_rows(tmp_path / name))
 
 
 @pytest.mark.parametrize("text", ["007", "pkg-1.0", "1.0", " a ", "1e3", "NA", "null", "\u2028x", "ä"])
-def test_text_ids_are_never_altered(text):
+def test_text_ids_are_unchanged(text):
     assert id_text(text, "here") == text
 
 
@@ -101,7 +101,7 @@ def test_numbers_are_written_as_integers(value, text):
 
 
 @pytest.mark.parametrize("value", [1.5, 2.0**53, float("inf"), float("nan"), None, "", " ", True, np.True_, [], {}, b"x"])
-def test_what_is_no_id_is_refused(value):
+def test_invalid_ids_are_refused(value):
     with pytest.raises(ValueError, match=r"^file, line 3: "):
         id_text(value, "file, line 3")
 
@@ -112,18 +112,18 @@ def test_blanks():
 
 @pytest.mark.parametrize("field", ["prompt", "subject", "target", "true", "paraphrases", "generation_prompts", "neighbors"])
 @pytest.mark.parametrize("form", ["{} ", " {}", "{}\n", "{}\u00a0"])
-def test_requests_refuse_white_space_at_the_ends_of_what_tokens_are_made_of(field, form):
+def test_requests_refuse_white_space_at_the_ends_of_texts(field, form):
     value = form.replace(PLACEHOLDER, REQUEST.get(field, "Anna is"))
     fields = {"neighbors": (Probe(value, "x"),)} if field == "neighbors" else {field: value if field in REQUEST else (value,)}
     with pytest.raises(ValueError, match=f"{field} must not begin or end in white space, got .*; remove it"):
         EditRequest(**{"request_id": "1", **REQUEST, **fields})
 
 
-def test_references_stay_as_they_are():
+def test_references_are_unchanged():
     assert EditRequest(request_id="1", **REQUEST, references=(" Text.\n",)).references == (" Text.\n",)
 
 
-def test_published_records_lose_white_space_at_the_ends(tmp_path):
+def test_white_space_of_published_records_is_stripped(tmp_path):
     record = {"prompt": " Anna speaks ", "subject": "Anna ", "target_new": " English", "ground_truth": "Danish\n"}
     (tmp_path / "flat.json").write_text(json.dumps([record]))
     (request,) = FlatCounterFact(str(tmp_path / "flat.json")).load().requests
@@ -135,12 +135,12 @@ def test_published_records_lose_white_space_at_the_ends(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "expected"), [(7, "7"), (7.0, "7"), ("7.0", "7.0"), ("007", "007")])
-def test_ids_of_requests_are_the_users_own(write, given, expected):
+def test_ids_of_requests_are_unchanged(write, given, expected):
     (request,) = read_requests(write([{**REQUEST, "request_id": given}]))
     assert request.request_id == expected
 
 
 @pytest.mark.parametrize("given", [None, True, 1.5, "", [1]])
-def test_ids_of_requests_that_are_none(write, given):
+def test_invalid_ids_of_requests(write, given):
     with pytest.raises(ValueError, match=r"rows.json.*(line|entry) 1: request_id: "):
         read_requests(write([{**REQUEST, "request_id": given}]))

@@ -82,7 +82,7 @@ def test_json_within_the_limits():
     assert parse_json('"\\ud83d\\ude00"', "here") == "\U0001f600"
 
 
-def test_errors_of_libraries_name_the_file(tmp_path):
+def test_errors_of_libraries_contain_the_file(tmp_path):
     from safetensors import safe_open
 
     (tmp_path / "a.safetensors").write_bytes(b"xyz")
@@ -97,7 +97,7 @@ def test_errors_of_libraries_name_the_file(tmp_path):
         raise KeyError("a bug")
 
 
-def test_links_out_of_a_folder_are_refused(tmp_path):
+def test_links_to_files_outside_the_folder_are_refused(tmp_path):
     folder = tmp_path / "folder"
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "secret").write_text("x")
@@ -128,6 +128,6 @@ def test_facts_of_other_types_are_refused(tmp_path):
         LRE(str(tmp_path / "a.json")).tables()
 
 
-def test_the_module_is_light():
+def test_module_imports_standard_library_only():
     code = "import sys, malleable.datamodules.files.user_files; sys.exit(' '.join({'torch', 'pandas', 'pyarrow', 'yaml'} & sys.modules.keys()) or 0)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
