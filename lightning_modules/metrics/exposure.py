@@ -1,7 +1,7 @@
-"""Metrics of exposure: diversity, concentration and fairness of recommended items.
+"""Exposure metrics: diversity, concentration and fairness of recommended items.
 
-All figures are ratios of counts over the whole test set. The states are integer histograms, summed over processes, so that the figures do not depend
-on the order of rows or the number of devices.
+The metrics are computed from counts over the whole test set. The states are integer histograms, summed over processes, so they do not depend on
+the order of rows or on the number of devices.
 
 Shapes: B rows, K recommended items, L history items, N items of the catalogue, G groups.
 """
@@ -24,25 +24,29 @@ OVER_RECOMMENDED = 3  # number of most recommended items in ORRatio
 class ExposureMetrics(Metric):
     """Diversity, over-recommendation, fairness and popularity of recommended lists.
 
-    There are U rows with K slots each; ``counts`` are the numbers of slots of each item:
+    There are U rows with k slots each. ``counts`` are the numbers of slots of each item:
 
-    - ``div_ratio_k``: distinct items / (K U); higher is more diverse. - ``or_ratio_k``: slots of the 3 most recommended items / (K U); lower is
-    better. - ``coverage_k``: distinct items / N. - ``gini_k``: Gini coefficient of ``counts`` over all N items; 0 uniform, 1 - 1/N one item. -
-    ``entropy_k``: entropy of ``counts`` in nats; log N uniform. - ``valid_ratio_k``: filled slots / (K U). - ``mgu_k``, ``dgu_k`` (with ``genres``):
-    mean over groups of the absolute GP - GH, and maximum minus minimum of GP - GH, where GP is the share of a
-      group in the filled slots and GH its share in the history items. An item with m counted genres adds 1/m to each.
-    - ``pop_mgu_k``, ``pop_dgu_k`` (with ``popularity``): MGU and DGU for groups of equally many items by popularity.
-    - ``arp_k``, ``arp_ratio_k``: mean number of training interactions of the recommended items, and its ratio to that of the history items.
-    - ``aplt_k``: share of filled slots with a tail item.
+    - ``div_ratio_k``: distinct items / (k U); higher is more diverse.
+    - ``or_ratio_k``: slots of the 3 most recommended items / (k U); lower is better.
+    - ``coverage_k``: distinct items / N.
+    - ``gini_k``: Gini coefficient of ``counts`` over all N items; 0 if all counts are equal, 1 - 1/N if only one item is recommended.
+    - ``entropy_k``: entropy of ``counts`` in nats; log N if all counts are equal.
+    - ``valid_ratio_k``: filled slots / (k U).
+    - ``mgu_k``, ``dgu_k`` (with ``genres``): mean over groups of the absolute value of GP - GH, and maximum minus minimum of GP - GH. GP is the share
+      of a group in the filled slots, and GH is its share in the history items. An item with m counted genres adds 1/m to each of them.
+    - ``pop_mgu_k``, ``pop_dgu_k`` (with ``popularity``): MGU and DGU for groups of items by popularity, with equally many items in each group.
+    - ``arp_k``, ``arp_ratio_k`` (with ``popularity``): mean number of training interactions of the recommended items, and its ratio to that of the
+      history items.
+    - ``aplt_k`` (with ``popularity``): share of filled slots with a tail item.
 
     Args:
         num_items: Size of the catalogue, N.
         ks: Cut-offs.
-        genres: Genres of each item; ``None`` or empty if unknown.
+        genres: Genres of each item of the catalogue; ``None`` or empty if unknown.
         counted_genres: Genres that form groups; default: all genres of the items.
-        popularity: Training interactions of each item; ``None`` or empty if unknown.
-        tail: Definition of the head; all other items are tail items. ``items``: the most popular fifth of all items, rounded up; ``interactions``:
-            the most popular items that together have 80 % of the interactions.
+        popularity: Number of training interactions of each item; ``None`` or empty if unknown.
+        tail: Definition of the head; all other items are tail items. ``items``: the head is the most popular fifth of all items, rounded up.
+            ``interactions``: the head is the smallest set of most popular items with at least 80 % of the interactions.
         num_groups: Number of popularity groups.
 
     Raises:
@@ -52,7 +56,7 @@ class ExposureMetrics(Metric):
         DivRatio, ORRatio: Gao et al. (2025), arXiv:2412.09243, and its authors' evaluation. MGU, DGU: Jiang et al. (2024),
         arXiv:2402.15215. Popularity groups: Gao et al. (2025), arXiv:2503.07377. ARP, APLT: Abdollahpouri et al. (2019),
         arXiv:1901.07555.
-        Differs: U is the number of all test rows; the authors leave out rows with an unknown target in some figures only.
+        Differs: U is the number of all test rows. The authors omit rows with an unknown target in some of the metrics.
     """
 
     full_state_update = False
@@ -180,7 +184,7 @@ def genre_weights(genres: Sequence[Sequence[str]], counted: Sequence[str] | None
         rows += [row] * len(own)
         columns += own
         values += [1 / len(own)] * len(own) if own else []
-    # At once: a million single assignments take ten seconds.
+    # One assignment for all values, because a million single assignments take ten seconds.
     weights[rows, columns] = torch.tensor(values, dtype=torch.double)
     return weights
 

@@ -55,7 +55,7 @@ def test_refusals(tmp_path):
         SelfPlayLoop(rounds=0, warmup=PhaseSettings(epochs=0))
     with pytest.warns(UserWarning, match="3 preference epochs per round"):
         SelfPlayLoop(dpo=PhaseSettings(epochs=3))
-    with pytest.raises(ValueError, match="a round needs 64 rows but there are 48"):
+    with pytest.raises(ValueError, match="a round needs 64 rows, but there are 48"):
         run(tmp_path, make_loop(rows_per_round=64))
     with pytest.raises(MisconfigurationException, match="the warm-up has 2 rows, but an optimizer step needs"):
         run(tmp_path, make_loop(warmup=PhaseSettings(epochs=1, rows=2)))

@@ -67,7 +67,7 @@ def test_all_rows_in_every_round():
 
 
 def test_rounds_that_cannot_be_drawn():
-    with pytest.raises(ValueError, match="a round needs 5 rows but there are 4 training rows; lower rows_per_round"):
+    with pytest.raises(ValueError, match="a round needs 5 rows, but there are 4 training rows; lower rows_per_round"):
         draw_positions(np.arange(4), 5, 1, seed=0)
     with pytest.raises(ValueError, match="a round must have at least 1 row, got 0; null uses all rows"):
         draw_positions(np.arange(4), 0, 1, seed=0)
