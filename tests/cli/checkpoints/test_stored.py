@@ -100,7 +100,7 @@ def test_resumed_run_keeps_its_settings_with_more_users(shop):
         (
             "--model.language_model.scratch.num_heads",
             8,
-            r"--model.language_model.scratch.num_heads is 8, but .* trained with 4 .*omit the option",
+            r"--model.language_model.scratch.num_heads is 8, but .* trained with 4; omit the option",
         ),
         ("--model.language_model.lora.alpha", 16, "--model.language_model.lora.*16.*, but .* trained with .*8"),
         ("--model.language_model.lora", '{"r": 2, "alpha": 32}', "--model.language_model.lora.* is 32, but .* trained with 8"),

@@ -31,7 +31,7 @@ def with_arguments(checkpoint, **arguments):
 @pytest.mark.parametrize("value", [{"class_path": "evil.X"}, {"class_path": "evil.X", "init_args": {}}, "evil.X", [{"a": {"class_path": "evil.X"}}]])
 def test_classes_named_by_a_checkpoint_are_not_imported(run, boring, checkpoint, value):
     with_arguments(checkpoint, goal=value, _class_path="boring.BoringModule")
-    with pytest.raises(MisconfigurationException, match=r"names evil.X, which is not part of malleable; importing it could run code"):
+    with pytest.raises(MisconfigurationException, match=r"contains the class evil.X, which is not part of malleable; importing it could run code"):
         run("test", "--ckpt_path", checkpoint)
     assert not (boring / "ran").exists()
 
