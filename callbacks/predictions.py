@@ -100,8 +100,8 @@ class PredictionWriter(Callback):
     were merged, or the title if the source has no ids. Modules that implement :class:`DescribesPredictions` define their own fields, e.g. for
     knowledge graphs ``sample_id, head, relation, tail, rank, answer, score, uncertainty``. ``predict_step`` can also return named columns.
 
-    During prediction, each device writes its rows to a file in a temporary folder, which must be on a file system that all devices share. The files are
-    merged at the end. Memory use does not depend on the number of rows. The next prediction removes temporary folders of killed processes.
+    During prediction, each device writes its rows to a file in a temporary folder, which must be on a file system that all devices share. The files
+    are merged at the end. Memory use does not depend on the number of rows. The next prediction removes temporary folders of killed processes.
 
     In CSV, titles that a spreadsheet would interpret as formulas start with an apostrophe.
 

@@ -139,10 +139,7 @@ def self_play_sections(
         text = "Validation metrics at the end of the warm-up (0) and of each round. A half-integer is the end of a supervised phase."
         sections.append(Section("Rounds", text, figure=lambda figure: _draw_rounds(figure, curves), figure_size=size))
     if difference:
-        text = (
-            "The metrics of the model before self-play are not shown, because they cannot be compared with this test: "
-            f"{for_markdown(difference)}."
-        )
+        text = f"The metrics of the model before self-play are not shown, because they cannot be compared with this test: {for_markdown(difference)}."
         sections.append(Section("Supervised model", text))
     elif before and after is not None:
         versions = {"before self-play": before["counts"], "after": after}
