@@ -179,7 +179,7 @@ class TestPatterns:
 
     def test_among_the_most_frequent(self):
         frequent, rare = (patterns_section(self.mirrored(), graph_of(frequency=counts), 10, 2) for counts in ((1, 2, 3), (3, 2, 1)))
-        assert "among the 2 most frequent of 3 relations" in frequent.text
+        assert "the 2 most frequent of 3 relations are searched" in frequent.text
         assert frequent.table[1][0][0] == "opposite"
         assert rare.table is None or all("opposite" not in row[0] for row in rare.table[1])
 
@@ -218,5 +218,5 @@ class TestRelations:
     def test_best_and_worst_of_many(self):
         graph = KnowledgeGraph(("a",), tuple("uvwxyz"))
         _, rows = relations_section(self.metric(), graph, 2).table
-        assert [row[0] for row in rows] == ["u", "v", "… 1 between", "y", "z"]
+        assert [row[0] for row in rows] == ["u", "v", "… 1 more", "y", "z"]
         assert rows[2][1:] == [None] * 8

@@ -144,7 +144,7 @@ def test_noisy_curves_are_smoothed():
 
 def test_characters_that_no_font_has_are_replaced(monkeypatch, caplog):
     monkeypatch.setattr(fonts, "_characters", lambda: frozenset(range(0x100)))
-    fonts._report.cache_clear()
+    fonts._log_missing.cache_clear()
     with caplog.at_level("INFO"):
         assert fonts.drawable("Café", "7") == "Café"
         assert not caplog.records

@@ -165,7 +165,7 @@ def test_curves_continue_after_resuming(tmp_path):
     assert second.history["train_loss"][:4] == first.history["train_loss"]
     assert second.seconds > first.seconds
     own = second.seconds - torch.load(path, weights_only=True)["callbacks"]["RunReport"]["seconds"]
-    assert second.facts["training time"] == f"{second.seconds:.0f} s, {own:.0f} s after the run was resumed"
+    assert second.facts["training time"] == f"{second.seconds:.0f} s, of which {own:.0f} s after the run was resumed"
 
 
 def test_curves_are_kept_when_the_best_checkpoint_is_tested(tmp_path):
