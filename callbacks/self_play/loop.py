@@ -50,8 +50,8 @@ class SelfPlayLoop(Callback):
         warmup: Initial supervised phase.
         sft: Supervised phase of a round.
         dpo: Preference phase of a round.
-        negatives: Sampler of rejected answers, see :mod:`malleable.datamodules.negative_samplers`. Default: :class:`SelfPlay`, the model's own answers.
-            ``Uniform`` and ``Popularity`` are controls.
+        negatives: Sampler of rejected answers, see :mod:`malleable.datamodules.negative_samplers`. Default: :class:`SelfPlay`. ``Uniform`` and
+            ``Popularity`` are controls.
         negatives_from: Model for the rejected answers: ``pre_round`` for the model at the start of the round, as in the released code; ``post_sft``
             for the model after the supervised phase.
         keep_identical: Whether to keep or drop rows whose rejected answer is the true answer. They have no gradient.
