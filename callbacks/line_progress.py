@@ -18,12 +18,12 @@ LOSS = "train_loss"
 
 
 class LossProgressBar(TQDMProgressBar):
-    """Progress bar that shows the training loss, which it reads from the device at most twice in a second.
+    """Progress bar with the training loss, which is read from the device at most twice per second.
 
     Args:
         refresh_rate: Number of batches between updates.
-        process_position: Line of the bar, if several are shown.
-        leave: Leave the bar of each epoch on the terminal.
+        process_position: Line of the bar, if several bars are shown.
+        leave: Whether to keep the bar of each epoch on the terminal.
     """
 
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
@@ -42,8 +42,8 @@ class LossProgressBar(TQDMProgressBar):
 class LineProgress(ProgressBar):
     """Print one line for each tenth of a fit, a test or a prediction, instead of a progress bar.
 
-    If the length of a fit is unknown (no ``max_epochs`` and no ``max_steps``), one line is printed for each epoch. The lines contain the training loss
-    and the metrics that are logged with ``prog_bar=True``.
+    If the length of a fit is unknown (no ``max_epochs`` and no ``max_steps``), one line is printed for each epoch. The lines contain the training
+    loss and the metrics that are logged with ``prog_bar=True``.
 
     Args:
         parts: Number of lines for a fit, a test or a prediction.
