@@ -56,7 +56,7 @@ def load(name: str, device: str = "cpu") -> tuple[Any, Any]:
 
 
 def compare(name: str, number: int, device: str = "cpu") -> dict[str, float]:
-    """Seek the targets of facts in both ways."""
+    """Compute the target vectors of facts with both implementations, and compare time and results."""
     model, tokenizer = load(name, device)
     encoder, layout = PromptEncoder(tokenizer), find_layout(model)
     settings = TargetSettings(lr=0.5, steps=25)
@@ -103,7 +103,7 @@ def peak() -> float:
 
 
 def pass_over(name: str, number: int, sender: Any) -> None:
-    """Take second moments of so many texts, and send how much the process grew."""
+    """Compute second moments over ``number`` texts, and send the growth of the peak memory."""
     model, tokenizer = load(name)
     sentences = Countries(limit=1).load().statements
     texts = [" ".join(sentences[start : start + 20]) for start in range(0, 20 * number, 20)]

@@ -1,4 +1,4 @@
-"""The target vector of one fact as its equations stand: the whole model in every pass, logits everywhere, the library's optimizer."""
+"""Literal implementation of target vectors: one fact at a time, full forward passes, logits at all tokens, ``torch.optim.Adam``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from malleable.lightning_modules.editing.targets import Fact, TargetSettings
 
 
 class LiteralTarget(NamedTuple):
-    """Where the residual stream was, what is added, the loss of the last pass, the steps made."""
+    """Original residual stream, its change, the loss of the last pass, and the number of optimizer steps."""
 
     start: Tensor
     change: Tensor
@@ -25,7 +25,7 @@ class LiteralTarget(NamedTuple):
 def literal_target(
     model: Any, block: nn.Module, encoder: PromptEncoder, fact: Fact, contexts: Sequence[str], settings: TargetSettings
 ) -> LiteralTarget:
-    """Seek the target of a fact at a block's output."""
+    """Optimise the target vector of a fact at the output of a block."""
     answer = encoder.encode_answer(fact.target)
     rows = [encoder.encode_prompt(fact.prompt, fact.subject, context, answer[:-1]) for context in contexts] + [
         encoder.encode_prompt("{} is a", fact.subject)

@@ -1,4 +1,4 @@
-"""Thirty-six facts, a decoder that learns them by heart in seconds, and how many it knows."""
+"""36 facts, a decoder that is trained on them in seconds, and its accuracy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIRST = ("Andes", "Bordeaux", "Danielle", "Darrieux", "French", "Lima")
 LAST = ("Peru", "Tom", "Zürich", "capital", "coast", "dog")
 ANSWERS = ("house", "man", "mother", "park", "old", "sad")
 SUBJECTS = [f"{first} {last}" for first in FIRST for last in LAST]
-# Subjects end their prompts: so small a model reads a subject's name elsewhere as soon as it can, past every edit.
+# Prompts end with the subject: elsewhere, such a small model processes the subject in layers before the edited ones.
 PROMPT, PARAPHRASE = "the capital of {}", "because I know {}"
 DRAWN = random.Random(0).choices(ANSWERS, k=len(SUBJECTS))
 KNOWN = [Fact(PROMPT, subject, answer) for subject, answer in zip(SUBJECTS, DRAWN, strict=True)]
@@ -38,12 +38,12 @@ SETTINGS = {
 
 
 def paraphrased(facts: Sequence[Fact]) -> list[Fact]:
-    """The same facts asked in other words."""
+    """Return the same facts with the paraphrase as the prompt."""
     return [fact._replace(prompt=PARAPHRASE) for fact in facts]
 
 
 def lessons() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Inputs and labels of all facts in both wordings."""
+    """Return inputs and labels of all facts with prompt and paraphrase."""
     encoder = PromptEncoder(tokenizer("bos"))
     rows = [encoder.encode_prompt(fact.prompt, fact.subject, answer=encoder.encode_answer(fact.target)) for fact in KNOWN + paraphrased(KNOWN)]
     batch = encoder.collate(rows)
@@ -51,13 +51,13 @@ def lessons() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 
 def lesson_loss(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of every token."""
+    """Return the cross-entropy over all tokens."""
     logits = model(**inputs).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
 def learnt_decoder() -> Any:
-    """Make a decoder that knows the facts in both wordings by heart."""
+    """Return a decoder that answers all facts correctly, with prompt and paraphrase."""
     return copy.deepcopy(_learnt())
 
 
@@ -78,7 +78,7 @@ def _learnt() -> Any:
 
 @torch.no_grad()
 def share(model: Any, facts: Sequence[Fact]) -> float:
-    """Share of facts whose answer is the likeliest at each of its tokens."""
+    """Return the share of facts for which every token of the answer is the most probable one."""
     encoder = PromptEncoder(tokenizer("bos"))
     right = 0
     for fact in facts:
