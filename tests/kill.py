@@ -1,6 +1,6 @@
 """Kill runs with SIGKILL at random moments, resume them, and compare them with a run that nothing interrupted.
 
-    python tests/kill.py [--kills 20] [--seed 0] [--parts self_play nfe editing patches cache report]
+    python tests/kill.py [--kills 20] [--seed 0] [--parts self_play nfe editing patches cache report predict]
 
 Each part is a small job that starts anew, or continues what it finds in its folder. It runs once to the end; then it is killed ``--kills``
 times, each time in a fresh folder after a random part of its time, and resumed. Weights, metrics and files must be those of the uninterrupted
@@ -11,6 +11,7 @@ A job is a fork of this process, which has imported all modules and has started 
 
 import argparse
 import contextlib
+import csv
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
@@ -33,18 +35,20 @@ import post_fit_run
 import small_shop
 import tiny_patch
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
 from self_play_run import make_loop, make_module
 from small_facts import NEW
 from tiny_data import TinyData
+from torch.utils.data import DataLoader
 from toy_graph import toy_graph
 
-from malleable import EmbeddingReport, LastCheckpoint, ReferenceCache, RunReport  # noqa: F401  (imported before the forks)
+from malleable import EmbeddingReport, LastCheckpoint, PredictionWriter, ReferenceCache, RunReport  # noqa: F401  (imported before the forks)
 from malleable.callbacks.report.page import Section
 from malleable.checkpoints import AtomicCheckpointIO
+from malleable.datamodules.batch import Batch
 from malleable.datamodules.files.run_folders import find_run_checkpoint
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.targets import TargetSettings
@@ -129,6 +133,24 @@ def report(folder: Path) -> None:
         page.write("Title", "Model", sections=[section])
 
 
+class Numbers(LightningModule):
+    """Predicts columns by name."""
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        return {"label": [f"row {number}" for number in batch.sample_id.tolist()], "score": batch.sample_id / 7}
+
+
+def predict(folder: Path) -> None:
+    """Predictions in all formats, for rows that are not in the order of their ids."""
+    rows = torch.randperm(20_000, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(rows, batch_size=100, collate_fn=lambda ids: Batch(torch.stack(ids)))
+    writer = PredictionWriter(formats=("csv", "jsonl", "parquet"))
+    logger = CSVLogger(folder, name="runs")
+    trainer = Trainer(accelerator="cpu", devices=1, logger=logger, callbacks=[RunFolder(), writer], enable_progress_bar=False)
+    with claimed_folders(trainer):
+        trainer.predict(Numbers(), loader, return_predictions=False)
+
+
 def fit_and_test(folder, module, data, callbacks, monitor, mode, **options) -> None:
     """Train and test as ``malleable fit`` does; a run that was killed continues from its last checkpoint."""
     seed_everything(7)
@@ -161,10 +183,14 @@ def fit_and_test(folder, module, data, callbacks, monitor, mode, **options) -> N
 
 
 def state_of(folder: Path) -> State:
-    """Return a digest of each file that a job leaves, and the values of those that have times or paths in them."""
+    """Return a digest of each file that a job leaves, and the values of those that have times or paths in them.
+
+    Checkpoints contain paths of their run folder, and a resumed run has only those since the interruption, as it has only the rounds of self-play
+    since then; the weights, the tested checkpoint and the logged values depend on all of them.
+    """
     runs = sorted((folder / "runs").glob("version_*"), key=lambda path: int(path.name.partition("_")[2]))
     root = runs[-1] if runs else folder
-    state = {}
+    state = logged(runs)
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if path.is_file() and not re.search(r"^(metrics\.csv|hparams\.yaml|checkpoints/|graph/|shop/|cache/|self_play/)", name):
@@ -172,6 +198,17 @@ def state_of(folder: Path) -> State:
     for path in sorted((folder / "cache").glob("*/*")):
         state[f"cache/{path.parent.name}"] = "whole"
     return state
+
+
+def logged(runs: list[Path]) -> State:
+    """Return the logged values by step and name. A resumed run logs the steps after its checkpoint again, and its values replace the earlier ones."""
+    values = {}
+    for path in (run / "metrics.csv" for run in runs):
+        if path.is_file():
+            with path.open(encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    values |= {f"{name} at step {row['step']}": value for name, value in row.items() if value}
+    return values
 
 
 def digest_of(path: Path) -> str:
@@ -301,7 +338,7 @@ def try_part(job: Callable[[Path], None], root: Path, kills: int, draws: random.
     return problems
 
 
-JOBS = {job.__name__: job for job in (self_play, nfe, editing, patches, cache, report)}
+JOBS = {job.__name__: job for job in (self_play, nfe, editing, patches, cache, report, predict)}
 
 
 def main(arguments: list[str]) -> int:
