@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import signal
 import threading
@@ -27,14 +28,19 @@ class LastCheckpoint(ModelCheckpoint):
     With ``ModelCheckpoint(monitor=..., save_last=...)``, ``last.ckpt`` is the last of the *monitored* checkpoints, which can be many epochs old. Use
     this callback in addition. If another checkpoint callback has already saved the same step, ``last.ckpt`` is a relative link to its file.
 
-    In a single process, SIGINT and SIGTERM end a fit after the current optimizer step. A checkpoint of this step is saved, and the log shows how to
-    resume. A second signal, or a signal outside training steps, ends the fit immediately. With several processes, and for SIGTERM under SLURM,
+    In a single process, SIGINT and SIGTERM end a fit after the current optimizer step. A checkpoint of this step is saved, and the log contains the
+    command that resumes. A second signal, or a signal outside training steps, ends the fit immediately. With several processes, and for SIGTERM under SLURM,
     Lightning handles the signals. SIGTERM ends validation, test and prediction immediately.
 
     Args:
         dirpath: Folder of the checkpoints; default: ``checkpoints`` in the run folder.
         every_n_epochs: Number of epochs between two checkpoints.
+
+    Attributes:
+        command: Command line of the run, for the message; ``None`` if the run was not started from a command line.
     """
+
+    command: str | None = None
 
     def __init__(self, dirpath: str | Path | None = None, every_n_epochs: int = 1) -> None:
         super().__init__(
@@ -64,7 +70,7 @@ class LastCheckpoint(ModelCheckpoint):
             path = Path(self.dirpath or "") / f"last{self.FILE_EXTENSION}"
             if not getattr(trainer, "fast_dev_run", False):
                 self._save_checkpoint(trainer, str(path))
-                log.info("interrupted in epoch %d after step %d; to resume, add --ckpt_path %s", trainer.current_epoch, trainer.global_step, path)
+                log.info("interrupted in epoch %d after step %d; %s", trainer.current_epoch, trainer.global_step, self._advice(path))
             self._end(self._received)
         if trainer.is_last_batch:
             self._in_epoch = False
@@ -95,9 +101,20 @@ class LastCheckpoint(ModelCheckpoint):
     def _receive(self, trainer: Trainer, number: int, frame: FrameType | None) -> None:
         self._release()
         if not self._in_epoch or trainer.validating:
+            if path := self._last_checkpoint_saved:
+                log.info("interrupted; the last checkpoint is that of step %d; %s", self._last_global_step_saved, self._advice(path))
             self._end(number)
         self._received = number
         log.warning("received %s: the run ends after this step; a second signal ends it immediately", signal.Signals(number).name)
+
+    def _advice(self, path: str | Path) -> str:
+        """Return how to resume from a checkpoint."""
+        shown = str(path)
+        if Path(path).is_relative_to(Path.cwd()):
+            shown = str(Path(path).relative_to(Path.cwd()))
+        if self.command is None:
+            return f"to resume, call Trainer.fit with ckpt_path={shown!r}"
+        return f"to resume, run: {self.command} --ckpt_path {shlex.quote(shown)}"
 
     def _end(self, number: int) -> NoReturn:
         self._received = None

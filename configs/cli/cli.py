@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar, Timer
+from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint, EarlyStopping, ModelCheckpoint, ModelSummary, ProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
@@ -189,18 +190,23 @@ class MalleableCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Create the Trainer, and add a progress bar and checkpoint callbacks unless they are given or disabled."""
+        """Create the Trainer, and add a progress bar, a summary and checkpoint callbacks unless they are given or disabled."""
         config = self.config_init[str(self.subcommand)]
         given = config.trainer.callbacks or []
         callbacks = list(given) if isinstance(given, list) else [given]
         if config.trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             # The default of Lightning 2.6, a rich progress bar, fails if another progress bar is shown at the same time.
             callbacks.append(LossProgressBar() if sys.stdout.isatty() else LineProgress())
+        if config.trainer.enable_model_summary is not False and not any(isinstance(callback, ModelSummary) for callback in callbacks):
+            callbacks.append(ModelSummary())  # the default is rich, too
         if config.trainer.enable_checkpointing is not False and not any(isinstance(callback, Checkpoint) for callback in callbacks):
             callbacks += self._checkpoints(config.checkpoint)
         if self.subcommand == "predict" and not any(isinstance(callback, (BasePredictionWriter, PredictionWriter)) for callback in callbacks):
             callbacks += _prediction_writer(config.model)
         trainer = super().instantiate_trainer(callbacks=[RunFolder(), *callbacks], **kwargs)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, LastCheckpoint):
+                callback.command = shlex.join(["malleable", *self._words])
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer

@@ -5,7 +5,9 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -119,8 +121,21 @@ _SUPPRESSED = {
 }
 
 
+# Metrics are synchronized before they are logged, which Lightning cannot know.
+_UNSYNCHRONIZED = r"It is recommended to use `self\.log\('(val|test)_"
+
+
 def _is_shown(record: logging.LogRecord) -> bool:
     return _SUPPRESSED[record.name] not in str(record.msg)
+
+
+def _without_flops(record: logging.LogRecord) -> bool:
+    """Remove a line of the model summary that is always 0, because modules have no example input."""
+    record.msg = re.sub(r"\n0 +Total Flops", "", str(record.msg))
+    return True
+
+
+_FILTERS = [*((name, _is_shown) for name in _SUPPRESSED), ("lightning.pytorch.callbacks.model_summary", _without_flops)]
 
 
 class _EscapingFormatter(logging.Formatter):
@@ -140,13 +155,14 @@ def _log_to_stderr() -> Iterator[None]:
     level = log.level
     log.setLevel(logging.INFO)
     log.addHandler(handler)
-    filtered = [logging.getLogger(name) for name in _SUPPRESSED]
-    for logger in filtered:
-        logger.addFilter(_is_shown)
+    for name, function in _FILTERS:
+        logging.getLogger(name).addFilter(function)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _UNSYNCHRONIZED)
+            yield
     finally:
         log.removeHandler(handler)
-        for logger in filtered:
-            logger.removeFilter(_is_shown)
+        for name, function in _FILTERS:
+            logging.getLogger(name).removeFilter(function)
         log.setLevel(level)

@@ -94,6 +94,7 @@ def whole(tmp_path_factory):
 def test_interrupted_fit_is_saved_and_resumed(whole, number, status):
     done = script("fit", int(number), 5)
     assert done.returncode == status, done.stderr
+    assert "interrupted in epoch 1 after step 6; to resume, call Trainer.fit with ckpt_path='checkpoints/last.ckpt'" in done.stderr
     stored = torch.load("checkpoints/last.ckpt", weights_only=True)
     assert (stored["epoch"], stored["global_step"]) == (1, 6)
     assert script("fit", 0, 0, "checkpoints/last.ckpt").returncode == 0
@@ -103,6 +104,15 @@ def test_interrupted_fit_is_saved_and_resumed(whole, number, status):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "number", "status"), [("fit", signal.SIGINT, 1), ("fit", signal.SIGTERM, 143), ("test", signal.SIGTERM, -15)])
+@pytest.mark.parametrize(
+    ("command", "number", "status"),
+    [
+        ("fit", signal.SIGINT, 1),
+        ("fit", signal.SIGTERM, 143),
+        ("validate", signal.SIGTERM, -signal.SIGTERM),
+        ("test", signal.SIGTERM, -signal.SIGTERM),
+        ("predict", signal.SIGTERM, -signal.SIGTERM),
+    ],
+)
 def test_signal_outside_training_steps_ends_the_run_immediately(command, number, status):
     assert script(command, int(number), -1, timeout=50).returncode == status

@@ -1,4 +1,5 @@
 import logging
+import shlex
 import shutil
 import sys
 
@@ -10,6 +11,7 @@ from launch import launch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+import malleable.cli
 from malleable import LineProgress
 from malleable.checkpoints import AtomicCheckpointIO, find_checkpoint
 
@@ -96,6 +98,19 @@ def test_last_epoch_is_saved_in_addition_to_the_monitored_one(run, boring):
 def test_saving_the_last_epoch_can_be_disabled(run, boring):
     run("fit", "--checkpoint.save_last", "null")
     assert names(boring / CHECKPOINTS) == ["epoch=0-step=4.ckpt"]
+
+
+def test_an_interrupted_fit_prints_the_command_that_resumes(run, boring, caplog):
+    caplog.set_level(logging.INFO, "malleable")
+    send = "  callbacks+:\n  - {class_path: interrupted_run.Send, init_args: {number: 2, step: 6}}\n"
+    (boring / "boring.yaml").write_text((boring / "boring.yaml").read_text() + send)
+    with pytest.raises(SystemExit):
+        run("fit", "--trainer.max_epochs", 2)
+    (message,) = (message for message in caplog.messages if message.startswith("interrupted in epoch 1 after step 7; to resume, run: "))
+    program, *words = shlex.split(message.partition("run: ")[2])
+    assert program == "malleable"
+    assert words[-2:] == ["--ckpt_path", f"{CHECKPOINTS}/last.ckpt"]
+    assert malleable.cli.run(words).trainer.global_step == 8
 
 
 def test_temporary_checkpoint_is_in_the_same_folder(run, boring, monkeypatch):

@@ -1,10 +1,11 @@
-"""A fit, a test or a prediction of the boring module that receives a signal, as a script of its own.
+"""A fit, a validation, a test or a prediction of the boring module that receives a signal, as a script of its own.
 
     python interrupted_run.py COMMAND SIGNAL STEP [CKPT_PATH]
 
 Two micro-batches make a step. The signal arrives in the first micro-batch of the step, or in the evaluation's first batch; SIGNAL 0 sends none.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import time
 import torch
 from boring import BoringDataModule, BoringModule
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from malleable import LastCheckpoint
 
@@ -36,8 +38,16 @@ class Send(Callback):
             os.kill(os.getpid(), self.number)
             time.sleep(60)
 
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self.on_test_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self.on_test_batch_start(trainer, pl_module, batch, batch_idx)
+
 
 def main() -> None:
+    logging.basicConfig(level=logging.INFO)
     torch.manual_seed(0)
     command, number, step, *path = sys.argv[1:]
     callbacks = [Send(int(number), int(step)), LastCheckpoint("checkpoints")]
@@ -47,7 +57,7 @@ def main() -> None:
     if command == "fit":
         trainer.fit(BoringModule(), data, ckpt_path=path[0] if path else None)
     else:
-        trainer.test(BoringModule(), data)
+        getattr(trainer, command)(BoringModule(), data)
 
 
 if __name__ == "__main__":

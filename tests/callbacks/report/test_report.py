@@ -43,7 +43,8 @@ def quiet(folder, **settings):
     return Trainer(accelerator="cpu", default_root_dir=folder, **options, **settings)
 
 
-def test_a_report_after_fit_and_test(tmp_path, caplog):
+def test_a_report_after_fit_and_test(tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     with caplog.at_level(logging.INFO):
         # The report stands first, so it must wait for the others.
         trainer = run(tmp_path, [RunReport(), Contributor()])
@@ -58,6 +59,7 @@ def test_a_report_after_fit_and_test(tmp_path, caplog):
     assert page.startswith("# BoringModule on BoringDataModule\n\n## Test metrics")
     assert "| metric | BoringModule | Always 2 |" in page
     assert "| optimizer steps | 8 |" in page
+    assert "| seed | 7 |" in page
     assert "| x&#124;y | 0.5000 |" in page
     assert "![Training](training.png)" in page
     assert "mean_output" in caplog.text
