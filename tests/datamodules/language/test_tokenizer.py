@@ -255,3 +255,18 @@ def test_data_modules_pass_local_files_only(kind, local, tmp_path, monkeypatch):
     assert set(asked) == {local}
     assert tokenizer_digest(options["tokenizer"]) is not None
     assert asked[-1] is True
+
+
+@pytest.mark.parametrize("name", ["Strange", "PreTrainedTokenizerFast"])
+def test_code_of_a_repository_is_not_run(tmp_path, name):
+    shutil.copytree(train_tokenizer(TITLES, 300), tmp_path / "t")
+    config = json.loads((tmp_path / "t/tokenizer_config.json").read_text())
+    strange = config | {"tokenizer_class": name, "auto_map": {"AutoTokenizer": ["code.Strange", "code.Strange"]}}
+    (tmp_path / "t/tokenizer_config.json").write_text(json.dumps(strange))
+    (tmp_path / "t/code.py").write_text("from pathlib import Path\n\nPath('ran').touch()\nraise SystemExit('code was run')\n")
+    if name == "Strange":
+        with pytest.raises(OSError, match=r"needs code from its repository, which is not run"):
+            load_tokenizer(str(tmp_path / "t"))
+    else:
+        assert load_tokenizer(str(tmp_path / "t"))("a")["input_ids"]
+    assert not Path("ran").exists()
