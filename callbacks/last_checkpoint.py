@@ -29,8 +29,8 @@ class LastCheckpoint(ModelCheckpoint):
     this callback in addition. If another checkpoint callback has already saved the same step, ``last.ckpt`` is a relative link to its file.
 
     In a single process, SIGINT and SIGTERM end a fit after the current optimizer step. A checkpoint of this step is saved, and the log contains the
-    command that resumes. A second signal, or a signal outside training steps, ends the fit immediately. With several processes, and for SIGTERM under SLURM,
-    Lightning handles the signals. SIGTERM ends validation, test and prediction immediately.
+    command that resumes. A second signal, or a signal outside training steps, ends the fit immediately. With several processes, and for SIGTERM under
+    SLURM, Lightning handles the signals. SIGTERM ends validation, test and prediction immediately.
 
     Args:
         dirpath: Folder of the checkpoints; default: ``checkpoints`` in the run folder.

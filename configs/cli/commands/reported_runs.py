@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
+from malleable.datamodules.files.text_files import read_json
 from malleable.datamodules.files.user_files import reading
+from malleable.datamodules.files.yaml_files import read_yaml
 
 METRICS_FILE = "metrics.json"
 # Copies of the constants in malleable.callbacks.report.row_recorder, which imports torch.
 ROWS_FILE = "test_rows.safetensors"
 DIGEST = "digest"
+_COLUMNS = {"sample_id", "target", "rank"}
 SHOWN = 3
 LISTED = 5
 
@@ -63,9 +64,9 @@ def load_run(name: str, runs: Path = Path("runs")) -> Run:
     folder, note = find_report(name, runs)
     path = folder / METRICS_FILE
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = read_json(path)
         own = {key.removeprefix("test_"): float(value) for key, value in metrics.items() if key.startswith("test_") and value is not None}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is not the report of a run ({error}); test the run again") from error
     if not own:
         raise ValueError(f"{path} has no test metrics; run `malleable test` on the checkpoint of the run")
@@ -156,8 +157,11 @@ def _rows(path: Path) -> dict[str, Any]:
         with reading(path), safe_open(path, framework="numpy") as file:
             rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
             digest = (file.metadata() or {}).get(DIGEST, "")
-    complete = {"sample_id", "target", "rank"} <= rows.keys() and len(rows["rank"]) and digest
-    return {"rows": rows, "digest": digest} if complete else {"rows": {}, "digest": ""}
+    if not rows.keys() >= _COLUMNS or not digest:
+        return {"rows": {}, "digest": ""}
+    if any(rows[name].ndim != 1 or len(rows[name]) != rows["rank"].size or rows[name].dtype.kind not in "iuf" for name in _COLUMNS):
+        raise ValueError(f"{path} is damaged: {', '.join(sorted(_COLUMNS))} must be lists of numbers of one length; test the run again")
+    return {"rows": rows, "digest": digest} if rows["rank"].size else {"rows": {}, "digest": ""}
 
 
 # Options of data modules that change neither the test rows nor the items that are ranked.
@@ -183,10 +187,9 @@ def _config(folder: Path) -> Mapping[str, Any]:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
+        return read_yaml(path)
+    except ValueError as error:
         raise ValueError(f"{path} is not the configuration of a run ({error}); test the run again") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _model(config: Mapping[str, Any]) -> str:

@@ -233,7 +233,11 @@ def test_wrong_arguments_are_refused(words, message, tmp_path, monkeypatch):
         run_compare(words)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"test_hr_10": "many"}', "{}"])
+HUGE = f'{{"test_hr_10": 1{"0" * 400}}}'
+NESTED = f'{{"test_hr_10": {"[" * 50_000}'
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"test_hr_10": "many"}', "{}", HUGE, NESTED], ids=range(6))
 def test_damaged_report_error_contains_the_file(text, tmp_path):
     folder = write_run(tmp_path / "a", RANKS["a"])
     (tmp_path / "a" / "report" / "metrics.json").write_text(text)
@@ -243,6 +247,16 @@ def test_damaged_report_error_contains_the_file(text, tmp_path):
     (tmp_path / "a" / "report" / "test_rows.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"test_rows\.safetensors is damaged"):
         load_run(folder)
+
+
+@pytest.mark.parametrize("rows", [{"rank": np.ones(3)}, {"target": np.ones((4, 2))}, {"sample_id": np.zeros(4, dtype=bool)}], ids=str)
+def test_damaged_rows_error_contains_the_file(rows, tmp_path):
+    name = write_run(tmp_path / "a", np.ones(4))
+    save_file(
+        {"sample_id": np.arange(4), "target": np.arange(4), "rank": np.ones(4)} | rows, tmp_path / "a/report" / ROWS_FILE, metadata={DIGEST: "x"}
+    )
+    with pytest.raises(ValueError, match=r"test_rows\.safetensors is damaged: rank, sample_id, target must be lists of numbers of one length"):
+        load_run(name)
 
 
 def test_it_starts_without_torch():
