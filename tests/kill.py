@@ -80,7 +80,7 @@ def nfe(folder: Path) -> None:
 
 def editing(folder: Path) -> None:
     """Facts edited into a model after training."""
-    facts = [post_fit_run.asked(fact) | {"true": "dog"} for fact in NEW[:3]]
+    facts = [post_fit_run.make_request(fact) | {"true": "dog"} for fact in NEW[:3]]
     settings = EditSettings(**{**post_fit_run.SETTINGS, "targets": TargetSettings(lr=0.5, steps=10, clamp=4.0, decay=0.01), "batch_size": 2})
     callbacks = [post_fit_run.edit(requests=facts, settings=settings), post_fit_run.evaluation(texts=4, writing=0, generated="off")]
     module = post_fit_run.FactModule()
