@@ -206,7 +206,7 @@ class MalleableCLI(LightningCLI):
         trainer = super().instantiate_trainer(callbacks=[RunFolder(), *callbacks], **kwargs)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, LastCheckpoint):
-                callback.command = shlex.join(["malleable", *self._words])
+                callback.command = shlex.join(["malleable", *self._argv])
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer

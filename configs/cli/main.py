@@ -116,17 +116,16 @@ def _is_parser_error(error: BaseException) -> bool:
 
 # Messages of libraries that are not useful here, by logger.
 _SUPPRESSED = {
-    "lightning.pytorch.utilities.rank_zero": "try installing [litlogger]",
-    "DeepSpeed": "Setting accelerator to CPU",  # logged when transformers imports DeepSpeed
+    "lightning.pytorch.utilities.rank_zero": ("try installing [litlogger]", "Trainer already configured with model summary"),
+    "DeepSpeed": ("Setting accelerator to CPU",),  # logged when transformers imports DeepSpeed
 }
-
 
 # Metrics are synchronized before they are logged, which Lightning cannot know.
 _UNSYNCHRONIZED = r"It is recommended to use `self\.log\('(val|test)_"
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    return _SUPPRESSED[record.name] not in str(record.msg)
+    return not any(text in str(record.msg) for text in _SUPPRESSED[record.name])
 
 
 def _without_flops(record: logging.LogRecord) -> bool:

@@ -122,8 +122,8 @@ def test_advertisements_of_libraries_are_suppressed(monkeypatch):
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     shown = []
     monkeypatch.setattr(logger, "handle", lambda record: shown.append(record.msg) if logger.filter(record) else None)
-    tip = "Tip: try installing [litlogger]"
-    monkeypatch.setattr("malleable.main._run", lambda words: (logger.warning(tip), logger.warning("no tip")))
+    tip, added = "Tip: try installing [litlogger]", "Trainer already configured with model summary callbacks"
+    monkeypatch.setattr("malleable.main._run", lambda words: (logger.warning(tip), logger.warning(added), logger.warning("no tip")))
     main([])
     logger.warning(tip)
     assert shown == ["no tip", tip]
