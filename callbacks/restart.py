@@ -11,10 +11,10 @@ from lightning.pytorch import Trainer
 def finish_epoch(trainer: Trainer) -> None:
     """Finish an epoch if the checkpoint was saved after its last batch and before its end. Call this function in ``on_train_start``.
 
-    When Lightning resumes from such a checkpoint, it omits the validation and the hooks at the end of the epoch, and continues as if it were in the
-    middle of the next epoch: the hooks at its start are omitted, and, if it has another number of batches, the batches of the previous epoch are
-    counted as its own. This function runs the validation, if it is due, and ends the epoch. The next epoch then starts at its first batch. A second
-    call has no effect.
+    When Lightning resumes from such a checkpoint, it skips the validation and the hooks at the end of the epoch. It also skips the hooks at the start
+    of the next epoch. If the next epoch has a different number of batches, Lightning counts the batches of the finished epoch as batches of the next
+    one. This function runs the validation, if it is due, and ends the epoch. The next epoch then starts at its first batch. A second call has no
+    effect.
     """
     loop = trainer.fit_loop
     epoch_loop, batches = loop.epoch_loop, loop.epoch_loop.batch_progress

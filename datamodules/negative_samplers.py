@@ -3,6 +3,9 @@
 A selection depends on (seed, ``sample_id``, round) only, not on ranks, workers and batches. Samplers except :class:`SelfPlay` never select the true
 item or an earlier item of the user. If a row has candidates, they select among these. Callbacks can use all samplers, data modules only samplers
 that need no model. :mod:`malleable.lightning_modules.recommendation.generated_negatives` generates the negatives of samplers that need a model.
+
+To add a sampler, subclass :class:`NegativeSampler` and list it in ``datamodules/__init__.pyi``. A sampler that needs a model also needs a branch in
+``generate_negatives``.
 """
 
 from __future__ import annotations

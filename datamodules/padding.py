@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def padded_width(width: int, multiple: int) -> int:
-    """Return the smallest multiple that is at least ``width``."""
+    """Round ``width`` up to a multiple of ``multiple``."""
     return -(-width // multiple) * multiple
 
 

@@ -23,9 +23,9 @@ from malleable.lightning_modules.recommendation.evaluation import recommendation
 class Baselines(Callback):
     """Evaluate counting baselines in every test, on the rows and with the metrics of the tested module.
 
-    The baselines count the training rows of the data module once, whatever the model was trained on.
+    The baselines are counted once, on the training rows of the data module. They are not trained by gradients and are not stored in checkpoints.
     :class:`~malleable.callbacks.report.report.RunReport` shows them beside the tested module, and stores their metrics as
-    ``baseline_popularity_hr_10`` and so on. They are neither trained by gradients nor part of checkpoints.
+    ``baseline_popularity_hr_10`` and so on.
 
     Args:
         baselines: Baselines with their settings. Their catalogue is that of the data module. In a configuration, each element is a class name, or

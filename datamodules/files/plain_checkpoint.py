@@ -41,7 +41,7 @@ def read_plain(path: Path | str, *, mmap: bool = True) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If it is not a checkpoint, is damaged, or contains anything else than tensors and plain data.
+        ValueError: If it is not a checkpoint, is damaged, or contains anything other than tensors and plain data.
         OSError: If the file cannot be read.
     """
     path = Path(path)

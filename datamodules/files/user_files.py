@@ -66,7 +66,7 @@ def check_file(path: Path, advice: str = "give the path of an existing file") ->
 
     Args:
         path: The path.
-        advice: Remedy for the message.
+        advice: What the user should do; the end of the error message.
 
     Raises:
         FileNotFoundError: If the path does not exist.

@@ -25,7 +25,7 @@ def read_queries(path: Path, graph: KnowledgeGraph, delimiter: str | None = None
     """Read queries by label.
 
     Args:
-        path: File with one query on each line, also ``.gz``. Cells are separated by tabs, or by commas if it ends in ``.csv``.
+        path: File with one query on each line, also ``.gz``.
             ``head<TAB>relation<TAB>?`` and ``head<TAB>relation`` are queries for tails, ``?<TAB>relation<TAB>tail`` for heads, and
             ``head<TAB>?<TAB>tail`` for relations. A first line with the names ``head``, ``relation`` and ``tail``, in any order and with other
             columns, is a header.
@@ -33,10 +33,10 @@ def read_queries(path: Path, graph: KnowledgeGraph, delimiter: str | None = None
         delimiter: Delimiter between cells; default: a comma for ``.csv``, else a tab.
 
     Returns:
-        ``(Q, 3)`` int64: head, relation, -1; or head, -1, tail. A query for heads is converted to tail, reciprocal relation, -1.
+        ``(Q, 3)`` int64: head, relation, -1; or head, -1, tail. A query ``(?, r, t)`` is returned as ``(t, reciprocal of r, -1)``.
 
     Raises:
-        ValueError: If a line is not a query, or a label is unknown; with file, line and similar labels.
+        ValueError: If a line is not a query, or a label is unknown. The message contains file, line and similar labels.
     """
     entities = {label: key for key, label in enumerate(graph.entities)}
     relations = {label: key for key, label in enumerate(graph.relations)}

@@ -16,9 +16,9 @@ SHOWN = 3
 
 
 def align(data: Interactions, catalog: Catalog, extend: bool = False) -> Interactions:
-    """Renumber the items of data as in a stored catalogue; stored items that are not in the data keep their numbers.
+    """Change the item numbers of data to those of a stored catalogue.
 
-    Items are identified by title.
+    Items with equal titles are the same item. Stored items that are not in the data keep their numbers.
 
     Args:
         data: Data with their own numbers of items.
@@ -26,7 +26,7 @@ def align(data: Interactions, catalog: Catalog, extend: bool = False) -> Interac
         extend: Append items that are not in the catalogue; otherwise they are an error.
 
     Raises:
-        ValueError: If an item has another title than the stored item with the same source id, or is new without ``extend``.
+        ValueError: If the catalogue has the source id of an item with a different title, or if an item is new and ``extend`` is false.
     """
     number_of = {title: item for item, title in enumerate(catalog.titles)}
     new = [item for item, title in enumerate(data.titles) if title not in number_of]

@@ -4,7 +4,8 @@
 - ``settings.py``: Settings of edits.
 - ``layout.py``: Module names of blocks and MLP projections.
 - ``prompts.py``: Prompts as token ids, and the position of the fact token.
-- ``statistics.py``: Second moments of keys over text. Their null space is in ``functional/editing``.
+- ``statistics.py``: Second moments of keys over text. Their null space is in ``functional/editing/null_space.py``, and its threshold in
+  ``functional/editing/null_space_threshold.py``.
 - ``targets.py``: Target vectors of facts.
 - ``suffix_forward.py``, ``partial_forward.py``: Forward passes over parts of a model or of its input.
 - ``fine_tune.py``: Fine-tuning of the same matrices, a baseline.

@@ -1,4 +1,6 @@
-"""Decoding of items of a catalogue with a language model.
+"""Decoding of items of a catalogue with a language model: settings, and the choice of the search.
+
+The searches over the trie of titles are in ``functional/language``: ``trie_beam_search.py`` and ``trie_sampling.py``.
 
 Shapes: B rows, N items, d width of hidden states.
 """

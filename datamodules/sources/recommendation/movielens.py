@@ -52,7 +52,7 @@ class MovieLens(Source):
 
     Raises:
         FileNotFoundError: If ``path`` contains none of these pairs.
-        ValueError: If a line has another number of fields, or if a time or rating is not a finite number; with file, line and field.
+        ValueError: If a line has a wrong number of fields, or a time or rating is not a finite number. The message contains file, line and field.
         FetchError: If the files cannot be downloaded.
     """
 

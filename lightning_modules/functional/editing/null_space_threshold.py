@@ -20,9 +20,9 @@ class Threshold:
 
     Attributes:
         mode: ``absolute`` retains eigenvalues below ``value``; ``relative_to_max`` eigenvalues below ``value`` times the largest one;
-            ``relative_energy`` the smallest eigenvalues whose sum is at most the share ``value`` of the sum of all; ``rank`` the ``value`` smallest
-            eigenvalues.
-        value: See ``mode``. Absolute values refer to moments that are means over tokens.
+            ``relative_energy`` the smallest eigenvalues as long as their sum is at most ``value`` times the sum of all eigenvalues; ``rank`` the
+            ``value`` smallest eigenvalues.
+        value: See ``mode``. With ``absolute``, the second moment is a mean over tokens, not a sum.
 
     Raises:
         ValueError: If ``mode`` is unknown or ``value`` is out of range.
