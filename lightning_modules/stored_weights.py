@@ -44,7 +44,7 @@ class CheckedLoading(LightningModule):
             kwargs: Arguments of the module; they override stored ones.
 
         Raises:
-            ValueError: If the file contains anything else than tensors and plain data, or if its arguments name classes of other packages. Pass such
+            ValueError: If the file contains anything other than tensors and plain data, or if its arguments name classes of other packages. Pass such
                 arguments as ``kwargs`` instead.
         """
         if weights_only is False:

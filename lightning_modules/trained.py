@@ -59,7 +59,7 @@ def load_trained(name: str, kind: type[ModuleT], root: str | Path = "runs", **ar
 
     Raises:
         FileNotFoundError: If there is no such run or checkpoint.
-        ValueError: If the checkpoint contains anything else than tensors and plain data, or if it is of another class.
+        ValueError: If the checkpoint contains anything other than tensors and plain data, or if it is of another class.
     """
     path = find_trained(name, root)
     own = f"{kind.__module__}.{kind.__qualname__}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from malleable.callbacks.report.figures import COLORS, short_title
+from malleable.callbacks.report.plots import COLORS, short_title
 from malleable.callbacks.report.page import Section
 from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest
 from malleable.lightning_modules.editing.evaluation import EvaluationResult

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional import spearman_corrcoef
 
-from malleable.callbacks.report.figures import draw_uncertainty
+from malleable.callbacks.report.plots import draw_uncertainty
 from malleable.callbacks.report.page import Section
 from malleable.datamodules.batch import KnowledgeGraph
 from malleable.datamodules.files.escape import for_markdown

@@ -156,7 +156,9 @@ class PublishedGraph(GraphSource):
             try:
                 return dict(zip(SPLITS, self.fetched(), strict=True))
             except FetchError as error:
-                raise FetchError(f"{error}\nAlternatively, download train.txt, valid.txt and test.txt, and give their folder: {name}(path=FOLDER)") from error
+                raise FetchError(
+                    f"{error}\nAlternatively, download train.txt, valid.txt and test.txt, and give their folder: {name}(path=FOLDER)"
+                ) from error
         found = split_files(self.path)
         if missing := [split for split in SPLITS if split not in found]:
             raise FileNotFoundError(f"{self.path} has no file of the {missing[0]} split; {name} needs train.txt, valid.txt and test.txt")

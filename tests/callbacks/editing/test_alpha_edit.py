@@ -15,7 +15,7 @@ from small_facts import KNOWN, NEW, OTHERS, PARAPHRASE, SETTINGS, TEXTS
 from malleable import EditEvaluation, RunReport
 from malleable.callbacks.editing import edit_evaluation
 from malleable.callbacks.editing.edit_report import UsedDirections, edit_sections, spectrum_section, survival_section
-from malleable.callbacks.report.figures import save_figure
+from malleable.callbacks.report.plots import save_figure
 from malleable.lightning_modules.editing.evaluation import evaluate_edits
 from malleable.lightning_modules.editing.known import KnownFacts
 from malleable.lightning_modules.editing.settings import EditSettings

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.figure import Figure
 
-from malleable.callbacks.report.figures import split_curve
+from malleable.callbacks.report.plots import split_curve
 from malleable.callbacks.report.page import Column, Section
 from malleable.callbacks.report.report import MAX_POINTS, RunReport, curve_panels, draw_panels
 

@@ -3,7 +3,7 @@ import torch
 from matplotlib.figure import Figure
 
 from malleable.callbacks.report import figures, fonts
-from malleable.callbacks.report.figures import (
+from malleable.callbacks.report.plots import (
     draw_curves,
     draw_exposure,
     draw_exposure_curve,
