@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from malleable.callbacks.report.plots import COLORS, short_title
 from malleable.callbacks.report.page import Section
+from malleable.callbacks.report.plots import COLORS, short_title
 from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest
 from malleable.lightning_modules.editing.evaluation import EvaluationResult
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from malleable.callbacks.report.plots import draw_curves, draw_exposure, draw_exposure_curve
 from malleable.callbacks.report.page import Section
+from malleable.callbacks.report.plots import draw_curves, draw_exposure, draw_exposure_curve
 from malleable.callbacks.row_pass import inference_mode
 from malleable.datamodules.batch import AnswerBatch
 from malleable.datamodules.files.escape import for_markdown

@@ -13,8 +13,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional import spearman_corrcoef
 
-from malleable.callbacks.report.plots import draw_uncertainty
 from malleable.callbacks.report.page import Section
+from malleable.callbacks.report.plots import draw_uncertainty
 from malleable.datamodules.batch import KnowledgeGraph
 from malleable.datamodules.files.escape import for_markdown
 from malleable.lightning_modules.metrics.link_prediction import LinkPredictionMetrics

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from malleable.callbacks.report.plots import draw_exposure, draw_exposure_curve
 from malleable.callbacks.report.page import Section
+from malleable.callbacks.report.plots import draw_exposure, draw_exposure_curve
 from malleable.datamodules.batch import AnswerBatch, Catalog, Recommendations
 from malleable.lightning_modules.functional.ranks import gather_over_ranks
 from malleable.lightning_modules.metrics.exposure import ExposureMetrics

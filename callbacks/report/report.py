@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from malleable.callbacks.report.plots import draw_curves, draw_phases, is_noisy, save_figure, split_curve
 from malleable.callbacks.report.logged import newly_logged
 from malleable.callbacks.report.metric_notes import definitions, is_secondary, with_arrow
 from malleable.callbacks.report.page import (
@@ -30,6 +29,7 @@ from malleable.callbacks.report.page import (
     markdown,
     plain_table,
 )
+from malleable.callbacks.report.plots import draw_curves, draw_phases, is_noisy, save_figure, split_curve
 from malleable.callbacks.report.row_recorder import RowRecorder
 from malleable.datamodules.files.atomic import atomic_write
 

@@ -148,7 +148,8 @@ def unpack_tokenizer(packed: Mapping[str, Any]) -> Path:
             (temporary / Path(file).name).write_bytes(zlib.decompress(data.numpy().tobytes()))
         if (found := tokenizer_digest(str(temporary))) != packed["digest"]:
             raise ValueError(
-                f"the checkpoint's tokenizer is damaged: its digest is {str(found)[:12]}, expected {packed['digest'][:12]}; use another copy of the checkpoint"
+                f"the checkpoint's tokenizer is damaged: its digest is {str(found)[:12]}, expected {packed['digest'][:12]}; "
+                "use another copy of the checkpoint"
             )
         seal(temporary)
     return folder

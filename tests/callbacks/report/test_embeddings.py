@@ -12,8 +12,8 @@ from tiny_data import quiet_trainer
 from tiny_graph import TinyGraphData, tiny_graph
 
 from malleable.callbacks.report.embeddings import EmbeddingReport, patterns_section, relations_section, uncertainty_section
-from malleable.callbacks.report.plots import save_figure
 from malleable.callbacks.report.page import markdown
+from malleable.callbacks.report.plots import save_figure
 from malleable.callbacks.report.report import RunReport
 from malleable.datamodules.batch import KnowledgeGraph
 from malleable.lightning_modules.functional.graphs.flows import NFE1

@@ -2,7 +2,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from malleable.callbacks.report import figures, fonts
+from malleable.callbacks.report import fonts, plots
 from malleable.callbacks.report.plots import (
     draw_curves,
     draw_exposure,
@@ -47,7 +47,7 @@ def test_medians_of_degree_bins(monkeypatch):
     assert [list(values) for values in (place.lines[0].get_xdata(), place.lines[0].get_ydata())] == [[1, 100, 10_000], [2, 7, 5]]
     assert "Uncertainty of entities (Spearman -0.50)" in (place.get_title(), place.get_title(loc="left"))
     assert len(place.collections[0].get_offsets()) == 6
-    monkeypatch.setattr(figures, "MAX_DOTS", 3)
+    monkeypatch.setattr(plots, "MAX_DOTS", 3)
     few, equal = axes(), axes()
     draw_uncertainty(few, degree, degree.float(), 1.0)
     assert [x for x, _ in few.collections[0].get_offsets().tolist()] == [1, 1, 10_000]

@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.figure import Figure
 
-from malleable.callbacks.report.plots import split_curve
 from malleable.callbacks.report.page import Column, Section
+from malleable.callbacks.report.plots import split_curve
 from malleable.callbacks.report.report import MAX_POINTS, RunReport, curve_panels, draw_panels
 
 
