@@ -32,7 +32,7 @@ class LossProgressBar(TQDMProgressBar):
         self._read = -math.inf
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        """Return the figures to show."""
+        """Return the metrics to show, with the training loss."""
         if not self._loss or time.monotonic() - self._read > 0.5:
             self._loss = training_loss(trainer)
             self._read = time.monotonic()

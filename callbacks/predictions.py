@@ -124,7 +124,7 @@ class PredictionWriter(Callback):
         self._description: Any = None
         self._part: TextIO | None = None
         self._parts: Path | None = None
-        self._held = ExitStack()
+        self._exit_stack = ExitStack()
         self._last = -1
         self._ascending = True
 
@@ -138,7 +138,7 @@ class PredictionWriter(Callback):
         assert self.folder is not None
         if trainer.is_global_zero:
             recover(self.folder / "predictions")
-            self._parts = self._held.enter_context(temporary_folder(self.folder / "predictions"))
+            self._parts = self._exit_stack.enter_context(temporary_folder(self.folder / "predictions"))
         self._parts = Path(trainer.strategy.broadcast(str(self._parts)))
         self._last, self._ascending = -1, True
         data = getattr(trainer, "datamodule", None)
@@ -218,7 +218,7 @@ class PredictionWriter(Callback):
 
     def _discard(self) -> None:
         self._close()
-        self._held.close()
+        self._exit_stack.close()
 
     def _merge(self, ranks: int, fields: tuple[list[str], list[str]]) -> None:
         assert self.folder is not None

@@ -24,8 +24,8 @@ class Baselines(Callback):
     """Evaluate counting baselines in every test, on the rows and with the metrics of the tested module.
 
     The baselines are counted once, on the training rows of the data module. They are not trained by gradients and are not stored in checkpoints.
-    :class:`~malleable.callbacks.report.report.RunReport` shows them beside the tested module, and stores their metrics as
-    ``baseline_popularity_hr_10`` and so on.
+    :class:`~malleable.callbacks.report.report.RunReport` shows their metrics in columns next to the tested module, and stores them in
+    ``metrics.json``, e.g. as ``baseline_popularity_hr_10``.
 
     Args:
         baselines: Baselines with their settings. Their catalogue is that of the data module. In a configuration, each element is a class name, or

@@ -23,11 +23,11 @@ _OLD = ".old"
 def atomic_write(path: Path, keep: Callable[[Path], bool] | None = None, *, own_modes: bool = False) -> Iterator[Path]:
     """Yield a temporary path for a file or a folder, which replaces ``path`` when the context ends without an error.
 
-    The temporary path has the same name as ``path`` and is in a hidden folder ``.<name>.<random>.tmp`` beside it, on the same file system. Its
-    content is flushed to the disk before the replacement. Files get the permissions of the umask. A reader sees either the old or the new content. If
-    the system cannot exchange two folders, a folder does not exist for a moment, and the next write restores it after a crash. If several processes
-    write the same path, the last one wins. Temporary folders of processes that no longer exist are removed. A reader of a file that is written only
-    once calls :func:`recover` to remove them.
+    The temporary path has the same name as ``path`` and is in a hidden folder ``.<name>.<random>.tmp`` in the same parent folder. Its content is
+    flushed to the disk before the replacement. Files get the permissions of the umask. A reader sees either the old or the new content. If the system
+    cannot exchange two folders, a folder does not exist for a moment, and the next write restores it after a crash. If several processes write the
+    same path, the content of the last one is kept. Temporary folders of processes that no longer exist are removed. A reader of a file that is
+    written only once calls :func:`recover` to remove them.
 
     Args:
         path: File or folder to write. Its parent is created. A symbolic link is followed.
@@ -94,12 +94,12 @@ def recover_below(folder: Path) -> None:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """Yield a new hidden folder beside ``path``, which is removed at the end of the context.
+    """Yield a new hidden folder in the parent folder of ``path``. It is removed at the end of the context.
 
     A lock marks it as in use until this process ends. :func:`recover` and :func:`recover_below` remove the folder of a process that was killed.
 
     Args:
-        path: File or folder whose parts the folder will contain. Its parent is created.
+        path: File or folder whose parts are written to the temporary folder. Its parent is created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:

@@ -1,4 +1,4 @@
-"""Loading of checkpoints as tensors and plain data, without running code from them, and errors of saving them."""
+"""Loading of checkpoints as tensors and plain data, without running code from them, and error messages for saving them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # raised by torch.save on a full disk
-        raise OSError(f"{path} was not written, and what was there is unchanged: is the disk full? ({first_line(error)})") from error
+        raise OSError(f"{path} was not written (is the disk full? {first_line(error)}); an existing file is unchanged") from error
 
 
 def _load(path: Path, mmap: bool) -> Any:
