@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from device_methods import BASELINES, baseline_results, edit_changes, self_play_round
 
 ROOT = Path(__file__).parents[1]
 PARTS = ["preference-16", "preference-64", "decoding-135m", "decoding-1b", "sprec", "nfe", "kg-epoch", "alpha-edit"]
@@ -53,6 +55,27 @@ def test_each_benchmark_has_an_option_for_the_device(path):
     if '__name__ == "__main__"' in text:
         # `parser_of` of graph_sides.py adds the option.
         assert "add_device_arguments(parser" in text or '"--device"' in text or "parser_of(" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_edit_of_the_tests_for_a_gpu_runs_on_a_cpu(dtype):
+    changes = edit_changes(torch.device("cpu"), dtype)
+    assert set(changes) == {0, 1}
+    assert all(change.isfinite().all() and change.any() for change in changes.values())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_self_play_of_the_tests_for_a_gpu_runs_on_a_cpu(precision, tmp_path):
+    negatives, losses = self_play_round(torch.device("cpu"), tmp_path, precision)
+    assert len(negatives) == 16
+    assert torch.tensor(losses).isfinite().all()
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_baselines_of_the_tests_for_a_gpu_run_on_a_cpu(name, tmp_path):
+    items, scores, figures = baseline_results(name, torch.device("cpu"), tmp_path)
+    assert len(items) == len(scores) == 12
+    assert figures["test_hr_3"] > 0
 
 
 @pytest.mark.slow
