@@ -1,11 +1,11 @@
 """Language-model methods on a device: the CPU's figures, every precision, resumption, no wait within a step."""
 
-import contextlib
 import math
 import warnings
 
 import pytest
 import torch
+from synchronisations import refuses_to_wait
 from tiny import TOKENS, batch_of, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 from tiny_module import lora, save_base
@@ -76,20 +76,6 @@ def test_a_step_does_not_wait_for_the_device(name, device):
     module.compute_loss(batch).loss.backward()  # what is set up once may wait
     with refuses_to_wait(device):
         module.compute_loss(batch).loss.backward()
-
-
-@contextlib.contextmanager
-def refuses_to_wait(device):
-    """Any synchronisation raises on CUDA; other devices have no such mode."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 class PackedData(TinyData):

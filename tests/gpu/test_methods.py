@@ -1,10 +1,16 @@
-"""Edits, self-play and counting baselines on a device: the CPU's results in float32, finite results in half precision."""
+"""Edits, self-play and counting baselines on a device: the CPU's results in float32, finite results in half precision. Steps of a Trainer."""
 
 import math
 
 import pytest
 import torch
-from device_methods import BASELINES, baseline_results, edit_changes, self_play_round
+from device_methods import BASELINES, accelerator, baseline_results, edit_changes, self_play_round
+from synchronisations import WatchedSteps, refuses_to_wait
+from tiny import tiny_config, tiny_rows
+from tiny_data import TinyData, quiet_trainer
+from tiny_graph import TinyGraphData
+
+from malleable import NFE, SFT
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
@@ -44,3 +50,14 @@ def test_a_baseline_equals_that_of_a_cpu(name, device, tmp_path):
     assert items == expected_items
     torch.testing.assert_close(scores, expected_scores, rtol=1e-6, atol=1e-6)
     assert figures == pytest.approx(expected_figures, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["SFT", "NFE"])
+def test_steps_of_a_trainer_do_not_wait_for_the_device(name, device, tmp_path):
+    """With logging, clipping, optimizer and scheduler; the first two batches set up what may wait."""
+    settings = {"batch_size": 4, "global_batch_size": 8}
+    module, data = (SFT(tiny_config()), TinyData(train=tiny_rows(32), **settings)) if name == "SFT" else (NFE(dimension=8), TinyGraphData(**settings))
+    watched = WatchedSteps(lambda: refuses_to_wait(device), first=2)
+    options = {"limit_train_batches": 6, "limit_val_batches": 0, "enable_checkpointing": False, "log_every_n_steps": 1000, "gradient_clip_val": 1.0}
+    quiet_trainer(tmp_path, accelerator=accelerator(device), max_epochs=1, callbacks=[watched], **options).fit(module, data)
+    assert watched.steps == 4

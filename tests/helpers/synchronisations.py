@@ -1,8 +1,8 @@
 """Counts what makes a program wait for its device, on machines without one."""
 
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,20 @@ def meta_trainer(folder: Path, **options: Any) -> Trainer:
         "log_every_n_steps": 1000,
     }
     return quiet_trainer(folder, **settings, **options)
+
+
+@contextmanager
+def refuses_to_wait(device: torch.device) -> Iterator[None]:
+    """Any synchronisation raises on CUDA; other devices have no such mode."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class WatchedSteps(Callback):
