@@ -56,6 +56,8 @@ from .sources.recommendation.base import InteractionTables as InteractionTables
 from .sources.recommendation.base import ReadyRows as ReadyRows
 from .sources.recommendation.base import Source as Source
 from .sources.recommendation.candidates import CandidateRows as CandidateRows
+from .sources.recommendation.hub_tables import HubTable as HubTable
+from .sources.recommendation.hub_tables import HubTables as HubTables
 from .sources.recommendation.instruction import InstructionRows as InstructionRows
 from .sources.recommendation.movielens import MovieLens as MovieLens
 from .sources.recommendation.synthetic import Synthetic as Synthetic

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import numbers
 import sys
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,122 @@ OPTIONAL = {"rating", "split", "genres"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-class Tables(Source):
+class Place(Protocol):
+    """File or dataset of a table; its string names it in messages."""
+
+    @property
+    def name(self) -> str:
+        """Short name."""
+
+
+class TableSource(Source):
+    """Base class of sources of two tables with columns: interactions and items. Subclasses read the tables in :meth:`read`.
+
+    Args:
+        interaction_columns: Names of the columns of fields that differ from the names of the fields, e.g. ``{user_id: uid}``.
+        item_columns: As ``interaction_columns``, for items.
+        genre_delimiter: Delimiter between the genres in a string.
+
+    Raises:
+        ValueError: If a field is unknown, or the delimiter is empty.
+    """
+
+    interactions: Any
+    items: Any
+
+    def __init__(self, interaction_columns: dict[str, str] | None, item_columns: dict[str, str] | None, genre_delimiter: str) -> None:
+        if not genre_delimiter:
+            raise ValueError("genre_delimiter must not be empty; if each string is one genre, give a character that does not occur in genres")
+        self.interaction_columns = interaction_columns or {}
+        self.item_columns = item_columns or {}
+        self.genre_delimiter = genre_delimiter
+        _check_fields("interaction_columns", self.interaction_columns, INTERACTION_FIELDS)
+        _check_fields("item_columns", self.item_columns, ITEM_FIELDS)
+
+    @abstractmethod
+    def read(self, place: Any, wanted: Iterable[str]) -> pd.DataFrame:
+        """Read a table.
+
+        Args:
+            place: :attr:`interactions` or :attr:`items`.
+            wanted: Columns that are needed; others may be omitted.
+
+        Returns:
+            Table whose index contains the number of each line or row, named ``line`` or ``row``. ``attrs["names"]`` contains the names of all
+            columns, if some were omitted.
+        """
+
+    def settings(self) -> dict[str, object]:
+        """Return the settings of reading."""
+        genres = {"genre_delimiter": self.genre_delimiter} if self.genre_delimiter != "|" else {}
+        return {"interactions": self.interaction_columns, "items": self.item_columns, **genres}
+
+    def load(self) -> InteractionTables:
+        """Read both tables."""
+        self.files()
+        events = self._select(self.interactions, INTERACTION_FIELDS, self.interaction_columns, "interaction_columns")
+        events["user_id"] = _identifiers(self.interactions, events, "user_id")
+        events["item_id"] = _identifiers(self.interactions, events, "item_id")
+        events["timestamp"] = _seconds(self.interactions, events["timestamp"])
+        if "rating" in events:
+            events["rating"] = _ratings(self.interactions, events["rating"])
+        items, notes = self._load_items()
+        self._check_numbers(set(events["item_id"]), set(items["item_id"]))
+        return InteractionTables(events.reset_index(drop=True), items, notes, f"{self.interactions} and {self.items}")
+
+    def _check_numbers(self, events: set[str], items: set[str]) -> None:
+        """Raise an error if ids are 1.0 in one table and 1 in the other one, because a program has stored integers as floating-point numbers."""
+        for path, ids, others in ((self.interactions, events, items), (self.items, items, events)):
+            if ids and all(key.endswith(".0") for key in ids) and (found := next((key for key in sorted(ids - others) if key[:-2] in others), None)):
+                raise ValueError(
+                    f"{path} has the item_id {found!r}, but the other table has {found[:-2]!r}; use one form in both. All ids of {path.name} end in "
+                    ".0, probably because integers were stored as floating-point numbers (in pandas, use .astype('Int64') before writing)"
+                )
+
+    def _load_items(self) -> tuple[pd.DataFrame, tuple[str, ...]]:
+        """Return the items, and notes about omitted rows."""
+        notes = []
+        items = self._select(self.items, ITEM_FIELDS, self.item_columns, "item_columns")
+        items["item_id"] = _identifiers(self.items, items, "item_id")
+        titles = _titles(self.items, items["title"])
+        if (untitled := titles.str.strip() == "").any():
+            first = int(untitled.to_numpy().argmax())
+            log.warning(
+                "%s: %d items have no title (first: %s, item_id %s); they and their interactions are dropped",
+                self.items, untitled.sum(), _where(items, first), items["item_id"].iloc[first],
+            )  # fmt: skip
+        items["title"] = titles
+        if repeated := int(items.duplicated("item_id").sum()):
+            example = items["item_id"][items.duplicated("item_id")].iloc[0]
+            notes.append(f"{repeated:,} rows of {self.items.name} repeat an item_id (e.g. {example}), the first row of each is used")
+            log.warning("%s: %d lines repeat an item_id; the first line of each is used", self.items, repeated)
+            if conflict := _conflict(self.items, items):
+                notes.append(conflict)
+                log.warning("%s", conflict)
+            items = items.drop_duplicates("item_id")
+        genres = _genres(self.items, items["genres"], self.genre_delimiter) if "genres" in items else [()] * len(items)
+        return items_table(list(items["item_id"]), list(items["title"]), genres), tuple(notes)
+
+    def _select(self, path: Place, fields: tuple[str, ...], columns: Mapping[str, str], argument: str) -> pd.DataFrame:
+        """Read the columns of fields from a file."""
+        table = self.read(path, [columns.get(field, field) for field in fields])
+        selected = {}
+        for field in fields:
+            name = columns.get(field, field)
+            if name in table:
+                selected[field] = table[name]
+            elif field not in OPTIONAL or field in columns:
+                names = table.attrs.get("names", list(table.columns))
+                hint = self._delimiter_hint(path, names)
+                raise ValueError(f"{path}: no column {name!r} for {field}, only {names}; {hint}set its name with {argument}: {{{field}: ...}}")
+        return pd.DataFrame(selected)
+
+    def _delimiter_hint(self, place: Any, header: list[str]) -> str:
+        """Return advice for a missing column; empty if there is none."""
+        return ""
+
+
+class Tables(TableSource):
     """Two files: interactions (``user_id, item_id, timestamp[, rating][, split]``) and items (``item_id, title[, genres]``).
 
     Formats are ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` (each also ``.gz``) and ``.parquet``. Other columns are ignored. Times are seconds or ISO
@@ -65,19 +181,13 @@ class Tables(Source):
         encoding: str | None = None,
         genre_delimiter: str = "|",
     ) -> None:
+        super().__init__(interaction_columns, item_columns, genre_delimiter)
         check_delimiter(delimiter)
-        if not genre_delimiter:
-            raise ValueError("genre_delimiter must not be empty; if each string is one genre, give a character that does not occur in genres")
         check_encoding(encoding)
         self.interactions = Path(interactions).expanduser()
         self.items = Path(items).expanduser()
-        self.interaction_columns = interaction_columns or {}
-        self.item_columns = item_columns or {}
         self.delimiter = delimiter
         self.encoding = encoding
-        self.genre_delimiter = genre_delimiter
-        _check_fields("interaction_columns", self.interaction_columns, INTERACTION_FIELDS)
-        _check_fields("item_columns", self.item_columns, ITEM_FIELDS)
 
     def files(self) -> list[Path]:
         """Return the two files."""
@@ -87,90 +197,29 @@ class Tables(Source):
 
     def settings(self) -> dict[str, object]:
         """Return the settings of reading."""
-        genres = self.genre_delimiter if self.genre_delimiter != "|" else None
-        options = {"delimiter": self.delimiter, "encoding": self.encoding, "genre_delimiter": genres}
-        return {"interactions": self.interaction_columns, "items": self.item_columns} | {name: value for name, value in options.items() if value}
+        options = {"delimiter": self.delimiter, "encoding": self.encoding}
+        return super().settings() | {name: value for name, value in options.items() if value}
 
-    def load(self) -> InteractionTables:
-        """Read both tables."""
-        self.files()
-        events = self._select(self.interactions, INTERACTION_FIELDS, self.interaction_columns, "interaction_columns")
-        events["user_id"] = _identifiers(self.interactions, events, "user_id")
-        events["item_id"] = _identifiers(self.interactions, events, "item_id")
-        events["timestamp"] = _seconds(self.interactions, events["timestamp"])
-        if "rating" in events:
-            events["rating"] = _ratings(self.interactions, events["rating"])
-        items, notes = self._load_items()
-        self._check_numbers(set(events["item_id"]), set(items["item_id"]))
-        return InteractionTables(events.reset_index(drop=True), items, notes, f"{self.interactions} and {self.items}")
-
-    def _check_numbers(self, events: set[str], items: set[str]) -> None:
-        """Raise an error if ids are 1.0 in one table and 1 in the other one, because a program has stored integers as floating-point numbers."""
-        for path, ids, others in ((self.interactions, events, items), (self.items, items, events)):
-            if ids and all(key.endswith(".0") for key in ids) and (found := next((key for key in sorted(ids - others) if key[:-2] in others), None)):
-                raise ValueError(
-                    f"{path} has the item_id {found!r}, but the other table has {found[:-2]!r}; use one form in both. All ids of {path.name} end in "
-                    ".0, probably because integers were stored as floating-point numbers (in pandas, use .astype('Int64') before writing)"
-                )
-
-    def _load_items(self) -> tuple[pd.DataFrame, tuple[str, ...]]:
-        """Return the items, and notes about omitted rows."""
-        notes = []
-        items = self._select(self.items, ITEM_FIELDS, self.item_columns, "item_columns")
-        items["item_id"] = _identifiers(self.items, items, "item_id")
-        titles = _titles(self.items, items["title"])
-        if (untitled := titles.str.strip() == "").any():
-            first = int(untitled.to_numpy().argmax())
-            log.warning(
-                "%s: %d items have no title (first: %s, item_id %s); they and their interactions are dropped",
-                self.items, untitled.sum(), _where(self.items, items, first), items["item_id"].iloc[first],
-            )  # fmt: skip
-        items["title"] = titles
-        if repeated := int(items.duplicated("item_id").sum()):
-            example = items["item_id"][items.duplicated("item_id")].iloc[0]
-            notes.append(f"{repeated:,} rows of {self.items.name} repeat an item_id (e.g. {example}), the first row of each is used")
-            log.warning("%s: %d lines repeat an item_id; the first line of each is used", self.items, repeated)
-            if conflict := _conflict(self.items, items):
-                notes.append(conflict)
-                log.warning("%s", conflict)
-            items = items.drop_duplicates("item_id")
-        genres = _genres(self.items, items["genres"], self.genre_delimiter) if "genres" in items else [()] * len(items)
-        return items_table(list(items["item_id"]), list(items["title"]), genres), tuple(notes)
-
-    def _select(self, path: Path, fields: tuple[str, ...], columns: Mapping[str, str], argument: str) -> pd.DataFrame:
-        """Read the columns of fields from a file."""
-        table = self._read(path, [columns.get(field, field) for field in fields])
-        selected = {}
-        for field in fields:
-            name = columns.get(field, field)
-            if name in table:
-                selected[field] = table[name]
-            elif field not in OPTIONAL or field in columns:
-                names = table.attrs.get("names", list(table.columns))
-                hint = self._delimiter_hint(path, names)
-                raise ValueError(f"{path}: no column {name!r} for {field}, only {names}; {hint}set its name with {argument}: {{{field}: ...}}")
-        return pd.DataFrame(selected)
-
-    def _read(self, path: Path, wanted: Iterable[str]) -> pd.DataFrame:
-        """Read a table; its index contains the number of each line or row."""
-        kind = file_kind(path)
+    def read(self, place: Path, wanted: Iterable[str]) -> pd.DataFrame:
+        """Read a file."""
+        kind = file_kind(place)
         if kind in _DELIMITERS:
             # Cells are read as strings, because an id may have leading zeros, and a title may be "NA".
-            names, lines, columns = read_table(path, self.delimiter or _DELIMITERS[kind], self.encoding)
-            return pd.DataFrame(dict(zip(names, columns, strict=True)), index=lines, dtype=object)
+            names, lines, columns = read_table(place, self.delimiter or _DELIMITERS[kind], self.encoding)
+            return pd.DataFrame(dict(zip(names, columns, strict=True)), index=pd.Index(lines, name="line"), dtype=object)
         if kind in (".jsonl", ".json"):
-            return _read_json(path, self.encoding)
+            return _read_json(place, self.encoding)
         if kind == ".parquet":
-            return _read_parquet(path, wanted)
-        raise ValueError(f"{path}: unknown format; give .csv, .tsv, .jsonl, .json (each may end in .gz) or .parquet")
+            return _read_parquet(place, wanted)
+        raise ValueError(f"{place}: unknown format; give .csv, .tsv, .jsonl, .json (each may end in .gz) or .parquet")
 
-    def _delimiter_hint(self, path: Path, header: list[str]) -> str:
-        delimiter = self.delimiter or _DELIMITERS.get(file_kind(path))
+    def _delimiter_hint(self, place: Path, header: list[str]) -> str:
+        delimiter = self.delimiter or _DELIMITERS.get(file_kind(place))
         other = other_delimiter(header, delimiter) if delimiter else None
         return f"set delimiter: {other!r} if this is the delimiter, otherwise " if other else ""
 
 
-def _conflict(path: Path, items: pd.DataFrame) -> str:
+def _conflict(path: Place, items: pd.DataFrame) -> str:
     """Return a message with the number of ids that have several titles; empty if there are none."""
     titles = items["title"].str.strip()
     first = titles.groupby(items["item_id"]).transform("first")
@@ -180,7 +229,7 @@ def _conflict(path: Path, items: pd.DataFrame) -> str:
     place = other.index[0]
     key = other["item_id"].loc[place]
     start = int((items["item_id"] == key).to_numpy().argmax())
-    one, two = (f"{items['title'].iloc[position]!r:.60} in {_where(path, items, position)}" for position in (start, items.index.get_loc(place)))
+    one, two = (f"{items['title'].iloc[position]!r:.60} in {_where(items, position)}" for position in (start, items.index.get_loc(place)))
     return f"{other['item_id'].nunique():,} item_ids of {path.name} have several titles (e.g. {key}: {one} and {two}), the first title is used"
 
 
@@ -193,36 +242,51 @@ def _read_json(path: Path, encoding: str | None) -> pd.DataFrame:
     rows = list(read_json_rows(path, encoding))
     if wrong := next((row for row in rows if not isinstance(row.value, dict)), None):
         raise ValueError(f"{wrong.place}: expected an object with a field for each column, got {wrong.value!r:.80}")
-    return pd.DataFrame([row.value for row in rows], index=[row.number for row in rows], dtype=object)
+    return pd.DataFrame([row.value for row in rows], index=pd.Index([row.number for row in rows], name="line"), dtype=object)
 
 
 def _read_parquet(path: Path, wanted: Iterable[str]) -> pd.DataFrame:
     names = column_names(path)
     columns = [name for name in wanted if name in names]
-    table = read_parquet(path, columns)
+    return arrow_frame(path, read_parquet(path, columns), names)
+
+
+def arrow_frame(place: Place, table: Any, names: list[str]) -> pd.DataFrame:
+    """Convert columns of Arrow to a table of :meth:`TableSource.read`.
+
+    Args:
+        place: File or dataset, for messages.
+        table: ``pyarrow.Table`` of the columns that are needed.
+        names: Names of all columns.
+
+    Raises:
+        ValueError: If pandas cannot represent a value.
+    """
     try:
         # Columns with missing values must not be converted to floating-point numbers, because large integer ids would be rounded.
         frame = table.to_pandas(integer_object_nulls=True, ignore_metadata=True)
     except (ValueError, TypeError, NotImplementedError, OverflowError) as error:
-        raise ValueError(f"{path}: a column of {columns} cannot be read ({first_line(error)}); store ids as text, times as numbers") from error
+        raise ValueError(
+            f"{place}: a column of {table.column_names} cannot be read ({first_line(error)}); store ids as text, times as numbers"
+        ) from error
     frame.attrs["names"] = names
-    return frame.set_axis(range(1, len(frame) + 1))
+    return frame.set_axis(pd.RangeIndex(1, len(frame) + 1, name="row"))
 
 
-def _where(path: Path, table: pd.DataFrame | pd.Series, position: int) -> str:
-    """Return the number of a line, or of a row of Parquet, with its name."""
-    return f"{'row' if file_kind(path) == '.parquet' else 'line'} {table.index[position]}"
+def _where(table: pd.DataFrame | pd.Series, position: int) -> str:
+    """Return the number of a line or row, with its name."""
+    return f"{table.index.name} {table.index[position]}"
 
 
-def _place(path: Path, column: pd.Series, position: int, field: str) -> str:
-    return f"{path}, {_where(path, column, position)}, field {field}"
+def _place(path: Place, column: pd.Series, position: int, field: str) -> str:
+    return f"{path}, {_where(column, position)}, field {field}"
 
 
 def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value) or value is pd.NaT or value is pd.NA
 
 
-def _titles(path: Path, column: pd.Series) -> pd.Series:
+def _titles(path: Place, column: pd.Series) -> pd.Series:
     titles = []
     for position, value in enumerate(column):
         if isinstance(value, bool) or not (_missing(value) or isinstance(value, (str, numbers.Real))):
@@ -231,7 +295,7 @@ def _titles(path: Path, column: pd.Series) -> pd.Series:
     return pd.Series(titles, index=column.index, dtype=object)
 
 
-def _identifiers(path: Path, table: pd.DataFrame, field: str) -> pd.Series:
+def _identifiers(path: Place, table: pd.DataFrame, field: str) -> pd.Series:
     column = table[field]
     if pd.api.types.is_integer_dtype(column) and not column.isna().any():
         return column.astype(str).astype(object)
@@ -263,19 +327,19 @@ def _number_or_text(value: Any) -> Any:
         return float("inf")
 
 
-def _check_finite(path: Path, column: pd.Series, values: pd.Series, field: str, advice: str) -> None:
+def _check_finite(path: Place, column: pd.Series, values: pd.Series, field: str, advice: str) -> None:
     if (wrong := ~np.isfinite(values.to_numpy(float))).any():
         first = int(wrong.argmax())
         raise ValueError(f"{_place(path, column, first, field)}: cannot read {column.iloc[first]!r:.80}; {advice}")
 
 
-def _ratings(path: Path, column: pd.Series) -> pd.Series:
+def _ratings(path: Place, column: pd.Series) -> pd.Series:
     values = _as_numbers(column)
     _check_finite(path, column, values, "rating", "give a finite number, or remove the column")
     return values
 
 
-def _seconds(path: Path, column: pd.Series) -> pd.Series:
+def _seconds(path: Place, column: pd.Series) -> pd.Series:
     values = pd.Series(float("nan"), index=column.index) if pd.api.types.is_datetime64_any_dtype(column) else _as_numbers(column)
     if (rest := values.isna()).any():
         dates = column[rest] if column.dtype != object else column[rest].map(lambda value: None if isinstance(value, (bool, list, dict)) else value)
@@ -286,7 +350,7 @@ def _seconds(path: Path, column: pd.Series) -> pd.Series:
     return values
 
 
-def _genres(path: Path, column: pd.Series, delimiter: str) -> list[tuple[str, ...]]:
+def _genres(path: Place, column: pd.Series, delimiter: str) -> list[tuple[str, ...]]:
     genres = []
     for position, value in enumerate(column):
         if isinstance(value, str):
