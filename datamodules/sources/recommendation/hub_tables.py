@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 
-from malleable.datamodules.files.user_files import first_line
 from malleable.datamodules.sources.recommendation.tables import TableSource, arrow_frame
 
 
@@ -49,7 +48,7 @@ class HubTables(TableSource):
     are strings, so that ids keep leading zeros. The user is responsible for terms and licence.
 
     Args:
-        interactions: Dataset of interactions (``user_id, item_id, timestamp[, rating][, split]``).
+        interactions: Dataset of interactions (``user_id, item_id, timestamp[, rating][, split]``): a table, or only its path.
         items: Dataset of items (``item_id, title[, genres]``).
         interaction_columns: Names of the columns of fields that differ from the names of the fields, e.g. ``{user_id: uid}``.
         item_columns: As ``interaction_columns``, for items.
@@ -62,16 +61,16 @@ class HubTables(TableSource):
 
     def __init__(
         self,
-        interactions: HubTable,
-        items: HubTable,
+        interactions: HubTable | str,
+        items: HubTable | str,
         interaction_columns: dict[str, str] | None = None,
         item_columns: dict[str, str] | None = None,
         genre_delimiter: str = "|",
         local_files_only: bool = False,
     ) -> None:
         super().__init__(interaction_columns, item_columns, genre_delimiter)
-        self.interactions = interactions
-        self.items = items
+        self.interactions = HubTable(interactions) if isinstance(interactions, str) else interactions
+        self.items = HubTable(items) if isinstance(items, str) else items
         self.local_files_only = local_files_only
         self._opened: dict[HubTable, Any] = {}
 
@@ -98,7 +97,7 @@ class HubTables(TableSource):
                 self._opened[table] = self._load(table)
             except Exception as error:
                 raise ValueError(
-                    f"{table} cannot be opened ({first_line(error)}); give a folder or the id of a dataset on the hub, and its config, data_files, "
+                    f"{table} cannot be opened ({_reason(error)}); give a folder or the id of a dataset on the hub, and its config, data_files, "
                     "split and revision, if they are not the default ones"
                 ) from error
         return self._opened[table]
@@ -126,3 +125,12 @@ class HubTables(TableSource):
         # Columns of CSV are typed by their values, which would remove the leading zeros of ids and the title "NA".
         strings = Features(dict.fromkeys(dataset.column_names, Value("string")))
         return load_dataset(path, split=table.split, features=strings, keep_default_na=False, **options)
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason of an error of ``datasets``, which begins some messages with a general line, or has the reason as its cause."""
+    _, general, reason = str(error).partition("An error occurred while generating the dataset")
+    if general and not reason.strip() and isinstance(error.__cause__, Exception):
+        return _reason(error.__cause__)
+    text = " ".join((reason if general else str(error)).split())
+    return text[:300] or type(error).__name__

@@ -60,6 +60,13 @@ def test_configurations_and_splits(folder):
     assert source.settings() != HubTables(HubTable(str(folder), "ratings"), HubTable(str(folder), "films")).settings()
 
 
+def test_a_path_is_a_table_with_default_options(tmp_path):
+    for name, columns in {"events": ["user_id", "item_id", "timestamp"], "items": ["item_id", "title"]}.items():
+        (tmp_path / name).mkdir()
+        pd.DataFrame([["1"] * len(columns)], columns=columns).to_parquet(tmp_path / name / "part.parquet")
+    assert HubTables(str(tmp_path / "events"), str(tmp_path / "items")).load().items["title"].tolist() == ["1"]
+
+
 def test_columns_of_other_names_and_other_types(folder):
     pd.DataFrame({"who": [1, None], "what": [5, 6], "when": pd.to_datetime(["1970-01-02", "1970-01-01"], utc=True)}).astype({"who": "Int64"}).fillna(
         {"who": 2**53 + 1}
@@ -103,13 +110,17 @@ def test_errors_name_dataset_row_and_column(folder, change, message):
         ({"config": "small"}, "small"),
         ({"data_files": "notes.txt"}, "its files are not CSV, TSV, JSON lines, Parquet or Arrow"),
         ({"path": "nobody/nothing"}, "nobody/nothing"),
+        ({"data_files": None}, "All the data files must have the same columns|Couldn't cast .*item_id"),
+        ({"data_files": "damaged.parquet"}, "Parquet"),
     ],
 )
 def test_what_cannot_be_opened(folder, table, message):
     events, items = write(folder, "parquet")
     (folder / "notes.txt").write_text("a\nb\n")
+    if table.get("data_files") == "damaged.parquet":
+        (folder / "damaged.parquet").write_bytes(b"PAR1" + bytes(40))
     wrong = HubTable(**{**vars(events), **table})
-    with pytest.raises(ValueError, match=rf"{re.escape(str(wrong))} cannot be opened \(.*{message}.*give a folder or the id"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(wrong))} cannot be opened \(.*(?:{message}).*give a folder or the id"):
         HubTables(wrong, items, local_files_only=True).load()
 
 
