@@ -1,6 +1,7 @@
 """The loop: its plan, its phases, its equalities with plain training, and its refusals."""
 
 import contextlib
+import html
 import logging
 import math
 import re
@@ -323,7 +324,7 @@ def test_figures_of_another_protocol_are_not_shown(tmp_path, change):
         "cut-offs": r"metrics: .*\[1, 3\]",
         "exclusion": 'decoding: .*"exclude_seen": false.* before',
     }[change]
-    assert re.search(f"cannot be compared with this test: {named}", section.text)
+    assert re.search(f"cannot be compared with this test: {named}", html.unescape(section.text))
 
 
 def test_sections_for_the_report(tmp_path):

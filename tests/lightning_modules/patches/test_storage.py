@@ -256,9 +256,9 @@ def test_shards_in_other_folders_raise(tmp_path, name):
     (tmp_path / "model" / "sub").mkdir()
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "sub" / "model.safetensors")
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
-    with pytest.raises(ValueError, match=r"index.json names .* which is not a file name in its folder"):
+    with pytest.raises(ValueError, match=r"index.json refers to .* which is not a file name in its folder"):
         open_container(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"index.json names .* which is not a file name in its folder"):
+    with pytest.raises(ValueError, match=r"index.json refers to .* which is not a file name in its folder"):
         resolve_model(str(tmp_path / "model"))
 
 
