@@ -75,6 +75,8 @@ def describe_undecodable(source: BinaryIO, path: str, encoding: str, error: Unic
         advice = "its byte-order mark is of this encoding; save it again as UTF-8"
     elif _is(encoding, "utf-8") and _may_be_windows(start):
         advice = f"save it as UTF-8, or set the option `encoding: {WINDOWS}` of the source if a program on Windows wrote it"
+    elif not _is(encoding, "utf-8") and _is_utf8(start):
+        advice = "it is text in UTF-8: omit the option `encoding`"
     else:
         advice = CONVERT
     return f"{path}{place}: not text in {codecs.lookup(encoding).name.upper().removesuffix('-SIG')} ({reason}); {advice}"
@@ -102,6 +104,15 @@ def _first_undecodable(source: BinaryIO, encoding: str) -> tuple[str, str] | Non
 
 def _is(encoding: str, name: str) -> bool:
     return codecs.lookup(encoding).name.removesuffix("-sig") == name
+
+
+def _is_utf8(start: bytes) -> bool:
+    """Return whether the first bytes of a file are UTF-8; the last character may be incomplete."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _may_be_windows(start: bytes) -> bool:

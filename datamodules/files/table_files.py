@@ -130,7 +130,8 @@ def read_table(path: Path, delimiter: str, encoding: str | None = None) -> tuple
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If there is no header, if two columns have the same name, or if a row has another number of cells than the header.
+        ValueError: If there is no header, if two columns have the same name, if the delimiter seems to be another one, or if a row has another
+            number of cells than the header.
     """
     rows = read_cells(path, delimiter, encoding)
     _, header = next(rows, (0, []))
@@ -138,6 +139,11 @@ def read_table(path: Path, delimiter: str, encoding: str | None = None) -> tuple
         raise ValueError(f"{path} is empty; its first line must name the columns")
     if repeated := next((name for name in header if name and header.count(name) > 1), None):
         raise ValueError(f"{path}, line 1: two columns are named {repeated!r}; name them differently")
+    if other := _other_delimiter(header, delimiter):
+        raise ValueError(
+            f"{path}, line 1: there is only one column, {header[0][:200]!r}; set the option `delimiter` of the source to {other!r} if it "
+            "separates the columns, or rename the column"
+        )
     numbers: list[int] = []
     columns: list[list[str]] = [[] for _ in header]
     for number, row in rows:
@@ -152,7 +158,7 @@ def read_table(path: Path, delimiter: str, encoding: str | None = None) -> tuple
     return header, numbers, columns
 
 
-def other_delimiter(header: Sequence[str], delimiter: str) -> str | None:
+def _other_delimiter(header: Sequence[str], delimiter: str) -> str | None:
     """Return another delimiter that occurs in the only column name of a header; ``None`` if the header has several names or no other delimiter."""
     if len(header) != 1:
         return None

@@ -221,11 +221,9 @@ def read_users(path: Path, known: Container[str], text_format: TextFormat = DEFA
     _report_repeated(path, rows)
     unknown = [(place, user) for place, user in rows if user not in known]
     if unknown:
-        place, user = unknown[0]
-        message = (
-            f"{path}: {len(unknown)} of {len(rows)} users are not in the data, or were removed by the filters of the split (first: {user!r}, "
-            f"{place.rpartition(', ')[2]})"
-        )
+        examples = ", ".join(f"{user!r} in {place.rpartition(', ')[2]}" for place, user in unknown[:3])
+        more = ", ..." if len(unknown) > 3 else ""
+        message = f"{path}: {len(unknown)} of {len(rows)} users are not in the data, or were removed by the filters of the split ({examples}{more})"
         if len(unknown) == len(rows):
             raise ValueError(f"{message}. No user remains; compare the ids with those of the interactions")
         log.warning("%s; they get no prediction", message)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from malleable.datamodules.files.encoding import check_encoding
-from malleable.datamodules.files.table_files import check_delimiter, column_names, other_delimiter, read_parquet, read_table
+from malleable.datamodules.files.table_files import check_delimiter, column_names, read_parquet, read_table
 from malleable.datamodules.files.text_files import file_kind, id_text, read_json_rows
 from malleable.datamodules.files.user_files import check_file, first_line
 from malleable.datamodules.sources.recommendation.base import InteractionTables, Source, items_table
@@ -134,13 +134,8 @@ class TableSource(Source):
                 selected[field] = table[name]
             elif field not in OPTIONAL or field in columns:
                 names = table.attrs.get("names", list(table.columns))
-                hint = self._delimiter_hint(path, names)
-                raise ValueError(f"{path}: no column {name!r} for {field}, only {names}; {hint}set its name with {argument}: {{{field}: ...}}")
+                raise ValueError(f"{path}: no column {name!r} for {field}, only {names}; set its name with {argument}: {{{field}: ...}}")
         return pd.DataFrame(selected)
-
-    def _delimiter_hint(self, place: Any, header: list[str]) -> str:
-        """Return advice for a missing column; empty if there is none."""
-        return ""
 
 
 class Tables(TableSource):
@@ -212,11 +207,6 @@ class Tables(TableSource):
         if kind == ".parquet":
             return _read_parquet(place, wanted)
         raise ValueError(f"{place}: unknown format; give .csv, .tsv, .jsonl, .json (each may end in .gz) or .parquet")
-
-    def _delimiter_hint(self, place: Path, header: list[str]) -> str:
-        delimiter = self.delimiter or _DELIMITERS.get(file_kind(place))
-        other = other_delimiter(header, delimiter) if delimiter else None
-        return f"set delimiter: {other!r} if this is the delimiter, otherwise " if other else ""
 
 
 def _conflict(path: Place, items: pd.DataFrame) -> str:

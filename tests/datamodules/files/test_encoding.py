@@ -20,6 +20,7 @@ from malleable.datamodules.files.text_files import numbered_lines
         ("a\nThé\n".encode("latin-1"), "ascii", "line 2, byte 3: not text in ASCII", "set the option `encoding`"),
         ("\ufeffa\nb\n".encode("utf-16-le") + b"x", None, "line 3: not text in UTF-16 (", "its byte-order mark"),
         ("あ\n".encode("shift_jis") + b"\x82", "shift_jis", "line 2", "set the option `encoding`"),
+        ("a\nx 🎁 Í\n".encode(), "cp1252", "line 2, byte", "it is text in UTF-8: omit the option `encoding`"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])

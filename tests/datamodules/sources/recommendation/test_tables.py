@@ -262,7 +262,11 @@ EVENTS_HEAD = "user_id,item_id,timestamp,rating"
         (f"{EVENTS_HEAD}\nu,a,1e999,4\n", r"events.csv, line 2, field timestamp: cannot read '1e999'"),
         (f"{EVENTS_HEAD}\nu,a\0,1,4\n", r"events.csv, line 2: a NUL character"),
         ("user_id,user_id,item_id,timestamp\n", r"events.csv, line 1: two columns are named 'user_id'"),
-        ("user_id;item_id;timestamp\nu;a;1\n", r"events.csv: no column 'user_id' .*set delimiter: ';'"),
+        (
+            "user_id;item_id;timestamp\nu;a;1\n",
+            r"events.csv, line 1: there is only one column, 'user_id;.*; set .*`delimiter` .* ';'",
+        ),
+        ('user_id;item_id;timestamp\n"u";"a, b";1\n', r"events.csv, line 1: there is only one column, .* ';'"),
         ("", r"events.csv is empty; its first line must name the columns"),
         (f"{EVENTS_HEAD}\ru,a,1,4\r", r"events.csv, line 1: a cell contains a carriage return"),
     ],
