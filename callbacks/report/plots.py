@@ -74,6 +74,7 @@ def draw_curves(
     x_label: str = "optimizer step",
     y_label: str = "",
     smoothed: Collection[str] = (),
+    colors: Mapping[str, str] | None = None,
 ) -> None:
     """Draw curves.
 
@@ -84,9 +85,10 @@ def draw_curves(
         x_label: Label of the abscissa.
         y_label: Label of the ordinate.
         smoothed: Names of curves that are drawn as running means if they are noisy. The original values are drawn faintly behind them.
+        colors: Colour of each curve; default: :data:`COLORS` in order.
     """
     for index, (name, (x, y)) in enumerate(curves.items()):
-        color = COLORS[index % len(COLORS)]
+        color = (colors or {}).get(name, COLORS[index % len(COLORS)])
         if name in smoothed and is_noisy(y):
             axes.plot(x, y, color=color, linewidth=0.8, alpha=0.25)
             y = running_mean(y, max(MIN_WINDOW, len(y) // WINDOWS))

@@ -29,7 +29,7 @@ from malleable.callbacks.report.page import (
     markdown,
     plain_table,
 )
-from malleable.callbacks.report.plots import draw_curves, draw_phases, is_noisy, save_figure, split_curve
+from malleable.callbacks.report.plots import COLORS, draw_curves, draw_phases, is_noisy, save_figure, split_curve
 from malleable.callbacks.report.row_recorder import RowRecorder
 from malleable.datamodules.files.atomic import atomic_write
 
@@ -293,9 +293,12 @@ def draw_panels(figure: Figure, panels: Mapping[str, Mapping[str, tuple[list[int
     """
     columns = min(PANELS_A_ROW, len(panels))
     all_axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
+    # A curve name, e.g. "val @10", has the same colour in all panels that have several curves.
+    names = dict.fromkeys(name for curves in panels.values() if len(curves) > 1 for name in curves)
+    colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
     for axes, (metric, curves) in zip(all_axes, panels.items(), strict=False):
         split = {name: split_curve(curve, phases) if _is_training(name) else curve for name, curve in curves.items()}
-        draw_curves(axes, split, title=metric, smoothed=[name for name in split if _is_training(name)])
+        draw_curves(axes, split, title=metric, smoothed=[name for name in split if _is_training(name)], colors=colors)
         draw_phases(axes, phases, max(x[-1] for x, _ in curves.values()))
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)

@@ -260,6 +260,17 @@ def test_training_curves_have_gaps_between_phases(tmp_path):
     assert not plain.axes[0].patches
 
 
+def test_a_curve_has_one_color_in_all_panels():
+    figure = Figure()
+    curve = ([1, 2], [0.0, 1.0])
+    draw_panels(
+        figure, {"hr": {"val @1": curve, "val @5": curve, "val @10": curve}, "coverage": {"val @5": curve, "val @10": curve}, "lr": {"lr": curve}}
+    )
+    colors = [{line.get_label(): line.get_color() for line in axes.lines} for axes in figure.axes]
+    assert all(colors[0][name] == color for name, color in colors[1].items())
+    assert len(set(colors[0].values())) == 3
+
+
 def test_panels_join_splits_and_cut_offs():
     point = [(1, 0.5), (2, 0.25)]
     panels = curve_panels(
