@@ -145,8 +145,9 @@ class BaseDataModule(LightningDataModule, ABC):
         dataset = getattr(self, f"{split}_dataset")
         if dataset is None:
             raise MisconfigurationException(
-                f"{type(self).__name__} has no {split} data: `setup` did not set `{split}_dataset`"
-                + (f" (set the data of prediction: {self.predict_options})" if split == "predict" else "")
+                f"{type(self).__name__} has no data for prediction: set {self.predict_options}"
+                if split == "predict"
+                else f"{type(self).__name__} has no {split} data: `setup` did not set `{split}_dataset`"
             )
         if len(dataset) == 0:
             raise ValueError(f"{type(self).__name__}: the {split} split is empty; check the filters and the split settings")

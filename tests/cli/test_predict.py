@@ -113,7 +113,7 @@ def test_wrong_files_of_users(name, text, message, predict, tmp_path):
 
 
 def test_missing_prediction_input_is_an_error(predict, tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"set the data of prediction: predict_file, or predict_users: all"):
+    with pytest.raises(MisconfigurationException, match=r"has no data for prediction: set predict_file, or predict_users: all"):
         predict()
     with pytest.raises(ValueError, match="predict_file and predict_users exclude each other"):
         predict("--data.predict_users", "all", "--data.predict_file", "x.csv")
