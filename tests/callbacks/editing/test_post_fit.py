@@ -147,11 +147,11 @@ def test_other_requests_add_a_second_patch(learnt, tmp_path, caplog):
 
 
 def test_replaced_request_is_not_preserved(learnt, tmp_path):
-    first, anew = edit(requests=[make_request(fact) for fact in NEW[:2]]), edit(requests=[{**make_request(NEW[0]), "target": "sad"}])
+    first, second = edit(requests=[make_request(fact) for fact in NEW[:2]]), edit(requests=[{**make_request(NEW[0]), "target": "sad"}])
     trainer = trainer_of(tmp_path / "first", first)
     trainer.fit(copy.deepcopy(learnt))
     measured = evaluation()
-    later, module = trainer_of(tmp_path / "anew", anew, measured), FactModule()
+    later, module = trainer_of(tmp_path / "second", second, measured), FactModule()
     later.fit(module, ckpt_path=trainer.checkpoint_callback.best_model_path, weights_only=True)
     assert NEW[0].target != "sad"
     assert share(module.model, [NEW[0]._replace(target="sad"), NEW[1]]) == 1
