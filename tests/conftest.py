@@ -36,6 +36,8 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_collection_modifyitems(items):
+    # The longest tests start first, so that no process waits for one of them at the end.
+    items.sort(key=lambda item: -max((mark.kwargs.get("minutes", 0) for mark in item.iter_markers("slow")), default=0))
     if not torch.cuda.is_available() and os.environ.get("MALLEABLE_GPU_TESTS_ON") != "cpu":
         for item in items:
             if "gpu" in item.keywords:

@@ -118,7 +118,7 @@ def alone(tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 @pytest.mark.ddp
 @pytest.mark.parametrize("fragment", FRAGMENTS)
 @pytest.mark.parametrize("recipe", [*RECIPES, *VARIANTS])

@@ -155,7 +155,7 @@ def test_a_tiny_recipe_trains_and_is_measured(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["runs"], "a run writes into its own folder only"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=8)
 def test_two_hundred_edits_hold_at_the_end(tmp_path):
     main(["fit", "--config", "alpha_edit/tiny.yaml", *QUIET, "--trainer.callbacks.EditEvaluation.protocol.survival", "false"])
     report = tmp_path / "runs/alpha_edit/tiny/version_0/report"

@@ -75,4 +75,4 @@ def test_the_configuration_trains_predicts_and_compares(tmp_path, monkeypatch, c
     main(["compare", "shop", "shop/version_2"])
     text = capsys.readouterr().out
     assert "difference (95 %)" in text
-    assert "shop is runs/shop/version_0 (SPRec, fit), the latest fit" in text
+    assert "shop: using runs/shop/version_0 (SPRec, fit), the latest fit" in text

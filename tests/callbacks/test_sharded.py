@@ -46,7 +46,7 @@ def assert_same_weights(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.ddp
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 @pytest.mark.parametrize("fragment", ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
 def test_the_recipe_on_two_ranks_equals_one(tmp_path, alone, fragment):
     """The tiny recipe has no dropout, which would differ from rank to rank."""
