@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from malleable.datamodules.batch import PackedBatch, PackedExample
+from malleable.datamodules.collate import collate
 from malleable.datamodules.sample_ids import Ints
 
 
@@ -60,3 +63,50 @@ def pack_windows(windows: Sequence[Window], pack_length: int) -> list[list[Windo
         rows[row].append(window)
         insort(space, (free - window.length, row))
     return rows
+
+
+class PackedDocuments(ABC):
+    """Dataset of documents packed into rows, which are assembled when they are read.
+
+    Subclasses return the tokens of a document.
+
+    Args:
+        windows: The documents.
+        pack_length: Number of tokens of a row.
+        pad_token_id: Padding token of batches.
+
+    Attributes:
+        sample_ids: ``(N,)`` int64, identifier of each row; the subclass sets it from the content of the rows.
+    """
+
+    sample_ids: Ints
+
+    def __init__(self, windows: Sequence[Window], pack_length: int, pad_token_id: int = 0) -> None:
+        self.rows = pack_windows(windows, pack_length)
+        self.pad_token_id = pad_token_id
+
+    @abstractmethod
+    def document(self, window: Window) -> Sequence[int]:
+        """Return the tokens of a document."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> PackedExample:
+        """Return a row; documents are numbered from 1."""
+        input_ids: list[int] = []
+        document_ids: list[int] = []
+        for number, window in enumerate(self.rows[index], start=1):
+            document = self.document(window)
+            input_ids += document
+            document_ids += [number] * len(document)
+        return {"sample_id": int(self.sample_ids[index]), "input_ids": input_ids, "document_ids": document_ids}
+
+    def collate(self, rows: Sequence[PackedExample]) -> PackedBatch:
+        """Collate rows to a batch."""
+        return collate(rows, PackedBatch, pad_token_id=self.pad_token_id)
+
+    def row_tokens(self) -> Ints:
+        """Return the number of targets of each row: all tokens except the first of each document."""
+        return np.array([sum(window.length - 1 for window in row) for row in self.rows], dtype=np.int64)

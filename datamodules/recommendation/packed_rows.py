@@ -6,15 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from malleable.datamodules.batch import PackedBatch, PackedExample
-from malleable.datamodules.collate import collate
-from malleable.datamodules.language.packing import pack_windows, split_sequences
+from malleable.datamodules.language.packing import PackedDocuments, Window, split_sequences
 from malleable.datamodules.recommendation.prompt import PromptPieces
 from malleable.datamodules.recommendation.splits import Ints
 from malleable.datamodules.sample_ids import array_hash, content_ids
 
 
-class PackedRows:
+class PackedRows(PackedDocuments):
     """Histories packed into rows, which are assembled when they are read. Histories longer than a row are split between items.
 
     Documents with a single item are omitted, because nothing precedes the item.
@@ -27,36 +25,17 @@ class PackedRows:
     """
 
     def __init__(self, sequences: Sequence[Ints], pieces: PromptPieces, pack_length: int = 512, pad_token_id: int = 0) -> None:
-        self.pad_token_id = pad_token_id
         self.sequences = sequences
         self.pieces = pieces
         sizes = np.array([len(tokens) + len(pieces.separator) for tokens in pieces.items])
         # The first item has no separator, and the document ends with the end-of-sequence token.
         overhead = len(pieces.prefix) - len(pieces.separator) + 1
         windows = split_sequences(sequences, sizes, pack_length, overhead)
-        self.rows = pack_windows([window for window in windows if window.end - window.start > 1], pack_length)
+        super().__init__([window for window in windows if window.end - window.start > 1], pack_length, pad_token_id)
         items = np.array([array_hash(np.array(tokens)) for tokens in pieces.items], dtype=np.uint64)
         contents = [np.concatenate([sequences[window.sequence][window.start : window.end] for window in row]) for row in self.rows]
         self.sample_ids = content_ids(np.array([array_hash(items[content]) for content in contents], dtype=np.uint64))
 
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> PackedExample:
-        """Return a row; documents are numbered from 1."""
-        input_ids: list[int] = []
-        document_ids: list[int] = []
-        for number, window in enumerate(self.rows[index], start=1):
-            document = self.pieces.document(self.sequences[window.sequence][window.start : window.end].tolist())
-            input_ids += document
-            document_ids += [number] * len(document)
-        return {"sample_id": int(self.sample_ids[index]), "input_ids": input_ids, "document_ids": document_ids}
-
-    def collate(self, rows: Sequence[PackedExample]) -> PackedBatch:
-        """Collate rows to a batch."""
-        return collate(rows, PackedBatch, pad_token_id=self.pad_token_id)
-
-    def row_tokens(self) -> Ints:
-        """Return the number of targets of each row: all tokens except the first of each document."""
-        return np.array([sum(window.length - 1 for window in row) for row in self.rows], dtype=np.int64)
+    def document(self, window: Window) -> list[int]:
+        """Return the tokens of a document."""
+        return self.pieces.document(self.sequences[window.sequence][window.start : window.end].tolist())
