@@ -1,4 +1,17 @@
-"""Callbacks. ``__init__.pyi`` lists the public names. Each of them is imported when it is first used."""
+"""Callbacks. ``__init__.pyi`` lists the public names, which are imported on first use.
+
+Files:
+    editing/: Edits after training, and their evaluation.
+    report/: The report of a run.
+    self_play/: The self-play loop.
+    reference.py: Cache of reference log-probabilities.
+    predictions.py: Writing of predictions to files.
+    last_checkpoint.py: Checkpoint of the last epoch, and handling of signals.
+    line_progress.py: Progress output.
+    restart.py: Corrections of how Lightning resumes a run.
+    row_pass.py: Passes over rows outside the loops of the Trainer.
+    run_files.py: Paths of files in run folders.
+"""
 
 import lazy_loader
 

@@ -37,7 +37,7 @@ class LastCheckpoint(ModelCheckpoint):
         every_n_epochs: Number of epochs between two checkpoints.
 
     Attributes:
-        command: Command line of the run, for the message; ``None`` if the run was not started from a command line.
+        command: Command line of the run, for the message on how to resume; ``None`` if the run was not started from a command line.
     """
 
     command: str | None = None

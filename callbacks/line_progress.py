@@ -70,7 +70,7 @@ class LineProgress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting."""
+        """Reset the number of printed lines and the time."""
         self._begin()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -83,7 +83,7 @@ class LineProgress(ProgressBar):
         self._show_fit(trainer, pl_module, trainer.num_training_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting."""
+        """Reset the number of printed lines and the time."""
         self._begin()
 
     def on_test_batch_end(
@@ -93,7 +93,7 @@ class LineProgress(ProgressBar):
         self._show("test", trainer, (batch_idx + 1) / trainer.num_test_batches[dataloader_idx])
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting."""
+        """Reset the number of printed lines and the time."""
         self._begin()
 
     def on_predict_batch_end(
@@ -107,7 +107,7 @@ class LineProgress(ProgressBar):
         self._started = time.monotonic()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        """Return the figures to print."""
+        """Return the metrics to print, with the training loss."""
         return {**super().get_metrics(trainer, pl_module), **training_loss(trainer)}
 
     def _show_fit(self, trainer: Trainer, pl_module: LightningModule, batches: float) -> None:

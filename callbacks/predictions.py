@@ -48,7 +48,8 @@ class DescribesPredictions(Protocol):
             found: Output of ``predict_step`` for the batch.
 
         Returns:
-            For each row, the values of the query fields, and the values of the answer fields for each answer, best first.
+            Iterator over the rows. Each element is a pair: the values of ``query_fields``, and a list with the values of ``answer_fields`` of each
+            answer, best first.
         """
 
 
@@ -69,7 +70,7 @@ class ItemDescriber:
         self.query_fields: Sequence[str] = () if users is None else ("user_id",)
 
     def describe(self, batch: Batch, found: Recommendations) -> Descriptions:
-        """Return for each row its user, if known, and its items."""
+        """Yield, for each row, its user (nothing if users are omitted) and the id, title and score of its items, without padding."""
         for sample_id, items, scores in zip(batch.sample_id.tolist(), *(part.tolist() for part in found), strict=True):
             query = () if self.users is None else (self.users.get(sample_id, ""),)
             yield query, [(self.keys[item], self.titles[item], score) for item, score in zip(items, scores, strict=True) if item >= 0]
@@ -84,7 +85,7 @@ class ColumnDescriber:
         self.answer_fields = names
 
     def describe(self, batch: Batch, found: Mapping[str, Any]) -> Descriptions:
-        """Return one answer for each row."""
+        """Return an empty query and one answer for each row."""
         columns = [value.tolist() if hasattr(value, "tolist") else list(value) for value in found.values()]
         return (((), [values]) for values in zip(*columns, strict=True))
 
@@ -150,7 +151,7 @@ class PredictionWriter(Callback):
 
     @staticmethod
     def _catalog(own: Catalog | None, other: Catalog | None) -> Catalog | None:
-        """Return the catalogue of the module, or that of the data module if it has the same titles and only it has ids."""
+        """Return the catalogue of the module; that of the data module if the module has none, or if only the latter has ids for equal titles."""
         if own is None or (not own.keys and other is not None and other.titles == own.titles):
             return other
         return own
@@ -233,7 +234,7 @@ class PredictionWriter(Callback):
             number = self.write(heapq.merge(*parts, key=_sample_id), *fields)
         self._discard()
         first = self.folder / f"predictions.{self.formats[0]}"
-        rank_zero_info(f"predictions for {number} rows: {first}")
+        rank_zero_info(f"wrote predictions for {number} rows to {first}")
 
     def write(self, lines: Iterable[str], query_fields: Sequence[str], answer_fields: Sequence[str]) -> int:
         """Write the files of all formats, each of them atomically.

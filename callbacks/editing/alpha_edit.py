@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class AlphaEdit(PostFitEdit):
-    """Edit facts in a trained decoder, in the null space of the inputs of its MLP projections.
+    """Edit facts in a trained decoder. Weights change only in the null space of the inputs that the edited MLP projections receive on other text.
 
     The callback makes the edit only. Add :class:`~malleable.callbacks.editing.edit_evaluation.EditEvaluation` to measure it.
 
@@ -41,14 +41,14 @@ class AlphaEdit(PostFitEdit):
         requests: Facts to edit: a JSONL file, or a list of objects with ``prompt``, ``subject`` and ``target``. Default: ``edit_requests`` of the
             data module.
         settings: Method and hyper-parameters.
-        texts: Text that the edit preserves: a list, or a file as of :func:`~malleable.datamodules.language.texts.read_texts`. Default:
+        texts: Texts that the edit preserves: a list, or a file that :func:`~malleable.datamodules.language.texts.read_texts` can read. Default:
             ``edit_texts`` of the data module.
         statistics: How second moments of the text are computed.
         statistics_file: File to store the second moments in and load them from; ``{hash}`` in its name is replaced by a hash of model, text and
-            settings. Default: none.
+            settings. Default: they are not stored.
         known: Edit only facts that the model answers correctly before the edit. Default: all requests.
-        model: Name of the attribute of the LightningModule that is the Hugging Face model.
-        start: ``best`` weights by the checkpoint callback of the run, or the ``last`` ones.
+        model: Name of the LightningModule's attribute that contains the Hugging Face model.
+        start: Weights to edit: ``best`` for those of the best checkpoint of the run, ``last`` for those after the last step.
 
     Source:
         Fang et al. (2025), AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, ICLR, arXiv:2410.02355.
@@ -78,7 +78,7 @@ class AlphaEdit(PostFitEdit):
         self._spectrum: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the base class and the spectrum of the last edit, which a resumed run does not compute again."""
+        """Return the state of the base class, and the spectrum of the last edit (eigenvalues of the second moments), for the report of a resumed run."""
         return {**super().state_dict(), "spectrum": self._spectrum}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -98,12 +98,12 @@ class AlphaEdit(PostFitEdit):
         return [_without_references(request) for request in self._requests(trainer)]
 
     def select_requests(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Sequence[EditRequest]:
-        """Return the requests; if ``known`` is set, those that the model answers correctly."""
+        """Return the requests. If ``known`` is set, return only requests whose facts the model answers correctly before the edit."""
         requests = self._requests(trainer)
         if self.known is None:
             return requests
         found = known_requests(model, self.find_tokenizer(trainer, pl_module), requests, self.known)
-        log.info("%s of %s requests are edited: facts that the model answers correctly", len(found), len(requests))
+        log.info("editing %s of %s requests: the model answers these facts correctly before the edit", len(found), len(requests))
         return found
 
     def make_patch(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> Patch:
@@ -142,7 +142,7 @@ class AlphaEdit(PostFitEdit):
             editor.preserve(list(map(Fact.from_request, without_replaced(patched_requests(self.stack.patches), self.selected))))
 
     def report_sections(self) -> list[Section]:
-        """Return the spectrum of the second moments, if the last patch of this callback is applied."""
+        """Return a section with the spectrum of the second moments; an empty list if the last patch of this callback is not applied."""
         if not self._spectrum or next(reversed(self.applied), None) not in self.stack.ids:
             return []
         directions = {layer: UsedDirections(*found) for layer, found in self._spectrum["directions"].items()}
@@ -159,7 +159,9 @@ class AlphaEdit(PostFitEdit):
         if isinstance(self.texts, str):
             self.texts = read_texts(Path(self.texts))
         if not self.texts:
-            raise MisconfigurationException("AlphaEdit needs text that the edit preserves, got none; give some with texts=...")
+            raise MisconfigurationException(
+                "AlphaEdit needs texts that the edit preserves, but the list or file is empty; give texts=... (a file or a list)"
+            )
         return self.texts
 
 
@@ -181,7 +183,7 @@ def _tensor_name(editor: AlphaEditor, layer: int) -> str:
 
 
 def _delta(editor: AlphaEditor, layer: int) -> Delta:
-    """Return the change of a layer, of low rank if that takes less memory."""
+    """Return the weight change of a layer, in factored form if that takes less memory."""
     projection = editor.projections[layer]
     if editor.settings.method == "fine_tune":
         return Delta(editor.change(layer))

@@ -25,22 +25,22 @@ from malleable.lightning_modules.serialization import from_plain
 class EditEvaluation(PatchedModel):
     """Evaluate edit requests before and after an edit, after each of its batches, and in every test.
 
-    It works with every :class:`~malleable.callbacks.editing.post_fit.PostFitEdit` of the Trainer, before or after it in the list of callbacks; with
-    patches of a checkpoint; and with a model that was not edited. ``test`` logs the metrics of the model; those of the model without
-    patches are in the report, as are the answers to each request. The patch stores the metrics before and after it.
+    It evaluates every :class:`~malleable.callbacks.editing.post_fit.PostFitEdit` of the Trainer. The order in the list of callbacks does not matter.
+    It also evaluates checkpoints that contain patches, and models that were not edited. ``test`` logs the metrics of the model with all patches. The
+    report also contains the metrics without patches, and the answers to each request. The patch stores the metrics before and after the edit.
 
     Args:
         protocol: Settings of the evaluation.
-        requests: Edit requests: a JSONL file, or a list of objects with ``prompt``, ``subject`` and ``target``. Default: those of the edit or of the
-            patches; without any, those given to the edit or ``edit_requests`` of the data module.
-        texts: Texts for perplexity: a list, or a file as of :func:`~malleable.datamodules.language.texts.read_texts`. Default: ``measured_texts`` of
-            the data module; without any, perplexity is not measured.
-        model: Name of the attribute of the LightningModule that is the Hugging Face model.
+        requests: Edit requests: a JSONL file, or a list of objects with ``prompt``, ``subject`` and ``target``. Default: the requests of the
+            edit. Without an edit, those of the patches. Without patches, those given to an edit callback, or ``edit_requests`` of the data module.
+        texts: Texts for perplexity: a list, or a file that :func:`~malleable.datamodules.language.texts.read_texts` can read. Default:
+            ``measured_texts`` of the data module. If there are no texts, perplexity is not measured.
+        model: Name of the LightningModule's attribute that contains the Hugging Face model.
 
     Attributes:
-        before: Result without patches, or before the edit.
-        after: Result of the model as it is.
-        measured: Requests of these results.
+        before: Results before the edit; in a test, results without patches.
+        after: Results with all patches.
+        measured: Requests that were evaluated for ``before`` and ``after``.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class EditEvaluation(PatchedModel):
 
     @property
     def headline_metrics(self) -> tuple[str, ...]:
-        """Main metrics of edits; none before an evaluation."""
+        """Names of the main metrics; empty before an evaluation."""
         names = ("efficacy", "generalization", "specificity", "efficacy_exact", "specificity_exact", "fluency", "consistency", "perplexity")
         return names if self.after.requests else ()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the survival of edits, which a resumed run does not measure again."""
+        """Return the survival of edits (their efficacy after later batches), which a resumed run does not measure again."""
         return {"survival": self._survival}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ class EditEvaluation(PatchedModel):
             trainer: The Trainer.
             pl_module: The LightningModule, with the edits so far.
             edited: Requests edited so far, in order.
-            batch_size: Requests of a batch.
+            batch_size: Number of requests of a batch.
         """
         if self.protocol.survival:
             self._batches = self._batches or SurvivalEvaluation(batch_size, self.protocol.max_rows)
@@ -127,7 +127,7 @@ class EditEvaluation(PatchedModel):
         return replace(patch, figures=figures, requests=self._with_outcomes(patch.requests))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the model as it is, and without patches if it has some."""
+        """Evaluate the model with all patches, and again without patches if it has any."""
         before = self.before if self._edited == self.stack.ids and len(self._edited) == 1 else None
         earlier, self.measured = self.measured, self._choose_requests(trainer, ())
         self.after = self._evaluate(trainer, pl_module)
@@ -142,7 +142,7 @@ class EditEvaluation(PatchedModel):
             self.after.figures["drift"] = drift
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the metrics of the model as it is, and its perplexity divided by that without patches."""
+        """Log the metrics of the model with all patches, and its perplexity divided by the perplexity without patches."""
         figures = {f"test_{name}": value for name, value in self.after.figures.items() if name != "perplexity"}
         if "perplexity" in self.before.figures:
             figures["test_perplexity_ratio"] = self.after.figures["perplexity"] / self.before.figures["perplexity"]
@@ -158,7 +158,7 @@ class EditEvaluation(PatchedModel):
         return {name: [100 * getattr(row, name) for row in rows] for name in RequestFigures._fields} if rows else {}
 
     def report_sections(self) -> list[Section]:
-        """Return the table of requests before and after, and the survival of edits if they were measured between batches."""
+        """Return the table of requests before and after the edit, and the survival of edits if it was measured after each batch."""
         survival = self._survival if self._survival.get("patch") in self.stack.ids else {}
         return [*edit_sections(self.measured, self.before, self.after), *survival_section(survival)]
 
@@ -169,7 +169,7 @@ class EditEvaluation(PatchedModel):
         return evaluate_edits(self.find_model(pl_module), tokenizer, self.measured, self._texts(trainer), self.protocol)
 
     def _choose_requests(self, trainer: Trainer, selected: Sequence[EditRequest]) -> list[EditRequest]:
-        """Return the requests to evaluate: the given ones, those of the edit, those of the patches, or those of the run."""
+        """Return the requests to evaluate: the argument ``requests``, or those of the edit, of the patches or of the run, in this order."""
         if self.requests is not None:
             return self.requests
         if selected:
@@ -191,7 +191,7 @@ class EditEvaluation(PatchedModel):
         return {"before": self.before, "after": self.after}
 
     def _with_outcomes(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Add the results of each request to the requests of a patch, if these are the measured ones."""
+        """Return the requests of a patch. If they are equal to the measured requests, add the results of each request."""
         if [(request.get("prompt"), request.get("subject")) for request in requests] != [request.question for request in self.measured]:
             return [dict(request) for request in requests]
         found = []
@@ -205,7 +205,7 @@ class EditEvaluation(PatchedModel):
 
 
 def patched_requests(patches: Sequence[Patch]) -> list[EditRequest]:
-    """Return the edit requests of patches, in order, without those that a later patch replaced. Patches of other requests are skipped."""
+    """Return the edit requests of patches, in order, without those that a later patch replaced. Requests of other kinds are skipped."""
     names = {field.name for field in dataclass_fields(EditRequest)}
     current: list[EditRequest] = []
     for patch in patches:

@@ -23,7 +23,7 @@ MAX_POINTS = 512
 
 
 class UsedDirections(NamedTuple):
-    """Eigenvalues of the second moment of a layer's keys.
+    """Eigenvalues of the second moment of a layer's keys, i.e. of the inputs of its edited projection.
 
     Attributes:
         values: ``(d,)`` eigenvalues in ascending order.
@@ -61,7 +61,11 @@ def edit_sections(requests: Sequence[EditRequest], before: EvaluationResult, aft
 
 
 def survival_section(survival: Mapping[str, Any]) -> list[Section]:
-    """Return the figure of the efficacy of edits after later batches; no section for a single batch."""
+    """Return a section on the efficacy of edits after later batches; an empty list if there is only one batch.
+
+    Args:
+        survival: Output of :meth:`~malleable.lightning_modules.editing.evaluation.SurvivalEvaluation.compute`; may be empty.
+    """
     if len(survival.get("edits", ())) < 2:
         return []
     text = f"After the last of {len(survival['edits'])} batches, {survival['curve'][-1]:.1f} % of all edited facts are effective."
@@ -73,7 +77,7 @@ def spectrum_section(directions: Mapping[int, UsedDirections], threshold: str) -
 
     Args:
         directions: Eigenvalues of each layer.
-        threshold: Description of the threshold.
+        threshold: Text that describes the threshold.
     """
     if not directions:
         return []

@@ -30,7 +30,7 @@ class PatchedModel(Callback):
     The callback loads the patches of a checkpoint, and stores them in the checkpoints of the run.
 
     Args:
-        model: Name of the attribute of the LightningModule that is the Hugging Face model.
+        model: Name of the LightningModule's attribute that contains the Hugging Face model.
 
     Attributes:
         stack: Patches of the model, those of other callbacks included.
@@ -52,7 +52,7 @@ class PatchedModel(Callback):
         models = sorted({callback.model for callback in patch_callbacks(trainer)})
         if len(models) > 1:
             raise MisconfigurationException(
-                f"edits and evaluations of a run must be of one model, got model={' and model='.join(models)}; run `fit` for each"
+                f"the edits and evaluations of a run must name the same model, got model={' and model='.join(models)}; run `fit` once for each model"
             )
         if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
             command = getattr(stage, "value", stage)  # Lightning passes a member of an enumeration
@@ -126,6 +126,6 @@ class PatchedModel(Callback):
 
 
 def patch_callbacks(trainer: Trainer) -> list[PatchedModel]:
-    """Return the callbacks of a Trainer that are for a model with patches."""
+    """Return the :class:`PatchedModel` callbacks of a Trainer."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector, not declared
     return [callback for callback in callbacks if isinstance(callback, PatchedModel)]

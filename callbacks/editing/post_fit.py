@@ -1,4 +1,4 @@
-"""Base class of edits after training: each is a patch, which is made after the last step, written, and registered as a checkpoint."""
+"""Base class of edits after training. An edit is a patch that is made after the last step; the edited weights are saved as a checkpoint."""
 
 from __future__ import annotations
 
@@ -44,21 +44,19 @@ class PostFitEdit(PatchedModel, ABC):
     the run trains the edited weights, the patches become part of the weights, and the model is edited again at the end. Several edits of a Trainer
     are applied in order, each on the result of the previous one.
 
-    The LightningModule needs a Hugging Face model as an attribute.
-
     Args:
-        model: Name of the attribute.
-        start: ``best`` weights by the checkpoint callback of the run, or the ``last`` ones.
+        model: Name of the LightningModule's attribute that contains the Hugging Face model.
+        start: Weights to edit: ``best`` for those of the best checkpoint of the run, ``last`` for those after the last step.
 
     Attributes:
         stack: Patches of the model, those of other edits included.
-        applied: Id of each patch made by this callback, with a hash of :meth:`identity`.
+        applied: Patches that this callback made: hash of :meth:`identity` by id of the patch.
         replaced: Path of the best checkpoint before the edited one replaced it.
         selected: Requests that the patch edits, output of :meth:`select_requests`.
     """
 
     kind: ClassVar[str]
-    """Kind of the patch."""
+    """Kind of the patches, e.g. ``alpha_edit``."""
 
     def __init__(self, model: str = "model", start: Literal["best", "last"] = "best") -> None:
         super().__init__(model)
@@ -79,7 +77,7 @@ class PostFitEdit(PatchedModel, ABC):
         return ()
 
     def identity(self, trainer: Trainer) -> Any:
-        """Return plain data that identifies the edit: a resumed run is not edited again if it is the same. Default: ``None``."""
+        """Return plain data that identifies the edit. A resumed run does not repeat an edit with equal data. Default: ``None``."""
         return None
 
     def patch(self, model: nn.Module, deltas: Mapping[str, Delta], **about: Any) -> Patch:
@@ -93,7 +91,7 @@ class PostFitEdit(PatchedModel, ABC):
         return Patch(kind=self.kind, deltas=deltas, base=self.stack.base(canonical_tensors(model)), requires=self.stack.ids, **about)
 
     def find_evaluation(self, trainer: Trainer) -> EditEvaluation | None:
-        """Return the callback that evaluates edits, if the Trainer has one."""
+        """Return the callback that evaluates edits; ``None`` if the Trainer has none."""
         return next((callback for callback in patch_callbacks(trainer) if isinstance(callback, EditEvaluation)), None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,16 +119,16 @@ class PostFitEdit(PatchedModel, ABC):
             return
         self._write(trainer, patch)
         self._register(trainer, folder)
-        log.info("%s: patch %s in %s", type(self).__name__, patch.id, folder / "patches" / patch.id)
+        log.info("%s: wrote patch %s to %s", type(self).__name__, patch.id, folder / "patches" / patch.id)
 
     def _edit(self, trainer: Trainer, pl_module: LightningModule) -> Patch:
-        """Make a patch and apply it, with an evaluation before and after if there is one."""
+        """Make a patch and apply it. If the Trainer has an EditEvaluation, it evaluates the model before and after."""
         evaluation, model = self.find_evaluation(trainer), self.find_model(pl_module)
         with _on_device(trainer.strategy.root_device, model):
             self.selected = list(self.select_requests(trainer, pl_module, model))
             if evaluation is not None:
                 evaluation.before_edit(trainer, pl_module, self.selected)
-            # All ranks use the patch of the first one: other patches may differ by rounding.
+            # All ranks use the patch of rank zero: the patches of other ranks may differ by rounding.
             patch: Patch = trainer.strategy.broadcast(self.make_patch(trainer, pl_module, model))
             tensors = canonical_tensors(model)
             change = self.stack.apply(patch, tensors, allow_conflicts=True)
@@ -155,9 +153,13 @@ class PostFitEdit(PatchedModel, ABC):
             return
         if not trainer.strategy.reduce_boolean_decision(Path(path).is_file(), all=True):
             # Decided for all ranks together: they must edit the same weights.
-            log.warning("%s: the best checkpoint %s does not exist on every machine; the last weights are edited", type(self).__name__, path)
+            log.warning(
+                "%s: the best checkpoint %s does not exist on every machine; the last weights are edited. To edit the best ones, use a shared folder",
+                type(self).__name__,
+                path,
+            )
             return
-        stored = _read(path, "edit the last weights with start='last', or exclude such objects from save_hyperparameters")
+        stored = _read(path, "edit the last weights with start='last', or exclude objects that are not plain data from save_hyperparameters")
         pl_module.on_load_checkpoint(stored)
         pl_module.load_state_dict(stored["state_dict"], strict=pl_module.strict_loading)
         for callback in patch_callbacks(trainer):

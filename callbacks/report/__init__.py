@@ -7,10 +7,10 @@ Files:
     page.py: :class:`Section`, and the Markdown page.
     plots.py: Functions that draw the plots.
     fonts.py: Fonts for labels in all scripts.
-    exposure.py: Exposure of items and genres.
-    logged.py: Metrics that were logged during the run.
+    exposure.py: Number of recommendations of each item.
+    logged.py: Selection of newly logged metrics.
     metric_notes.py: Descriptions of the metrics, and which direction is better.
-    row_recorder.py: Storage of the metrics of each test row, for comparisons.
+    row_recorder.py: Storage of the rank of the true answer of each test row, for comparisons of runs.
     baselines.py: Counting baselines beside the tested module.
     comparison.py: Comparison with the model before self-play.
     embeddings.py: Sections on knowledge-graph embeddings.

@@ -114,7 +114,7 @@ def _numbered(names: Sequence[str], suffix: str) -> list[str]:
 
 
 def _metrics(module: LightningModule, source: Any) -> dict[str, Metric]:
-    """Return new metrics of recommended lists: those of the tested module, or the usual ones if it has none."""
+    """Return new metrics of recommended lists: those of the tested module, or metrics at 1, 5 and 10 if it has none."""
     configure = getattr(module, "configure_metrics", dict)
     own: dict[str, Metric] = {name: metric for name, metric in configure().items() if isinstance(metric, RankingMetrics | ExposureMetrics)}
     return own or recommendation_metrics(source.catalog, (1, 5, 10))

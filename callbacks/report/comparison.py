@@ -24,7 +24,13 @@ CURVES = ("hr_10", "ndcg_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10")
 
 
 def recommendation_counts(items: Tensor, sample_id: Tensor, num_items: int) -> Tensor:
-    """Count how often each item was recommended, ``(N,)``, without padding rows."""
+    """Count how often each item was recommended, ``(N,)``.
+
+    Args:
+        items: Recommended items, ``(B, k)``; -1 for positions without an item.
+        sample_id: Ids of the rows, ``(B,)``; negative for repeated rows, which are not counted.
+        num_items: Number of items, N.
+    """
     kept = items[sample_id >= 0]
     return torch.bincount(kept[kept >= 0], minlength=num_items)
 
@@ -63,7 +69,7 @@ def hash_batch(batch: AnswerBatch) -> Tensor:
 
 
 def evaluation_protocol(module: LanguageModel, rows: Tensor) -> dict[str, str]:
-    """Return everything except the model on which metrics depend. Metrics of different protocols must not be compared.
+    """Describe test rows, items, metrics and decoding as texts, by name. Metrics of different protocols must not be compared.
 
     Args:
         module: Module with the method ``configure_metrics``, and the attribute ``decoding`` if it decodes.

@@ -38,7 +38,11 @@ class GraphEmbedding(Protocol):
         """
 
     def relation_patterns(self, k: int, among: Sequence[int] | None) -> Sequence[tuple[str, tuple[str, ...], float]]:
-        """Return kind, relations and difference of the k patterns with the smallest difference, for each kind.
+        """Return the k patterns with the smallest difference of each kind; a pattern is a tuple of kind, relations and difference.
+
+        Args:
+            k: Number of patterns of each kind.
+            among: Relations to compare; ``None`` for all.
 
         Raises:
             NotImplementedError: If patterns are not defined for the model. The message contains the reason.
@@ -87,7 +91,7 @@ class EmbeddingReport(Callback):
         self._trained = True
         self._analyse(trainer, pl_module, tested=False)
         if self.report_sections():
-            rank_zero_info(f"embeddings: {self.folder}")
+            rank_zero_info(f"wrote the embeddings to {self.folder}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Analyse the tested embeddings, and export them if they come from this fit."""
@@ -147,8 +151,8 @@ def patterns_section(module: GraphEmbedding, graph: KnowledgeGraph, k: int, max_
     clear = [row for row in rows if row[2] < CLEAR]
     if not clear:
         lowest = sorted(rows, key=lambda row: row[2])[:1]
-        nearest = "".join(f"; the clearest one is {for_markdown(name)} ({kind}, {value:.2f})" for name, kind, value in lowest)
-        return Section(title, f"{text} There is no such pattern{nearest}.")
+        nearest = "".join(f"; the clearest pattern is {for_markdown(name)} ({kind}, {value:.2f})" for name, kind, value in lowest)
+        return Section(title, f"{text} No difference is below {CLEAR:g}{nearest}.")
     return Section(title, text, (("relations", "pattern", "difference"), clear))
 
 

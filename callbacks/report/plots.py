@@ -1,5 +1,7 @@
 """Plots for reports. Each function draws on given axes and changes no global state.
 
+To show a plot in the report, return a :class:`Section` with it, see ``page.py``.
+
 Shapes: N items of the catalogue, E entities of a graph.
 """
 
@@ -183,7 +185,7 @@ def draw_exposure(axes: Axes, versions: Mapping[str, Counts], titles: Sequence[s
         axes: Axes to draw on.
         versions: Counts of each item, ``(N,)``, by name of the version.
         titles: Titles of the N items.
-        top: Number of titles. The titles with the largest share in any version are drawn, ordered by the first version.
+        top: Number of titles. The titles with the largest share in any version are drawn, ordered by their share in the first version.
         keys: Ids of the items, for titles that no installed font can draw.
     """
     shares = _shares(versions)
@@ -226,7 +228,7 @@ def draw_uncertainty(axes: Axes, degree: Tensor, uncertainty: Tensor, correlatio
         axes: Axes to draw on.
         degree: Numbers of triples ``(E,)``, positive.
         uncertainty: Uncertainty ``(E,)``.
-        correlation: Rank correlation of both, for the title.
+        correlation: Rank correlation of degree and uncertainty, for the title.
     """
     # Draw points at equal distances in the order of degrees, so that the few entities with many triples are included.
     order = degree.argsort(stable=True)

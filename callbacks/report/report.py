@@ -49,12 +49,12 @@ class RunReport(Callback):
 
     - ``report_sections() -> list[Section]``: sections of the page;
     - ``report_columns() -> list[Column]``: other models for comparison, whose metrics are also written to ``metrics.json``;
-    - ``report_rows()``: values of single rows, for confidence intervals;
+    - ``report_rows() -> Mapping[str, Sequence[float]]``: per-row values by metric name, for confidence intervals;
     - ``report_phases() -> list[tuple[int, str]]``: phases of training, which are shown in the curves.
 
     If the data module has a method ``data_summary() -> list[tuple[str, str]]``, its output is added to the page.
 
-    Metrics of the other models are sent to the loggers once, after the test.
+    Metrics of the models for comparison are sent to the loggers once, after the test.
 
     If the module ranks answers, ``test_rows.safetensors`` contains ``sample_id``, ``target`` and ``rank`` of each test row. ``malleable compare``
     reads this file.

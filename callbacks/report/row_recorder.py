@@ -30,6 +30,12 @@ class RowRecorder:
 
     The ranks are computed by the first metric of the module with an attribute ``row_ranks``, see
     :class:`~malleable.lightning_modules.metrics.row_ranks.RowRanks`.
+
+    Attributes:
+        number: Number of test rows, without repeated rows; ``None`` if it is unknown.
+        rows: ``sample_id``, ``target`` and ``rank`` of each row; empty if the module computes no ranks.
+        values: Per-row values of metrics that cannot be computed from ranks, by metric name.
+        digest: Checksum of targets, seen items, candidates and titles of the rows.
     """
 
     def __init__(self) -> None:
@@ -70,7 +76,7 @@ class RowRecorder:
             self._ranks = None
 
     def add(self, values: Mapping[str, Sequence[float]]) -> None:
-        """Add values of single rows for other metrics, by metric. Rows without a value (``nan``) are omitted."""
+        """Add per-row values of metrics that cannot be computed from ranks, by metric name. Values ``nan`` (no value for this row) are omitted."""
         columns = {name: np.array(column, dtype=np.float64) for name, column in values.items()}
         self.values |= {name: column[~np.isnan(column)] for name, column in columns.items()}
 
@@ -81,7 +87,7 @@ class RowRecorder:
                 save_file(self.rows, path, metadata={DIGEST: self.digest})
 
     def interval(self, metric: str) -> str | None:
-        """Return the 95 % bootstrap interval of a metric over the test rows; ``None`` if the values of single rows are unknown."""
+        """Return the 95 % bootstrap interval of a metric over the test rows, as text; ``None`` if its per-row values are unknown."""
         values = self.values.get(metric)
         if values is None and len(self.rows.get("rank", ())) > 1:
             values = row_values(metric, self.rows["rank"])

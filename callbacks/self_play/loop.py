@@ -51,7 +51,7 @@ class SelfPlayLoop(Callback):
         sft: Supervised phase of a round.
         dpo: Preference phase of a round.
         negatives: Sampler of rejected answers, see :mod:`malleable.datamodules.negative_samplers`. Default: :class:`SelfPlay`. ``Uniform`` and
-            ``Popularity`` are controls.
+            ``Popularity`` are for control experiments.
         negatives_from: Model for the rejected answers: ``pre_round`` for the model at the start of the round, as in the released code; ``post_sft``
             for the model after the supervised phase.
         keep_identical: Whether to keep or drop rows whose rejected answer is the true answer. They have no gradient.
@@ -120,7 +120,7 @@ class SelfPlayLoop(Callback):
         if self.settings["dpo"].epochs > 1:
             rank_zero_warn(
                 f"{self.settings['dpo'].epochs} preference epochs per round: with beta <= 1/2 the exact optimum of a round moves away from the data, "
-                "so long phases can drift; check div_ratio, or_ratio and the chosen log-probabilities"
+                "so the model can drift in long phases. Check div_ratio, or_ratio and the chosen log-probabilities, or set epochs of `dpo` to 1"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -291,7 +291,7 @@ class SelfPlayLoop(Callback):
             return kept
         rank_zero_warn(
             f"round {phase.round}: the rejected answer differs from the true answer in only {len(kept.positions)} of {len(file.positions)} rows, too "
-            "few for an optimizer step; identical rows are kept, but have no effect. More rounds with these rows do not change the model"
+            "few for an optimizer step; identical rows are kept, but have no effect. More rounds do not change the model; lower `rounds`"
         )
         return file
 

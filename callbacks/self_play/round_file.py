@@ -25,7 +25,7 @@ from malleable.datamodules.sample_ids import Ints, keyed_order
 
 @dataclass
 class RoundFile:
-    """Rows of a round, from which a run is resumed. This is an internal file: items are numbers in the catalogue of the run.
+    """Rows of a round, from which a run is resumed. This is an internal file: items are indices into the catalogue of the run.
 
     Attributes:
         positions: Index of each row in the pool.
@@ -173,6 +173,9 @@ def draw_positions(ids: Ints, count: int | None, number: int, seed: int) -> list
         count: Number of rows of a round; ``None`` for all rows.
         number: Number of the round, from 1; 0 for an independent draw.
         seed: Random seed.
+
+    Returns:
+        Indices of the rows in ``ids``.
 
     Raises:
         ValueError: If ``count`` is less than 1, or larger than the pool.

@@ -34,7 +34,8 @@ def choose_negatives(
         label: Prefix of the progress messages.
 
     Returns:
-        Items of each row, -1 for answers that are not items, and the tokens of the answers.
+        A pair of lists with one element for each row: the items of its answers (-1 for an answer that is not an item), and the token ids of its
+        answers (a list for each answer).
     """
     catalog = module.catalog
     assert catalog is not None
@@ -91,12 +92,12 @@ def compare_decoding(
         loader: Loader with the pool of rows and the collate function.
         file: File of the round, with its answers.
         count: Number of rows of the round to compare, from the first one.
-        sampler: Sampler of the answers in the file. Another decoding mode needs an additional pass.
+        sampler: Sampler of the answers in the file. The decoding mode that it does not use needs an additional pass.
         seed: Seed and number of the round.
         label: Prefix of the progress messages.
 
     Returns:
-        :func:`answer_statistics` of ``true``, ``greedy`` and ``sample`` titles.
+        Output of :func:`answer_statistics` for each kind of titles: ``true``, ``greedy`` and ``sample``.
     """
     assert file.items is not None
     assert module.catalog is not None
@@ -118,5 +119,5 @@ def row_items(row: Mapping[str, Any]) -> RowItems:
 
 
 def titles(items: list[list[int]], catalog: Catalog) -> list[list[list[int]]]:
-    """Return the tokens of the items of each row; an empty answer for -1."""
+    """Return, for each row, the token ids of the title of each of its items; an empty list for -1."""
     return [[list(catalog.token_ids[item]) if item >= 0 else [] for item in row] for row in items]

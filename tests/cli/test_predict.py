@@ -69,7 +69,7 @@ def test_all_users_get_recommendations_without_seen_items(predict, tmp_path, cap
     with caplog.at_level("INFO"):
         predict("--data.predict_users", "all")
     rows = table(tmp_path / "runs" / "shop" / "version_0" / "predictions.csv")
-    assert f"predictions for 16 rows: {'runs/shop/version_0/predictions.csv'}" in caplog.text
+    assert f"wrote predictions for 16 rows to {'runs/shop/version_0/predictions.csv'}" in caplog.text
     had = {}
     for user, item in small_shop.events():
         had.setdefault(user, []).append(item)

@@ -326,7 +326,7 @@ def test_edits_of_one_run_are_stacked(module, tmp_path, start):
 
 
 def test_edits_of_two_models_in_one_run_raise(module, tmp_path):
-    with pytest.raises(MisconfigurationException, match="must be of one model, got model=model and model=reference"):
+    with pytest.raises(MisconfigurationException, match="must name the same model, got model=model and model=reference"):
         trainer_of(tmp_path, edit(), ScaledWeights(model="reference")).fit(module)
 
 

@@ -171,7 +171,7 @@ class TestPatterns:
     def test_none_is_clear(self):
         section = patterns_section(make(dimension=64), tiny_graph(), 10, 10)
         assert section.table is None
-        assert "There is no such pattern; the clearest one is " in section.text
+        assert "No difference is below 1; the clearest pattern is " in section.text
 
     def test_labels_are_not_interpreted(self):
         graph = graph_of(relations=tuple(f"{number} {HOSTILE}" for number in range(3)))
