@@ -78,7 +78,7 @@ class AlphaEdit(PostFitEdit):
         self._spectrum: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the base class, and the spectrum of the last edit (eigenvalues of the second moments), for the report of a resumed run."""
+        """Return the state of the base class, and the spectrum (eigenvalues of the second moments) of the last edit for the report."""
         return {**super().state_dict(), "spectrum": self._spectrum}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,6 +1,22 @@
 """PyTorch Lightning training for models that stay malleable: align, personalise, edit, make forget, and measure every change.
 
 Every public class can be imported from here. Modules are imported when one of their classes is first used.
+
+Files:
+    main.py: Entry point of the command ``malleable``.
+    cli.py: Commands ``fit``, ``validate``, ``test`` and ``predict``.
+    commands/: Commands without a Trainer.
+    argument_checks.py: Checks of command-line arguments without torch.
+    callback_options.py: Command-line options of callbacks.
+    option_errors.py: Short error messages for wrong options.
+    unused.py: Checks for options that have no effect.
+    help_pages.py: Help pages.
+    layers.py: Merging of configurations.
+    recipes.py: Search for recipes by name.
+    checkpoints.py: Checkpoint I/O, and search for checkpoints.
+    runs.py: Creation of run folders.
+    memory.py: Messages for errors of insufficient memory.
+    __main__.py: Entry point of ``python -m malleable``.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def _callback_index(name: str, option: str, callbacks: Sequence[Namespace]) -> i
         return indices[0]
     flag = f"--{KEY}.{name}.{option}"
     if indices:
-        raise argparse.ArgumentError(None, f"{flag}: there are {len(indices)} callbacks {name}; change their options in a file")
+        raise argparse.ArgumentError(None, f"{flag}: the configuration has {len(indices)} callbacks {name}; change their options in a file")
     known = f"the callbacks are {', '.join(names)}" if names else "there are no callbacks"
     raise argparse.ArgumentError(
         None, f"{flag}: the configuration has no callback {name}{similar(name, names)}; {known}; add one: --{KEY}+={name} --{KEY}.{option} VALUE"
@@ -92,7 +92,7 @@ def _callback_index(name: str, option: str, callbacks: Sequence[Namespace]) -> i
 
 
 def _drop_replaced_in(callback: Namespace, option: str, text: str) -> None:
-    """Remove the arguments of a nested class of the callback if the option replaces the class."""
+    """Remove the arguments of a nested class of the callback if the option replaces this class by another one."""
     try:
         value = parse_yaml(text, option)
     except ValueError:

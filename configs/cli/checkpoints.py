@@ -70,7 +70,7 @@ def find_checkpoint(ckpt_path: str, runs: Path, expected: RunDescription | None 
         ckpt_path: A file, a folder written by a sharded strategy, or ``last`` or ``best`` as in
             :func:`~malleable.datamodules.files.run_folders.find_run_checkpoint`.
         runs: Folder in which ``last`` and ``best`` are searched, with one subfolder ``version_*`` for each run.
-        expected: Model and data that the run of ``last`` or ``best`` must have.
+        expected: Model and data of this command. The latest run with the same model and data is used for ``last`` or ``best``.
 
     Raises:
         FileNotFoundError: If the checkpoint does not exist.

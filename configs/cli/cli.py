@@ -113,7 +113,7 @@ class MalleableCLI(LightningCLI):
             argv = [*argv[:start], "--config", json.dumps({"model": stored}, default=str), *argv[start:]]
             model = parser.parse_args(_prepare_arguments(argv))[command].model
             if changed := differences(model.as_dict(), stored):
-                log.info("given values override those of %s: %s", ckpt_path, changed)
+                log.info("values of the recipe and the command line override those of %s: %s", ckpt_path, changed)
         settings = changed_settings(model.init_args.as_dict(), arguments, getattr(resolve_name(model.class_path), "weight_settings", ()))
         options = given_options(argv)
         for name, now, then in settings:
@@ -198,7 +198,7 @@ class MalleableCLI(LightningCLI):
             # The default of Lightning 2.6, a rich progress bar, fails if another progress bar is shown at the same time.
             callbacks.append(LossProgressBar() if sys.stdout.isatty() else LineProgress())
         if config.trainer.enable_model_summary is not False and not any(isinstance(callback, ModelSummary) for callback in callbacks):
-            callbacks.append(ModelSummary())  # the default is rich, too
+            callbacks.append(ModelSummary())  # the default of Lightning is a rich summary
         if config.trainer.enable_checkpointing is not False and not any(isinstance(callback, Checkpoint) for callback in callbacks):
             callbacks += self._checkpoints(config.checkpoint)
         if self.subcommand == "predict" and not any(isinstance(callback, (BasePredictionWriter, PredictionWriter)) for callback in callbacks):

@@ -80,11 +80,11 @@ def is_given(name: str, options: set[str]) -> bool:
 def drop_replaced_arguments(config: Namespace, layer: Mapping[str, Any]) -> None:
     """Remove the arguments of each class in ``config`` that ``layer`` replaces by another class.
 
-    Otherwise, jsonargparse would keep both numbers if ``SGD`` replaced ``AdamW {lr: 1e-3, weight_decay: 0.1}``.
+    Otherwise, jsonargparse would keep ``lr`` and ``weight_decay`` if ``SGD`` replaced ``AdamW {lr: 1e-3, weight_decay: 0.1}``.
 
     Args:
-        config: Configuration so far; changed in place.
-        layer: Configuration that overrides it. The key ``init_args`` may be omitted, as on the command line.
+        config: Merged configuration of the earlier layers; changed in place.
+        layer: Configuration that overrides ``config``. The key ``init_args`` may be omitted, as on the command line.
     """
     for key, value in layer.items():
         old = config.get(str(key))

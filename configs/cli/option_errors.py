@@ -52,7 +52,7 @@ class Cause(NamedTuple):
 
 
 class OptionParser(LightningArgumentParser):
-    """LightningArgumentParser with short error messages and without abbreviated options, also for the options of nested classes."""
+    """LightningArgumentParser with short error messages, which does not accept abbreviated names of options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -121,8 +121,8 @@ def explain(message: str, options: Sequence[str] = ()) -> str:
     """
     if match := _REQUIRED.search(message):
         return (
-            f"no model is given: malleable {match[1]} --config RECIPE, with a YAML file or a packaged recipe (`malleable recipes` lists them), "
-            "or --model CLASS"
+            f"no model is given; write `malleable {match[1]} --config RECIPE` with a YAML file or a packaged recipe (`malleable recipes` lists "
+            "them), or give a class with --model CLASS"
         )
     found = list(causes(message))
     if not found:

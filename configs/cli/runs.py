@@ -26,7 +26,7 @@ def claimed_folders(trainer: Trainer) -> Iterator[None]:
     end if it is empty, or if the run fails and has written its configuration only.
 
     Args:
-        trainer: The version of its loggers is set to N, unless it is already set.
+        trainer: Trainer. The version of each of its loggers is set to N, unless the logger already has a version.
     """
     claimed = []
     if _is_first(trainer):

@@ -21,7 +21,7 @@ class Rule(NamedTuple):
     Attributes:
         option: Dotted name without the key ``init_args``; for callbacks e.g. ``trainer.callbacks.SelfPlayLoop.negatives.temperature``.
         unused: Function that returns whether the option has no effect with the values of a configuration.
-        reason: Reason for the message.
+        reason: Reason that is shown in the message.
     """
 
     option: str
@@ -96,7 +96,7 @@ RULES = (
     Rule("data.template", _has_no_tokenizer, "data.tokenizer is none, so there are no prompts"),
     Rule("data.split.fractions", _equals("data.split.kind", "leave_last_out"), "data.split.kind is leave_last_out"),
     Rule("model.decoding.num_beams", _equals("model.decoding.grounding", "embedding"), "model.decoding.grounding is embedding"),
-    Rule("model.decoding.num_beams", _has_narrow_beam, "the number of beams is at least the largest of model.ks"),
+    Rule("model.decoding.num_beams", _has_narrow_beam, "the search uses at least as many beams as the largest value of model.ks"),
     Rule("model.decoding.renormalize", _equals("model.decoding.grounding", "embedding"), "model.decoding.grounding is embedding"),
     Rule("model.decoding.max_new_tokens", _equals("model.decoding.grounding", "trie"), "model.decoding.grounding is trie"),
     Rule("model.language_model.scratch", _is_set("model.language_model.name"), "the model is given by model.language_model.name"),
@@ -115,7 +115,7 @@ RULES = (
     Rule(f"{LOOP}.negatives.temperature", _has_no_sampling, "negatives.decode is not sample"),
     Rule(f"{LOOP}.negatives.top_p", _has_no_sampling, "negatives.decode is not sample"),
     Rule(f"{LOOP}.negatives.max_new_tokens", _equals(f"{LOOP}.negatives.grounding", "trie"), "negatives.grounding is trie"),
-    Rule("checkpoint.mode", lambda value: value("checkpoint.monitor") is None, "checkpoint.monitor is not set; set it too"),
+    Rule("checkpoint.mode", lambda value: value("checkpoint.monitor") is None, "it needs checkpoint.monitor, which is not set"),
 )
 
 
@@ -144,7 +144,7 @@ def check_unused(argv: Sequence[str], config: Mapping[str, Any], files: bool = T
 
 
 def _is_given(name: str, options: set[str]) -> bool:
-    """Return whether options contain a dotted name or a part of its value. Unlike :func:`is_given`, options that contain the name do not count."""
+    """Return whether options contain a dotted name or a part of its value. Unlike in :func:`is_given`, a parent of the name does not count."""
     return any(option == name or option.startswith(f"{name}.") for option in options)
 
 

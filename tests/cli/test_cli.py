@@ -220,7 +220,7 @@ def test_given_values_override_the_checkpoint(run, caplog):
     cli = run("test", "--ckpt_path", "last", "--model.goal", 5)
     assert cli.model.goal == 5.0  # given here
     assert cli.model.width == 3  # given nowhere here: the checkpoint's
-    (line,) = [message for message in caplog.messages if "given values override" in message]
+    (line,) = [message for message in caplog.messages if "values of the recipe and the command line override" in message]
     assert line.endswith(f"{CHECKPOINTS}/last.ckpt: goal 5.0 (checkpoint: 2.0)")
 
 

@@ -44,7 +44,7 @@ def test_missing_model_has_a_remedy(capsys, tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             main(words)
         text = capsys.readouterr().err.splitlines()[-1]
-        assert text.startswith(f"error: no model is given: malleable {words[0]} --config RECIPE, with a YAML file or a packaged")
+        assert text.startswith(f"error: no model is given; write `malleable {words[0]} --config RECIPE` with a YAML file or a packaged")
 
 
 def test_debugging_shows_the_whole_report(capsys, monkeypatch):

@@ -155,7 +155,7 @@ def compare(runs: Sequence[Run], every: bool = False) -> Comparison:
 
     Args:
         runs: Runs. The others are compared with the first one.
-        every: Include all metrics, not only those without a cut-off or with cut-off 10.
+        every: Include all metrics. By default, ``hits`` and metrics without a cut-off or with cut-off 10 are included.
     """
     first, *others = runs
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
@@ -187,7 +187,8 @@ def render(found: Comparison, style: Format = "table") -> str:
 
     Args:
         found: The comparison.
-        style: Format. ``table`` and ``markdown`` end with the notes, ``csv`` has a column for each value, ``json`` contains all values.
+        style: Format. ``table`` and ``markdown`` end with the notes. ``csv`` has separate columns for a difference and the ends of
+            its interval. ``json`` also contains the folders of the runs.
     """
     if style == "json":
         return _json(found)

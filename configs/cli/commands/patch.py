@@ -22,7 +22,7 @@ _TARGET = "a Lightning checkpoint (one file), or the folder of a PEFT adapter or
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run a command.
+    """Run a command of ``malleable patch``.
 
     Args:
         arguments: Arguments after ``malleable patch``: the name of the command and its options.
@@ -164,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("target", type=Path, help=_TARGET)
     command.add_argument("--allow_conflicts", action="store_true", help="apply also if other patches change the same tensors or requests")
     command.add_argument(
-        "--force", action="store_true", help="apply also if other tensors than the patched ones differ, or required patches are not applied"
+        "--force",
+        action="store_true",
+        help="apply also if tensors that the patch does not change differ from its base, or if patches that it requires are missing",
     )
     command.add_argument("--dry_run", action="store_true", help="check the patch without writing")
     command.set_defaults(run=_apply)
@@ -173,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("target", type=Path, help=_TARGET)
     command.add_argument("ids", nargs="*", metavar="id", help="ids of the patches, or their first characters (default: the latest patch)")
     command.add_argument("--all", action="store_true", help="revert all patches")
-    command.add_argument("--force", action="store_true", help="revert also if other patches require them, or the weights were trained since")
+    command.add_argument("--force", action="store_true", help="revert also if other patches require them, or if the weights were trained later")
     command.set_defaults(run=_revert)
 
     command = commands.add_parser("export", parents=[stored], help="write a patch to a folder, or the weights with all patches merged")

@@ -36,7 +36,7 @@ def describe(patch: Patch, sizes: Mapping[str, float]) -> str:
 
     Args:
         patch: The patch.
-        sizes: Norms of the original tensors; may be incomplete.
+        sizes: Norms of the original tensors, by name. If a norm is missing, the relative norm is omitted.
     """
     head = [("id", patch.id), ("kind", patch.kind), ("title", patch.title), ("created", patch.created)]
     head += [("requires", ", ".join(patch.requires)), ("base", f"{len(patch.base)} tensors")]
@@ -70,7 +70,7 @@ def patch_difference(first: Patch, second: Patch) -> str:
 
 
 def difference(first: Container, second: Container) -> str:
-    """Return the tensors in which two targets differ, and the patches of both; one tensor of each target is read at a time."""
+    """Return the tensors in which two targets differ, and the patches of both targets. One tensor of each target is read at a time."""
     rows: list[tuple[Any, ...]] = []
     both = [name for name in first.tensors if name in second.tensors]
     for name in both:

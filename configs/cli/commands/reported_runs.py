@@ -19,8 +19,8 @@ METRICS_FILE = "metrics.json"
 ROWS_FILE = "test_rows.safetensors"
 DIGEST = "digest"
 _COLUMNS = {"sample_id", "target", "rank"}
-SHOWN = 3
-LISTED = 5
+SHOWN = 3  # maximum number of differing options in a message
+LISTED = 5  # maximum number of runs in a message
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Run:
         digest: Checksum of targets, seen items, candidates and titles of the test rows; empty if it is not stored.
         protocol: Options of the model that belong to the evaluation protocol, by name.
         data: Options of the data module that affect the test rows, by dotted name. They explain differences between the rows of two runs.
-        note: Explanation of the choice, if several runs match the given name.
+        note: Text that says which run was chosen, if several runs match the given name; otherwise empty.
     """
 
     name: str
@@ -118,7 +118,7 @@ def _latest(name: str, tested: list[Path]) -> tuple[Path, str]:
 def _missing_report(name: str, given: Path, recipe: Path, versions: list[Path]) -> str:
     """Return the error message for a run without the report of a test."""
     folder = next((folder for folder in (given, recipe) if any(folder.glob("config_*.yaml"))), None)
-    remedy = "the callback RunReport writes it after a test"
+    remedy = "run `malleable test` with the callback RunReport to write it"
     if folder is not None:
         commands = sorted(path.stem.removeprefix("config_") for path in folder.glob("config_*.yaml"))
         path = folder / "report" / METRICS_FILE
