@@ -1,7 +1,9 @@
 """Losses and regularisers of knowledge-graph embeddings.
 
-Shapes: B queries, E entities, P true tails, K negatives, W width of the product. Unless stated otherwise, losses are means over true tails of sums
-over entities, so that their size grows with the graph.
+Shapes: B queries, E entities, P true tails, K negatives, W width of query and key vectors, whose inner product is the score.
+
+Unless stated otherwise, the loss of a true tail is a sum over entities, and the losses of the true tails are averaged. Losses therefore grow with the
+number of entities.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ class Positives(NamedTuple):
     """True tails of a batch of queries.
 
     Attributes:
-        target: ``(P,)`` entities.
-        row: ``(P,)`` query of each true tail.
-        num_rows: B; queries without a true tail do not contribute to the loss.
+        target: ``(P,)`` ids of the true tails.
+        row: ``(P,)`` index of the query of each true tail, in ``0..B-1``.
+        num_rows: B, number of queries; queries without a true tail do not contribute to the loss.
         real: ``(B,)`` bool, False for padding queries, which do not count; ``None``: all queries count.
         one_each: Whether each query has exactly one true tail, in order, so that ``row`` is ``0..B-1``.
-        sample_id: ``(B,)`` ids of the queries, for losses that sample; ``None``: their positions.
-        seed: Seed of losses that sample: the same in all batches of an optimizer step, on all ranks.
+        sample_id: ``(B,)`` ids of the queries, for losses that sample; ``None``: the indices ``0..B-1``.
+        seed: Seed of losses that sample; equal in all batches of an optimizer step, on all ranks.
     """
 
     target: Tensor
@@ -73,9 +75,9 @@ class EmbeddingLoss(SerializableModule, ABC):
         """Compute the sum of the losses, divided by ``normaliser``.
 
         Args:
-            query: ``(B, W)``.
+            query: Vectors ``(B, W)`` and biases ``(B,)`` of the queries.
             entity: Table of the entities.
-            key_of: Maps rows of entities to key vectors.
+            key_of: Maps rows of the table to key vectors and biases.
             positives: The true tails.
             normaliser: Number of true tails (of queries, if :attr:`per_query`) in the optimizer step.
 
@@ -84,7 +86,7 @@ class EmbeddingLoss(SerializableModule, ABC):
         """
 
     def weight(self, positives: Positives) -> Tensor:
-        """Return the number of true tails (of queries, if :attr:`per_query`) that count, as a scalar on their device."""
+        """Return the number of true tails (of queries, if :attr:`per_query`) that contribute to the loss, as a scalar tensor."""
         counts = positives.counts
         return (counts > 0).sum() if self.per_query else counts.sum()
 
@@ -129,7 +131,7 @@ class OneVsAll(EmbeddingLoss):
 
 
 class BCESum(OneVsAll):
-    """Binary cross-entropy over all entities with one positive, the true tail: ``sum_e softplus(s_e) - s_t``.
+    """Binary cross-entropy over all entities with one positive, the true tail t: ``sum_e softplus(s_e) - s_t`` for scores s.
 
     Other known tails are negatives. A query that is grouped with its m true tails counts m times, so that grouping does not change the loss.
 
@@ -179,7 +181,7 @@ class KvsAll(OneVsAll):
 class NegativeSampling(EmbeddingLoss):
     """Binary cross-entropy of the true tail and uniformly sampled entities: ``softplus(-s_t) + sum_k w_k softplus(s_k)``.
 
-    The entities of a true tail depend only on the seed, the optimizer step, its query and the tail itself, not on ranks and batches.
+    The entities sampled for a true tail depend only on the seed, the optimizer step, the query and the tail, not on ranks and batches.
 
     Args:
         num_negatives: K, number of sampled entities.

@@ -74,7 +74,8 @@ class PreferenceLoss(SerializableModule, ABC):
             lengths: ``(B, K)`` number of tokens of each answer; required with ``length_norm``. Rows with fewer than K answers have length 0 for the
                 missing ones.
             smoothing: ``(B,)`` probability that the preference of a row is reversed; ``None``: the ``smoothing`` of the loss.
-            real: ``(B,)`` bool, False for padding rows; ``None``: all rows are real. Used by losses with statistics.
+            real: ``(B,)`` bool, False for padding rows; ``None``: all rows are real. Used by losses whose state contains
+                statistics of rows.
 
         Returns:
             Losses ``(B,)`` and rewards ``(B, K)``.
@@ -203,7 +204,7 @@ class IPO(PairwiseLoss):
 
     Source:
         Azar et al. (2024), A General Theoretical Paradigm, arXiv:2310.12036, Eq. 17.
-        Differs from ``ipo`` of TRL, which averages log-probabilities over the tokens of an answer: they are summed unless ``length_norm``.
+        Differs from ``ipo`` of TRL, which averages log-probabilities over the tokens of an answer: here they are summed unless ``length_norm``.
     """
 
     def pair_losses(self, delta: Tensor, smoothing: Tensor | None = None) -> Tensor:

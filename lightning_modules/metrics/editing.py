@@ -16,12 +16,12 @@ SHARES = ("efficacy", "generalization", "specificity")
 
 
 class RequestFigures(NamedTuple):
-    """Measurements of an edit request, between 0 and 1; ``nan`` if the request has no such prompts.
+    """Measurements of an edit request, between 0 and 1; ``nan`` if the request has no prompts for a measurement.
 
     "Most probable" refers to the tokens of the vocabulary, under teacher forcing.
 
     Attributes:
-        efficacy: Whether the new answer is more probable than the old one; if the old one is unknown, whether all its tokens are most probable.
+        efficacy: Whether the new answer is more probable than the old one; if the old one is unknown, ``efficacy_exact``.
         generalization: Mean of efficacy over the paraphrases.
         specificity: Share of the neighbour prompts whose original answer is more probable than the new one.
         efficacy_exact: Whether every token of the new answer is most probable.
@@ -50,7 +50,7 @@ class RequestFigures(NamedTuple):
 
 
 class _Sums(Metric):
-    """Sums and counts of values, summed over processes; nan values are missing."""
+    """Sums and counts of values, summed over processes; values ``nan`` are left out."""
 
     full_state_update = False
     is_differentiable = False
@@ -106,7 +106,7 @@ class Perplexity(_Sums):
         super().__init__(1, **options)
 
     def update(self, loss: Tensor, weight: Tensor) -> None:
-        """Add a mean negative log-likelihood, in nats, over ``weight`` tokens. If one is nan, the perplexity is nan."""
+        """Add a mean negative log-likelihood, in nats, over ``weight`` tokens. If a likelihood is nan, the perplexity is nan."""
         weight = weight.to(self.total)
         self.total = self.total - loss.detach().to(self.total) * weight
         self.count = self.count + weight
@@ -133,7 +133,9 @@ class Fluency(_Sums):
 
 
 class Consistency(_Sums):
-    """Mean cosine similarity, in percent, of texts generated about a subject and reference texts about subjects with the new answer.
+    """Mean cosine similarity, in percent, of texts generated about a subject and reference texts.
+
+    The reference texts are about other subjects for which the new answer is true.
 
     Args:
         tfidf: TF-IDF weights, computed from all reference texts.
@@ -169,7 +171,7 @@ class EditSurvival(_Sums):
         """Add measurements of facts after batch ``after``.
 
         Args:
-            after: Index of the last batch of edits.
+            after: Index of the batch of edits after which the facts were measured.
             batch: ``(N,)`` index of the batch that edited each fact.
             effective: ``(N,)`` whether, or to which degree between 0 and 1, each edit is effective.
         """
@@ -182,8 +184,8 @@ class EditSurvival(_Sums):
         """Return the shares in percent.
 
         Returns:
-            ``matrix`` ``(B, B)``: share of the facts of a batch (column) after a batch (row), ``nan`` without measurements; ``curve`` ``(B,)``: share
-            of all facts edited so far, after each batch.
+            ``matrix`` ``(B, B)``: in row i and column j, the share of the facts of batch j that are effective after batch i, ``nan`` without
+            measurements; ``curve`` ``(B,)``: share of all facts edited so far that are effective after each batch.
         """
         total, count = self.total.view(self.num_batches, -1), self.count.view(self.num_batches, -1)
         return {"matrix": 100 * total / count, "curve": 100 * total.sum(1) / count.sum(1)}

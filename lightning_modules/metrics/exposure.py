@@ -98,7 +98,7 @@ class ExposureMetrics(Metric):
         Args:
             recommended: ``(B, K)`` item ids, best first, padded with -1, K at least the largest cut-off.
             history: ``(B, L)`` item ids of the histories, padded with -1.
-            sample_id: ``(B,)``; negative rows are skipped.
+            sample_id: ``(B,)`` ids; rows with a negative id are skipped.
         """
         check_width(recommended, self.ks[-1])
         real = sample_id >= 0
@@ -138,7 +138,9 @@ class ExposureMetrics(Metric):
     def _histogram(self, items: Tensor, name: str) -> Tensor:
         counts = torch.bincount(items[items >= 0], minlength=self.num_items)
         if len(counts) > self.num_items:
-            raise ValueError(f"{name} contains item {len(counts) - 1}, but the catalogue has items 0 to {self.num_items - 1}")
+            raise ValueError(
+                f"{name} contains item {len(counts) - 1}, but the catalogue has items 0 to {self.num_items - 1}; use the catalogue of these rows"
+            )
         return counts
 
     def _concentration(self, counts: Tensor, slots: Tensor) -> dict[str, Tensor]:
@@ -173,7 +175,7 @@ def genre_weights(genres: Sequence[Sequence[str]], counted: Sequence[str] | None
     occurring = sorted({genre for item in genres for genre in item})
     names = occurring if counted is None else list(dict.fromkeys(counted))
     if not set(names) & set(occurring):
-        raise ValueError(f"no item has a genre of counted_genres {names}; the items have the genres {occurring}")
+        raise ValueError(f"no item has a genre of counted_genres {names}; choose from the genres of the items: {occurring}")
     column = {name: index for index, name in enumerate(names)}
     weights = torch.zeros(len(genres), len(names), dtype=torch.double)
     rows: list[int] = []

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from malleable.lightning_modules.metrics.ranking import RESOLUTION, Ties, check_ks, tie_weight
 from malleable.lightning_modules.metrics.row_ranks import RowRanks
 
-# Number of scores compared at once: 4 MB fit the cache of a CPU (measured), 256 MB on an accelerator (not measured; see `kg_ranking.py`).
+# Number of scores compared at once: 4 MB fit the cache of a CPU (measured), 256 MB on an accelerator (not measured; benchmark `kg_ranking.py`).
 COMPARED = {"cpu": 1 << 20, "cuda": 1 << 26}
 EXACT = 1 << 24  # float32 represents all integers up to this exactly
 
@@ -101,7 +101,7 @@ class LinkPredictionMetrics(Metric):
 
     Args:
         num_relations: 2R.
-        ks: Cut-offs; keys are ``mr``, ``mrr``, ``hits_10``, ``mrr_tail``, ``mrr_head``.
+        ks: Cut-offs k of the hits. The results have the keys ``mr``, ``mrr``, ``hits_<k>``, ``mrr_tail`` and ``mrr_head``.
         ties: Policy for equal scores, see :func:`filtered_ranks`.
 
     Raises:
@@ -136,7 +136,7 @@ class LinkPredictionMetrics(Metric):
             true: ``(P,)`` true tails.
             known: ``(F,)`` known answers, which are left out of the ranking.
             relation: ``(B,)`` relation of each query.
-            sample_id: ``(B,)``; negative rows are skipped.
+            sample_id: ``(B,)`` ids; rows with a negative id are skipped.
         """
         ids = sample_id
         ranks = _ranks(scores, true, known, self.ties)

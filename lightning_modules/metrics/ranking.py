@@ -20,7 +20,7 @@ from malleable.lightning_modules.metrics.row_ranks import RowRanks
 Ties = Literal["optimistic", "realistic", "pessimistic"]
 Gain = Literal["linear", "exp"]
 TIE_WEIGHTS: dict[str, float] = {"optimistic": 0.0, "realistic": 0.5, "pessimistic": 1.0}
-RESOLUTION = 2.0**32  # values are summed as integers in this unit, because sums of floats depend on the order
+RESOLUTION = 2.0**32  # values are summed as integers in units of 1 / RESOLUTION, because sums of floats depend on the order
 
 
 def rank_of_target(scores: Tensor, target: Tensor, ties: Ties = "realistic") -> Tensor:
@@ -142,7 +142,7 @@ class RankingMetrics(Metric):
     The state is a histogram of the rank of the true item. If ``row_ranks`` is set, the ranks of all rows are also collected there.
 
     Args:
-        ks: Cut-offs; keys are ``hr_10``, ``ndcg_10``, ``mrr_10``.
+        ks: Cut-offs k. The results have the keys ``hr_<k>``, ``ndcg_<k>`` and ``mrr_<k>``.
 
     Source:
         Gao et al. (2025), arXiv:2412.09243, and the evaluation code of the authors: one relevant item, whose ideal gain is 1; rows whose true item is
@@ -167,7 +167,7 @@ class RankingMetrics(Metric):
         Args:
             recommended: ``(B, K)`` item ids, best first, padded with -1, K at least the largest cut-off.
             target: ``(B,)`` true item, -1 if it is not in the catalogue.
-            sample_id: ``(B,)``; negative rows are skipped.
+            sample_id: ``(B,)`` ids; rows with a negative id are skipped.
         """
         check_width(recommended, self.ks[-1])
         real = sample_id >= 0
@@ -192,7 +192,8 @@ class ScoredRankingMetrics(Metric):
     """HR, recall, precision, MRR, nDCG and MAP of scored candidates with graded labels.
 
     Args:
-        ks: Cut-offs; keys are ``hr_10``, ``recall_10``, ``recall_cap_10``, ``precision_10``, ``mrr_10``, ``map_10``, ``ndcg_10``.
+        ks: Cut-offs k. The results have the keys ``hr_<k>``, ``recall_<k>``, ``recall_cap_<k>``, ``precision_<k>``, ``mrr_<k>``, ``map_<k>`` and
+            ``ndcg_<k>``.
         gain: Gain of a label in nDCG: ``linear`` or ``exp``.
         ties: Policy for equal scores, see :func:`item_ranks`.
         skip_empty: Leave out rows without a relevant candidate; otherwise they count as 0.
@@ -226,7 +227,7 @@ class ScoredRankingMetrics(Metric):
             scores: ``(B, C)``, higher is better.
             labels: ``(B, C)`` relevance >= 0.
             mask: ``(B, C)`` bool, True on real candidates.
-            sample_id: ``(B,)``; negative rows are skipped.
+            sample_id: ``(B,)`` ids; rows with a negative id are skipped.
         """
         labels = labels * mask
         keep = (sample_id >= 0) & ((labels > 0).any(1) if self.skip_empty else True)

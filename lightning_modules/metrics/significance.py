@@ -54,7 +54,7 @@ def bootstrap_interval(values: Any, level: float = 0.95, samples: int = 2000, se
         seed: Seed of the resampling.
 
     Raises:
-        ValueError: If ``level`` is out of range or ``values`` has another shape.
+        ValueError: If ``level`` is out of range, or if ``values`` is empty or has more than one dimension.
 
     Source:
         Efron and Tibshirani (1993), An Introduction to the Bootstrap, section 13.3.
