@@ -56,7 +56,7 @@ def gather_over_ranks(value: T) -> list[T]:
 
 
 def merge_over_ranks(values: Mapping[int, T]) -> list[T]:
-    """Return the values of all ranks in the order of their keys ``0..N-1``, each of which is on one rank."""
+    """Return the values of all ranks as one list, ordered by key. The keys are ``0..N-1``, and each key is on one rank only."""
     merged = {key: value for part in gather_over_ranks(dict(values)) for key, value in part.items()}
     return [merged[key] for key in sorted(merged)]
 

@@ -1,5 +1,7 @@
 """Mathematics and text statistics of model editing.
 
+A key is the input of an edited weight matrix at one token, and a value is its output there.
+
 Files:
     second_moments.py: Second moments of keys, and their eigenvalues.
     null_space_threshold.py: Selection of the directions that edits may change.

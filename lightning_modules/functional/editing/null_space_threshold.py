@@ -42,9 +42,9 @@ class Threshold:
         if self.value <= 0:
             raise ValueError(f"threshold.value must be > 0, got {self.value}")
         if self.mode == "relative_energy" and self.value > 1:
-            raise ValueError(f"threshold.value is a share of the energy under relative_energy, at most 1, got {self.value}")
+            raise ValueError(f"with threshold.mode relative_energy, threshold.value is a share of the eigenvalues' sum, at most 1, got {self.value}")
         if self.mode == "rank" and self.value != int(self.value):
-            raise ValueError(f"threshold.value is a number of directions under rank, got {self.value}")
+            raise ValueError(f"with threshold.mode rank, threshold.value must be an integer, the number of directions, got {self.value}")
 
     def retained(self, values: Tensor) -> int:
         """Return the number of retained directions, m.
@@ -66,9 +66,9 @@ class Threshold:
         number = int(retained.sum())
         if not number:
             raise ValueError(
-                f"threshold {self.mode} {self.value:g} retains none of {len(values)} directions (their moments are between {values[0]:.3g} and "
+                f"threshold {self.mode} {self.value:g} retains none of {len(values)} directions (their eigenvalues are between {values[0]:.3g} and "
                 f"{values[-1]:.3g}): no edit is possible; increase threshold.value, or use another mode"
             )
         if number == len(values):
-            log.warning("threshold %s %g retains all %s directions: edits are not restricted", self.mode, self.value, number)
+            log.warning("threshold %s %g retains all %s directions: edits are not restricted; lower threshold.value", self.mode, self.value, number)
         return number

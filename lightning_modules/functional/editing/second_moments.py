@@ -1,4 +1,4 @@
-"""Second moments of keys, accumulated over text, and their eigenvalues.
+"""Second moments of keys, accumulated over text, and their eigenvalues. A key is the input of an edited weight matrix at one token.
 
 Shapes: N keys, d width of a key.
 """
@@ -16,8 +16,8 @@ ROWS = 1 << 13  # number of keys that are multiplied in single precision before 
 class SecondMoment:
     """Uncentred second moment of keys, ``mean k k^T``, accumulated in double precision.
 
-    The keys of first tokens are hundreds of times longer than others. In single precision, their rounding errors would exceed the small eigenvalues
-    of the sum.
+    The keys of first tokens are hundreds of times longer than other keys. In single precision, their rounding errors would exceed the small
+    eigenvalues of the sum.
 
     Args:
         width: d.

@@ -213,7 +213,7 @@ class Sigma(Interaction):
         return entity.abs()
 
     def location(self, entity: Tensor) -> None:
-        """Return ``None``: entities have no location."""
+        """Return ``None``: entities have only deviations."""
 
     def flow(self, relation: Tensor) -> Map:
         """Return the map ``sigma -> |a| sigma`` of deviations."""

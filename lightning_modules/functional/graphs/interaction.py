@@ -6,7 +6,7 @@ An interaction maps a query ``(h, r)`` and an entity ``t`` to a vector and a bia
 
 and the scores of all entities are one matrix product. The caller adds the margin (gamma).
 
-Shapes: B queries, E entities, N rows, D width of a part, W width of the product. A row of a table is the concatenation of its parts.
+Shapes: B queries, E entities, N rows, D width of a part, W width of query and key vectors. A row of a table is the concatenation of its parts.
 """
 
 from __future__ import annotations
@@ -128,13 +128,20 @@ class Interaction(ABC):
         """Map rows of entities ``(E, parts x D)`` to key vectors ``(E, W)`` and biases ``(E,)``."""
 
     def deviation(self, entity: Tensor) -> Tensor | None:
-        """Return the standard deviation of each coordinate, ``(N, D)``; ``None`` if entities are points."""
+        """Return the standard deviation of each coordinate, ``(N, D)``, from rows of entities ``(N, parts x D)``; ``None`` if entities are points."""
         return None
 
     def location(self, entity: Tensor) -> Tensor | None:
-        """Return the location of each entity, ``(N, D)``, complex for complex models; ``None`` if entities have no location."""
+        """Return the location of each entity in the embedding space: its point, or the mean of its distribution.
+
+        Args:
+            entity: ``(N, parts x D)`` rows of entities.
+
+        Returns:
+            ``(N, D)``, complex for complex models; ``None`` if entities have only deviations.
+        """
         return entity
 
     def flow(self, relation: Tensor) -> Map:
-        """Return the map of locations that each relation defines; the map of deviations if there are no locations."""
+        """Return the map of locations that each relation, given by its row ``(N, parts x D)``, defines; without locations, the map of deviations."""
         raise NotImplementedError(f"{type(self).__name__} does not define maps of relations")

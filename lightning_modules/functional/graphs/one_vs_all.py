@@ -1,6 +1,6 @@
 """Cross-entropy of queries against all entities, in chunks of entities, without storing all scores.
 
-Shapes: B queries, E entities, P true tails, W width of the product, n entities of a chunk.
+Shapes: B queries, E entities, P true tails, W width of query and key vectors, n entities of a chunk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from malleable.lightning_modules.functional.precision import full, full_precisio
 
 Kind = Literal["sigmoid", "softmax"]
 KeyOf = Callable[[Tensor], Vectors]
-# Scores of a chunk: 2 MB fit the cache of a CPU (measured), 256 MB on an accelerator (not measured; see `kg_epoch.py --chunk`).
+# Scores of a chunk: 2 MB fit the cache of a CPU (measured), 256 MB on an accelerator (not measured; see the benchmark `kg_epoch.py --chunk`).
 CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
@@ -76,8 +76,8 @@ def one_vs_all_loss(
 class _Task(NamedTuple):
     """Arguments of the loss besides the queries and the table.
 
-    ``label`` and ``residual``, ``(P,)``, are added to the loss (times the score) and to the gradient of the score of each true tail. They are 0 if
-    the query is left out.
+    For each true tail, ``label`` times its score is added to the loss, and ``residual`` is added to the gradient of its score. Both are ``(P,)``, and
+    0 if the query is left out.
     """
 
     key_of: KeyOf

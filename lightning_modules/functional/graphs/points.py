@@ -1,6 +1,6 @@
 """Interactions of point embeddings, in which a relation is a translation, scaling or rotation.
 
-Shapes: B queries, E entities, N rows, D width of a part. Complex rows are ``[Re | Im]``.
+Shapes: B queries, E entities, N rows, D width of a part, W width of a row of an entity (D, or 2D if complex). Complex rows are ``[Re | Im]``.
 """
 
 from __future__ import annotations

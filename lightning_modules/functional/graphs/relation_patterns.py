@@ -68,12 +68,12 @@ def differences(first: Map, second: Map, moments: Moments) -> Tensor:
 
 
 def self_inverse(flow: Map, moments: Moments) -> Tensor:
-    """Compute the difference of each relation applied twice from the identity, ``(R,)``; 0 for symmetric relations."""
+    """Compute the difference between each relation applied twice and the identity, ``(R,)``; 0 for symmetric relations."""
     return differences(flow.after(flow), identity_map(flow), moments)[:, 0]
 
 
 def inverse(flow: Map, moments: Moments) -> Tensor:
-    """Compute the difference of relation ``j`` after relation ``i`` from the identity, ``(R, R)``; 0 for inverse relations."""
+    """Compute the difference between relation ``j`` after relation ``i`` and the identity, ``(R, R)`` at ``[i, j]``; 0 for inverse relations."""
     return torch.stack([differences(flow.after(_row(flow, i)), identity_map(flow), moments)[:, 0] for i in range(len(flow.scale))])
 
 
@@ -81,7 +81,7 @@ def composition(flow: Map, moments: Moments) -> tuple[Tensor, Tensor]:
     """Find the relation that differs least from relation ``j`` after relation ``i``, except ``i`` and ``j``.
 
     Returns:
-        Its difference, ``(R, R)``, ``inf`` if there is no other relation, and its number, ``(R, R)``.
+        Two tensors, ``(R, R)`` each: at ``[i, j]``, the difference of that relation, ``inf`` if there is no third relation, and its index.
     """
     found = []
     number = torch.arange(len(flow.scale), device=flow.scale.device)

@@ -1,6 +1,6 @@
 """Squared distances as inner products with biases, ``-|q - k|^2 = 2 q . k - |q|^2 - |k|^2``, with few passes over the entities.
 
-Shapes: N rows, W width of the product.
+Shapes: N rows, W width of query and key vectors, D = W / 3 width of a part.
 """
 
 from __future__ import annotations
