@@ -42,8 +42,9 @@ class LossOutput(NamedTuple):
     Attributes:
         loss: Scalar with gradient.
         extras: Further detached scalars, logged as ``{split}_{name}``.
-        weight: Number of rows or tokens that the loss is a mean of; evaluation averages over batches and ranks with it. Padding rows (rows
-            repeated only to fill a batch) do not count. A tensor is not moved to another device. Default: number of real rows.
+        weight: Number of rows or tokens that the loss is a mean of, which is its weight in the mean over batches and ranks in an evaluation. Padding
+            rows (rows repeated only to fill a batch) do not count. A tensor should be on the device of the loss, to avoid a synchronisation.
+            Default: number of real rows.
     """
 
     loss: Tensor
@@ -114,7 +115,7 @@ class BaseModule(CheckedLoading, ABC):
             if own is not None:
                 check_identity(name, own, given, text=self.reads_text, extend=getattr(source, "extend_catalog", False))
             if not _has_tokenizer(own) or _has_tokenizer(given):
-                # The catalogue of the data module has the same items, but more recent counts.
+                # The catalogue of the data module has the same items, but more recent numbers of interactions.
                 setattr(self, name, given)
                 self.eval_metrics.clear()
         leave_frozen_unwrapped(getattr(self.trainer, "strategy", None))
@@ -122,7 +123,7 @@ class BaseModule(CheckedLoading, ABC):
     def _leave_steps_uncompiled(self) -> None:
         """Undo ``torch.compile(module)``: steps that log and update metrics cannot be compiled."""
         if self._compiler_ctx is not None:
-            log.info("torch.compile(%s): the steps run uncompiled, because they log; a language model's decoder is compiled", type(self).__name__)
+            log.info("torch.compile(%s): steps run uncompiled, because they log; of language models, the decoder is compiled", type(self).__name__)
             to_uncompiled(self)
 
     @classmethod

@@ -115,7 +115,7 @@ def _is_foreign(path: str, named: bool) -> bool:
 
 
 def misfit(module: nn.Module, state: Mapping[str, Any]) -> str:
-    """Return a message that names the tensors in which stored weights and a module differ."""
+    """Return the part of an error message that names the tensors in which stored weights and a module differ, with a remedy."""
     own = {name: tuple(value.shape) for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     stored = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
     both = sorted(own.keys() & stored.keys())

@@ -37,11 +37,11 @@ def find_trained(name: str, root: str | Path = "runs") -> Path:
     path = Path(name).expanduser()
     if name.startswith(LAST) or (path.is_dir() and (path / "checkpoints").is_dir()):
         path = run_checkpoint(find_run(name, Path(root)))
-        log.info("%s is %s", name, path)
+        log.info("using checkpoint %s for %s", path, name)
     if path.is_dir():
         raise ValueError(
-            f"{path} is a folder that a sharded strategy has written; convert it to a file: malleable test with this --ckpt_path writes the file "
-            "beside it"
+            f"{path} is a folder that a sharded strategy has written; convert it to a file: run `malleable test` with this --ckpt_path, which writes "
+            "the file beside the folder, and give that file"
         )
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {name}; give a checkpoint file, a run folder, or last:<recipe>")

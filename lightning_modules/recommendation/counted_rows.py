@@ -23,13 +23,14 @@ def training_rows(source: Any) -> Any:
     rows = answer_rows(source)
     if rows is None:
         raise MisconfigurationException(
-            f"{type(source).__name__} has no training rows with a history and a target, neither in `train_dataset` nor in `answer_dataset`"
+            f"{type(source).__name__} has no training rows with a history and a target, neither in `train_dataset` nor in `answer_dataset`; "
+            "use a data module of recommendation, such as RecommendationDataModule"
         )
     return rows
 
 
 def answer_rows(source: Any) -> Any:
-    """Return the same as :func:`training_rows`, or ``None`` if there are none."""
+    """Return the training rows, see :func:`training_rows`; ``None`` if there are none."""
     rows = getattr(source, "answer_dataset", None) or getattr(source, "train_dataset", None)
     return rows if rows and "answers" in rows[0] else None
 

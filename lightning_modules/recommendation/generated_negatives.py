@@ -74,7 +74,7 @@ def _self_play(
     titles: Tensor | None,
     sync_any: Callable[[bool], bool] | None,
 ) -> Tensor:
-    """Generate the recommendations of the model."""
+    """Generate rejected answers that are recommendations of the model; return them as :func:`generate_negatives` does."""
     if settings.grounding == "trie":
         return _search_titles(model, trie, batch, settings, seeds, {"allowed": allowed, "sync_any": sync_any})
     temperature = settings.temperature if settings.decode == "sample" else 0.0
