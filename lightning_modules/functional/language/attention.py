@@ -147,7 +147,7 @@ def _format(model: nn.Module, allowed: Tensor) -> Tensor:
     if implementation == "eager":
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-    raise ValueError(f"attention '{implementation}' does not accept a block mask; load the model with attn_implementation='sdpa'")
+    raise ValueError(f"attention '{implementation}' does not accept a custom mask; load the model with attn_implementation='sdpa'")
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

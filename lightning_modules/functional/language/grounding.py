@@ -40,7 +40,7 @@ def nearest_titles(
         allowed: ``(N,)`` or ``(B, N)`` bool, the items that may be returned; ``None`` allows all.
 
     Returns:
-        Items of each row and their negative (adjusted) distances.
+        Items ``(B, k)``, padded with -1, and their negative distances ``(B, k)``, adjusted if ``gamma`` > 0.
 
     Raises:
         ValueError: If ``gamma`` is negative, or positive without ``popularity``.

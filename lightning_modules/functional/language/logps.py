@@ -6,7 +6,7 @@ language-model head runs only at positions that predict an answer token.
 
 A prompt with one answer is a whole sequence in its own row, padded on the right, which causal kernels run without a mask.
 
-Shapes: B rows, P prompt tokens, K answers, A answer tokens, T = P + all answers' tokens, V vocabulary.
+Shapes: B rows, P prompt tokens, K answers, A answer tokens, T columns of a shared or packed row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ NO_PROMPT = "every row needs at least one prompt token; give the template a pref
 
 
 class SharedRow(NamedTuple):
-    """Rows of a prompt and its answers each.
+    """Batch of shared rows: each row contains a prompt and its answers.
 
     Attributes:
         input_ids: ``(B, T)``.
         position_ids: ``(B, T)``.
         allowed: ``(B, T, T)`` bool, which keys each query attends to.
         num_kept: Number of last positions whose logits are needed.
-        predictors: ``(B, K, A)``, index within these positions at which each answer token is predicted.
+        predictors: ``(B, K, A)``, for each answer token, the index among these last positions whose logits predict it; 0 on padding.
     """
 
     input_ids: Tensor

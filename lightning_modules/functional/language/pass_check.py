@@ -94,7 +94,7 @@ def check_passes(model: nn.Module) -> PassForms:
 
 
 def _check_twin(model: nn.Module) -> PassForms:
-    """Measure a small copy with short windows; forms that are not exact for it may be exact for rows within the original windows."""
+    """Measure a small copy with short windows; forms that are not exact for it can still be exact for rows shorter than the original windows."""
     config, limit = small_windows(model.config)
     forms = _measure(model, build_twin(model, config), TOLERANCE)
     names = [name for name in _FORMS if not getattr(forms, name).limit]
@@ -149,7 +149,7 @@ def _measure(model: Any, twin: Any, tolerance: float) -> PassForms:
     with evaluating(twin):
         sample = _draw(twin)
         for name, run in _FORMS.items():
-            reason = f"attention '{attention}' does not accept a block mask"
+            reason = f"attention '{attention}' does not accept a custom mask"
             for own, plan in plans if name in MASKED else [((), ())]:
                 reason = _failure(run, twin, sample, own, tolerance)
                 if not reason:

@@ -1,20 +1,23 @@
 """Selection of the fastest form of each pass that is exact for a model.
 
+A form is a layout of the sequences of a pass in rows, with its mask and cache. It is exact for a model if its results equal those of reference
+passes, which run one sequence at a time.
+
 Training, reference, decoding and embedding passes have a fast form each: several sequences share a row (a prompt and its answers, packed documents, a
-tree of beams), or rows are padded on the left with a cache. Some models do not compute the same function there as in a reference pass of one
-sequence. This depends on sliding windows, positions counted by column (ALiBi), recurrent or convolutional layers, and rotary embeddings that are
-scaled by the longest row. :func:`pass_forms` measures it once for each configuration, on random tokens.
+tree of beams), or rows are padded on the left with a cache. The fast form is not exact for some models. This depends on sliding windows, positions
+counted by column (ALiBi), recurrent or convolutional layers, and rotary embeddings that are scaled by the longest row. :func:`pass_forms` measures it
+once for each configuration, on random tokens.
 
 Every pass then uses the first of these forms that is exact:
 
 1. the fast form, with one mask (``exact``) or with a mask for each layer's window (``windowed``);
 2. whole sequences, one in each row, padded on the right, without a cache (``separate``), by causal kernels if these are exact;
-3. the same without padding: rows of equal length are run together (``unpadded``).
+3. whole sequences without padding: sequences of equal length are run together (``unpadded``).
 
 A prompt with a single answer and a row with a single document are whole sequences. For them, the second form with causal kernels is the fastest.
 
-If no form is exact, the pass raises a ``ValueError``. Callers that use another mask or cache can check ``pass_forms(model)``: ``cached`` is
-left-padded decoding with the model's own cache, ``padded`` are right-padded rows.
+If no form is exact, the pass raises a ``ValueError``. Callers that use their own mask or cache can check ``pass_forms(model)``: ``cached`` states for
+which rows left-padded decoding with the model's own cache is exact, and ``padded`` for which rows padding on the right is exact.
 """
 
 from __future__ import annotations
@@ -165,7 +168,7 @@ def bare_model(model: Any) -> Any:
 
 
 def configuration_key(model: Any) -> str:
-    """Return a key of everything that the forms depend on: class, configuration and attention implementation."""
+    """Return a key of the class, configuration and attention implementation of a model, on which the exact forms depend."""
     settings = model.config.to_dict() if hasattr(model.config, "to_dict") else vars(model.config)
     attention = getattr(model.config, "_attn_implementation", None)
     return json.dumps([f"{type(model).__module__}.{type(model).__qualname__}", attention, settings], sort_keys=True, default=str)

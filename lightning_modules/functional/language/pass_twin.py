@@ -66,7 +66,7 @@ def build_twin(model: Any, config: Any) -> nn.Module:
     """Build a small copy of a model on the CPU.
 
     Args:
-        model: Model of the class and size; its weights are not read.
+        model: Model to copy; its class and size are used, its weights are not read.
         config: Configuration of the copy; not changed.
 
     Raises:

@@ -43,7 +43,7 @@ def selected_token_logps(logits: Tensor, targets: Tensor, positions: Tensor | No
 
 
 class _SelectedLogps(torch.autograd.Function):
-    """Log-probabilities ``(N,)`` of logits ``(R, V)`` at rows ``place`` and columns ``targets``."""
+    """Log-probabilities ``(B * N,)`` of logits ``(B * T, V)`` at rows ``place`` and columns ``targets``."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, place: Tensor) -> Tensor:
@@ -72,12 +72,12 @@ class _SelectedLogps(torch.autograd.Function):
 
 
 def _recorded_gradient(logits: Tensor, targets: Tensor, place: Tensor, grad: Tensor) -> Tensor:
-    """Compute the gradient of the log-probabilities, ``(R, V)``, with operations that autograd records."""
+    """Compute the gradient with respect to the logits, ``(B * T, V)``, with operations that autograd records."""
     weight = torch.zeros(len(logits), dtype=grad.dtype, device=grad.device).index_put((place,), grad, accumulate=True)
     result = -weight[:, None] * logits.to(grad.dtype).softmax(-1)
     return result.index_put((place, targets), grad, accumulate=True).to(logits.dtype)
 
 
 def _part(logits: Tensor) -> int:
-    """Return the number of rows of ``(R, V)`` logits that are converted at once."""
+    """Return the number of rows of ``(B * T, V)`` logits that are converted at once."""
     return max(1, (CHUNK if logits.device.type == "cpu" else ACCELERATOR_CHUNK) // logits.shape[1])

@@ -130,7 +130,7 @@ class WithReplacement(TrieSearch):
         self.live = top.values > 0
 
     def _choose(self, logps: Tensor, segment: Tensor) -> Tensor:
-        """Sample a candidate of its node for each sample, ``(R, S)``, by inverse transform sampling."""
+        """For each sample, draw a child of its node by inverse transform sampling; return the indices of the candidates, ``(R, S)``."""
         ends = logps.double().exp().cumsum(1)
         # cumulative probability at the end and at the start of the candidates of each node
         upto = ends.new_zeros(len(ends), self.node.shape[1]).scatter_reduce(1, segment, ends, "amax").cummax(1).values

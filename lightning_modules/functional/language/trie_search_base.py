@@ -2,7 +2,8 @@
 
 The searches are ``trie_beam_search.py`` (titles of highest score) and ``trie_sampling.py`` (random titles).
 
-Shapes: B rows, R rows still searched, P prompt tokens, W nodes fed in a row, C candidates, S segments, V vocabulary.
+Shapes: B rows, R rows still searched, P prompt tokens, W nodes fed in a row, C candidates (children of live nodes), S segments, N items,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class TrieSearch(ABC):
 
     Args:
         model: Hugging Face causal language model; see :class:`TreeDecoder`.
-        trie: The catalogue.
+        trie: Trie of the titles of the catalogue.
         prompt_ids: ``(B, P)`` int64, padded on the left.
         prompt_mask: ``(B, P)`` bool, True on real tokens.
         allowed: ``(N,)`` or ``(B, N)`` bool; ``None`` allows every item.
@@ -50,7 +51,7 @@ class TrieSearch(ABC):
     Attributes:
         rows: ``(R,)`` int64, the rows that are still in the batch.
         node: ``(R, W)`` int64, the nodes whose tokens are fed next.
-        live: ``(R, W)`` bool; live nodes come first.
+        live: ``(R, W)`` bool, whether the search continues below a node; such (live) nodes come first in each row.
         parent: ``(R, W)`` int64, index in the previous call of the token before each node.
         depth: Number of tokens between the prompt and the nodes.
 
@@ -63,7 +64,7 @@ class TrieSearch(ABC):
         self.view = self.trie.restrict(allowed)
         if len(self.view.leaf_item) not in (1, len(prompt_ids)):
             raise ValueError(
-                f"allowed has {len(self.view.leaf_item)} rows, but there are {len(prompt_ids)} prompts; give one row for each or for all"
+                f"allowed has {len(self.view.leaf_item)} rows, but there are {len(prompt_ids)} prompts; give one row for each prompt, or one for all"
             )
         self.decoder = beam_decoder(model, prompt_ids, prompt_mask, trie.max_length)
         vocab_size = self.decoder.logits.shape[2]
@@ -115,7 +116,7 @@ class TrieSearch(ABC):
         self.advance(logits, width)
 
     def narrow(self, num_nodes: int) -> None:
-        """Keep only the first nodes of each row."""
+        """Keep only the first ``num_nodes`` nodes of each row."""
         self.node, self.live, self.parent = self.node[:, :num_nodes], self.live[:, :num_nodes], self.parent[:, :num_nodes]
 
     def select(self, rows: Tensor) -> None:

@@ -4,8 +4,8 @@ They are the fallback for models for which a faster form is not exact, and the f
 where padding does not affect causal attention, ALiBi, sliding windows and recurrent states, or rows of equal length are run together without
 padding. Both work without an attention mask, so that SDPA can use causal kernels (FlashAttention on CUDA).
 
-Shapes: N rows, T tokens, P positions whose logits are needed, V vocabulary, B prompts, K answers, A answer tokens, R searched rows,
-n tokens of a step.
+Shapes: N rows, T tokens, P positions whose logits are needed, V vocabulary, d width of hidden states, B prompts, K answers, A answer tokens,
+R searched rows, n tokens of a step, X tokens of the longest path.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _states_at_end(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tens
 
 @contextmanager
 def _head_at(model: Any, rows: Tensor, tokens: Tensor) -> Iterator[list[bool]]:
-    """Run the language-model head at these positions only; the yielded list stays empty if the head is not a module, which is then not changed."""
+    """Run the language-model head at these positions only. The yielded list stays empty if the model computed logits at all positions instead."""
     head, gathered = model.get_output_embeddings(), []
 
     def gather(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -191,7 +191,7 @@ def separate_documents(input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor,
 class RowDecoder:
     """Decoder with the interface of :class:`~malleable.lightning_modules.functional.language.tree_attention.TreeDecoder`, without a cache.
 
-    Each step runs the whole sequence of every token again, so that it costs as much as all previous steps together.
+    Each step runs the whole sequence of every token again. It therefore costs as much as the prompt and all steps so far with a cache.
 
     Args:
         model: Hugging Face causal language model.

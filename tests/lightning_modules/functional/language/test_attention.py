@@ -52,7 +52,7 @@ def test_eager_attention_adds_the_mask(dtype):
 
 
 def test_other_implementations_are_refused():
-    with pytest.raises(ValueError, match="'flash_attention_2' does not accept a block mask; load the model with attn_implementation='sdpa'"):
+    with pytest.raises(ValueError, match="'flash_attention_2' does not accept a custom mask; load the model with attn_implementation='sdpa'"):
         model_mask(decoder("flash_attention_2"), ALLOWED)
 
 

@@ -132,7 +132,7 @@ def test_answers_longer_than_num_columns_are_an_error():
 def test_unknown_attention_is_refused():
     model = llama()
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not compute a prompt shared by its answers exactly .* does not accept a block mask"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not compute a prompt shared by its answers exactly .* not accept a custom mask"):
         answer_logps(model, batch_of(EXAMPLES), shared_prompt=True)
 
 

@@ -224,7 +224,7 @@ def test_numbers_out_of_range_are_an_error(num_beams, k):
 
 
 def test_filters_for_other_rows_are_refused():
-    with pytest.raises(ValueError, match="allowed has 3 rows, but there are 4 prompts; give one row for each or for all"):
+    with pytest.raises(ValueError, match="allowed has 3 rows, but there are 4 prompts; give one row for each prompt, or one for all"):
         beam_search(small_lm(), Trie.build(TITLES), PROMPTS, MASK, num_beams=1, k=1, allowed=torch.ones(3, len(TITLES), dtype=torch.bool))
 
 
