@@ -2,6 +2,14 @@
 
 The mathematics is in ``functional/editing``: the null space in ``null_space.py``, its threshold in ``null_space_threshold.py``.
 
+Terms:
+    fact token: Token of a prompt at which the fact is edited; by default, the last token of the subject.
+    context: Text that precedes a prompt.
+    projection: Last matrix of the MLP of a block, which edits change.
+    key, value: Input and output of a projection at one token.
+    residual stream: Output of a block.
+    target vector: Residual stream at the fact token for which the model gives the new answer.
+
 Files:
     editor.py: :class:`AlphaEditor`, which edits facts in batches.
     settings.py: Settings of edits.

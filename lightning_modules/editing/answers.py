@@ -1,4 +1,7 @@
-"""Likelihood of given answers, generated answers and texts, perplexity, and the metrics of edit requests."""
+"""Likelihood of given answers, generated answers and texts, perplexity, and the metrics of edit requests.
+
+Shapes: N answers, B rows, P tokens.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def evaluate_answers(model: Any, encoder: PromptEncoder, questions: Sequence[tup
     """
     answers = [encoder.encode_answer(answer) for _, answer in questions]
     rows = [encoder.encode_text(text, answer[:-1]) for (text, _), answer in zip(questions, answers, strict=True)]
-    # RowBatch of similar length share a forward pass, which saves padding.
+    # Rows of similar length share a forward pass, which saves padding.
     order = shard(sorted(range(len(rows)), key=lambda number: len(rows[number].ids)))
     scores = torch.zeros(2, len(rows))
     for start in range(0, len(order), max_rows):
@@ -99,7 +102,7 @@ def evaluate_requests(model: Any, encoder: PromptEncoder, requests: Sequence[Edi
     Source:
         Meng et al. (2022), Locating and Editing Factual Associations in GPT, arXiv:2202.05262, section 3.3 (CounterFact); the exact shares as in
         its authors' code.
-        Differs: without an old answer, efficacy and generalization are the exact ones.
+        Differs: without an old answer, efficacy and generalization equal ``efficacy_exact`` and ``generalization_exact``.
     """
     questions: list[tuple[str, str]] = []
     for request in requests:
@@ -145,7 +148,7 @@ def perplexity(model: Any, encoder: PromptEncoder, texts: Sequence[str], max_len
     encoded = [list(ids[:max_length]) for ids in encoder.tokenizer(list(texts))["input_ids"]]
     order = sorted((number for number, ids in enumerate(encoded) if len(ids) > 1), key=lambda number: len(encoded[number]))
     if not order:
-        raise ValueError("perplexity needs texts of at least two tokens")
+        raise ValueError(f"perplexity needs a text of at least two tokens, got {len(encoded)} shorter texts; give longer texts")
     # One sum for each text, so that the total does not depend on the number of ranks.
     sums = torch.zeros(len(encoded), dtype=torch.double)
     size = max(1, max_logits // model.get_output_embeddings().weight.shape[0])
@@ -183,7 +186,7 @@ def generate_texts(
         tokenizer: Its tokenizer.
         prompts: Prompts.
         length: Length of a text in tokens, with the prompt.
-        top_k: Number of likeliest tokens to sample from.
+        top_k: Number of most probable tokens to sample from.
         seed: Seed of the sampling; a text depends on its prompt, the seed and its position in the list only.
         max_rows: Rows of a forward pass.
 
@@ -244,7 +247,7 @@ def evaluate_generated_texts(
     if not owners:
         return {}
     texts = generate_texts(model, tokenizer, [prompt for _, prompt in owners], length, seed=seed, max_rows=max_rows)
-    # Every rank has all texts. The states are on the CPU, and NCCL cannot synchronise these.
+    # Every rank has all texts. The states are on the CPU, and NCCL cannot synchronise CPU tensors.
     fluency = Fluency(sync_on_compute=False)
     fluency.update(texts)
     figures = fluency.compute()
@@ -309,7 +312,8 @@ def evaluate_generated_answers(
         max_rows: Rows of a forward pass.
 
     Returns:
-        Efficacy, generalization and specificity of each request (``nan`` where not measured), and the text generated after its prompt.
+        Two lists with one element for each request: tuples ``(efficacy, generalization, specificity)``, ``nan`` where not measured, and the texts
+        generated after the prompts of the requests.
 
     Source:
         Yang et al. (2025), The Mirage of Model Editing: Revisiting Evaluation in the Wild, arXiv:2502.11177.

@@ -51,9 +51,9 @@ class EditRecord(NamedTuple):
         loss: Loss of its target vector at the end of the optimisation.
         nll: Negative log-likelihood of the answer with the target vector inserted, in nats, mean over tokens.
         steps: Number of optimizer steps.
-        change: Norm of the change of the target vector, relative to the norm of the residual stream.
-        residuals: Norm of the remaining residual (target minus residual stream) before each layer is changed, relative to the norm of the
-            whole change; the last entry is after all layers.
+        change: Norm of the difference of the target vector and the residual stream, relative to the norm of the residual stream.
+        residuals: Norm of the remaining difference (target vector minus residual stream) before each layer is changed, and after the last one,
+            relative to the norm of the difference before the edit.
     """
 
     fact: Fact
@@ -82,7 +82,7 @@ class AlphaEditor:
     Attributes:
         layers: Layers that are edited.
         moments: Second moment of the keys of each layer, ``(d, d)``.
-        spectra: Eigenvalues and eigenvectors of these.
+        spectra: Eigenvalues and eigenvectors of the second moment of each layer.
         contexts: Contexts of the prompts; the first one is the empty context.
         past_keys: Keys ``(n, d)`` of earlier edits in each layer, whose values are preserved.
         updates: Low-rank updates of each layer, in order.
@@ -130,7 +130,7 @@ class AlphaEditor:
             return tuple(range(min(first, number - 1), min(last, number - 1) + 1))
         wrong = [layer for layer in self.settings.layers if not 0 <= layer < number]
         if wrong:
-            raise ValueError(f"layers {wrong} do not exist: {type(self.model).__name__} has {number}, from 0 to {number - 1}")
+            raise ValueError(f"layers {wrong} do not exist in {type(self.model).__name__}; select layers from 0 to {number - 1}")
         return tuple(self.settings.layers)
 
     def fit_statistics(self, texts: Sequence[str], settings: StatisticsSettings | None = None, file: Path | None = None) -> None:
@@ -205,7 +205,7 @@ class AlphaEditor:
             records: list[EditRecord] = []
             for start in range(0, len(facts), size):
                 records += self._edit_batch(facts[start : start + size])
-                log.info("batch %s: %s facts edited", self._batch, len(self.records))
+                log.info("batch %s: %s facts edited so far", self._batch, len(self.records))
             return records
 
     def _edit_batch(self, facts: Sequence[Fact]) -> list[EditRecord]:
@@ -347,7 +347,7 @@ class AlphaEditor:
             ValueError: If the layer was not edited.
         """
         if layer not in self._sums:
-            raise ValueError(f"layer {layer} has not been edited")
+            raise ValueError(f"layer {layer} has not been edited; edited layers: {sorted(self._sums)}")
         return self._sums[layer].clone()
 
     def check(self, facts: Sequence[Fact]) -> None:

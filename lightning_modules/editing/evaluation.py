@@ -33,7 +33,7 @@ class Protocol:
         writing: Length in tokens of the texts generated for fluency and consistency, if requests have ``generation_prompts``; 0 disables
             them.
         survival: Measure all facts edited so far after each batch.
-        answers: Number of requests whose answers are generated, before and after; ``generated`` measures these.
+        answers: Number of requests whose answers are generated, before and after the edit. ``generated`` refers to these requests.
         generated: Prompts after which answers are generated and compared with the expected answer (``efficacy_generated``; teacher forcing does not
             measure this): edited prompts only (``facts``), also paraphrases and neighbours (``all``, doubles the time), or none (``off``).
         generated_tokens: Maximum length of a generated answer in tokens; it ends earlier at the end-of-sequence token or a line break.
@@ -66,7 +66,7 @@ class EvaluationResult:
     Attributes:
         requests: Metrics of each request.
         answers: Generated answers to the first requests.
-        figures: Means over the requests, and metrics of texts.
+        figures: Means over the requests, and metrics of texts, by name.
     """
 
     requests: list[RequestFigures] = field(default_factory=list)
@@ -76,7 +76,7 @@ class EvaluationResult:
 
 @torch.no_grad()
 def evaluate_edits(model: Any, tokenizer: Any, requests: Sequence[EditRequest], texts: Sequence[str], protocol: Protocol) -> EvaluationResult:
-    """Evaluate a model on edit requests. Its mode, flags and hooks are restored afterwards.
+    """Evaluate a model on edit requests. The mode, gradient flags and hooks of the model are restored afterwards.
 
     In a distributed run every rank must call this function: the work is divided among the ranks, and all of them return all results.
 

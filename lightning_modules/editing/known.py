@@ -31,12 +31,12 @@ class KnownFacts:
 
 
 def known_requests(model: Any, tokenizer: Any, requests: Sequence[EditRequest], settings: KnownFacts) -> list[EditRequest]:
-    """Select the requests whose true answer the model gives exactly, and the neighbours of each request for which this is the case, too.
+    """Select the requests whose true answer the model gives exactly, and, of each request, the neighbours that the model answers exactly.
 
     In a distributed run every rank must call this function.
 
     Args:
-        model: Hugging Face decoder before the edit. Its mode, flags and hooks are restored afterwards.
+        model: Hugging Face decoder before the edit. Its mode, gradient flags and hooks are restored afterwards.
         tokenizer: Its fast tokenizer.
         requests: Edit requests; those without a true answer are dropped.
         settings: Settings of the selection.

@@ -71,7 +71,7 @@ class Layout:
         return len(model.get_submodule(self.block.removesuffix(".{}")))  # type: ignore[arg-type]
 
     def editable_layers(self, model: nn.Module) -> list[int]:
-        """Return the layers that have the projection; in some models, only some layers are mixtures of experts."""
+        """Return the layers that have the projection; layers whose MLP is a mixture of experts do not have it."""
         names = dict(model.named_modules())
         return [layer for layer in range(self.num_layers(model)) if self.projection.format(layer) in names]
 
@@ -105,7 +105,7 @@ def find_layout(model: nn.Module, block: str | None = None, projection: str | No
         projection: Template of the names of projections, such as ``model.layers.{}.mlp.down_proj``. Default: found automatically.
 
     Raises:
-        ValueError: If there are none, or if the MLPs are mixtures of experts.
+        ValueError: If blocks or projections are not found, if a given name does not exist, or if the MLPs are mixtures of experts.
     """
     names = {name: module for name, module in model.named_modules() if name}
     if block is None:

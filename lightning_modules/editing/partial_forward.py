@@ -51,7 +51,7 @@ def check_additive(model: nn.Module, layout: Layout, layer: int, input_ids: Tens
         raise ValueError(
             f"the blocks of {type(model).__name__} do not add the output of their MLP to the residual stream unchanged (relative difference "
             f"{error:.2g}): they contain a norm or a factor after the MLP, so a target for the residual stream is not a target for the projection; "
-            "such models cannot be edited"
+            "such models cannot be edited; use another model"
         )
 
 

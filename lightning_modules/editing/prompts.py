@@ -1,4 +1,7 @@
-"""Prompts of facts as token ids, with the position of the token at which a fact is edited."""
+"""Prompts of facts as token ids, with the position of the token at which a fact is edited.
+
+Shapes: B rows, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,7 @@ def find_fact_token(offsets: Sequence[tuple[int, int]], span: Span, fact_token: 
         return len(offsets) - 1
     inside = [number for number, (start, end) in enumerate(offsets) if start < span.end and end > span.start and end > start]
     if not inside:
-        raise ValueError(f"no token overlaps the subject at characters {span.start} to {span.end}")
+        raise ValueError(f"no token overlaps the subject at characters {span.start} to {span.end}; give a subject with visible characters")
     if fact_token == "subject_first":
         return inside[0]
     return min(inside[-1] + (fact_token == "subject_first_after_last"), len(offsets) - 1)
@@ -118,7 +121,8 @@ class PromptEncoder:
         """Refuse a slow tokenizer: the last token of a subject cannot be found without offsets."""
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(
-                f"editing needs a fast tokenizer, which returns the offsets of tokens in the text; {type(self.tokenizer).__name__} is not fast"
+                f"editing needs a fast tokenizer, which returns the offsets of tokens in the text; {type(self.tokenizer).__name__} is not "
+                "fast; load it with use_fast=True, or use a model that has a fast tokenizer"
             )
 
     @property
@@ -138,7 +142,7 @@ class PromptEncoder:
             whole[len(before) :] if whole[: len(before)] == before else self.tokenizer(f" {text.lstrip()}", add_special_tokens=False)["input_ids"]
         )
         if not ids:
-            raise ValueError(f"the answer {text!r} has no tokens")
+            raise ValueError(f"the answer {text!r} has no tokens; give an answer with visible characters")
         return ids
 
     def encode_prompt(self, prompt: str, subject: str, context: str = PLACEHOLDER, answer: Sequence[int] = ()) -> Row:

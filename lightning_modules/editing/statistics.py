@@ -82,10 +82,10 @@ def second_moments(
             and settings, so that each combination has its own file.
 
     Raises:
-        ValueError: If there is no text, or if the file belongs to another model, text or setting.
+        ValueError: If there is no text, or if the file is damaged or belongs to another model, text or setting.
     """
     if not texts:
-        raise ValueError("second moments need text, got none")
+        raise ValueError("second moments need text, got none; give at least one text")
     settings = settings or StatisticsSettings()
     widths = {layer: layout.projection_of(model, layer).width for layer in layers}
     device = next(model.parameters()).device
@@ -108,7 +108,7 @@ def second_moments(
             for layer, total in totals.items():
                 total.merge(own[layer] if ranks == 1 else _broadcast_moment(source, rank, own[layer]))
         finished = min(start + ranks, len(pieces))
-        log.info("second moments: %s of %s texts", min(finished * settings.piece, len(texts)), len(texts))
+        log.info("second moments: processed %s of %s texts", min(finished * settings.piece, len(texts)), len(texts))
         due = finished == len(pieces) or time.monotonic() - written >= 60 * settings.save_minutes
         if file is not None and rank == 0 and due:
             _write(file, content_hash, totals, finished)
@@ -132,7 +132,7 @@ def _add(
 
 
 def _batches(tokenizer: Any, texts: Sequence[str], settings: StatisticsSettings) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield token ids and masks of texts of similar length, padded on the right."""
+    """Yield token ids and masks, ``(B, T)`` int64 each, of texts of similar length, padded on the right."""
     rows = sorted((ids[: settings.max_length] for ids in tokenizer(list(texts))["input_ids"] if ids), key=len)
     while rows:
         length = len(rows[-1])
@@ -168,7 +168,7 @@ def _broadcast_moment(source: int, rank: int, own: SecondMoment) -> SecondMoment
 
 
 def _content_hash(model: nn.Module, layout: Layout, layers: Sequence[int], tokenizer: Any, texts: Sequence[str], settings: StatisticsSettings) -> str:
-    """Return a hash of everything that the moments depend on: model, configuration, tokenizer and text; 64 values of each weight are used."""
+    """Return a hash of layers, settings, tokenizer, text, and the model: its configuration, and 64 values of each weight."""
     state = hashlib.sha256(layout.projection.encode())
     for name, parameter in model.named_parameters():
         state.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -197,13 +197,13 @@ def _load(file: Path, content_hash: str, totals: dict[int, SecondMoment]) -> int
         stored, metadata = load_verified(file)
     except ValueError as error:
         if content_hash[:12] not in file.name:
-            raise ValueError(f"{error}; remove it, give another file, or add {HASH} to the name") from error
+            raise ValueError(f"{error}; remove the file, give another one, or add {HASH} to its name") from error
         log.warning("%s: the second moments are computed again", error)
         return 0
     if metadata.get("hash") != content_hash:
         raise ValueError(
             f"{file} contains second moments of another model, text or setting (hash {metadata.get('hash', 'missing')[:12]}, expected "
-            f"{content_hash[:12]}); remove it, give another file, or add {HASH} to the name"
+            f"{content_hash[:12]}); remove the file, give another one, or add {HASH} to its name"
         )
     try:
         counts, pieces = json.loads(metadata["counts"]), int(metadata["pieces"])
@@ -211,6 +211,6 @@ def _load(file: Path, content_hash: str, totals: dict[int, SecondMoment]) -> int
             total.total.copy_(stored[str(layer)])
             total.count = int(counts[str(layer)])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}: {first_line(error)}); remove it to compute the second moments again") from error
-    log.info("second moments: continued after %s tokens from %s", next(iter(totals.values())).count, file)
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {first_line(error)}); remove the file to compute them again") from error
+    log.info("second moments: continuing after the %s tokens of %s", next(iter(totals.values())).count, file)
     return pieces

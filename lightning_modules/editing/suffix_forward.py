@@ -1,6 +1,9 @@
 """Logits after a change of the residual stream at one token of each row, from full forward passes or from passes over the ends of rows only.
 
-Shapes: B rows, P tokens before the changed one, S tokens from the changed one on, v width of the residual stream, V vocabulary, N requested logits.
+The end of a row consists of its changed token and the tokens after it.
+
+Shapes: B rows, T tokens, P tokens before the changed one, S tokens from the changed one on, v width of the residual stream, V vocabulary,
+N requested logits.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ TOLERANCE = 1e-4
 def choose_forward(model: Any, layout: Layout, layer: int, rows: RowBatch) -> SuffixForward | FullForward:
     """Return the fastest exact forward pass for changes of a block's output.
 
-    This is :class:`SuffixForward` if it gives the same logits as :class:`FullForward`. It does not if the attention window is shorter than the row,
-    if the model ignores ``position_ids``, or if it has recurrent layers.
+    This is :class:`SuffixForward` if it gives the same logits as :class:`FullForward`. The logits differ if the attention window is shorter than the
+    row, if the model ignores ``position_ids``, or if it has recurrent layers.
 
     Args:
         model: Decoder in evaluation mode.

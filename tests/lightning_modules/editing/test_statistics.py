@@ -148,7 +148,7 @@ def test_damaged_file_is_computed_again_or_raises(tmp_path, damage):
         path.write_bytes(damage(path.read_bytes()))
     healed = moments(file=tmp_path / "moments-{hash}.safetensors")
     assert torch.equal(healed[2].total, whole[2].total)
-    with pytest.raises(ValueError, match=r"moments\.safetensors is damaged .*; remove it, give another file"):
+    with pytest.raises(ValueError, match=r"moments\.safetensors is damaged .*; remove the file, give another one"):
         moments(file=tmp_path / "moments.safetensors")
 
 
