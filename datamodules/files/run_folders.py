@@ -19,6 +19,7 @@ from malleable.datamodules.files.yaml_files import read_yaml
 log = logging.getLogger(__name__)
 
 EDITED = "edited.ckpt"
+"""Name of an edited checkpoint, in the folder ``checkpoints`` of a run."""
 LAST = "last:"
 """Prefix of the name of a recipe; ``last:<recipe>`` is the latest run of the recipe."""
 
@@ -81,7 +82,7 @@ def find_exported_model(name: str) -> str:
             f"{name} is {run}, which has no folder model or adapter, because the run is not finished or its model is not a language model; "
             "give another run"
         )
-    log.info("%s is %s", name, folder)
+    log.info("using the exported model %s for %s", folder, name)
     return str(folder)
 
 
@@ -147,7 +148,7 @@ def find_run_checkpoint(which: str, runs: Path, expected: RunDescription | None 
         differences = (expected or RunDescription()).differences(_describe_run(run, latest))
         if not differences:
             if nearest:
-                log.info("%s: using %s; later runs have another model or other data", which, run)
+                log.info("using the %s checkpoint of %s, because later runs have another model or other data", which, run)
             return str(latest if which == "last" else _best_checkpoint(latest, runs))
         if nearest is None or len(differences) < nearest[0]:
             nearest = len(differences), f"the most similar run is {run}, with {'; '.join(differences)}. To use it, give --ckpt_path {latest}"

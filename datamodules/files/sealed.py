@@ -27,7 +27,7 @@ def seal(folder: Path, manifest: Mapping[str, Any] | None = None) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return a description of the damage of a sealed folder, or ``None`` if all checksums match."""
+    """Return a description of the damage of a sealed folder, e.g. ``is corrupt (a.npy)``, or ``None`` if all checksums match."""
     try:
         content = json.loads((folder / MANIFEST).read_text())
         seal, files = content.pop(SEAL), content["files"]

@@ -24,7 +24,7 @@ def sniff_encoding(path: Path, other: str | None = None) -> str | None:
 
     Args:
         path: The file.
-        other: Encoding of files that are not UTF-8, for example that of the source.
+        other: Encoding of files that are not UTF-8, for example the option ``encoding`` of the source.
 
     Returns:
         Argument ``encoding`` of :func:`~malleable.datamodules.files.text_files.open_text`: ``None`` for UTF-8 and for files with a byte-order mark.

@@ -24,7 +24,9 @@ def check_delimiter(delimiter: str | None) -> None:
         ValueError: If it is not one character, or a character that cannot be a delimiter.
     """
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n\0 .'):
-        raise ValueError(f"delimiter must be one character such as ',', ';', '|' or a tab ('\\t'), got {delimiter!r}")
+        raise ValueError(
+            f"delimiter must be one character such as ',', ';', '|' or a tab ('\\t'), not a quote, a space, a dot or a line end, got {delimiter!r}"
+        )
 
 
 def read_cells(path: Path, delimiter: str, encoding: str | None = None, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:

@@ -300,8 +300,8 @@ def field_of(fields: Any, name: str) -> Any:
         ValueError: If the field is missing.
     """
     if not isinstance(fields, dict) or name not in fields:
-        known = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-        raise ValueError(f"the field {name!r} is missing; the row has {known!s:.200}")
+        known = f"the fields are {sorted(fields)}" if isinstance(fields, dict) else f"expected a JSON object, got {fields!r}"
+        raise ValueError(f"the field {name!r} is missing; {known:.200}")
     return fields[name]
 
 

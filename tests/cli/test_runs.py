@@ -208,7 +208,7 @@ def test_runs_with_other_model_or_data_are_skipped(tmp_path, caplog):
     configure(tmp_path / "version_9", SFT)  # a run without a checkpoint, such as a test
     with caplog.at_level("INFO", "malleable"):
         assert find_checkpoint("last", tmp_path, RunDescription.from_config(SFT)) == str(fitting)
-    assert f"last: using {tmp_path}/version_0; later runs have another model or other data" in caplog.text
+    assert f"using the last checkpoint of {tmp_path}/version_0, because later runs have another model or other data" in caplog.text
     absolute = changed(SFT, file=str(Path("a.csv").absolute()))
     assert find_checkpoint("last", tmp_path, RunDescription.from_config(absolute)) == str(fitting)
 

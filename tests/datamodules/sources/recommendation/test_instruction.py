@@ -81,8 +81,8 @@ def test_a_folder_without_catalogue_or_rows(folder, tmp_path):
     [
         ("[{", "train.json: not JSON"),
         ("{}", "train.json, line 1: the field 'input' is missing"),
-        ('[{"input": ""}]', r"train.json, entry 1: the field 'output' is missing; the row has \['input'\]"),
-        ('["x"]', "train.json, entry 1: the field 'input' is missing; the row has str"),
+        ('[{"input": ""}]', r"train.json, entry 1: the field 'output' is missing; the fields are \['input'\]"),
+        ('["x"]', "train.json, entry 1: the field 'input' is missing; expected a JSON object, got 'x'"),
     ],
 )
 def test_wrong_rows(folder, text, message):
