@@ -16,9 +16,9 @@ Files:
     global_batches.py: Sampler of global batches.
     row_reader.py: Reading of rows with worker processes.
     sample_ids.py: Ids and orders that depend on the content of rows.
-    negative_samplers.py: Samplers of rejected items.
+    negative_samplers.py: Samplers of rejected items, for recommenders.
     compatibility.py: Checks that data have the tokenizer, template and items of a checkpoint.
-    stored_identity.py: Storage of these in checkpoints and exported folders.
+    stored_identity.py: Storage of tokenizer, template and items in checkpoints and exported folders.
 """
 
 import lazy_loader

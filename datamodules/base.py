@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 class BaseDataModule(LightningDataModule, ABC):
     """Base class of data modules with the datasets ``train_dataset``, ``val_dataset``, ``test_dataset`` and ``predict_dataset``.
 
-    A subclass sets these attributes in :meth:`setup`. A dataset has a method ``collate``, or creates whole batches with ``make_batch``; for other
-    datasets, the subclass overrides :meth:`collate`. An optimizer step has ``global_batch_size`` rows on any number of devices; gradient accumulation
-    is set accordingly.
+    A subclass sets these attributes in :meth:`setup`. If a dataset has a method ``collate(rows)`` or ``make_batch(positions)``, this method creates
+    the batches. Otherwise, the subclass must override :meth:`collate`. An optimizer step has ``global_batch_size`` rows on any number of devices;
+    :meth:`setup` sets the gradient accumulation of the Trainer accordingly.
 
     Args:
         batch_size: Maximum number of rows of a training batch on one device.
@@ -74,11 +74,11 @@ class BaseDataModule(LightningDataModule, ABC):
         raise NotImplementedError(f"{type(self).__name__} cannot collate rows: add a method `collate` to the dataset, or override this method")
 
     def row_tokens(self) -> Sequence[int] | None:
-        """Return the number of tokens of each training row that contribute to the loss, if losses are normalised over an optimizer step."""
+        """Return the number of tokens of each training row that contribute to the loss; ``None``: losses are normalised by batch, not by step."""
         return None
 
     def train_dataloader(self) -> PhasedLoader[Any]:
-        """Return the training loader; always the same object, so that its rows can be exchanged."""
+        """Return the training loader. Every call returns the same object, so that callbacks can exchange its rows (``set_rows``)."""
         if self._train_loader is None:
             dataset = self._dataset("train")
             self._train_loader = PhasedLoader(
@@ -95,7 +95,7 @@ class BaseDataModule(LightningDataModule, ABC):
             if self._train_loader.num_steps == 0:
                 raise ValueError(
                     f"{type(self).__name__}: {len(dataset)} training rows do not fill one optimizer step of "
-                    f"{self.global_batch_size or self.batch_size} rows; reduce global_batch_size"
+                    f"{self.global_batch_size or self.batch_size} rows; reduce global_batch_size, or batch_size if global_batch_size is not set"
                 )
         if self.trainer is not None and self.trainer.accumulate_grad_batches != self._train_loader.accumulation:
             if self.trainer.strategy.handles_gradient_accumulation:
@@ -164,4 +164,4 @@ class BaseDataModule(LightningDataModule, ABC):
             )
         trainer.accumulate_grad_batches = batches
         size = trainer.world_size
-        log.info("global batch of %s rows = %s rows x %s devices x %s accumulated", rows * size * batches, rows, size, batches)
+        log.info("an optimizer step has %s rows: %s rows a batch x %s devices x %s accumulated batches", rows * size * batches, rows, size, batches)

@@ -1,6 +1,7 @@
 """Typed batches, catalogue, vocabulary and graph labels, which data modules and modules share.
 
-Shapes: B rows, P prompt tokens, K answers per row, A answer tokens, T tokens, L history items, S seen items, C candidates.
+Shapes: B rows, P prompt tokens, K answers per row, A answer tokens, T tokens, L history items, M history items for metrics, S seen items,
+C candidates.
 Queries to a graph: P true tails, F known answers, R original relations. Item ids run from 0; -1 pads item lists.
 A negative ``sample_id`` marks a padding row (a row that is repeated only to fill a batch), which losses and metrics ignore.
 """
@@ -52,7 +53,7 @@ class Batch(Record):
 
         Args:
             device: Target device.
-            non_blocking: Copy asynchronously. Default: except to the CPU and MPS, as in Lightning.
+            non_blocking: Copy asynchronously. Default: true, except for copies to the CPU and to MPS, as in Lightning.
         """
         if non_blocking is None:
             non_blocking = torch.device(device).type not in ("cpu", "mps")
@@ -70,8 +71,8 @@ class PackedBatch(Batch):
         input_ids: ``(B, T)`` int64.
         document_ids: ``(B, T)`` int64; 0 is padding, tokens with equal numbers belong to one document.
         position_ids: ``(B, T)`` int64, starting at 0 in each document.
-        num_step_tokens: Scalar; number of targets of the optimizer step, divided by its number of batches over all ranks. ``None``: losses are
-            normalised by the targets of this batch.
+        num_step_tokens: Scalar; mean number of targets of a batch, over all batches of the optimizer step on all ranks. Losses are divided by it.
+            ``None``: losses are divided by the number of targets of this batch.
         one_document: Whether each row is one document, padded on the right, so that attention needs no mask. False is always correct.
     """
 
@@ -92,12 +93,12 @@ class AnswerBatch(Batch):
         answer_mask: ``(B, K, A)`` bool, True on real tokens.
         item_ids: ``(B, K)`` int64, the item of each answer, -1 if it is not an item.
         history: ``(B, L)`` int64, items before the target that sequence models read, oldest first, padded with -1 on the left.
-        seen: ``(B, S)`` int64, items that are not recommended again, padded with -1.
+        seen: ``(B, S)`` int64, items that are not recommended, usually those that the user has seen; padded with -1.
         candidates: ``(B, C)`` int64, items to choose from, padded with -1; ``None`` means the whole catalogue.
         metric_history: ``(B, M)`` int64, items that metrics count as the user's history, padded like ``history``; ``None``: ``history``.
         num_step_tokens: As in :class:`PackedBatch`.
-        answer_columns: Number of columns that the answers of a row need after a shared prompt. ``None``: ``K * (A - 1)``. It is a number, not a
-            tensor, so that shapes are known without synchronisation.
+        answer_columns: Number of columns for the answers of a row, if they are concatenated after one copy of the prompt, without the last token of
+            each answer. ``None``: ``K * (A - 1)``. It is an ``int``, not a tensor, so that shapes are known without synchronisation.
     """
 
     prompt_ids: Tensor
@@ -138,10 +139,11 @@ class QueryBatch(Batch):
         relation: ``(B,)`` int64, original relations 0..R-1 or reciprocals R..2R-1; -1 for queries ``(h, ?, t)``.
         target: ``(P,)`` int64, true tails: one for each query, several if training groups equal queries, none in prediction.
         target_row: ``(P,)`` int64, the row of each true tail, ascending.
-        known: ``(F,)`` int64, all known answers of the queries, distinct within each query; empty in training.
+        known: ``(F,)`` int64, known answers of the queries in all splits (entities, or relations for queries ``(h, ?, t)``), distinct within each
+            query; empty in training.
         known_row: ``(F,)`` int64, the row of each known answer, ascending.
         num_step_tokens: As in :class:`PackedBatch`; targets are the true tails.
-        num_step_rows: Scalar; number of queries of the optimizer step, divided by its number of batches over all ranks.
+        num_step_rows: Scalar; mean number of queries of a batch, over all batches of the optimizer step on all ranks.
         tail: ``(B,)`` int64, tails of queries ``(h, ?, t)``, -1 for other queries; ``None`` if there are no queries ``(h, ?, t)``.
         one_each: Whether each query has exactly one true tail, in order, so that ``target_row`` is ``0..B-1``. Ranking is then faster; False is
             always correct.
@@ -208,7 +210,7 @@ class Vocabulary:
         vocab_size: Number of tokens.
         eos_token_id: End-of-sequence token.
         pad_token_id: Padding token.
-        tokenizer: Folder or id of the tokenizer.
+        tokenizer: Folder or hub id of the tokenizer; ``None`` if there is none.
         largest_token_id: Largest token id in the texts of the data; ``None`` if unknown.
     """
 
@@ -227,7 +229,7 @@ class Catalog:
         titles: Distinct titles.
         token_ids: Answer tokens of each title, including the end-of-sequence token; empty without a language model.
         genres: Genres of each item; empty tuples if unknown.
-        popularity: Training interactions of each item.
+        popularity: Number of training interactions of each item.
         vocabulary: Vocabulary of ``token_ids``; ``None`` without a language model.
         keys: Id of each item in the source, the first one if several items have the same title; empty if the source has no ids.
         template: Fields of the prompt template; ``None`` without a language model.

@@ -23,9 +23,9 @@ def collate(
         examples: Rows.
         kind: Type of the batch: :class:`AnswerBatch` (default), :class:`PreferenceBatch` or :class:`PackedBatch`.
         pad_token_id: Padding token.
-        pad_to_multiple_of: Pad token rows, and the columns of answers after a shared prompt, to a multiple of this number. It does not affect
-            results. GPU kernels are selected for each width, so that fewer distinct widths are faster. Attention kernels need masks aligned to 8; 32
-            gives fewer widths, but more padding.
+        pad_to_multiple_of: Round the widths of prompts, of packed rows and of answers without their last token, and ``answer_columns``, up to a
+            multiple of this number. It does not affect results. GPU kernels are selected for each width, so that fewer distinct widths are faster.
+            Attention kernels need masks aligned to 8; 32 gives fewer widths, but more padding.
 
     Raises:
         ValueError: If the rows do not fit the type of the batch, or if only some rows have a prompt.
@@ -129,7 +129,7 @@ def _columns(examples: Sequence[Example], count: int, pad_token_id: int, pad_to_
 
 
 def _check_prompts(prompt_lengths: Tensor, answer_lengths: Tensor, examples: Sequence[Example]) -> None:
-    """Raise an error if a row has an answer, but an empty prompt, so that nothing predicts the first token. Rows without any text are allowed.
+    """Raise an error if a prompt is empty, because nothing would predict the first token of the answer. Batches without any tokens are allowed.
 
     Raises:
         ValueError: If a prompt is empty.

@@ -1,8 +1,11 @@
 """Compatibility of data with the weights of a checkpoint or exported model: tokenizer, prompt template, items and labels.
 
-Weights depend on the data that they were trained with. A checkpoint's tokenizer must equal the tokenizer of the data, and so must the template and
-the items, in order. ``BaseModule`` calls :func:`check_identity` when it gets data or loads a checkpoint; ``LanguageModel`` calls
-:func:`check_exported_folder` when it loads an exported model. :mod:`~malleable.datamodules.stored_identity` reads and writes what is compared.
+The data must have the tokenizer, the prompt template and the items that the weights of a checkpoint were trained with, and the items must have the
+same order. ``BaseModule`` calls :func:`check_identity` when it gets data or loads a checkpoint. ``LanguageModel`` calls :func:`check_exported_folder`
+when it loads an exported model. :mod:`~malleable.datamodules.stored_identity` reads and writes the compared properties.
+
+On the command line, the tokenizer, the template and the catalogue of the checkpoint override those of the recipe before this check: see
+``parse_arguments`` of ``MalleableCLI`` in :mod:`malleable.cli` (``configs/cli/cli.py`` in the repository).
 """
 
 from __future__ import annotations
@@ -34,11 +37,11 @@ ADVICE = {
 
 
 def identity(description: DataDescription, *, text: bool = True) -> dict[str, Any]:
-    """Return everything that the weights depend on, by name, as values that can be compared.
+    """Return the properties of the data that must match the weights, by name: tokenizer, template and items; or entities and relations.
 
     Args:
-        description: Description of the data or of a checkpoint.
-        text: Whether the model reads text; otherwise only the items are compared.
+        description: Description of the data, or description that a checkpoint stores.
+        text: Whether the model reads text. If false, only the items of a catalogue are returned. It has no effect on graphs.
     """
     if isinstance(description, KnowledgeGraph):
         return {"entities": description.entities, "relations": description.relations}
@@ -58,7 +61,7 @@ def identity(description: DataDescription, *, text: bool = True) -> dict[str, An
 
 
 def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Return a message for each entry that both mappings have and that differs, with both values."""
+    """Return a message with both values for each entry that is in both mappings and has different values."""
     return [found for name in stored if name in given and stored[name] != given[name] for found in _describe(name, stored[name], given[name])]
 
 
@@ -73,7 +76,7 @@ def check_identity(kind: str, stored: DataDescription, given: DataDescription, *
         extend: Whether the data may have new items after the stored ones.
 
     Raises:
-        MisconfigurationException: If they differ.
+        MisconfigurationException: If the data differ from the stored description.
     """
     if stored is given or stored == given:
         return
@@ -120,7 +123,7 @@ def _describe_sequence(name: str, stored: Sequence[Any], given: Sequence[Any]) -
     if not parts:
         pairs = enumerate(zip(stored, given, strict=False))
         place = next((index for index, (one, other) in pairs if one != other), min(len(stored), len(given)) - 1)
-        parts = [f"in another order, first at position {place}: {stored[place]!r} and {given[place]!r}"]
+        parts = [f"in another order, first at position {place}: {stored[place]!r} in the checkpoint, {given[place]!r} here"]
     return f"{name}: {len(stored)} in the checkpoint, {len(given)} here, {', '.join(parts)}"
 
 

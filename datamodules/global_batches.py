@@ -26,8 +26,9 @@ class Shard(NamedTuple):
     Attributes:
         rows: ``(B,)`` positions in the dataset.
         padding: Number of padding rows at the end.
-        step_tokens: Number of tokens of the optimizer step that contribute to the loss, divided by its batches over all ranks; ``None`` if unknown.
-        step_rows: Number of rows of the optimizer step, divided by its batches over all ranks; ``None`` if unknown.
+        step_tokens: Mean number of tokens of a batch that contribute to the loss, over all batches of the optimizer step on all ranks; ``None`` if
+            unknown.
+        step_rows: Mean number of rows of a batch, over all batches of the optimizer step on all ranks; ``None`` if unknown.
     """
 
     rows: Tensor
@@ -64,8 +65,8 @@ def step_layout(batch_size: int, global_batch_size: int | None) -> StepLayout:
     rows = min(batch_size, per_rank)
     if total % size or per_rank % rows:
         raise ValueError(
-            f"global_batch_size {total} must be a multiple of batch_size x devices = {batch_size} x {size}, or less than that and a multiple of "
-            f"the devices; choose another batch_size or number of devices"
+            f"global_batch_size {total} must be a multiple of batch_size x devices = {batch_size} x {size}, or a smaller multiple of the number "
+            f"of devices; change global_batch_size, batch_size or the number of devices"
         )
     return StepLayout(rows, per_rank // rows)
 
@@ -103,7 +104,7 @@ class GlobalBatchSampler:
             count: Number of rows.
             ids: ``(count,)`` ids that the order depends on; ``None``: the positions.
             row_tokens: Number of tokens of each row that contribute to the loss.
-            batch_factor: Factor of the numbers of rows of a batch and of an optimizer step; the accumulation does not change.
+            batch_factor: Multiply the number of rows of a batch, and thereby of an optimizer step, by this factor; the accumulation does not change.
         """
         self.count = count
         self.ids = ids
@@ -166,7 +167,7 @@ class GlobalBatchSampler:
         return {"rows": self.count, "rows of a step": self.rows_per_step, "batches of a step": self.accumulation, "seed": self.seed}
 
     def _start(self) -> int:
-        """Return the number of batches of the epoch before the run was interrupted."""
+        """Return the number of batches of this epoch that were used before the run was interrupted."""
         state, self._restored = self._restored, {"epoch": -1, "position": 0}
         # A run that was killed after the last batch of an epoch resumes with the next epoch.
         if state["epoch"] != self.epoch:

@@ -36,9 +36,9 @@ class RowView(Dataset[Any]):
 
     Args:
         pool: Map-style dataset of dictionaries.
-        positions: Positions of the rows, in this order.
-        fields: Fields to override, for each row.
-        collate: Function that collates rows, if their batch has another type than that of the dataset.
+        positions: Positions in ``pool`` of the rows of the subset, in the order of the subset.
+        fields: For each row of the subset, the fields to override, by name.
+        collate: Function that collates rows. Default: the method ``collate`` of ``pool``, if it has one.
     """
 
     def __init__(
@@ -89,15 +89,16 @@ class PhasedLoader(Generic[BatchT]):
     ``reload_dataloaders_every_n_epochs=1`` to read the new length. A run that was killed within an epoch resumes with the next batch.
 
     Args:
-        dataset: Map-style dataset or sequence. Settings of a :class:`torch.utils.data.DataLoader` are used as defaults of the other arguments; a
-            sampler, batch sampler, generator or iterable dataset is not supported. A :class:`BatchDataset` needs neither collation nor workers.
+        dataset: Map-style dataset, sequence of rows, or :class:`torch.utils.data.DataLoader`. The settings of a DataLoader are the defaults of the
+            other arguments; it must not have a sampler, a batch sampler, a generator or an iterable dataset. A :class:`BatchDataset` needs neither
+            collation nor workers.
         batch_size: Maximum number of rows of a batch on one device; batches are smaller if ``global_batch_size`` requires it. Default: 1.
         global_batch_size: Number of rows of an optimizer step over all devices. Default: ``batch_size`` times the number of devices.
         collate_fn: Function that collates rows to a batch; a method ``collate`` of the dataset overrides it.
         shuffle: Use a new order in each epoch, which depends on ``seed``, the epoch and the ids of the rows. Default: True.
         drop_last: Omit the rows that do not fill a global batch (default). Otherwise rows are repeated with a negative ``sample_id``, so that all
             ranks have equally many batches; on one device, the last batches are shorter, with at least one row. A loss that ignores repeated rows and
-            divides by ``num_step_tokens`` or ``num_step_rows`` is then the mean over a short last step, too.
+            divides by ``num_step_tokens`` or ``num_step_rows`` is the mean over the distinct rows, also in an incomplete last step.
         row_tokens: Number of tokens of each row that contribute to the loss. If given, the fields ``num_step_tokens`` and ``num_step_rows`` of
             batches are set.
         seed: Seed of the order.
@@ -152,6 +153,8 @@ class PhasedLoader(Generic[BatchT]):
     def view(self, name: str) -> Any:
         """Return another dataset of training rows, e.g. ``answer`` or ``packed``; a data module sets them in the attribute ``views``.
 
+        ``views`` maps the name of each dataset to the dataset, or to a function that creates it.
+
         Raises:
             KeyError: If there is no such dataset.
         """
@@ -168,7 +171,7 @@ class PhasedLoader(Generic[BatchT]):
         Args:
             rows: Map-style dataset or sequence of rows for ``collate_fn``.
             row_tokens: Number of tokens of each row that contribute to the loss.
-            batch_factor: Factor of the numbers of rows of a batch and of an optimizer step; the accumulation does not change.
+            batch_factor: Multiply the number of rows of a batch, and thereby of an optimizer step, by this factor; the accumulation does not change.
         """
         self.dataset: Any = rows
         self._reader = RowReader(rows, getattr(rows, "collate", None) or self.collate_fn, **self._worker_options)
@@ -196,7 +199,7 @@ class PhasedLoader(Generic[BatchT]):
 
     @property
     def batch_factor(self) -> int:
-        """Factor of the numbers of rows of a batch and of an optimizer step."""
+        """Factor by which the number of rows of a batch, and thereby of an optimizer step, is multiplied."""
         return self.batch_sampler.batch_factor
 
     @property

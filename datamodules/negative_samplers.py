@@ -1,8 +1,11 @@
-"""Negative samplers, which select the rejected items of rows.
+"""Negative samplers of recommenders, which select the rejected items of rows.
+
+The negative samples of knowledge graphs are entities. :mod:`malleable.lightning_modules.losses.embedding` (``NegativeSampling``) samples them.
 
 A selection depends on (seed, ``sample_id``, round) only, not on ranks, workers and batches. Samplers except :class:`SelfPlay` never select the true
-item or an earlier item of the user. If a row has candidates, they select among these. Callbacks can use all samplers, data modules only samplers
-that need no model. :mod:`malleable.lightning_modules.recommendation.generated_negatives` generates the negatives of samplers that need a model.
+item or an earlier item of the user. If a row has candidates, the negatives are selected from the candidates. Callbacks can use all samplers. Data
+modules can use only samplers that need no model. :mod:`malleable.lightning_modules.recommendation.generated_negatives` generates the negatives of
+samplers that need a model.
 
 To add a sampler, subclass :class:`NegativeSampler` and list it in ``datamodules/__init__.pyi``. A sampler that needs a model also needs a branch in
 ``generate_negatives``.
@@ -34,7 +37,7 @@ class ItemSampler:
         self.seed = seed
 
     def among(self, items: Sequence[int]) -> ItemSampler:
-        """Return a sampler of these items only; the items of this sampler must be numbered from 0."""
+        """Return a sampler of the given items only. The items of this sampler must be ``0..N-1``, because their weights are read by item."""
         return ItemSampler(items, None if self.weights is None else [self.weights[item] for item in items], self.seed)
 
     def draw(self, sample_id: int, count: int, exclude: Collection[int]) -> list[int]:
@@ -63,8 +66,8 @@ class ItemSampler:
         rest = [item for item, weight in zip(self.items, weights, strict=True) if weight > 0 and item not in taken]
         if len(rest) < count - len(drawn):
             raise ValueError(
-                f"row {sample_id} needs {count} items besides its own {len(set(exclude))}, but there are only {len(drawn) + len(rest)}; "
-                "reduce their number (num_negatives, or candidates of the split)"
+                f"row {sample_id} needs {count} sampled items, but only {len(drawn) + len(rest)} can be sampled: its own {len(set(exclude))} items "
+                "are excluded; reduce num_negatives of the sampler, or candidates of the split"
             )
         return drawn + rng.sample(rest, count - len(drawn))
 
@@ -79,7 +82,7 @@ class ItemSampler:
 
 
 def keyed_generator(seed: int, sample_id: int, stream: int = 0) -> random.Random:
-    """Return a generator that depends on its key alone.
+    """Return a random generator that depends on the arguments only.
 
     Args:
         seed: Seed.
@@ -90,7 +93,7 @@ def keyed_generator(seed: int, sample_id: int, stream: int = 0) -> random.Random
 
 
 def round_seed(seed: int, round_number: int = 0) -> int:
-    """Return the seed of a round; round 0 is the seed itself."""
+    """Return the seed of a round of sampling, e.g. a round of self-play. Round 0 has the given seed."""
     return seed if round_number == 0 else (seed << 16) + round_number
 
 
@@ -110,7 +113,7 @@ class RowItems(NamedTuple):
 
 
 class BoundSampler(Protocol):
-    """Negative sampler of one catalogue."""
+    """Negative sampler for one catalogue; :meth:`NegativeSampler.bind` returns it."""
 
     def __call__(self, row: RowItems) -> list[int]:
         """Return the negatives of a row."""
@@ -140,8 +143,8 @@ class NegativeSampler(ABC):  # noqa: B024  (jsonargparse takes no subclasses of 
         """Return the sampler for the items of a catalogue.
 
         Args:
-            num_items: N.
-            popularity: Training interactions of each item; may be empty if the sampler does not use them.
+            num_items: Number of items of the catalogue.
+            popularity: Number of training interactions of each item; may be empty if the sampler does not use them.
             seed: Seed of the samples, see :func:`round_seed`.
 
         Raises:
@@ -188,7 +191,7 @@ class Popularity(NegativeSampler):
 
 @dataclass
 class Semantic(NegativeSampler):
-    """Items sampled uniformly from those whose title embeddings are nearest to the true title.
+    """Items sampled uniformly from those whose title embeddings are nearest to the embedding of the true title.
 
     Attributes:
         num_negatives: Rejected items of each row.
@@ -212,7 +215,7 @@ class Hardest(NegativeSampler):
 
     Attributes:
         num_negatives: Rejected items of each row.
-        num_beams: Number of beams of the search.
+        num_beams: Number of beams of the beam search.
     """
 
     needs_model: ClassVar[bool] = True

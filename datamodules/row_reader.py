@@ -26,15 +26,15 @@ class _Batches:
 class RowReader:
     """Reader of given batches of a dataset.
 
-    Workers start with the first batches and run until :meth:`stop`, so that epochs do not start processes. They have a copy of the dataset of that
-    time; ``persistent_workers=False`` starts new workers in each epoch.
+    Workers start with the first batches and run until :meth:`stop`, so that epochs do not start processes. A worker has a copy of the dataset from
+    the time when the worker started; ``persistent_workers=False`` starts new workers in each epoch.
 
     Args:
         dataset: Map-style dataset.
         collate_fn: Function that collates rows to a batch.
         num_workers: Number of worker processes; 0 reads in this process.
         persistent_workers: Keep the workers between epochs.
-        options: Further arguments of :class:`torch.utils.data.DataLoader`, of ``WORKER_OPTIONS``.
+        options: Other arguments of :class:`torch.utils.data.DataLoader` that ``WORKER_OPTIONS`` lists.
     """
 
     def __init__(
@@ -54,7 +54,11 @@ class RowReader:
         self._loader: DataLoader[Any] | None = None
 
     def read(self, batches: Sequence[list[int]]) -> Iterable[Any]:
-        """Return the batches of these rows, in order; with workers, the result of a call must be consumed or deleted before the next call."""
+        """Return an iterable over the collated batches. With workers, consume or delete it before the next call.
+
+        Args:
+            batches: Positions in the dataset of the rows of each batch.
+        """
         if not self.options.get("persistent_workers"):
             return DataLoader(self.dataset, batch_sampler=batches, collate_fn=self.collate_fn, **self.options)
         self._batches.rows = batches
@@ -71,7 +75,7 @@ def options_of(loader: DataLoader[Any]) -> dict[str, Any]:
     """Return the settings of a DataLoader as arguments of ``PhasedLoader``.
 
     Raises:
-        ValueError: If it has settings that global batches do not support.
+        ValueError: If the DataLoader has settings that global batches do not support.
     """
     refused = {
         "an IterableDataset": isinstance(loader.dataset, IterableDataset),
@@ -83,8 +87,8 @@ def options_of(loader: DataLoader[Any]) -> dict[str, Any]:
     for what, has in refused.items():
         if has:
             raise ValueError(
-                f"PhasedLoader does not support {what} of a DataLoader: the order of rows depends on `seed` and the epoch, and it needs a map-style "
-                "dataset and a collate_fn that returns a Batch; give DataLoader(dataset, batch_size, shuffle=..., drop_last=..., "
+                f"PhasedLoader does not support {what} of a DataLoader: it orders the rows by `seed` and epoch, and needs a map-style dataset and a "
+                "collate_fn that returns a Batch; give DataLoader(dataset, batch_size, shuffle=..., drop_last=..., "
                 "collate_fn=malleable.datamodules.collate.collate), and select rows with torch.utils.data.Subset"
             )
     options = {name: getattr(loader, name) for name in WORKER_OPTIONS}

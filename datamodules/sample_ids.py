@@ -1,7 +1,7 @@
 """Sample ids that depend on the content of rows, and orders that depend on ids.
 
-An id, and everything that is sampled with it (negatives, candidates, the order), does not change if other rows are removed or added. Ids are 63-bit
-hashes, so that negative values can mark padding rows.
+The id of a row does not change if other rows are removed or added. The same holds for values that are computed from the id: the negatives and the
+candidates of the row, and its order relative to another row. Ids are 63-bit hashes, so that negative values can mark padding rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def array_hash(values: NDArray[Any]) -> int:
 def content_ids(*columns: NDArray[Any]) -> Ints:
     """Return an id for each row, ``(N,)`` int64, >= 0.
 
-    Ids of rows with equal content also depend on their number among these rows.
+    If several rows have equal content, the ids of all of them except the first one also depend on the position among these rows.
 
     Args:
         columns: ``(N,)`` hashes, integers or float64 numbers; together they are the content of a row.
@@ -85,17 +85,20 @@ def read_sample_ids(path: Path, known: Ints) -> Ints:
 
     Args:
         path: The file.
-        known: ``(N,)`` ids of the rows that there are.
+        known: ``(N,)`` ids of the training rows that exist.
+
+    Returns:
+        ``(M,)`` int64 ids, in the order of the file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is not an id, or the id of no row; with the line.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If a line is not the id of a training row. The message contains the line number.
     """
     ids = []
     rows = set(known.tolist())
     for number, line in read_lines(path):
         text = line.strip()
         if not text.isascii() or not text.isdigit() or int(text) not in rows:
-            raise ValueError(f"{path}, line {number}: {text!r:.80} is not the sample_id of a training row; one id is expected on each line")
+            raise ValueError(f"{path}, line {number}: {text!r:.80} is not the sample_id of a training row; write one such id on each line")
         ids.append(int(text))
     return np.array(ids, dtype=np.int64)

@@ -1,7 +1,7 @@
-"""Storage of the data that weights depend on, in checkpoints and exported folders.
+"""Storage of the properties of the data that must match the weights (tokenizer, template, items, graph) in checkpoints and exported folders.
 
 A checkpoint has the entries ``catalog``, ``vocabulary`` or ``graph`` and, for models that read text, ``tokenizer``. An exported folder has the same
-entries in ``malleable.json``, beside the files of the tokenizer. :mod:`~malleable.datamodules.compatibility` compares them with other data.
+entries in ``malleable.json``, beside the files of the tokenizer. :mod:`~malleable.datamodules.compatibility` compares them with the data of a run.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from malleable.datamodules.files.user_files import first_line
 from malleable.datamodules.language.tokenizer import pack_tokenizer, rules_digest, tokenizer_digest, unpack_tokenizer, write_from_memory
 
 DataDescription = Catalog | Vocabulary | KnowledgeGraph
+"""Description of the data that weights were trained on."""
 
 __all__ = [
     "FOLDER_FILE",
@@ -71,7 +72,11 @@ def as_plain(description: DataDescription) -> dict[str, Any]:
 
 
 def from_plain(kind: str, stored: Mapping[str, Any]) -> DataDescription:
-    """Rebuild a description from plain data; unknown entries, which later versions may write, are ignored."""
+    """Rebuild a description from plain data; unknown entries, which later versions may write, are ignored.
+
+    Raises:
+        TypeError: If a field has a wrong type.
+    """
     known = {field.name for field in fields(KINDS[kind])}
     values = {name: _tuples(value) for name, value in stored.items() if name in known}
     if values.get("vocabulary") is not None:
@@ -80,7 +85,7 @@ def from_plain(kind: str, stored: Mapping[str, Any]) -> DataDescription:
     hints = get_type_hints(KINDS[kind])
     for name, value in vars(description).items():
         if not _fits(value, hints[name]):
-            raise TypeError(f"{name} is {value!r:.80}")
+            raise TypeError(f"field {name!r} has the invalid value {value!r:.80}")
     return description
 
 
@@ -103,12 +108,14 @@ def store_identity(entries: dict[str, Any], kind: str, description: DataDescript
 
 
 def restore_tokenizer(name: str, folder: Path) -> bool:
-    """Write a tokenizer that this process has read, and whose files were removed since, into a folder; return whether it was read."""
+    """Write a tokenizer from memory into a folder, if its files were removed. Return whether this process had read the tokenizer before."""
     return write_from_memory(name, folder)
 
 
 def load_identity(entries: Mapping[str, Any], kind: str) -> DataDescription | None:
-    """Return a description from a checkpoint, or ``None``; its tokenizer is written to the cache folder and loads from there.
+    """Return a description from a checkpoint; ``None`` if the checkpoint has no entry ``kind``.
+
+    The stored tokenizer is written to the cache folder, and the description refers to its folder there.
 
     Raises:
         ValueError: If the entry or the tokenizer is damaged.
@@ -120,12 +127,15 @@ def load_identity(entries: Mapping[str, Any], kind: str) -> DataDescription | No
         if "tokenizer" in entries and vocabulary_of(description) is not None:
             description = with_tokenizer(description, str(unpack_tokenizer(entries["tokenizer"])))
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError, zlib.error) as error:
-        raise ValueError(f"the checkpoint's entry {kind!r} or its tokenizer is damaged ({type(error).__name__}: {first_line(error)})") from error
+        raise ValueError(
+            f"the checkpoint's entry {kind!r} or its tokenizer is damaged ({type(error).__name__}: {first_line(error)}); "
+            "use another copy of the checkpoint"
+        ) from error
     return description
 
 
 def write_folder(folder: Path, kind: str, description: DataDescription, settings: Mapping[str, Any]) -> None:
-    """Write ``malleable.json`` into an exported folder."""
+    """Write ``malleable.json`` into an exported folder: the description, the digest of its tokenizer, and the settings of the model."""
     vocabulary = vocabulary_of(description)
     digest = None if vocabulary is None or vocabulary.tokenizer is None else tokenizer_digest(vocabulary.tokenizer)
     content = {kind: as_plain(description), "tokenizer_digest": digest, SETTINGS: dict(settings)}

@@ -87,7 +87,7 @@ A = Catalog(("A", "B", "C"), ((1,), (2,), (3,)), vocabulary=WORDS, template={"pr
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (Catalog(("A", "C", "B"), ((1,), (3,), (2,)), vocabulary=WORDS), "in another order, first at position 1: 'B' and 'C'"),
+        (Catalog(("A", "C", "B"), ((1,), (3,), (2,)), vocabulary=WORDS), "in another order, first at position 1: 'B' in the checkpoint, 'C' here"),
         (
             Catalog(("A", "B", "D"), ((1,), (2,), (3,)), vocabulary=WORDS),
             r"items: 3 in the checkpoint, 3 here, 1 new \('D'\), 1 missing \('C'\)",

@@ -337,7 +337,7 @@ def test_bad_values(ranks):
     with pytest.raises(ValueError, match="needs a collate_fn"):
         PhasedLoader(ROWS, 3)
     ranks(0, 3)
-    with pytest.raises(ValueError, match="batch_size x devices = 8 x 3, or less than that and a multiple of the devices"):
+    with pytest.raises(ValueError, match="batch_size x devices = 8 x 3, or a smaller multiple of the number of devices"):
         len(PhasedLoader(ROWS, 8, global_batch_size=8, collate_fn=batch_of))
     with pytest.raises(KeyError, match="no rows 'packed'"):
         PhasedLoader(ROWS, 3, collate_fn=batch_of).view("packed")

@@ -39,7 +39,7 @@ def test_the_last_possible_items_are_found():
 
 
 def test_too_few_items_are_an_error():
-    with pytest.raises(ValueError, match="row 7 needs 3 items besides its own 2, but there are only 2; reduce their number"):
+    with pytest.raises(ValueError, match="row 7 needs 3 sampled items, but only 2 can be sampled: its own 2 items are excluded; reduce"):
         ItemSampler(range(5), [1, 1, 1, 1, 0]).draw(7, 3, exclude=[0, 1])
 
 

@@ -161,7 +161,7 @@ def test_a_row_that_excludes_no_more_draws_the_same():
 
 def test_more_negatives_than_items():
     row = {"sample_id": 4, "item_ids": [0], "history": [1, 2]}
-    with pytest.raises(ValueError, match="row 4 needs 6 items besides its own 3, but there are only 5"):
+    with pytest.raises(ValueError, match="row 4 needs 6 sampled items, but only 5 can be sampled: its own 3 items are excluded"):
         Uniform(6).bind(8, (), 0)(row_items(row))
     assert sorted(Uniform(5).bind(8, (), 0)(row_items(row))) == [3, 4, 5, 6, 7]
 

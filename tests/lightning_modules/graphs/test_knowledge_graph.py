@@ -389,7 +389,7 @@ class TestCheckpoints:
     def test_another_graph_is_refused(self, tmp_path):
         _, path = self.saved(tmp_path)
         other = KnowledgeGraph(tuple(reversed(tiny_graph().entities)), tiny_graph().relations)
-        with pytest.raises(MisconfigurationException, match="in another order, first at position 0: 'person 0' and 'person 11'"):
+        with pytest.raises(MisconfigurationException, match="in another order, first at position 0: 'person 0' in the checkpoint, 'person 11' here"):
             NFE.load_from_checkpoint(path, graph=other)
 
     def test_a_checkpoint_without_a_graph(self):
