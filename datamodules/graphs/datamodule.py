@@ -30,7 +30,8 @@ class KnowledgeGraphDataModule(BaseDataModule):
 
     Args:
         source: Source of the triples.
-        group_queries: Train with each distinct query once, with all its tails. This is faster for the same sum over triples, but changes the batches.
+        group_queries: Train with each distinct query once, with all its tails. Training is faster, and the loss of an epoch is the same sum over
+            triples, but a batch contains other triples.
         unseen_entities: Treatment of validation and test triples with an entity or relation that is not in training: ``keep`` (as in published
             figures), ``drop`` or ``error``.
         types_file: Types of entities, see :func:`~malleable.datamodules.graphs.labels.read_types`.

@@ -27,8 +27,8 @@ def read_queries(path: Path, graph: KnowledgeGraph, delimiter: str | None = None
     Args:
         path: File with one query on each line, also ``.gz``.
             ``head<TAB>relation<TAB>?`` and ``head<TAB>relation`` are queries for tails, ``?<TAB>relation<TAB>tail`` for heads, and
-            ``head<TAB>?<TAB>tail`` for relations. A first line with the names ``head``, ``relation`` and ``tail``, in any order and with other
-            columns, is a header.
+            ``head<TAB>?<TAB>tail`` for relations. A first line with the names ``head``, ``relation`` and ``tail``, in any order and
+            possibly with other columns, is a header.
         graph: Labels of entities and relations.
         delimiter: Delimiter between cells; default: a comma for ``.csv``, else a tab.
 
@@ -101,7 +101,7 @@ def read_descriptions(path: Path, graph: KnowledgeGraph) -> tuple[str, ...]:
 
 
 def _pairs(path: Path, graph: KnowledgeGraph, what: str) -> Iterator[tuple[int, str]]:
-    """Yield entity and text of each pair; pairs of unknown entities are skipped and counted."""
+    """Yield the index of the entity and the text of each pair. Skip entities that are not in the graph, and log their number."""
     entities = {label: key for key, label in enumerate(graph.entities)}
     found, others = set(), set()
     for label, text in _json_pairs(path, what) if file_kind(path) == ".json" else _text_pairs(path, what):
@@ -113,10 +113,10 @@ def _pairs(path: Path, graph: KnowledgeGraph, what: str) -> Iterator[tuple[int, 
             yield key, text
     if not found:
         raise ValueError(
-            f"{path} contains no entity of the graph (e.g. {graph.entities[0]!r}), but {len(others)} others: {', '.join(sorted(others)[:3])}; "
+            f"{path} contains no entity of the graph (e.g. {graph.entities[0]!r}), but {len(others)} other labels: {', '.join(sorted(others)[:3])}; "
             "use the labels of the graph"
         )
-    log.info("%s: %s of %d of %d entities; %d other entities are not in the graph", path, what, len(found), len(entities), len(others))
+    log.info("%s: read a %s for %d of %d entities; skipped %d labels that are not in the graph", path, what, len(found), len(entities), len(others))
 
 
 def _text_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
@@ -129,7 +129,7 @@ def _text_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
 def _json_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object that maps each entity to its {what}, got {type(content).__name__}")
+        raise ValueError(f"{path}: expected a JSON object that maps each entity to its {what}, got {content!r:.80}")
     for label, value in content.items():
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts):
@@ -147,4 +147,5 @@ def _find(label: str, known: dict[str, int], where: str) -> int:
     if label in known:
         return known[label]
     near: Sequence[str] = difflib.get_close_matches(label, list(known), n=3, cutoff=0.5)
-    raise ValueError(f"{where}: {label!r} is not in the graph" + (f"; did you mean {', '.join(map(repr, near))}?" if near else ""))
+    advice = f"did you mean {', '.join(map(repr, near))}?" if near else "use a label of the graph"
+    raise ValueError(f"{where}: {label!r} is not in the graph; {advice}")

@@ -1,6 +1,6 @@
 """Datasets of queries to a graph, which create batches by indexing arrays, without Python objects for rows.
 
-Shapes: Q queries, B rows of a batch, P true tails, F known answers, R original relations.
+Shapes: Q queries, K lists or distinct queries, B rows of a batch, P true tails, F known answers, R original relations.
 """
 
 from __future__ import annotations
@@ -70,13 +70,17 @@ class Answers:
         return cls(keys, tails, num_relations)
 
     def find(self, head: Ints, relation: Ints) -> Ints:
-        """Return the index of each query in :attr:`tails`, ``(B,)``; -1 if no answer is known or the relation is unknown (-1)."""
+        """Return the index in :attr:`tails` of each query ``(head, relation, ?)``; -1 if no answer is known or the relation is -1. All ``(B,)``."""
         code = head.astype(np.int64) * self.num_relations + relation
         place = np.minimum(np.searchsorted(self.keys, code), len(self.keys) - 1)
         return np.where((self.keys[place] == code) & (relation >= 0), place, -1)
 
     def relations(self, head: Ints, tail: Ints) -> tuple[Ints, Ints]:
-        """Return the known original relations between each head and its tail, and for each relation the position of its pair, ``(F,)`` each."""
+        """Return the known original relations of each pair of head and tail, ``(B,)`` each, and the position of the pair of each relation.
+
+        Returns:
+            Pair of arrays ``(F,)``: relations, and positions in ``head`` and ``tail``.
+        """
         code = head.astype(np.int64) * self.num_relations
         first, end = (np.searchsorted(self.keys, code + relation) for relation in (0, self.num_relations // 2))
         place, row = spans(first, end - first)
@@ -86,7 +90,7 @@ class Answers:
 
 
 def spans(start: Ints, counts: Ints) -> tuple[Ints, Ints]:
-    """Return the concatenated ranges ``start .. start + counts - 1``, and for each number the index of its range."""
+    """Return the concatenated ranges ``start[i] .. start[i] + counts[i] - 1``, and the index ``i`` of the range of each number."""
     row = np.repeat(np.arange(len(counts)), counts)
     return np.arange(len(row)) + (start - np.cumsum(counts) + counts)[row], row
 
@@ -99,7 +103,8 @@ def group(queries: Ints, num_relations: int) -> tuple[Ints, Lists]:
         num_relations: 2R.
 
     Returns:
-        Codes ``head * 2R + relation`` in ascending order, and the targets of each in the given order.
+        Codes ``head * 2R + relation`` of the distinct queries, ``(K,)``, in ascending order; and the targets of each code, in the order of
+        ``queries``.
     """
     code = queries[:, 0].astype(np.int64) * num_relations + queries[:, 1]
     order = np.argsort(code, kind="stable")
@@ -115,7 +120,7 @@ class QueryRows:
 
     Args:
         queries: ``(Q, 3)`` of head, relation, target. For prediction, all rows have either the target -1, or the relation -1 and the tail as target.
-        sample_id: ``(Q,)``.
+        sample_id: ``(Q,)`` ids of the rows.
         answers: Known answers, which are added to batches.
     """
 
@@ -173,7 +178,7 @@ class GroupedQueries:
 
     Args:
         queries: ``(Q, 3)`` of head, relation, target.
-        sample_id: ``(Q,)``, ascending.
+        sample_id: ``(Q,)`` ids of the queries, ascending.
         num_relations: 2R.
     """
 

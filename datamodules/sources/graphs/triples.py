@@ -1,4 +1,4 @@
-"""Triples of users: a folder of splits, or one file that is split randomly."""
+"""Your own triples: a folder with one file for each split, or one file that is split randomly."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class Triples(GraphSource):
     The format must be given, because similar files have different orders of columns:
 
     - ``labels``: ``train``, ``valid`` (or ``val``, ``dev``) and ``test`` with lines head, relation, tail, separated by tabs;
-    - ``ids_hrt``: ``train2id``, ... with lines of ids, head, relation, tail; ``entity2id`` and ``relation2id`` with lines ``label<TAB>id``;
-    - ``openke``: as ``ids_hrt``, but with lines head, **tail**, relation, and a first line with the number of lines in each file.
+    - ``ids_hrt``: ``train2id``, ``valid2id`` and ``test2id`` with the ids of head, relation, tail on each line; ``entity2id`` and ``relation2id``
+      with lines ``label<TAB>id``;
+    - ``openke``: as ``ids_hrt``, but with lines head, **tail**, relation. The first line of each file is the number of the following lines.
 
     Args:
         path: Folder with these files; or one file of labels, which is split randomly.
@@ -32,7 +33,8 @@ class Triples(GraphSource):
         columns: Order of the columns, if it differs from that of the format: a permutation of ``hrt``. It overrides a header.
         header: Whether the first line of each file of labels is a header. Columns are found by the names ``head``, ``relation`` and ``tail``, in any
             order; other columns are ignored.
-        column_names: Names of the columns of ``head``, ``relation`` or ``tail``, if they differ.
+        column_names: Names of the columns by field, e.g. ``{head: subject}``, for the fields ``head``, ``relation`` and ``tail`` whose column has
+            another name.
         holdout: For one file, shares of its distinct triples for validation and test. All their entities and relations remain in training.
         seed: Seed of the random split.
         delimiter: Delimiter between cells of a text file of labels; default: a comma for ``.csv``, else a tab.
@@ -122,7 +124,7 @@ def split_files(folder: Path, ending: str = "") -> dict[str, Path]:
 
     Args:
         folder: Folder of the files.
-        ending: Text after the name of the split in the name of a file.
+        ending: Text after the name of the split in the name of a file, e.g. ``2id``.
 
     Raises:
         FileNotFoundError: If the folder or the training file does not exist.

@@ -38,10 +38,10 @@ def test_queries_of_csv_with_a_header(tmp_path, name):
     [
         ("Berlin\tcapital of\nBerlim\tcapital of\n", r"q.txt, line 2, field head: 'Berlim' is not in the graph; did you mean 'Berlin'"),
         ("?\tcapital\tGermany\n", r"line 1, field relation: 'capital' is not in the graph; did you mean 'capital of'"),
-        ("?\tcapital of\txyz\n", r"line 1, field tail: 'xyz' is not in the graph$"),
+        ("?\tcapital of\txyz\n", r"line 1, field tail: 'xyz' is not in the graph; use a label of the graph$"),
         ("Berlin\n", r"line 1: \['Berlin'\] is not a query, expected head<TAB>relation<TAB>tail with \? for the unknown one"),
         ("Berlin\tcapital of\t?\nhead\trelation\ttail\n", r"line 2: \['head', 'relation', 'tail'\] is not a query"),
-        ("Berlin\t?\t\n", r"line 1, field tail: '' is not in the graph$"),
+        ("Berlin\t?\t\n", r"line 1, field tail: '' is not in the graph; use a label of the graph$"),
         ("Berlin\tcapital of\tGermany\n", r"is not a query"),
         ("?\tcapital of\n", r"is not a query"),
         ("?\tcapital of\t?\n", r"is not a query"),
@@ -65,7 +65,7 @@ def test_a_missing_file(tmp_path, read, name):
 def test_types_of_text_and_json(tmp_path, caplog):
     (tmp_path / "types.tsv").write_text("Berlin\tcity\nBerlin\tcapital\nBerlin\tcity\nParis\tcity\n")
     assert read_types(tmp_path / "types.tsv", GRAPH) == (("city", "capital"), (), ())
-    assert "type of 1 of 3 entities; 1 other entities are not in the graph" in caplog.text
+    assert "read a type for 1 of 3 entities; skipped 1 labels that are not in the graph" in caplog.text
     (tmp_path / "types.json").write_text(json.dumps({"Berlin": ["city"], "Germany": "state"}))
     assert read_types(tmp_path / "types.json", GRAPH) == (("city",), ("state",), ())
 
@@ -83,10 +83,10 @@ def test_descriptions(tmp_path):
     [
         ("types.tsv", "Berlin\tcity\nBerlin city\n", r"types.tsv, line 2: 'Berlin city', expected entity<TAB>type"),
         ("types.tsv", "Berlin\t\n", r"types.tsv, line 1: 'Berlin<TAB>', expected entity<TAB>type"),
-        ("types.tsv", "Paris\tcity\n", r"contains no entity of the graph .e.g. 'Berlin'., but 1 others: Paris"),
+        ("types.tsv", "Paris\tcity\n", r"contains no entity of the graph .e.g. 'Berlin'., but 1 other labels: Paris"),
         ("types.tsv", "", r"contains no entity of the graph"),
         ("types.json", "{", r"types.json: not JSON"),
-        ("types.json", "[1]", r"expected an object that maps each entity to its type, got list"),
+        ("types.json", "[1]", r"expected a JSON object that maps each entity to its type, got \[1\]"),
         ("types.json", '{"Berlin": 3}', r"types.json, entity 'Berlin': 3 is not a type; expected a string or a list of strings"),
     ],
 )

@@ -35,7 +35,7 @@ def test_counts():
     assert (found.queries, found.largest_answer) == (3, 2)
     text = "\n".join([*(f"{name}: {text}" for name, text in found.facts()), *found.warnings()])
     assert "4 entities, 2 relations, 3 / 2 / 1 triples (train / val / test)" in text
-    assert "3 distinct training queries (50.0% of all), at most 2 answers to one" in text
+    assert "3 distinct training queries (50.0% of all), a query has at most 2 answers" in text
     assert "duplicate triples: 1 of train, 0 of val, 0 of test" in text
     assert "triples that are in training, too: 1 of val, 0 of test" in text
 
