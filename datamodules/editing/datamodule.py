@@ -29,15 +29,15 @@ class EditingDataModule(BaseDataModule):
     Args:
         source: Source of the requests and statements.
         texts: Source of plain texts. Default: none.
-        tokenizer: Hub id, folder, GGUF file or known name; or a checkpoint, the folder ``model/`` or ``adapter/`` of a run, or ``last:<recipe>``.
-            ``None`` trains a BPE tokenizer on statements and texts.
-        vocab_size: Vocabulary size of that tokenizer.
+        tokenizer: Hub id, folder, GGUF file or alias (:data:`~malleable.datamodules.files.fetch.ALIASES`) of a tokenizer; or a checkpoint, the folder
+            ``model/`` or ``adapter/`` of a run, or ``last:<recipe>``. ``None`` trains a BPE tokenizer on statements and texts.
+        vocab_size: Number of tokens of a tokenizer that is trained on statements and texts.
         sentences: Number of statements in a document.
-        shuffles: Number of documents of an epoch that contain each statement.
+        shuffles: Number of times that an epoch contains each statement, each time in another random order of all statements.
         pack_length: Length of a row in tokens.
-        eval_documents: Number of documents and of texts for validation and test.
-        retain_statements: Add the statements that no request changes to the text that edits preserve. Without them the text contains no
-            neighbour of an edited fact.
+        eval_documents: Maximum number of validation documents, and of test texts.
+        retain_statements: Add the statements that no request changes to the text that edits preserve. Without these statements,
+            the text contains no neighbour of an edited fact.
         batch_size: Maximum number of rows of a training batch on one device.
         global_batch_size: Rows of an optimizer step over all devices. Default: ``batch_size`` times the number of devices.
         eval_batch_size: Rows of a validation or test batch. Default: ``batch_size``.
@@ -49,8 +49,9 @@ class EditingDataModule(BaseDataModule):
         vocabulary: Vocabulary of the tokenizer. All attributes are set by ``setup``.
         tokenizer: The tokenizer.
         edit_requests: Edit requests.
-        edit_texts: Text that edits preserve: the training texts and the statements that no request changes.
-        measured_texts: Text for perplexity: held-out texts, or such statements if there are no texts.
+        edit_texts: Text that edits preserve: the training texts, and with ``retain_statements`` the statements that no request changes.
+        measured_texts: Text whose perplexity is measured: the plain texts that are held out from training. If there are no plain texts, the
+            statements that no request changes.
 
     Raises:
         ValueError: If a value is out of range or the data cannot be used; the message says which.

@@ -38,7 +38,7 @@ class EditRequest:
         paraphrases: Paraphrases of the prompt, with the subject inserted.
         neighbors: Prompts about other subjects, whose answers the edit must not change.
         generation_prompts: Beginnings of texts about the subject, for fluency and consistency.
-        references: Texts about other subjects with the new answer; generated texts about the subject are compared with them.
+        references: Texts about other subjects for which the new answer is true; generated texts about the subject are compared with them.
 
     Raises:
         ValueError: If a text is empty, the prompt does not contain ``{}`` exactly once, or a text other than a reference begins or ends in white
@@ -74,7 +74,7 @@ class EditRequest:
         if self.prompt.count(PLACEHOLDER) != 1:
             raise ValueError(f"prompt must contain {PLACEHOLDER} exactly once, for the subject, got {self.prompt!r}")
         if self.true is not None and self.true.strip() == self.target.strip():
-            raise ValueError(f"target and true are both {self.target!r}, so there is nothing to edit")
+            raise ValueError(f"target and true are both {self.target!r}, so there is nothing to edit; change target, or remove the request")
 
     @property
     def question(self) -> tuple[str, str]:
@@ -168,7 +168,7 @@ def read_requests(path: Path) -> list[EditRequest]:
     for number, place, fields in read_json_rows(path):
         try:
             if not isinstance(fields, dict):
-                raise ValueError(f"expected an object, got {type(fields).__name__}")
+                raise ValueError(f"expected a JSON object with prompt, subject and target, got {fields!r:.80}")
             requests.append(parse_request(fields, number))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
@@ -193,7 +193,7 @@ def load_requests(given: str | Sequence[Mapping[str, Any]] | None) -> list[EditR
 
 
 def without_replaced(earlier: Sequence[EditRequest], later: Sequence[EditRequest]) -> list[EditRequest]:
-    """Return the earlier requests, without those whose prompt and subject occur in a later request."""
+    """Return the earlier requests, without those that have the same prompt and subject as a later request."""
     replaced = {request.question for request in later}
     return [request for request in earlier if request.question not in replaced]
 
@@ -205,7 +205,7 @@ def check_requests(requests: Sequence[EditRequest], source: str) -> list[EditReq
         ValueError: If there are no requests, an id occurs twice, or two requests have the same prompt and subject but different targets.
     """
     if not requests:
-        raise ValueError(f"{source} contains no edit requests")
+        raise ValueError(f"{source} contains no edit requests; give at least one")
     by_id: dict[str, EditRequest] = {}
     by_question: dict[tuple[str, str], EditRequest] = {}
     for request in requests:

@@ -73,7 +73,7 @@ class EditRecords(EditSource):
         for number, (_, place, record) in enumerate(records):
             try:
                 if not isinstance(record, Mapping):
-                    raise ValueError(f"expected an object, got {type(record).__name__}")
+                    raise ValueError(f"expected a JSON object, got {record!r:.80}")
                 request = self.request(_strip(record), number)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}; is this a file of {type(self).__name__}?") from error
@@ -88,7 +88,9 @@ class EditRecords(EditSource):
 
 
 class CounterFact(EditRecords):
-    """CounterFact in the nested format of its authors: two paraphrases, ten neighbours with the same true answer, ten beginnings of texts.
+    """CounterFact in the nested format of its authors.
+
+    A record has two paraphrases, ten neighbours with the same true answer, and ten beginnings of texts.
 
     Args:
         path: Path of ``counterfact.json`` or ``multi_counterfact.json``.
@@ -130,7 +132,7 @@ class CounterFact(EditRecords):
 
 
 class FlatCounterFact(EditRecords):
-    """CounterFact in the flat format of EasyEdit: one paraphrase, one neighbour, and prompts that contain the subject."""
+    """CounterFact in the flat format of EasyEdit. A record has one paraphrase, one neighbour, and a prompt that contains the subject."""
 
     def request(self, record: Mapping[str, Any], number: int) -> EditRequest:
         """Build the request of a record."""

@@ -100,5 +100,5 @@ def _first_objects(facts: Iterable[tuple[int, str, str]]) -> list[Triple]:
 def _json(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got {content!r:.80}; give the file as its authors distribute it")
     return content

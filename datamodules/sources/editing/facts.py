@@ -72,7 +72,8 @@ class FactSource(EditSource):
         paraphrases: Maximum number of paraphrases of a request.
         neighbors: Maximum number of neighbours of a request.
         hold_out: Exclude one template of each fact, not the first one, from the statements, and use it as the paraphrase.
-        generate: Add beginnings of texts about the subject, and statements with the target as their references, for fluency and consistency.
+        generate: Add what measures of fluency and consistency need: beginnings of texts about the subject, and as references the statements of other
+            subjects whose true object is the target.
         seed: Seed of all random choices.
 
     Raises:
@@ -146,7 +147,7 @@ class FactSource(EditSource):
                 f"{type(self).__name__}: {self.path} has no fact of {', '.join(chosen)} that can be edited; a relation needs at least two objects"
             )
         if self.limit is not None and self.limit > len(facts):
-            raise ValueError(f"limit={self.limit}, but {type(self).__name__} has only {len(facts)} facts of {', '.join(chosen)}")
+            raise ValueError(f"limit={self.limit}, but {type(self).__name__} has only {len(facts)} facts of {', '.join(chosen)}; decrease limit")
         return FactTables(tables.relations, facts)
 
     def _held_out_template(self, tables: FactTables, number: int) -> int | None:
@@ -163,8 +164,8 @@ class _RequestBuilder:
 
     Attributes:
         objects: Objects of each relation, in order of first occurrence.
-        unedited: Facts of each relation that no request changes.
-        unedited_by_object: The same facts, by relation and object.
+        unedited: Indices of the facts that no request changes, by relation.
+        unedited_by_object: Indices of the facts that no request changes, by relation and object.
     """
 
     def __init__(

@@ -91,7 +91,7 @@ def test_lines_and_limits(tmp_path):
         ([FLAT, {**FLAT, "subject": "Tim"}], r"flat.json, entry 2: the subject 'Tim' does not occur in 'The dog of Anna is named'"),
         ([{"prompt": "x"}], r"flat.json, entry 1: the field 'subject' is missing; the fields are .*; is this a file of FlatCounterFact?"),
         ([{**FLAT, "target_new": "Bello"}], r"entry 1: target and true are both 'Bello'"),
-        (["text"], r"entry 1: expected an object, got str"),
+        (["text"], r"entry 1: expected a JSON object, got 'text'"),
     ],
 )
 def test_invalid_records_are_named(tmp_path, records, message):
