@@ -29,8 +29,8 @@ def apply_chat_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBa
         tokenizer: Tokenizer with a chat template.
 
     Returns:
-        The template of the whole text, including the beginning-of-sequence token, and the token that ends a reply; ``None`` if the chat template has
-        no such token, so that the end-of-sequence token is used.
+        A pair: the prompt template with the text of the chat template in its fields (including the beginning-of-sequence token), and the id of the
+        token that ends a reply. The id is ``None`` if the chat template has no special token after the reply; use the end-of-sequence token then.
 
     Raises:
         ValueError: If the tokenizer has no chat template, or if the chat template does not contain each message exactly once.
@@ -66,8 +66,14 @@ def apply_chat_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBa
 def check_chat_messages(template: PromptTemplate, resolved: PromptTemplate, titles: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that the chat template does not change messages, so that :func:`apply_chat_format` gives the same text as the chat template.
 
+    Args:
+        template: Prompt template.
+        resolved: Result of :func:`apply_chat_format` for ``template``.
+        titles: Titles of the prompt that is compared.
+        tokenizer: Tokenizer with a chat template.
+
     Raises:
-        ValueError: If it changes messages.
+        ValueError: If the chat template changes a message.
     """
     messages = [{"role": "system", "content": template.system}] if template.system is not None else []
     expected = _rendered(tokenizer, [*messages, {"role": "user", "content": template.text(titles)}], add_generation_prompt=True)

@@ -15,7 +15,14 @@ from malleable.datamodules.sample_ids import Ints
 
 
 class Window(NamedTuple):
-    """Items ``start:end`` of a sequence, as one document of ``length`` tokens."""
+    """Items ``start:end`` of a sequence, as one document.
+
+    Attributes:
+        sequence: Index of the sequence.
+        start: Position of the first item in the sequence.
+        end: Position after the last item.
+        length: Number of tokens of the document.
+    """
 
     sequence: int
     start: int
@@ -24,11 +31,11 @@ class Window(NamedTuple):
 
 
 def split_sequences(sequences: Sequence[Ints], sizes: Ints, pack_length: int, overhead: int) -> list[Window]:
-    """Split sequences between items into documents that fit into a row.
+    """Split sequences of items into documents that fit into a row. An item is never split.
 
     Args:
         sequences: Items of each sequence.
-        sizes: Number of tokens of each item of the catalogue, including its separator.
+        sizes: ``(N,)`` number of tokens of each item of the catalogue, including its separator.
         pack_length: Number of tokens of a row.
         overhead: Number of tokens of a document besides its items.
 
@@ -50,7 +57,7 @@ def split_sequences(sequences: Sequence[Ints], sizes: Ints, pack_length: int, ov
 
 
 def pack_windows(windows: Sequence[Window], pack_length: int) -> list[list[Window]]:
-    """Pack documents into rows with the best-fit-decreasing heuristic."""
+    """Pack documents into rows with the best-fit-decreasing heuristic; return the documents of each row."""
     rows: list[list[Window]] = []
     space: list[tuple[int, int]] = []
     for window in sorted(windows, key=lambda window: (-window.length, window.sequence, window.start)):
@@ -68,7 +75,7 @@ def pack_windows(windows: Sequence[Window], pack_length: int) -> list[list[Windo
 class PackedDocuments(ABC):
     """Dataset of documents packed into rows, which are assembled when they are read.
 
-    Subclasses return the tokens of a document.
+    A subclass implements :meth:`document`, and sets ``sample_ids``.
 
     Args:
         windows: The documents.

@@ -17,7 +17,8 @@ def read_texts(path: Path) -> list[str]:
 
     Args:
         path: A text file with one text on each line (see :func:`~malleable.datamodules.files.text_files.read_lines`); a JSON array or JSON lines of
-            strings or of objects with the field ``text``; or a Parquet file with the column ``text``.
+            strings or of objects with the field ``text``; or a Parquet file with the column ``text``. The name may also be ``Text`` or
+            ``content``.
 
     Raises:
         FileNotFoundError: If the file does not exist.

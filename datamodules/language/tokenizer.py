@@ -32,7 +32,7 @@ def load_tokenizer(name: str, local_files_only: bool = False) -> PreTrainedToken
     """Load a tokenizer. If it has no padding token, its end-of-sequence token is used.
 
     Args:
-        name: Hub id, local folder, GGUF file, or a name of :data:`~malleable.datamodules.files.fetch.ALIASES`.
+        name: Hub id, local folder, GGUF file, or an alias of :data:`~malleable.datamodules.files.fetch.ALIASES`.
         local_files_only: Use the local cache for hub ids, without downloads; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
 
     Raises:
@@ -56,8 +56,8 @@ def load_tokenizer(name: str, local_files_only: bool = False) -> PreTrainedToken
 def train_tokenizer(titles: Sequence[str], vocab_size: int = 2048, counts: Sequence[int] | None = None, across_words: bool = True) -> Path:
     """Train a byte-level BPE tokenizer on titles and store it in the cache; equal arguments give the same folder.
 
-    With tokens across words, popular titles become one or two tokens, and histories have half as many tokens. Tokens within words correspond to those
-    of pretrained models.
+    With tokens across words, popular titles become one or two tokens, and histories have half as many tokens. With tokens within words, the tokens
+    are similar to those of pretrained models.
 
     Args:
         titles: Texts to train on.
@@ -94,7 +94,7 @@ def train_tokenizer(titles: Sequence[str], vocab_size: int = 2048, counts: Seque
 def largest_token_id(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> int:
     """Return the largest id among the tokens of texts, the end-of-sequence token and the padding token.
 
-    A model may have fewer embeddings than its tokenizer has tokens, but it needs embeddings of these.
+    A model may have fewer embeddings than its tokenizer has tokens, but it needs the embeddings of all ids up to this one.
     """
     special = [token for token in (tokenizer.eos_token_id, tokenizer.pad_token_id) if isinstance(token, int)]
     encoded = tokenizer(list(texts))["input_ids"] if texts else []
@@ -156,7 +156,7 @@ def unpack_tokenizer(packed: Mapping[str, Any]) -> Path:
 
 
 def _content(name: str) -> tuple[str, dict[str, bytes]] | None:
-    """Return digest and compressed files of a tokenizer, cached until its files change; if its files were removed, return the last ones."""
+    """Return digest and compressed files of a tokenizer, cached until its files change; if its files were removed, return the cached ones."""
     try:
         _CONTENTS[name] = _read_content(name, fingerprint(name))
     except Exception as error:  # a broken tokenizer must not stop a checkpoint from being written
@@ -190,7 +190,7 @@ def _read_content(name: str, fingerprint: str) -> tuple[str, dict[str, bytes]]:
     del fingerprint  # part of the key only
     tokenizer: Any
     try:
-        tokenizer = load_tokenizer(name, local_files_only=True)  # the data has loaded it
+        tokenizer = load_tokenizer(name, local_files_only=True)  # the data module has usually downloaded it
     except OSError:
         tokenizer = load_tokenizer(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -250,7 +250,7 @@ def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     with atomic_write(folder, keep=is_intact) as temporary:
         tokenizer.save_pretrained(temporary)
         seal(temporary)
-    log.info("tokenizer of %d tokens saved to %s", len(tokenizer), folder)
+    log.info("saved a tokenizer of %d tokens to %s", len(tokenizer), folder)
 
 
 def _digest(parts: Sequence[object]) -> str:
