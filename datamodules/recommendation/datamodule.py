@@ -38,12 +38,13 @@ class RecommendationDataModule(BaseDataModule):
 
     Args:
         source: Source of the interactions.
-        tokenizer: Hub id, folder, GGUF file or alias of a tokenizer. ``None`` trains a BPE tokenizer on the titles. ``none`` creates rows of items
-            without text. A checkpoint, or the folder ``model/`` or ``adapter/`` of a run, gives the tokenizer, the template and the catalogue that
-            its weights were trained with; items keep their positions in this catalogue. ``last:<recipe>`` is the latest run of a recipe.
+        tokenizer: Hub id, folder, GGUF file or alias (:data:`~malleable.datamodules.files.fetch.ALIASES`) of a tokenizer. ``None`` trains a BPE
+            tokenizer on the titles. ``none`` creates rows of items without text. A checkpoint, or the folder ``model/`` or ``adapter/`` of a run,
+            gives the tokenizer, the template and the catalogue that its weights were trained with; items keep their positions in this catalogue.
+            ``last:<recipe>`` is the latest run of a recipe.
         vocab_size: Number of tokens of a tokenizer that is trained on the titles.
-        template: Prompt template: ``history``, ``instruction``, ``chat``, or its fields. Default: that of the checkpoint if ``tokenizer`` is one,
-            otherwise ``history``.
+        template: Prompt template: ``history``, ``instruction``, ``chat``, or the fields of a template. Default: the template of the checkpoint if
+            ``tokenizer`` is one, otherwise ``history``.
         split: Settings of filters, split and history lengths.
         train_view: Training rows: ``answer`` (a prompt and its answer) or ``packed`` (whole histories).
         pack_length: Number of tokens of a packed row.
@@ -54,7 +55,7 @@ class RecommendationDataModule(BaseDataModule):
         local_files_only: Use the local cache for hub ids, without downloads; the environment variable ``HF_HUB_OFFLINE`` has the same effect.
         predict_file: File of histories to recommend for, see :func:`~malleable.datamodules.recommendation.histories.read_histories`.
         predict_users: Users of the data to recommend for, after their last item: ``all``, or a file of ids, see
-            :func:`~malleable.datamodules.recommendation.histories.read_users`. Excludes ``predict_file``.
+            :func:`~malleable.datamodules.recommendation.histories.read_users`. Cannot be combined with ``predict_file``.
         cache_dir: Folder of the cache; default: ``$MALLEABLE_CACHE`` or the user's cache folder.
         batch_size: Maximum number of rows of a training batch on one device.
         global_batch_size: Number of rows of an optimizer step over all devices; default: ``batch_size`` times the number of devices.
@@ -65,8 +66,8 @@ class RecommendationDataModule(BaseDataModule):
     Attributes:
         catalog: The items. This and the datasets are available after ``setup``.
         answer_dataset: Training rows with a prompt and an answer, which exist also if training uses packed histories.
-        predicted_users: Users of the prediction rows, by ``sample_id``: the number, from 0, of the row in ``predict_file`` or of the user in
-            ``predict_users``. ``None`` if the rows have no users.
+        predicted_users: User of each prediction row, by ``sample_id``. The ``sample_id`` of a prediction row is the number, from 0, of its row in
+            ``predict_file``, or of its user in ``predict_users``. ``None`` if the rows have no users.
 
     Raises:
         ValueError: If an argument is out of range, or if the data cannot be used.
@@ -288,7 +289,7 @@ class RecommendationDataModule(BaseDataModule):
         Args:
             sequences: Items of each history, oldest first.
             numbers: Id of each row.
-            owned: Further items of each user, which are not recommended.
+            owned: For each row, items that are not recommended, in addition to those of its history.
         """
         store = self._open()
         index = RowIndex(np.arange(len(sequences)), np.array([len(items) for items in sequences]))

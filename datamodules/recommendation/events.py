@@ -1,4 +1,4 @@
-"""Table of all interactions with known items: user, item, time, rating, row in the source and given split."""
+"""Table of all interactions with known items: user, item, time, rating, row in the source, and split that the source states."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Events:
         users: Ids of the users in the source, in ascending order.
         user: ``(E,)`` position in ``users``.
         item: ``(E,)`` position in the catalogue.
-        time: ``(E,)``.
+        time: ``(E,)`` time in the unit of the source, usually seconds since 1970.
         rating: ``(E,)`` rating, or a label 0 or 1; ``nan`` if unknown.
         row: ``(E,)`` number of the row in the source, from 0.
-        split: ``(E,)`` given split: 0 train, 1 val, 2 test, -1 none.
+        split: ``(E,)`` split that the source states: 0 train, 1 val, 2 test, -1 none.
     """
 
     users: list[str]
@@ -100,14 +100,24 @@ class Events:
 
 
 def first_of_each_item(events: Events, positions: Ints) -> Ints:
-    """Return those of the positions that are a user's first interaction with an item."""
+    """Return those of the positions in ``events`` that are a user's first interaction with an item, ``(M,)``."""
     repeated = pd.DataFrame({"user": events.user[positions], "item": events.item[positions]}).duplicated().to_numpy()
     first: Ints = positions[~repeated]
     return first
 
 
 def k_core(users: Ints, items: Ints, min_user_events: int, min_item_events: int) -> NDArray[np.bool_]:
-    """Return which interactions remain if users and items below their minimum are removed repeatedly until nothing changes, ``(E,)`` bool."""
+    """Return which interactions remain if users and items below their minimum are removed repeatedly until nothing changes.
+
+    Args:
+        users: ``(E,)`` user of each interaction.
+        items: ``(E,)`` item of each interaction.
+        min_user_events: Minimum number of interactions of a user.
+        min_item_events: Minimum number of interactions of an item.
+
+    Returns:
+        ``(E,)`` bool.
+    """
     keep = np.ones(len(users), dtype=bool)
     while True:
         enough = np.bincount(users[keep], minlength=users.max(initial=-1) + 1)[users] >= min_user_events

@@ -31,13 +31,13 @@ _CHAT = {
     "candidates_prefix": "Choose one of:\n",
     "candidate": '"{title}"\n',
 }
-# Field that follows each field. A blank between both must be at the start of the following field.
+# Field that follows each field. A blank between both must be at the start of the following field. Nothing follows an answer.
 _FOLLOWED_BY = {
     "prefix": "template.item",
     "item": "template.separator and template.suffix",
     "separator": "template.item",
     "suffix": "template.answer",
-    "answer": "nothing, as the answer ends here",
+    "answer": None,
     "candidates_prefix": "template.candidate",
     "candidate": "template.candidate and template.suffix",
 }
@@ -93,7 +93,7 @@ class PromptTemplate:
             if value is not None and ends_in_blank(value):
                 raise ValueError(
                     f"template.{name} must not end in a blank, got {value!r}: tokenizers join it to the next word; "
-                    f"move it to the start of {following}"
+                    f"{f'move it to the start of {following}' if following else 'remove it'}"
                 )
 
     @classmethod
@@ -104,7 +104,7 @@ class PromptTemplate:
             ValueError: If there is no template with this name.
         """
         if name not in TEMPLATES:
-            raise ValueError(f"unknown template {name!r}; choose one of {sorted(TEMPLATES)} or give its fields")
+            raise ValueError(f"unknown template {name!r}; choose one of {sorted(TEMPLATES)} or give the fields of a template")
         return TEMPLATES[name]
 
     def text(self, history: Sequence[str], candidates: Sequence[str] = ()) -> str:
@@ -163,7 +163,12 @@ class PromptPieces:
         return max((max(ids) for ids in parts if len(ids)), default=-1)
 
     def prompt(self, history: Sequence[int], candidates: Sequence[int] = ()) -> list[int]:
-        """Return the tokens of a prompt."""
+        """Return the tokens of a prompt.
+
+        Args:
+            history: Items of the history, by id, oldest first.
+            candidates: Items to choose from, by id.
+        """
         tokens = list(self.prefix)
         for position, item in enumerate(history):
             if position:

@@ -36,11 +36,11 @@ class RaggedColumn(Sequence[Ints]):
 
 @dataclass
 class RowTable:
-    """Table of N rows. The prompt of a row contains ``items[start:end]`` of its sequence; the true answer is ``target``.
+    """Table of N rows. The prompt of a row contains the items ``start:end`` of a history; the true answer is ``target``.
 
     Attributes:
         sample_id: ``(N,)`` stable ids.
-        sequence: ``(N,)`` index of the sequence.
+        sequence: ``(N,)`` index of the history in the ``sequences`` that the table was built from.
         start: ``(N,)`` position of the first item in the prompt.
         end: ``(N,)`` position after the last item in the prompt.
         target: ``(N,)`` true next item; -1 if there is none.
@@ -146,9 +146,9 @@ class AnswerRows:
         table: The rows.
         sequences: Items of each history, oldest first.
         pieces: Tokenised template and catalogue; ``None``: prompts and answers have no tokens, only items.
-        lengths: Maximum numbers of items that sequence models read and that metrics count; default: the items in the prompt.
+        lengths: Maximum numbers of items that sequence models read and that metrics count. Default: only the items in the prompt.
         hide_seen: Do not recommend the items before the target again.
-        hidden: Further items that are not recommended, for each row of ``table``.
+        hidden: For each row of ``table``, items that are not recommended, in addition to those of ``hide_seen``.
         negatives: Sampler of rejected answers, which are added after the true one.
         select: Positions in ``table`` of the rows to use; default: all.
         pad_token_id: Padding token of batches.

@@ -90,11 +90,11 @@ class Split:
 
 @dataclass
 class RowIndex:
-    """Rows of one split. The true answer of a row is ``items[end]`` of its sequence, and its history is ``items[:end]``.
+    """Rows of one split. With ``items = sequences[sequence]``, the true answer of a row is ``items[end]``, and its history is ``items[:end]``.
 
     Attributes:
-        sequence: ``(N,)`` index of the sequence.
-        end: ``(N,)`` position of the target.
+        sequence: ``(N,)`` index of the history in the ``sequences`` that the rows belong to.
+        end: ``(N,)`` position of the target in its sequence.
         candidates: Items to choose from, for each row; ``None`` for the whole catalogue.
     """
 
@@ -380,5 +380,5 @@ def _usable(name: str, rows: list[ReadyRow], split: Split) -> list[ReadyRow]:
         return nonempty
     new_targets = [row for row in nonempty if row.target not in row.history]
     if repeated := len(nonempty) - len(new_targets):
-        log.warning("dropped %d of %d %s rows: their target is in their history (repeats: keep retains them)", repeated, len(rows), name)
+        log.warning("dropped %d of %d %s rows: their target is in their history (set repeats: keep to use these rows)", repeated, len(rows), name)
     return new_targets

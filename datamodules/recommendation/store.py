@@ -41,10 +41,10 @@ _NO_ROWS = RowTable(_NONE, _NONE, _NONE, _NONE, _NONE)
 class StoreSettings:
     """Settings that determine the prepared data, and therefore the name of its cache.
 
-    The arguments are those of :class:`~malleable.datamodules.recommendation.datamodule.RecommendationDataModule`.
+    Other attributes are arguments of :class:`~malleable.datamodules.recommendation.datamodule.RecommendationDataModule`.
 
     Attributes:
-        catalog: Items of the model that the data are used with, which keep their positions.
+        catalog: Catalogue of the checkpoint that the data are used with; its items keep their positions. ``None`` without a checkpoint.
         extend_catalog: Append items that are not in ``catalog``; otherwise they are an error.
     """
 
@@ -86,7 +86,7 @@ class Store:
         keys: Ids of each item in the source.
         pieces: Tokenised template and titles; ``None`` without a tokenizer.
         sequences: Items of each user or ready row, oldest first.
-        train_end: Number of leading items of each sequence that belong to training.
+        train_end: ``(S,)`` number of leading items of each of the S sequences that belong to training.
         rows: Rows by split.
         summary: Counts and warnings of filtering and cleaning.
         listed: ``(N,)`` whether the source has the item; the catalogue of a checkpoint may have more items.
@@ -125,7 +125,7 @@ class Store:
             started = time.monotonic()
             tables, meta = build(settings)
             write_tables(target, tables, meta)
-            log.info("data prepared in %.1f s: %s", time.monotonic() - started, target)
+            log.info("prepared the data in %.1f s and stored them in %s", time.monotonic() - started, target)
             opened = open_tables(target)
             if opened is None:
                 raise OSError(f"the cache {target} cannot be read right after it was written; check the disk, or choose another cache_dir")

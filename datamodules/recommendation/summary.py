@@ -22,8 +22,8 @@ Floats = NDArray[np.floating[Any]]
 
 # Lower bound of times since 1970 in each unit, for dates from 1973 on. Smaller numbers are not dates.
 UNITS = {"seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanoseconds": 1e17}
-UNSPLIT = re.compile(r"[,;]|^\[")
-UNSPLIT_SHARE = 0.05  # share of such genres, relative to the items with genres, above which there is a warning
+UNSPLIT = re.compile(r"[,;]|^\[")  # genres that look like lists that were not split
+UNSPLIT_SHARE = 0.05  # number of genres that match `UNSPLIT`, relative to the items with genres, above which there is a warning
 WARNING = "warning"
 SHOWN = 40  # maximum number of characters of a title in a message
 
@@ -128,7 +128,7 @@ class DataSummary:
             self.facts["tied times"] = "none at the split"
 
     def describe_rows(self, rows: Mapping[str, tuple[int, int]]) -> None:
-        """Add the numbers of used rows and of all rows of each split."""
+        """Add the numbers of rows; ``rows`` contains for each split a pair: the number of used rows, and the number of all rows."""
         texts = [f"{split} {used:,}" + (f" of {every:,}" if used < every else "") for split, (used, every) in rows.items()]
         self.facts["rows"] = ", ".join(texts)
 
@@ -158,7 +158,7 @@ def tied_share(times: Floats, starts: NDArray[np.integer[Any]], sequence: NDArra
 
     Args:
         times: ``(E,)`` times of all sequences, concatenated.
-        starts: First position of each sequence.
+        starts: ``(S,)`` position in ``times`` of the first item of each sequence.
         sequence: ``(N,)`` sequence of each row.
         end: ``(N,)`` position of each target within its sequence, at least 1.
     """

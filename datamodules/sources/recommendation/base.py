@@ -17,7 +17,7 @@ import pandas as pd
 
 @dataclass(frozen=True)
 class InteractionTables:
-    """Interactions of users with items, without rows yet.
+    """Interactions of users with items, from which the data module creates the rows.
 
     Attributes:
         interactions: Columns ``user_id`` and ``item_id`` (strings), ``timestamp`` (float, seconds), and optionally ``rating`` (float; a rating, or a
@@ -52,7 +52,7 @@ class ReadyRows:
     """Rows of a data set with a fixed split, without users.
 
     Attributes:
-        items: As in :class:`InteractionTables`.
+        items: Table with the columns of :attr:`InteractionTables.items`.
         rows: Rows by split: ``train``, ``val``, ``test``.
     """
 

@@ -50,7 +50,7 @@ class HubTables(TableSource):
     Args:
         interactions: Dataset of interactions (``user_id, item_id, timestamp[, rating][, split]``): a table, or only its path.
         items: Dataset of items (``item_id, title[, genres]``).
-        interaction_columns: Names of the columns of fields that differ from the names of the fields, e.g. ``{user_id: uid}``.
+        interaction_columns: Names of the columns by field, for columns that are not named like their field, e.g. ``{user_id: uid}``.
         item_columns: As ``interaction_columns``, for items.
         genre_delimiter: Delimiter between the genres in a string, e.g. ``", "`` or ``;``.
         local_files_only: Use the local cache, without downloads; the environment variable ``HF_HUB_OFFLINE`` has the same effect.

@@ -77,7 +77,7 @@ class MovieLens(Source):
             try:
                 return fetch_package_files(PACKAGE, PACKAGE_FILES)
             except FetchError as second:
-                raise FetchError(f"{error}\n{second}\nor pass MovieLens(path=...) a folder with u.data and u.item") from second
+                raise FetchError(f"{error}\n{second}\nor give a folder with u.data and u.item: MovieLens(path=FOLDER)") from second
 
     def load(self) -> InteractionTables:
         """Read ratings and films."""

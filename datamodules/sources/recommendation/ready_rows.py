@@ -60,11 +60,11 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read a file with one JSON object.
 
     Raises:
-        ValueError: If it is another JSON value.
+        ValueError: If the file contains another JSON value.
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got {content!r:.80}; give the file as its authors distribute it")
     return content
 
 

@@ -79,7 +79,7 @@ class Synthetic(Source):
         fresh = np.ones(self.num_items, dtype=bool)
         items: list[int] = []
         for _ in range(self.num_events):
-            # Numbers of items of a genre differ by num_genres. After the last part of a series, the next item is sampled.
+            # The numbers of consecutive items of a genre differ by num_genres. After the last part of a series, the next item is sampled.
             successor = (items[-1] + self.num_genres) if items else self.num_items
             if successor >= self.num_items or not fresh[successor] or rng.random() >= self.persistence:
                 chances = weights * fresh * np.where(liked, 1.0, 0.05)

@@ -1,4 +1,4 @@
-"""Tables of users: interactions and items in CSV, TSV, JSON lines or Parquet files."""
+"""Your own tables of interactions and items, in CSV, TSV, JSON lines or Parquet files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TableSource(Source):
     """Base class of sources of two tables with columns: interactions and items. Subclasses read the tables in :meth:`read`.
 
     Args:
-        interaction_columns: Names of the columns of fields that differ from the names of the fields, e.g. ``{user_id: uid}``.
+        interaction_columns: Names of the columns by field, for columns that are not named like their field, e.g. ``{user_id: uid}``.
         item_columns: As ``interaction_columns``, for items.
         genre_delimiter: Delimiter between the genres in a string.
 
@@ -155,7 +155,7 @@ class Tables(TableSource):
     Args:
         interactions: File of interactions.
         items: File of items.
-        interaction_columns: Names of the columns of fields that differ from the names of the fields, e.g. ``{user_id: uid}``.
+        interaction_columns: Names of the columns by field, for columns that are not named like their field, e.g. ``{user_id: uid}``.
         item_columns: As ``interaction_columns``, for items.
         delimiter: Delimiter between cells of a text file; default: a comma for ``.csv``, a tab for ``.tsv``.
         encoding: Encoding of text files without a byte-order mark, e.g. ``cp1252`` or ``latin-1``; default: UTF-8.

@@ -130,7 +130,7 @@ def test_a_tokenizer_without_eos_token_is_an_error():
         ({"separator": ", "}, r"template.separator must not end in a blank, .* start of template.item"),
         ({"prefix": "Seen:\t"}, "template.prefix must not end in a blank"),
         ({"item": "{title} "}, r"template.item must not end in a blank, .* start of template.separator and template.suffix"),
-        ({"answer": "{title}\u00a0"}, "template.answer must not end in a blank"),
+        ({"answer": "{title}\u00a0"}, "template.answer must not end in a blank, .*; remove it"),
         ({"candidates_prefix": "One of: "}, r"template.candidates_prefix must not end in a blank, .* start of template.candidate"),
         ({"candidate": "{title} "}, "template.candidate must not end in a blank"),
     ],
@@ -141,5 +141,5 @@ def test_wrong_fields(fields, message):
 
 
 def test_an_unknown_name_is_an_error():
-    with pytest.raises(ValueError, match=r"unknown template 'poem'; choose one of \['chat', 'history', 'instruction'\] or give its fields"):
+    with pytest.raises(ValueError, match=r"unknown template 'poem'; choose one of \['chat', 'history', 'instruction'\] or give the fields"):
         PromptTemplate.named("poem")

@@ -161,7 +161,7 @@ def test_ready_rows_keep_their_split(caplog):
         "dropped 2 of 4 train rows without any history",
         "omitted 1 items in the candidates of test rows",
         "dropped 1 of 3 test rows: their target is not in the catalogue",
-        "dropped 1 of 3 test rows: their target is in their history (repeats: keep retains them)",
+        "dropped 1 of 3 test rows: their target is in their history (set repeats: keep to use these rows)",
     ):
         assert message in caplog.text
     assert rows_of(prepare(ReadyRows(ITEMS, rows), Split(repeats="keep")), "test") == [([0, 5], 3), ([4, 5], 4)]

@@ -84,7 +84,7 @@ def test_the_error_without_network_contains_both_remedies(monkeypatch):
 
     monkeypatch.setattr(module, "fetch", refuse)
     monkeypatch.setattr(module, "fetch_package_files", refuse)
-    with pytest.raises(FetchError, match=r"ml-100k.zip; put it at there\ncannot download recbole==1.2.1.*\nor pass MovieLens\(path=...\) a folder"):
+    with pytest.raises(FetchError, match=r"ml-100k.zip; put it at there\ncannot download recbole==1.2.1.*\nor give a folder with u.data"):
         MovieLens().files()
 
 
