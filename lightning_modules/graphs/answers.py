@@ -93,7 +93,7 @@ class GraphAnswers(ABC):
             head: Entity.
             relation: Relation.
             k: Number of answers.
-            exclude: Known triples, whose tails are not returned.
+            exclude: Known triples ``(h, r, t)``; their tails are not returned if head and relation are those of the query.
         """
         heads, relations = self._ids([head]), self._ids([relation], True)
         triples = [self._triple(triple) for triple in exclude]
@@ -106,7 +106,7 @@ class GraphAnswers(ABC):
             relation: Relation.
             tail: Entity.
             k: Number of answers.
-            exclude: Known triples, whose heads are not returned.
+            exclude: Known triples ``(h, r, t)``; their heads are not returned if relation and tail are those of the query.
         """
         tails, relations = self._ids([tail]), self._ids([relation], True)
         triples = [self._triple(triple) for triple in exclude]
@@ -137,7 +137,16 @@ class GraphAnswers(ABC):
 
     @torch.no_grad()
     def describe(self, batch: QueryBatch, found: Recommendations) -> Iterator[tuple[Sequence[str], Sequence[tuple[str, float, float | None]]]]:
-        """Yield the labels (head, relation, tail) of each query, and its answers from ``predict_step``: labels, scores and uncertainties."""
+        """Return an iterator over the queries of a batch, with labels instead of ids.
+
+        Args:
+            batch: Queries.
+            found: Answers of ``predict_step`` to these queries.
+
+        Yields:
+            A pair for each query: the labels ``(head, relation, tail)``, with ``?`` for the unknown one, and a list with
+            ``(label, score, uncertainty)`` of each answer, best first.
+        """
         labels = self._labels()
         tails = [-1] * len(batch) if batch.tail is None else batch.tail.tolist()
         columns = (part.tolist() for part in (batch.head, batch.relation, *found))
@@ -163,7 +172,9 @@ class GraphAnswers(ABC):
         for rows in torch.split(self.tables[0].weight, ROWS):
             deviation = self.interaction.deviation(full(rows))
             if deviation is None:
-                raise ValueError(f"entities of {type(self.interaction).__name__} are points without uncertainty; use NFE of a kind with slopes")
+                raise ValueError(
+                    f"entities of {type(self.interaction).__name__} are points without uncertainty; use NFE with kind nfe1, nfe2, nfe3 or sigma"
+                )
             found.append(deviation.mean(1))
         return torch.cat(found)
 

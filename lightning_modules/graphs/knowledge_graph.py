@@ -111,7 +111,7 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         super().setup(stage)
 
     def configure_model(self) -> None:
-        """Create the tables. A second call does nothing, and neither does a call without a graph."""
+        """Create the tables; a second call, or a call without a graph, does nothing."""
         if self.entity is not None or self.graph is None:
             return
         parts = self.interaction.entity_parts, self.interaction.relation_parts
@@ -132,7 +132,7 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         if self.gamma_trainable:
             # One dimension, because DeepSpeed cannot shard scalars.
             self.gamma = nn.Parameter(torch.full((1,), float(self.gamma), device=self.device))
-        log.info("%s: %s entities x %s, %s relations x %s", type(self).__name__, sizes[0], widths[0], sizes[1], widths[1])
+        log.info("%s: created tables of entities, %s x %s, and relations, %s x %s", type(self).__name__, sizes[0], widths[0], sizes[1], widths[1])
 
     @property
     def is_built(self) -> bool:
@@ -199,7 +199,7 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
         return LossOutput(loss + penalty, {"penalty": penalty.detach()}, weight)
 
     def _sampling_seed(self) -> Tensor | int:
-        """Return the seed of sampled entities, equal in all batches of an optimizer step; evaluations always have the same."""
+        """Return the seed of sampled entities, equal in all batches of an optimizer step, and in all evaluations."""
         if self.training and self.attached is None:
             # Added on the host, so that a step does not synchronise.
             return torch.randint(1 << 32, (), device="cpu")
@@ -212,7 +212,7 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
 
     @property
     def headline_metrics(self) -> tuple[str, ...]:
-        """Ranks of both directions, and reciprocal ranks of each."""
+        """Metrics over both directions, and the mean reciprocal rank of each direction."""
         return ("mrr", "mr", *(f"hits_{k}" for k in self.ranking.ks), "mrr_tail", "mrr_head")
 
     def configure_metrics(self) -> dict[str, Metric]:

@@ -20,7 +20,7 @@ class Init:
     Attributes:
         kind: Distribution of the entries.
         scale: Bound of ``uniform``, standard deviation of ``normal``, or gain of the Xavier distributions, whose fans are the numbers of rows and
-            columns.
+            columns of a part of the table.
     """
 
     kind: Literal["uniform", "normal", "xavier_uniform", "xavier_normal"] = "uniform"
@@ -59,9 +59,9 @@ class LinkRanking:
 
     Attributes:
         ks: Cut-offs of hits.
-        ties: Rank of a true tail among entities of equal score.
+        ties: Rank of a true tail among entities of equal score: ``optimistic`` (first), ``realistic`` (mean) or ``pessimistic`` (last).
         top_k: Number of answers that ``predict`` returns for each query.
-        exclude_known: Do not return known answers of the batch.
+        exclude_known: Do not return answers that are known, i.e. in ``known`` of the batch.
         max_scores: Maximum number of scores in memory.
     """
 

@@ -60,7 +60,7 @@ def with_adapter(model: Any, config: LanguageModelConfig) -> Any:
 
 
 def _routers(model: nn.Module) -> list[str] | None:
-    """Return linear layers with a custom forward pass, such as routers of experts, which PEFT would replace by a matrix product."""
+    """Return the names of linear layers with a custom forward pass, such as routers of experts, which PEFT would replace by a matrix product."""
     found = [
         name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and type(layer).__module__.startswith("transformers.models")
     ]
@@ -90,7 +90,10 @@ def _stored_adapter(model: Any, config: LanguageModelConfig) -> Any:
         adapted = get_peft_model(model, settings)
         result: Any = set_peft_model_state_dict(adapted, tensors)
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError, StopIteration) as error:
-        raise ValueError(f"adapter '{name}' was made for another base model than '{config.name}': {' '.join(str(error).split())[:500]}") from error
+        raise ValueError(
+            f"adapter '{name}' was made for another base model than '{config.name}': {' '.join(str(error).split())[:500]}; "
+            "give the base model that it was trained with"
+        ) from error
     trained = {key for key, parameter in adapted.named_parameters() if parameter.requires_grad}
     missing, unexpected = sorted(trained & set(result.missing_keys)), sorted(result.unexpected_keys)
     if missing or unexpected:
@@ -108,7 +111,9 @@ def _settings(name: str, config: LanguageModelConfig) -> Any:
     try:
         return PeftConfig.from_pretrained(name, local_files_only=config.local_files_only)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"adapter_config.json of adapter '{name}' is damaged ({type(error).__name__}: {first_line(error)})") from error
+        raise ValueError(
+            f"adapter_config.json of adapter '{name}' is damaged ({type(error).__name__}: {first_line(error)}); copy it again"
+        ) from error
 
 
 def _check_folder(folder: Path) -> None:

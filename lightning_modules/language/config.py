@@ -110,7 +110,10 @@ class LanguageModelConfig:
             given = getattr(self, field_name)
             if given is not None and given != (found := find_exported_model(given)):
                 if Path(found).name != folder:
-                    raise ValueError(f"{field_name}={given} is {found}, not a folder {folder}; an adapter goes into `adapter`, its base into `name`")
+                    raise ValueError(
+                        f"{field_name}={given} is the folder {found}, but must be a folder named {folder}; give an adapter as "
+                        "language_model.adapter, and its base model as language_model.name"
+                    )
                 setattr(self, field_name, found)
         if self.attention not in MASKED_ATTENTION:
             raise ValueError(f"attention must be one of {', '.join(MASKED_ATTENTION)}, got '{self.attention}'; use sdpa")
@@ -128,7 +131,7 @@ def build_language_model(config: LanguageModelConfig, vocabulary: Vocabulary, *,
         ValueError: If settings contradict each other, or if the model does not fit the tokenizer or the adapter.
     """
     if config.quantization and config.lora is None and config.adapter is None:
-        raise ValueError("quantization needs adapters: 4-bit weights cannot be trained; set lora")
+        raise ValueError("quantization needs adapters: 4-bit weights cannot be trained; set language_model.lora")
     if config.name is None:
         with whole_weights(zero3_config), drawn_on_cpu():
             model = _scratch_model(config, vocabulary)

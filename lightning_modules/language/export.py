@@ -144,7 +144,7 @@ def gathered_state(model: nn.Module, trainable_only: bool = False, replaced: Map
     Args:
         model: A model, with or without PEFT.
         trainable_only: Leave out buffers and frozen parameters, except embeddings that an adapter has resized.
-        replaced: Values that replace those of the model, which are then not gathered.
+        replaced: Values by name in ``model.state_dict()`` that replace those of the model; the replaced tensors are not gathered.
     """
     replaced = replaced or {}
     resized = set()
@@ -232,7 +232,7 @@ def _save_tokenizer(name: str, folder: Path) -> None:
         if restore_tokenizer(name, folder):
             log.warning("%s: the files of the tokenizer %s were removed during the run; a copy in memory is saved", folder.name, name)
             return
-        log.warning("%s is saved without a tokenizer: %s cannot be read (%s); copy the files of the tokenizer there", folder.name, name, error)
+        log.warning("%s is saved without a tokenizer: %s cannot be read (%s); copy its files into this folder", folder.name, name, error)
 
 
 @contextmanager

@@ -145,7 +145,7 @@ class LanguageModel(BaseModule):
 
     @float32_by_default()
     def configure_model(self) -> None:
-        """Build the language model; a second call does nothing, and neither does a call without a vocabulary.
+        """Build the language model; a second call, or a call without a vocabulary, does nothing.
 
         Raises:
             MisconfigurationException: If an exported model was trained with another tokenizer.
@@ -291,7 +291,15 @@ class LanguageModel(BaseModule):
         return (logps * targets).flatten(1).sum(1)
 
     def describe(self, batch: Any, found: Tensor) -> Iterator[tuple[tuple[Any, ...], list[tuple[float]]]]:
-        """Return the log-likelihood of each row, for :class:`~malleable.callbacks.predictions.PredictionWriter`."""
+        """Return an iterator over the rows, for :class:`~malleable.callbacks.predictions.PredictionWriter`.
+
+        Args:
+            batch: Rows.
+            found: ``(B,)`` log-likelihoods, as ``predict_step`` returns.
+
+        Returns:
+            A pair for each row: an empty tuple, because there are no query fields, and a list with one answer ``(log_likelihood,)``.
+        """
         return (((), [(value,)]) for value in found.tolist())
 
     def configure_optimizers(self) -> Any:

@@ -23,7 +23,7 @@ def check_compile(strategy: Any) -> None:
     """
     if getattr(strategy, "zero_stage_3", False) or isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
         raise MisconfigurationException(
-            "language_model.compile does not support weights that are sharded over ranks (ZeRO-3, FSDP): use DDP or ZeRO-2, or omit it"
+            "language_model.compile does not support weights that are sharded over ranks (ZeRO-3, FSDP): use DDP or ZeRO-2, or omit compile"
         )
 
 
@@ -33,7 +33,7 @@ def check_passes(model: nn.Module, strategy: Any, zero3: dict[str, Any] | None, 
     Args:
         model: The language model.
         strategy: Strategy of the Trainer; ``None`` without a Trainer.
-        zero3: Configuration of DeepSpeed with ZeRO stage 3.
+        zero3: Configuration of DeepSpeed with ZeRO stage 3; ``None`` otherwise.
         shared_prompt: Whether a prompt must be shared by its answers.
 
     Raises:
@@ -55,4 +55,4 @@ def check_passes(model: nn.Module, strategy: Any, zero3: dict[str, Any] | None, 
     if shared_prompt and not forms.shared.limit:
         raise MisconfigurationException(forms.refusal("a prompt shared by its answers", "omit decoding.shared_prompt, or set it to false"))
     if summary := forms.summary():
-        log.info("passes of %s: %s", forms.model_name, summary)
+        log.info("passes of %s that do not run in their fast form: %s", forms.model_name, summary)

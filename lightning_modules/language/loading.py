@@ -1,4 +1,4 @@
-"""Loading of pretrained weights from the hub, a folder or a GGUF file; of multimodal models, the text part."""
+"""Loading of pretrained weights from the hub, a folder or a GGUF file. Of a multimodal model, only the text part is loaded."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _TEXT_KEYS = {
 def load_pretrained(config: LanguageModelConfig, zero3_config: dict[str, Any] | None = None) -> Any:
     """Load a causal language model.
 
-    Only the text part of a multimodal model is loaded. If PEFT and transformers load the multimodal model under this name, the text part has the
-    attribute ``text_prefix``, its name in the multimodal model.
+    Only the text part of a multimodal model is loaded. If PEFT and transformers load the whole multimodal model under this name, the returned model
+    has the attribute ``text_prefix``: the name of the text part in the multimodal model.
 
     Args:
         config: Configuration with the name of the model.

@@ -140,7 +140,7 @@ def test_an_adapter_and_its_base_have_separate_fields(tmp_path, monkeypatch):
         LanguageModelConfig(name="last:sft/lora")
     module.export(tmp_path / "runs/sft/lora/version_0")
     assert LanguageModelConfig(name="base", adapter="last:sft/lora").adapter == "runs/sft/lora/version_0/adapter"
-    with pytest.raises(ValueError, match="name=last:sft/lora is runs/sft/lora/version_0/adapter, not a folder model; an adapter goes into `adapter`"):
+    with pytest.raises(ValueError, match="name=last:sft/lora is the folder runs/sft/lora/version_0/adapter, but must be a folder named model; give"):
         LanguageModelConfig(name="last:sft/lora")
 
 

@@ -144,7 +144,7 @@ class TestUncertainty:
 
     def test_points_have_none(self):
         section = uncertainty_section(make(TransE), tiny_graph())
-        assert section.text == "entities of Translation are points without uncertainty; use NFE of a kind with slopes."
+        assert section.text == "entities of Translation are points without uncertainty; use NFE with kind nfe1, nfe2, nfe3 or sigma."
         assert section.figure is None
 
     def test_without_degrees(self):
