@@ -74,7 +74,7 @@ class Patch:
         if unnamed:
             raise ValueError(f"a patch can only change tensors of its base, which does not contain {unnamed[0]!r} ({len(unnamed)} such tensors)")
         if not set(self.figures) <= {"before", "after"}:
-            raise ValueError(f"figures must have the keys 'before' and 'after', got {sorted(self.figures)}")
+            raise ValueError(f"figures may only have the keys 'before' and 'after', got {sorted(self.figures)}")
         for name in ("requests", "settings", "figures", "requires"):
             object.__setattr__(self, name, to_json_types(getattr(self, name), name))
         object.__setattr__(self, "id", self._content_hash())
@@ -193,7 +193,7 @@ def _deltas(forms: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
     named = {key for name, form in forms.items() for key in _keys(name, form)}
     if named != tensors.keys():
         missing, extra = sorted(named - tensors.keys()), sorted(tensors.keys() - named)
-        raise ValueError(f"the tensors differ from the manifest: missing {missing[:3]}, unexpected {extra[:3]}")
+        raise ValueError(f"the tensors differ from the manifest: missing {missing[:3]}, unexpected {extra[:3]}; copy the patch again")
     deltas = {}
     for name, form in forms.items():
         try:
@@ -201,7 +201,7 @@ def _deltas(forms: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if list(deltas[name].shape) != form.get("shape"):
-            raise ValueError(f"{name} has shape {list(deltas[name].shape)}, but {form.get('shape')} in the manifest")
+            raise ValueError(f"{name} has shape {list(deltas[name].shape)}, but {form.get('shape')} in the manifest; copy the patch again")
     return deltas
 
 

@@ -92,8 +92,8 @@ class PatchStack:
             patch: The patch.
             tensors: Current tensors of the model by canonical name, read one at a time. A checkpoint may contain trained tensors only.
             allow_conflicts: Apply the patch also if applied patches that it does not require change the same tensors or have contradicting requests.
-            force: Apply the patch also if other tensors differ from the model that it was made for, or if patches that it requires are not applied.
-                Its effect then differs from the measured one.
+            force: Apply the patch also if tensors that it does not change differ from those of the model that it was made for, or if patches that it
+                requires are not applied. The effect of the patch then differs from the measured one.
 
         Returns:
             The change; ``tensors`` are not modified.
@@ -114,7 +114,7 @@ class PatchStack:
         conflicts = find_conflicts(patch, self.patches)
         if conflicts and not allow_conflicts:
             report = "\n".join(map(str, conflicts))
-            raise ValueError(f"patch {patch.id} conflicts with patches that it does not require:\n{report}\nrevert those, or allow conflicts")
+            raise ValueError(f"patch {patch.id} conflicts with patches that it does not require:\n{report}\nrevert these patches, or allow conflicts")
         new = {name: tensors[name].detach().to("cpu", copy=True) for name in patch.deltas.keys() - self.originals.keys()}
         change = self._change((*self.patches, patch), {**self.originals, **new}, patch.deltas)
         return change._replace(unchecked=len(found.missing), conflicts=conflicts)
@@ -140,7 +140,7 @@ class PatchStack:
             f"{patch.id} (requires {', '.join(required)})" for patch in remaining if (required := [id for id in patch.requires if id in reverted])
         ]
         if dependent and not force:
-            raise ValueError(f"other patches require these: {', '.join(dependent)}; revert those, too, or use force")
+            raise ValueError(f"other patches require the patches to revert: {', '.join(dependent)}; revert those, too, or use force")
         if not force:
             self._check_unchanged(tensors, "reverting would discard this change; use force to revert nevertheless")
         return self._change(remaining, self.originals, {name for patch in reverted.values() for name in patch.deltas})
@@ -179,10 +179,11 @@ class PatchStack:
             parts = [(item["manifest"], item["tensors"]) for item in section["patches"]]
             originals, hashes = section["originals"], section["digests"]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"the patches in {source} are damaged: {error} is missing") from error
+            problem = f"field {error} is missing" if isinstance(error, KeyError) else "an entry has a wrong type"
+            raise ValueError(f"the patches in {source} are damaged: {problem}; use another copy of the checkpoint") from error
         tensors = [*(own for _, own in parts), originals]
         if not all(isinstance(text, str) for text, _ in parts) or not all(map(_are_tensors, tensors)) or not isinstance(hashes, dict):
-            raise ValueError(f"the patches in {source} are damaged: an entry has a wrong type")
+            raise ValueError(f"the patches in {source} are damaged: an entry has a wrong type; use another copy of the checkpoint")
         patches = tuple(Patch.from_parts(manifest, tensors, f"{source}, patch {place}") for place, (manifest, tensors) in enumerate(parts))
         return cls.checked(patches, originals, hashes, source)
 
@@ -240,7 +241,7 @@ def _check_changed_tensors(patch: Patch, tensors: Mapping[str, Tensor]) -> None:
         if tensor.dtype not in _FLOATS:
             raise ValueError(f"{name} has dtype {tensor.dtype}, and quantised weights cannot be patched; patch the model before quantisation")
         if tuple(tensor.shape) != delta.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {delta.shape} in patch {patch.id}: the patch was made for another model")
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {delta.shape} in patch {patch.id}; give the model it was made for")
 
 
 def _check_base(patch: Patch, found: Comparison, force: bool) -> None:

@@ -85,7 +85,7 @@ class CheckpointFile(Container):
         self._content = _load(path)
         state = {key: value for key, value in self._content["state_dict"].items() if isinstance(value, Tensor)}
         if sparse := [key for key, value in state.items() if value.layout != torch.strided or value.is_meta or value.is_quantized]:
-            raise ValueError(f"{path} contains sparse, quantised or meta tensors, such as {sparse[0]!r}, which cannot be patched")
+            raise ValueError(f"{path} contains sparse, quantised or meta tensors, such as {sparse[0]!r}, which cannot be patched; save dense tensors")
         keys = canonical_names(state, prefix)
         if not keys:
             raise ValueError(
@@ -182,7 +182,10 @@ def _weight_files(folder: Path) -> list[Path]:
     named = read_json(folder / "config.json")
     explicit = named.get("transformers_weights") if isinstance(named, dict) else None
     if explicit is not None and (not isinstance(explicit, str) or not is_file_name(explicit) or not (folder / explicit).is_file()):
-        raise ValueError(f"{folder / 'config.json'}, field transformers_weights: {explicit!r:.200} is not a file of the folder; copy it there")
+        raise ValueError(
+            f"{folder / 'config.json'}, field transformers_weights: expected the name of a file in the folder, got {explicit!r:.200}; "
+            "copy the model again"
+        )
     if explicit and not explicit.endswith(".index.json"):
         return [folder / explicit]
     if not explicit and (folder / "model.safetensors").is_file():
@@ -216,7 +219,7 @@ def _read_section(folder: Path) -> PatchStack:
         raise ValueError(f"{folder / _ORDER} is damaged: {error}") from error
     order, hashes = (section.get(name) for name in ("order", "digests")) if isinstance(section, dict) else (None, None)
     if not isinstance(order, list) or not all(isinstance(id, str) and _ID.fullmatch(id) for id in order) or not isinstance(hashes, dict):
-        raise ValueError(f"{folder / _ORDER} is damaged: expected an object with order, a list of ids, and digests, an object")
+        raise ValueError(f"{folder / _ORDER} is damaged: field 'order' must be an array of ids, and field 'digests' an object; copy the model again")
     originals = load_tensors(folder / _ORIGINALS) if hashes else {}
     return PatchStack.checked(tuple(Patch.read(folder / id) for id in order), originals, hashes, str(folder))
 

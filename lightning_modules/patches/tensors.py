@@ -108,11 +108,11 @@ class Comparison:
     """Difference between a model's fingerprint and the base fingerprint of a patch.
 
     Attributes:
-        checked: Number of tensors in both.
-        differing: Names in both whose shape or values differ.
-        missing: Names in the patch only.
-        unknown: Names in the model only, with other values than any tensor of the patch.
-        copies: Names in the model only, with the name of an equal tensor of the patch: a tied tensor that is stored twice.
+        checked: Number of tensors that are in both fingerprints.
+        differing: Names in both fingerprints whose shapes or values differ.
+        missing: Names in the fingerprint of the patch only.
+        unknown: Names in the fingerprint of the model only, whose values equal those of no tensor of the patch.
+        copies: Names in the fingerprint of the model only, with the name of an equal tensor of the patch: a tied tensor that is stored twice.
     """
 
     checked: int
@@ -144,7 +144,7 @@ def open_tensors(file: Path) -> Iterator[Any]:
         FileNotFoundError: If the file does not exist.
         ValueError: If it is not a regular file, is damaged, or does not have a tensor that is read.
     """
-    check_file(file, "give a whole folder or file of safetensors")
+    check_file(file, "give a complete folder of weights, or a safetensors file")
     with reading(file, "a safetensors file"), safe_open(file, "pt") as stored:
         yield stored
 

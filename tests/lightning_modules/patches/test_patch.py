@@ -115,10 +115,10 @@ def test_invalid_fields_raise(fields, message):
     ("changes", "message"),
     [
         ({"format": 2}, "format version 2 is not supported, only 1"),
-        ({"kind": 3}, "'kind' must be a str, got 3"),
-        ({"base": None}, "'base' must be a dict, got None"),
-        ({"requests": ["x"]}, "'requests' must contain objects, got 'x'"),
-        ({"requires": [1]}, "'requires' must be a string, got 1"),
+        ({"kind": 3}, "'kind' must be a JSON string, got 3; copy the patch again"),
+        ({"base": None}, "'base' must be a JSON object, got None"),
+        ({"requests": ["x"]}, "'requests': expected a JSON object, got 'x'"),
+        ({"requires": [1]}, "'requires': expected a JSON string, got 1"),
         ({"created": "yesterday"}, "'created' must be a time like .* got 'yesterday'"),
     ],
 )
@@ -129,7 +129,7 @@ def test_invalid_manifest_raises(folder, changes, message):
         Patch.read(folder)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "it is not JSON"), ("[]", "must be a JSON object, got list"), (b"\xff", "not text in UTF-8")])
+@pytest.mark.parametrize(("text", "message"), [("{", "it is not JSON"), ("[]", r"must be a JSON object, got \[\]"), (b"\xff", "not text in UTF-8")])
 def test_manifest_without_an_object_raises(folder, text, message):
     (folder / "patch.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=rf"edit/patch\.json.*{message}"):

@@ -234,7 +234,7 @@ def test_required_patches(target):
     refused(target, f"{above.id} requires {below.id}, which are not applied; apply", lambda: target.apply(above))
     target.apply(below)
     target.apply(above)  # and is no conflict
-    refused(target, rf"require these: {above.id} \(requires {below.id}\); revert those, too", lambda: target.revert(below.id))
+    refused(target, rf"require the patches to revert: {above.id} \(requires {below.id}\); revert those, too", lambda: target.revert(below.id))
     target.revert(below.id, force=True)
     refused(target, "which are not applied", lambda: Target(copies(canonical_tensors(llama()))).apply(above))
 
@@ -285,7 +285,7 @@ def test_plain_data_round_trip(target):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda section: section.pop("originals"), "patches in here are damaged: 'originals' is missing"),
+        (lambda section: section.pop("originals"), "patches in here are damaged: field 'originals' is missing"),
         (lambda section: section["originals"].pop(DOWN), f"stored originals do not have the same tensors: {DOWN}"),
         (lambda section: section["digests"].pop(DOWN), f"stored originals do not have the same tensors: {DOWN}"),
         (lambda section: section["originals"][DOWN].add_(1), f"the stored originals of {DOWN} differ from the base of the patches"),

@@ -305,7 +305,7 @@ def test_damaged_files_raise(tmp_path, change, message):
     ("name", "text", "message"),
     [
         ("stack.json", b"{", r"stack\.json is damaged"),
-        ("stack.json", b'{"order": []}', r"stack\.json is damaged: expected an object with order"),
+        ("stack.json", b'{"order": []}', r"stack\.json is damaged: field 'order' must be an array of ids"),
         ("originals.safetensors", b"half", r"originals\.safetensors is damaged"),
         ("{id}/patch.json", b"{}", r"patch\.json: format version None"),
     ],
