@@ -186,7 +186,7 @@ class BaseModule(CheckedLoading, ABC):
             MisconfigurationException: If a value differs; the message contains both values.
         """
         if SETTINGS not in checkpoint:
-            log.warning("the checkpoint was written by an earlier version, without the settings of its model: they are not compared")
+            log.warning("the checkpoint was written by an earlier version, without the settings of its model: the settings are not compared")
         elif found := differences(checkpoint[SETTINGS], self.settings()):
             raise MisconfigurationException(
                 f"the checkpoint was trained with other settings than this {type(self).__name__} has: {'; '.join(found)}. "
@@ -253,7 +253,7 @@ class BaseModule(CheckedLoading, ABC):
 
     @float32_by_default()
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss; log the figures of an optimizer step after its last batch."""
+        """Return the loss; log loss and extras of an optimizer step after its last batch."""
         output = self.compute_loss(batch)
         figures = {"loss": output.loss.detach(), **output.extras}
         self._step_figures.append({name: value.float() for name, value in figures.items()})
@@ -343,7 +343,7 @@ class BaseModule(CheckedLoading, ABC):
         batches, self._step_figures = self._step_figures, []
         means = torch.stack([torch.stack(list(figures.values())) for figures in batches]).mean(0)
         means = self.trainer.strategy.reduce(means, reduce_op="mean")
-        # Lightning reads the figures of progress bars after every batch, which synchronises on accelerators. The progress bars of the command line
+        # Lightning reads the values of progress bars after every batch, which synchronises on accelerators. The progress bars of the command line
         # read the loss when they print it.
         on_cpu = means.device.type == "cpu"
         for name, value in zip(batches[0], means, strict=True):

@@ -120,9 +120,9 @@ def misfit(module: nn.Module, state: Mapping[str, Any]) -> str:
     stored = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
     both = sorted(own.keys() & stored.keys())
     parts = {
-        "of another shape": [f"{name} {stored[name]} (here {own[name]})" for name in both if stored[name] != own[name]],
-        "missing": sorted(own.keys() - stored.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
+        "tensors of another shape": [f"{name} {stored[name]} (here {own[name]})" for name in both if stored[name] != own[name]],
+        "missing tensors": sorted(own.keys() - stored.keys()),
+        "unexpected tensors": sorted(state.keys() - own.keys()),
     }
-    found = [f"{len(names)} {what}, such as {', '.join(names[:_SHOWN])}" for what, names in parts.items() if names]
+    found = [f"{what}: {len(names)}, such as {', '.join(names[:_SHOWN])}" for what, names in parts.items() if names]
     return f"{'; '.join(found) or 'a tensor is damaged'}; build the module with the class and the settings that it was trained with"

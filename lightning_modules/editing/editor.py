@@ -174,7 +174,7 @@ class AlphaEditor:
         if settings.method == "memit":
             return Covariance(spectrum, settings.moment_weight)
         space = NullSpace(spectrum, settings.threshold.retained(spectrum.values))
-        log.info("layer %s: %s of %s directions may change", layer, space.retained, len(spectrum.values))
+        log.info("layer %s: edits may change %s of %s directions", layer, space.retained, len(spectrum.values))
         return NullSpaceRidge(space, settings.ridge)
 
     def retained(self, layer: int) -> int | None:

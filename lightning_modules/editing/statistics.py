@@ -212,5 +212,5 @@ def _load(file: Path, content_hash: str, totals: dict[int, SecondMoment]) -> int
             total.count = int(counts[str(layer)])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {first_line(error)}); remove the file to compute them again") from error
-    log.info("second moments: continuing after the %s tokens of %s", next(iter(totals.values())).count, file)
+    log.info("second moments: continuing after %s tokens, which are stored in %s", next(iter(totals.values())).count, file)
     return pieces

@@ -100,7 +100,7 @@ class FullForward:
         return torch.arange(len(self.rows.position), device=self.rows.position.device)
 
     def select(self, chosen: Tensor) -> FullForward:
-        """Return the same passes for some of the rows."""
+        """Return the passes of the rows at the positions ``chosen`` only."""
         part = object.__new__(FullForward)
         part.model, part.layout, part.layer = self.model, self.layout, self.layer
         part.rows, part.start = self.rows.select(chosen), self.start[chosen]
@@ -161,7 +161,7 @@ class SuffixForward:
         return [(layer.keys, layer.values) for layer in cache.layers[self.layer + 1 :]]
 
     def select(self, chosen: Tensor) -> SuffixForward:
-        """Return the same passes for some of the rows."""
+        """Return the passes of the rows at the positions ``chosen`` only."""
         part = object.__new__(SuffixForward)
         part.model, part.layout, part.layer, part.extra_outputs = self.model, self.layout, self.layer, self.extra_outputs
         part.prefix_lengths, mask = self.prefix_lengths[chosen], self.mask[chosen]

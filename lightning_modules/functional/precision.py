@@ -25,7 +25,7 @@ def full(part: Tensor) -> Tensor:
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function so that it runs with autocast disabled.
 
-    Ranks depend on small differences of large terms, which half precision does not resolve.
+    Rankings depend on small differences of large scores, which half precision does not resolve.
     """
 
     @wraps(function)

@@ -85,5 +85,5 @@ def on_first_rank(make: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if message[1] is not None:
-        raise RuntimeError(f"the first rank failed: {message[1]}")
+        raise RuntimeError(f"the first rank failed: {message[1]}; see the traceback of the first rank")
     return message[0]  # type: ignore[no-any-return]

@@ -82,7 +82,7 @@ class GraphAnswers(ABC):
     @full_precision
     @torch.no_grad()
     def score(self, triples: Sequence[tuple[Name, Name, Name]]) -> Tensor:
-        """Score triples ``(h, r, t)``, ``(N,)``."""
+        """Score N triples ``(h, r, t)``; return ``(N,)``."""
         heads, relations, tails = (self._ids(column, place == 1) for place, column in enumerate(zip(*triples, strict=True)))
         return score_pairs(self.query(heads, relations), self.key(tails))
 

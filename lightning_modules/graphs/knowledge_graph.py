@@ -167,7 +167,7 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
 
     @full_precision
     def key(self, entity: Tensor | None = None) -> Vectors:
-        """Return the vectors and biases of entities, given by ids ``(N,)``, or of all entities; the latter are cached during an evaluation."""
+        """Return the vectors and biases of entities, given by ids ``(N,)``, or of all entities. Those of all entities are cached in an evaluation."""
         table = self.tables[0]
         if entity is not None:
             return self.interaction.key(full(table(entity)))

@@ -18,9 +18,9 @@ from malleable.lightning_modules.functional.language.pass_forms import bare_mode
 class Compile:
     """Settings of ``torch.compile`` for the decoder of a language model: embeddings, layers and last norm, without the language-model head.
 
-    Training, validation and reference passes run compiled. Decoding with a cache, edits and exports run uncompiled with the same weights. Names of
-    parameters do not change. With gradient checkpointing, preference losses disable dropout in each block, which breaks the graph between blocks;
-    supervised losses have one graph.
+    The passes of training, of validation and of a frozen reference run compiled. Decoding with a cache, edits and exports run uncompiled with the
+    same weights. Names of parameters do not change. With gradient checkpointing, preference losses disable dropout in each block, which breaks the
+    graph between blocks. Supervised losses have one graph.
 
     Attributes:
         backend: Name of the backend. ``inductor`` needs a C++ compiler on a CPU and Triton on a GPU.

@@ -65,7 +65,7 @@ def write_answers(
 
 
 def named_items(tokens: Tensor, catalog: Catalog) -> Tensor:
-    """Return the item whose title equals the text, -1 if there is none.
+    """Return the item whose title equals the text of each row, -1 if there is none.
 
     Args:
         tokens: ``(B, T)``, as :func:`write_answers` returns.
@@ -86,7 +86,10 @@ def nearest_items(model: nn.Module, tokens: Tensor, titles: Tensor, k: int, allo
         tokens: ``(B, T)``, as :func:`write_answers` returns.
         titles: ``(N, d)`` embeddings of all titles by the same model.
         k: Number of items.
-        allowed: ``(N,)`` or ``(B, N)`` bool, items that may be returned.
+        allowed: ``(N,)`` or ``(B, N)`` bool, items that may be returned; ``None`` allows all.
+
+    Returns:
+        Items ``(B, k)``, nearest first, padded with -1, and scores ``(B, k)``.
 
     Source:
         Bao et al. (2023), BIGRec, arXiv:2308.08434, Section 3.2.

@@ -45,7 +45,7 @@ class LanguageModel(BaseModule):
     """Base class of language-model methods: configuration, weights, tuning, checkpoints and exports of a causal language model.
 
     With a catalogue, the model recommends items by generating their titles (:meth:`recommend`), and validation and test measure ranking and exposure.
-    Without a catalogue, they measure the perplexity and the figures of the loss.
+    Without a catalogue, they measure the perplexity and the loss, with its ``extras``.
 
     Checkpoints contain trained and edited weights, and a fingerprint of all others.
 
@@ -168,7 +168,7 @@ class LanguageModel(BaseModule):
         self._compile()
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         log.info(
-            "language model: %s, %.2f M of %.2f M parameters trained",
+            "language model %s: %.2f M of %.2f M parameters are trained",
             self.language_model.name or "from scratch",
             trainable / 1e6,
             sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters()) / 1e6,

@@ -4,7 +4,7 @@ Files:
     ranking.py: HR, nDCG, MRR, recall, precision and MAP.
     exposure.py: Diversity and exposure of recommended lists.
     link_prediction.py: Filtered ranks of entities: MR, MRR, hits.
-    editing.py: Figures of edits, and perplexity.
+    editing.py: Metrics of edits, and perplexity.
     row_ranks.py: Ranks of individual rows.
     significance.py: Confidence intervals and tests of differences between runs.
 """

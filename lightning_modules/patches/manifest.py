@@ -25,7 +25,7 @@ _FIELDS: dict[str, type] = {
     "libraries": dict,
 }
 # Names of these types in messages about JSON.
-_TYPE_NAMES = {str: "string", list: "array", dict: "object"}
+_TYPE_NAMES: dict[type, str] = {str: "string", list: "array", dict: "object"}
 
 
 def to_json_types(value: Any, what: str) -> Any:

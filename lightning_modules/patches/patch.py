@@ -72,7 +72,10 @@ class Patch:
     def __post_init__(self) -> None:
         unnamed = sorted(self.deltas.keys() - self.base.keys())
         if unnamed:
-            raise ValueError(f"a patch can only change tensors of its base, which does not contain {unnamed[0]!r} ({len(unnamed)} such tensors)")
+            raise ValueError(
+                f"a patch can only change tensors of its base, which does not contain {unnamed[0]!r} ({len(unnamed)} such tensors); "
+                "pass the fingerprint of the whole model as base"
+            )
         if not set(self.figures) <= {"before", "after"}:
             raise ValueError(f"figures may only have the keys 'before' and 'after', got {sorted(self.figures)}")
         for name in ("requests", "settings", "figures", "requires"):

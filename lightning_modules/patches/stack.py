@@ -197,12 +197,16 @@ class PatchStack:
         touched = {name for patch in patches for name in patch.deltas}
         if not touched == originals.keys() == hashes.keys():
             wrong = touched ^ originals.keys() or touched ^ hashes.keys()
-            raise ValueError(f"the patches in {source} are damaged: patches and stored originals do not have the same tensors: {_join_names(wrong)}")
+            raise ValueError(
+                f"the patches in {source} are damaged: patches and stored originals do not have the same tensors: {_join_names(wrong)}; "
+                "use another copy of the weights"
+            )
         bases = {name: patch.base[name] for patch in patches for name in patch.deltas}
         damaged = [name for name, original in originals.items() if hash_tensor(original) != bases[name]]
         if damaged:
             raise ValueError(
-                f"the patches in {source} are damaged: the stored originals of {_join_names(damaged)} differ from the base of the patches"
+                f"the patches in {source} are damaged: the stored originals of {_join_names(damaged)} differ from the base of the patches; "
+                "use another copy of the weights"
             )
         return cls(patches, originals, hashes)
 

@@ -216,7 +216,7 @@ def _read_section(folder: Path) -> PatchStack:
     try:
         section = read_json(folder / _ORDER)
     except ValueError as error:
-        raise ValueError(f"{folder / _ORDER} is damaged: {error}") from error
+        raise ValueError(f"{folder / _ORDER} is damaged: {error}; copy the model again") from error
     order, hashes = (section.get(name) for name in ("order", "digests")) if isinstance(section, dict) else (None, None)
     if not isinstance(order, list) or not all(isinstance(id, str) and _ID.fullmatch(id) for id in order) or not isinstance(hashes, dict):
         raise ValueError(f"{folder / _ORDER} is damaged: field 'order' must be an array of ids, and field 'digests' an object; copy the model again")

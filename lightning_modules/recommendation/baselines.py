@@ -1,4 +1,4 @@
-"""Counting baselines: recommenders without gradients, with the same ``fit``, ``test`` and ``predict`` as all others.
+"""Counting baselines: recommenders without gradients, with the same ``fit``, ``test`` and ``predict`` as all modules.
 
 Shapes: B rows, L history items, S seen items, N items.
 """
@@ -47,8 +47,8 @@ class Baseline(BaseModule):
     """Base class of recommenders that only count interactions.
 
     ``fit``, and ``test``, ``validate`` and ``predict`` without a checkpoint, count all training rows of the data module before the first batch.
-    Without such a data module, or with ``limit_train_batches``, ``fit`` counts the batches of the first epoch. Every process counts the rows of all
-    processes, so that its tables are always complete. The tables are buffers, which are saved in checkpoints.
+    If the data module does not give access to its rows, or with ``limit_train_batches``, ``fit`` counts the batches of the first epoch. Every process
+    counts the rows of all processes, so that its tables are always complete. The tables are buffers, which are saved in checkpoints.
 
     Args:
         catalog: The items. Default: taken from the data module.

@@ -39,7 +39,8 @@ class Tfidf:
     """TF-IDF vectors of texts.
 
     Args:
-        texts: Texts from which the weights of words are computed: ``1 + log((1 + N) / (1 + texts with the word))``. Words outside them are ignored.
+        texts: N texts from which the weights of words are computed: ``1 + log((1 + N) / (1 + texts with the word))``. Words that occur in none of
+            them are ignored.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:

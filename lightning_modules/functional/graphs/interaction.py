@@ -89,7 +89,7 @@ def product(query: Vectors, key: Vectors) -> Tensor:
 
 
 def score_pairs(query: Vectors, key: Vectors) -> Tensor:
-    """Score each query with the entity of the same row.
+    """Score the query in each row with the entity in the same row of ``key``.
 
     Args:
         query: ``(N, W)``.
@@ -144,4 +144,4 @@ class Interaction(ABC):
 
     def flow(self, relation: Tensor) -> Map:
         """Return the map of locations that each relation, given by its row ``(N, parts x D)``, defines; without locations, the map of deviations."""
-        raise NotImplementedError(f"{type(self).__name__} does not define maps of relations")
+        raise NotImplementedError(f"{type(self).__name__} does not define maps of relations; override flow")

@@ -3,10 +3,10 @@
 A form is a layout of the sequences of a pass in rows, with its mask and cache. It is exact for a model if its results equal those of reference
 passes, which run one sequence at a time.
 
-Training, reference, decoding and embedding passes have a fast form each: several sequences share a row (a prompt and its answers, packed documents, a
-tree of beams), or rows are padded on the left with a cache. The fast form is not exact for some models. This depends on sliding windows, positions
-counted by column (ALiBi), recurrent or convolutional layers, and rotary embeddings that are scaled by the longest row. :func:`pass_forms` measures it
-once for each configuration, on random tokens.
+The passes of training, of a frozen reference, of decoding and of embedding have a fast form each: several sequences share a row (a prompt and its
+answers, packed documents, a tree of beams), or rows are padded on the left with a cache. The fast form is not exact for some models. This depends on
+sliding windows, positions counted by column (ALiBi), recurrent or convolutional layers, and rotary embeddings that are scaled by the longest row.
+:func:`pass_forms` measures it once for each configuration, on random tokens.
 
 Every pass then uses the first of these forms that is exact:
 

@@ -76,7 +76,7 @@ class SharedCache:
         return self.get_seq_length(layer_idx) + query_length, 0
 
     def select(self, rows: Tensor) -> None:
-        """Keep only these rows."""
+        """Keep only the rows at the positions ``rows`` of the batch."""
         self.keys = [keys[..., :length, :][rows] for keys, length in zip(self.keys, self.lengths, strict=True)]
         self.values = [values[..., :length, :][rows] for values, length in zip(self.values, self.lengths, strict=True)]
 
@@ -157,7 +157,7 @@ class TreeDecoder:
         return logits
 
     def select(self, rows: Tensor) -> None:
-        """Keep only these rows."""
+        """Keep only the rows at the positions ``rows`` of the batch."""
         self.cache.select(rows)
         self.prompt_mask, self.lengths, self.visible = self.prompt_mask[rows], self.lengths[rows], self.visible[rows]
         self.positions = self.positions[rows]

@@ -36,7 +36,7 @@ class Trie:
         title_token: Tokens of all titles, in the order of the leaves.
         max_length: Number of tokens of the longest title.
         max_token: Largest token id.
-        duplicates: Items that share a title, one tuple for each such title.
+        duplicates: Groups of items with equal titles; a tuple of items for each group.
     """
 
     token: Tensor
@@ -150,7 +150,7 @@ class TrieView:
     leaves_before: Tensor
 
     def select(self, rows: Tensor) -> TrieView:
-        """Return the view of these rows."""
+        """Return the view of the rows at the positions ``rows``."""
         if len(self.leaf_item) == 1:
             return self
         return TrieView(self.trie, self.leaf_item[rows], self.leaves_before[rows])

@@ -106,7 +106,7 @@ class BeamSearch(TrieSearch):
         self.score, self.priority = self.score[:, :num_nodes], self.priority[:, :num_nodes]
 
     def select(self, rows: Tensor) -> None:
-        """Keep only these rows."""
+        """Keep only the rows at the positions ``rows`` of the batch."""
         super().select(rows)
         self.score, self.priority = self.score[rows], self.priority[rows]
 

@@ -107,7 +107,7 @@ class WithReplacement(TrieSearch):
         return Decoded(self.item, self.score)
 
     def select(self, rows: Tensor) -> None:
-        """Keep only these rows."""
+        """Keep only the rows at the positions ``rows`` of the batch."""
         super().select(rows)
         self.seeds, self.place, self.active = self.seeds[rows], self.place[rows], self.active[rows]
 
@@ -152,7 +152,7 @@ class WithoutReplacement(BeamSearch):
         self.seeds = draw.seeds[:, None]
 
     def select(self, rows: Tensor) -> None:
-        """Keep only these rows."""
+        """Keep only the rows at the positions ``rows`` of the batch."""
         super().select(rows)
         self.seeds = self.seeds[rows]
 

@@ -120,7 +120,7 @@ class TrieSearch(ABC):
         self.node, self.live, self.parent = self.node[:, :num_nodes], self.live[:, :num_nodes], self.parent[:, :num_nodes]
 
     def select(self, rows: Tensor) -> None:
-        """Keep only these rows, given by their position in the batch."""
+        """Keep only the rows at the positions ``rows`` of the batch."""
         self.decoder.select(rows)
         self.view = self.view.select(rows)
         self.rows, self.node, self.live, self.parent = self.rows[rows], self.node[rows], self.live[rows], self.parent[rows]

@@ -72,7 +72,7 @@ def _kernels(model: nn.Module, form: RowForm) -> AbstractContextManager[None]:
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    """Raise an error if weights are sharded: ranks with another number of lengths would wait for each other's weights."""
+    """Raise an error if weights are sharded: ranks whose rows have more different lengths would run more passes than the others."""
     if is_sharded(model):
         raise ValueError(
             f"{type(model).__name__} needs a separate pass for each length of rows in this batch, but its weights are sharded over ranks, "
@@ -230,7 +230,7 @@ class RowDecoder:
         return self._run()
 
     def select(self, rows: Tensor) -> None:
-        """Keep only these rows."""
+        """Keep only the rows at the positions ``rows`` of the batch."""
         self.lengths, self.prompt_ids, self.path, self.size = self.lengths[rows], self.prompt_ids[rows], self.path[rows], self.size[rows]
 
     def idle(self) -> None:

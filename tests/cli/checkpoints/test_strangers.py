@@ -79,7 +79,8 @@ def test_error_for_weights_of_another_size(run, checkpoint):
     content["state_dict"] = {name: torch.zeros(7, 3), "other": torch.zeros(1)}
     torch.save(content, checkpoint)
     with pytest.raises(
-        MisconfigurationException, match=rf"does not fit BoringModule: 1 of another shape, such as {name} \(7, 3\) .*unexpected, such as other"
+        MisconfigurationException,
+        match=rf"does not fit BoringModule: tensors of another shape: 1, such as {name} \(7, 3\) .*unexpected tensors: 1, such as other",
     ):
         run("test", "--ckpt_path", checkpoint)
 

@@ -151,7 +151,7 @@ def test_plain_round_trip(base):
     ("config", "message"),
     [
         (LanguageModelConfig(quantization="4bit"), "quantization needs adapters"),
-        (LanguageModelConfig(scratch=Scratch(hidden_size=10, num_heads=4)), "num_heads must divide hidden_size, got 4 and 10"),
+        (LanguageModelConfig(scratch=Scratch(hidden_size=10, num_heads=4)), "num_heads must divide hidden_size, got num_heads=4 and hidden_size=10"),
     ],
 )
 def test_contradictions(config, message):
