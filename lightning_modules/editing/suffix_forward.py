@@ -149,7 +149,7 @@ class SuffixForward:
         self.prefix_cache = self._cache_prefixes(rows, hidden)
 
     def _cache_prefixes(self, rows: RowBatch, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return keys and values of each later block, for the tokens before the changed ones."""
+        """Return a pair of keys and values, ``(B, heads, P, head width)`` each, of each later block, for the tokens before the changed ones."""
         width = int(self.prefix_lengths.max())
         if width == 0:
             return []

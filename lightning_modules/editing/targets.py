@@ -206,7 +206,7 @@ class _TargetOptimizer:
         return Targets(start, change, loss, nll, steps)
 
     def _select(self, running: Tensor) -> tuple[SuffixForward | FullForward, SuffixForward | FullForward, Tensor]:
-        """Return the passes and the answer tokens of some facts."""
+        """Return passes of answers, passes of subjects, and answer tokens ``(n, 3)``, of the facts at the positions ``running``."""
         rows = (running[:, None] * self.num_contexts + torch.arange(self.num_contexts, device=running.device)).flatten()
         order = torch.full((len(self.facts) * self.num_contexts,), -1, device=running.device)
         order[rows] = torch.arange(len(rows), device=running.device)

@@ -58,7 +58,7 @@ def preference_step(
 
 
 def preference_figures(policy: Tensor, rewards: Tensor, real: Tensor, exists: Tensor) -> dict[str, Tensor]:
-    """Compute means of rewards and log-probabilities, with the usual names.
+    """Compute means over real rows of implicit rewards (``rewards_*``) and of log-probabilities (``logps_*``), by name.
 
     Args:
         policy: ``(B, K)`` log-probabilities.

@@ -128,7 +128,7 @@ class PairwiseLoss(PreferenceLoss):
     """Base class of losses of the difference ``delta`` of chosen and rejected log-ratios, averaged over the pairs of a row."""
 
     def losses(self, ratios: Tensor, exists: Tensor, *, smoothing: Tensor | None = None, real: Tensor | None = None) -> Tensor:
-        """Average :meth:`pair_losses` over the rejected answers that exist."""
+        """Average :meth:`pair_losses` over the rejected answers of a row that exist, ``(B,)``."""
         pairs = self.pair_losses(ratios[:, :1] - ratios[:, 1:], None if smoothing is None else smoothing[:, None])
         return masked_mean(pairs, exists[:, 1:])
 
@@ -164,7 +164,7 @@ class Sigmoid(PairwiseLoss):
         self.smoothing = float(smoothing)
 
     def pair_losses(self, delta: Tensor, smoothing: Tensor | None = None) -> Tensor:
-        """Compute the binary cross-entropy with logit ``beta delta`` and target ``1 - eps``."""
+        """Compute the binary cross-entropy with logit ``beta delta`` and target ``1 - eps``, ``(B, K - 1)``."""
         logits = self.beta * delta
         eps = self.smoothing if smoothing is None else smoothing
         return F.softplus(-logits) if isinstance(eps, float) and eps == 0 else F.softplus(-logits) + eps * logits
@@ -191,7 +191,7 @@ class Robust(PairwiseLoss):
         self.smoothing = float(smoothing)
 
     def pair_losses(self, delta: Tensor, smoothing: Tensor | None = None) -> Tensor:
-        """Compute the debiased logistic loss."""
+        """Compute the debiased logistic loss, ``(B, K - 1)``."""
         logits = self.beta * delta
         eps: Any = self.smoothing if smoothing is None else smoothing
         correct, flipped = F.softplus(-logits), F.softplus(logits)
@@ -208,7 +208,7 @@ class IPO(PairwiseLoss):
     """
 
     def pair_losses(self, delta: Tensor, smoothing: Tensor | None = None) -> Tensor:
-        """Compute the squared difference of ``delta`` from the target margin."""
+        """Compute the squared difference of ``delta`` from the target margin, ``(B, K - 1)``."""
         return (delta - 1 / (2 * self.beta)) ** 2
 
 
@@ -220,7 +220,7 @@ class Hinge(PairwiseLoss):
     """
 
     def pair_losses(self, delta: Tensor, smoothing: Tensor | None = None) -> Tensor:
-        """Compute ``max(0, 1 - beta delta)``."""
+        """Compute ``max(0, 1 - beta delta)``, ``(B, K - 1)``."""
         return torch.relu(1 - self.beta * delta)
 
 

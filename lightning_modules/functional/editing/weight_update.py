@@ -36,7 +36,7 @@ class Ridge(KeyMetric):
         self.ridge = _positive("ridge", ridge)
 
     def solve(self, keys: Tensor) -> Tensor:
-        """Return ``k / ridge``."""
+        """Return ``k / ridge``, ``(N, d)``."""
         return keys / self.ridge
 
 
@@ -56,7 +56,7 @@ class NullSpaceRidge(Ridge):
         self.null_space = null_space
 
     def solve(self, keys: Tensor) -> Tensor:
-        """Return ``k P / ridge``."""
+        """Return ``k P / ridge``, ``(N, d)``."""
         return self.null_space.project(keys) / self.ridge
 
 
@@ -77,7 +77,7 @@ class Covariance(KeyMetric):
         self.costs = _positive("weight", weight) * spectrum.values.clamp_min(floor * spectrum.values[-1])
 
     def solve(self, keys: Tensor) -> Tensor:
-        """Return ``k U diag(1 / costs) U^T``."""
+        """Return ``k U diag(1 / costs) U^T``, ``(N, d)``."""
         vectors = self.vectors.to(keys.dtype)
         return keys @ vectors / self.costs.to(keys.dtype) @ vectors.T
 

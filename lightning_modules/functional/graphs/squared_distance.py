@@ -46,6 +46,9 @@ def folded_key(entity: Tensor, first: int, cross: float | None = None) -> Vector
         entity: ``(N, W)``.
         first: First column whose absolute value is used.
         cross: c of :func:`slope_form`, whose quadratic form is then the squared norm; ``None`` for the Euclidean norm.
+
+    Returns:
+        Vectors ``(N, W)`` and biases ``(N,)``.
     """
     return Vectors(*_FoldedKey.apply(entity, first, cross))  # type: ignore[no-untyped-call]
 
