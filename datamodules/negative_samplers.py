@@ -228,14 +228,15 @@ class SelfPlay(NegativeSampler):
     """Recommendations of the model itself.
 
     Unlike with other samplers, an answer may be the true title, as in the published method. The option ``keep_identical`` of ``SelfPlayLoop``
-    determines the treatment of such rows.
+    determines the treatment of rows whose rejected answer is the true title. "Released code" means the code of the paper's authors.
 
     Attributes:
         num_negatives: Rejected answers of each row; more than one needs a loss that supports several rejected answers.
         decode: ``greedy``: the most probable answer (released code). ``sample``: a sample from the model (theory of the paper). ``beam_k_random``: a
             random choice among the ``num_beams`` best answers. Measured on a model that DPO with random titles had biased towards few items: two
-            rounds with sampled negatives removed most of the bias (share of tail items .001 before, .139 after). With greedy negatives, this share
-            was .034. Only 4 to 7 % of the greedy negatives were distinct, and their mean popularity changed from 189 to 43.
+            rounds with sampled negatives removed most of the bias (the share of tail items in the recommendations was .001 before and .139 after).
+            With greedy negatives, this share was .034. Only 4 to 7 % of the greedy negatives were distinct, and the mean popularity of the greedy
+            negatives changed from 189 to 43 interactions.
         grounding: ``trie``: decode titles of the catalogue only. ``embedding``: generate free text and use the nearest title. ``none``: use the free
             text unchanged (released code).
         num_beams: Number of beams of ``beam_k_random``, and of ``greedy`` with several negatives.

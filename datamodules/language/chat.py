@@ -91,7 +91,10 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
         text: Any = tokenizer.apply_chat_template(messages, chat_template=dated, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # templates raise various exceptions
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template of {tokenizer.name_or_path!r} rejects messages of {roles}: {error}; set template.system") from error
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} rejects messages of {roles}: {error}; "
+            "set or omit template.system, or choose template 'instruction'"
+        ) from error
     return str(text)
 
 

@@ -51,7 +51,7 @@ def _of_parquet(path: Path) -> list[str]:
     names = column_names(path)
     name = next((name for name in FIELDS if name in names), None)
     if name is None:
-        raise ValueError(f"{path} has no column {' or '.join(FIELDS)}; it has {', '.join(names)}")
+        raise ValueError(f"{path} has no column {' or '.join(FIELDS)}; it has {', '.join(names)}; rename the column of the texts")
     texts = [text for text in column_values(read_parquet(path, [name])[name], f"{path}, column {name}") if text is not None]
     if (wrong := next((text for text in texts if not isinstance(text, str)), None)) is not None:
         raise ValueError(f"{path}, column {name}: expected strings, got {wrong!r:.80}")

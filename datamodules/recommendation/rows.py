@@ -140,7 +140,7 @@ class PromptWindow:
 
 
 class AnswerRows:
-    """Dataset of rows with a prompt and its answers, the true one first.
+    """Dataset of rows with a prompt and its answers, the true answer first.
 
     Args:
         table: The rows.

@@ -159,7 +159,7 @@ def _finite(cell: str, place: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{place}: {cell!r} is not a finite number")
+        raise ValueError(f"{place}: {cell!r} is not a finite number; give a complete file")
     return value
 
 

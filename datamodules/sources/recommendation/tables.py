@@ -37,7 +37,7 @@ class Place(Protocol):
 
 
 class TableSource(Source):
-    """Base class of sources of two tables with columns: interactions and items. Subclasses read the tables in :meth:`read`.
+    """Base class of sources with two tables: interactions and items. A subclass reads a table in :meth:`read`.
 
     Args:
         interaction_columns: Names of the columns by field, for columns that are not named like their field, e.g. ``{user_id: uid}``.
@@ -125,7 +125,7 @@ class TableSource(Source):
         return items_table(list(items["item_id"]), list(items["title"]), genres), tuple(notes)
 
     def _select(self, path: Place, fields: tuple[str, ...], columns: Mapping[str, str], argument: str) -> pd.DataFrame:
-        """Read the columns of fields from a file."""
+        """Read a table, and return the columns of the fields, named by field."""
         table = self.read(path, [columns.get(field, field) for field in fields])
         selected = {}
         for field in fields:
