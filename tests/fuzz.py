@@ -1,10 +1,12 @@
-"""Damages files that users or strangers may give, and checks what every reader makes of them.
+"""Damage input files at random, and check that every reader handles the damaged files.
 
-Each is either read, or refused with an error of this package that names the file: never with the error of a library, without end, or with all memory.
+A reader must either read a damaged file, or raise an error of this package that names the file. It is a fault if the error comes from a library
+(``foreign``), if it does not name the file (``unnamed``), if the reader does not end (``hang``), or if the process ends (``crash``).
+The memory of the process is limited.
 
     python tests/fuzz.py                              500 damaged files for each reader, about 40 minutes
-    python tests/fuzz.py --count 50 tables patch      fewer, of the readers whose names begin so
-    python tests/fuzz.py --seed 1 --keep /tmp/x       other ones; files that a reader does not handle are left there
+    python tests/fuzz.py --count 50 tables patch      50 files for readers whose names start with "tables" or "patch"
+    python tests/fuzz.py --seed 1 --keep /tmp/x       other damage; files that cause a fault are copied to /tmp/x
 """
 
 import argparse
@@ -29,16 +31,16 @@ from damage import damaged
 from readers import READERS, copy
 
 SECONDS = 20
-MEMORY = 3 << 30  # on top of what the libraries take
+MEMORY = 3 << 30  # bytes, in addition to the memory of the imported libraries
 FAULTS = ("foreign", "unnamed", "hang", "crash")
 
 
 class TooLong(BaseException):
-    """A reader has not come to an end."""
+    """A reader did not end within the time limit."""
 
 
 def outcome(reader, folder: Path) -> tuple[str, str]:
-    """Read a folder, and return what became of it: ``read``, ``refused``, or one of ``FAULTS`` with the traceback."""
+    """Read a folder. Return the kind of the outcome (``read``, ``refused``, or one of ``FAULTS``), and the error or its traceback as text."""
 
     def stop(*_):
         raise TooLong
@@ -52,7 +54,7 @@ def outcome(reader, folder: Path) -> tuple[str, str]:
     except TooLong:
         return "hang", traceback.format_exc(limit=-4)
     except SystemExit:
-        return "refused", ""  # the parser of options, after its message
+        return "refused", ""  # raised by the parser of options, after it has printed its message
     except Exception as error:
         signal.setitimer(signal.ITIMER_REAL, 0)
         return judged(error, folder)
@@ -62,7 +64,7 @@ def outcome(reader, folder: Path) -> tuple[str, str]:
 
 
 def judged(error: Exception, folder: Path) -> tuple[str, str]:
-    """Return whether an error is one of ours, and names the file or its folder."""
+    """Return the kind of an error and a text: ``refused`` if it is raised by this package and names the file or its folder, else the fault."""
     *_, last = traceback.walk_tb(error.__traceback__)
     ours = str(last[0].f_globals.get("__name__")).partition(".")[0] == "malleable"
     if type(error).__name__ != "MisconfigurationException" and not (
@@ -76,7 +78,7 @@ def judged(error: Exception, folder: Path) -> tuple[str, str]:
 
 
 def cases(names, count: int) -> list[tuple[str, str, int]]:
-    """Return reader, file and number of damaged files; a short run has fewer for slow readers."""
+    """Return name of the reader, file, and number of damaged copies of this file. Short runs have fewer copies for slow readers."""
     chosen = {name: reader for name, reader in READERS.items() if not names or any(name.startswith(begin) for begin in names)}
     return [
         (name, file, -(-count // (reader.slow if count < 500 else 1) // len(reader.files)))
@@ -86,19 +88,19 @@ def cases(names, count: int) -> list[tuple[str, str, int]]:
 
 
 def run(name: str, file: str, numbers, seed: int, home: Path, keep: Path | None, report) -> None:
-    """Damage a file again and again, and report every outcome."""
+    """Damage a file in a different way for each of the numbers, and report each outcome."""
     reader = READERS[name]
     whole = home / "whole"
     if not whole.exists():
         whole.mkdir()
         reader.make(whole)
     for number in numbers:
-        report(number, "crash", "")  # stands if this process ends here
+        report(number, "crash", "")  # remains the outcome if this process ends during the case
         draw = random.Random(f"{seed} {name} {file} {number}")
         copy(whole, home / "now")
         path = home / "now" / file
         path.write_bytes(damaged(path.read_bytes(), file, draw))
-        # For loops in C, which no signal handler of Python ends: the process ends, and this case stays a crash.
+        # Signal handlers of Python cannot interrupt loops in C. After a longer time, the process ends, and the outcome remains a crash.
         faulthandler.dump_traceback_later(3 * SECONDS, exit=True)
         found, text = outcome(reader, home / "now")
         faulthandler.cancel_dump_traceback_later()
@@ -110,7 +112,7 @@ def run(name: str, file: str, numbers, seed: int, home: Path, keep: Path | None,
 
 
 def in_child(name: str, file: str, numbers: range, seed: int, keep: Path | None) -> dict[int, tuple[str, str]]:
-    """Run in processes of their own with bounded memory; where one crashes, another one goes on behind it."""
+    """Run the cases in a child process with limited memory. If it crashes, another process continues with the next case."""
     found: dict[int, tuple[str, str]] = {}
     while len(found) < len(numbers):
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as results:
@@ -122,7 +124,7 @@ def in_child(name: str, file: str, numbers: range, seed: int, keep: Path | None)
             before = len(found)
             found.update({number: (kind, text) for number, kind, text in map(json.loads, results)})
             if len(found) == before:
-                raise RuntimeError(f"{name}: the reader does not start, see its error above")
+                raise RuntimeError(f"{name}: the child process ended before its first case; see its error above")
     return found
 
 
@@ -146,14 +148,14 @@ def _child(name, file, numbers, seed, folder, keep, results) -> None:
 
 
 def main() -> int:
-    """Run, print a table, and return the number of faults."""
+    """Run all cases, print a line for each reader and file, and return the number of faults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="beginnings of the names of readers (default: all)")
-    parser.add_argument("--count", type=int, default=500, help="damaged files for each reader (default: %(default)s)")
+    parser.add_argument("names", nargs="*", help="prefixes of the names of readers (default: all)")
+    parser.add_argument("--count", type=int, default=500, help="number of damaged files for each reader (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="folder for files that are not handled")
+    parser.add_argument("--keep", type=Path, help="folder to which files that cause a fault are copied")
     options = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a changed name of a tokenizer is one of the hub
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a damaged name of a tokenizer would be searched on the hub
     import lightning  # noqa: F401  (before the first child is forked)
 
     total: collections.Counter[str] = collections.Counter()

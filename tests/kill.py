@@ -1,12 +1,12 @@
-"""Kill runs with SIGKILL at random moments, resume them, and compare them with a run that nothing interrupted.
+"""Kill runs with SIGKILL at random times, resume them, and compare the results with those of an uninterrupted run.
 
     python tests/kill.py [--kills 20] [--seed 0] [--parts self_play nfe editing patches cache report predict]
 
-Each part is a small job that starts anew, or continues what it finds in its folder. It runs once to the end; then it is killed ``--kills``
-times, each time in a fresh folder after a random part of its time, and resumed. Weights, metrics and files must be those of the uninterrupted
-run, and no temporary file may be left. The program prints a line for each part and exits with 1 if anything differs.
+Each part is a small job. If its folder contains files of an interrupted run, the job continues this run. The job runs once to its end. Then it is run
+``--kills`` times in an empty folder, killed after a random share of its time, and resumed. Weights, metrics and files must be equal to those of the
+uninterrupted run, and no temporary file may remain. The program prints a line for each part, and exits with status 1 if there is a difference.
 
-A job is a fork of this process, which has imported all modules and has started no thread.
+A job is a fork of this process, which has imported all modules and has not started a thread.
 """
 
 import argparse
@@ -59,27 +59,27 @@ from malleable.lightning_modules.patches.storage import open_container
 from malleable.runs import RunFolder, claimed_folders
 
 State = dict[str, str]
-SHARED = Path(tempfile.gettempdir()) / f"malleable-kill-{os.getpid()}"  # what jobs read: the same in all forks
+SHARED = Path(tempfile.gettempdir()) / f"malleable-kill-{os.getpid()}"  # files that all jobs read
 
 
-# Jobs: each takes its folder, and may find there what a killed one has left.
+# Jobs. The argument is the folder of the job, which may contain files of a killed run.
 
 
 def self_play(folder: Path) -> None:
-    """Warm-up and one round of self-play, with a report and the export of the model."""
+    """Run the warm-up and one round of self-play, with a report and the export of the model."""
     loop = make_loop(rounds=1)
     fit_and_test(folder, make_module(), TinyData(), [loop], "val_loss", "min", max_epochs=-1)
 
 
 def nfe(folder: Path) -> None:
-    """Embeddings of a graph with a monitored checkpoint, their export, and a report."""
+    """Train embeddings of a graph with a monitored checkpoint, and write their export and a report."""
     module = NFE("nfe2", 8, 1.0, gamma_trainable=True, dropout=0.2, tuning=EmbeddingTuning(lr=0.02, lr_decay=0.8))
     data = toy_graph(folder / "graph", cache_dir=str(folder / "cache"), batch_size=4, global_batch_size=8, eval_batch_size=4)
     fit_and_test(folder, module, data, [EmbeddingReport()], "val_mrr", "max", max_epochs=5, check_val_every_n_epoch=2)
 
 
 def editing(folder: Path) -> None:
-    """Facts edited into a model after training."""
+    """Train a model, and edit facts after training."""
     facts = [post_fit_run.make_request(fact) | {"true": "dog"} for fact in NEW[:3]]
     settings = EditSettings(**{**post_fit_run.SETTINGS, "targets": TargetSettings(lr=0.5, steps=10, clamp=4.0, decay=0.01), "batch_size": 2})
     callbacks = [post_fit_run.edit(requests=facts, settings=settings), post_fit_run.evaluation(texts=4, writing=0, generated="off")]
@@ -89,7 +89,7 @@ def editing(folder: Path) -> None:
 
 
 def patches(folder: Path) -> None:
-    """Patches of a checkpoint and of a model folder, applied and reverted in turn; both have all patches at the end."""
+    """Apply and revert patches of a checkpoint and of a model folder alternately. At the end, both contain all patches."""
     for name in ("model.ckpt", "model"):
         if not (folder / name).exists():
             source = SHARED / "patched" / name
@@ -110,7 +110,7 @@ def patches(folder: Path) -> None:
 
 
 def cache(folder: Path) -> None:
-    """Caches of a shop, with its tokenizer, and of a graph."""
+    """Write the caches of a recommendation dataset, with its tokenizer, and of a graph."""
     os.environ["MALLEABLE_CACHE"] = str(folder / "cache")
     data = small_shop.shop(folder / "shop")
     graph = toy_graph(folder / "graph", cache_dir=str(folder / "cache"))
@@ -123,7 +123,7 @@ def cache(folder: Path) -> None:
 
 
 def report(folder: Path) -> None:
-    """A page with pictures, written several times."""
+    """Write a report with figures several times."""
     page = RunReport(str(folder / "report"))
     page.folder = folder / "report"
     page.history = {f"train_{name}": [(step, step**0.5) for step in range(50)] for name in ("loss", "rate")}
@@ -134,14 +134,14 @@ def report(folder: Path) -> None:
 
 
 class Numbers(LightningModule):
-    """Predicts columns by name."""
+    """Module whose predictions are named columns."""
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         return {"label": [f"row {number}" for number in batch.sample_id.tolist()], "score": batch.sample_id / 7}
 
 
 def predict(folder: Path) -> None:
-    """Predictions in all formats, for rows that are not in the order of their ids."""
+    """Write predictions in all formats, for rows that are not in the order of their ids."""
     rows = torch.randperm(20_000, generator=torch.Generator().manual_seed(0))
     loader = DataLoader(rows, batch_size=100, collate_fn=lambda ids: Batch(torch.stack(ids)))
     writer = PredictionWriter(formats=("csv", "jsonl", "parquet"))
@@ -152,7 +152,7 @@ def predict(folder: Path) -> None:
 
 
 def fit_and_test(folder, module, data, callbacks, monitor, mode, **options) -> None:
-    """Train and test as ``malleable fit`` does; a run that was killed continues from its last checkpoint."""
+    """Train and test as ``malleable fit`` does. A killed run continues from its last checkpoint."""
     seed_everything(7)
     checkpoints = [ModelCheckpoint(monitor=monitor, mode=mode, save_on_train_epoch_end=True), LastCheckpoint()]
     trainer = Trainer(
@@ -183,10 +183,10 @@ def fit_and_test(folder, module, data, callbacks, monitor, mode, **options) -> N
 
 
 def state_of(folder: Path) -> State:
-    """Return a digest of each file that a job leaves, and the values of those that have times or paths in them.
+    """Return a digest of each file that a job has written, and the logged values, by name.
 
-    Checkpoints contain paths of their run folder, and a resumed run has only those since the interruption, as it has only the rounds of self-play
-    since then; the weights, the tested checkpoint and the logged values depend on all of them.
+    Checkpoints and files of self-play are not compared: checkpoints contain paths of the run folder, and a resumed run has only the files that were
+    written after the interruption. The weights, the tested checkpoint and the logged values, which depend on them, are compared.
     """
     runs = sorted((folder / "runs").glob("version_*"), key=lambda path: int(path.name.partition("_")[2]))
     root = runs[-1] if runs else folder
@@ -212,7 +212,7 @@ def logged(runs: list[Path]) -> State:
 
 
 def digest_of(path: Path) -> str:
-    """Return the digest of a file's content without times and paths."""
+    """Return a digest of the content of a file, without times and paths."""
     if path.name.endswith(".md"):
         text = re.sub(r"\| (training time|tested checkpoint) \|.*", "", path.read_text())
         return hashlib.sha256(text.encode()).hexdigest()
@@ -245,7 +245,7 @@ def leftovers(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def started(job: Callable[[Path], None], folder: Path) -> Iterator[int]:
-    """Run a job in a fork of this process; its output goes to a file beside the folder."""
+    """Start a job in a fork of this process, and yield its process id. The output of the job is written to ``<folder>.log``."""
     folder.mkdir(parents=True, exist_ok=True)
     child = os.fork()
     if child == 0:
@@ -269,18 +269,18 @@ def finish(job: Callable[[Path], None], folder: Path) -> float:
     """Run a job to its end and return its seconds.
 
     Raises:
-        RuntimeError: If it fails; the message ends with its output.
+        RuntimeError: If the job fails. The message contains the end of its output.
     """
     begin = time.monotonic()
     with started(job, folder) as child:
         _, status = os.waitpid(child, 0)
     if status:
-        raise RuntimeError(f"{folder.name} ended with status {status}:\n{folder.with_suffix('.log').read_text()[-3000:]}")
+        raise RuntimeError(f"the job in {folder.name} ended with status {status}; its output is:\n{folder.with_suffix('.log').read_text()[-3000:]}")
     return time.monotonic() - begin
 
 
 def killed(job: Callable[[Path], None], folder: Path, seconds: float) -> bool:
-    """Kill a job after some seconds; return False where it was faster."""
+    """Start a job and kill it after the given seconds; return ``False`` if it ended earlier."""
     with started(job, folder) as child:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -292,7 +292,7 @@ def killed(job: Callable[[Path], None], folder: Path, seconds: float) -> bool:
 
 
 def prepare(parts: list[str]) -> None:
-    """Make what the jobs share: a model that has learnt facts, models to patch and patches."""
+    """Write the shared files of the given parts: a model that has learnt facts, models to patch, and patches."""
 
     def learn(folder: Path) -> None:
         module = post_fit_run.FactModule()
@@ -312,7 +312,7 @@ def prepare(parts: list[str]) -> None:
 
 
 def try_part(job: Callable[[Path], None], root: Path, kills: int, draws: random.Random) -> list[str]:
-    """Kill a job so many times; return what was wrong."""
+    """Kill and resume a job ``kills`` times, and return the differences from an uninterrupted run as texts."""
     seconds = finish(job, root / "whole")
     expected = state_of(root / "whole")
     problems, done = [], 0
@@ -321,7 +321,7 @@ def try_part(job: Callable[[Path], None], root: Path, kills: int, draws: random.
         after = draws.uniform(0, seconds)
         if not killed(job, folder, after):
             shutil.rmtree(folder)
-            seconds *= 0.95  # the machine is faster than it was
+            seconds *= 0.95  # the job was faster than the first run
             continue
         done += 1
         try:
@@ -331,8 +331,10 @@ def try_part(job: Callable[[Path], None], root: Path, kills: int, draws: random.
             continue
         found = state_of(folder)
         changed = [name for name in sorted(expected.keys() | found.keys()) if found.get(name) != expected.get(name)]
-        problems += [f"killed after {after:.2f} s: {name}: {str(found.get(name))[:500]}, not {str(expected.get(name))[:500]}" for name in changed]
-        problems += [f"killed after {after:.2f} s: {name} is left behind" for name in leftovers(folder)]
+        problems += [
+            f"killed after {after:.2f} s: {name} is {str(found.get(name))[:500]}, expected {str(expected.get(name))[:500]}" for name in changed
+        ]
+        problems += [f"killed after {after:.2f} s: the temporary file {name} remains" for name in leftovers(folder)]
         if not changed:
             shutil.rmtree(folder)
     return problems
@@ -342,12 +344,12 @@ JOBS = {job.__name__: job for job in (self_play, nfe, editing, patches, cache, r
 
 
 def main(arguments: list[str]) -> int:
-    """Run as the module's docstring says."""
+    """Run the given parts, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="kills of each part")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills of each part")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills")
     parser.add_argument("--parts", nargs="+", choices=JOBS, default=list(JOBS))
-    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder, kept if something is wrong")
+    parser.add_argument("--folder", type=Path, help="working folder; default: a temporary folder, which is kept if there are differences")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/alpha_edit.py [--model NAME] [--facts 32] [--device cuda] [--json RESULT.json]
 
-The comparison is the literal search (``tests/helpers/literal_targets.py``): one fact at a time, the whole model in every pass, logits at every token,
-``torch.optim.Adam``. Both sides must give equal results. The facts are about countries. The default model is SmolLM2-135M-Instruct (Q4_1,
-dequantised). The memory is measured in a separate process: the peak resident set size minus that after the model was loaded.
+The other side of the comparison is a literal search (``tests/helpers/literal_targets.py``): one fact at a time, the whole model in every pass, logits
+at every token, ``torch.optim.Adam``. The results of both sides must be equal. The facts are about countries. The default model is
+SmolLM2-135M-Instruct (Q4_1, dequantised). The memory is measured in a separate process: the peak resident set size minus its value after the model
+was loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-os.environ["TQDM_DISABLE"] = "1"  # no bars of weights between the lines
+os.environ["TQDM_DISABLE"] = "1"  # no progress bars between the lines of the output
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from devices import add_device_arguments, synchronize
@@ -84,9 +85,20 @@ def compare(name: str, number: int, device: str = "cpu") -> dict[str, float]:
     change = torch.stack([one.change for one in literal])
     differences = (found.change - change).norm(dim=1) / change.norm(dim=1).clamp_min(1e-9)
     steps = torch.tensor([one.steps for one in literal])
-    log.info("%s facts, %s contexts, mean steps %.1f (literal %.1f)", number, len(contexts), found.steps.float().mean(), steps.float().mean())
-    log.info("targets differ by %.2g of their length at most, %.2g in the median", differences.max(), differences.median())
-    log.info("literal, one by one: %.2f s a fact; ours one by one: %.2f s; ours together: %.2f s", theirs / number, single / number, ours / number)
+    log.info(
+        "%s facts, %s contexts, %.1f steps for a fact on average (literal search: %.1f)",
+        number,
+        len(contexts),
+        found.steps.float().mean(),
+        steps.float().mean(),
+    )
+    log.info("relative differences of the target vectors: at most %.2g, median %.2g", differences.max(), differences.median())
+    log.info(
+        "seconds per fact: literal search %.2f, ours for one fact at a time %.2f, ours for all facts together %.2f",
+        theirs / number,
+        single / number,
+        ours / number,
+    )
     return {
         "literal_s": theirs,
         "single_s": single,
@@ -98,12 +110,12 @@ def compare(name: str, number: int, device: str = "cpu") -> dict[str, float]:
 
 
 def peak() -> float:
-    """The largest resident size of this process so far, MiB."""
+    """Return the peak resident set size of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def pass_over(name: str, number: int, sender: Any) -> None:
-    """Compute second moments over ``number`` texts, and send the growth of the peak memory."""
+    """Compute second moments over ``number`` texts, and send a tuple: increase of the peak memory in MiB, tokens, input width and hidden size."""
     model, tokenizer = load(name)
     sentences = Countries(limit=1).load().statements
     texts = [" ".join(sentences[start : start + 20]) for start in range(0, 20 * number, 20)]
@@ -114,7 +126,7 @@ def pass_over(name: str, number: int, sender: Any) -> None:
 
 
 def memory(name: str) -> dict[str, float]:
-    """Measure the growth over few and over many texts."""
+    """Measure the increase of the peak memory for 20 and for 200 texts."""
     grown = {}
     for number in (20, 200):
         receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
@@ -123,16 +135,16 @@ def memory(name: str) -> dict[str, float]:
         grown[number], tokens, width, hidden = receiver.recv()
         process.join()
         log.info("second moments of %s layers over %s tokens: %.0f MiB above the model", len(LAYERS), tokens, grown[number])
-    # Two sums of each layer (all texts, this piece) in double precision, one chunk's product, and the activations of a pass.
+    # In float64: two sums for each layer (all texts, current piece), the product of one chunk, and the activations of one pass.
     sums = (2 * len(LAYERS) + 2) * width * width * 8
     activations = SETTINGS.max_tokens * (len(LAYERS) * width + 3 * width + 12 * hidden) * 8
     bound = (sums + activations) / 2**20
-    log.info("bound: %.0f MiB, whatever the number of texts", bound)
+    log.info("upper bound for any number of texts: %.0f MiB", bound)
     return {"few_mib": grown[20], "many_mib": grown[200], "bound_mib": bound}
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run both measurements, and print the ratio of times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct-q4_1")
     parser.add_argument("--facts", type=int, default=32)
@@ -141,7 +153,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
-    # Memory is that of a process on a CPU, whatever the device of the comparison.
+    # Memory is always measured in a process on the CPU. The device is used for the comparison only.
     result = {**memory(options.model), **compare(options.model, options.facts, options.device)}
     if options.json:
         options.json.write_text(json.dumps(result, indent=2))

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ["TQDM_DISABLE"] = "1"  # no bars of weights between the lines
+os.environ["TQDM_DISABLE"] = "1"  # no progress bars between the lines of the output
 
 import torch
 from devices import add_device_arguments, describe, synchronize
@@ -53,13 +53,14 @@ SHOWN = ("efficacy", "efficacy_exact", "generalization", "specificity", "specifi
 
 @dataclass
 class Setup:
-    """What is edited, and what is tried.
+    """Facts to edit, and settings to try.
 
     Attributes:
-        common: Settings of every method.
-        facts: Facts of a run.
-        tuned_on: Facts of a run of the tuning.
-        trials: Settings of each method, on top of the common ones.
+        common: Settings that all methods use.
+        facts: Number of facts of an evaluated run.
+        tuned_on: Number of facts of a tuning run.
+        trials: Settings to try, by method. They are added to the common settings.
+        source: Arguments of the source :class:`Countries`.
     """
 
     common: dict[str, Any]
@@ -72,7 +73,7 @@ class Setup:
 def trials(
     thresholds: Sequence[Threshold], ridges: Sequence[float], weights: Sequence[float], rates: Sequence[float]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Settings to try, equally many of each method."""
+    """Return the settings to try, by method; the number is the same for all methods."""
     found: dict[str, list[dict[str, Any]]] = {
         "AlphaEdit": [{"method": "alpha_edit", "threshold": threshold, "ridge": ridge} for threshold in thresholds for ridge in ridges],
         "no projection (P = I)": [{"method": "ridge", "ridge": ridge} for ridge in weights],
@@ -115,12 +116,12 @@ SETUPS = {
 
 
 class Bench:
-    """A model, its second moments, and runs on it.
+    """Model with its second moments, on which edits are run.
 
     Args:
-        name: Model.
-        setup: What is edited.
-        texts: Whether general text is kept; else sentences of facts that no request changes.
+        name: Name of the model.
+        setup: Facts to edit, and settings to try.
+        texts: Whether edits preserve general text; otherwise, they preserve sentences of facts that no request changes.
         device: Device of the model.
     """
 
@@ -136,20 +137,20 @@ class Bench:
         self.before: dict[int, float] = {}
 
     def data(self, seed: int) -> EditingDataModule:
-        """Facts and texts of a seed."""
+        """Return the data module with facts and texts for a seed."""
         source = Countries(**self.setup.source, seed=seed)
         data = EditingDataModule(source, texts=self.texts, tokenizer=self.name, retain_statements=self.texts is None)
         data.setup("test")
         return data
 
     def run(self, data: EditingDataModule, requests: list[EditRequest], seed: int, trial: dict[str, Any]) -> dict[str, float]:
-        """Edit, measure, and take the edits back."""
+        """Edit, evaluate, and revert the edits; return the metrics."""
         editor = AlphaEditor(self.model, data.tokenizer, EditSettings(**{**self.setup.common, **trial, "seed": seed}))
         if editor.settings.needs_text:
             if seed not in self.moments:
                 with evaluation_mode(self.model):
                     found = second_moments(self.model, editor.layout, editor.layers, data.tokenizer, data.edit_texts, StatisticsSettings())
-                # General text is the same for every seed.
+                # General text does not depend on the seed.
                 self.moments |= {seed: found} if self.texts is None else dict.fromkeys((*SEEDS, TUNING_SEED), found)
             editor.use_moments(self.moments[seed])
         protocol = Protocol(texts=40, writing=0, answers=0)
@@ -168,23 +169,23 @@ class Bench:
         return after
 
     def known(self, data: EditingDataModule, number: int, seed: int) -> list[EditRequest]:
-        """Facts that the model knows, in the order of the seed."""
+        """Return requests for facts that the model answers correctly, in the order of the seed."""
         return known_requests(self.model, data.tokenizer, data.edit_requests, KnownFacts(min_neighbors=3, limit=number))
 
 
 def worth(figures: dict[str, float]) -> float:
-    """What settings are chosen by."""
+    """Return the score by which settings are selected: a harmonic mean of four metrics."""
     values = [figures[name] for name in ("efficacy", "generalization", "specificity", "specificity_exact")]
     return len(values) / sum(1 / max(value, 1e-9) for value in values)
 
 
 def said(figures: dict[str, float]) -> str:
-    """Figures in a line."""
+    """Format metrics in one line."""
     return ", ".join(f"{name} {figures[name]:.4g}" for name in SHOWN)
 
 
 def study(bench: Bench, chosen: Sequence[str]) -> dict[str, Any]:
-    """Tune every method, and compare the chosen settings."""
+    """Tune every method, and compare the methods with the selected settings."""
     setup, result = bench.setup, {}
     data = bench.data(TUNING_SEED)
     requests = bench.known(data, setup.tuned_on, TUNING_SEED)
@@ -220,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=SETUPS, required=True)
     parser.add_argument("--model", default="smollm2-135m-instruct-q4_1")
-    parser.add_argument("--methods", nargs="+", help="Beginnings of names; default: all.")
+    parser.add_argument("--methods", nargs="+", help="Prefixes of names; default: all.")
     parser.add_argument("--json", type=Path)
     add_device_arguments(parser, dtype=False)
     options = parser.parse_args()

@@ -40,7 +40,7 @@ Search = Callable[[Tensor, Tensor], Decoded]
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of the table."""
+    """Model, data and search of one measurement."""
 
     name: str
     num_beams: int
@@ -59,7 +59,7 @@ class Setting:
 
 
 def made_up_titles(count: int, rng: random.Random) -> list[str]:
-    """Make distinct titles of a few words, with series that share their beginnings."""
+    """Generate distinct titles of a few words. Titles of a series start with the same words."""
     syllables = ["ba", "der", "ko", "lin", "mar", "no", "pel", "ra", "sin", "tor", "ul", "ve"]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))).capitalize() for _ in range(700)]
     titles: dict[str, None] = {}
@@ -72,13 +72,13 @@ def made_up_titles(count: int, rng: random.Random) -> list[str]:
 
 
 def read_titles(path: Path) -> list[str]:
-    """Read distinct titles with their year."""
+    """Read distinct titles with their years from a file."""
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
     return list(dict.fromkeys(f"{row[1]} ({row[2]})" for row in rows))
 
 
 def tokenize(titles: list[str], vocab_size: int) -> list[list[int]]:
-    """Train byte pairs on the titles and encode them, each with its end-of-sequence token."""
+    """Train a BPE tokenizer on the titles, and return the token ids of each title with the end-of-sequence token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -89,7 +89,7 @@ def tokenize(titles: list[str], vocab_size: int) -> list[list[int]]:
 
 
 def make_prompts(titles: list[list[int]], count: int, rng: random.Random) -> list[list[int]]:
-    """Make histories of 60 to 80 tokens."""
+    """Generate prompts of 60 to 80 tokens, which consist of random titles."""
     prompts = []
     for _ in range(count):
         length = rng.randint(60, 80)
@@ -101,7 +101,7 @@ def make_prompts(titles: list[list[int]], count: int, rng: random.Random) -> lis
 
 
 def batches(prompts: list[list[int]], size: int) -> list[tuple[Tensor, Tensor]]:
-    """Pad on the left."""
+    """Return batches of token ids and attention masks, ``(B, T)``, padded on the left."""
     result = []
     for start in range(0, len(prompts), size):
         rows = prompts[start : start + size]
@@ -113,13 +113,13 @@ def batches(prompts: list[list[int]], size: int) -> list[tuple[Tensor, Tensor]]:
 
 
 class Generate:
-    """The library's own constrained beam search, with a table of children by prefix.
+    """Beam search of transformers, constrained by a dictionary with the allowed next tokens of each prefix of a title.
 
     Args:
         model: The model.
-        titles: Tokens of each title.
-        setting: Beams and items.
-        constrained: Search among the titles; without, all tokens are allowed, and no item is found.
+        titles: Token ids of each title.
+        setting: Setting with the number of beams and of returned items.
+        constrained: Whether to allow only titles. Otherwise all tokens are allowed, and the found items are not valid.
     """
 
     def __init__(self, model: LlamaForCausalLM, titles: list[list[int]], setting: Setting, constrained: bool = True) -> None:
@@ -161,7 +161,7 @@ class Generate:
 
 
 class Timed(NamedTuple):
-    """Outputs with the time that making them took, in seconds."""
+    """Outputs, and the wall time and processor time of the search in seconds."""
 
     decoded: Decoded
     wall_s: float
@@ -169,7 +169,7 @@ class Timed(NamedTuple):
 
 
 def timed(decode: Callable[[], Decoded], device: str = "cpu") -> Timed:
-    """Time one call."""
+    """Measure the time of one call."""
     synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
     decoded = Decoded(*(part.cpu() for part in decode()))
@@ -177,7 +177,7 @@ def timed(decode: Callable[[], Decoded], device: str = "cpu") -> Timed:
 
 
 def side_by_side(searches: tuple[Search, ...], data: list[tuple[Tensor, Tensor]], device: str = "cpu") -> list[Timed]:
-    """Time all on each batch in turn, so that what else the machine does falls on all; the first call of each is not counted."""
+    """Measure all searches alternately on each batch, so that other load affects all of them. The first call of each search is not counted."""
     for search in searches:
         search(*data[0])
     runs = [[timed(partial(search, *batch), device) for search in searches] for batch in data]
@@ -189,10 +189,10 @@ def side_by_side(searches: tuple[Search, ...], data: list[tuple[Tensor, Tensor]]
 
 
 def agreement(ours: Decoded, theirs: Decoded, exact: bool = True) -> float:
-    """Return the share of rows with the same items in the same order; in float32 (``exact``) scores must be equal up to rounding.
+    """Return the share of rows with the same items in the same order. With ``exact`` (float32), scores must be equal up to rounding.
 
     Raises:
-        AssertionError: If scores differ, or more lists than near-ties explain.
+        AssertionError: If ``exact`` is set, and scores differ or more than 5 % of the lists differ (near-ties can change a few lists).
     """
     same = (ours.item_ids == theirs.item_ids).all(1).float().mean().item()
     if exact:
@@ -202,7 +202,7 @@ def agreement(ours: Decoded, theirs: Decoded, exact: bool = True) -> float:
 
 
 def prepare(setting: Setting, items: Path | None) -> tuple[LlamaForCausalLM, list[list[int]], list[tuple[Tensor, Tensor]]]:
-    """Make the model, the titles and the batches of prompts."""
+    """Return the model, the token ids of the titles, and the batches of prompts (ids and masks)."""
     torch.manual_seed(0)
     rng = random.Random(0)
     titles = tokenize(read_titles(items)[: setting.num_items] if items else made_up_titles(setting.num_items, rng), setting.vocab_size)
@@ -227,7 +227,7 @@ def prepare(setting: Setting, items: Path | None) -> tuple[LlamaForCausalLM, lis
 
 
 def measure(setting: Setting, items: Path | None) -> dict[str, float | str]:
-    """Measure one setting."""
+    """Measure one setting, and return its figures by name."""
     model, titles, data = prepare(setting, items)
     search = partial(beam_search, model, Trie.build(titles).to(setting.device), num_beams=setting.num_beams, k=setting.k)
     with torch.no_grad():
@@ -248,9 +248,9 @@ def measure(setting: Setting, items: Path | None) -> dict[str, float | str]:
 def main() -> None:
     """Measure all settings; the last line is the smallest ratio of the first two."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=Path, help="tab-separated item file; default: made-up titles")
-    parser.add_argument("--json", type=Path, default=Path(tempfile.gettempdir()) / "decoding.json", help="where to write the figures")
-    parser.add_argument("--only", help="name of one setting")
+    parser.add_argument("--items", type=Path, help="tab-separated item file; default: generated titles")
+    parser.add_argument("--json", type=Path, default=Path(tempfile.gettempdir()) / "decoding.json", help="output file")
+    parser.add_argument("--only", help="name of the only setting to measure")
     add_device_arguments(parser)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -269,7 +269,7 @@ def main() -> None:
                 *(results[-1][key] for key in ("ours_items_per_s", "generate_items_per_s", "ratio", "cpu_ratio", "identical")),
             )
     arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    log.info("figures in %s", arguments.json)
+    log.info("wrote the figures to %s", arguments.json)
     log.info("ratio: %.2f", min(float(result["ratio"]) for result in results[:2]))
 
 

@@ -14,36 +14,36 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_device_arguments(parser: ArgumentParser, *, dtype: bool = True) -> None:
-    """Add ``--device`` and, where it matters, ``--dtype``."""
+    """Add ``--device``, and ``--dtype`` if ``dtype`` is set."""
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     if dtype:
         parser.add_argument("--dtype", default="float32", choices=DTYPES, help="number format of the weights on both sides")
 
 
 def synchronize(device: str) -> None:
-    """Wait for what the device still computes, before and after a time is taken."""
+    """Wait until the device has finished. Call this function before each reading of the clock."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
 
 
 def describe(device: str) -> str:
-    """Name the device and the day, for figures that are recorded."""
+    """Return the device, the version of torch and the date, to be recorded with measured figures."""
     kind = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return f"{kind}, torch {torch.__version__}, {datetime.datetime.now(datetime.UTC).date()}"
 
 
 class KernelShare(Callback):
-    """Measure what share of a training step the device computes.
+    """Measure the share of the time of a training step in which kernels run on the device.
 
-    The wall time of steps is taken without the profiler, the time of kernels in the same number of steps right behind, with it.
+    The wall time is measured in a span of steps without the profiler. The time of kernels is measured in the following span with the profiler.
 
     Args:
-        first: First training batch that counts.
-        steps: Batches of each of the two spans.
+        first: First training batch that is measured.
+        steps: Number of batches in each of the two spans.
     """
 
     latest: ClassVar[dict[str, float]] = {}
-    """Figures of the latest run."""
+    """Measurements of the latest run: seconds of a step and of its kernels, their ratio, and the number of kernels of a step."""
 
     def __init__(self, first: int = 20, steps: int = 20) -> None:
         self.first, self.steps = first, steps
@@ -52,7 +52,7 @@ class KernelShare(Callback):
         self._profiler: Any = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin a span."""
+        """Start a span if this is its first batch."""
         if self._seen == self.first:
             synchronize(str(pl_module.device))
             self._start = time.perf_counter()
@@ -64,7 +64,7 @@ class KernelShare(Callback):
         self._seen += 1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """End the profiled span."""
+        """End the span with the profiler after its last batch."""
         if self._seen != self.first + 2 * self.steps:
             return
         synchronize(str(pl_module.device))

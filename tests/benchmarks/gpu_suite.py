@@ -3,9 +3,9 @@
     python tests/benchmarks/gpu_suite.py [--parts preference-16 decoding-1b ...] [--list] [--json RESULT.json]
     python tests/benchmarks/gpu_suite.py --device cpu --tiny
 
-Each part prints its figures and ``ratio:`` lines, which compare this package with the other side. A part ends when its time budget is used up. All
-parts together take at most 8 minutes on an H100. Weights are random. ``--tiny`` reduces the size of every part, to check that it runs.
-``--movielens`` and ``--fb15k237`` are folders of data for machines without internet access.
+Each part prints its figures and ``ratio:`` lines. A ratio is the time of the other program divided by the time of this package. A part ends when its
+time budget is used up. All parts together take at most 8 minutes on an H100. Weights are random. ``--tiny`` reduces the size of every part, to check
+that it runs. ``--movielens`` and ``--fb15k237`` are folders of data for machines without internet access.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TINY = {"layers": 2, "width": 32, "heads": 4, "key_value_heads": 2, "intermediat
 
 
 def preference(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
-    """Preference steps at 1 B parameters against TRL with its fastest settings."""
+    """Measure preference steps of a model with 1 B parameters against TRL with its fastest settings."""
     import preference_step
     from datasets import disable_progress_bars
 
@@ -74,7 +74,7 @@ def preference(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def decode(options: argparse.Namespace, shape: dict[str, int]) -> dict[str, Any]:
-    """Beam search among titles against ``generate``, constrained and free, with widths that are new and widths that were seen."""
+    """Measure beam search over titles against constrained and free ``generate``, for prompt widths that are new or were used before."""
     import decoding
 
     from malleable.lightning_modules.functional.language.attention import avoid_planned_kernels
@@ -84,7 +84,7 @@ def decode(options: argparse.Namespace, shape: dict[str, int]) -> dict[str, Any]
     counts = {"batch_size": 2, "num_prompts": 4, "num_items": 50, "num_beams": 3, "k": 3} if options.tiny else {"num_beams": 10, "num_prompts": 48}
     setting = decoding.Setting("beams", **counts, **(TINY if options.tiny else shape), device=options.device, dtype=options.dtype)
     model, titles, data = decoding.prepare(setting, None)
-    # Every batch has a width of its own; the first serves to warm up only.
+    # Each batch has a different width. The first batch is used only to warm up.
     data = [(ids[:, 5 * number :], mask[:, 5 * number :]) for number, (ids, mask) in enumerate(data)]
     searches: dict[str, decoding.Search] = {
         "ours": partial(decoding.beam_search, model, Trie.build(titles).to(options.device), num_beams=setting.num_beams, k=setting.k),
@@ -105,7 +105,7 @@ def decode(options: argparse.Namespace, shape: dict[str, int]) -> dict[str, Any]
 
 
 def sprec(options: argparse.Namespace) -> dict[str, Any]:
-    """The quick start: seconds of the whole run and the share of a step in which the device computes."""
+    """Measure the quick start: seconds of the whole run, and the share of a step in which kernels run on the device."""
     from malleable.main import main
 
     words = ["fit", "--config", "sprec/tiny.yaml" if options.tiny else "sprec/movielens.yaml"]
@@ -134,7 +134,7 @@ def tiny_graph(folder: Path) -> Path:
 
 
 def graph(options: argparse.Namespace, models: list[str]) -> dict[str, Any]:
-    """Epochs on FB15k-237 against PyKEEN, or against the loop of the paper's code."""
+    """Measure epochs on FB15k-237 against PyKEEN (point embeddings) or the loop of the paper's code (NFE)."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words = ["--models", *models, "--json", str(folder / "figures.json"), "--repeats", "1"]
@@ -150,7 +150,7 @@ def graph(options: argparse.Namespace, models: list[str]) -> dict[str, Any]:
 
 
 def run_script(name: str, words: list[str]) -> None:
-    """Run a program of this folder with these arguments."""
+    """Run a program of this folder with the given arguments."""
     before, sys.argv = sys.argv, [name, *words]
     try:
         runpy.run_path(str(FOLDER / name), run_name="__main__")
@@ -159,7 +159,7 @@ def run_script(name: str, words: list[str]) -> None:
 
 
 def alpha_edit(options: argparse.Namespace) -> dict[str, Any]:
-    """Second moments and the targets of 100 facts at 1 B parameters, with random weights; the literal search on two of the facts."""
+    """Measure second moments and the targets of 100 facts with 1 B random weights. The literal search is measured on two of the facts."""
     import alpha_edit as program
     import decoding
 
@@ -198,7 +198,7 @@ def alpha_edit(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def byte_pairs(texts: list[str]) -> Any:
-    """Train a small tokenizer on texts."""
+    """Train a small BPE tokenizer on texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -220,15 +220,15 @@ PARTS: dict[str, tuple[int, Part]] = {
     "kg-epoch": (40, partial(graph, models=["ComplEx"])),
     "alpha-edit": (60, alpha_edit),
 }
-"""Seconds that each part may take, 460 in all, and the part."""
+"""Time budget in seconds and function of each part, by name. The sum of the budgets is 460 s."""
 
 
 @contextlib.contextmanager
 def budget(seconds: int) -> Iterator[None]:
-    """Raise :class:`TimeoutError` once the seconds are spent."""
+    """Raise :class:`TimeoutError` in the ``with`` block after the given number of seconds."""
 
     def stop(*_: Any) -> None:
-        raise TimeoutError(f"over its budget of {seconds} s")
+        raise TimeoutError(f"the part exceeded its time budget of {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -249,7 +249,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         with budget(10 * seconds if options.tiny else seconds):
             figures = part(options)
     except ModuleNotFoundError as error:
-        figures = {"error": f"{error}: install the other sides of the comparisons: pip install -e '.[bench]'"}
+        figures = {"error": f"{error}; install the packages of the comparisons: pip install -e '.[bench]'"}
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         figures = {"error": f"{type(error).__name__}: {error}"}
@@ -264,16 +264,16 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the parts; the exit status says whether all of them did."""
+    """Run the parts. The exit status is 1 if a part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--list", action="store_true", help="name the parts and their budgets")
+    parser.add_argument("--list", action="store_true", help="print the names and time budgets of the parts")
     parser.add_argument("--device", default="cuda", help="cpu or cuda")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--tiny", action="store_true", help="sizes that a CPU can run, to see that everything works")
+    parser.add_argument("--dtype", choices=DTYPES, help="data type of the weights; default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to check on a CPU that every part runs")
     parser.add_argument("--movielens", type=Path, help="folder of MovieLens-100K")
     parser.add_argument("--fb15k237", type=Path, help="folder of FB15k-237")
-    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--json", type=Path, help="output file for all figures")
     options = parser.parse_args()
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)

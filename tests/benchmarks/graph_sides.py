@@ -1,4 +1,4 @@
-"""Helpers of the knowledge-graph benchmarks: graphs by name, PyKEEN models with our weights, alternating measurement of both sides."""
+"""Helpers of the knowledge-graph benchmarks: graphs by name, PyKEEN models with our weights, and alternating measurement of both programs (sides)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LR = 1e-3
 GRAPHS: dict[str, Callable[..., PublishedGraph]] = {"codex_s": CoDExS, "wn18rr": WN18RR, "fb15k237": FB15k237, "umls": UMLS, "kinship": Kinship}
 POINTS: dict[str, Callable[..., KnowledgeGraphModule]] = {"TransE": TransE, "DistMult": DistMult, "ComplEx": ComplEx}
 FLOWS = {"NFE-1": ("nfe1", "NFE1"), "NFE-2": ("nfe2", "NFE2"), "NFE-3": ("nfe3", "NFE3")}
-# Squared distances, and neither constraints nor regularisers: the models that ours are.
+# Squared distances, no constraints and no regularisers, so that the models are equal to ours.
 THEIRS: dict[str, tuple[Callable[..., ERModel], dict[str, Any]]] = {
     "TransE": (TheirTransE, {"scoring_fct_norm": 2, "power_norm": True, "entity_constrainer": None}),
     "DistMult": (TheirDistMult, {"entity_constrainer": None, "regularizer": None}),
@@ -50,15 +50,15 @@ THEIRS: dict[str, tuple[Callable[..., ERModel], dict[str, Any]]] = {
 
 
 class Case(NamedTuple):
-    """Two sides of the same work.
+    """Comparison of two programs (sides) that do the same work.
 
     Attributes:
-        name: What the line begins with.
+        name: Name of the case, e.g. of the model.
         peer: Name of the other side.
-        bar: Least ratio that is asked for; ``None``: reported only.
-        ours: Does the work and returns seconds, one number a repetition.
-        theirs: The same.
-        notes: Facts of the case, for the line and the JSON file.
+        bar: Target ratio; ``None`` if the ratio is only reported.
+        ours: Function that runs our side and returns the seconds of each repetition.
+        theirs: Function that runs the other side and returns the seconds of each repetition.
+        notes: Properties of the case, which are printed and written to the JSON file.
     """
 
     name: str
@@ -70,25 +70,25 @@ class Case(NamedTuple):
 
 
 def parser_of(doc: str, name: str) -> ArgumentParser:
-    """Make the parser of the options that all have."""
+    """Return a parser with the options that all knowledge-graph benchmarks have."""
     parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=GRAPHS, default="codex_s")
-    parser.add_argument("--path", help="folder with train.txt, valid.txt and test.txt; default: fetched")
+    parser.add_argument("--path", help="folder with train.txt, valid.txt and test.txt; default: the files are downloaded")
     parser.add_argument("--dimension", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=128, help="queries of a batch, on both sides")
+    parser.add_argument("--batch", type=int, default=128, help="number of queries of a batch, for both sides")
     parser.add_argument("--models", nargs="+", choices=[*POINTS, *FLOWS], default=[*POINTS, *FLOWS])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     add_device_arguments(parser, dtype=False)
-    parser.add_argument("--precision", default="32-true", help="of our Trainer; theirs is float32")
-    parser.add_argument("--compared", type=int, help="scores that our ranking compares at a time, instead of its default for the device")
-    parser.add_argument("--chunk", type=int, help="numbers of a chunk of our loss against all entities, instead of its default for the device")
+    parser.add_argument("--precision", default="32-true", help="precision of our Trainer; the other side uses float32")
+    parser.add_argument("--compared", type=int, help="number of scores that our ranking compares at a time; default: that of the device")
+    parser.add_argument("--chunk", type=int, help="number of values in a chunk of our loss over all entities; default: that of the device")
     parser.add_argument("--json", type=Path, default=Path(f"{name}.json"))
     return parser
 
 
 def begin(options: Namespace) -> None:
-    """Set threads and output."""
+    """Set the number of threads and the chunk sizes, and configure the output."""
     torch.set_num_threads(options.threads)
     for sizes, size in ((link_prediction.COMPARED, options.compared), (one_vs_all.CHUNK, options.chunk)):
         if size is not None:
@@ -100,28 +100,34 @@ def begin(options: Namespace) -> None:
     warnings.filterwarnings("ignore")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "lightning", "pykeen"))
     log.info(
-        "%s; %s, %s; garbage collection %s, no worker processes, on both sides", versions, describe(options.device), options.precision, _collection()
+        "%s; %s, %s; on both sides: garbage collection %s, no worker processes", versions, describe(options.device), options.precision, _collection()
     )
-    log.info("%s: dimension %s, %s queries a batch, %s repetitions in turn, medians", options.data, options.dimension, options.batch, options.repeats)
+    log.info(
+        "%s: dimension %s, %s queries in a batch, medians of %s alternating repetitions",
+        options.data,
+        options.dimension,
+        options.batch,
+        options.repeats,
+    )
 
 
 def _collection() -> str:
-    return "as Python sets it" if gc.isenabled() else "off"
+    return "on" if gc.isenabled() else "off"
 
 
 def now(device: str) -> float:
-    """Wait for what the device still computes; return the time."""
+    """Wait until the device has finished, and return the time in seconds."""
     synchronize(device)
     return time.perf_counter()
 
 
 def trainer_settings(options: Namespace) -> dict[str, Any]:
-    """Arguments of our Trainer that the options choose."""
+    """Return the arguments of our Trainer that depend on the options."""
     return {"accelerator": "gpu" if options.device == "cuda" else "cpu", "devices": 1, "precision": options.precision}
 
 
 def opened(options: Namespace, group_queries: bool) -> KnowledgeGraphDataModule:
-    """Open the graph."""
+    """Return a data module with the graph, set up for training."""
     data = KnowledgeGraphDataModule(GRAPHS[options.data](path=options.path), group_queries=group_queries, batch_size=options.batch)
     data.prepare_data()
     data.setup("fit")
@@ -129,7 +135,7 @@ def opened(options: Namespace, group_queries: bool) -> KnowledgeGraphDataModule:
 
 
 def our_model(name: str, data: KnowledgeGraphDataModule, dimension: int, loss: EmbeddingLoss | None = None) -> KnowledgeGraphModule:
-    """Make one of our models; the default loss is that of NFE."""
+    """Return one of our models. The default loss is that of NFE."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {"dimension": dimension, "graph": data.graph, "loss": loss, "tuning": {"lr": LR}}
     module = NFE(FLOWS[name][0], gamma=1.0, **settings) if name in FLOWS else POINTS[name](**settings)
@@ -138,24 +144,24 @@ def our_model(name: str, data: KnowledgeGraphDataModule, dimension: int, loss: E
 
 
 def their_model(name: str, factory: CoreTriplesFactory, dimension: int) -> ERModel:
-    """Make one of PyKEEN's models with the loss of K-vs-all."""
+    """Return one of PyKEEN's models with binary cross-entropy over all entities."""
     make, settings = THEIRS[name]
     return make(triples_factory=factory, embedding_dim=dimension, loss="bcewithlogits", random_seed=0, **settings)
 
 
 @torch.no_grad()
 def give_weights(module: KnowledgeGraphModule, theirs: ERModel, relation_order: Tensor) -> None:
-    """Copy our tables over theirs; row ``i`` of their relations becomes our row ``relation_order[i]``."""
+    """Copy the weights of our tables to the PyKEEN model. Row ``i`` of its relations gets our row ``relation_order[i]``."""
     ours = module.tables[0].weight, module.tables[1].weight[relation_order]
     for table, representations in zip(ours, (theirs.entity_representations, theirs.relation_representations), strict=True):
         if module.interaction.complex_parts:
-            # Theirs are complex numbers, seen as pairs.
+            # PyKEEN stores complex numbers as pairs (real, imaginary); we store all real parts first.
             table = torch.stack(table.chunk(2, 1), -1)
         representations[0]._embeddings.weight.copy_(table.reshape(len(table), -1))
 
 
 def measure(cases: list[Case], options: Namespace) -> None:
-    """Run all cases, the sides in turn so that other load falls on both; the last line is the least ratio of those with a bar."""
+    """Run all cases. The sides alternate, so that other load affects both. The last line is the smallest ratio of the cases with a target ratio."""
     results = []
     for case in cases:
         runs: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -164,11 +170,11 @@ def measure(cases: list[Case], options: Namespace) -> None:
             runs["theirs"] += case.theirs()
         ours, theirs = (statistics.median(runs[side]) for side in ("ours", "theirs"))
         ratio = theirs / ours
-        verdict = "no bar" if case.bar is None else f"bar {case.bar:g}, {'met' if ratio >= case.bar else 'missed'}"
+        verdict = "no target" if case.bar is None else f"target {case.bar:g}, {'reached' if ratio >= case.bar else 'not reached'}"
         notes = ", ".join(f"{key} {value}" for key, value in case.notes.items())
         log.info("%s: ours %.3f s, %s %.3f s, ratio %.2f (%s); %s", case.name, ours, case.peer, theirs, ratio, verdict, notes)
         results.append({"name": case.name, "peer": case.peer, "bar": case.bar, "ratio": ratio, "runs": runs, **case.notes})
     figures = {"options": {key: str(value) for key, value in vars(options).items()}, "torch": torch.__version__, "cases": results}
     options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     barred = [result for result in results if result["bar"] is not None] or results
-    log.info("figures in %s\nratio: %.2f", options.json, min(result["ratio"] for result in barred))
+    log.info("wrote the figures to %s\nratio: %.2f", options.json, min(result["ratio"] for result in barred))

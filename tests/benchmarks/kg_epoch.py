@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/kg_epoch.py [--data codex_s] [--path FOLDER] [--queries N] [--json RESULT.json]
 
-With ``--queries``, the graph is a random selection of distinct training queries ``(h, r)``, including reciprocal ones, with all their tails. Grouping
+With ``--queries``, the training rows are a random selection of distinct queries ``(h, r)``, including reciprocal ones, with all their tails. Grouping
 then reduces the number of rows by the same factor as on the whole graph.
 
 PyKEEN: `LCWATrainingLoop`, which also groups queries. Both sides train on the same rows with binary cross-entropy over all tails of a query, Adam, no
@@ -54,10 +54,10 @@ BARS = {"pykeen": {"codex_s": 3.0, "wn18rr": 3.0}, "loop": {"codex_s": 2.0, "fb1
 
 
 class EpochTimer(Callback, TrainingCallback):
-    """Notes when epochs end, in Lightning's Trainer as in PyKEEN's loop.
+    """Record the times at which epochs end, in the Trainer of Lightning and in the loop of PyKEEN.
 
     Args:
-        device: Device to wait for.
+        device: Device that must finish before a time is read.
     """
 
     def __init__(self, device: str) -> None:
@@ -74,12 +74,12 @@ class EpochTimer(Callback, TrainingCallback):
         self.ends.append(now(self.device))
 
     def seconds(self) -> list[float]:
-        """Seconds of each epoch but the first."""
+        """Return the seconds of each epoch except the first."""
         return np.diff(self.ends).tolist()
 
 
 def chosen_queries(data: KnowledgeGraphDataModule, count: int | None) -> Ints:
-    """Draw distinct queries; return them with their tails, ``(Q, 3)``."""
+    """Draw distinct queries at random, all if ``count`` is ``None``; return the triples with these queries, ``(T, 3)``."""
     dataset: GroupedQueries = data.train_dataset
     order = np.random.default_rng(0).permutation(len(dataset))[:count]
     tails, row = dataset.targets.take(order)
@@ -88,7 +88,7 @@ def chosen_queries(data: KnowledgeGraphDataModule, count: int | None) -> Ints:
 
 
 class Ours:
-    """`Trainer.fit`, as a user would write it."""
+    """Our side: `Trainer.fit`, as a user would write it."""
 
     def __init__(self, name: str, data: KnowledgeGraphDataModule, queries: Ints, options: Namespace, loss: EmbeddingLoss | None) -> None:
         ids = np.arange(len(queries))
@@ -116,7 +116,7 @@ class Ours:
 
 
 class PyKEEN:
-    """`LCWATrainingLoop.train`; the reciprocal relations are among the relations already."""
+    """The side of PyKEEN: `LCWATrainingLoop.train`. The relations of the data already include the reciprocal ones."""
 
     def __init__(self, name: str, data: KnowledgeGraphDataModule, queries: Ints, options: Namespace) -> None:
         triples = torch.from_numpy(queries.astype(np.int64))
@@ -156,7 +156,7 @@ class PyKEEN:
 
 
 class Loop:
-    """The training loop of the paper's code, as literal_kg writes the scores."""
+    """The training loop of the paper's code, with the scores of ``tests/helpers/literal_kg.py``."""
 
     def __init__(self, name: str, data: KnowledgeGraphDataModule, queries: Ints, options: Namespace) -> None:
         self.kind = FLOWS[name][1]
@@ -182,7 +182,7 @@ class Loop:
         return np.diff(ends).tolist()
 
     def loss(self, tables: list[torch.nn.Parameter], triples: Tensor) -> Tensor:
-        """Loss of a batch of triples."""
+        """Compute the loss of a batch of triples, ``(B, 3)``."""
         entity, relation = tables
         head, kind, target = triples.long().T
         return literal_kg.masked_loss(1.0 + literal_kg.products(self.kind, entity[head], relation[kind], entity), target)
@@ -205,20 +205,24 @@ class Loop:
 
 
 def close(ours: Tensor | None, theirs: Tensor | None, what: str) -> None:
-    """Demand equality up to rounding."""
+    """Check that two tensors are equal up to rounding.
+
+    Raises:
+        SystemExit: If they differ.
+    """
     assert ours is not None
     assert theirs is not None
     error = ((ours - theirs).norm() / theirs.norm()).item()
     if error > 1e-4:
-        raise SystemExit(f"the two sides do not compute the same: their {what} differ by {error:.1e}")
+        raise SystemExit(f"the two sides are not equal: the relative difference of the {what} is {error:.1e}, at most 1e-4 is allowed")
 
 
 def main() -> None:
-    """Measure the models asked for."""
+    """Measure the given models."""
     parser = parser_of(__doc__, "kg_epoch")
-    parser.add_argument("--queries", type=int, help="distinct training queries, drawn with all their tails; default: all")
-    parser.add_argument("--epochs", type=int, default=1, help="epochs that count, in each repetition")
-    parser.add_argument("--per_triple", action="store_true", help="NFE: ours takes one row a triple, too; reported, against no bar")
+    parser.add_argument("--queries", type=int, help="number of distinct training queries, drawn at random with all their tails; default: all")
+    parser.add_argument("--epochs", type=int, default=1, help="number of measured epochs in each repetition")
+    parser.add_argument("--per_triple", action="store_true", help="NFE: our side also uses one row for each triple; without a target ratio")
     options = parser.parse_args()
     begin(options)
     data = opened(options, group_queries=True)

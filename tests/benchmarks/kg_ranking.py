@@ -14,9 +14,9 @@ gives our ranks from our scores, and from its own scores in double precision. In
 and an untrained model has many nearly equal scores.
 
 Our side is `Trainer.test`. The preparation of the filter is timed only for PyKEEN, which collects the known answers in each call. Our data module
-indexes them when the data is opened, and the loop reads them from a dictionary. The comparison with the loop has no target ratio: NFE-1 needs the
-same multiplications in one product as in two, and they take most of the time. The last line is the smallest ratio of the cases that have a target
-ratio.
+indexes them when the data is opened, and the loop reads them from a dictionary. The comparison with the loop has no target ratio: for NFE-1,
+both sides need the same number of multiplications (in one matrix product or two), which take most of the time. The last line is the smallest ratio of
+the cases that have a target ratio.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ POLICIES: tuple[Ties, ...] = ("optimistic", "realistic", "pessimistic")
 
 
 class Ours:
-    """`Trainer.test`, as a user would write it."""
+    """Our side: `Trainer.test`, as a user would write it."""
 
     def __init__(self, name: str, data: KnowledgeGraphDataModule, queries: Ints, options: Namespace) -> None:
         self.module = our_model(name, data, options.dimension).eval()
@@ -70,11 +70,11 @@ class Ours:
         self.options = options
 
     def loader(self) -> PhasedLoader[Any]:
-        """Make the loader, in order."""
+        """Return a loader of the queries in their order."""
         return PhasedLoader(self.rows, self.batch, shuffle=False, drop_last=False)
 
     def __call__(self) -> list[float]:
-        """Test; return seconds."""
+        """Run the test, and return its seconds as the only element of a list."""
         start = now(self.options.device)
         off: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
         (self.figures,) = Trainer(**trainer_settings(self.options), **off).test(self.module, self.loader(), verbose=False)
@@ -84,20 +84,20 @@ class Ours:
 
     @torch.no_grad()
     def ranks(self, ties: Ties) -> Tensor:
-        """Ranks of all queries."""
+        """Return the ranks of the true tails of all queries, ``(Q,)``."""
         return torch.cat([filtered_ranks(self.scores(batch), *self.tails(batch), ties) for batch in self.loader()])
 
     def scores(self, batch: Any) -> Tensor:
-        """Scores of all entities."""
+        """Return the scores of all entities, ``(B, E)``."""
         return score_all(self.module.query(batch.head, batch.relation), self.module.key())
 
     def tails(self, batch: Any) -> tuple[QueryEntities, QueryEntities]:
-        """True and known tails."""
+        """Return the true tails and the known tails of a batch."""
         return QueryEntities(batch.target, batch.target_row), QueryEntities(batch.known, batch.known_row)
 
 
 class PyKEEN:
-    """`RankBasedEvaluator.evaluate` on a model with our weights."""
+    """The side of PyKEEN: `RankBasedEvaluator.evaluate` on a model with our weights."""
 
     def __init__(self, name: str, data: KnowledgeGraphDataModule, queries: Ints, options: Namespace, module: KnowledgeGraphModule) -> None:
         datasets = data.train_dataset, data.val_dataset, data.test_dataset
@@ -106,13 +106,13 @@ class PyKEEN:
         relations = data.num_relations // 2
         factory = CoreTriplesFactory(self.filters[0], num_entities=data.num_entities, num_relations=relations, create_inverse_triples=True)
         self.model = their_model(name, factory, options.dimension).eval()
-        # Theirs alternate: a relation, its inverse, the next relation.
+        # In PyKEEN, the inverse of a relation follows the relation. In our table, all reciprocal relations follow all relations.
         give_weights(module, self.model, torch.arange(data.num_relations).reshape(2, relations).T.flatten())
         self.batch = options.batch
         self.device = options.device
 
     def evaluated(self) -> tuple[Any, RankBasedEvaluator]:
-        """Evaluate; return the result, and the evaluator with its ranks."""
+        """Evaluate, and return the result and the evaluator, which contains the ranks."""
         hits: list[Any] = [{}, {}, *({"k": k} for k in (1, 3, 10))]
         names = ["mr", "mrr", *["hits@k"] * 3]
         evaluator = RankBasedEvaluator(metrics=names, metrics_kwargs=hits, add_defaults=False, clear_on_finalize=False)
@@ -133,7 +133,7 @@ class PyKEEN:
         return [now(self.device) - start]
 
     def check(self, ours: Ours) -> str:
-        """Demand identical ranks, and identical mean reciprocal ranks.
+        """Check that ranks and mean reciprocal ranks of both sides are equal.
 
         Raises:
             SystemExit: If they differ.
@@ -142,16 +142,16 @@ class PyKEEN:
         for ties in POLICIES:
             theirs = torch.stack([torch.from_numpy(np.concatenate(evaluator.ranks[side, ties])) for side in ("tail", "head")], 1).flatten()
             if different := int((ours.ranks(ties) != theirs).sum()):
-                raise SystemExit(f"{different} of {len(theirs)} {ties} ranks differ")
+                raise SystemExit(f"{different} of {len(theirs)} ranks differ from those of PyKEEN under the policy {ties}")
         ours()
         own, mrr = ours.figures["test_mrr"], result.get_metric("both.realistic.inverse_harmonic_mean_rank")
         if abs(own - mrr) > 1e-6:
-            raise SystemExit(f"the mean reciprocal ranks differ: {own} and {mrr}")
+            raise SystemExit(f"the mean reciprocal ranks differ: ours is {own}, that of PyKEEN is {mrr}")
         return "all equal under three policies"
 
 
 class Loop:
-    """The evaluation of the paper's code, as literal_kg writes the scores."""
+    """The evaluation of the paper's code, with the scores of ``tests/helpers/literal_kg.py``."""
 
     def __init__(self, name: str, data: KnowledgeGraphDataModule, queries: Ints, options: Namespace, module: KnowledgeGraphModule) -> None:
         self.kind = FLOWS[name][1]
@@ -171,7 +171,7 @@ class Loop:
 
     @torch.no_grad()
     def ranks(self) -> NDArray[np.float64]:
-        """Ranks of all queries by scores of its own."""
+        """Return the ranks of all queries, computed from the scores of the loop."""
         entity, relation = (table.to(self.device) for table in self.tables)
         ranks: list[int] = []
         for start in range(0, len(self.queries), self.batch):
@@ -180,7 +180,7 @@ class Loop:
         return np.array(ranks, dtype=np.float64)
 
     def ranks_of(self, scores: Tensor, start: int) -> list[int]:
-        """Ranks by these scores of the queries from ``start`` on, one at a time."""
+        """Return the ranks of a batch of queries, one at a time, from its scores ``(B, E)``. The first query of the batch has the index ``start``."""
         ranks = []
         for number, row in enumerate(scores.cpu().numpy(), start):
             own = row[self.queries[number, 2]]
@@ -190,7 +190,7 @@ class Loop:
 
     @torch.no_grad()
     def check(self, ours: Ours) -> str:
-        """Demand the same ranks of the same scores, and in double precision of scores of its own.
+        """Check that the loop gives our ranks from our scores, and from its own scores in double precision.
 
         Raises:
             SystemExit: If they differ.
@@ -203,14 +203,16 @@ class Loop:
         self.tables = single
         ours.module.float()
         if different or own:
-            raise SystemExit(f"{different} of {len(same)} ranks differ by the same scores, {own} by the loop's own in double precision")
+            raise SystemExit(
+                f"{different} of {len(same)} ranks from our scores differ, and {own} ranks from the loop's own scores in double precision"
+            )
         return "all equal"
 
 
 def main() -> None:
-    """Measure the models asked for."""
+    """Measure the given models."""
     parser = parser_of(__doc__, "kg_ranking")
-    parser.add_argument("--triples", type=int, help="test triples, drawn at random; default: all")
+    parser.add_argument("--triples", type=int, help="number of test triples, drawn at random; default: all")
     options = parser.parse_args()
     begin(options)
     data = opened(options, group_queries=False)

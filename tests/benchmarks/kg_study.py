@@ -49,18 +49,18 @@ REGULARISERS: dict[str, Callable[[float], Any]] = {"N3": N3, "F2": F2, "DURA": D
 
 
 class Space(NamedTuple):
-    """What trials of a graph are drawn from, by all models.
+    """Search space of a graph, which is the same for all models.
 
     Attributes:
-        widths: Numbers of an entity's row; the parts share them, two, three or one.
-        lr: Bounds of the rate.
-        batches: Queries of a step.
-        decays: Factors of the rate after each epoch.
-        losses: Of :data:`LOSSES`.
-        dropouts: Shares, as often as they are likely.
-        distances: Regularisers of distances.
-        products: Regularisers of products.
-        weight: Bounds of the regulariser's weight.
+        widths: Widths of an entity's row. The one, two or three parts of the row have equal shares of the width.
+        lr: Lower and upper bound of the learning rate.
+        batches: Numbers of queries in a batch.
+        decays: Factors of the learning rate after each epoch.
+        losses: Names in :data:`LOSSES`.
+        dropouts: Dropout rates. A rate that occurs twice is drawn twice as often.
+        distances: Regularisers of models whose score is a distance; ``None`` for no regulariser.
+        products: Regularisers of the other models, whose score is a product; ``None`` for no regulariser.
+        weight: Lower and upper bound of the weight of the regulariser.
     """
 
     widths: tuple[int, ...] = (96, 192, 384)
@@ -77,7 +77,8 @@ class Space(NamedTuple):
 SPACES = {
     "umls": Space(),
     "kinship": Space(),
-    # By pilot runs of NFE-1, DistMult and ComplEx: the binary loss stays far behind here, all want a regulariser, and these bounds hold the best.
+    # Chosen after pilot runs of NFE-1, DistMult and ComplEx: the binary loss was much worse, a regulariser improved all models, and the best settings
+    # were within these bounds.
     "codex_s": Space(
         widths=(256, 384),
         lr=(5e-3, 3e-2),
@@ -94,7 +95,7 @@ METRICS = ("mrr", "hits_1", "hits_10")
 
 
 def drawn(model: str, data: str, trial: int) -> dict[str, Any]:
-    """Draw the settings of a trial; the same number gives all models the same draw, as far as they have the setting."""
+    """Draw the settings of a trial. All models get the same values for the same trial. Settings that a model does not have are omitted."""
     rng = np.random.default_rng(trial)
     space, distance = SPACES[data], MODELS[model][1].distance
 
@@ -125,7 +126,7 @@ def drawn(model: str, data: str, trial: int) -> dict[str, Any]:
 
 
 def make(model: str, settings: dict[str, Any]) -> Any:
-    """Make the module."""
+    """Return the module of a model with the settings of a trial."""
     kind, interaction = MODELS[model]
     arguments = {name: settings[name] for name in ("gamma", "dropout") if name in settings}
     if kind is NFE:
@@ -141,10 +142,10 @@ def make(model: str, settings: dict[str, Any]) -> Any:
 
 
 class BestEpoch(Callback):
-    """Keeps the weights of the best validation, and ends a run without a better one for a while.
+    """Keep the weights of the best validation MRR, and stop a run if the MRR does not improve.
 
     Args:
-        patience: Validations to wait.
+        patience: Number of validations without improvement after which the run stops.
     """
 
     def __init__(self, patience: int) -> None:
@@ -153,7 +154,7 @@ class BestEpoch(Callback):
         self.weights: dict[str, torch.Tensor] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare."""
+        """Copy the weights if the validation MRR is the best so far; stop the run if there was no improvement for ``patience`` validations."""
         mrr = trainer.callback_metrics["val_mrr"].item()
         self.waited += 1
         if mrr > self.mrr:
@@ -163,9 +164,9 @@ class BestEpoch(Callback):
 
 
 def run(path: Path, model: str, settings: dict[str, Any], seed: int, test: bool, options: argparse.Namespace) -> dict[str, Any]:
-    """Train, and test if that is asked for, unless the file holds this run already; return its figures."""
+    """Train a model, test it if ``test`` is set, and return the figures. If the file already contains this run, its figures are returned."""
     plan = {"settings": settings, "seed": seed, "epochs": options.epochs, "every": options.every, "patience": options.patience}
-    # Runs from before there was a choice stay valid.
+    # Default values are omitted, so that files of earlier versions, which did not have these options, remain valid.
     plan |= {name: value for name, value in (("device", options.device), ("precision", options.precision)) if value not in ("cpu", "32-true")}
     if path.exists() and (done := json.loads(path.read_text(encoding="utf-8")))["plan"] == plan:
         return done["figures"]
@@ -180,7 +181,7 @@ def run(path: Path, model: str, settings: dict[str, Any], seed: int, test: bool,
 
 
 def trained(model: str, settings: dict[str, Any], seed: int, test: bool, options: argparse.Namespace) -> dict[str, Any]:
-    """Train; return the figures of the best epoch."""
+    """Train a model, and return the figures of the best epoch."""
     seed_everything(seed, verbose=False)
     source = GRAPHS[options.data](path=options.path)
     data = KnowledgeGraphDataModule(source, group_queries=True, batch_size=settings["batch"], eval_batch_size=512, seed=seed)
@@ -191,7 +192,7 @@ def trained(model: str, settings: dict[str, Any], seed: int, test: bool, options
     try:
         trainer.fit(module, datamodule=data)
     except ValueError as error:
-        # What the ranking says of scores that are not numbers: this trial has lost, unless it was ahead before.
+        # The ranking raises this error for scores that are not finite. The best epoch before the divergence is used.
         if "diverged" not in str(error):
             raise
     figures: dict[str, Any] = {"val_mrr": best.mrr, "epoch": best.epoch}
@@ -203,7 +204,7 @@ def trained(model: str, settings: dict[str, Any], seed: int, test: bool, options
 
 
 def quiet() -> None:
-    """Say nothing but results; one thread each."""
+    """Suppress all output except results, and use one thread in each process."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "malleable"):
@@ -212,11 +213,11 @@ def quiet() -> None:
 
 def table(results: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]) -> str:
     """Format the results as a Markdown table."""
-    lines = ["| model | MRR | H@1 | H@10 | chosen in validation |", "| --- | ---: | ---: | ---: | --- |"]
+    lines = ["| model | MRR | H@1 | H@10 | selected on validation |", "| --- | ---: | ---: | ---: | --- |"]
     for model, (settings, runs) in results.items():
         cells = []
         for metric in METRICS:
-            values = [figures.get(metric, 0.0) for figures in runs]  # none: diverged before its first validation
+            values = [figures.get(metric, 0.0) for figures in runs]  # no value: the run diverged before its first validation
             cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}")
         chosen = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
         lines.append(f"| {model} | {' | '.join(cells)} | {chosen} |")
@@ -227,21 +228,21 @@ def main() -> None:
     """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=GRAPHS, default="umls")
-    parser.add_argument("--path", help="folder with train.txt, valid.txt and test.txt; default: fetched")
+    parser.add_argument("--path", help="folder with train.txt, valid.txt and test.txt; default: the files are downloaded")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--trials", type=int, default=20, help="of each model")
-    parser.add_argument("--seeds", type=int, default=3, help="of each winner")
-    parser.add_argument("--epochs", type=int, default=100, help="of a run, at most")
-    parser.add_argument("--every", type=int, default=5, help="epochs between validations")
-    parser.add_argument("--patience", type=int, default=4, help="validations to wait for a better one")
+    parser.add_argument("--trials", type=int, default=20, help="number of trials of each model")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds for the best trial of each model")
+    parser.add_argument("--epochs", type=int, default=100, help="maximum number of epochs of a run")
+    parser.add_argument("--every", type=int, default=5, help="number of epochs between validations")
+    parser.add_argument("--patience", type=int, default=4, help="number of validations without improvement after which a run stops")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", default="32-true", help="of the Trainer")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--precision", default="32-true", help="precision of the Trainer")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at the same time")
     parser.add_argument("--folder", type=Path, default=Path("runs/kg_study"))
     options = parser.parse_args()
     options.folder = options.folder.resolve()
     home = options.folder / options.data
-    # `spawn`: a forked copy of torch's threads may hang.
+    # Use `spawn`, because a forked process can hang in the threads of torch.
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         trials = {
             (model, trial): pool.submit(run, home / model / f"trial_{trial}.json", model, drawn(model, options.data, trial), 0, False, options)

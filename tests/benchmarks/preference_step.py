@@ -55,7 +55,7 @@ BETA, LR, MAX_GRAD_NORM, LOG_EVERY = 0.1, 1e-5, 1.0, 10
 
 
 class StepTime(NamedTuple):
-    """Seconds that a step took, on the clock and on the processor (all threads)."""
+    """Wall time and processor time (sum over all threads) of a step in seconds."""
 
     wall_s: float
     cpu_s: float
@@ -66,7 +66,7 @@ collate_pairs = partial(collate, kind=PreferenceBatch)
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of the table."""
+    """Model, batch and number of steps of one measurement."""
 
     name: str
     hidden_size: int
@@ -94,7 +94,7 @@ SETTINGS = (
 
 
 def make_rows(setting: Setting) -> list[Example]:
-    """Random pairs whose answers end in the end-of-sequence token."""
+    """Return random preference pairs whose answers end with the end-of-sequence token."""
     rng = random.Random(0)
 
     def words(count: int) -> list[int]:
@@ -108,7 +108,7 @@ def make_rows(setting: Setting) -> list[Example]:
 
 
 def make_model(setting: Setting, folder: Path) -> None:
-    """Save a random model and a tokenizer that knows one word a token, "7 8 9"."""
+    """Save a random model, and a tokenizer whose tokens are written as numbers: "7 8 9" has three tokens."""
     torch.manual_seed(0)
     sizes = asdict(setting)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
@@ -124,14 +124,14 @@ def make_model(setting: Setting, folder: Path) -> None:
 
 
 class Ours:
-    """`Trainer.fit` of our module, as a user would write it."""
+    """Our side: `Trainer.fit` with the module DPO, as a user would write it."""
 
     def __init__(self, setting: Setting, folder: Path) -> None:
         self.setting = setting
         self.folder = folder
 
     def module(self) -> DPO:
-        """Make the module with the default loss, whose beta is 0.1."""
+        """Return the module with the default loss, whose beta is 0.1."""
         catalog = Catalog(("nothing",), token_ids=((PAD + 1, EOS),), vocabulary=Vocabulary(self.setting.vocab_size, EOS, PAD))
         return DPO(LanguageModelConfig(name=str(self.folder), dtype=self.setting.dtype), catalog, tuning=Tuning(lr=LR, warmup_steps=0))
 
@@ -167,12 +167,12 @@ class Ours:
 
 
 class Theirs:
-    """`DPOTrainer.train` with what TRL offers for the same job.
+    """The side of TRL: `DPOTrainer.train` with the options of TRL for the same training.
 
     Args:
-        setting: What to train.
-        folder: The model.
-        compact: Run the language-model head at the answers only, as TRL does where it has Triton.
+        setting: Model, batch and number of steps.
+        folder: Folder with the model and the tokenizer.
+        compact: Whether to compute the language-model head at the answers only, as TRL does if Triton is installed.
     """
 
     def __init__(self, setting: Setting, folder: Path, compact: bool = False) -> None:
@@ -181,7 +181,7 @@ class Theirs:
         self.compact = compact
 
     def trainer(self, run: str, rows: list[Example]) -> DPOTrainer:
-        """Make the trainer, which computes the reference on the way."""
+        """Return the trainer, which computes the reference log-probabilities before training."""
         options = DPOConfig(
             run,
             per_device_train_batch_size=self.setting.batch_size,
@@ -217,7 +217,7 @@ class Theirs:
         return timer.steps(self.setting.warmup)
 
     def head(self) -> AbstractContextManager[Any]:
-        """Context in which TRL chooses the positions of its head."""
+        """Return a context in which TRL computes the head at the answers only if ``compact`` is set."""
         return mock.patch("trl.trainer.utils._use_triton", return_value=True) if self.compact else nullcontext()
 
     def loss_and_gradients(self, state: dict[str, Tensor], rows: list[Example]) -> tuple[float, dict[str, Tensor], list[list[float]]]:
@@ -226,7 +226,7 @@ class Theirs:
             trainer = self.trainer(run, rows)
             trainer.model.load_state_dict(state)
             batch = trainer.data_collator([trainer.train_dataset[row] for row in range(len(rows))])
-            assert batch["input_ids"].shape == (2 * len(rows), PROMPT_TOKENS + ANSWER_TOKENS), "TRL's tokens are not ours"
+            assert batch["input_ids"].shape == (2 * len(rows), PROMPT_TOKENS + ANSWER_TOKENS), "TRL has other tokens than our side"
             loss = trainer.compute_loss(trainer.model.train(), batch)
             loss.backward()
         reference = torch.stack([batch["ref_chosen_logps"], batch["ref_rejected_logps"]], 1)
@@ -234,25 +234,25 @@ class Theirs:
 
 
 class StepTimer:
-    """Time between the ends of successive steps."""
+    """Record the times at which steps end."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.ends: list[StepTime] = []
 
     def note(self) -> None:
-        """Note that a step has ended."""
+        """Record the end of a step."""
         synchronize(self.setting.device)
         self.ends.append(StepTime(time.perf_counter(), time.process_time()))
 
     def steps(self, warmup: int) -> list[StepTime]:
-        """Return the steps after the warm-up."""
+        """Return the times between the ends of successive steps, after the warm-up."""
         pairs = zip(self.ends[warmup - 1 :], self.ends[warmup:], strict=False)
         return [StepTime(end.wall_s - start.wall_s, end.cpu_s - start.cpu_s) for start, end in pairs]
 
 
 class OurTimer(StepTimer, Callback):
-    """Times a Lightning run."""
+    """Timer for a run of Lightning."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note the time."""
@@ -260,7 +260,7 @@ class OurTimer(StepTimer, Callback):
 
 
 class TheirTimer(StepTimer, TrainerCallback):
-    """Times a transformers run."""
+    """Timer for a run of transformers."""
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Note the time."""
@@ -268,25 +268,25 @@ class TheirTimer(StepTimer, TrainerCallback):
 
 
 def installed(name: str) -> bool:
-    """Whether a package is there."""
+    """Return whether a package is installed."""
     return importlib.util.find_spec(name) is not None
 
 
 def text(tokens: Any) -> str:
-    """Write tokens in the tokenizer's words."""
+    """Convert tokens to a text that the tokenizer converts back to the same tokens."""
     return " ".join("</s>" if token == EOS else str(token) for token in tokens)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Gradients by parameter name."""
+    """Return the gradients by parameter name."""
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def check_equal(ours: Ours, theirs: Theirs, folder: Path) -> dict[str, float]:
-    """Compare loss and gradients away from the reference, where the loss is not log 2.
+    """Compare loss and gradients of both sides with weights that differ from the reference. With equal weights, the loss is always log 2.
 
     Raises:
-        SystemExit: If they differ by more than 1e-4, the gradients relative to their norm.
+        SystemExit: If the losses differ by more than 1e-4, or the gradients by more than 1e-4 of their norm.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(1)
@@ -300,28 +300,30 @@ def check_equal(ours: Ours, theirs: Theirs, folder: Path) -> dict[str, float]:
     assert our_gradients.keys() == their_gradients.keys()
     errors = {name: ((our_gradients[name] - theirs).norm() / theirs.norm()).item() for name, theirs in their_gradients.items()}
     worst = max(errors, key=lambda name: errors[name])
-    log.info("equal work: loss %.7f, TRL %.7f; gradients differ by at most %.1e of their norm (%s)", our_loss, their_loss, errors[worst], worst)
+    log.info(
+        "check: our loss is %.7f, that of TRL %.7f; gradients differ by at most %.1e of their norm (%s)", our_loss, their_loss, errors[worst], worst
+    )
     if abs(our_loss - their_loss) > 1e-4 or errors[worst] > 1e-4:
-        raise SystemExit("the two sides do not compute the same")
+        raise SystemExit("losses or gradients of the two sides differ by more than 1e-4; see the line above")
     return {"loss": our_loss, "trl_loss": their_loss, "gradient_error": errors[worst]}
 
 
 def median(steps: list[StepTime]) -> StepTime:
-    """Medians over steps."""
+    """Return the medians over steps."""
     return StepTime(*map(statistics.median, zip(*steps, strict=True)))
 
 
 def measure(setting: Setting, repeats: int, compact: bool = True) -> dict[str, Any]:
-    """Measure one setting; ``compact`` also takes TRL with the head at the answers only, which on a GPU it always does."""
+    """Measure one setting. With ``compact``, TRL is also measured with the head at the answers only, which it always uses on a GPU."""
     log.info("%s:", setting.name)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(setting, folder)
         ours, theirs = Ours(setting, folder), Theirs(setting, folder)
-        # In half precision and with other kernels the sides round differently; that they compute the same is shown in float32 on a CPU.
+        # In half precision and with other kernels, the sides round differently. Therefore, they are compared in float32 on a CPU only.
         equality = check_equal(ours, theirs, folder) if setting.dtype == "float32" and not setting.on_gpu else {}
         sides = {"ours": ours, "trl": theirs} | ({"trl_compact": Theirs(setting, folder, compact=True)} if compact else {})
-        # In turn, so that other load on the machine falls on all.
+        # Alternately, so that other load on the machine affects all sides.
         runs, peaks = [], {}
         for _ in range(repeats):
             runs.append({})
@@ -342,7 +344,7 @@ def measure(setting: Setting, repeats: int, compact: bool = True) -> dict[str, A
 
 
 def report(figures: dict[str, Any]) -> None:
-    """Say what was measured."""
+    """Log the figures of a setting."""
     names = {"ours": "ours", "trl": "TRL", "trl_compact": "TRL with the head at the answers only"}
     sides = [side for side in names if side in figures]
     log.info("  samples/s: %s", ", ".join(f"{names[side]} {figures[side]['samples_per_s']:.2f}" for side in sides))
@@ -352,11 +354,11 @@ def report(figures: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure all settings; the last line is the ratio of the first."""
+    """Measure all settings. The last line is the ratio of the first setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=Path(tempfile.gettempdir()) / "preference_step.json", help="where to write the figures")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
-    parser.add_argument("--only", type=int, help="number of one setting, from 0")
+    parser.add_argument("--json", type=Path, default=Path(tempfile.gettempdir()) / "preference_step.json", help="output file")
+    parser.add_argument("--repeats", type=int, default=3, help="number of runs of each side")
+    parser.add_argument("--only", type=int, help="index of the only setting to measure, from 0")
     add_device_arguments(parser)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
@@ -372,7 +374,7 @@ def main() -> None:
             report(results[-1])
     figures = {"threads": torch.get_num_threads(), "torch": torch.__version__, "trl": trl.__version__, "settings": results}
     arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    log.info("figures in %s\nratio: %.2f", arguments.json, results[0]["trl_ratio"])
+    log.info("wrote the figures to %s\nratio: %.2f", arguments.json, results[0]["trl_ratio"])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ PEERS = {
 
 
 def ours(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """All metrics of :data:`PEERS` at once."""
+    """Compute all metrics of :data:`PEERS` with our class, by name, from scores and labels ``(Q, C)``."""
     metric = ScoredRankingMetrics(ks=(K,)).to(scores.device)
     ids = torch.arange(QUERIES, device=scores.device)
     for rows in ids.split(BATCH):
@@ -42,7 +42,7 @@ def ours(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
 
 
 def theirs(names: list[str], scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """The metrics of these names."""
+    """Compute the given metrics with torchmetrics, by name, from scores and labels ``(Q, C)``."""
     result = {}
     ids = torch.arange(QUERIES, device=scores.device)
     for name in names:
@@ -54,7 +54,7 @@ def theirs(names: list[str], scores: torch.Tensor, labels: torch.Tensor) -> dict
 
 
 def best_time(function: Callable[[], dict[str, float]]) -> tuple[float, dict[str, float]]:
-    """Shortest of several runs in seconds, and what the last returned."""
+    """Return the shortest time of several runs in seconds, and the result of the last run."""
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
@@ -64,7 +64,7 @@ def best_time(function: Callable[[], dict[str, float]]) -> tuple[float, dict[str
 
 
 def main() -> None:
-    """Measure and report."""
+    """Measure both sides, and print their times and ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     add_device_arguments(parser, dtype=False)
@@ -79,9 +79,9 @@ def main() -> None:
     ndcg_time, _ = best_time(lambda: theirs(["ndcg"], scores, labels))
     peer_time, peer = best_time(lambda: theirs(list(PEERS), scores, labels))
     for name in PEERS:
-        # torchmetrics' MAP divides by the relevant candidates found, ours by those that could be.
+        # MAP is not compared: torchmetrics divides by the number of relevant candidates among the first k, we divide by min(k, relevant).
         if name != "map" and abs(own[name] - peer[name]) > 1e-6:
-            raise SystemExit(f"{name}: {own[name]} here, {peer[name]} there")
+            raise SystemExit(f"the values of {name} differ: ours is {own[name]}, that of torchmetrics is {peer[name]}")
     result = {"ours_s": own_time, "torchmetrics_s": peer_time, "torchmetrics_ndcg_only_s": ndcg_time, "ratio": peer_time / own_time}
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -35,7 +35,7 @@ ARMS = {
 
 
 def run(folder: Path, recipe: str, seed: int, settings: dict) -> dict[str, float]:
-    """Fit and test a recipe in a folder of its own, unless it was done before; return the report's figures."""
+    """Fit and test a recipe in a separate folder, and return the test metrics of its report. A run that is already in the folder is not repeated."""
     found = sorted(folder.glob("runs/**/report/metrics.json"))
     if not found:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,13 +48,13 @@ def run(folder: Path, recipe: str, seed: int, settings: dict) -> dict[str, float
 
 
 def trainer_settings(options: argparse.Namespace) -> dict:
-    """Settings of the Trainer in all runs."""
+    """Return the settings of the Trainer in all runs."""
     accelerator = "gpu" if options.device.startswith("cuda") else "cpu"
     return {"accelerator": accelerator, "devices": 1, "limit_val_batches": 0, "enable_progress_bar": False}
 
 
 def arm_settings(model: Path, arm: dict, options: argparse.Namespace, seed: int) -> dict:
-    """What an arm changes in sprec/movielens.yaml."""
+    """Return the values of sprec/movielens.yaml that an arm overrides."""
     phase = {"epochs": 1, "warmup_steps": options.warmup_steps, "batch_factor": options.batch_factor}
     beta = arm.get("beta", options.beta)
     loop = {
@@ -96,12 +96,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("runs/study"))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at the same time")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--epochs", type=int, default=12, help="of the warm-up")
+    parser.add_argument("--epochs", type=int, default=12, help="number of epochs of the warm-up")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=2048, help="of a round")
-    parser.add_argument("--batch_factor", type=int, default=8, help="eightfold steps of 64 rows")
+    parser.add_argument("--rows", type=int, default=2048, help="number of rows of a round")
+    parser.add_argument("--batch_factor", type=int, default=8, help="factor of the batch size; 8 gives steps of 64 rows")
     parser.add_argument("--warmup_steps", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--dpo_lr", type=float, default=1e-4)
@@ -126,7 +126,7 @@ def main() -> None:
 
 
 def at_once(jobs: list[Callable[[], dict[str, float]]], count: int) -> list[dict[str, float]]:
-    """Do the jobs, so many at once; results in order."""
+    """Run the jobs, at most ``count`` at the same time, and return their results in order."""
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(lambda job: job(), jobs))
 
