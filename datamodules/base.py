@@ -95,7 +95,7 @@ class BaseDataModule(LightningDataModule, ABC):
             if self._train_loader.num_steps == 0:
                 raise ValueError(
                     f"{type(self).__name__}: {len(dataset)} training rows do not fill one optimizer step of "
-                    f"{self.global_batch_size or self.batch_size} rows; reduce global_batch_size, or batch_size if global_batch_size is not set"
+                    f"{self._train_loader.rows_per_step} rows; reduce global_batch_size, or batch_size if global_batch_size is not set"
                 )
         if self.trainer is not None and self.trainer.accumulate_grad_batches != self._train_loader.accumulation:
             if self.trainer.strategy.handles_gradient_accumulation:

@@ -222,6 +222,12 @@ class Hardest(NegativeSampler):
     num_negatives: int = 1
     num_beams: int = 20
 
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        if self.num_beams < self.num_negatives:
+            raise ValueError(f"num_beams {self.num_beams} must be at least num_negatives {self.num_negatives}")
+
 
 @dataclass
 class SelfPlay(NegativeSampler):

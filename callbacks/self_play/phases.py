@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from malleable.lightning_modules.functional.number_checks import check_numbers
+
 
 @dataclass
 class PhaseSettings:
@@ -34,15 +36,9 @@ class PhaseSettings:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in ("epochs", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} of a phase must be >= 0, got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise ValueError(f"lr of a phase must be > 0, got {self.lr}; to omit the phase, set its epochs to 0")
-        if self.rows is not None and self.rows < 1:
-            raise ValueError(f"rows of a phase must be >= 1 or null, got {self.rows}")
-        if self.batch_factor < 1:
-            raise ValueError(f"batch_factor of a phase must be >= 1, got {self.batch_factor}")
+        check_numbers(self, "phase.", at_least={"epochs": 0, "warmup_steps": 0, "rows": 1, "batch_factor": 1})
+        if not self.lr > 0:
+            raise ValueError(f"phase.lr must be > 0, got {self.lr}; to omit the phase, set its epochs to 0")
 
 
 class Phase(NamedTuple):

@@ -130,6 +130,11 @@ class EditingDataModule(BaseDataModule):
         statements = self._documents(tables.statements, self.shuffles, self.seed + 1)
         if not statements and not texts:
             raise ValueError(f"{type(self.source).__name__} has no statements, and there are no texts; give texts with texts=...")
+        if not self.measured_texts:
+            raise ValueError(
+                "there is no text whose perplexity could be measured: give texts with texts=..., or set retain_statements=True "
+                "and leave at least one statement that no request changes"
+            )
         validation = self._documents(tables.statements, 1, self.seed + 2)[: self.eval_documents]
         self._statements = statements + texts
         self.val_dataset = self._rows(validation or held_out)

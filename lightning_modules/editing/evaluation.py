@@ -19,6 +19,7 @@ from malleable.lightning_modules.editing.answers import (
 )
 from malleable.lightning_modules.editing.evaluation_mode import evaluation_mode
 from malleable.lightning_modules.editing.prompts import PromptEncoder
+from malleable.lightning_modules.functional.number_checks import check_numbers
 from malleable.lightning_modules.metrics.editing import EditingMetrics, EditSurvival, RequestFigures
 
 Generated = Literal["off", "facts", "all"]
@@ -52,9 +53,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name, least in (("texts", 0), ("writing", 0), ("answers", 0), ("generated_tokens", 1), ("max_rows", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"protocol.{name} must be >= {least}, got {getattr(self, name)}")
+        check_numbers(self, "protocol.", at_least={"texts": 0, "writing": 0, "answers": 0, "generated_tokens": 1, "max_rows": 1})
         if self.generated not in get_args(Generated):
             raise ValueError(f"protocol.generated must be one of {', '.join(get_args(Generated))}, got {self.generated!r}")
 

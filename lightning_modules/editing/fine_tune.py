@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from malleable.lightning_modules.editing.answers import score_answers
 from malleable.lightning_modules.editing.prompts import PromptEncoder
 from malleable.lightning_modules.editing.targets import Fact
+from malleable.lightning_modules.functional.number_checks import check_numbers
 
 
 @dataclass
@@ -32,8 +33,7 @@ class FineTuneSettings:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.lr <= 0 or self.steps < 1:
-            raise ValueError(f"tuning.lr must be > 0 and tuning.steps >= 1, got {self.lr} and {self.steps}")
+        check_numbers(self, "tuning.", above={"lr": 0}, at_least={"steps": 1, "stop": 0, "decay": 0})
 
 
 def fine_tune(

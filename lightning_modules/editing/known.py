@@ -10,6 +10,7 @@ from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest
 from malleable.lightning_modules.editing.answers import evaluate_answers
 from malleable.lightning_modules.editing.evaluation_mode import evaluation_mode
 from malleable.lightning_modules.editing.prompts import PromptEncoder
+from malleable.lightning_modules.functional.number_checks import check_numbers
 
 
 @dataclass
@@ -26,8 +27,7 @@ class KnownFacts:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.min_neighbors < 0 or (self.limit is not None and self.limit < 1):
-            raise ValueError(f"known.min_neighbors must be >= 0 and known.limit >= 1, got {self.min_neighbors} and {self.limit}")
+        check_numbers(self, "known.", at_least={"min_neighbors": 0, "limit": 1})
 
 
 def known_requests(model: Any, tokenizer: Any, requests: Sequence[EditRequest], settings: KnownFacts) -> list[EditRequest]:

@@ -9,6 +9,7 @@ from malleable.lightning_modules.editing.fine_tune import FineTuneSettings
 from malleable.lightning_modules.editing.prompts import FactToken
 from malleable.lightning_modules.editing.targets import TargetSettings
 from malleable.lightning_modules.functional.editing.null_space_threshold import Threshold
+from malleable.lightning_modules.functional.number_checks import check_numbers
 
 Method = Literal["alpha_edit", "memit", "ridge", "fine_tune"]
 
@@ -60,13 +61,7 @@ class EditSettings:
         for name, allowed in (("method", get_args(Method)), ("fact_token", get_args(FactToken))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("ridge", "moment_weight"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
-        if not 0 <= self.contexts <= 5:
-            raise ValueError(f"contexts must be between 0 and 5, got {self.contexts}")
+        check_numbers(self, above={"ridge": 0, "moment_weight": 0}, at_least={"batch_size": 1, "contexts": 0}, at_most={"contexts": 5})
         if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
             raise ValueError(f"layers must be in ascending order without duplicates, got {list(self.layers)}")
 

@@ -20,6 +20,7 @@ from malleable.datamodules.stored_identity import rules_digest
 from malleable.lightning_modules.editing.layout import Layout
 from malleable.lightning_modules.editing.partial_forward import capture_until
 from malleable.lightning_modules.functional.editing.second_moments import SecondMoment
+from malleable.lightning_modules.functional.number_checks import check_numbers
 from malleable.lightning_modules.language.model_settings import model_settings
 from malleable.lightning_modules.verified_file import load_verified, save_verified
 
@@ -52,9 +53,7 @@ class StatisticsSettings:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in ("max_length", "max_tokens", "piece"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"statistics.{name} must be >= 1, got {getattr(self, name)}")
+        check_numbers(self, "statistics.", at_least={"max_length": 1, "max_tokens": 1, "piece": 1, "save_minutes": 0})
 
 
 def second_moments(

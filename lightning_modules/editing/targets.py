@@ -17,6 +17,7 @@ from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest
 from malleable.lightning_modules.editing.layout import Layout
 from malleable.lightning_modules.editing.prompts import PromptEncoder, Row, fill_prompt
 from malleable.lightning_modules.editing.suffix_forward import FullForward, SuffixForward, choose_forward
+from malleable.lightning_modules.functional.number_checks import check_numbers
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 MAX_ROWS, MAX_ROWS_ON_CPU = 256, 64
@@ -69,13 +70,7 @@ class TargetSettings:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in ("lr", "clamp", "stop"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"targets.{name} must be > 0, got {getattr(self, name)}")
-        for name in ("steps", "max_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"targets.{name} must be >= 1, got {value}")
+        check_numbers(self, "targets.", above={"lr": 0, "clamp": 0, "stop": 0}, at_least={"steps": 1, "max_rows": 1, "decay": 0, "kl": 0})
 
 
 class Targets(NamedTuple):

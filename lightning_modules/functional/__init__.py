@@ -6,6 +6,7 @@ Files:
     recommendation/: Counting baselines, and hashes of rows.
     editing/: Edits of language models.
     keyed_random.py: Random numbers that depend on a key only.
+    number_checks.py: Checks of the numbers in settings.
     precision.py: Full-precision computation under autocast and half precision.
     defaults.py: Default device and dtype of new tensors.
     ranks.py: Distribution of work over ranks.

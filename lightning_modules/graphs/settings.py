@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from malleable.lightning_modules.functional.number_checks import check_numbers
 from malleable.lightning_modules.metrics.ranking import Ties, check_ks
 
 MAX_SCORES = 1 << 26  # maximum number of scores in memory during evaluation: 256 MB
@@ -25,6 +26,10 @@ class Init:
 
     kind: Literal["uniform", "normal", "xavier_uniform", "xavier_normal"] = "uniform"
     scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the scale."""
+        check_numbers(self, "init.", above={"scale": 0})
 
     @torch.no_grad()
     def fill(self, table: Tensor, parts: int) -> None:
@@ -52,6 +57,10 @@ class EmbeddingTuning:
     lr_decay: float = 1.0
     sparse: bool = False
 
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_numbers(self, "tuning.", above={"lr": 0, "lr_decay": 0})
+
 
 @dataclass
 class LinkRanking:
@@ -72,5 +81,6 @@ class LinkRanking:
     max_scores: int = MAX_SCORES
 
     def __post_init__(self) -> None:
-        """Check the cut-offs."""
+        """Check the values."""
         self.ks = check_ks(self.ks)
+        check_numbers(self, "ranking.", at_least={"top_k": 1, "max_scores": 1})

@@ -21,6 +21,7 @@ from malleable.datamodules.batch import Vocabulary
 from malleable.datamodules.files.run_folders import find_exported_model
 from malleable.lightning_modules.functional.defaults import drawn_on_cpu
 from malleable.lightning_modules.functional.language.attention import MASKED_ATTENTION
+from malleable.lightning_modules.functional.number_checks import check_numbers
 from malleable.lightning_modules.language.adapters import with_adapter
 from malleable.lightning_modules.language.compiled import Compile
 from malleable.lightning_modules.language.loading import DTYPES, load_pretrained, whole_weights
@@ -48,6 +49,15 @@ class Scratch:
     max_length: int = 1024
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Check the values."""
+        sizes = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_length")
+        check_numbers(self, "scratch.", at_least=dict.fromkeys(sizes, 1) | {"dropout": 0}, below={"dropout": 1})
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"scratch.num_heads must divide scratch.hidden_size, got {self.num_heads} heads and a width of {self.hidden_size}; change one of them"
+            )
+
 
 @dataclass
 class LoRA:
@@ -64,6 +74,10 @@ class LoRA:
     alpha: int = 32
     dropout: float = 0.05
     target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_numbers(self, "lora.", at_least={"r": 1, "dropout": 0}, above={"alpha": 0}, below={"dropout": 1})
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from malleable.lightning_modules.functional.number_checks import check_numbers
 from malleable.lightning_modules.functional.schedule import warmup_decay
 
 
@@ -27,6 +28,10 @@ class Tuning:
     weight_decay: float = 0.0
     warmup_steps: int = 20
     decay: Literal["linear", "cosine", "constant"] = "linear"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_numbers(self, "tuning.", above={"lr": 0}, at_least={"weight_decay": 0, "warmup_steps": 0})
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return the optimizer; on CUDA, its fused implementation."""

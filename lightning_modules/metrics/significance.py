@@ -61,6 +61,7 @@ def bootstrap_interval(values: Any, level: float = 0.95, samples: int = 2000, se
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}")
+    _check_samples(samples)
     rows = _rows(values)
     generator = np.random.default_rng(seed)
     step = max(1, CHUNK // len(rows))
@@ -88,6 +89,7 @@ def randomization_test(first: Any, second: Any, samples: int = 10_000, seed: int
         Smucker, Allan and Carterette (2007), A comparison of statistical significance tests for information retrieval evaluation, section 2.1.
         Differs: the observed assignment counts as one of the samples, so that p is never 0.
     """
+    _check_samples(samples)
     difference = _difference(first, second)
     generator = np.random.default_rng(seed)
     observed = abs(difference.sum()) * (1 - 1e-12)  # tolerance, because equal sums can differ by rounding
@@ -97,6 +99,11 @@ def randomization_test(first: Any, second: Any, samples: int = 10_000, seed: int
         signs = generator.integers(2, size=(min(step, samples - start), len(difference))) * 2.0 - 1
         extreme += int((np.abs(signs @ difference) >= observed).sum())
     return (extreme + 1) / (samples + 1)
+
+
+def _check_samples(samples: int) -> None:
+    if samples < 1:
+        raise ValueError(f"samples must be >= 1, got {samples}")
 
 
 def _difference(first: Any, second: Any) -> Floats:

@@ -31,6 +31,8 @@ class RequestFile(EditSource):
     """
 
     def __init__(self, path: str, limit: int | None = None) -> None:
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be >= 1, got {limit}")
         self.path, self.limit = Path(path).expanduser(), limit
 
     def load(self) -> EditTables:

@@ -22,11 +22,11 @@ def run(folder, loop=None, module=None):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"epochs": -1}, "epochs of a phase must be >= 0, got -1"),
-        ({"warmup_steps": -2}, "warmup_steps of a phase must be >= 0, got -2"),
-        ({"lr": 0.0}, "lr of a phase must be > 0, got 0.0"),
-        ({"rows": 0}, "rows of a phase must be >= 1 or null, got 0"),
-        ({"batch_factor": 0}, "batch_factor of a phase must be >= 1, got 0"),
+        ({"epochs": -1}, "phase.epochs must be >= 0, got -1"),
+        ({"warmup_steps": -2}, "phase.warmup_steps must be >= 0, got -2"),
+        ({"lr": 0.0}, "phase.lr must be > 0, got 0.0"),
+        ({"rows": 0}, "phase.rows must be >= 1, got 0"),
+        ({"batch_factor": 0}, "phase.batch_factor must be >= 1, got 0"),
     ],
 )
 def test_invalid_phase_settings(values, message):
