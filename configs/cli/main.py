@@ -122,6 +122,9 @@ _SUPPRESSED = {
 
 # Metrics are synchronized before they are logged, which Lightning cannot know.
 _UNSYNCHRONIZED = r"It is recommended to use `self\.log\('(val|test)_"
+_WARNINGS = (_UNSYNCHRONIZED, "`is_gradient_checkpointing` is deprecated")  # peft 0.21 calls this property of transformers 5
+# Without a terminal, output consists of lines. transformers reads this variable when it is imported.
+_NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
@@ -156,12 +159,18 @@ def _log_to_stderr() -> Iterator[None]:
     log.addHandler(handler)
     for name, function in _FILTERS:
         logging.getLogger(name).addFilter(function)
+    bars = os.environ.get(_NO_BARS)
+    if not sys.stderr.isatty():
+        os.environ.setdefault(_NO_BARS, "1")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", _UNSYNCHRONIZED)
+            for message in _WARNINGS:
+                warnings.filterwarnings("ignore", message)
             yield
     finally:
         log.removeHandler(handler)
+        if bars is None:
+            os.environ.pop(_NO_BARS, None)
         for name, function in _FILTERS:
             logging.getLogger(name).removeFilter(function)
         log.setLevel(level)

@@ -52,7 +52,6 @@ def with_adapter(model: Any, config: LanguageModelConfig) -> Any:
             lora_dropout=lora.dropout,
             target_modules=lora.target_modules or "all-linear",
             exclude_modules=None if lora.target_modules else _routers(model),
-            base_model_name_or_path=config.name,
         )
         adapted = get_peft_model(model, settings)
     _train_in_float32(adapted)
@@ -81,7 +80,7 @@ def _stored_adapter(model: Any, config: LanguageModelConfig) -> Any:
     if settings.is_prompt_learning:
         raise ValueError(f"adapter '{name}' adds tokens to each prompt ({settings.peft_type.value}); give an adapter of weights, such as LoRA")
     settings.inference_mode = False
-    settings.base_model_name_or_path = config.name
+    settings.base_model_name_or_path = None  # PEFT sets it to the name of the model, and warns if another name was set
     # With resized embeddings, PEFT stores fully trained layers twice.
     tensors = {key: tensor for key, tensor in tensors.items() if _MODULES_TO_SAVE not in key or key.replace(_MODULES_TO_SAVE, ".") not in tensors}
     tensors = _for_text_part(model, settings, tensors)

@@ -157,6 +157,17 @@ def test_metrics_that_are_synchronized_are_not_warned_of(monkeypatch):
     assert ["'other'" in str(warning.message) for warning in shown] == [True]
 
 
+def test_libraries_show_progress_bars_on_terminals_only(monkeypatch):
+    shown = []
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    monkeypatch.setattr("malleable.main._run", lambda words: shown.append(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")))
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        main([])
+    assert shown == [None, "1"]
+    assert "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
+
+
 def raising(error):
     def fail(words):
         raise error

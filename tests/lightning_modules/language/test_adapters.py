@@ -128,3 +128,10 @@ def test_trained_weights_are_float32_on_a_half_precision_base(tmp_path, form):
     assert formats == {True: {torch.float32}, False: {torch.bfloat16}}
     model(TOKENS).logits.float().logsumexp(-1).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_adapters_are_created_and_loaded_without_warnings(tmp_path, recwarn):
+    base = save_base(tmp_path / "base")
+    save_language_model(build_language_model(lora(base), tiny_catalog().vocabulary), tmp_path / "adapter")
+    assert build(base, tmp_path / "adapter").peft_config["default"].base_model_name_or_path == base
+    assert [str(warning.message) for warning in recwarn if "base_model_name_or_path" in str(warning.message)] == []
