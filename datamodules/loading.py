@@ -70,6 +70,27 @@ class RowView(Dataset[Any]):
         return row
 
 
+def row_tokens(rows: Any) -> Sequence[int]:
+    """Return the number of tokens of each row that contribute to the loss.
+
+    Args:
+        rows: Dataset with a method ``row_tokens``, a :class:`RowView` of such a dataset that does not override the true answers, or rows with
+            ``answers`` or ``input_ids`` and ``document_ids``.
+
+    Returns:
+        The tokens of the true answer, or all tokens except the first of each document.
+    """
+    if isinstance(rows, RowView) and hasattr(rows.pool, "row_tokens"):
+        return np.asarray(rows.pool.row_tokens())[rows.positions].tolist()  # type: ignore[no-any-return]
+    if hasattr(rows, "row_tokens"):
+        return rows.row_tokens()  # type: ignore[no-any-return]
+    return [_row_tokens(rows[index]) for index in range(len(rows))]
+
+
+def _row_tokens(row: Mapping[str, Any]) -> int:
+    return len(row["answers"][0]) if "answers" in row else len(row["input_ids"]) - len(set(row["document_ids"]))
+
+
 @runtime_checkable
 class BatchDataset(Protocol):
     """Dataset that creates whole batches, e.g. by indexing tensors, without creating single rows."""

@@ -25,7 +25,7 @@ from malleable.callbacks.self_play.phases import Phase, PhaseSettings, SelfPlayS
 from malleable.callbacks.self_play.round_file import RoundFile, draw_positions
 from malleable.callbacks.self_play.round_negatives import choose_negatives, compare_decoding
 from malleable.datamodules.batch import Catalog, Recommendations
-from malleable.datamodules.loading import PhasedLoader, RowView, sample_ids
+from malleable.datamodules.loading import PhasedLoader, RowView, row_tokens, sample_ids
 from malleable.datamodules.negative_samplers import NegativeSampler, SelfPlay
 from malleable.lightning_modules.functional.schedule import warmup_decay
 from malleable.lightning_modules.language.language_model import LanguageModel
@@ -309,8 +309,7 @@ class SelfPlayLoop(Callback):
         assert self._loader is not None
         phase = self.phases[self.state.epoch]
         rows = self._current_rows(self._loader, phase)
-        tokens = rows.row_tokens() if hasattr(rows, "row_tokens") else [len(rows[index]["answers"][0]) for index in range(len(rows))]
-        self._loader.set_rows(rows, tokens, self.settings[phase.kind].batch_factor)
+        self._loader.set_rows(rows, row_tokens(rows), self.settings[phase.kind].batch_factor)
         if phase.kind == "warmup" and not self._loader.num_steps:
             # Lightning would end such a run without an error, and the initial weights would be exported.
             raise MisconfigurationException(

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Weighte
 
 from malleable.datamodules import global_batches as module
 from malleable.datamodules.batch import QueryBatch
-from malleable.datamodules.loading import PhasedLoader, RowView
+from malleable.datamodules.language.text_rows import TextRows
+from malleable.datamodules.loading import PhasedLoader, RowView, row_tokens
 
 ROWS = [{"sample_id": index, "prompt": [1], "answers": [[2] * (1 + index % 3)], "item_ids": [index]} for index in range(22)]
 
@@ -358,3 +359,12 @@ def test_the_batch_sampler_works_in_a_standard_data_loader():
     sampler = module.GlobalBatchSampler(4, seed=3)
     sampler.set_rows(len(ROWS), np.arange(len(ROWS)))
     assert ids(DataLoader(ROWS, batch_sampler=sampler, collate_fn=batch_of)) == ids(PhasedLoader(ROWS, 4, collate_fn=batch_of, seed=3))
+
+
+def test_row_tokens_of_datasets_views_and_plain_rows():
+    documents = TextRows([[1, 2, 3], [4, 5], [6, 7, 8, 9]], pack_length=5)
+    tokens = documents.row_tokens().tolist()
+    assert sum(tokens) == 2 + 1 + 3
+    assert row_tokens(RowView(documents, [1, 0])) == tokens[::-1]
+    assert row_tokens([documents[0], documents[1]]) == tokens
+    assert row_tokens(RowView(ROWS, [2, 0], [{"answers": [[2, 2, 2], [5]]}, {}])) == [3, 1]
