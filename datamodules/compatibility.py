@@ -1,11 +1,11 @@
-"""Compatibility of data with the weights of a checkpoint or exported model: tokenizer, prompt template, items and labels.
+"""Check that data have the tokenizer, prompt template, items and labels that the weights were trained with.
+
+On the command line, the tokenizer, the template and the catalogue of a checkpoint override those of the recipe before this check: see
+``parse_arguments`` of ``MalleableCLI`` in :mod:`malleable.cli` (``configs/cli/cli.py`` in the repository).
 
 The data must have the tokenizer, the prompt template and the items that the weights of a checkpoint were trained with, and the items must have the
 same order. ``BaseModule`` calls :func:`check_identity` when it gets data or loads a checkpoint. ``LanguageModel`` calls :func:`check_exported_folder`
 when it loads an exported model. :mod:`~malleable.datamodules.stored_identity` reads and writes the compared properties.
-
-On the command line, the tokenizer, the template and the catalogue of the checkpoint override those of the recipe before this check: see
-``parse_arguments`` of ``MalleableCLI`` in :mod:`malleable.cli` (``configs/cli/cli.py`` in the repository).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Negative samplers of recommenders, which select the rejected items of rows.
+"""Negative samplers of recommenders; those of knowledge graphs are in :mod:`malleable.lightning_modules.losses.embedding`.
 
-The negative samples of knowledge graphs are entities. :mod:`malleable.lightning_modules.losses.embedding` (``NegativeSampling``) samples them.
+Negative samplers select the rejected items of rows.
 
 A selection depends on (seed, ``sample_id``, round) only, not on ranks, workers and batches. Samplers except :class:`SelfPlay` never select the true
 item or an earlier item of the user. If a row has candidates, the negatives are selected from the candidates. Callbacks can use all samplers. Data

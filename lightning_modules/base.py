@@ -66,7 +66,7 @@ def needs_weights(method: Callable[P, T]) -> Callable[P, T]:
 class BaseModule(CheckedLoading, ABC):
     """Base class of all modules. A subclass implements :meth:`compute_loss` and, for metrics, :meth:`evaluate`.
 
-    Order of hooks: ``__init__`` (typed attributes, no weights), ``setup`` (attributes from the data module),
+    Order of hooks: ``__init__`` (stores the arguments, builds no weights), ``setup`` (attributes from the data module),
     ``configure_model`` (weights; a second call does nothing), ``configure_metrics``.
 
     Args:
@@ -202,7 +202,10 @@ class BaseModule(CheckedLoading, ABC):
             return None
 
     def save_config(self) -> None:
-        """Save the constructor arguments as plain data; must be the last call in ``__init__``."""
+        """Store the constructor arguments in ``hparams`` as plain data, so that checkpoints contain them.
+
+        Must be the last call in the ``__init__`` of a subclass.
+        """
         frame = inspect.currentframe()
         assert frame is not None
         self.save_hyperparameters(ignore=[*self.data_attributes(), "optimizer", "lr_scheduler"], frame=frame.f_back)

@@ -71,7 +71,7 @@ class EditEvaluation(PatchedModel):
         return {"survival": self._survival}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the survival of edits."""
+        """Restore the survival of edits (their efficacy after later batches)."""
         self._survival = dict(state_dict["survival"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

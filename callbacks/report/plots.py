@@ -118,7 +118,7 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
 
     Args:
         values: Values in order; ``nan`` is a gap.
-        width: Number of values in a window.
+        width: Number of values in a window; an even number is increased by one.
     """
     means: list[float] = []
     for is_gap, part in groupby(values, key=math.isnan):

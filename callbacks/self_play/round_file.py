@@ -68,14 +68,18 @@ class RoundFile:
             MisconfigurationException: If the file does not exist, cannot be read, or has another checksum.
         """
         if not path.exists():
-            raise MisconfigurationException(f"the file of the interrupted round is missing: {path} does not exist; restore it or start a new run")
+            raise MisconfigurationException(
+                f"the file of the interrupted round is missing: {path} does not exist; restore this file, or start a new run"
+            )
         file: RoundFile | None = None
         with suppress(ValueError, TypeError, OverflowError):  # a truncated file, or another table
             stored = cls(**read_parquet(path).to_pydict())
             stored.table()
             file = stored
         if file is None or (digest is not None and file.digest() != digest):
-            raise MisconfigurationException(f"{path} is not the file of the checkpoint (its checksum differs); restore it or start a new run")
+            raise MisconfigurationException(
+                f"{path} is damaged, or is not the round file that belongs to the checkpoint; restore that file, or start a new run"
+            )
         return file
 
     @classmethod

@@ -37,7 +37,10 @@ class RecipeFile(ActionConfigFile):
 
 
 class Replace(argparse.Action):
-    """Action of ``--replace KEY=VALUE``, which :func:`mark_replacements` inserts before the option ``--KEY VALUE``."""
+    """Action of the hidden option ``--replace KEY=VALUE``: if VALUE is another class, remove the arguments of the class that KEY had.
+
+    :func:`mark_replacements` inserts the option before each option ``--KEY VALUE``.
+    """
 
     def __init__(self, option_strings: Sequence[str], **_: Any) -> None:
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)

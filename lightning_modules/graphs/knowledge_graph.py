@@ -284,8 +284,10 @@ class KnowledgeGraphModule(BaseModule, GraphAnswers):
             return
         advice = "use precision 32-true, which computes as fast: scores and losses of graphs are float32 in every precision"
         if dtype is torch.float16:
-            raise MisconfigurationException(f"tables of {type(self).__name__} cannot be trained in float16: Adam's epsilon underflows; {advice}")
-        rank_zero_warn(f"tables of {type(self).__name__} are trained in bfloat16: updates below 1/256 of an entry are lost; {advice}")
+            raise MisconfigurationException(
+                f"the embedding tables of {type(self).__name__} cannot be trained in float16: Adam's epsilon underflows; {advice}"
+            )
+        rank_zero_warn(f"the embedding tables of {type(self).__name__} are trained in bfloat16: updates below 1/256 of an entry are lost; {advice}")
 
     def on_validation_epoch_start(self) -> None:
         """Start to cache the vectors of all entities."""

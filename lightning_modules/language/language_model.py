@@ -280,7 +280,11 @@ class LanguageModel(BaseModule):
     @needs_weights
     @float32_by_default()
     def predict_step(self, batch: Any, batch_idx: int) -> Recommendations | Tensor:
-        """Recommend items; without a catalogue, return the log-likelihood of each row, ``(B,)``, in nats."""
+        """Recommend items; without a catalogue, return log-likelihoods.
+
+        Returns:
+            Items, or the log-likelihood of each row, ``(B,)``, in nats: of its documents, or of its first answer given the prompt.
+        """
         if self.catalog is not None:
             return self.recommend(batch)
         if isinstance(batch, PackedBatch):
@@ -319,7 +323,7 @@ class LanguageModel(BaseModule):
         return self.tuning.optimizer(groups)
 
     def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Return the scheduler of ``tuning``: a linear warm-up, then a decay to zero at the end of the run."""
+        """Return the scheduler of ``tuning``: a linear warm-up, then the schedule ``tuning.decay``."""
         return self.tuning.scheduler(optimizer, self.trainer.estimated_stepping_batches)
 
     def settings(self) -> dict[str, Any]:

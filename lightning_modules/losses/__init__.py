@@ -2,5 +2,5 @@
 
 Files:
     preference.py: Preference losses: Sigmoid (DPO), IPO, Hinge, Robust, SDPO, DMPO.
-    embedding.py: Losses and regularisers of knowledge-graph embeddings.
+    embedding.py: Losses, negative sampling and regularisers of knowledge-graph embeddings.
 """

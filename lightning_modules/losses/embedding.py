@@ -1,4 +1,6 @@
-"""Losses and regularisers of knowledge-graph embeddings.
+"""Losses, negative sampling and regularisers of knowledge-graph embeddings.
+
+To add a negative sampler, subclass :class:`NegativeSampling`, override ``draw``, and list the class in ``lightning_modules/__init__.pyi``.
 
 Shapes: B queries, E entities, P true tails, K negatives, W width of query and key vectors, whose inner product is the score.
 

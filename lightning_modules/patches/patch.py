@@ -1,4 +1,7 @@
-"""Patch of a model: changes of tensors with their requests and measurements, stored as a folder with a JSON and a safetensors file."""
+"""Patch of a model: changes of tensors with their requests and measurements, stored as a folder with a JSON and a safetensors file.
+
+The fields of the JSON file are in :mod:`~malleable.lightning_modules.patches.manifest`.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ class Patch:
 
     Attributes:
         kind: Method that made the patch, e.g. ``alpha_edit``.
-        deltas: Changes by canonical tensor name; empty for a patch that changes no weights.
+        deltas: Changes by the name of the tensor in the bare Hugging Face model
+            (:func:`~malleable.lightning_modules.patches.tensors.canonical_name`); empty for a patch that changes no weights.
         base: :func:`~malleable.lightning_modules.patches.tensors.fingerprint` of the complete model, without any patch, that the patch was made for;
             empty for a patch that does not depend on weights.
         title: One-line description.

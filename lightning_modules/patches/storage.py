@@ -225,7 +225,7 @@ def _read_section(folder: Path) -> PatchStack:
 
 
 def write_section(folder: Path, stack: PatchStack) -> None:
-    """Write the patches of a weights folder and the original values of the changed tensors to ``folder``."""
+    """Write patches, their order and the original values of the tensors that they change to ``folder``, a new sub-folder of a weights folder."""
     folder.mkdir()
     (folder / _ORDER).write_text(json.dumps({"order": list(stack.ids), "digests": dict(stack.hashes)}, indent=1) + "\n", encoding="utf-8")
     if stack.originals:

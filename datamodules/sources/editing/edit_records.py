@@ -78,7 +78,7 @@ class EditRecords(EditSource):
                     raise ValueError(f"expected a JSON object, got {record!r:.80}")
                 request = self.request(_strip(record), number)
             except ValueError as error:
-                raise ValueError(f"{place}: {error}; is this a file of {type(self).__name__}?") from error
+                raise ValueError(f"{place}: {error}; give a file of {type(self).__name__}, or another source") from error
             if request.request_id in ids:
                 request = replace(request, request_id=f"{request.request_id}/{number}")
             ids.add(request.request_id)
@@ -113,7 +113,7 @@ class CounterFact(EditRecords):
                     texts = [text_of(sample, "text") for sample in list_of(entry, "samples")]
                     self._texts[text_of(entry, "relation_id"), text_of(entry, "target_id")] += texts
                 except ValueError as error:
-                    raise ValueError(f"{place}: {error}; is this attribute_snippets.json?") from error
+                    raise ValueError(f"{place}: {error}; give the path of CounterFact's attribute_snippets.json as snippets") from error
         return super().load()
 
     def request(self, record: Mapping[str, Any], number: int) -> EditRequest:

@@ -74,7 +74,7 @@ def pack(triples: Ints, num_entities: int, num_relations: int) -> Ints:
 
 
 def number(splits: Mapping[str, Iterable[tuple[str, str, str]]]) -> GraphTables:
-    """Number labelled triples.
+    """Replace the labels of triples by ids.
 
     Ids are the positions in the sorted labels of all splits, so that they do not depend on the order of lines.
 

@@ -40,12 +40,14 @@ def one_vs_all_loss(
 
         sum_i w_i [ Phi(s_i) - smoothing / E sum_e s_ie ] - (1 - smoothing) sum_p s_p
 
-    with ``Phi = sum_e softplus`` (sigmoid) or ``logsumexp`` (softmax). The gradient of a chunk of entities is computed before the next chunk is read.
-    Therefore scores and keys of all entities are never stored, and scores are computed only once (with softmax, once more for the normaliser of the
-    softmax).
+    where ``s_ie`` is the score of query i and entity e, ``s_i`` are the scores of query i with all entities, ``s_p`` is the score of true tail p
+    with its query, and ``Phi`` is ``sum_e softplus`` (sigmoid) or ``logsumexp`` (softmax).
+
+    The gradient of a chunk of entities is computed before the next chunk is read. Therefore scores and keys of all entities are never stored, and
+    scores are computed only once (with softmax, once more for ``logsumexp``).
 
     Args:
-        query: ``(B, W)``.
+        query: Vectors ``(B, W)`` and biases ``(B,)`` of the queries.
         table: ``(E, ...)`` rows of the entities. Only these get a gradient, not other tensors that ``key_of`` uses.
         key_of: Maps rows of entities to key vectors, each row independently.
         target: ``(P,)`` true tails.

@@ -111,7 +111,7 @@ def test_a_changed_file_is_refused(tmp_path):
     path = tmp_path / "round_2.parquet"
     digest = whole_file().digest()
     replace(whole_file(), items=[[3], [1], [0]]).write(path)
-    with pytest.raises(MisconfigurationException, match=r"round_2\.parquet is not the file of the checkpoint"):
+    with pytest.raises(MisconfigurationException, match=r"round_2\.parquet is damaged, or is not the round file that belongs to the checkpoint"):
         RoundFile.read(path, digest)
     assert RoundFile.read(path).items == [[3], [1], [0]]
 
@@ -124,7 +124,7 @@ def test_an_unreadable_file_is_refused(tmp_path, damage):
         pq.write_table(pq.read_table(path).rename_columns(["a", "b", "c", "d", "e"]), path)
     else:
         path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else 300])
-    with pytest.raises(MisconfigurationException, match=r"round_2\.parquet is not the file of the checkpoint"):
+    with pytest.raises(MisconfigurationException, match=r"round_2\.parquet is damaged, or is not the round file that belongs to the checkpoint"):
         RoundFile.read(path, whole_file().digest())
 
 

@@ -89,7 +89,10 @@ def test_lines_and_limits(tmp_path):
     ("records", "message"),
     [
         ([FLAT, {**FLAT, "subject": "Tim"}], r"flat.json, entry 2: the subject 'Tim' does not occur in 'The dog of Anna is named'"),
-        ([{"prompt": "x"}], r"flat.json, entry 1: the field 'subject' is missing; the fields are .*; is this a file of FlatCounterFact?"),
+        (
+            [{"prompt": "x"}],
+            r"flat.json, entry 1: the field 'subject' is missing; the fields .*; give a file of FlatCounterFact, or another source",
+        ),
         ([{**FLAT, "target_new": "Bello"}], r"entry 1: target and true are both 'Bello'"),
         (["text"], r"entry 1: expected a JSON object, got 'text'"),
     ],
