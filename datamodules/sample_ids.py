@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.text_files import read_lines
 
 Ints = NDArray[np.integer[Any]]
@@ -99,6 +100,6 @@ def read_sample_ids(path: Path, known: Ints) -> Ints:
     for number, line in read_lines(path):
         text = line.strip()
         if not text.isascii() or not text.isdigit() or int(text) not in rows:
-            raise ValueError(f"{path}, line {number}: {text!r:.80} is not the sample_id of a training row; write one such id on each line")
+            raise ValueError(f"{path}, line {number}: {brief_repr(text)} is not the sample_id of a training row; write one such id on each line")
         ids.append(int(text))
     return np.array(ids, dtype=np.int64)

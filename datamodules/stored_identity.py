@@ -16,6 +16,7 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from malleable.datamodules.batch import Catalog, KnowledgeGraph, Vocabulary
 from malleable.datamodules.files.atomic import atomic_write
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.plain_checkpoint import read_plain
 from malleable.datamodules.files.text_files import read_json
 from malleable.datamodules.files.user_files import first_line
@@ -85,7 +86,7 @@ def from_plain(kind: str, stored: Mapping[str, Any]) -> DataDescription:
     hints = get_type_hints(KINDS[kind])
     for name, value in vars(description).items():
         if not _fits(value, hints[name]):
-            raise TypeError(f"field {name!r} has the invalid value {value!r:.80}")
+            raise TypeError(f"field {name!r} has the invalid value {brief_repr(value)}")
     return description
 
 

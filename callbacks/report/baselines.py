@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from malleable.callbacks.report.page import Column
 from malleable.datamodules.batch import AnswerBatch
+from malleable.datamodules.files.escape import brief_repr
 from malleable.lightning_modules.metrics.exposure import ExposureMetrics
 from malleable.lightning_modules.metrics.ranking import RankingMetrics
 from malleable.lightning_modules.recommendation.baselines import Baseline, ItemKNN, Markov, Popularity, count_rows
@@ -39,7 +40,7 @@ class Baselines(Callback):
         given = (Popularity(), ItemKNN(), Markov()) if baselines is None else tuple(baselines)
         wrong = [baseline for baseline in given if not isinstance(baseline, Baseline)]
         if wrong:
-            raise TypeError(f"baselines must be instances of Baseline, such as [Popularity(), ItemKNN(last=5)], got {wrong[0]!r:.80}")
+            raise TypeError(f"baselines must be instances of Baseline, such as [Popularity(), ItemKNN(last=5)], got {brief_repr(wrong[0])}")
         self.baselines = dict(zip(_numbered([_snake_case(type(baseline).__name__) for baseline in given], "_{}"), given, strict=True))
         self._titles = _numbered([type(baseline).__name__ for baseline in given], " ({})")
         self.values: dict[str, dict[str, float]] = {}

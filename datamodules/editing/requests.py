@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.text_files import id_text, read_json_rows
 from malleable.datamodules.files.user_files import check_file
 
@@ -65,7 +66,7 @@ class EditRequest:
             # Without this check, a string instead of a list would be split into letters.
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
         if not isinstance(self.neighbors, (tuple, list)) or not all(map(_is_probe, self.neighbors)):
-            raise ValueError(f"neighbors must be pairs of prompt and answer, both non-empty strings, got {self.neighbors!r:.200}")
+            raise ValueError(f"neighbors must be pairs of prompt and answer, both non-empty strings, got {brief_repr(self.neighbors, 200)}")
         for name in ("paraphrases", "generation_prompts"):
             for text in getattr(self, name):
                 _check_white_space(name, text)
@@ -119,7 +120,7 @@ def parse_request(fields: Mapping[str, Any], number: int) -> EditRequest:
     neighbors = named.get("neighbors")
     neighbors = () if neighbors is None else neighbors
     if isinstance(neighbors, str) or not isinstance(neighbors, Sequence):
-        raise ValueError(f"neighbors must be a list of objects with prompt and answer, got {neighbors!r:.80}")
+        raise ValueError(f"neighbors must be a list of objects with prompt and answer, got {brief_repr(neighbors)}")
     named["neighbors"] = tuple(_probe(item) for item in neighbors)
     return EditRequest(**named)
 
@@ -130,7 +131,7 @@ def _is_probe(value: Any) -> bool:
 
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} must be a non-empty string, got {value!r:.80}")
+        raise ValueError(f"{name} must be a non-empty string, got {brief_repr(value)}")
     _check_white_space(name, value)
 
 
@@ -141,7 +142,7 @@ def _check_white_space(name: str, text: str) -> None:
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
-        raise ValueError(f"{name} must be a list of strings, got {value!r:.80}")
+        raise ValueError(f"{name} must be a list of strings, got {brief_repr(value)}")
     texts = tuple(value or ())
     if wrong := [text for text in texts if not isinstance(text, str) or not text.strip()]:
         raise ValueError(f"{name} must contain non-empty strings, got {wrong[0]!r}")
@@ -153,7 +154,7 @@ def _probe(item: Any) -> Probe:
         probe = Probe(item["prompt"], item["answer"])
         if all(isinstance(text, str) and text.strip() for text in probe):
             return probe
-    raise ValueError(f"neighbors must contain objects with prompt and answer, both non-empty strings, got {item!r:.80}")
+    raise ValueError(f"neighbors must contain objects with prompt and answer, both non-empty strings, got {brief_repr(item)}")
 
 
 def read_requests(path: Path) -> list[EditRequest]:

@@ -1,8 +1,9 @@
-"""Escaping of labels from data in terminals, Markdown and CSV, so that they are not interpreted as commands or markup."""
+"""Escaping of labels from data in terminals, Markdown and CSV, so that they are not interpreted as commands or markup, and short forms of values."""
 
 from __future__ import annotations
 
 import re
+import reprlib
 import unicodedata
 from typing import Any
 
@@ -38,6 +39,19 @@ def for_csv(cell: Any) -> Any:
     except ValueError:
         return f"'{cell}"
     return cell
+
+
+def brief_repr(value: Any, length: int = 80) -> str:
+    """Return the ``repr`` of a value for a message. Long values are shortened in the middle by ``...``, and keep their closing quote or bracket.
+
+    Args:
+        value: The value.
+        length: Maximum number of characters of a string, a number or another single value. Lists show six elements, dictionaries four.
+    """
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = length
+    brief.maxlevel = 2
+    return brief.repr(value)
 
 
 def _controls(character: str) -> bool:

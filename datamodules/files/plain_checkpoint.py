@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.user_files import check_file, first_line, reading
 
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
@@ -57,7 +58,7 @@ def read_plain(path: Path | str, *, mmap: bool = True) -> dict[str, Any]:
                 "give a checkpoint file"
             )
     if wrong := next((key for name in ("state_dict", "hyper_parameters") for key in content.get(name) or () if not isinstance(key, str)), None):
-        raise ValueError(f"{path} is not a checkpoint: {wrong!r:.80} is not the name of a tensor or argument; give a checkpoint file")
+        raise ValueError(f"{path} is not a checkpoint: {brief_repr(wrong)} is not the name of a tensor or argument; give a checkpoint file")
     return dict(content)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO, TypeVar, cast
 
 from malleable.datamodules.files.encoding import CONVERT, EncodingError, check_encoding, describe_undecodable, marked_encoding
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.user_files import check_file, reading
 
 BLANKS = " \t"
@@ -240,7 +241,7 @@ def id_text(value: Any, place: str, significand_bits: int = 52) -> str:
     if value is None or value != value:
         raise ValueError(f"{place}: the id is empty; give every row an id")
     if type(value).__name__.startswith("bool") or not issubclass(type(value), numbers.Real):
-        raise ValueError(f"{place}: an id must be a string or an integer, got {value!r:.80} ({type(value).__name__})")
+        raise ValueError(f"{place}: an id must be a string or an integer, got {brief_repr(value)} ({type(value).__name__})")
     # Integers above 2**53 are not exact in float64, and above 2**24 not in float32.
     if not issubclass(type(value), numbers.Integral) and (value != value // 1 or abs(value) >= 2 ** (significand_bits + 1)):
         raise ValueError(f"{place}: the number {value} is not an exact integer; store ids as integers or strings")
@@ -264,7 +265,7 @@ def texts_of(fields: Any, name: str) -> tuple[str, ...]:
     """
     value = list_of(fields, name)
     if (wrong := next((part for part in value if not isinstance(part, str)), value)) is not value:
-        raise ValueError(f"field {name}: expected a list of strings, got the element {wrong!r:.80}")
+        raise ValueError(f"field {name}: expected a list of strings, got the element {brief_repr(wrong)}")
     return tuple(value)
 
 
@@ -289,7 +290,7 @@ def object_of(fields: Any, name: str) -> dict[str, Any]:
 def _typed(fields: Any, name: str, kind: type[_Kind], described: str) -> _Kind:
     value = field_of(fields, name)
     if not isinstance(value, kind):
-        raise ValueError(f"field {name}: expected {described}, got {value!r:.80}")
+        raise ValueError(f"field {name}: expected {described}, got {brief_repr(value)}")
     return value
 
 

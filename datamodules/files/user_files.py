@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from malleable.datamodules.files.escape import brief_repr
+
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -231,5 +233,7 @@ def shard_names(index: Path) -> list[str]:
     names = sorted(set(shards.values()))
     wrong = next((name for name in names if not is_file_name(name)), None)
     if wrong is not None:
-        raise ValueError(f"{index} refers to {wrong!r:.200}, which is not a file name in its folder; put all files of the model into one folder")
+        raise ValueError(
+            f"{index} refers to {brief_repr(wrong, 200)}, which is not a file name in its folder; put all files of the model into one folder"
+        )
     return names

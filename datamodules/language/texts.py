@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.table_files import column_names, column_values, read_parquet
 from malleable.datamodules.files.text_files import file_kind, read_json_rows, read_lines
 from malleable.datamodules.files.user_files import check_file
@@ -42,7 +43,7 @@ def _of_json(path: Path) -> list[str]:
     for _, place, entry in read_json_rows(path):
         found = entry if isinstance(entry, str) else next((entry[name] for name in FIELDS if isinstance(entry, dict) and name in entry), None)
         if not isinstance(found, str):
-            raise ValueError(f"{place}: expected a string or an object with one of {', '.join(FIELDS)}, got {entry!r:.80}")
+            raise ValueError(f"{place}: expected a string or an object with one of {', '.join(FIELDS)}, got {brief_repr(entry)}")
         texts.append(found)
     return texts
 
@@ -54,5 +55,5 @@ def _of_parquet(path: Path) -> list[str]:
         raise ValueError(f"{path} has no column {' or '.join(FIELDS)}; it has {', '.join(names)}; rename the column of the texts")
     texts = [text for text in column_values(read_parquet(path, [name])[name], f"{path}, column {name}") if text is not None]
     if (wrong := next((text for text in texts if not isinstance(text, str)), None)) is not None:
-        raise ValueError(f"{path}, column {name}: expected strings, got {wrong!r:.80}")
+        raise ValueError(f"{path}, column {name}: expected strings, got {brief_repr(wrong)}")
     return texts

@@ -275,7 +275,8 @@ class RecommendationDataModule(BaseDataModule):
             indices = list(range(len(chosen)))
         else:
             index_of = {user: number for number, user in enumerate(store.users)}
-            chosen = read_users(Path(users).expanduser(), index_of, TextFormat.of_source(self.source))
+            everyone = set(store.events.users) if store.events is not None else ()
+            chosen = read_users(Path(users).expanduser(), index_of, TextFormat.of_source(self.source), everyone)
             indices = [index_of[user] for _, user in chosen]
         self.predicted_users = dict(chosen)
         sequences = [store.sequences[index] for index in indices]

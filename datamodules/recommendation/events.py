@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,14 +9,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.sources.recommendation.base import InteractionTables
-
-log = logging.getLogger(__name__)
 
 Ints = NDArray[np.integer[Any]]
 Floats = NDArray[np.float64]
 SPLITS = ("train", "val", "test")
 NO_SPLIT = -1
+SHOWN = 3  # maximum number of ids in a message
 # Names of splits that tables of interactions may contain, and their numbers.
 SPLIT_NAMES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2, "testing": 2}
 
@@ -72,8 +71,6 @@ class Events:
                 f"{events['item_id'].iloc[0]!r} in the interactions, {next(iter(tables.items['item_id']), None)!r} in the items); compare the "
                 "columns item_id, and check whether titles are missing"
             )
-        if unknown := int((~known).sum()):
-            log.warning("dropped %d of %d interactions with items that are not in the items table or have no title", unknown, len(item))
         # Users are ordered by their ids, so that the order of the rows in the file only matters for equal times.
         codes, names = pd.factorize(events["user_id"][known], sort=True)
         user, time = codes.astype(np.int64), events["timestamp"].to_numpy(np.float64)[known]
@@ -97,6 +94,28 @@ class Events:
     def of_user(self, user: int) -> slice:
         """Return the positions of the interactions of a user."""
         return slice(*np.searchsorted(self.user, [user, user + 1]))
+
+
+def describe_dropped(tables: InteractionTables, ids: list[int]) -> list[str]:
+    """Return a text for each cause that drops interactions because of their item, with their number and up to three ids.
+
+    Args:
+        tables: Tables of the source.
+        ids: Catalogue position of each row of ``tables.items``; -1 for items without a title.
+    """
+    column, position = tables.interactions["item_id"], dict(zip(tables.items["item_id"], ids, strict=True))
+    untitled = [key for key, item in position.items() if item < 0]
+    causes = {
+        "items that are not in the items table": column[~column.isin(list(position))],
+        "items without a readable title": column[column.isin(untitled)],
+    }
+    return [f"{len(own):,} of {len(column):,} interactions with {cause} ({_examples(own)})" for cause, own in causes.items() if len(own)]
+
+
+def _examples(keys: pd.Series) -> str:
+    """Return the number of distinct ids, and the first ones."""
+    distinct = list(dict.fromkeys(keys))
+    return f"{len(distinct):,} ids: {', '.join(map(brief_repr, distinct[:SHOWN]))}{', ...' if len(distinct) > SHOWN else ''}"
 
 
 def first_of_each_item(events: Events, positions: Ints) -> Ints:

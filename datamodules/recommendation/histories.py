@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.sniffing import DELIMITERS, sniff_delimiter, sniff_encoding
 from malleable.datamodules.files.table_files import read_cells
 from malleable.datamodules.files.text_files import JsonRow, cell_text, file_kind, id_text, read_json_rows, read_lines
@@ -72,13 +73,14 @@ class TextFormat(NamedTuple):
 
     @classmethod
     def of_source(cls, source: Any) -> TextFormat:
-        """Return the format of the files of a source."""
-        return cls(getattr(source, "delimiter", None), getattr(source, "encoding", None))
+        """Return the format of the files of a source, given or detected."""
+        return cls(*source.text_format()) if hasattr(source, "text_format") else cls()
 
     def cells(self, path: Path, names: Container[str]) -> Iterator[tuple[int, list[str]]]:
         """Yield number and cells of the rows of a table, see :mod:`malleable.datamodules.files.sniffing`."""
         encoding = sniff_encoding(path, self.encoding)
-        delimiter = "\t" if file_kind(path) == ".tsv" else sniff_delimiter(path, names, self.delimiter or ",", encoding)
+        is_tsv = file_kind(path) == ".tsv"
+        delimiter = sniff_delimiter(path, names, None if is_tsv else self.delimiter, encoding, default="\t" if is_tsv else ",")
         return read_cells(path, delimiter, encoding)
 
     def json_rows(self, path: Path) -> Iterator[JsonRow]:
@@ -123,10 +125,10 @@ class ItemLookup:
         """
         if isinstance(name, Mapping):
             if len(name) != 1 or not name.keys() <= set(KINDS):
-                raise ValueError(f'{place}: an item must be a string, a number, {{"id": ...}} or {{"title": ...}}, got {name!r:.80}')
+                raise ValueError(f'{place}: an item must be a string, a number, {{"id": ...}} or {{"title": ...}}, got {brief_repr(name)}')
             ((kind, name),) = name.items()
             if kind == "title" and not isinstance(name, str):
-                raise ValueError(f"{place}: a title must be a string, got {name!r:.80}")
+                raise ValueError(f"{place}: a title must be a string, got {brief_repr(name)}")
         if not isinstance(name, str):
             return self.by_key.get(id_text(name, place))
         by_key = self.by_key.get(name) if kind != "title" else None
@@ -159,8 +161,8 @@ def read_histories(path: Path, lookup: ItemLookup, text_format: TextFormat = DEF
         (the list) and optionally ``user_id``. An item is a number (an id), a string (an id or a title), ``{"id": ...}`` or ``{"title": ...}``.
     ``.csv``, ``.tsv``
         One history on each line. The first line contains the names of the columns: ``user_id`` (optional), then ``item_id``, ``title`` or ``history``
-        (ids or titles), to which all further cells belong. Without this line, all cells are titles, and there are no users. The delimiter, a comma,
-        semicolon or tab, is detected from the first line.
+        (ids or titles), to which all further cells belong. Without this line, all cells are titles, and there are no users. The delimiter is detected
+        in the first line, see :mod:`malleable.datamodules.files.sniffing`.
 
     The encoding is UTF-8, that of the byte-order mark, that of the source, or cp1252 (Windows).
 
@@ -196,17 +198,19 @@ def read_histories(path: Path, lookup: ItemLookup, text_format: TextFormat = DEF
     return histories
 
 
-def read_users(path: Path, known: Container[str], text_format: TextFormat = DEFAULT_FORMAT) -> list[tuple[int, str]]:
+def read_users(path: Path, known: Container[str], text_format: TextFormat = DEFAULT_FORMAT, filtered: Container[str] = ()) -> list[tuple[int, str]]:
     """Read a file of users.
 
     Args:
         path: ``.csv`` or ``.tsv`` with a column ``user_id``, or without a header and with ids in the first column; ``.txt`` with one id on each line;
             ``.jsonl`` or ``.json`` with ids, or with objects that have the field ``user_id``.
-        known: Users of the data.
+        known: Users of the data who remain after the filters of the split.
         text_format: Format of the source's files.
+        filtered: Users of the data, including those that the filters remove.
 
     Returns:
-        Number of the row, from 0, and user. Unknown users are omitted, and their number is logged, as is the number of users with several rows.
+        Number of the row, from 0, and user. Unknown and removed users are omitted, and their numbers are logged, as is the number of users with
+        several rows.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -219,15 +223,22 @@ def read_users(path: Path, known: Container[str], text_format: TextFormat = DEFA
     if not rows:
         raise ValueError(f"{path} contains no user; give at least one id")
     _report_repeated(path, rows)
-    unknown = [(place, user) for place, user in rows if user not in known]
-    if unknown:
-        examples = ", ".join(f"{user!r} in {place.rpartition(', ')[2]}" for place, user in unknown[:3])
-        more = ", ..." if len(unknown) > 3 else ""
-        message = f"{path}: {len(unknown)} of {len(rows)} users are not in the data, or were removed by the filters of the split ({examples}{more})"
-        if len(unknown) == len(rows):
-            raise ValueError(f"{message}. No user remains; compare the ids with those of the interactions")
-        log.warning("%s; they get no prediction", message)
+    omitted = [(place, user) for place, user in rows if user not in known]
+    causes = {
+        "are not in the data": [row for row in omitted if row[1] not in filtered],
+        "were removed by the filters of the split": [row for row in omitted if row[1] in filtered],
+    }
+    texts = [f"{len(own)} of {len(rows)} users {cause} ({_user_examples(own)})" for cause, own in causes.items() if own]
+    if rows and len(omitted) == len(rows):
+        raise ValueError(f"{path}: {'; '.join(texts)}. No user remains; compare the ids with those of the interactions")
+    for text in texts:
+        log.warning("%s: %s; they get no prediction", path, text)
     return [(number, user) for number, (_, user) in enumerate(rows) if user in known]
+
+
+def _user_examples(rows: Sequence[tuple[str, str]]) -> str:
+    examples = ", ".join(f"{brief_repr(user)} in {place.rpartition(', ')[2]}" for place, user in rows[:_SHOWN])
+    return examples + (", ..." if len(rows) > _SHOWN else "")
 
 
 def _report_repeated(path: Path, rows: Sequence[tuple[str, str]]) -> None:
@@ -304,7 +315,7 @@ def _read_json(path: Path, lookup: ItemLookup, text_format: TextFormat) -> Itera
         fields = row if isinstance(row, dict) else {"history": row}
         names = fields.get("history")
         if not isinstance(names, list):
-            raise ValueError(f"{place}: expected a list of ids or titles, or an object with the list 'history', got {row!r:.80}")
+            raise ValueError(f"{place}: expected a list of ids or titles, or an object with the list 'history', got {brief_repr(row)}")
         user = next((fields[name] for name in USER_FIELDS if fields.get(name) is not None), None)
         yield _Row(place, names, None, None if user is None else id_text(user, f"{place}, field user_id"))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from malleable.datamodules.recommendation.events import NO_SPLIT, SPLITS, Events, first_of_each_item, k_core
+from malleable.datamodules.recommendation.events import NO_SPLIT, SPLITS, Events, describe_dropped, first_of_each_item, k_core
 from malleable.datamodules.recommendation.summary import DataSummary, tied_share
 from malleable.datamodules.recommendation.titles import clean_title, merge_titles
 from malleable.datamodules.sample_ids import array_hash, content_ids, text_hashes
@@ -30,7 +30,7 @@ class Split:
         kind: ``leave_last_out``: the last item of each user is the test target, and the item before it the validation target; of items with equal
             times, the item in a later row of the file is the later one. ``global_time``: rows are split by the time of their targets, so that no
             training row is later than a test row. ``given``: the source has a split for each interaction: train, val or test.
-        min_rating: Minimum rating of interactions; ``None`` keeps all.
+        min_rating: Minimum rating of interactions; interactions without a rating are left out. ``None`` keeps all.
         min_user_events: Minimum number of interactions of a user.
         min_item_events: Minimum number of interactions of an item. Both minimums are applied until nothing changes (k-core). With 1, items without
             interactions stay in the catalogue.
@@ -205,6 +205,10 @@ def _from_tables(tables: InteractionTables, split: Split) -> Interactions:
     titles, genres, keys, ids = _clean_items(tables.items, summary)
     summary.facts |= {"source": "; ".join(tables.notes)} if tables.notes else {}
     events = Events.from_tables(tables, ids)
+    if dropped := describe_dropped(tables, ids):
+        summary.facts["dropped"] = "; ".join(dropped)
+        for text in dropped:
+            log.warning("dropped %s", text)
     chosen = _filter(events, tables, split, summary)
     if split.min_item_events > 1:
         kept = np.unique(events.item[chosen])
@@ -234,10 +238,13 @@ def _filter(events: Events, tables: InteractionTables, split: Split, summary: Da
     """
     given = tables.interactions
     summary.count("read", given["user_id"])
+    if "rating" in given and (unrated := int(given["rating"].isna().sum())):
+        summary.facts["ratings"] = f"{unrated:,} rows without a rating {'kept' if split.min_rating is None else 'left out (min_rating)'}"
     positions: Ints = np.arange(len(events))
     if split.min_rating is not None:
         if "rating" not in given:
             raise ValueError(f"{tables.origin}: min_rating={split.min_rating} needs ratings, but the interactions have no rating; omit min_rating")
+        summary.count("with a rating", given["user_id"][given["rating"].notna()])
         summary.count(f"rated >= {split.min_rating:g}", given["user_id"][given["rating"] >= split.min_rating])
         positions = positions[events.rating >= split.min_rating]
         if not len(positions):

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.global_batches import world
 
 log = logging.getLogger(__name__)
@@ -70,10 +71,10 @@ class DataSummary:
         parts = [f"{len(given):,} read, {len(titles):,} distinct titles"]
         if merged := [(title, own) for title, own in zip(titles, keys, strict=True) if len(own) > 1]:
             title, own = merged[0]
-            parts.append(f"{sum(len(ids) - 1 for _, ids in merged):,} merged by title (e.g. ids {', '.join(own[:3])}: {shorten(title)})")
+            parts.append(f"{sum(len(ids) - 1 for _, ids in merged):,} merged by title (e.g. ids {', '.join(own[:3])}: {brief_repr(title, SHOWN)})")
         if changed := [(old, new) for old, new in zip(given, cleaned, strict=True) if new not in ("", old)]:
             old, new = changed[0]
-            parts.append(f"{len(changed):,} titles cleaned (e.g. {shorten(old)} → {shorten(new)})")
+            parts.append(f"{len(changed):,} titles cleaned (e.g. {brief_repr(old, SHOWN)} → {brief_repr(new, SHOWN)})")
         if untitled := list(cleaned).count(""):
             parts.append(f"{untitled:,} without a readable title dropped")
         self.facts["items"] = "; ".join(parts)
@@ -88,8 +89,8 @@ class DataSummary:
         unsplit = [genre for own in having for genre in own if UNSPLIT.search(genre)]
         if len(unsplit) >= UNSPLIT_SHARE * len(having):
             self.warnings.append(
-                f"{len(unsplit):,} genres look like lists that were not split, e.g. {unsplit[0]!r:.60}: set genre_delimiter of Tables, write "
-                "`Drama|Comedy`, or use a list in JSON lines or Parquet; MGU and DGU count each such text as one genre"
+                f"{len(unsplit):,} genres look like lists that were not split, e.g. {brief_repr(unsplit[0], 60)}: set genre_delimiter of Tables, "
+                "write `Drama|Comedy`, or use a list in JSON lines or Parquet; MGU and DGU count each such text as one genre"
             )
 
     def describe_times(self, times: Floats) -> None:
@@ -146,11 +147,6 @@ def log_summary(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     log.info("%s:\n%s", title, "\n".join(f"  {name:<{width}}  {text}" for name, text in pairs if name != WARNING))
     for text in (text for name, text in pairs if name == WARNING):
         log.warning("%s", text)
-
-
-def shorten(title: str) -> str:
-    """Quote a title, and truncate it to 40 characters."""
-    return repr(title if len(title) <= SHOWN else title[: SHOWN - 1] + "…")
 
 
 def tied_share(times: Floats, starts: NDArray[np.integer[Any]], sequence: NDArray[np.integer[Any]], end: NDArray[np.integer[Any]]) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.text_files import parse_json
 
 FORMAT = 1
@@ -58,7 +59,7 @@ def parse_manifest(text: str) -> dict[str, Any]:
     """
     fields = parse_json(text, "it is not JSON")
     if not isinstance(fields, dict):
-        raise ValueError(f"a manifest must be a JSON object, got {fields!r:.60}; copy the patch again")
+        raise ValueError(f"a manifest must be a JSON object, got {brief_repr(fields, 60)}; copy the patch again")
     if fields.get("format") != FORMAT:
         raise ValueError(
             f"format version {fields.get('format')!r} is not supported, only {FORMAT}; use the version of malleable that wrote the patch"
@@ -67,7 +68,7 @@ def parse_manifest(text: str) -> dict[str, Any]:
         if name not in fields:
             raise ValueError(f"field {name!r} is missing; copy the patch again")
         if not isinstance(fields[name], kind):
-            raise ValueError(f"field {name!r} must be a JSON {_TYPE_NAMES[kind]}, got {fields[name]!r:.60}; copy the patch again")
+            raise ValueError(f"field {name!r} must be a JSON {_TYPE_NAMES[kind]}, got {brief_repr(fields[name], 60)}; copy the patch again")
     _check_contents(fields)
     return fields
 
@@ -75,14 +76,14 @@ def parse_manifest(text: str) -> dict[str, Any]:
 def _check_contents(fields: Mapping[str, Any]) -> None:
     for name, item in (*(("requests", item) for item in fields["requests"]), *fields["figures"].items(), *fields["tensors"].items()):
         if not isinstance(item, dict):
-            raise ValueError(f"{name!r}: expected a JSON object, got {item!r:.60}; copy the patch again")
+            raise ValueError(f"{name!r}: expected a JSON object, got {brief_repr(item, 60)}; copy the patch again")
     for name, item in (*(("requires", item) for item in fields["requires"]), *fields["base"].items(), *fields["libraries"].items()):
         if not isinstance(item, str):
-            raise ValueError(f"{name!r}: expected a JSON string, got {item!r:.60}; copy the patch again")
+            raise ValueError(f"{name!r}: expected a JSON string, got {brief_repr(item, 60)}; copy the patch again")
     try:
         datetime.fromisoformat(fields["created"])
     except ValueError as error:
-        raise ValueError(f"'created' must be a time like 2026-01-31T12:00:00+00:00, got {fields['created']!r:.60}; copy the patch again") from error
+        raise ValueError(f"'created' must be a time like 2026-01-31T12:00:00+00:00, got {brief_repr(fields['created'], 60)}; copy the patch again") from error
 
 
 def _finite(value: Any) -> Any:

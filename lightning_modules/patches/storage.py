@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from malleable.datamodules.files.atomic import atomic_write, recover
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.plain_checkpoint import read_plain, saving
 from malleable.datamodules.files.text_files import read_json
 from malleable.datamodules.files.user_files import check_tree, is_file_name, shard_names
@@ -183,7 +184,7 @@ def _weight_files(folder: Path) -> list[Path]:
     explicit = named.get("transformers_weights") if isinstance(named, dict) else None
     if explicit is not None and (not isinstance(explicit, str) or not is_file_name(explicit) or not (folder / explicit).is_file()):
         raise ValueError(
-            f"{folder / 'config.json'}, field transformers_weights: expected the name of a file in the folder, got {explicit!r:.200}; "
+            f"{folder / 'config.json'}, field transformers_weights: expected the name of a file in the folder, got {brief_repr(explicit, 200)}; "
             "copy the model again"
         )
     if explicit and not explicit.endswith(".index.json"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from malleable.datamodules.editing.requests import PLACEHOLDER
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.text_files import list_of, read_json, read_json_rows, text_of, texts_of
 from malleable.datamodules.files.user_files import check_file
 from malleable.datamodules.sources.editing.facts import FactSource, FactTables, Relation, Triple
@@ -46,7 +47,7 @@ class LRE(FactSource):
         zero_shot = texts_of(entry, "prompt_templates_zs") if "prompt_templates_zs" in entry else ()
         templates = tuple(dict.fromkeys(text.strip() for text in [*texts_of(entry, "prompt_templates"), *zero_shot]))
         if not templates or any(template.count(PLACEHOLDER) != 1 for template in templates):
-            raise ValueError(f"field prompt_templates: each must contain {PLACEHOLDER} once, for the subject, got {templates!r:.200}")
+            raise ValueError(f"field prompt_templates: each must contain {PLACEHOLDER} once, for the subject, got {brief_repr(templates, 200)}")
         samples = list_of(entry, "samples")
         return templates, _first_objects((number, text_of(sample, "subject").strip(), text_of(sample, "object").strip()) for sample in samples)
 

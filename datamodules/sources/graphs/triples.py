@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from malleable.datamodules.files.encoding import check_encoding
+from malleable.datamodules.files.sniffing import find_mojibake
 from malleable.datamodules.files.table_files import check_delimiter
 from malleable.datamodules.graphs.triple_files import FIELDS, SUFFIXES, check_columns, read_ids, read_labels, read_names
 from malleable.datamodules.sources.graphs.base import GraphSource, GraphTables, Ints, number
+
+log = logging.getLogger(__name__)
 
 STEMS = {"train": ("train",), "val": ("valid", "val", "dev"), "test": ("test",)}
 ID_NAMES = ("entity2id", "relation2id")
@@ -97,6 +101,7 @@ class Triples(GraphSource):
 
     def load(self) -> GraphTables:
         """Read all files."""
+        self._check_encoding()
         options: Any = {"header": self.header, "names": self.column_names, "encoding": self.encoding, "delimiter": self.delimiter}
         if self.path.is_file():
             self.files()
@@ -110,6 +115,12 @@ class Triples(GraphSource):
             split: read_ids(path, len(entities), len(relations), self.columns, counted=counted) for split, path in files.items()
         }
         return GraphTables(entities, relations, triples)
+
+    def _check_encoding(self) -> None:
+        """Log a warning if files of labels are UTF-8, although another encoding is given."""
+        for path in self.files() if self.encoding is not None else ():
+            if path.suffix != ".parquet" and (problem := find_mojibake(path, self.encoding or "")):
+                log.warning("%s", problem)
 
     @property
     def _ending(self) -> str:

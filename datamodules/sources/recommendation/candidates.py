@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.text_files import id_text, list_of, read_lines, text_of, texts_of
 from malleable.datamodules.sources.recommendation.base import ReadyRow, ReadyRows, Source, items_table
 from malleable.datamodules.sources.recommendation.ready_rows import TitleIndex, read_field, read_rows, split_files
@@ -52,7 +53,7 @@ class CandidateRows(Source):
 def _pair(line: str, place: str) -> tuple[str, str]:
     key, found, name = line.partition("::")
     if not found:
-        raise ValueError(f"{place}: expected id::title, got {line!r:.80}")
+        raise ValueError(f"{place}: expected id::title, got {brief_repr(line)}")
     return key, name
 
 

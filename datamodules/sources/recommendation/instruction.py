@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.text_files import id_text, read_json, text_of, texts_of
 from malleable.datamodules.sources.recommendation.base import ReadyRow, ReadyRows, Source, items_table
 from malleable.datamodules.sources.recommendation.ready_rows import TitleIndex, read_field, read_object, read_rows, split_files
@@ -75,7 +76,7 @@ def _names_in(path: Path) -> set[str]:
     """Return the strings of a list, or the keys of an object."""
     content = read_json(path)
     if not isinstance(content, (list, dict)) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{path}: expected a list of genres, or an object with genres as keys, got {content!r:.80}")
+        raise ValueError(f"{path}: expected a list of genres, or an object with genres as keys, got {brief_repr(content)}")
     return set(content)
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 import pandas as pd
 
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.fetch import FetchError, fetch, fetch_package_files, is_cached
 from malleable.datamodules.files.table_files import read_cells
 from malleable.datamodules.files.user_files import reading
@@ -143,7 +144,7 @@ def _header(path: Path, rows: Iterator[tuple[int, list[str]]], names: Iterable[s
     _, first = next(rows, (0, []))
     found = [cell.partition(":")[0] for cell in first]
     if missing := [name for name in names if name not in found]:
-        raise ValueError(f"{path}, line 1: expected the names of the columns, including {missing[0]}:..., got {first!r:.200}")
+        raise ValueError(f"{path}, line 1: expected the names of the columns, including {missing[0]}:..., got {brief_repr(first, 200)}")
     return found
 
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
-import numbers
-import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from malleable.datamodules.files.encoding import check_encoding
+from malleable.datamodules.files.escape import brief_repr
+from malleable.datamodules.files.sniffing import describe_delimiter, encoding_name, find_mojibake, sniff_delimiter, sniff_encoding
 from malleable.datamodules.files.table_files import check_delimiter, column_names, read_parquet, read_table
-from malleable.datamodules.files.text_files import file_kind, id_text, read_json_rows
+from malleable.datamodules.files.text_files import file_kind, read_json_rows
 from malleable.datamodules.files.user_files import check_file, first_line
 from malleable.datamodules.sources.recommendation.base import InteractionTables, Source, items_table
+from malleable.datamodules.sources.recommendation.columns import Place, place_of, to_genres, to_identifiers, to_ratings, to_seconds, to_titles
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +26,6 @@ INTERACTION_FIELDS = ("user_id", "item_id", "timestamp", "rating", "split")
 ITEM_FIELDS = ("item_id", "title", "genres")
 OPTIONAL = {"rating", "split", "genres"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-
-
-class Place(Protocol):
-    """File or dataset of a table; its string names it in messages."""
-
-    @property
-    def name(self) -> str:
-        """Short name."""
 
 
 class TableSource(Source):
@@ -70,7 +62,7 @@ class TableSource(Source):
 
         Returns:
             Table whose index contains the number of each line or row, named ``line`` or ``row``. ``attrs["names"]`` contains the names of all
-            columns, if some were omitted.
+            columns, if some were omitted. ``attrs["notes"]`` may contain notes about the format of the file, for the summary of the data.
         """
 
     def settings(self) -> dict[str, object]:
@@ -82,13 +74,14 @@ class TableSource(Source):
         """Read both tables."""
         self.files()
         events = self._select(self.interactions, INTERACTION_FIELDS, self.interaction_columns, "interaction_columns")
-        events["user_id"] = _identifiers(self.interactions, events, "user_id")
-        events["item_id"] = _identifiers(self.interactions, events, "item_id")
-        events["timestamp"] = _seconds(self.interactions, events["timestamp"])
+        events["user_id"] = to_identifiers(self.interactions, events, "user_id")
+        events["item_id"] = to_identifiers(self.interactions, events, "item_id")
+        events["timestamp"] = to_seconds(self.interactions, events["timestamp"])
         if "rating" in events:
-            events["rating"] = _ratings(self.interactions, events["rating"])
+            events["rating"] = to_ratings(self.interactions, events["rating"])
         items, notes = self._load_items()
         self._check_numbers(set(events["item_id"]), set(items["item_id"]))
+        notes = (*events.attrs["notes"], *notes)
         return InteractionTables(events.reset_index(drop=True), items, notes, f"{self.interactions} and {self.items}")
 
     def _check_numbers(self, events: set[str], items: set[str]) -> None:
@@ -101,16 +94,16 @@ class TableSource(Source):
                 )
 
     def _load_items(self) -> tuple[pd.DataFrame, tuple[str, ...]]:
-        """Return the items, and notes about omitted rows."""
-        notes = []
+        """Return the items, and notes about the format of the file and about omitted rows."""
         items = self._select(self.items, ITEM_FIELDS, self.item_columns, "item_columns")
-        items["item_id"] = _identifiers(self.items, items, "item_id")
-        titles = _titles(self.items, items["title"])
+        notes = list(items.attrs["notes"])
+        items["item_id"] = to_identifiers(self.items, items, "item_id")
+        titles = to_titles(self.items, items["title"])
         if (untitled := titles.str.strip() == "").any():
             first = int(untitled.to_numpy().argmax())
             log.warning(
                 "%s: %d items have no title (first: %s, item_id %s); they and their interactions are dropped",
-                self.items, untitled.sum(), _where(items, first), items["item_id"].iloc[first],
+                self.items, untitled.sum(), place_of(items, first), items["item_id"].iloc[first],
             )  # fmt: skip
         items["title"] = titles
         if repeated := int(items.duplicated("item_id").sum()):
@@ -121,7 +114,7 @@ class TableSource(Source):
                 notes.append(conflict)
                 log.warning("%s", conflict)
             items = items.drop_duplicates("item_id")
-        genres = _genres(self.items, items["genres"], self.genre_delimiter) if "genres" in items else [()] * len(items)
+        genres = to_genres(self.items, items["genres"], self.genre_delimiter) if "genres" in items else [()] * len(items)
         return items_table(list(items["item_id"]), list(items["title"]), genres), tuple(notes)
 
     def _select(self, path: Place, fields: tuple[str, ...], columns: Mapping[str, str], argument: str) -> pd.DataFrame:
@@ -135,7 +128,9 @@ class TableSource(Source):
             elif field not in OPTIONAL or field in columns:
                 names = table.attrs.get("names", list(table.columns))
                 raise ValueError(f"{path}: no column {name!r} for {field}, only {names}; set its name with {argument}: {{{field}: ...}}")
-        return pd.DataFrame(selected)
+        frame = pd.DataFrame(selected)
+        frame.attrs["notes"] = tuple(table.attrs.get("notes", ()))
+        return frame
 
 
 class Tables(TableSource):
@@ -146,8 +141,8 @@ class Tables(TableSource):
     if ``kind`` of :class:`~malleable.datamodules.recommendation.splits.Split` is ``given``. The user is responsible for terms and licence.
 
     The first line of CSV and TSV contains the names of the columns, and all rows have the same number of cells. In CSV, cells that contain a
-    delimiter, a quote or a line break are quoted, and quotes in them are doubled. The encoding is UTF-8, or that of a byte-order mark (UTF-8,
-    UTF-16).
+    delimiter, a quote or a line break are quoted, and quotes in them are doubled. Delimiter and encoding are detected, see
+    :mod:`malleable.datamodules.files.sniffing`; the summary of the data states those that differ from the defaults of the format.
 
     Ids are strings and are not changed: ``007``, ``pkg-1.0`` and ``pkg-1`` are three ids. Blanks around a cell of CSV or TSV are removed. Numbers in
     JSON lines and Parquet are converted to decimal digits; see :func:`~malleable.datamodules.files.text_files.id_text`.
@@ -157,13 +152,13 @@ class Tables(TableSource):
         items: File of items.
         interaction_columns: Names of the columns by field, for columns that are not named like their field, e.g. ``{user_id: uid}``.
         item_columns: As ``interaction_columns``, for items.
-        delimiter: Delimiter between cells of a text file; default: a comma for ``.csv``, a tab for ``.tsv``.
-        encoding: Encoding of text files without a byte-order mark, e.g. ``cp1252`` or ``latin-1``; default: UTF-8.
+        delimiter: Delimiter between cells of text files. Default: detected in the first line of each file: comma, semicolon, tab or vertical bar.
+        encoding: Encoding of text files without a byte-order mark, e.g. ``cp1252`` or ``latin-1``. Default: UTF-8, or cp1252 if a file is not UTF-8.
         genre_delimiter: Delimiter between the genres in a string, e.g. ``", "`` or ``;``.
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        ValueError: If a column is missing, or if a value cannot be read; with file, line and field.
+        ValueError: If a column is missing, if a value cannot be read, or if delimiter or encoding are ambiguous; with file, line and field.
     """
 
     def __init__(
@@ -195,18 +190,49 @@ class Tables(TableSource):
         options = {"delimiter": self.delimiter, "encoding": self.encoding}
         return super().settings() | {name: value for name, value in options.items() if value}
 
+    def text_format(self) -> tuple[str | None, str | None]:
+        """Return delimiter and encoding of the interactions, given or detected, as the format of the user's other files; ``None`` for defaults."""
+        path, columns = self.interactions, self.interaction_columns
+        if file_kind(path) not in _DELIMITERS or not path.is_file():
+            return self.delimiter, self.encoding
+        encoding = self.encoding or sniff_encoding(path)
+        delimiter = self._delimiter(path, [columns.get(field, field) for field in INTERACTION_FIELDS], encoding)
+        return None if self.delimiter is None and delimiter == _DELIMITERS[file_kind(path)] else delimiter, encoding
+
     def read(self, place: Path, wanted: Iterable[str]) -> pd.DataFrame:
         """Read a file."""
         kind = file_kind(place)
-        if kind in _DELIMITERS:
-            # Cells are read as strings, because an id may have leading zeros, and a title may be "NA".
-            names, lines, columns = read_table(place, self.delimiter or _DELIMITERS[kind], self.encoding)
-            return pd.DataFrame(dict(zip(names, columns, strict=True)), index=pd.Index(lines, name="line"), dtype=object)
-        if kind in (".jsonl", ".json"):
-            return _read_json(place, self.encoding)
         if kind == ".parquet":
             return _read_parquet(place, wanted)
-        raise ValueError(f"{place}: unknown format; give .csv, .tsv, .jsonl, .json (each may end in .gz) or .parquet")
+        if kind not in (*_DELIMITERS, ".jsonl", ".json"):
+            raise ValueError(f"{place}: unknown format; give .csv, .tsv, .jsonl, .json (each may end in .gz) or .parquet")
+        encoding = self.encoding or sniff_encoding(place)
+        delimiter = self._delimiter(place, wanted, encoding) if kind in _DELIMITERS else None
+        if delimiter is None:
+            frame = _read_json(place, encoding)
+        else:
+            # Cells are read as strings, because an id may have leading zeros, and a title may be "NA".
+            names, lines, columns = read_table(place, delimiter, encoding)
+            frame = pd.DataFrame(dict(zip(names, columns, strict=True)), index=pd.Index(lines, name="line"), dtype=object)
+        frame.attrs["notes"] = self._format_notes(place, delimiter, encoding)
+        return frame
+
+    def _delimiter(self, path: Path, wanted: Iterable[str], encoding: str | None) -> str:
+        default, names = _DELIMITERS[file_kind(path)], {name.casefold() for name in wanted}
+        return self.delimiter or sniff_delimiter(path, names, None, encoding, default=default, has_header=True)
+
+    def _format_notes(self, path: Path, delimiter: str | None, encoding: str | None) -> tuple[str, ...]:
+        """Return notes about a detected format that is not the default one, and about a given encoding that seems to be wrong."""
+        detected = []
+        if delimiter is not None and self.delimiter is None and delimiter != _DELIMITERS[file_kind(path)]:
+            detected.append(f"delimiter {describe_delimiter(delimiter)}")
+        if (used := encoding_name(path, encoding)) != codecs.lookup(self.encoding or "utf-8").name.upper().removesuffix("-SIG"):
+            detected.append(f"encoding {used}")
+        notes = [f"{path.name} has {', '.join(detected)} (detected)"] if detected else []
+        if self.encoding is not None and (problem := find_mojibake(path, self.encoding)):
+            log.warning("%s", problem)
+            notes.append(problem)
+        return tuple(notes)
 
 
 def _conflict(path: Place, items: pd.DataFrame) -> str:
@@ -219,7 +245,8 @@ def _conflict(path: Place, items: pd.DataFrame) -> str:
     place = other.index[0]
     key = other["item_id"].loc[place]
     start = int((items["item_id"] == key).to_numpy().argmax())
-    one, two = (f"{items['title'].iloc[position]!r:.60} in {_where(items, position)}" for position in (start, items.index.get_loc(place)))
+    positions = (start, items.index.get_loc(place))
+    one, two = (f"{brief_repr(items['title'].iloc[position], 60)} in {place_of(items, position)}" for position in positions)
     return f"{other['item_id'].nunique():,} item_ids of {path.name} have several titles (e.g. {key}: {one} and {two}), the first title is used"
 
 
@@ -231,7 +258,7 @@ def _check_fields(name: str, columns: Mapping[str, str], fields: tuple[str, ...]
 def _read_json(path: Path, encoding: str | None) -> pd.DataFrame:
     rows = list(read_json_rows(path, encoding))
     if wrong := next((row for row in rows if not isinstance(row.value, dict)), None):
-        raise ValueError(f"{wrong.place}: expected an object with a field for each column, got {wrong.value!r:.80}")
+        raise ValueError(f"{wrong.place}: expected an object with a field for each column, got {brief_repr(wrong.value)}")
     return pd.DataFrame([row.value for row in rows], index=pd.Index([row.number for row in rows], name="line"), dtype=object)
 
 
@@ -261,95 +288,3 @@ def arrow_frame(place: Place, table: Any, names: list[str]) -> pd.DataFrame:
         ) from error
     frame.attrs["names"] = names
     return frame.set_axis(pd.RangeIndex(1, len(frame) + 1, name="row"))
-
-
-def _where(table: pd.DataFrame | pd.Series, position: int) -> str:
-    """Return the number of a line or row, with its name."""
-    return f"{table.index.name} {table.index[position]}"
-
-
-def _place(path: Place, column: pd.Series, position: int, field: str) -> str:
-    return f"{path}, {_where(column, position)}, field {field}"
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value) or value is pd.NaT or value is pd.NA
-
-
-def _titles(path: Place, column: pd.Series) -> pd.Series:
-    titles = []
-    for position, value in enumerate(column):
-        if isinstance(value, bool) or not (_missing(value) or isinstance(value, (str, numbers.Real))):
-            raise ValueError(f"{_place(path, column, position, 'title')}: a title must be a string, got {value!r:.80}")
-        titles.append("" if _missing(value) else str(value))
-    return pd.Series(titles, index=column.index, dtype=object)
-
-
-def _identifiers(path: Place, table: pd.DataFrame, field: str) -> pd.Series:
-    column = table[field]
-    if pd.api.types.is_integer_dtype(column) and not column.isna().any():
-        return column.astype(str).astype(object)
-    bits = np.finfo(getattr(column.dtype, "numpy_dtype", column.dtype)).nmant if pd.api.types.is_float_dtype(column) else 52
-    values = column.astype(object).where(np.array([not _missing(value) for value in column], dtype=bool), None)
-    # Equal ids share one text in memory.
-    ids = [
-        sys.intern(value) if type(value) is str and value.strip() else id_text(value, _place(path, column, position, field), bits)
-        for position, value in enumerate(values)
-    ]
-    return pd.Series(ids, index=column.index, dtype=object)
-
-
-def _as_numbers(column: pd.Series) -> pd.Series:
-    """Convert a column to numbers; other values, including booleans and lists of JSON, are converted to NaN."""
-    if column.dtype == object:
-        column = column.map(_number_or_text)
-    return pd.to_numeric(column, errors="coerce").astype(float)
-
-
-def _number_or_text(value: Any) -> Any:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return float("nan")
-    try:
-        return float(value)
-    except OverflowError:
-        return float("inf")
-
-
-def _check_finite(path: Place, column: pd.Series, values: pd.Series, field: str, advice: str) -> None:
-    if (wrong := ~np.isfinite(values.to_numpy(float))).any():
-        first = int(wrong.argmax())
-        raise ValueError(f"{_place(path, column, first, field)}: cannot read {column.iloc[first]!r:.80}; {advice}")
-
-
-def _ratings(path: Place, column: pd.Series) -> pd.Series:
-    values = _as_numbers(column)
-    _check_finite(path, column, values, "rating", "give a finite number, or remove the column")
-    return values
-
-
-def _seconds(path: Place, column: pd.Series) -> pd.Series:
-    values = pd.Series(float("nan"), index=column.index) if pd.api.types.is_datetime64_any_dtype(column) else _as_numbers(column)
-    if (rest := values.isna()).any():
-        dates = column[rest] if column.dtype != object else column[rest].map(lambda value: None if isinstance(value, (bool, list, dict)) else value)
-        with suppress(ValueError, OverflowError, TypeError):  # dates out of range
-            times = pd.to_datetime(dates, utc=True, format="ISO8601", errors="coerce")
-            values[rest] = (times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
-    _check_finite(path, column, values, "timestamp", "give unix seconds or ISO 8601 (2024-05-01T12:00:00)")
-    return values
-
-
-def _genres(path: Place, column: pd.Series, delimiter: str) -> list[tuple[str, ...]]:
-    genres = []
-    for position, value in enumerate(column):
-        if isinstance(value, str):
-            own = tuple(part.strip() for part in value.split(delimiter) if part.strip())
-        elif isinstance(value, (list, tuple, np.ndarray)) and all(isinstance(part, (str, numbers.Real)) for part in value):
-            own = tuple(str(part) for part in value)
-        elif _missing(value):
-            own = ()
-        else:
-            raise ValueError(f"{_place(path, column, position, 'genres')}: genres must be a list of strings, or a string, got {value!r:.80}")
-        genres.append(own)
-    return genres

@@ -4,7 +4,7 @@ import io
 import pytest
 from hostile import HOSTILE
 
-from malleable.datamodules.files.escape import for_csv, for_markdown, for_terminal
+from malleable.datamodules.files.escape import brief_repr, for_csv, for_markdown, for_terminal
 
 
 def test_markup_and_control_characters_are_escaped():
@@ -37,3 +37,11 @@ def test_formulas_are_escaped_in_csv(cell):
 @pytest.mark.parametrize("cell", ["-5", "+49", "-1.5e3", -1.0, 0, None, "5"])
 def test_numbers_are_unchanged_in_csv(cell):
     assert for_csv(cell) == cell
+
+
+def test_long_values_keep_closing_quotes_and_brackets():
+    assert brief_repr("Heat (1995)") == "'Heat (1995)'"
+    assert brief_repr("The Return of the King, extended (2003)", 24) == "'The Retur...ed (2003)'"
+    assert brief_repr(["a"] * 10) == "['a', 'a', 'a', 'a', 'a', 'a', ...]"
+    assert brief_repr({"a": "b" * 20}, 10) == "{'a': 'bb...bbb'}"
+    assert len(brief_repr([["a" * 1000] * 1000] * 1000)) < 5000

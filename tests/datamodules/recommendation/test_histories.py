@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from malleable.datamodules.recommendation.histories import ItemLookup, TextFormat, read_histories, read_users
+from malleable.datamodules.sources.recommendation.tables import Tables
 
 TITLES = ["The Lion King (1994)", "Heat (1995)", "Alien (1979)", "Alien (2003)", "1984 (1984)", "7"]
 LOOKUP = ItemLookup(TITLES, [["10"], ["11", "99"], ["12"], ["13"], ["14"], ["15"]])
@@ -220,3 +221,17 @@ def test_users_in_several_rows_are_reported(tmp_path, caplog):
     path = write(tmp_path, "u.csv", "name;user_id\nx;u1\ny;u2\nz;u1\n")
     assert read_users(path, {"u1", "u2"}) == [(0, "u1"), (1, "u2"), (2, "u1")]
     assert "1 users have several rows (first: 'u1', line 2 and line 4); each row gets a separate prediction" in caplog.text
+
+
+def test_unknown_and_removed_users_are_reported_separately(tmp_path, caplog):
+    path = write(tmp_path, "u.csv", "user_id\nu1\nu2\nw\nx\ny\nz\n")
+    assert read_users(path, {"u1"}, filtered={"u1", "u2"}) == [(0, "u1")]
+    assert "4 of 6 users are not in the data ('w' in line 4, 'x' in line 5, 'y' in line 6, ...); they get no prediction" in caplog.text
+    assert "1 of 6 users were removed by the filters of the split ('u2' in line 3); they get no prediction" in caplog.text
+
+
+def test_files_of_prediction_have_the_detected_format_of_the_source(tmp_path):
+    (tmp_path / "events.csv").write_text("user_id;item_id;timestamp\nu;a;1\n")
+    assert TextFormat.of_source(Tables(str(tmp_path / "events.csv"), "items.csv")) == TextFormat(";")
+    assert TextFormat.of_source(Tables(str(tmp_path / "events.csv"), "items.csv", delimiter=",")) == TextFormat(",")
+    assert TextFormat.of_source(object()) == TextFormat()

@@ -28,6 +28,30 @@ def test_counts_after_each_filter():
     assert found.warnings == []
 
 
+def test_each_cause_of_dropped_interactions_has_a_count_and_examples(caplog):
+    events = [("u", item, 1.6e9 + time) for time, item in enumerate(["a", "w", "x", "y", "z", "z", "f", "f", "c"])]
+    found = summary(events)
+    unknown = "5 of 9 interactions with items that are not in the items table (4 ids: 'w', 'x', 'y', ...)"
+    untitled = "2 of 9 interactions with items without a readable title (1 ids: 'f')"
+    assert found.facts["dropped"] == f"{unknown}; {untitled}"
+    assert [record.message for record in caplog.records if "interactions" in record.message] == [f"dropped {unknown}", f"dropped {untitled}"]
+    assert "dropped" not in summary(events[:1] + events[-1:]).facts
+
+
+def test_rows_without_a_rating_are_left_out_only_with_a_minimum():
+    nan = float("nan")
+    events = [("u", "a", 1.6e9, 5.0), ("u", "b", 1.6e9 + 1, nan), ("u", "c", 1.6e9 + 2, 2.0), ("u", "d", 1.6e9 + 3, 4.0), ("v", "a", 1.6e9, nan)]
+    found = summary(events, Split(min_rating=3, min_user_events=1))
+    assert found.facts["ratings"] == "2 rows without a rating left out (min_rating)"
+    assert found.facts["interactions (users)"].startswith("5 (2) read → 3 (1) with a rating → 2 (1) rated >= 3")
+    kept = summary(events)
+    assert kept.facts["ratings"] == "2 rows without a rating kept"
+    assert kept.facts["interactions (users)"] == "5 (2) read"
+    assert "ratings" not in summary(events[:1] + events[2:4]).facts
+    with pytest.raises(ValueError, match=r"none of 2 interactions has a rating >= min_rating=3: ratings are missing"):
+        summary([events[1], events[4]], Split(min_rating=3, min_user_events=1))
+
+
 def test_counts_of_merged_cleaned_and_dropped_items():
     found = summary([("u", item, 1.6e9 + time) for time, item in enumerate("abcd")], notes=("2 rows repeat an item_id",))
     assert found.facts["items"] == (
