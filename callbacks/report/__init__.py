@@ -13,5 +13,6 @@ Files:
     row_recorder.py: Storage of the rank of the true answer of each test row, for comparisons of runs.
     baselines.py: Counting baselines beside the tested module.
     comparison.py: Comparison with the model before self-play.
+    round_curves.py: Curves of validation metrics over the rounds of self-play.
     embeddings.py: Sections on knowledge-graph embeddings.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from functools import cache
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,8 @@ FAMILIES = (
     *(f"Noto Sans {script}" for script in ("Arabic", "Hebrew", "Devanagari", "Bengali", "Tamil", "Thai", "Georgian", "Armenian", "Symbols")),
     *("Noto Emoji", "Symbola", "Segoe UI Emoji", "Segoe UI Symbol", "FreeSans", "Unifont"),
 )
-MAX_ESCAPED = 2  # a label with more missing characters is replaced by the id
+MAX_MISSING = 2  # a label with more missing letters, or a label of more missing symbols only, is replaced by the id
+MISSING = "\u25a1"  # white square, which marks a missing letter
 
 
 @cache
@@ -32,23 +34,41 @@ def installed_families() -> tuple[str, ...]:
 
 
 def drawable(title: str, key: str = "") -> str:
-    r"""Convert a title to a label that can be drawn with the installed fonts.
+    """Convert a title to a label that can be drawn with the installed fonts.
 
-    One or two missing characters are replaced by escapes such as ``\u65e5``. If more characters are missing, the id of the item replaces the title.
+    Characters that no font has are replaced by compatible ones, e.g. full-width letters by plain ones. Otherwise, symbols such as emoji are omitted,
+    and one or two letters are replaced by white squares. If more letters are missing, the id of the item replaces the title. A title of symbols only
+    is replaced by their Unicode names in brackets.
 
     Args:
         title: The title.
         key: Id of the item; empty if it has none.
     """
-    missing = [character for character in title if not _is_drawable(character)]
-    if not missing:
+    if all(map(_is_drawable, title)):
         return title
     _log_missing()
-    return _escaped(f"id {key}" if len(missing) > MAX_ESCAPED and key else title)
+    parts = [character if _is_drawable(character) else _replacement(character) for character in title]
+    label = " ".join("".join(parts).split())
+    if any(character.isalnum() for character in label) and parts.count(MISSING) <= MAX_MISSING:
+        return label
+    names = [unicodedata.name(character, "").lower() for character in title if _is_symbol(character) and not _is_drawable(character)]
+    if MISSING not in parts and len(names := list(filter(None, names))) in range(1, MAX_MISSING + 1):
+        return " ".join(f"[{name}]" for name in names)
+    if key and key != title:
+        return drawable(f"id {key}")
+    return label or MISSING
 
 
-def _escaped(text: str) -> str:
-    return "".join(character if _is_drawable(character) else character.encode("unicode_escape").decode() for character in text)
+def _replacement(character: str) -> str:
+    """Return drawable characters instead of a missing one: compatible characters, nothing for a symbol, or a white square for a letter."""
+    compatible = unicodedata.normalize("NFKC", character)
+    if compatible != character and all(map(_is_drawable, compatible)):
+        return compatible
+    return MISSING if unicodedata.category(character)[0] in "LN" else ""
+
+
+def _is_symbol(character: str) -> bool:
+    return unicodedata.category(character)[0] in "SP"
 
 
 def _is_drawable(character: str) -> bool:
@@ -66,5 +86,6 @@ def _characters() -> frozenset[int]:
 @cache  # logs once
 def _log_missing() -> None:
     log.info(
-        "no installed font has some characters of the titles, so figures show ids or escapes; install fonts such as Noto Sans CJK and Noto Emoji"
+        "no installed font has some characters of the titles, so figures omit symbols, and show white squares or ids instead of letters; install "
+        "fonts such as Noto Sans CJK and Noto Emoji"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 
 HIGHER, LOWER, NEITHER = "↑", "↓", ""
 
@@ -54,6 +54,12 @@ NOTES: dict[str, tuple[str, str]] = {
     "drift": (LOWER, "mean squared change of the outputs of the edited layers on unrelated text"),
 }
 
+# Metrics that are computed from totals over all rows. They are not means of values of single rows.
+TOTALS = {
+    *("div_ratio", "or_ratio", "coverage", "gini", "entropy", "valid_ratio", "mgu", "dgu", "pop_mgu", "pop_dgu", "arp", "arp_ratio", "aplt", "score"),
+}
+Inputs = Mapping[str, Mapping[str, str]]
+
 
 def arrow(metric: str) -> str:
     """Return ``↑`` if higher values are better, ``↓`` if lower values are better, and an empty string if neither holds or the metric is unknown."""
@@ -83,6 +89,25 @@ def definitions(metrics: Iterable[str]) -> list[list[str]]:
     names = dict.fromkeys((f"{_name(metric)}{'@k' if _name(metric) != metric else ''}", _name(metric)) for metric in metrics)
     directions = {HIGHER: "higher is better", LOWER: "lower is better", NEITHER: ""}
     return [[shown, directions[NOTES[name][0]], NOTES[name][1]] for shown, name in names if name in NOTES]
+
+
+def differing_inputs(metric: str, first: Inputs, second: Inputs, ignored: Container[str] = ()) -> str:
+    """Return a text with the inputs of a metric that differ between two evaluations; empty if they are equal or if the metric has none.
+
+    Args:
+        metric: Name of the metric, such as ``mgu_10``.
+        first: Inputs of the metrics of one evaluation, see :meth:`~malleable.lightning_modules.metrics.exposure.ExposureMetrics.inputs`.
+        second: Inputs of the other evaluation.
+        ignored: Kinds of inputs that are not compared.
+    """
+    one, two = (inputs.get(_name(metric), {}) for inputs in (first, second))
+    kinds = [kind for kind in dict.fromkeys((*one, *two)) if kind not in ignored and one.get(kind) != two.get(kind)]
+    return ", ".join(f"{kind} {one.get(kind, 'unknown')} and {two.get(kind, 'unknown')}" for kind in kinds)
+
+
+def is_total(metric: str) -> bool:
+    """Return whether a metric is computed from totals over all rows."""
+    return _name(metric) in TOTALS
 
 
 def _name(metric: str) -> str:

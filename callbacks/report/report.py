@@ -56,8 +56,8 @@ class RunReport(Callback):
 
     Metrics of the models for comparison are sent to the loggers once, after the test.
 
-    If the module ranks answers, ``test_rows.safetensors`` contains ``sample_id``, ``target`` and ``rank`` of each test row. ``malleable compare``
-    reads this file.
+    If the module ranks answers, ``test_rows.safetensors`` contains ``sample_id``, ``target`` and ``rank`` of each test row, and in its metadata
+    checksums of the test conditions and of the inputs of metrics, such as genres. ``malleable compare`` reads this file.
 
     Args:
         dirpath: Folder of the report; default: ``report`` in the run folder.
@@ -155,7 +155,8 @@ class RunReport(Callback):
         self.rows.finish(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the test metrics, the number of rows and the checkpoint."""
+        """Record the test metrics and their inputs, the number of rows and the checkpoint."""
+        self.rows.read_inputs(pl_module)
         self.metrics.update(_to_floats(trainer.callback_metrics))
         if self.rows.number:
             self.facts["test rows"] = f"{self.rows.number:,}"

@@ -8,23 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from malleable.callbacks.reference import phased_loader, reference_logps
-from malleable.callbacks.report import comparison
+from malleable.callbacks.report.comparison import SelfPlayComparison, evaluate_recommender
 from malleable.callbacks.report.logged import newly_logged
 from malleable.callbacks.report.page import Column, Section
+from malleable.callbacks.report.round_curves import validation_errors
 from malleable.callbacks.restart import finish_epoch
 from malleable.callbacks.run_files import find_copies, run_folder
 from malleable.callbacks.self_play.limits import check_limits, check_rounds
 from malleable.callbacks.self_play.phases import Phase, PhaseSettings, SelfPlayState, plan_phases, reset_moments
 from malleable.callbacks.self_play.round_file import RoundFile, draw_positions
 from malleable.callbacks.self_play.round_negatives import choose_negatives, compare_decoding
-from malleable.datamodules.batch import Catalog, Recommendations
 from malleable.datamodules.loading import PhasedLoader, RowView, row_tokens, sample_ids
 from malleable.datamodules.negative_samplers import NegativeSampler, SelfPlay
 from malleable.lightning_modules.functional.schedule import warmup_decay
@@ -109,11 +107,7 @@ class SelfPlayLoop(Callback):
         self._pad_token_id = 0
         self._folder = Path()
         self._copies: Callable[[str], list[Path]] = lambda name: [Path(name)]
-        self._counts: Tensor | None = None
-        self._test_rows: Tensor | None = None
-        self._difference = ""
-        self._titles: tuple[str, ...] = ()
-        self._keys: tuple[str, ...] = ()
+        self._comparison = SelfPlayComparison()
         self._earlier: dict[str, Any] = {}
         if not self.phases:
             raise ValueError("the loop has no epochs: set epochs of the warm-up, or at least one round")
@@ -203,9 +197,10 @@ class SelfPlayLoop(Callback):
             self._update_figures(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record that the model at the end of the epoch is validated."""
+        """Record that the model at the end of the epoch is validated, and the standard errors of its metrics."""
         if trainer.is_last_batch and not trainer.sanity_checking:
             self.state.validated = trainer.current_epoch
+            self.state.figures |= validation_errors(pl_module)
 
     def _update_figures(self, trainer: Trainer) -> None:
         self.state.figures |= {key: float(value) for key, value in newly_logged(trainer.callback_metrics, self._earlier).items()}
@@ -353,41 +348,33 @@ class SelfPlayLoop(Callback):
             file.write(path)
 
     def _evaluate_supervised(self, trainer: Trainer, module: LanguageModel) -> None:
-        """Evaluate the model after the warm-up, for the column "supervised only" of the report."""
+        """Evaluate the model after the warm-up, for the column "supervised only" of the report; without rounds, it is the tested model."""
         datamodule = getattr(trainer, "datamodule", None)
-        if self.compare_on == "none" or datamodule is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        skipped = self.compare_on == "none" or not any(phase.round for phase in self.phases)
+        if skipped or datamodule is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         rank_zero_info(f"evaluating the supervised model on the {self.compare_on} split")
         loader = getattr(datamodule, f"{self.compare_on}_dataloader")()
-        self.state.before = comparison.evaluate_recommender(trainer, module, loader)
+        self.state.before = evaluate_recommender(trainer, module, loader)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reset the counts on all ranks, including those without test rows."""
+        """Start to count the recommendations of the tested model."""
         if self.state.before:
-            self._counts = torch.zeros(len(cast("LanguageModel", pl_module).catalog or ()), dtype=torch.long, device=pl_module.device)
-            self._test_rows = torch.zeros(2, dtype=torch.long, device=pl_module.device)
+            self._comparison.start(cast("LanguageModel", pl_module))
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Count the recommendations of the tested model."""
-        if isinstance(outputs, Recommendations) and self._counts is not None and self._test_rows is not None:
-            self._counts = self._counts + comparison.recommendation_counts(outputs.item_ids, batch.sample_id, len(self._counts))
-            self._test_rows = self._test_rows + comparison.hash_batch(batch)
+        self._comparison.count(outputs, batch)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sum the counts over all ranks, and compare the protocol with that of the model after the warm-up."""
-        if self._counts is not None and self._test_rows is not None:
-            module = cast("LanguageModel", pl_module)
-            catalog = cast("Catalog", module.catalog)
-            self._titles, self._keys = catalog.titles, catalog.keys
-            self._counts, rows = (trainer.strategy.reduce(total, reduce_op="sum").cpu() for total in (self._counts, self._test_rows))
-            self._difference = comparison.protocol_difference(self.state.before.get("protocol"), comparison.evaluation_protocol(module, rows))
+        """Compare the evaluation protocol with that of the model after the warm-up."""
+        self._comparison.finish(trainer, cast("LanguageModel", pl_module), self.state.before)
 
     def report_columns(self) -> list[Column]:
-        """Return the metrics of the model after the warm-up, if its protocol is the same as that of the test."""
-        shown = self.state.before and self.compare_on == "test" and not self._difference
-        return [Column("supervised only", "before", self.state.before["figures"])] if shown else []
+        """Return the metrics of the model after the warm-up that can be compared with those of the test."""
+        return self._comparison.columns(self.state.history, self.state.before) if self.compare_on == "test" else []
 
     def report_phases(self) -> list[tuple[int, str]]:
         """Return the first optimizer step of each phase, and whether the phase is supervised or uses preferences."""
@@ -395,4 +382,4 @@ class SelfPlayLoop(Callback):
 
     def report_sections(self) -> list[Section]:
         """Return sections with statistics and curves of the rounds, and the recommendations before and after self-play."""
-        return comparison.self_play_sections(self.state.history, self.state.before, self._counts, self._titles, self._difference, self._keys)
+        return self._comparison.sections(self.state.history, self.state.before)

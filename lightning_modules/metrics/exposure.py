@@ -8,6 +8,7 @@ Shapes: B rows, K recommended items, L history items, N items of the catalogue, 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -91,6 +92,7 @@ class ExposureMetrics(Metric):
         self.add_state("history_counts", torch.zeros(num_items, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
         self._computed_counts: Tensor | None = None
+        self._computed_histories: Tensor | None = None
 
     def update(self, recommended: Tensor, history: Tensor, sample_id: Tensor) -> None:
         """Add rows.
@@ -110,7 +112,7 @@ class ExposureMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics over all rows of all processes; ``nan`` where all counts are 0."""
         counts, history = self.slot_counts.cpu(), self.history_counts.cpu().double()
-        self._computed_counts = counts.clone()
+        self._computed_counts, self._computed_histories = counts.clone(), history
         result: dict[str, Tensor] = {}
         for k, row in zip(self.ks, counts.double(), strict=True):
             values = self._concentration(row, self.rows.cpu().double() * k)
@@ -135,6 +137,27 @@ class ExposureMetrics(Metric):
             raise ValueError(f"k must be one of the cut-offs {self.ks}, got {k}")
         return self._computed_counts[self.ks.index(k)]
 
+    def inputs(self) -> dict[str, dict[str, str]]:
+        """Return what metrics are computed with besides the recommended items. Values with different inputs must not be compared.
+
+        Returns:
+            By name of a metric without cut-off: kind of each input, such as ``genres``, and its size and digest. ``histories`` are included after
+            :meth:`compute`. Metrics that depend on the recommended items only are omitted.
+        """
+        found: dict[str, dict[str, str]] = {}
+        for prefix, weights in self.groups.items():
+            text = f"{weights.shape[1]} ({_digest(weights)})"
+            found |= {f"{prefix}{name}": {"popularity groups" if prefix else "genres": text} for name in ("mgu", "dgu")}
+        if self.popularity is not None:
+            text = f"of {int(self.popularity.sum())} training interactions ({_digest(self.popularity)})"
+            found |= {name: {"popularity": text} for name in ("arp", "arp_ratio")}
+            found["aplt"] = {"tail items": f"{int(self.tail_mask.sum())} ({_digest(self.tail_mask)})"}
+        if self._computed_histories is not None:
+            text = f"with {int(self._computed_histories.sum())} items ({_digest(self._computed_histories)})"
+            for name in found.keys() - {"arp", "aplt"}:
+                found[name]["histories"] = text
+        return found
+
     def _histogram(self, items: Tensor, name: str) -> Tensor:
         counts = torch.bincount(items[items >= 0], minlength=self.num_items)
         if len(counts) > self.num_items:
@@ -154,6 +177,10 @@ class ExposureMetrics(Metric):
             "entropy": -torch.xlogy(shares, shares).sum(),
             "valid_ratio": counts.sum() / slots,
         }
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()[:8]
 
 
 def gini(counts: Tensor) -> Tensor:

@@ -160,6 +160,7 @@ class RankingMetrics(Metric):
         self.ks = check_ks(ks)
         self.add_state("rank_counts", torch.zeros(self.ks[-1], dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
+        self._computed_ranks: tuple[Tensor, Tensor] | None = None
 
     def update(self, recommended: Tensor, target: Tensor, sample_id: Tensor) -> None:
         """Add rows.
@@ -181,11 +182,25 @@ class RankingMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics over all rows of all processes; ``nan`` without rows."""
-        counts = self.rank_counts.cpu().double()
-        ranks = torch.arange(1, len(counts) + 1).double()
-        weights = {"hr": torch.ones_like(ranks), "ndcg": 1 / torch.log2(ranks + 1), "mrr": 1 / ranks}
-        rows = self.rows.cpu().double()
+        counts, rows = self._computed_ranks = self.rank_counts.cpu().double(), self.rows.cpu().double()
+        weights = _rank_weights(counts)
         return {f"{name}_{k}": ((weight * counts)[:k].sum() / rows).float().to(self.device) for k in self.ks for name, weight in weights.items()}
+
+    def standard_errors(self) -> dict[str, float]:
+        """Return the standard errors of the metrics over all rows of all processes, at the last call of :meth:`compute`; ``nan`` without rows.
+
+        Raises:
+            RuntimeError: If :meth:`compute` has not been called.
+        """
+        if self._computed_ranks is None:
+            raise RuntimeError("standard_errors is available after compute(); call compute() first, on all processes")
+        counts, rows = self._computed_ranks
+        errors = {}
+        for name, weight in _rank_weights(counts).items():
+            for k in self.ks:
+                mean, square = ((values * counts)[:k].sum() / rows for values in (weight, weight**2))
+                errors[f"{name}_{k}"] = float(((square - mean**2).clamp_min(0) / rows).sqrt())
+        return errors
 
 
 class ScoredRankingMetrics(Metric):
@@ -265,6 +280,12 @@ def check_width(recommended: Tensor, k: int) -> None:
     """Check that lists are not shorter than the largest cut-off; missing items would count as misses."""
     if recommended.ndim != 2 or recommended.shape[1] < k:
         raise ValueError(f"recommended must be (B, K) with K >= {k}, got {tuple(recommended.shape)}; pad it to {k} columns with -1")
+
+
+def _rank_weights(counts: Tensor) -> dict[str, Tensor]:
+    """Return the value of each rank from 1 on, by metric, for counts of ranks ``(K,)``."""
+    ranks = torch.arange(1, len(counts) + 1).double()
+    return {"hr": torch.ones_like(ranks), "ndcg": 1 / torch.log2(ranks + 1), "mrr": 1 / ranks}
 
 
 def _hits(ranks: Tensor, labels: Tensor, k: int) -> Tensor:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from malleable.callbacks.report.metric_notes import with_arrow
+from malleable.callbacks.report.metric_notes import is_total, with_arrow
 from malleable.callbacks.report.page import format_cell, markdown_table, plain_table
-from malleable.commands.reported_runs import Run, load_run, why_unpaired
-from malleable.datamodules.files.escape import for_csv, for_markdown
+from malleable.commands.reported_runs import Run, load_run, why_incomparable, why_unpaired
+from malleable.datamodules.files.escape import for_csv, for_markdown, for_terminal
 from malleable.lightning_modules.metrics.significance import paired_bootstrap, row_values
 from malleable.recipes import similar
 
@@ -56,13 +56,15 @@ class Row(NamedTuple):
 
     Attributes:
         metric: Name of the metric.
-        values: Value for each run; ``None`` if a run does not have the metric.
+        values: Value for each run; ``None`` if a run does not have the metric, or if it cannot be compared with the value of the first run.
         differences: Difference of each further run to the first run; ``None`` if the rows are not paired or the metric is not a mean over rows.
+        incomparable: Reason why the value of each further run cannot be compared with the value of the first run; empty if it can.
     """
 
     metric: str
     values: list[float | None]
     differences: list[Difference | None]
+    incomparable: list[str]
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,32 @@ class Comparison:
     reasons: Sequence[str | None]
 
     def notes(self) -> list[str]:
-        """Return notes on the choice of runs, on the intervals, and on runs that are not paired."""
+        """Return notes on the choice of runs, on intervals and metrics without intervals, and on runs and metrics that are not compared."""
         notes = [run.note for run in self.runs if run.note]
         if any(reason is None for reason in self.reasons):
             notes.append("differences to the first run: paired bootstrap over the test rows, seed 0; *: the interval excludes 0")
-        return notes + [f"{heading}: {reason}" for heading, reason in zip(self.headings[1:], self.reasons, strict=True) if reason is not None]
+            notes += self._notes_on_intervals()
+        notes += [f"{heading}: {reason}" for heading, reason in zip(self.headings[1:], self.reasons, strict=True) if reason is not None]
+        for number, heading in enumerate(self.headings[1:]):
+            metrics: dict[str, list[str]] = {}
+            for row in self.rows:
+                metrics.setdefault(row.incomparable[number], []).append(row.metric)
+            notes += [f"{heading}: {', '.join(names)} not comparable, {reason}" for reason, names in metrics.items() if reason]
+        return notes
+
+    def _notes_on_intervals(self) -> list[str]:
+        """Return notes on the metrics of paired runs that have no interval."""
+        paired = [number for number, reason in enumerate(self.reasons) if reason is None]
+        without = [
+            row.metric
+            for row in self.rows
+            if row.values[0] is not None and any(row.differences[number] is None and row.values[number + 1] is not None for number in paired)
+        ]
+        causes = {
+            "computed from totals over all rows, not a mean over rows": [name for name in without if is_total(name)],
+            "the values of single rows are not stored": [name for name in without if not is_total(name)],
+        }
+        return [f"no interval for {', '.join(names)}: {cause}" for cause, names in causes.items() if names]
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Return the header and the rows of a table."""
@@ -96,8 +119,8 @@ class Comparison:
         rows = []
         for row in self.rows:
             cells = [with_arrow(row.metric), format_cell(row.values[0])]
-            for value, difference in zip(row.values[1:], row.differences, strict=True):
-                cells += [format_cell(value), "" if difference is None else str(difference)]
+            for value, difference, incomparable in zip(row.values[1:], row.differences, row.incomparable, strict=True):
+                cells += ["not comparable" if incomparable else format_cell(value), "" if difference is None else str(difference)]
             rows.append(cells)
         return header, rows
 
@@ -161,17 +184,17 @@ def compare(runs: Sequence[Run], every: bool = False) -> Comparison:
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     shown = [name for name in names if every or _is_main(name)] or names
     reasons = [why_unpaired(first, other) for other in others]
-    rows = [
-        Row(
-            name,
-            [run.metrics.get(name) for run in runs],
-            [difference(name, first, other) if reason is None else None for other, reason in zip(others, reasons, strict=True)],
-        )
-        for name in shown
-    ]
+    rows = [_row(name, first, others, reasons) for name in shown]
     several = len({run.model for run in runs}) > 1
     headings = [f"{run.model} {run.name}" if several and run.model else run.name for run in runs]
     return Comparison(runs, headings, rows, reasons)
+
+
+def _row(name: str, first: Run, others: Sequence[Run], reasons: Sequence[str | None]) -> Row:
+    incomparable = [why_incomparable(name, first, other) for other in others]
+    values = [None if problem else other.metrics.get(name) for other, problem in zip(others, incomparable, strict=True)]
+    differences = [difference(name, first, other) if reason is None else None for other, reason in zip(others, reasons, strict=True)]
+    return Row(name, [first.metrics.get(name), *values], differences, incomparable)
 
 
 def difference(metric: str, first: Run, other: Run) -> Difference | None:
@@ -197,7 +220,7 @@ def render(found: Comparison, style: Format = "table") -> str:
     header, rows = found.cells()
     if style == "markdown":
         return "\n".join([markdown_table(header, rows), "", *(f"- {for_markdown(note)}" for note in found.notes())]) + "\n"
-    return "\n".join([plain_table(header, rows), "", *found.notes()]) + "\n"
+    return "\n".join([plain_table(header, rows), "", *map(for_terminal, found.notes())]) + "\n"
 
 
 def _csv(found: Comparison) -> str:
@@ -221,7 +244,13 @@ def _json(found: Comparison) -> str:
         for heading, run, reason in zip(found.headings, found.runs, [None, *found.reasons], strict=True)
     ]
     metrics = [
-        {"metric": row.metric, "values": row.values, "differences": [None, *(own and own._asdict() for own in row.differences)]} for row in found.rows
+        {
+            "metric": row.metric,
+            "values": row.values,
+            "differences": [None, *(own and own._asdict() for own in row.differences)],
+            "not_comparable": [None, *(problem or None for problem in row.incomparable)],
+        }
+        for row in found.rows
     ]
     return json.dumps({"runs": runs, "metrics": metrics}, indent=2) + "\n"
 

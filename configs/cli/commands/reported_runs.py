@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from malleable.datamodules.files.text_files import read_json
+from malleable.callbacks.report.metric_notes import differing_inputs
+from malleable.datamodules.files.text_files import parse_json, read_json
 from malleable.datamodules.files.user_files import reading
 from malleable.datamodules.files.yaml_files import read_yaml
 
 METRICS_FILE = "metrics.json"
 # Copies of the constants in malleable.callbacks.report.row_recorder, which imports torch.
 ROWS_FILE = "test_rows.safetensors"
-DIGEST = "digest"
+CONDITIONS = "conditions"
+INPUTS = "inputs"
 _COLUMNS = {"sample_id", "target", "rank"}
 SHOWN = 3  # maximum number of differing options in a message
 LISTED = 5  # maximum number of runs in a message
@@ -33,10 +35,12 @@ class Run:
         model: Class name of the model; empty if the run has no configuration.
         metrics: Test metrics, by name without the prefix ``test_``.
         rows: ``sample_id``, ``target`` and ``rank`` of each test row; empty if they are not stored.
-        digest: Checksum of targets, seen items, candidates and titles of the test rows; empty if it is not stored.
         protocol: Options of the model that belong to the evaluation protocol, by name.
         data: Options of the data module that affect the test rows, by dotted name. They explain differences between the rows of two runs.
         note: Text that says which run was chosen, if several runs match the given name; otherwise empty.
+        missing: Reason why ``rows`` is empty.
+        conditions: Checksums of true items, seen items, candidates and titles of the test rows, by name.
+        inputs: What metrics were computed with, such as genres, see :class:`~malleable.lightning_modules.metrics.exposure.ExposureMetrics`.
     """
 
     name: str
@@ -44,10 +48,12 @@ class Run:
     model: str
     metrics: Mapping[str, float]
     rows: Mapping[str, NDArray[Any]]
-    digest: str
     protocol: Mapping[str, Any]
     data: Mapping[str, Any]
     note: str = ""
+    missing: str = ""
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def load_run(name: str, runs: Path = Path("runs")) -> Run:
@@ -148,20 +154,27 @@ def _model_and_command(folder: Path) -> str:
 
 
 def _rows(path: Path) -> dict[str, Any]:
-    """Return the columns and the digest of a file of test rows; empty ones if the file does not exist or is incomplete."""
-    rows: dict[str, Any] = {}
-    digest = ""
-    if path.is_file():
-        from safetensors import safe_open
+    """Return the columns and the metadata of a file of test rows, or the reason why there are no rows."""
+    if not path.is_file():
+        return {"rows": {}, "missing": f"{path.as_posix()} does not exist"}
+    from safetensors import safe_open
 
-        with reading(path), safe_open(path, framework="numpy") as file:
-            rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-            digest = (file.metadata() or {}).get(DIGEST, "")
-    if not rows.keys() >= _COLUMNS or not digest:
-        return {"rows": {}, "digest": ""}
+    with reading(path), safe_open(path, framework="numpy") as file:
+        rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        metadata = file.metadata() or {}
+    if not rows.keys() >= _COLUMNS or not metadata.keys() >= {CONDITIONS, INPUTS}:
+        return {"rows": {}, "missing": f"{path.as_posix()} was written by another version"}
     if any(rows[name].ndim != 1 or len(rows[name]) != rows["rank"].size or rows[name].dtype.kind not in "iuf" for name in _COLUMNS):
         raise ValueError(f"{path} is damaged: {', '.join(sorted(_COLUMNS))} must be lists of numbers of one length; test the run again")
-    return {"rows": rows, "digest": digest} if rows["rank"].size else {"rows": {}, "digest": ""}
+    conditions, inputs = (parse_json(metadata[name], f"{path}, metadata {name}") for name in (CONDITIONS, INPUTS))
+    if not _are_texts(conditions) or not isinstance(inputs, dict) or not all(map(_are_texts, inputs.values())):
+        raise ValueError(f"{path} is damaged: its metadata {CONDITIONS} and {INPUTS} must contain texts; test the run again")
+    found = {"conditions": conditions, "inputs": inputs}
+    return {"rows": rows, **found} if rows["rank"].size else {"rows": {}, "missing": f"{path.as_posix()} has no rows", **found}
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 # Options of data modules that change neither the test rows nor the items that are ranked.
@@ -227,12 +240,47 @@ def why_unpaired(first: Run, other: Run) -> str | None:
     common = [name for name in first.protocol if name in other.protocol]
     if changed := _changed(*({f"model.{name}": run.protocol[name] for name in common} for run in (first, other))):
         return f"it was tested with another protocol ({changed})"
-    if not first.rows or not other.rows:
-        return "the ranks of the test rows are not stored for this run or for the first run; test the run again with the callback RunReport"
-    if first.digest != other.digest or any(not np.array_equal(first.rows[name], other.rows[name]) for name in ("sample_id", "target")):
+    for run, whose in ((other, "this run"), (first, "the first run")):
+        if not run.rows:
+            return f"the ranks of the test rows of {whose} are not stored ({run.missing}); test it again with the callback RunReport"
+    if found := _row_differences(first, other):
         changed = _changed(first.data, other.data)
-        return f"it was tested with other rows, candidates, seen items or titles{f' ({changed})' if changed else ''}"
+        return f"it was tested with {', '.join(found)}{f' ({changed})' if changed else ''}"
     return None
+
+
+def _row_differences(first: Run, other: Run) -> list[str]:
+    """Return what differs between the test rows of two runs."""
+    one, two = first.conditions, other.conditions
+    found = []
+    if one.get("titles") != two.get("titles"):
+        found.append(f"other titles: {two.get('titles', 'none')} instead of {one.get('titles', 'none')}")
+    if not _same_rows(first, other):
+        ids, others = first.rows["sample_id"], other.rows["sample_id"]
+        absent = int((~np.isin(others, ids)).sum())
+        found.append(f"other rows: {len(others):,} instead of {len(ids):,}, of which {absent:,} are not in the first run")
+    elif not found:
+        # With other titles or rows, these differ anyway.
+        names = [name for name in dict.fromkeys((*one, *two)) if one.get(name) != two.get(name)]
+        if "true items" not in names and not np.array_equal(first.rows["target"], other.rows["target"]):
+            names.insert(0, "true items")
+        found += [f"other {name}" for name in names]
+    return found
+
+
+def _same_rows(first: Run, other: Run) -> bool:
+    return bool(first.rows) and bool(other.rows) and np.array_equal(first.rows["sample_id"], other.rows["sample_id"])
+
+
+def why_incomparable(metric: str, first: Run, other: Run) -> str:
+    """Return the reason why the values of a metric in two runs cannot be compared, such as other genres; empty if they can.
+
+    Histories are compared only if the rows are the same. All metrics depend on the rows, and :func:`why_unpaired` compares them.
+    """
+    if metric not in first.metrics or metric not in other.metrics:
+        return ""
+    found = differing_inputs(metric, first.inputs, other.inputs, () if _same_rows(first, other) else ("histories",))
+    return found and f"computed with other inputs ({found})"
 
 
 def _changed(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:

@@ -11,8 +11,9 @@ from tiny_data import TinyData, quiet_trainer
 from tiny_module import ready
 from torch.utils.data import DataLoader
 
-from malleable.callbacks.report.comparison import evaluate_recommender, recommendation_counts, round_curves, self_play_sections
+from malleable.callbacks.report.comparison import SelfPlayComparison, evaluate_recommender, recommendation_counts, self_play_sections
 from malleable.callbacks.report.page import markdown
+from malleable.callbacks.report.round_curves import draw_rounds, round_curves, validation_errors
 
 HISTORY = [
     {"phase": "warmup", "round": 0, "val_hr_10": 0.1, "val_loss": 3.0},
@@ -74,10 +75,37 @@ def test_counts_are_summed_over_ranks(tmp_path):
 
 def test_curves_have_a_point_for_each_validated_phase():
     """A metric that was measured once is no curve, and what is no curve's metric is left out."""
-    assert round_curves(HISTORY) == {"hr_10": ([0, 0.5, 1, 2], [0.1, 0.15, 0.2, 0.3]), "or_ratio_10": ([1, 2], [0.4, 0.3])}
+    assert round_curves(HISTORY) == {"hr_10": ([0, 0.5, 1, 2], [0.1, 0.15, 0.2, 0.3], []), "or_ratio_10": ([1, 2], [0.4, 0.3], [])}
     assert round_curves(HISTORY[:1]) == {}
     alone = [entry for entry in HISTORY if entry["phase"] in ("warmup", "sft")]
-    assert round_curves(alone) == {"hr_10": ([0, 1], [0.1, 0.15])}
+    assert round_curves(alone) == {"hr_10": ([0, 1], [0.1, 0.15], [])}
+
+
+def test_curves_have_intervals_or_axes_that_begin_at_zero():
+    history = [
+        {"phase": "sft", "round": number, "val_hr_10": value, "val_hr_10_error": 0.02, "val_mgu_10": value}
+        for number, value in enumerate((0.160, 0.161))
+    ]
+    curves = round_curves(history)
+    assert curves["hr_10"].half_widths == pytest.approx([0.0392, 0.0392])
+    figure = Figure()
+    draw_rounds(figure, curves)
+    with_intervals, without = figure.axes
+    low, high = with_intervals.get_ylim()
+    assert low < 0.160 - 0.039
+    assert high > 0.161 + 0.039
+    assert without.get_ylim() == pytest.approx((0, 1.15 * 0.161))
+    draw_rounds(Figure(), round_curves([entry | {"val_mgu_10": float("nan")} for entry in history]))
+
+
+def test_errors_of_a_validation_are_those_of_its_rows(tmp_path):
+    module = ready()
+    quiet_trainer(tmp_path).validate(module, TinyData(), verbose=False)
+    errors = validation_errors(module)
+    metric = module.metrics("val")["ranking"]
+    assert set(errors) == {f"val_{name}_{k}_error" for name in ("hr", "ndcg", "mrr") for k in metric.ks}
+    assert all(0 <= error < 0.5 for error in errors.values())
+    assert validation_errors(torch.nn.Linear(1, 1)) == {}
 
 
 def test_sections_of_a_whole_run():
@@ -117,3 +145,35 @@ def test_sections_of_incomplete_runs():
     assert self_play_sections([], {}, None, TITLES) == []
     assert self_play_sections(HISTORY[:1], {"counts": torch.ones(8)}, None, TITLES) == []
     assert [section.title for section in self_play_sections(HISTORY[1:2], {}, torch.ones(8), TITLES)] == ["Rejected answers"]
+
+
+PLAYED = [{"phase": "dpo", "round": 1}]
+
+
+def compared(before, inputs, difference=""):
+    found = SelfPlayComparison()
+    found.counts, found.titles, found.inputs, found.difference = torch.ones(8), TITLES, inputs, difference
+    return found.columns(PLAYED, before), [section.title for section in found.sections(PLAYED, before)], found
+
+
+def test_metrics_of_other_genres_are_not_compared():
+    genres = {"mgu": {"genres": "3 (aa)"}, "arp": {"popularity": "of 9 training interactions (bb)"}}
+    before = {"counts": torch.ones(8), "figures": {"hr_10": 0.5, "mgu_10": 0.1, "arp_10": 3.0}, "inputs": genres}
+    (column,), titles, _ = compared(before, genres)
+    assert column.values == before["figures"]
+    assert titles == ["Exposure", "Most recommended titles"]
+    (column,), titles, found = compared(before, genres | {"mgu": {"genres": "4 (cc)"}})
+    assert column.values == {"hr_10": 0.5, "arp_10": 3.0}
+    assert titles == ["Exposure", "Most recommended titles", "Supervised model"]
+    assert "mgu_10 of the model before self-play are not shown, because they were computed with other inputs: genres 3 (aa) and 4 (cc)." in (
+        found.sections(PLAYED, before)[-1].text
+    )
+    assert compared(before, genres, "decoding: x before, y in this test")[:2] == ([], ["Supervised model"])
+
+
+def test_without_rounds_nothing_is_compared():
+    before = {"counts": torch.ones(8), "figures": {"hr_10": 0.5}, "inputs": {}}
+    _, _, found = compared(before, {})
+    for history in (HISTORY[:1], []):
+        assert found.columns(history, before) == []
+        assert found.sections(history, before) == []

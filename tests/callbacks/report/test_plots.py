@@ -148,13 +148,24 @@ def test_characters_that_no_font_has_are_replaced(monkeypatch, caplog):
     with caplog.at_level("INFO"):
         assert fonts.drawable("Café", "7") == "Café"
         assert not caplog.records
-        assert fonts.drawable("Tea \U0001f375", "7") == "Tea \\U0001f375"
+        assert fonts.drawable("Tea \U0001f375 (2 g)", "7") == "Tea (2 g)"
+        assert fonts.drawable("I \u2764\ufe0f Tea", "7") == "I Tea"
+        assert fonts.drawable("\U0001f381", "7") == "[wrapped present]"
+        assert fonts.drawable("\U0001f381" * 3, "7") == "id 7"
+        assert fonts.drawable("\uff34ea \u2116 1", "7") == "Tea No 1"
+        assert fonts.drawable("\u8336 Tea", "7") == "\u25a1 Tea"
         assert fonts.drawable("日本の茶", "7") == "id 7"
-        assert fonts.drawable("日本の茶") == "\\u65e5\\u672c\\u306e\\u8336"
+        assert fonts.drawable("日本の茶") == "\u25a1" * 4
     assert [record.levelname for record in caplog.records] == ["INFO"]
     place = axes()
     draw_exposure(place, {"recommended": [2, 1]}, ["日本の茶", "Tea"], keys=["P-1", "P-2"])
     assert [label.get_text() for label in place.get_yticklabels()] == ["id P-1", "Tea"]
+
+
+def test_titles_are_not_changed_if_a_font_has_their_characters(monkeypatch):
+    monkeypatch.setattr(fonts, "_characters", lambda: frozenset(map(ord, "日本の茶 \U0001f381Tea")))
+    for title in ("日本の茶", "Tea \U0001f381"):
+        assert fonts.drawable(title, "7") == title
 
 
 def test_default_font_comes_first():

@@ -1,14 +1,16 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import tiny_catalog
 from tiny_data import TinyData, quiet_trainer
 from tiny_graph import TinyGraphData
 
 from malleable.callbacks.report.report import RunReport
-from malleable.callbacks.report.row_recorder import ROWS_FILE
+from malleable.callbacks.report.row_recorder import CONDITIONS, INPUTS, ROWS_FILE
 from malleable.lightning_modules.graphs.point_embeddings import DistMult
 from malleable.lightning_modules.metrics.row_ranks import RowRanks
 from malleable.lightning_modules.metrics.significance import row_values
@@ -30,6 +32,26 @@ def test_the_ranks_of_a_test_give_its_metrics(tmp_path):
     assert "| hr_10 ↑ |" in page
     assert f"| test rows | {len(data.test_dataset)} |" in page
     assert "## Definitions of the metrics" in page
+
+
+def metadata(tmp_path, catalog, **options):
+    trainer = quiet_trainer(tmp_path, callbacks=[RunReport()], enable_checkpointing=False)
+    trainer.test(ItemKNN(catalog, **options), TinyData(eval_batch_size=4), verbose=False)
+    with safe_open(tmp_path / "run" / "report" / ROWS_FILE, framework="pt") as file:
+        return [json.loads(file.metadata()[name]) for name in (CONDITIONS, INPUTS)]
+
+
+def test_conditions_and_inputs_of_metrics_are_stored(tmp_path):
+    catalog = tiny_catalog()
+    conditions, inputs = metadata(tmp_path / "a", replace(catalog, genres=(("x",), ("y",)) * 4))
+    assert conditions.keys() == {"true items", "seen items", "candidates", "titles"}
+    assert conditions["titles"].startswith("8 titles (")
+    assert inputs["mgu"].keys() == {"genres", "histories"}
+    same, others = metadata(tmp_path / "b", replace(catalog, genres=(("x",), ("y",), ("z",), ("y",)) * 2))
+    assert same == conditions
+    assert others["mgu"]["histories"] == inputs["mgu"]["histories"]
+    assert others["mgu"]["genres"].startswith("3 (")
+    assert inputs["mgu"]["genres"].startswith("2 (")
 
 
 def test_the_ranks_of_a_graph_give_its_metrics(tmp_path):

@@ -107,8 +107,12 @@ def test_rounds_share_no_row_until_the_pool_is_used_up(tmp_path):
 
 
 def test_zero_rounds_equal_supervised_tuning(tmp_path):
-    """K = 0: bit-equal to SFT with the same rate, course and steps."""
-    looped, *_ = run(tmp_path / "loop", make_loop(rounds=0))
+    """K = 0: bit-equal to SFT with the same rate, course and steps. The report has no model before self-play."""
+    loop = make_loop(rounds=0)
+    looped, trainer, _ = run(tmp_path / "loop", loop)
+    trainer.test(looped, TinyData(), verbose=False)
+    assert loop.state.before == {}
+    assert loop.report_columns() == loop.report_sections() == []
     seed_everything(7)
     plain = SFT(language_model=tiny_config(), tuning=Tuning(lr=1e-2, warmup_steps=0))
     quiet_trainer(tmp_path / "sft", max_epochs=2).fit(plain, TinyData())

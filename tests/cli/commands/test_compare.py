@@ -12,7 +12,7 @@ import yaml
 from hostile import HOSTILE, is_inert
 from safetensors.numpy import save_file
 
-from malleable.callbacks.report.row_recorder import DIGEST, ROWS_FILE
+from malleable.callbacks.report.row_recorder import CONDITIONS, INPUTS, ROWS_FILE
 from malleable.commands import reported_runs
 from malleable.commands.compare import difference, run_compare
 from malleable.commands.reported_runs import SPLIT_DEFAULTS, load_run
@@ -23,18 +23,29 @@ from malleable.main import main
 RANKS = {"a": np.array([1, 2, 30, 4] * 10), "b": np.array([1, 1, 3, 40] * 10)}
 
 
-def write_run(folder, ranks, split=None, target=None, seed=1, grounding="trie", digest="x", command="fit", source=None):
+DATA = {"true items": "t", "seen items": "s", "candidates": "c", "titles": "40 titles (x)"}
+GENRES = {"mgu": {"genres": "3 (g)", "histories": "with 90 items (h)"}}
+
+
+def write_run(folder, ranks, split=None, target=None, seed=1, grounding="trie", command="fit", source=None, conditions=None, inputs=GENRES, first=0):
     """A run folder as a fit with its test leaves it, or a test."""
     ranks = np.where(ranks > 10, np.inf, ranks).astype(np.float32)
     report = folder / "report"
     report.mkdir(parents=True)
     values = {f"test_{name}": row_values(name, ranks).mean() for name in ("hr_5", "hr_10", "ndcg_10", "mrr_10")}
-    extra = {"test_div_ratio_10": 0.5, "test_gini_10": None, "val_hr_10": 0.1, "baseline_popularity_hr_10": 0.2}
+    extra = {
+        "test_div_ratio_10": 0.5,
+        "test_mgu_10": 0.125,
+        "test_loss": 2.5,
+        "test_gini_10": None,
+        "val_hr_10": 0.1,
+        "baseline_popularity_hr_10": 0.2,
+    }
     (report / "metrics.json").write_text(json.dumps({**values, **extra}))
     save_file(
-        {"sample_id": np.arange(len(ranks)), "target": np.arange(len(ranks)) if target is None else target, "rank": ranks},
+        {"sample_id": np.arange(first, first + len(ranks)), "target": np.arange(len(ranks)) if target is None else target, "rank": ranks},
         report / ROWS_FILE,
-        metadata={DIGEST: digest},
+        metadata={} if conditions == {} else {CONDITIONS: json.dumps({**DATA, **(conditions or {})}), INPUTS: json.dumps(inputs)},
     )
     split = None if split is None else {**SPLIT_DEFAULTS, **split}
     data = {
@@ -73,18 +84,25 @@ def test_significant_difference_is_marked(tmp_path, capsys):
     assert not lines["hr_10"].rstrip().endswith("*")
 
 
-OTHER = "it was tested with other rows, candidates, seen items or titles"
+OTHER = "it was tested with other candidates"
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"split": {"kind": "global_time"}, "digest": "y"}, f"{OTHER} (split.kind: leave_last_out and global_time)"),
-        ({"split": {"candidates": 20}, "digest": "y"}, f"{OTHER} (split.candidates: None and 20)"),
+        (
+            {"split": {"kind": "global_time"}, "first": 30, "conditions": {"candidates": "x"}},
+            "it was tested with other rows: 40 instead of 40, of which 30 are not in the first run (split.kind: leave_last_out and global_time)",
+        ),
+        ({"split": {"candidates": 20}, "conditions": {"candidates": "x"}}, f"{OTHER} (split.candidates: None and 20)"),
+        ({"conditions": {"seen items": "x", "candidates": "x"}}, "it was tested with other seen items, other candidates"),
         ({"grounding": "embedding"}, "it was tested with another protocol (model.grounding: trie and embedding)"),
-        ({"target": np.zeros(40, dtype=int)}, OTHER),
-        ({"digest": "other"}, OTHER),
-        ({"digest": ""}, "the ranks of the test rows are not stored for this run or for the first run"),
+        ({"target": np.zeros(40, dtype=int)}, "it was tested with other true items"),
+        (
+            {"conditions": {"titles": "41 titles (y)", "true items": "u"}},
+            "it was tested with other titles: 41 titles (y) instead of 40 titles (x)",
+        ),
+        ({"conditions": {}}, "the ranks of the test rows of this run are not stored ("),
     ],
 )
 def test_runs_of_other_data_or_protocols_are_marked_and_not_paired(change, reason, tmp_path, capsys):
@@ -94,6 +112,43 @@ def test_runs_of_other_data_or_protocols_are_marked_and_not_paired(change, reaso
     assert f"{names[1]}: {reason}" in text
     assert "not paired" in text
     assert "[" not in text.partition("\n\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        ({"mgu": {**GENRES["mgu"], "genres": "4 (x)"}}, "genres 3 (g) and 4 (x)"),
+        ({"mgu": {**GENRES["mgu"], "histories": "with 95 items (x)"}}, "histories with 90 items (h) and with 95 items (x)"),
+        ({}, "genres 3 (g) and unknown, histories with 90 items (h) and unknown"),
+    ],
+)
+def test_metrics_of_other_genres_are_not_compared(inputs, reason, tmp_path, capsys):
+    names = [write_run(tmp_path / name, RANKS[name], **options) for name, options in (("a", {}), ("b", {"inputs": inputs}))]
+    run_compare(names)
+    text = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in text.splitlines() if line}
+    assert lines["mgu_10"].split()[2:] == ["0.1250", "not", "comparable"]
+    assert "not comparable" not in lines["hr_10"]
+    assert f"{names[1]}: mgu_10 not comparable, computed with other inputs ({reason})" in text
+    run_compare([*names, "--format", "json"])
+    (row,) = (row for row in json.loads(capsys.readouterr().out)["metrics"] if row["metric"] == "mgu_10")
+    assert row["values"] == [0.125, None]
+    assert row["not_comparable"] == [None, f"computed with other inputs ({reason})"]
+
+
+def test_histories_of_other_rows_are_not_compared(tmp_path, capsys):
+    other = {"mgu": {**GENRES["mgu"], "histories": "with 95 items (x)"}}
+    run_compare([write_run(tmp_path / "a", RANKS["a"]), write_run(tmp_path / "b", RANKS["b"], inputs=other, first=1)])
+    assert "not comparable" not in capsys.readouterr().out
+
+
+def test_metrics_without_intervals_are_listed(tmp_path, capsys):
+    run_compare([write_run(tmp_path / name, ranks) for name, ranks in RANKS.items()])
+    text = capsys.readouterr().out
+    assert "no interval for div_ratio_10, mgu_10: computed from totals over all rows, not a mean over rows\n" in text
+    assert "no interval for loss: the values of single rows are not stored\n" in text
+    run_compare([write_run(tmp_path / "c", RANKS["a"]), write_run(tmp_path / "d", RANKS["b"], first=1)])
+    assert "no interval" not in capsys.readouterr().out
 
 
 def test_options_without_effect_on_test_rows_are_ignored(tmp_path, capsys):
@@ -154,7 +209,7 @@ def test_other_formats(tmp_path, capsys, caplog):
     names = [
         write_run(tmp_path / "a", RANKS["a"]),
         write_run(tmp_path / "b", RANKS["b"], grounding=""),
-        write_run(tmp_path / "c", RANKS["b"], digest="y"),
+        write_run(tmp_path / "c", RANKS["b"], conditions={"candidates": "x"}),
     ]
     first, second, _ = (load_run(name) for name in names)
     mean, low, high = difference("ndcg_10", first, second)
@@ -182,7 +237,7 @@ def test_values_of_other_people_are_not_interpreted(tmp_path, capsys, monkeypatc
     """Values of settings reach the notes, names of folders the headings."""
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "=1+1", RANKS["a"])
-    write_run(tmp_path / "other", RANKS["b"], source={"interactions": HOSTILE}, digest="y")
+    write_run(tmp_path / "other", RANKS["b"], source={"interactions": HOSTILE}, conditions={"candidates": "x"})
     main(["compare", "=1+1", "other", "--format", "markdown"])
     assert is_inert(capsys.readouterr().out)
     main(["compare", "=1+1", "=1+1", "--format", "csv"])
@@ -192,7 +247,7 @@ def test_values_of_other_people_are_not_interpreted(tmp_path, capsys, monkeypatc
 
 
 def test_constants_equal_those_of_the_report():
-    assert (reported_runs.ROWS_FILE, reported_runs.DIGEST) == (ROWS_FILE, DIGEST)
+    assert (reported_runs.ROWS_FILE, reported_runs.CONDITIONS, reported_runs.INPUTS) == (ROWS_FILE, CONDITIONS, INPUTS)
 
 
 def test_the_known_defaults_are_those_of_the_class():
@@ -204,7 +259,10 @@ def test_runs_without_stored_rows_are_still_listed(tmp_path, capsys):
     names = [write_run(tmp_path / name, RANKS["a"]) for name in "ab"]
     (tmp_path / "b" / "report" / "test_rows.safetensors").unlink()
     run_compare(names)
-    assert "the ranks of the test rows are not stored for this run or for the first run" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"the ranks of the test rows of this run are not stored ({tmp_path.as_posix()}/b/report/test_rows.safetensors does not exist)" in text
+    run_compare(names[::-1])
+    assert "the ranks of the test rows of the first run are not stored (" in capsys.readouterr().out
 
 
 def test_recipe_name_selects_the_latest_run(tmp_path, monkeypatch):
@@ -249,12 +307,21 @@ def test_damaged_report_error_contains_the_file(text, tmp_path):
         load_run(folder)
 
 
+METADATA = {CONDITIONS: json.dumps(DATA), INPUTS: json.dumps(GENRES)}
+
+
+@pytest.mark.parametrize("metadata", [{CONDITIONS: "{"}, {CONDITIONS: "[]"}, {INPUTS: '{"mgu": {"genres": 3}}'}, {INPUTS: '{"mgu": 3}'}], ids=str)
+def test_damaged_metadata_error_contains_the_file(metadata, tmp_path):
+    name = write_run(tmp_path / "a", np.ones(4))
+    save_file({name: np.ones(4) for name in ("sample_id", "target", "rank")}, tmp_path / "a/report" / ROWS_FILE, metadata=METADATA | metadata)
+    with pytest.raises(ValueError, match=r"test_rows\.safetensors"):
+        load_run(name)
+
+
 @pytest.mark.parametrize("rows", [{"rank": np.ones(3)}, {"target": np.ones((4, 2))}, {"sample_id": np.zeros(4, dtype=bool)}], ids=str)
 def test_damaged_rows_error_contains_the_file(rows, tmp_path):
     name = write_run(tmp_path / "a", np.ones(4))
-    save_file(
-        {"sample_id": np.arange(4), "target": np.arange(4), "rank": np.ones(4)} | rows, tmp_path / "a/report" / ROWS_FILE, metadata={DIGEST: "x"}
-    )
+    save_file({"sample_id": np.arange(4), "target": np.arange(4), "rank": np.ones(4)} | rows, tmp_path / "a/report" / ROWS_FILE, metadata=METADATA)
     with pytest.raises(ValueError, match=r"test_rows\.safetensors is damaged: rank, sample_id, target must be lists of numbers of one length"):
         load_run(name)
 

@@ -130,14 +130,14 @@ class _Compared:
     def make(folder):
         from safetensors.torch import save_file
 
-        from malleable.commands.reported_runs import DIGEST
+        from malleable.commands.reported_runs import CONDITIONS, INPUTS
 
         for name in "ab":
             report = folder / name / "report"
             report.mkdir(parents=True)
             (report / "metrics.json").write_text(json.dumps({"test_hr_10": 0.5, "test_ndcg_10": 0.25, "test_gini_10": None, "val_loss": 1.0}))
             rows = {"sample_id": torch.arange(4), "target": torch.arange(4), "rank": torch.tensor([1.0, 2.0, 4.0, float("inf")])}
-            save_file(rows, report / "test_rows.safetensors", metadata={DIGEST: "x"})
+            save_file(rows, report / "test_rows.safetensors", metadata={CONDITIONS: '{"titles": "x"}', INPUTS: "{}"})
             (report.parent / "config_fit.yaml").write_text(RECIPE)
 
     def read(folder):

@@ -154,3 +154,26 @@ def test_refusals():
         ExposureMetrics(6, ks=(1,)).update(torch.tensor([[0]]), torch.tensor([[6]]), torch.tensor([0]))
     with pytest.raises(ValueError, match=r"recommended must be \(B, K\) with K >= 10"):
         ExposureMetrics(6).update(torch.tensor([[0]]), torch.tensor([[0]]), torch.tensor([0]))
+
+
+def test_inputs_identify_genres_popularity_and_histories():
+    def inputs(history=HISTORY, computed=True, **changes):
+        metric = ExposureMetrics(6, ks=(2,), **({"genres": GENRES, "popularity": [5, 4, 3, 2, 1, 0]} | changes))
+        if computed:
+            measured(metric, history=history)
+        return metric.inputs()
+
+    own = inputs()
+    assert own == inputs()
+    assert set(own) == {"mgu", "dgu", "pop_mgu", "pop_dgu", "arp", "arp_ratio", "aplt"}
+    assert own["mgu"]["genres"].startswith("3 (")
+    assert own["mgu"].keys() == {"genres", "histories"}
+    assert own["arp"].keys() == {"popularity"}
+    assert inputs(computed=False)["mgu"].keys() == {"genres"}
+    other = inputs(genres=[("a",), *GENRES[1:-1], ("a", "c")])
+    assert {name for name in own if own[name] != other[name]} == {"mgu", "dgu"}
+    other = inputs(popularity=[5, 4, 3, 2, 0, 1])
+    assert {name for name in own if own[name] != other[name]} == {"arp", "arp_ratio", "pop_mgu", "pop_dgu"}
+    other = inputs(history=HISTORY.flip(0) * 0)
+    assert {name for name in own if own[name] != other[name]} == {"mgu", "dgu", "pop_mgu", "pop_dgu", "arp_ratio"}
+    assert inputs(genres=None, popularity=None) == {}

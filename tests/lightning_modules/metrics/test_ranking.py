@@ -18,6 +18,7 @@ from malleable.lightning_modules.metrics.ranking import (
     recall,
     reciprocal_rank,
 )
+from malleable.lightning_modules.metrics.significance import row_values
 from malleable.lightning_modules.recommendation.baselines import ItemKNN
 from malleable.lightning_modules.recommendation.sft import SFT
 
@@ -213,6 +214,21 @@ def test_states_do_not_grow_and_support_inference_mode():
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_standard_errors_are_those_of_the_values_of_rows():
+    recommended = torch.tensor([[1, 2, 3]] * 6)
+    target = torch.tensor([1, 2, 3, 9, 2, -1])
+    metric = RankingMetrics(ks=(1, 3))
+    with pytest.raises(RuntimeError, match="call compute"):
+        metric.standard_errors()
+    metric.update(recommended, target, torch.arange(6))
+    metric.compute()
+    metric.reset()
+    ranks = rank_in_list(recommended, target)
+    for name, error in metric.standard_errors().items():
+        values = torch.from_numpy(row_values(name, ranks))
+        assert error == pytest.approx(float(values.std(correction=0)) / math.sqrt(6))
+
+
 def test_metrics_without_rows_are_nan():
     assert RankingMetrics().compute()["hr_10"].isnan()
     assert ScoredRankingMetrics().compute()["map_10"].isnan()
