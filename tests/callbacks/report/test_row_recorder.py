@@ -34,9 +34,11 @@ def test_the_ranks_of_a_test_give_its_metrics(tmp_path):
     assert "## Definitions of the metrics" in page
 
 
-def metadata(tmp_path, catalog, **options):
+def metadata(tmp_path, catalog):
     trainer = quiet_trainer(tmp_path, callbacks=[RunReport()], enable_checkpointing=False)
-    trainer.test(ItemKNN(catalog, **options), TinyData(eval_batch_size=4), verbose=False)
+    data = TinyData(eval_batch_size=4)
+    data.catalog = catalog
+    trainer.test(ItemKNN(catalog), data, verbose=False)
     with safe_open(tmp_path / "run" / "report" / ROWS_FILE, framework="pt") as file:
         return [json.loads(file.metadata()[name]) for name in (CONDITIONS, INPUTS)]
 
