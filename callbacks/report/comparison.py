@@ -116,7 +116,7 @@ class SelfPlayComparison:
         titles: Titles of the items.
         keys: Ids of the items; empty if they have none.
         difference: Differences between the protocols before self-play and in the test. If it is not empty, the models are not compared.
-        inputs: What the metrics of the test were computed with, such as genres.
+        inputs: What the metrics of the test were computed with, such as genres; ``None`` without a test.
     """
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class SelfPlayComparison:
         self.titles: tuple[str, ...] = ()
         self.keys: tuple[str, ...] = ()
         self.difference = ""
-        self.inputs: dict[str, dict[str, str]] = {}
+        self.inputs: dict[str, dict[str, str]] | None = None
         self._rows: Tensor | None = None
 
     def start(self, module: LanguageModel) -> None:
@@ -183,6 +183,8 @@ class SelfPlayComparison:
 
     def _incomparable(self, before: Mapping[str, Any]) -> dict[str, str]:
         """Return the metrics that were computed with other inputs before self-play, with the differences."""
+        if self.inputs is None:
+            return {}
         found = {name: differing_inputs(name, before.get("inputs", {}), self.inputs) for name in before["figures"]}
         return {name: text for name, text in found.items() if text}
 
