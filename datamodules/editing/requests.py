@@ -169,7 +169,7 @@ def read_requests(path: Path) -> list[EditRequest]:
     for number, place, fields in read_json_rows(path):
         try:
             if not isinstance(fields, dict):
-                raise ValueError(f"expected a JSON object with prompt, subject and target, got {fields!r:.80}")
+                raise ValueError(f"expected a JSON object with prompt, subject and target, got {brief_repr(fields)}")
             requests.append(parse_request(fields, number))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error

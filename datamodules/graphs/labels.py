@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from malleable.datamodules.batch import WILDCARD, KnowledgeGraph
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.sniffing import sniff_encoding
 from malleable.datamodules.files.table_files import read_cells
 from malleable.datamodules.files.text_files import file_kind, read_json
@@ -129,7 +130,7 @@ def _text_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
 def _json_pairs(path: Path, what: str) -> Iterator[tuple[str, str]]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object that maps each entity to its {what}, got {content!r:.80}")
+        raise ValueError(f"{path}: expected a JSON object that maps each entity to its {what}, got {brief_repr(content)}")
     for label, value in content.items():
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts):

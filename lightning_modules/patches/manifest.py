@@ -83,7 +83,8 @@ def _check_contents(fields: Mapping[str, Any]) -> None:
     try:
         datetime.fromisoformat(fields["created"])
     except ValueError as error:
-        raise ValueError(f"'created' must be a time like 2026-01-31T12:00:00+00:00, got {brief_repr(fields['created'], 60)}; copy the patch again") from error
+        given = brief_repr(fields["created"], 60)
+        raise ValueError(f"'created' must be a time like 2026-01-31T12:00:00+00:00, got {given}; copy the patch again") from error
 
 
 def _finite(value: Any) -> Any:

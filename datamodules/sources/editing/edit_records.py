@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from malleable.datamodules.editing.requests import PLACEHOLDER, EditRequest, Probe, check_requests, read_requests
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.text_files import JsonRow, field_of, id_text, list_of, object_of, read_json_rows, text_of, texts_of
 from malleable.datamodules.files.user_files import check_file
 from malleable.datamodules.sources.editing.base import EditSource, EditTables
@@ -75,7 +76,7 @@ class EditRecords(EditSource):
         for number, (_, place, record) in enumerate(records):
             try:
                 if not isinstance(record, Mapping):
-                    raise ValueError(f"expected a JSON object, got {record!r:.80}")
+                    raise ValueError(f"expected a JSON object, got {brief_repr(record)}")
                 request = self.request(_strip(record), number)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}; give a file of {type(self).__name__}, or another source") from error

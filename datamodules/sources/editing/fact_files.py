@@ -101,5 +101,5 @@ def _first_objects(facts: Iterable[tuple[int, str, str]]) -> list[Triple]:
 def _json(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {content!r:.80}; give the file as its authors distribute it")
+        raise ValueError(f"{path}: expected a JSON object, got {brief_repr(content)}; give the file as its authors distribute it")
     return content

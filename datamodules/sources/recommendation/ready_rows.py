@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.text_files import read_json, read_json_rows
 from malleable.datamodules.recommendation.titles import clean_title
 
@@ -64,7 +65,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {content!r:.80}; give the file as its authors distribute it")
+        raise ValueError(f"{path}: expected a JSON object, got {brief_repr(content)}; give the file as its authors distribute it")
     return content
 
 
