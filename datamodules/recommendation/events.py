@@ -115,7 +115,7 @@ def describe_dropped(tables: InteractionTables, ids: list[int]) -> list[str]:
 def _examples(keys: pd.Series) -> str:
     """Return the number of distinct ids, and the first ones."""
     distinct = list(dict.fromkeys(keys))
-    return f"{len(distinct):,} ids: {', '.join(map(brief_repr, distinct[:SHOWN]))}{', ...' if len(distinct) > SHOWN else ''}"
+    return f"{len(distinct):,} distinct, e.g. {', '.join(map(brief_repr, distinct[:SHOWN]))}"
 
 
 def first_of_each_item(events: Events, positions: Ints) -> Ints:

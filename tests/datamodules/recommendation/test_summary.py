@@ -31,8 +31,8 @@ def test_counts_after_each_filter():
 def test_each_cause_of_dropped_interactions_has_a_count_and_examples(caplog):
     events = [("u", item, 1.6e9 + time) for time, item in enumerate(["a", "w", "x", "y", "z", "z", "f", "f", "c"])]
     found = summary(events)
-    unknown = "5 of 9 interactions with items that are not in the items table (4 ids: 'w', 'x', 'y', ...)"
-    untitled = "2 of 9 interactions with items without a readable title (1 ids: 'f')"
+    unknown = "5 of 9 interactions with items that are not in the items table (4 distinct, e.g. 'w', 'x', 'y')"
+    untitled = "2 of 9 interactions with items without a readable title (1 distinct, e.g. 'f')"
     assert found.facts["dropped"] == f"{unknown}; {untitled}"
     assert [record.message for record in caplog.records if "interactions" in record.message] == [f"dropped {unknown}", f"dropped {untitled}"]
     assert "dropped" not in summary(events[:1] + events[-1:]).facts

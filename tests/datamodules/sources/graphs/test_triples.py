@@ -124,3 +124,13 @@ def test_missing_files(folders, tmp_path):
 def test_wrong_settings(arguments, message):
     with pytest.raises(ValueError, match=message):
         Triples("folder", **arguments)
+
+
+def test_a_given_encoding_of_a_file_in_utf_8_is_reported(folders, caplog):
+    path = folders["labels"] / "train.tsv"
+    path.write_text(text(labelled(SPLITS["train"])) + "ann\tnear\tJosé\n", encoding="utf-8")
+    Triples(str(folders["labels"])).load()
+    assert not caplog.records
+    Triples(str(folders["labels"]), encoding="latin-1").load()
+    (record,) = caplog.records
+    assert f"{path}: the file is text in UTF-8, but is read in the given encoding latin-1: 'José' in line 4 is read as 'JosÃ©'" in record.message
