@@ -41,7 +41,7 @@ def test_numbers_are_unchanged_in_csv(cell):
 
 def test_long_values_keep_closing_quotes_and_brackets():
     assert brief_repr("Heat (1995)") == "'Heat (1995)'"
-    assert brief_repr("The Return of the King, extended (2003)", 24) == "'The Retur...ed (2003)'"
+    assert brief_repr("The Return of the King, extended (2003)", 24) == "'The Retur...ded (2003)'"
     assert brief_repr(["a"] * 10) == "['a', 'a', 'a', 'a', 'a', 'a', ...]"
     assert brief_repr({"a": "b" * 20}, 10) == "{'a': 'bb...bbb'}"
     assert len(brief_repr([["a" * 1000] * 1000] * 1000)) < 5000

@@ -268,7 +268,7 @@ def test_malformed_tables_are_an_error(tmp_path, text, message):
 def test_long_titles_in_messages_keep_their_quotes(tmp_path):
     long = "The Lord of the Rings, the Return of the King, extended and restored (2003)"
     (conflict,) = items_csv(tmp_path, f'item_id,title\na,"{long}"\na,Heat\n')._load_items()[1][1:]
-    assert "e.g. a: 'The Lord of the Rings, the R...ended and restored (2003)' in line 2 and 'Heat' in line 3)" in conflict
+    assert "e.g. a: 'The Lord of the Rings, the ...extended and restored (2003)' in line 2 and 'Heat' in line 3)" in conflict
 
 
 def test_an_id_with_two_titles_is_reported(tmp_path, caplog):
