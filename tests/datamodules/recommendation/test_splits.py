@@ -102,7 +102,8 @@ def test_dropped_interactions_with_unknown_or_untitled_items_are_logged(caplog):
     assert data.titles == ["A", "C"]
     assert data.sequences[0].tolist() == [0, 1]
     assert "dropped 1 items without a readable title" in caplog.text
-    assert "dropped 3 of 5 interactions with items that are not in the items table or have no title" in caplog.text
+    assert "dropped 2 of 5 interactions with items that are not in the items table (2 distinct, e.g. 'z', 'x')" in caplog.text
+    assert "dropped 1 of 5 interactions with items without a readable title (1 distinct, e.g. 'b')" in caplog.text
 
 
 def test_equal_titles_are_one_item():
