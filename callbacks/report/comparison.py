@@ -195,7 +195,7 @@ def _has_rounds(history: Sequence[Mapping[str, Any]]) -> bool:
 
 def self_play_sections(
     history: Sequence[dict[str, Any]],
-    before: dict[str, Any],
+    before: Mapping[str, Any],
     after: Tensor | None,
     titles: Sequence[str],
     difference: str = "",

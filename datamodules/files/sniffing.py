@@ -6,6 +6,7 @@ import codecs
 import logging
 import re
 from collections.abc import Container
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +20,7 @@ DELIMITERS = (",", ";", "\t", "|")
 OTHER_SCRIPTS = ("cp1251", "cp1253", "shift_jis", "gb18030", "euc_kr")
 """Encodings of other scripts, whose files can often be decoded as cp1252."""
 _PIECE = 1 << 18
-_NAMES = {"\t": "a tab"}
+_NAMES = {"\t": "tab"}
 # Text in Western European languages rarely has so many adjacent characters beyond ASCII.
 _RUN = re.compile(r"[^\x00-\x7f]{4,}")
 _ACCENTED = re.compile(r'[^\s,;|"]*[^\x00-\x7f][^\s,;|"]*')
@@ -30,7 +31,7 @@ def sniff_encoding(path: Path, other: str | None = None) -> str | None:
 
     A file with a byte-order mark has the encoding of the mark. Another file is UTF-8 if it can be decoded as UTF-8, and otherwise has the encoding
     ``other``. If ``other`` is not given, the encoding is cp1252, which programs on Western European Windows use, and a warning is logged. If the text
-    may as well be in another script, the encoding is ambiguous, which is an error.
+    may as well be in another script, or if some lines are UTF-8, the encoding is ambiguous, which is an error.
 
     Args:
         path: The file.
@@ -57,6 +58,7 @@ def sniff_encoding(path: Path, other: str | None = None) -> str | None:
             return other
         if not _is_text(path, WINDOWS):
             raise
+        _refuse_damaged(path, _place(error, path))
         _refuse_other_script(path)
         example = brief_repr(next(match[0] for _, line in numbered_lines(path, WINDOWS) if (match := _ACCENTED.search(line))))
         log.warning(
@@ -64,6 +66,20 @@ def sniff_encoding(path: Path, other: str | None = None) -> str | None:
             path, WINDOWS, _place(error, path), example,
         )  # fmt: skip
         return WINDOWS
+
+
+def _refuse_damaged(path: Path, place: str) -> None:
+    """Raise an error for a file that is not UTF-8, but has lines with other characters than ASCII in UTF-8."""
+    for number, line in numbered_lines(path, "latin-1"):
+        if line.isascii():
+            continue
+        with suppress(UnicodeDecodeError):
+            match = _ACCENTED.search(line.encode("latin-1").decode())
+            example = brief_repr(match[0]) if match else ""
+            raise EncodingError(
+                f"{path}: its encoding is ambiguous: line {number} is text in UTF-8 ({example}), but {place} is not; save the whole file as UTF-8, "
+                f"or set the option `encoding` of the source, e.g. `encoding: {WINDOWS}`"
+            )
 
 
 def _refuse_other_script(path: Path) -> None:

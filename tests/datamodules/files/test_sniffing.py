@@ -50,7 +50,7 @@ def test_delimiters(tmp_path, text, default, expected):
     assert sniff_delimiter(tmp_path / "a.csv", {"user", "item"}, default) == expected
 
 
-@pytest.mark.parametrize(("text", "message"), [("user,item;item\n", "',' or ';'"), ("item\na;b\tc\n", "';' or a tab")])
+@pytest.mark.parametrize(("text", "message"), [("user,item;item\n", "',' or ';'"), ("item\na;b\tc\n", "';' or tab")])
 def test_an_ambiguous_delimiter_is_an_error(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(ValueError, match=rf"a.csv: the delimiter of .* is ambiguous: {message}; set the option `delimiter` of the source"):
@@ -85,6 +85,16 @@ def test_western_text_is_read_as_cp1252(tmp_path, text, caplog):
     (tmp_path / "a.csv").write_bytes(f"{text}\n".encode("cp1252"))
     assert sniff_encoding(tmp_path / "a.csv") == "cp1252"
     assert "check the accents (e.g. '" in caplog.text
+
+
+def test_files_in_which_only_some_lines_are_utf_8_are_ambiguous(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"id,title\n" + "1,Les Misérables\n".encode() + "2,Café\n".encode("cp1252"))
+    with pytest.raises(
+        ValueError, match=r"a.csv: its encoding is ambiguous: line 2 is text in UTF-8 \('Misérables'\), but line 3, byte 6 is not; save"
+    ):
+        sniff_encoding(path)
+    assert sniff_encoding(path, "cp1252") == "cp1252"
 
 
 def test_other_encodings_can_also_be_wrong(tmp_path):

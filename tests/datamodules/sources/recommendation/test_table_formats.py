@@ -52,7 +52,7 @@ def test_detected_formats_are_in_the_notes(tmp_path):
     assert source.text_format() == (";", None)
     assert source.settings() == events_csv(tmp_path, "").settings()
     source = events_csv(tmp_path, "user_id\titem_id\ttimestamp\nu\ta\t1\n")
-    assert source.load().notes == ("events.csv has delimiter a tab (detected)",)
+    assert source.load().notes == ("events.csv has delimiter tab (detected)",)
     assert events_csv(tmp_path, "user_id,item_id,timestamp\nu,a,1\n").load().notes == ()
 
 
