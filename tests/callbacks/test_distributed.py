@@ -95,7 +95,7 @@ trainer = Trainer(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 
                   enable_model_summary=False, enable_checkpointing=False, callbacks=[exposure, loop])
 (figures,) = trainer.test(module, DataLoader(Stream(rows), batch_size=2, collate_fn=data.collate), verbose=False)
 found = {name: figures[name] for name in ("test_loss", "test_squares", "test_hr_2", "test_coverage_2")}
-torch.save([found, exposure.recommended, loop._counts], f"ranks{ranks}-{os.environ.get('RANK', '0')}.pt")
+torch.save([found, exposure.recommended, loop._comparison.counts], f"ranks{ranks}-{os.environ.get('RANK', '0')}.pt")
 """
 
 
