@@ -12,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.files.atomic import atomic_write
+from malleable.datamodules.files.checkpoint_folders import missing_part
 from malleable.datamodules.files.plain_checkpoint import read_plain, saving
 from malleable.datamodules.files.run_folders import RunDescription, find_run_checkpoint
 from malleable.datamodules.files.yaml_files import read_yaml
@@ -73,7 +74,7 @@ def find_checkpoint(ckpt_path: str, runs: Path, expected: RunDescription | None 
         expected: Model and data of this command. The latest run with the same model and data is used for ``last`` or ``best``.
 
     Raises:
-        FileNotFoundError: If the checkpoint does not exist.
+        FileNotFoundError: If the checkpoint does not exist, or a folder is incomplete.
         MisconfigurationException: If the path is a URL.
     """
     if ckpt_path in ("last", "best"):
@@ -82,6 +83,11 @@ def find_checkpoint(ckpt_path: str, runs: Path, expected: RunDescription | None 
         raise MisconfigurationException(f"--ckpt_path {ckpt_path} is a URL; download the file, check its origin, and give its local path")
     if not Path(ckpt_path).exists():
         raise FileNotFoundError(f"the checkpoint {ckpt_path} does not exist; give an existing file, or `last` or `best` for the latest run in {runs}")
+    if Path(ckpt_path).is_dir() and (missing := missing_part(Path(ckpt_path))):
+        raise FileNotFoundError(
+            f"the checkpoint folder {ckpt_path} is incomplete: {missing} is missing or truncated, because the run was killed while it was written; "
+            f"give another checkpoint, or `last` for the latest complete one in {runs}"
+        )
     return ckpt_path
 
 

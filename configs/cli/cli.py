@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,6 +31,7 @@ from malleable.callbacks.self_play.loop import SelfPlayLoop
 from malleable.checkpoints import AtomicCheckpointIO, changed_settings, consolidate, differences, find_checkpoint, nest, stored_model
 from malleable.datamodules.files.run_folders import RunDescription
 from malleable.datamodules.stored_identity import stores_data
+from malleable.interruption import command_line, interrupting_signal, report
 from malleable.layers import RecipeFile, Replace, given_options, is_given, mark_replacements
 from malleable.lightning_modules.stored_weights import foreign_classes
 from malleable.option_errors import OptionParser, print_help, split_help_option
@@ -206,7 +207,7 @@ class MalleableCLI(LightningCLI):
         trainer = super().instantiate_trainer(callbacks=[RunFolder(), *callbacks], **kwargs)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, LastCheckpoint):
-                callback.command = shlex.join(["malleable", *self._argv])
+                callback.command = command_line(self._argv)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
@@ -237,8 +238,24 @@ class MalleableCLI(LightningCLI):
             )
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with claimed_folders(self.trainer):
-            super()._run_subcommand(subcommand)
+        try:
+            with claimed_folders(self.trainer):
+                super()._run_subcommand(subcommand)
+        except BaseException as error:
+            if interrupting_signal(error) is not None:
+                self._end_processes()
+                report(error, self._argv, self._last_checkpoint())
+            raise
+
+    def _end_processes(self) -> None:
+        """End the other processes of this machine that Lightning has started, which would wait for this one."""
+        if (launcher := self.trainer.strategy.launcher) is not None:
+            launcher.kill(signal.SIGKILL)
+
+    def _last_checkpoint(self) -> str:
+        """Return the path of the checkpoint of this run with the most steps; empty if there is none."""
+        saved = [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each._last_checkpoint_saved]
+        return max(saved, key=lambda each: each._last_global_step_saved)._last_checkpoint_saved if saved else ""
 
     def after_fit(self) -> None:
         """Test the best checkpoint of the run, or the edited one, if ``test_after_fit`` is set."""
@@ -293,13 +310,13 @@ def run(argv: Sequence[str]) -> MalleableCLI:
         # The default usage lists all options, and each error message would begin with it.
         usage = f"malleable {command} --config RECIPE [options]"
         parser_kwargs[command] = {"usage": usage, "default_config_files": [str(FOLDER / "base" / "fit.yaml")]}
+    atexit.register(_leave_process_group)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`")  # Lightning 2.6 with torch 2.13
         warnings.filterwarnings("ignore", "The dirpath has changed")  # expected: each command has its own run folder
         cli = MalleableCLI(auto_configure_optimizers=False, parser_class=OptionParser, parser_kwargs=parser_kwargs, args=list(argv))
     if cli.trainer.log_dir and Path(cli.trainer.log_dir).is_dir():
         log.info("run folder: %s", cli.trainer.log_dir)
-    atexit.register(_leave_process_group)
     return cli
 
 

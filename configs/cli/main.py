@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from json import JSONDecodeError
 from traceback import walk_tb
 
@@ -19,6 +19,7 @@ from malleable.commands.recipes import run_recipes
 from malleable.datamodules.files.escape import for_terminal
 from malleable.datamodules.files.user_files import first_line, format_problem, system_problem
 from malleable.help_pages import HELP, command_help
+from malleable.interruption import interruptible
 from malleable.memory import memory_problem
 
 log = logging.getLogger("malleable")
@@ -29,13 +30,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Args:
         args: Command and options; default: the arguments of this process. With the default, an error is printed as a message and the process exits
-            with status 1. If ``args`` is given, errors are raised.
+            with status 1, and with status 130 or 143 at SIGINT or SIGTERM. If ``args`` is given, errors are raised.
     """
     argv = list(sys.argv[1:] if args is None else args)
     if args is None and sys.__stderr__ is not None:
         faulthandler.enable(sys.__stderr__)  # reports segmentation faults, which torch can cause if memory is insufficient
     try:
-        with _log_to_stderr():
+        with _log_to_stderr(), interruptible(argv) if args is None else nullcontext():
             _run(argv)
             sys.stdout.flush()
     except BrokenPipeError:
@@ -116,7 +117,11 @@ def _is_parser_error(error: BaseException) -> bool:
 
 # Messages of libraries that are not useful here, by logger.
 _SUPPRESSED = {
-    "lightning.pytorch.utilities.rank_zero": ("try installing [litlogger]", "Trainer already configured with model summary"),
+    "lightning.pytorch.utilities.rank_zero": (
+        "try installing [litlogger]",
+        "Trainer already configured with model summary",
+        "Detected KeyboardInterrupt",  # the interruption has its own message
+    ),
     "DeepSpeed": ("Setting accelerator to CPU",),  # logged when transformers imports DeepSpeed
 }
 

@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from malleable.callbacks.restart import extend_max_steps, finish_epoch
 from malleable.datamodules.files.atomic import recover_below
 from malleable.datamodules.files.run_folders import run_versions
+from malleable.interruption import raise_pending
 
 
 @contextmanager
@@ -54,21 +55,39 @@ def _discard_configuration(folder: Path) -> None:
 
 
 class RunFolder(Callback):
-    """Use the run folder of the first process in all processes, and restore the monitored checkpoints of a resumed run."""
+    """Use the run folder of the first process in all processes, restore the monitored checkpoints of a resumed run, and end a run at a signal."""
 
     _limit: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Broadcast the version of the first process to the loggers of all processes."""
+        raise_pending()
         for logger in trainer.loggers:
             if isinstance(logger, (CSVLogger, TensorBoardLogger)):
                 logger._version = trainer.strategy.broadcast(logger._version)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish an epoch that was interrupted between its last step and its end."""
+        raise_pending()
         finish_epoch(trainer)
         if self._limit is not None:
             trainer.fit_loop.epoch_loop.max_steps, self._limit = self._limit, None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """End the run if an earlier signal had no effect."""
+        raise_pending()
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """End the run if an earlier signal had no effect."""
+        raise_pending()
+
+    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """End the run if an earlier signal had no effect."""
+        raise_pending()
+
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """End the run if an earlier signal had no effect."""
+        raise_pending()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the scores of monitored checkpoints of the interrupted run.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from malleable.datamodules.files.checkpoint_folders import missing_part
 from malleable.datamodules.files.plain_checkpoint import read_plain
 from malleable.datamodules.files.yaml_files import read_yaml
 
@@ -130,7 +131,8 @@ def find_run_checkpoint(which: str, runs: Path, expected: RunDescription | None 
 
     The latest run is the one with the largest number. Modification times are not used, because they change when files are copied. The latest
     checkpoint of a run is the one with the most optimizer steps. If an edited checkpoint has the same number of steps, it is the latest one.
-    Checkpoint folders without a number of steps are compared by modification time, and are older than all others.
+    Checkpoint folders without a number of steps are compared by modification time, and are older than all others. Incomplete files and folders, which
+    a killed run can leave, are skipped with a warning.
 
     Args:
         which: ``last`` for the latest checkpoint of the run, ``best`` for the checkpoint that its test uses.
@@ -184,6 +186,9 @@ def _progress(path: Path) -> _Progress | None:
     if not path.exists():
         return None
     if path.is_dir():
+        if missing := missing_part(path):
+            log.warning("%s is not a complete checkpoint and is skipped (%s is missing or incomplete)", path, missing)
+            return None
         steps = _folder_steps(path)
         return _Progress(-1.0, path.stat().st_mtime) if steps is None else _Progress(steps)
     try:

@@ -60,18 +60,46 @@ def test_epochs_between_two_checkpoints():
     assert epoch_of("checkpoints/last.ckpt") == 3
 
 
-@pytest.mark.parametrize("slurm", [False, True])
-def test_lightning_handles_slurm_signals(monkeypatch, slurm):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_both_signals_are_handled(monkeypatch, world_size):
+    """Also on several ranks and under SLURM, where Lightning would end the run without a checkpoint at SIGTERM."""
     handlers = {}
-    monkeypatch.setattr("lightning.fabric.plugins.environments.SLURMEnvironment.detect", lambda: slurm)
+    monkeypatch.setattr("lightning.fabric.plugins.environments.SLURMEnvironment.detect", lambda: True)
     monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.setdefault(number, handler))
-    LastCheckpoint().on_train_start(SimpleNamespace(world_size=1), None)
-    assert handlers.keys() == ({signal.SIGINT} if slurm else {signal.SIGINT, signal.SIGTERM})
+    LastCheckpoint().on_train_start(SimpleNamespace(world_size=world_size), None)
+    assert handlers.keys() == {signal.SIGINT, signal.SIGTERM}
 
 
-def script(*words, timeout=60):
+def test_folder_is_replaced_by_a_complete_one(tmp_path, monkeypatch):
+    """A process that is killed while a sharded strategy writes leaves the earlier folder."""
+    last = LastCheckpoint(tmp_path)
+    path = tmp_path / "last.ckpt"
+
+    def save(filepath, weights_only):
+        assert filepath != str(path) or not path.exists()
+        Path(filepath).mkdir()
+        (Path(filepath) / "shard").write_text(str(trainer.global_step))
+        if trainer.global_step == 3:
+            raise KeyboardInterrupt
+        assert path.exists() == (trainer.global_step > 1)
+
+    strategy = SimpleNamespace(barrier=lambda name: None, broadcast=lambda value: value)
+    trainer = SimpleNamespace(
+        global_step=0, is_global_zero=True, strategy=strategy, checkpoint_callbacks=[last], loggers=[], save_checkpoint=save, callbacks=[last]
+    )
+    for trainer.global_step in (1, 2):
+        last._save_checkpoint(trainer, str(path))
+        assert last._last_checkpoint_saved == str(path)
+    trainer.global_step = 3
+    with pytest.raises(KeyboardInterrupt):
+        last._save_checkpoint(trainer, str(path))
+    assert (path / "shard").read_text() == "2"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def script(*words, timeout=60, **variables):
     path = os.pathsep.join([str(Path(interrupted_run.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
     command = [sys.executable, interrupted_run.__file__, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
 
@@ -116,3 +144,37 @@ def test_interrupted_fit_is_saved_and_resumed(whole, number, status):
 )
 def test_signal_outside_training_steps_ends_the_run_immediately(command, number, status):
     assert script(command, int(number), -1, timeout=50).returncode == status
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize(
+    ("ranks", "number", "step", "reached"),
+    [
+        ("0", signal.SIGTERM, 5, (1, 6)),  # the process that the user has started
+        ("1", signal.SIGTERM, 5, (1, 6)),
+        ("01", signal.SIGTERM, 5, (1, 6)),  # as SLURM and torchrun do
+        ("01", signal.SIGINT, 5, (1, 6)),  # Ctrl-C
+        ("01", signal.SIGTERM, -2, (0, 4)),  # in the validation; the checkpoint is that of the epoch
+    ],
+)
+def test_signal_to_ranks_leaves_one_complete_checkpoint(whole, ranks, number, step, reached):
+    done = script("fit", int(number), step, SIGNALLED=ranks, timeout=100)
+    assert done.returncode == (1 if number == signal.SIGINT else 128 + number), done.stderr
+    assert f"interrupted in epoch {reached[0]} after step {reached[1]}; to resume" in done.stderr
+    assert [path.name for path in Path("checkpoints").iterdir()] == ["last.ckpt"]
+    stored = torch.load("checkpoints/last.ckpt", weights_only=True)
+    assert (stored["epoch"], stored["global_step"]) == reached
+    assert script("fit", 0, 0, "checkpoints/last.ckpt", SIGNALLED="", timeout=100).returncode == 0
+    resumed, expected = (torch.load(path, weights_only=True) for path in ("checkpoints/last.ckpt", whole))
+    assert resumed["global_step"] == expected["global_step"] == 12
+    assert all(torch.allclose(resumed["state_dict"][name], value, atol=1e-6) for name, value in expected["state_dict"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_the_launcher_outside_steps_ends_all_ranks(number):
+    done = script("fit", int(number), -1, SIGNALLED="0", timeout=50)
+    assert done.returncode == (1 if number == signal.SIGINT else 128 + number), done.stderr
+    assert "interrupted in epoch 0; nothing was saved; to start again, call Trainer.fit" in done.stderr

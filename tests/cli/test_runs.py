@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from malleable.checkpoints import find_checkpoint
+from malleable.datamodules.files.checkpoint_folders import missing_part
 from malleable.datamodules.files.run_folders import RunDescription
 from malleable.runs import claim_version, claimed_folders
 
@@ -169,28 +172,95 @@ def test_incomplete_last_checkpoint_is_skipped(tmp_path, damage):
         find_checkpoint("last", tmp_path)
 
 
-STATES = ("meta.pt", "checkpoint/mp_rank_00_model_states.pt", "checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt")
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
 
 
-@pytest.mark.parametrize("state", STATES)
-def test_folders_of_sharded_strategies_are_ranked_by_their_steps(tmp_path, state):
+SHARDED = ("zero2", "zero3", "torch")
+
+
+def save_sharded(folder, kind, steps=1, ranks=2):
+    """Write a complete checkpoint folder of DeepSpeed or of ``torch.distributed.checkpoint``."""
+    if kind == "torch":
+        save(folder / "meta.pt", steps)
+        for name in (".metadata", *(f"__{rank}_0.distcp" for rank in range(ranks))):
+            (folder / name).write_bytes(b"shard")
+        return folder
+    models = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(ranks)] if kind == "zero3" else ["mp_rank_00_model_states.pt"]
+    for name in (*models, *(f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(ranks))):
+        save(folder / "checkpoint" / name, steps, dp_world_size=ranks)
+    (folder / "latest").write_text("checkpoint")
+    return folder
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_folders_of_sharded_strategies_are_ranked_by_their_steps(tmp_path, kind):
     folder = tmp_path / "version_0/checkpoints"
-    save(folder / "last.ckpt" / state, steps=5)
-    save(folder / "last-v1.ckpt" / state, steps=9)
+    save_sharded(folder / "last.ckpt", kind, steps=5)
+    save_sharded(folder / "last-v1.ckpt", kind, steps=9)
     os.utime(folder / "last-v1.ckpt", (100, 100))
     assert find_checkpoint("last", tmp_path) == str(folder / "last-v1.ckpt")
     edited = save(folder / "edited.ckpt", steps=9)
     assert find_checkpoint("last", tmp_path) == str(edited)
 
 
+PARTS = {
+    "zero2": ("latest", "checkpoint/mp_rank_00_model_states.pt", "checkpoint/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+    "zero3": ("latest", *(f"checkpoint/zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in (0, 1))),
+    "torch": (".metadata", "meta.pt"),
+}
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+@pytest.mark.parametrize(("kind", "part"), [(kind, part) for kind, parts in PARTS.items() for part in parts])
+def test_incomplete_folder_is_skipped(tmp_path, caplog, kind, part, damage):
+    """A process was killed while it wrote its part; the parts of the last rank show their absence by the stored number of ranks."""
+    folder = tmp_path / "version_0/checkpoints"
+    older = save_sharded(folder / "epoch=3-step=9.ckpt", kind, steps=9)
+    last = save_sharded(folder / "last.ckpt", kind, steps=12)
+    assert find_checkpoint("last", tmp_path) == find_checkpoint(str(last), tmp_path) == str(last)
+    if damage == "missing" or not part.endswith(".pt"):
+        (last / part).unlink()
+    else:
+        (last / part).write_bytes((last / part).read_bytes()[:-100])
+    assert find_checkpoint("last", tmp_path) == str(older)
+    assert f"{last} is not a complete checkpoint and is skipped ({part} is missing or incomplete)" in caplog.text
+    with pytest.raises(FileNotFoundError, match=rf"^the checkpoint folder {last} is incomplete: {part} is missing or truncated"):
+        find_checkpoint(str(last), tmp_path)
+    earlier = folder.parent.rename(tmp_path / "version_1")
+    shutil.rmtree(earlier / "checkpoints" / older.name)
+    complete = save(folder / "last.ckpt")
+    assert find_checkpoint("last", tmp_path) == str(complete)
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_checking_a_folder_runs_no_code(tmp_path, kind):
+    for path in save_sharded(tmp_path / "last.ckpt", kind).rglob("*_states.pt"):
+        torch.save({"dp_world_size": 2, "hostile": Hostile(str(tmp_path / "ran"))}, path)
+    (tmp_path / "last.ckpt/.metadata").write_bytes(pickle.dumps(Hostile(str(tmp_path / "ran"))))
+    missing_part(tmp_path / "last.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_empty_folder_is_incomplete(tmp_path):
+    older = save(tmp_path / "version_0/checkpoints/epoch=3.ckpt", steps=3)
+    (tmp_path / "version_0/checkpoints/last.ckpt/checkpoint").mkdir(parents=True)
+    assert find_checkpoint("last", tmp_path) == str(older)
+
+
 def test_folders_without_a_state_are_ranked_by_their_names_or_else_their_times(tmp_path):
     folder = tmp_path / "version_0/checkpoints"
     for time, name in enumerate(("b.ckpt", "a.ckpt", "epoch=1-step=100.ckpt", "epoch=0-step=20.ckpt"), start=1):
         (folder / name).mkdir(parents=True)
+        (folder / name / "weights").write_text("of another strategy")
         os.utime(folder / name, (time, time))
     for name in ("epoch=1-step=100.ckpt", "epoch=0-step=20.ckpt", "a.ckpt", "b.ckpt"):
         assert find_checkpoint("last", tmp_path) == str(folder / name)
-        (folder / name).rmdir()
+        shutil.rmtree(folder / name)
 
 
 def test_without_a_run(tmp_path):
