@@ -37,8 +37,8 @@ class BaseDataModule(LightningDataModule, ABC):
 
     drop_last: ClassVar[bool] = True
     """Whether training omits the rows that do not fill a global batch."""
-    predict_options: ClassVar[str] = "predict_file"
-    """Names of the arguments that set the data of prediction, for messages."""
+    predict_options: ClassVar[str] = ""
+    """Names of the arguments that set the data of prediction, for messages; empty if there are none."""
     train_dataset: Any = None
     val_dataset: Any = None
     test_dataset: Any = None
@@ -146,7 +146,7 @@ class BaseDataModule(LightningDataModule, ABC):
         if dataset is None:
             raise MisconfigurationException(
                 f"{type(self).__name__} has no data for prediction: set {self.predict_options}"
-                if split == "predict"
+                if split == "predict" and self.predict_options
                 else f"{type(self).__name__} has no {split} data: `setup` did not set `{split}_dataset`"
             )
         if len(dataset) == 0:

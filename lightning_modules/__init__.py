@@ -11,6 +11,7 @@ Files:
     patches/: Reversible changes of weights.
     base.py: Base class of modules: steps, logging, optimizer, checkpoints.
     distributed_rows.py: Marks of rows that samplers repeat, so that they are counted once.
+    synchronized_logging.py: Logging of values that are the same on all ranks.
     trained.py: Loading of modules of earlier runs.
     stored_weights.py: Checks of checkpoints.
     verified_file.py: Safetensors files with a checksum.

@@ -28,6 +28,7 @@ from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.ranks import gather_over_ranks
 from malleable.lightning_modules.serialization import nested, to_plain
 from malleable.lightning_modules.stored_weights import CheckedLoading
+from malleable.lightning_modules.synchronized_logging import log_synchronized
 
 log = logging.getLogger(__name__)
 
@@ -362,12 +363,12 @@ class BaseModule(CheckedLoading, ABC):
         # Both sums are reduced to means over ranks; the number of ranks cancels in their ratio.
         totals, weights = self.trainer.strategy.reduce(torch.stack([sums.get(name, nothing) for name in names]), reduce_op="mean").unbind(1)
         for name, value in zip(names, totals / weights, strict=True):
-            self.log(f"{split}_{name}", value.float(), prog_bar=name == "loss", rank_zero_only=False)
+            log_synchronized(self, f"{split}_{name}", value.float(), prog_bar=name == "loss")
 
     def _log_metrics(self, split: Split) -> None:
         for metric in self.metrics(split).values():
-            values = metric.compute()
-            self.log_dict({f"{split}_{name}": value for name, value in values.items()}, rank_zero_only=False)
+            for name, value in metric.compute().items():
+                log_synchronized(self, f"{split}_{name}", value)
             metric.reset()
 
 

@@ -20,6 +20,7 @@ from malleable.lightning_modules.editing.evaluation import EvaluationResult, Pro
 from malleable.lightning_modules.metrics.editing import RequestFigures
 from malleable.lightning_modules.patches.patch import Patch
 from malleable.lightning_modules.serialization import from_plain
+from malleable.lightning_modules.synchronized_logging import log_synchronized
 
 
 class EditEvaluation(PatchedModel):
@@ -146,7 +147,8 @@ class EditEvaluation(PatchedModel):
         figures = {f"test_{name}": value for name, value in self.after.figures.items() if name != "perplexity"}
         if "perplexity" in self.before.figures:
             figures["test_perplexity_ratio"] = self.after.figures["perplexity"] / self.before.figures["perplexity"]
-        pl_module.log_dict(figures, rank_zero_only=False)
+        for name, value in figures.items():
+            log_synchronized(pl_module, name, value)
 
     def report_columns(self) -> list[Column]:
         """Return the metrics before the edit."""

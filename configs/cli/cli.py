@@ -23,6 +23,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger
 
 import malleable
+from malleable.argument_checks import check_predict_options
 from malleable.callback_options import CallbackOption, split_callback_options
 from malleable.callbacks.last_checkpoint import LastCheckpoint
 from malleable.callbacks.line_progress import LineProgress, LossProgressBar
@@ -169,6 +170,8 @@ class MalleableCLI(LightningCLI):
         check_unused(self._argv, plain, files=command == "fit" and not config.ckpt_path)
         if command != "fit" and not config.ckpt_path and not config.allow_untrained:
             self._refuse_untrained(config.model.class_path)
+        if command == "predict" and isinstance(plain.get("data"), dict):
+            check_predict_options(plain["data"].get("class_path", ""), plain["data"].get("init_args") or {})
         config.trainer.logger = self._loggers(config.trainer.logger)
         self.save_config_kwargs = {"config_filename": f"config_{command}.yaml", "overwrite": True}
 

@@ -125,9 +125,7 @@ _SUPPRESSED = {
     "DeepSpeed": ("Setting accelerator to CPU",),  # logged when transformers imports DeepSpeed
 }
 
-# Metrics are synchronized before they are logged, which Lightning cannot know.
-_UNSYNCHRONIZED = r"It is recommended to use `self\.log\('(val|test)_"
-_WARNINGS = (_UNSYNCHRONIZED, "`is_gradient_checkpointing` is deprecated")  # peft 0.21 calls this property of transformers 5
+_WARNINGS = ("`is_gradient_checkpointing` is deprecated",)  # peft 0.21 calls this property of transformers 5
 # Without a terminal, output consists of lines. transformers reads this variable when it is imported.
 _NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 

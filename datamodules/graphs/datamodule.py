@@ -57,6 +57,7 @@ class KnowledgeGraphDataModule(BaseDataModule):
     """
 
     drop_last: ClassVar[bool] = False
+    predict_options: ClassVar[str] = "predict_file"
     graph: KnowledgeGraph
     answers: Answers
     report: GraphReport

@@ -1,3 +1,4 @@
+import inspect
 import os
 import subprocess
 import sys
@@ -5,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from malleable.argument_checks import COMMANDS, SECTIONS, check_arguments, config_names
+import malleable
+from malleable.argument_checks import COMMANDS, PREDICT_OPTIONS, SECTIONS, check_arguments, config_names
 from malleable.main import main
 
 
@@ -75,3 +77,48 @@ def test_options_are_not_abbreviated(boring, capsys):
 @pytest.mark.parametrize("words", [["fit"], ["fit", "--config"], ["--print_shtab=bash"]])
 def test_missing_options_and_values_are_accepted(words):
     check_arguments(words)
+
+
+NO_ROWS = "has no data for prediction: "
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", "sprec/tiny.yaml"], f"RecommendationDataModule {NO_ROWS}add --data.predict_file FILE, or --data.predict_users all"),
+        (["--config=nfe/tiny"], f"KnowledgeGraphDataModule {NO_ROWS}add --data.predict_file FILE"),
+        (["-c", "alpha_edit/tiny.yaml", "--data.init_args.seed=1"], f"EditingDataModule {NO_ROWS}use `test`"),
+        (["--data", "RecommendationDataModule", "--ckpt_path", "last"], f"RecommendationDataModule {NO_ROWS}add "),
+        (["--config", "{data: {class_path: malleable.KnowledgeGraphDataModule}}"], f"KnowledgeGraphDataModule {NO_ROWS}add "),
+    ],
+)
+def test_predict_without_rows_is_reported_without_torch(words, message):
+    code = "import sys, malleable.main; sys.modules['torch'] = None; malleable.main.main()"
+    done = subprocess.run([sys.executable, "-c", code, "predict", *words], capture_output=True, text=True, timeout=60, check=False, env=os.environ)
+    assert done.stderr.startswith(f"malleable: error: {message}"), done.stderr
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["predict", "--config", "sprec/tiny.yaml", "--data.predict_users", "all"],
+        ["predict", "--config", "sprec/tiny.yaml", "--data.init_args.predict_file=x.csv"],
+        ["predict", "--config", "sprec/tiny.yaml", "--config", "{data: {init_args: {predict_users: all}}}"],
+        ["predict", "--config", "sprec/tiny.yaml", "--data", "{class_path: RecommendationDataModule, init_args: {predict_users: all}}"],
+        ["predict", "--config", "sprec/tiny.yaml", "--data", "mine.RecommendationDataModule"],
+        ["predict", "--config", "sprec/tiny.yaml", "--print_config"],
+        ["predict", "--config", "sprec/tiny.yaml", "--data.split.help"],
+        ["predict", "--config", "sprec/tiny.yaml", "--data.split", "{a: [", "--data.predict_users=all"],
+        ["predict", "--data.predict_users"],
+        ["test", "--config", "sprec/tiny.yaml"],
+    ],
+)
+def test_predict_with_rows_is_accepted(words):
+    check_arguments(words)
+
+
+def test_the_known_prediction_options_are_those_of_the_data_modules():
+    modules = {name: getattr(malleable, name) for name in dir(malleable) if name.endswith("DataModule") and name != "BaseDataModule"}
+    found = {name: {key for key in inspect.signature(kind).parameters if key.startswith("predict_")} for name, kind in modules.items()}
+    assert found == {name: {option.split()[0] for option in options} for name, options in PREDICT_OPTIONS.items()}

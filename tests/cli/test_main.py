@@ -6,16 +6,13 @@ import pickle
 import signal
 import subprocess
 import sys
-import warnings
 import zipfile
-from types import SimpleNamespace
 
 import pyarrow
 import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelSummary
-from lightning.pytorch.trainer.connectors.logger_connector import result
 from safetensors import SafetensorError
 
 import malleable
@@ -139,22 +136,6 @@ def test_the_summary_has_no_line_of_unknown_flops(monkeypatch, caplog):
         assert caplog.messages[-1].splitlines()[-1].endswith("Modules in eval mode")
         summarize([])
         assert caplog.messages[-1].splitlines()[-1].split() == ["0", "Total", "Flops"]
-
-
-def test_metrics_that_are_synchronized_are_not_warned_of(monkeypatch):
-    def log_metrics(words):
-        for name in ("val_synchronized", "other"):
-            meta = SimpleNamespace(name=name, on_epoch=True, on_step=False, sync=SimpleNamespace(should=False))
-            metric = SimpleNamespace(meta=meta, is_tensor=True, _computed=None, compute=lambda: None)
-            result._ResultCollection._get_cache(metric, on_step=False)
-
-    monkeypatch.setattr(result, "_distributed_is_initialized", lambda: True)
-    monkeypatch.setattr("malleable.main._run", log_metrics)
-    result.warning_cache.clear()
-    with warnings.catch_warnings(record=True) as shown:
-        warnings.simplefilter("always")
-        main([])
-    assert ["'other'" in str(warning.message) for warning in shown] == [True]
 
 
 def test_libraries_show_progress_bars_on_terminals_only(monkeypatch):

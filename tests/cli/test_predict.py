@@ -6,7 +6,6 @@ import json
 import pytest
 import small_shop
 from boring import BoringModule
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from malleable.callbacks.predictions import PredictionWriter
@@ -112,9 +111,13 @@ def test_wrong_files_of_users(name, text, message, predict, tmp_path):
         predict("--data.predict_users", name)
 
 
-def test_missing_prediction_input_is_an_error(predict, tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"has no data for prediction: set predict_file, or predict_users: all"):
-        predict()
+def test_missing_prediction_input_is_an_error(predict, tmp_path, monkeypatch):
+    monkeypatch.setattr("malleable.cli.MalleableCLI.instantiate_classes", None)  # before model and data are built
+    for words in ((), ("--data.predict_users", "null")):
+        with pytest.raises(ValueError, match=r"has no data for prediction: add --data\.predict_file FILE, or --data\.predict_users all$"):
+            predict(*words)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="predict_file and predict_users exclude each other"):
         predict("--data.predict_users", "all", "--data.predict_file", "x.csv")
     (tmp_path / "none.csv").write_text("item_id\nnothing\n")

@@ -1,10 +1,12 @@
 import csv
+import warnings
 
 import pytest
 import torch
 from boring import BoringBatch, BoringDataModule, BoringModule, Ragged
 from launch import launch
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors.logger_connector import result
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
@@ -306,3 +308,19 @@ def test_uneven_ranks_give_the_mean_over_rows(tmp_path):
     outputs = launch(WEIGHED, ranks=2, cwd=tmp_path)
     for output in outputs:
         assert [float(value) for value in output.split()] == pytest.approx([21 / 7, 91 / 21, 91 / 21], rel=1e-6)
+
+
+class LogsItsOwn(BoringModule):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_own", batch.features.mean(), on_epoch=True, batch_size=len(batch.features))
+        return super().validation_step(batch, batch_idx)
+
+
+def test_only_values_of_a_user_are_recommended_to_be_synchronized(tmp_path, monkeypatch):
+    monkeypatch.setattr(result, "_distributed_is_initialized", lambda: True)
+    result.warning_cache.clear()
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        trainer(tmp_path).validate(LogsItsOwn(), BoringDataModule(), verbose=False)
+    found = [str(warning.message) for warning in shown if "sync_dist=True" in str(warning.message)]
+    assert ["'val_own'" in message for message in found] == [True]
