@@ -65,8 +65,10 @@ def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str
     return [found for name in stored if name in given and stored[name] != given[name] for found in _describe(name, stored[name], given[name])]
 
 
-def check_identity(kind: str, stored: DataDescription, given: DataDescription, *, text: bool = True, extend: bool = False) -> None:
-    """Check that data match the data that weights were trained on.
+def check_identity(
+    kind: str, stored: DataDescription, given: DataDescription, *, text: bool = True, extend: bool = False, new_items: str = ""
+) -> None:
+    """Check that data match the data that weights were trained on, and log the new items.
 
     Args:
         kind: ``catalog``, ``vocabulary`` or ``graph``.
@@ -74,20 +76,33 @@ def check_identity(kind: str, stored: DataDescription, given: DataDescription, *
         given: Description of the data.
         text: Whether the model reads text.
         extend: Whether the data may have new items after the stored ones.
+        new_items: State of the weights of new items, for the message.
 
     Raises:
         MisconfigurationException: If the data differ from the stored description.
     """
+    extended = (stored, given) if extend and isinstance(stored, Catalog) and isinstance(given, Catalog) else None
+    if extended:
+        _log_new_items(*extended, new_items)
     if stored is given or stored == given:
         return
     own, other = identity(stored, text=text), identity(given, text=text)
-    if extend and isinstance(stored, Catalog) and isinstance(given, Catalog):
-        other |= {"items": given.titles[: len(stored)]}
+    if extended:
+        size = len(extended[0])
+        other |= {"items": extended[1].titles[:size]}
         if TOKENS in other:
-            other[TOKENS] = dict(list(other[TOKENS].items())[: len(stored)])
+            other[TOKENS] = dict(list(other[TOKENS].items())[:size])
     if found := differences(own, other):
         what = "another graph" if kind == "graph" else "other data"
         raise MisconfigurationException(f"the checkpoint was trained on {what}: {'; '.join(found)}. {ADVICE[kind]}")
+
+
+def _log_new_items(stored: Catalog, given: Catalog, note: str) -> None:
+    titles = given.titles[len(stored) :]
+    if titles:
+        log.info("extend_catalog: %d new items after the %d items of the checkpoint: %s; %s", len(titles), len(stored), _examples(titles), note)
+    else:
+        log.info("extend_catalog: no item is new; the checkpoint has all %d items", len(stored))
 
 
 def _describe(name: str, stored: Any, given: Any) -> list[str]:

@@ -87,6 +87,8 @@ class BaseModule(CheckedLoading, ABC):
     """Whether ``configure_model`` shards the weights over ranks with FSDP2."""
     reads_text: ClassVar[bool] = True
     """Whether the weights depend on the tokenizer and the prompt template, besides the items."""
+    new_items: ClassVar[str] = "the model was not trained on them"
+    """State of the weights of items that are appended to the catalogue of a checkpoint, for a log message."""
 
     def __init__(self, optimizer: OptimizerCallable | None = None, lr_scheduler: LRSchedulerCallable | None = None) -> None:
         super().__init__()
@@ -114,7 +116,7 @@ class BaseModule(CheckedLoading, ABC):
             if given is None or given is own or (own is not None and name not in KINDS):
                 continue
             if own is not None:
-                check_identity(name, own, given, text=self.reads_text, extend=getattr(source, "extend_catalog", False))
+                self._check_identity(name, own, given)
             if not _has_tokenizer(own) or _has_tokenizer(given):
                 # The catalogue of the data module has the same items, but more recent numbers of interactions.
                 setattr(self, name, given)
@@ -177,8 +179,11 @@ class BaseModule(CheckedLoading, ABC):
             if own is None:
                 setattr(self, name, stored)
             elif stored is not None:
-                source = getattr(self.attached, "datamodule", None)
-                check_identity(name, stored, own, text=self.reads_text, extend=getattr(source, "extend_catalog", False))
+                self._check_identity(name, stored, own)
+
+    def _check_identity(self, name: str, stored: Any, given: Any) -> None:
+        extend = getattr(getattr(self.attached, "datamodule", None), "extend_catalog", False)
+        check_identity(name, stored, given, text=self.reads_text, extend=extend, new_items=self.new_items)
 
     def check_settings(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint has the settings of this module.

@@ -46,8 +46,6 @@ def align(data: Interactions, catalog: Catalog, extend: bool = False) -> Interac
     genres = [data.genres[old_number[item]] if item in old_number else catalog.genres[item] if catalog.genres else () for item in range(len(titles))]
     if missing := len(titles) - len(old_number):
         log.info("%d of the %d stored items are not in the data: they keep their numbers, and predict does not recommend them", missing, len(catalog))
-    if new:
-        log.info("%d new items are appended to the %d stored items", len(new), len(catalog))
     rows = {
         name: replace(index, candidates=None if index.candidates is None else [_lookup(new_numbers, row) for row in index.candidates])
         for name, index in data.rows.items()

@@ -76,6 +76,7 @@ class LanguageModel(BaseModule):
         "language_model.scratch.intermediate_size",
         "language_model.scratch.max_length",
     )
+    new_items: ClassVar[str] = "no weights are added: the model scores the tokens of their titles, on which it was not trained"
     strict_loading = False
     shards_weights = True
 

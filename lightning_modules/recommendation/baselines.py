@@ -57,6 +57,7 @@ class Baseline(BaseModule):
     """
 
     trains: ClassVar[bool] = False
+    new_items: ClassVar[str] = "their counts are 0"
     required_from_datamodule: ClassVar[tuple[str, ...]] = ("catalog",)
     reads_text: ClassVar[bool] = False
     weight_settings: ClassVar[tuple[str, ...]] = ("last", "smoothing")

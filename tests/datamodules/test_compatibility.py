@@ -133,9 +133,15 @@ def test_counts_and_ids_may_differ():
     check_identity("catalog", A, Catalog(("A", "B", "C"), ((1,), (2,), (3,)), popularity=(5, 6, 7), vocabulary=WORDS, keys=("1", "2", "3")))
 
 
-def test_appended_items_are_accepted_with_extend():
+def test_appended_items_are_accepted_with_extend(caplog):
     longer = Catalog(("A", "B", "C", "D"), ((1,), (2,), (3,), (1, 2)), vocabulary=WORDS)
-    check_identity("catalog", A, longer, extend=True)
+    with caplog.at_level("INFO"):
+        check_identity("catalog", A, longer, extend=True, new_items="their counts are 0")
+        check_identity("catalog", A, A, extend=True)
+    assert caplog.messages == [
+        "extend_catalog: 1 new items after the 3 items of the checkpoint: 'D'; their counts are 0",
+        "extend_catalog: no item is new; the checkpoint has all 3 items",
+    ]
     with pytest.raises(MisconfigurationException, match=r"1 new \('D'\)"):
         check_identity("catalog", A, longer)
     with pytest.raises(MisconfigurationException, match="'D'"):

@@ -124,12 +124,19 @@ def test_options_that_agree_or_concern_the_data_are_accepted(shop):
     assert (cli.datamodule.batch_size, cli.model.decoding.num_beams) == (3, 5)
 
 
-def test_new_items_are_reported_and_added_with_extend_catalog(shop):
+def test_new_items_are_reported_and_added_with_extend_catalog(shop, caplog):
     command, _ = shop
     with pytest.raises(ValueError, match=r"2 items of the data are not in the catalogue of 12 .*'A Quiet Mirror' \(id n1\).*--extend_catalog"):
         command("test", "more_items", "--ckpt_path", "saved.ckpt")
-    cli = command("test", "more_items", "--ckpt_path", "saved.ckpt", "--extend_catalog")
-    assert cli.model.catalog.titles[12:] == ("A Quiet Mirror", "A Quiet Harbor")
+    for _ in range(2):  # the second time, the prepared data are in the cache
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            cli = command("test", "more_items", "--ckpt_path", "saved.ckpt", "--extend_catalog")
+        assert cli.model.catalog.titles[12:] == ("A Quiet Mirror", "A Quiet Harbor")
+        assert [message for message in caplog.messages if "extend_catalog" in message] == [
+            "extend_catalog: 2 new items after the 12 items of the checkpoint: 'A Quiet Mirror', 'A Quiet Harbor'; no weights are added: the model "
+            "scores the tokens of their titles, on which it was not trained"
+        ]
     with pytest.raises(MisconfigurationException, match="--extend_catalog adds items to the catalogue of a checkpoint; add --ckpt_path"):
         command("fit", "more_items", "--extend_catalog")
 
