@@ -100,7 +100,8 @@ def check_identity(
 def _log_new_items(stored: Catalog, given: Catalog, note: str) -> None:
     titles = given.titles[len(stored) :]
     if titles:
-        log.info("extend_catalog: %d new items after the %d items of the checkpoint: %s; %s", len(titles), len(stored), _examples(titles), note)
+        number = f"{len(titles)} new item{'s' if len(titles) > 1 else ''}"
+        log.info("extend_catalog: %s after the %d items of the checkpoint: %s; %s", number, len(stored), _examples(titles), note)
     else:
         log.info("extend_catalog: no item is new; the checkpoint has all %d items", len(stored))
 

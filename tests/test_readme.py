@@ -6,6 +6,7 @@ A block runs if ``<!-- run -->`` stands on the line before its fence.
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import MISSING, fields, is_dataclass
@@ -16,6 +17,7 @@ import pytest
 from shared import ROOT
 
 import malleable
+from malleable.main import main
 from malleable.recipes import find_recipe
 
 README = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else ""
@@ -130,3 +132,11 @@ def test_a_method_page_has_its_options_and_limits(page):
             values = defaults(kind)
             assert option in values, f"{kind} has no option {option}"
             assert default in ("", str(values[option])), f"{kind}.{option} has the default {values[option]}, the page says {default}"
+
+
+@pytest.mark.parametrize("line", re.findall(r"^malleable (fit .* --trainer\.logger .*)$", README, re.MULTILINE))
+def test_commands_with_loggers_are_parsed_without_their_packages(line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*shlex.split(line), "--print_config"])
+    assert ended.value.code == 0, capsys.readouterr().err
+    assert f"class_path: lightning.pytorch.loggers.{line.split('--trainer.logger ')[1].split()[0]}\n" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import interrupted_run
 import pytest
 import torch
 from boring import BoringDataModule, BoringModule
+from launch import free_port
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -97,10 +98,10 @@ def test_folder_is_replaced_by_a_complete_one(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def script(*words, timeout=60, **variables):
+def script(*words, timeout=60, launcher=(), **variables):
     path = os.pathsep.join([str(Path(interrupted_run.__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, **variables}
-    command = [sys.executable, interrupted_run.__file__, *map(str, words)]
+    command = [sys.executable, *launcher, interrupted_run.__file__, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
 
 
@@ -178,3 +179,14 @@ def test_signal_to_the_launcher_outside_steps_ends_all_ranks(number):
     done = script("fit", int(number), -1, SIGNALLED="0", timeout=50)
     assert done.returncode == (1 if number == signal.SIGINT else 128 + number), done.stderr
     assert "interrupted in epoch 0; nothing was saved; to start again, call Trainer.fit" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_signal_to_torchrun_leaves_one_complete_checkpoint():
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = script("fit", int(signal.SIGTERM), 5, launcher=launcher, SIGNALLED="agent", timeout=100)
+    assert done.returncode != 0
+    assert "interrupted in epoch 1 after step 6; to resume" in done.stderr
+    stored = torch.load("checkpoints/last.ckpt", weights_only=True)
+    assert (stored["epoch"], stored["global_step"]) == (1, 6)

@@ -1,4 +1,5 @@
 import gzip
+import importlib.util
 import json
 import logging
 import os
@@ -147,6 +148,19 @@ def test_libraries_show_progress_bars_on_terminals_only(monkeypatch):
         main([])
     assert shown == [None, "1"]
     assert "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
+
+
+@pytest.mark.parametrize(("logger", "package"), [("WandbLogger", "wandb"), ("MLFlowLogger", "mlflow"), ("CometLogger", "comet")])
+def test_a_logger_without_its_package_is_one_message(monkeypatch, boring, capsys, logger, package):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    monkeypatch.setattr(sys, "argv", ["malleable", "fit", "--config", "boring.yaml", "--trainer.logger", logger])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    text = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 1
+    assert text.startswith(f"malleable: error: {logger} needs a package that is not installed: ")
+    assert f"pip install -U '{package}" in text
 
 
 def raising(error):

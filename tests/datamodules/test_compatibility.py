@@ -139,7 +139,7 @@ def test_appended_items_are_accepted_with_extend(caplog):
         check_identity("catalog", A, longer, extend=True, new_items="their counts are 0")
         check_identity("catalog", A, A, extend=True)
     assert caplog.messages == [
-        "extend_catalog: 1 new items after the 3 items of the checkpoint: 'D'; their counts are 0",
+        "extend_catalog: 1 new item after the 3 items of the checkpoint: 'D'; their counts are 0",
         "extend_catalog: no item is new; the checkpoint has all 3 items",
     ]
     with pytest.raises(MisconfigurationException, match=r"1 new \('D'\)"):

@@ -3,8 +3,8 @@
     python interrupted_run.py COMMAND SIGNAL STEP [CKPT_PATH]
 
 Two micro-batches make a step. The signal arrives in the first micro-batch of the step, or in the evaluation's first batch; SIGNAL 0 sends none.
-STEP -1 is before the first step, -2 the validation of the first epoch. If the environment has SIGNALLED, e.g. ``01``, the fit runs on two ranks that
-Lightning starts, and only these ranks get the signal.
+STEP -1 is before the first step, -2 the validation of the first epoch. If the environment has SIGNALLED, e.g. ``01``, the fit runs on two ranks, which
+Lightning starts, and only these ranks get the signal. With ``SIGNALLED=agent``, torchrun starts the ranks and gets the signal.
 """
 
 import logging
@@ -23,12 +23,15 @@ from malleable import LastCheckpoint
 
 class Send(Callback):
     def __init__(self, number: int, step: int) -> None:
-        self.number = number if os.environ.get("LOCAL_RANK", "0") in os.environ.get("SIGNALLED", "0") else 0
+        signalled, rank = os.environ.get("SIGNALLED", "0"), os.environ.get("LOCAL_RANK", "0")
+        self.agent = signalled == "agent"
+        self.number = number if rank in signalled or (self.agent and rank == "0") else 0
         self.step = step
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.number and trainer.global_step == self.step and batch_idx % trainer.accumulate_grad_batches == 0:
-            os.kill(os.getpid(), self.number)
+            os.kill(os.getppid() if self.agent else os.getpid(), self.number)
+            time.sleep(5 if self.agent else 0)  # until torchrun has sent the signal to the ranks
 
     def on_train_epoch_start(self, trainer, pl_module):
         if self.number and self.step == -1:
