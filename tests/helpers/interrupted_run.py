@@ -3,7 +3,7 @@
     python interrupted_run.py COMMAND SIGNAL STEP [CKPT_PATH]
 
 Two micro-batches make a step. The signal arrives in the first micro-batch of the step, or in the evaluation's first batch; SIGNAL 0 sends none.
-STEP -1 is before the first step, -2 the validation of the first epoch. If the environment has SIGNALLED, e.g. ``01``, the fit runs on two ranks, which
+STEP -1 is before the first step, -2 the validation of the first epoch. If the environment has SIGNALLED, e.g. ``01``, the fit runs on two ranks that
 Lightning starts, and only these ranks get the signal. With ``SIGNALLED=agent``, torchrun starts the ranks and gets the signal.
 """
 
