@@ -154,14 +154,16 @@ class LastCheckpoint(ModelCheckpoint):
         """Save a checkpoint and end the run if any process has received a signal. All processes must call this method."""
         if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             return
-        number, self._received = self._received or signal.SIGTERM, None
+        number = self._received or signal.SIGTERM
         if getattr(trainer, "fast_dev_run", False):
+            self._release()
             self._end(number, "interrupted; nothing was saved, because fast_dev_run is set")
         path = str(Path(self.dirpath or "") / f"last{self.FILE_EXTENSION}")
         if (self._last_checkpoint_saved, self._last_global_step_saved) != (path, trainer.global_step):
             self._save_checkpoint(trainer, path)
         if isinstance(processes := getattr(trainer.strategy.launcher, "procs", None), list):
             processes.clear()  # they end, too; otherwise, the observer of Lightning kills this process if they are first
+        self._release()
         self._end(number, f"interrupted in epoch {trainer.current_epoch} after step {trainer.global_step}; {self._advice(path)}")
 
     def _advice(self, path: str | Path | None) -> str:

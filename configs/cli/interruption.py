@@ -13,6 +13,8 @@ from traceback import walk_tb
 from types import FrameType
 from typing import Any, NoReturn
 
+from malleable.argument_checks import TRAINER_COMMANDS
+
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -104,13 +106,15 @@ def report(error: BaseException, argv: Sequence[str], saved: str = "") -> None:
         return
     names = [frame.f_code.co_name for frame, _ in walk_tb(cause.__traceback__)]
     command = argv[0] if argv else ""
-    running = f"running `{command}`" if "_run_stage" in names else f"starting `{command}`"
+    uses_trainer = command in TRAINER_COMMANDS
+    running = f"starting `{command}`" if uses_trainer and "_run_stage" not in names else f"running `{command}`"
     stage = next((_STAGES[name] for name in reversed(names) if name in _STAGES), running)
     if saved:
         advice = f"the last checkpoint is {saved}; to resume, run: {command_line(argv, saved)}"
     else:
         resumes = command == "fit" and any(option.partition("=")[0] == _CKPT_PATH for option in argv)
-        advice = f"nothing was saved; to {'resume' if resumes else 'start again'}, run: {shlex.join(['malleable', *argv])}"
+        advice = f"to {'resume' if resumes else 'start again'}, run: {shlex.join(['malleable', *argv])}"
+        advice = f"nothing was saved; {advice}" if uses_trainer else advice
     message = f"interrupted while {stage}; {advice}"
     cause.add_note(message)
     log.info(message)
