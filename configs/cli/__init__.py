@@ -15,6 +15,7 @@ Files:
     recipes.py: Search for recipes by name.
     checkpoints.py: Checkpoint I/O, and search for checkpoints.
     runs.py: Creation of run folders.
+    interruption.py: Messages and exit status of interrupted commands.
     memory.py: Messages for errors of insufficient memory.
     __main__.py: Entry point of ``python -m malleable``.
 """

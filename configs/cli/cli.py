@@ -258,7 +258,8 @@ class MalleableCLI(LightningCLI):
     def _last_checkpoint(self) -> str:
         """Return the path of the checkpoint of this run with the most steps; empty if there is none."""
         saved = [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each._last_checkpoint_saved]
-        return max(saved, key=lambda each: each._last_global_step_saved)._last_checkpoint_saved if saved else ""
+        latest = max(saved, key=lambda each: (each._last_global_step_saved, isinstance(each, LastCheckpoint)), default=None)
+        return latest._last_checkpoint_saved if latest else ""
 
     def after_fit(self) -> None:
         """Test the best checkpoint of the run, or the edited one, if ``test_after_fit`` is set."""

@@ -27,7 +27,6 @@ _STAGES = {
     "_call_configure_model": "building the model",
     "_restore_modules_and_callbacks": "reading the checkpoint",
     "restore_training_state": "reading the checkpoint",
-    "resume_end": "reading the checkpoint",
     "_run_sanity_check": "checking the validation",
 }
 _CKPT_PATH = "--ckpt_path"

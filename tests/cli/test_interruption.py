@@ -27,9 +27,9 @@ MESSAGES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 def test_a_signal_ends_a_command_with_one_message(boring):
-    launch([HELPERS / "interrupted_commands.py"], ranks=1, cwd=boring)
+    launch([HELPERS / "interrupted_commands.py"], ranks=1, cwd=boring, timeout_s=600)
     ended = json.loads((boring / "ended.json").read_text())
     assert ended.keys() == CASES.keys() == {"whole", *MESSAGES}
     assert ended["whole"][0] == 0, ended["whole"][1]

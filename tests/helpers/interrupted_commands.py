@@ -17,8 +17,8 @@ from boring import BoringDataModule, BoringModule
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-import malleable.cli
 from malleable.main import main
+from malleable.option_errors import OptionParser
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 QUIET = [
@@ -37,12 +37,12 @@ RESUME = ["--trainer.max_epochs", "2", "--ckpt_path", FIRST]
 # ``ignored``, the exception is raised in a destructor, where Python ignores it.
 CASES: dict[str, tuple[list[str], int, Any, str]] = {
     "whole": (["fit"], 0, BoringModule, "training_step"),
-    "options": (["fit"], INT, malleable.cli.MalleableCLI, "parse_arguments"),
+    "options": (["fit"], INT, OptionParser, "parse_args"),
     "data": (["fit"], INT, BoringDataModule, "prepare_data"),
     "data, terminated": (["fit"], TERM, BoringDataModule, "prepare_data"),
     "background": (["fit"], INT, BoringDataModule, "prepare_data"),
     "model": (["fit"], TERM, BoringModule, "configure_model"),
-    "resumed": (["fit", *RESUME], INT, _CheckpointConnector, "resume_end"),
+    "resumed": (["fit", *RESUME], INT, _CheckpointConnector, "restore_callbacks"),
     "ignored": (["fit", *RESUME], INT, _FitLoop, "setup_data"),
     "first step": (["fit"], INT, BoringModule, "training_step"),
     "resumed step": (["fit", *RESUME], TERM, BoringModule, "training_step"),
@@ -102,4 +102,4 @@ if __name__ == "__main__":
             sys.stderr.flush()
             os._exit(status)
         found[case] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), Path("err.txt").read_text()
-    Path("ended.json").write_text(json.dumps(found))
+        Path("ended.json").write_text(json.dumps(found))
