@@ -82,7 +82,6 @@ def test_folder_is_replaced_by_a_complete_one(tmp_path, monkeypatch):
         (Path(filepath) / "shard").write_text(str(trainer.global_step))
         if trainer.global_step == 3:
             raise KeyboardInterrupt
-        assert path.exists() == (trainer.global_step > 1)
 
     strategy = SimpleNamespace(barrier=lambda name: None, broadcast=lambda value: value)
     trainer = SimpleNamespace(
