@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -41,6 +42,15 @@ from malleable.runs import RunFolder, claimed_folders
 from malleable.unused import check_unused
 
 log = logging.getLogger(__name__)
+
+# Packages of Lightning's loggers; one of each is sufficient.
+LOGGER_PACKAGES = {
+    "CometLogger": ("comet_ml",),
+    "MLFlowLogger": ("mlflow",),
+    "NeptuneLogger": ("neptune",),
+    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
+    "WandbLogger": ("wandb",),
+}
 
 
 class MalleableCLI(LightningCLI):
@@ -180,6 +190,8 @@ class MalleableCLI(LightningCLI):
         if given is False:
             return given
         others = [] if given is None or given is True else given if isinstance(given, list) else [given]
+        for logger in others:
+            _check_package(logger)
         if any(_is_csv(logger) for logger in others):
             return given
         arguments = Namespace(save_dir=str(self.runs.parent), name=self.runs.name, version=None, prefix="", flush_logs_every_n_steps=10)
@@ -322,6 +334,18 @@ def run(argv: Sequence[str]) -> MalleableCLI:
     if cli.trainer.log_dir and Path(cli.trainer.log_dir).is_dir():
         log.info("run folder: %s", cli.trainer.log_dir)
     return cli
+
+
+def _check_package(logger: Any) -> None:
+    """Check that the package of a logger is installed; jsonargparse would report the error of each alternative type.
+
+    Raises:
+        MisconfigurationException: If it is not installed.
+    """
+    name = str(logger.get("class_path") if isinstance(logger, Namespace) else "").rpartition(".")[2]
+    packages = LOGGER_PACKAGES.get(name, ())
+    if packages and not any(find_spec(package) for package in packages):
+        raise MisconfigurationException(f"{name} needs the package {packages[0]}, which is not installed: pip install {packages[0]}")
 
 
 def _is_csv(logger: Any) -> bool:

@@ -95,8 +95,7 @@ def _message(error: BaseException | None) -> str | None:
 def _own_message(error: BaseException) -> str | None:
     """Return the message of an error without its causes."""
     *_, (frame, _) = walk_tb(error.__traceback__)
-    package = str(frame.f_globals.get("__name__")).partition(".")[0]
-    ours = package == "malleable"
+    ours = str(frame.f_globals.get("__name__")).partition(".")[0] == "malleable"
     problem = system_problem(error)
     if problem is not None:
         files = [str(name) for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name is not None]
@@ -105,8 +104,6 @@ def _own_message(error: BaseException) -> str | None:
         ours and isinstance(error, (ValueError, OSError, ImportError)) and not _is_parser_error(error)
     ):
         return str(error)
-    if package == "lightning" and isinstance(error, ModuleNotFoundError):  # a logger or strategy of an optional package
-        return f"{type(frame.f_locals.get('self')).__name__} needs a package that is not installed: {' '.join(str(error).split())}"
     if message := memory_problem(error):
         return message
     damaged = None if isinstance(error, RecursionError) else format_problem(error)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 # Files of DeepSpeed in the subfolder that the file `latest` names.
 _RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_(model|optim)_states\.pt")
-_MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+_STAGE_2, _STAGE_3 = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"
 
 
 def missing_part(folder: Path) -> str:
@@ -44,9 +44,10 @@ def _missing_of_deepspeed(folder: Path) -> str:
     if not (folder / "latest").is_file():
         return "latest"
     shards = folder / (folder / "latest").read_text(encoding="utf-8").strip()
-    model = next((shards / name for name in _MODEL_FILES if (shards / name).is_file()), shards / _MODEL_FILES[0])
-    expected = {model}
     found = [match for path in shards.glob("*.pt") if (match := _RANK_FILE.fullmatch(path.name))]
+    # In stage 3, each rank writes its part of the model.
+    model = shards / (_STAGE_3 if any(match[2] == "model" for match in found) else _STAGE_2)
+    expected = {model}
     ranks = _world_size(model) or max((int(match[1]) + 1 for match in found), default=0)
     for match in found:
         expected |= {shards / match[0].replace(f"pp_rank_{match[1]}_", f"pp_rank_{rank}_") for rank in range(ranks)}
