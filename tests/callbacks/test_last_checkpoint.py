@@ -175,7 +175,7 @@ def test_signal_to_ranks_leaves_one_complete_checkpoint(whole, ranks, number, st
 @pytest.mark.ddp
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_to_the_launcher_outside_steps_ends_all_ranks(number):
-    done = script("fit", int(number), -1, SIGNALLED="0", timeout=50)
+    done = script("fit", int(number), -1, SIGNALLED="0", timeout=100)
     assert done.returncode == (1 if number == signal.SIGINT else 128 + number), done.stderr
     assert "interrupted in epoch 0; nothing was saved; to start again, call Trainer.fit" in done.stderr
 
