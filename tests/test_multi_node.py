@@ -23,7 +23,7 @@ HERE = {
 @pytest.mark.slow(minutes=1)
 @pytest.mark.ddp
 def test_torchrun(tmp_path):
-    (printed,) = re.findall(r"^torchrun .*(?:\\\n.*)*", PAGE.read_text(), re.MULTILINE)
+    (printed,) = re.findall(r"^torchrun (?:.*\\\n)*.*", PAGE.read_text(), re.MULTILINE)
     command = printed.replace("\\\n", " ")
     changes = HERE | {"gpu01:29500": f"127.0.0.1:{free_port()}"}
     for old, new in changes.items():
