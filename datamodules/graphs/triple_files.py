@@ -174,7 +174,7 @@ def _rows(
         rows = _text_rows(path, fields, counted, spaces, encoding)
     for place, row in rows:
         if not all(row):
-            raise ValueError(f"{place}, field {fields[row.index('')]}: the cell is empty; expected {'<TAB>'.join(fields)}")
+            raise ValueError(f"{place}, field {fields[row.index('')]}: the cell is empty; every row needs {', '.join(fields)}")
         yield place, row
 
 

@@ -165,7 +165,7 @@ class RecommendationDataModule(BaseDataModule):
             self.predict_dataset = self._user_rows(self.predict_users)
 
     def data_summary(self) -> list[tuple[str, str]]:
-        """Return the properties of the data as pairs of name and text, then the warnings; available after ``setup``."""
+        """Return pairs of name and text of the data, then each warning as a pair ``("warning", text)``; available after ``setup``."""
         summary = self._open().summary
         parts = {"train": self.answer_dataset, "val": self.val_dataset, "test": self.test_dataset}
         summary.describe_rows({name: (len(rows), len(rows.table)) for name, rows in parts.items()})

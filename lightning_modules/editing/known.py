@@ -57,10 +57,15 @@ def known_requests(model: Any, tokenizer: Any, requests: Sequence[EditRequest], 
         neighbors = tuple(probe for probe in request.neighbors if probe in known_probes)
         if len(neighbors) >= settings.min_neighbors:
             chosen.append(replace(request, neighbors=neighbors))
+    if not known:
+        raise ValueError(
+            f"the model gives the true answer of none of the {len(requests)} requests ({len(candidates)} have a true answer), so there is "
+            "no known fact to edit; give other facts"
+        )
     if not chosen:
         raise ValueError(
-            f"the model gives the true answer of {len(known)} of {len(requests)} requests, and none of these has {settings.min_neighbors} neighbours "
-            "that it answers correctly, so there is no known fact to edit; lower known.min_neighbors, or give other facts"
+            f"the model gives the true answer of {len(known)} of {len(requests)} requests, but it answers at least {settings.min_neighbors} "
+            "neighbours correctly for none of these; lower known.min_neighbors, or give other facts"
         )
     return chosen[: settings.limit]
 

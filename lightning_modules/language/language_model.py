@@ -376,8 +376,8 @@ class LanguageModel(BaseModule):
 
         Args:
             folder: Parent of the folder ``adapter`` or ``model``.
-            checkpoint: Checkpoint to read the weights from, on one rank. Default: the weights in memory; with DeepSpeed, all ranks must then call
-                this method.
+            checkpoint: Checkpoint to read the weights from; then rank 0 alone may call this method. Default: the weights in memory; if they are
+                sharded (DeepSpeed, FSDP2), all ranks must call this method. Only rank 0 writes.
 
         Returns:
             The folder ``adapter`` or ``model``.

@@ -8,7 +8,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 
 class RowRanks:
-    """Ranks of the true answers of all rows; a metric adds them if its attribute ``row_ranks`` is set."""
+    """Ranks of the true answers of all rows. A metric whose attribute ``row_ranks`` is an instance of this class adds its ranks to it."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -74,7 +74,10 @@ Run = Callable[[Any, Sample, tuple[AttentionSpan, ...]], tuple[Tensor, Tensor]]
 
 
 def check_passes(model: nn.Module) -> PassForms:
-    """Measure the forms of a model's passes; see :func:`~malleable.lightning_modules.functional.language.pass_forms.pass_forms`.
+    """Find which forms of a model's passes are exact, by comparison with passes of one sequence at a time on random tokens.
+
+    A form is a layout of sequences in rows, with its mask and cache, see :mod:`~malleable.lightning_modules.functional.language.pass_forms`. A small
+    copy of the model is compared, or the model itself if no copy can be built.
 
     Args:
         model: Hugging Face causal language model without adapters.
