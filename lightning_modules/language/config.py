@@ -225,8 +225,6 @@ def _scratch_model(config: LanguageModelConfig, vocabulary: Vocabulary) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     sizes = config.scratch
-    if sizes.hidden_size % sizes.num_heads:
-        raise ValueError(f"num_heads must divide hidden_size, got num_heads={sizes.num_heads} and hidden_size={sizes.hidden_size}")
     if vocabulary.vocab_size < 1:
         raise ValueError("a model from scratch needs the vocabulary of a tokenizer, but the data have none; set the tokenizer of the data module")
     settings = LlamaConfig(

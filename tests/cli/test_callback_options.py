@@ -70,7 +70,10 @@ def test_saved_configuration_contains_the_option(run, tmp_path):
             "--trainer.callbacks.rounds: RunReport has no option 'rounds'; its options are dirpath, headline. For another callback, write "
             "--trainer.callbacks.CLASS.rounds",
         ),
-        (["--trainer.callbacks+=RunReport", "--trainer.callbacks.RunReport.dirpath", "x"], "--trainer.callbacks.RunReport.dirpath: there are 2 "),
+        (
+            ["--trainer.callbacks+=RunReport", "--trainer.callbacks.RunReport.dirpath", "x"],
+            "--trainer.callbacks.RunReport.dirpath: the configuration has 2 ",
+        ),
     ],
 )
 def test_errors_contain_the_option(boring, capsys, words, expected):

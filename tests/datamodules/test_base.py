@@ -76,7 +76,7 @@ def test_the_training_loader_stays_the_same(tmp_path):
 
 
 def test_a_split_that_was_not_set():
-    with pytest.raises(MisconfigurationException, match=r"has no data for prediction: set predict_file"):
+    with pytest.raises(MisconfigurationException, match=r"BaseDataModule has no predict data: `setup` did not set `predict_dataset`"):
         BaseDataModule().predict_dataloader()
 
 

@@ -265,7 +265,7 @@ def test_no_known_fact_raises(learnt, tmp_path):
     callback = edit(requests=[{**make_request(OTHERS[0], 0), "true": "Zürich"}], known={})
     with pytest.raises(ValueError, match=r"gives the true answer of none of the 1 requests.* there is no known fact to edit"):
         trainer_of(tmp_path, callback).fit(copy.deepcopy(learnt))
-    with pytest.raises(ValueError, match=r"known\.limit >= 1"):
+    with pytest.raises(ValueError, match=r"known\.limit must be >= 1"):
         KnownFacts(limit=0)
 
 
