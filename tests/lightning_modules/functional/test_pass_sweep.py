@@ -1,7 +1,7 @@
 """Every causal language model that transformers ships, pass by pass: none computes another function than plain passes.
 
 The table of the forms is in ``configs/base/MODELS.md``; ``python tests/lightning_modules/functional/test_pass_sweep.py`` runs all models and
-rewrites it. The slow test runs half of them: one half on even days, the other on odd days. ``MALLEABLE_SWEEP=0``, ``1`` or ``all`` chooses.
+rewrites it. The slow test runs half of them; the halves alternate daily. ``MALLEABLE_SWEEP=0``, ``1`` or ``all`` chooses.
 """
 
 import datetime
