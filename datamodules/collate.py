@@ -85,7 +85,7 @@ def collate_sequences(examples: Sequence[SequenceExample], pad_to_multiple_of: i
     if len(queries) > 1:
         raise ValueError("either all rows of a SequenceBatch have the field 'target', or none; collate training rows and rows to rank separately")
     (is_query,) = queries
-    rows = [np.asarray(example["items"], dtype=np.int64) for example in examples]
+    rows: list[Any] = [np.asarray(example["items"], dtype=np.int64) for example in examples]
     _check_items(examples, rows, is_query)
     lengths = np.array([len(items) for items in rows])
     width = padded_width(max(int(lengths.max()), 1), pad_to_multiple_of)
@@ -97,7 +97,9 @@ def collate_sequences(examples: Sequence[SequenceExample], pad_to_multiple_of: i
         targets[:, -1] = torch.tensor([example.get("target", -1) for example in examples])
         num_sequences, longest = len(rows), int(lengths.max())
     else:
-        numbers = [np.asarray(example.get("document_ids", np.ones(len(items))), dtype=np.int64) for example, items in zip(examples, rows, strict=True)]
+        numbers: list[Any] = [
+            np.asarray(example.get("document_ids", np.ones(len(items))), dtype=np.int64) for example, items in zip(examples, rows, strict=True)
+        ]
         targets = pad([_next_items(*row) for row in zip(examples, rows, numbers, strict=True)], -1, side, width)
         documents = pad(numbers, 0, side, width) if any("document_ids" in example for example in examples) else None
         sizes = np.concatenate([np.unique(own, return_counts=True)[1] for own in numbers])
@@ -109,7 +111,9 @@ def collate_sequences(examples: Sequence[SequenceExample], pad_to_multiple_of: i
         document_ids=documents,
         supervised=(targets.flatten() >= 0).nonzero().flatten(),
         seen=pad([example.get("seen", example["items"]) for example in examples], -1) if is_query else torch.zeros(len(rows), 0, dtype=torch.long),
-        candidates=pad([example.get("candidates", ()) for example in examples], -1) if any(example.get("candidates") for example in examples) else None,
+        candidates=pad([example.get("candidates", ()) for example in examples], -1)
+        if any(example.get("candidates") for example in examples)
+        else None,
         metric_history=pad([example.get("metric_history", example["items"]) for example in examples], -1, "left")
         if any("metric_history" in example for example in examples)
         else None,
@@ -130,14 +134,15 @@ def _collate_sequences(examples: Sequence[SequenceExample], pad_token_id: int, p
 def _check_items(examples: Sequence[SequenceExample], rows: Sequence[Any], is_query: bool) -> None:
     for example, items in zip(examples, rows, strict=True):
         if items.ndim != 1 or (len(items) and items.min() < 0) or not (is_query or len(items)):
+            empty = "" if is_query else ", not empty"
             raise ValueError(
-                f"the field 'items' of the row with sample_id {example['sample_id']} must be a list of item numbers >= 0{'' if is_query else ', not empty'}; "
+                f"the field 'items' of the row with sample_id {example['sample_id']} must be a list of item numbers >= 0{empty}; "
                 f"got {list(example['items'])[:5]}{' ...' if len(items) > 5 else ''}"
             )
         for name in ("document_ids", "supervised", "times", "behaviors"):
-            if name in example and len(example[name]) != len(items):  # type: ignore[literal-required]
+            if name in example and len(example[name]) != len(items):
                 raise ValueError(
-                    f"the field {name!r} of the row with sample_id {example['sample_id']} has {len(example[name])} values for {len(items)} items; "  # type: ignore[literal-required]
+                    f"the field {name!r} of the row with sample_id {example['sample_id']} has {len(example[name])} values for {len(items)} items; "
                     "give one for each item"
                 )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from malleable.callbacks.report.page import Section
 from malleable.callbacks.report.plots import draw_exposure, draw_exposure_curve
-from malleable.datamodules.batch import RankedRows, Catalog, Recommendations
+from malleable.datamodules.batch import Catalog, RankedRows, Recommendations
 from malleable.lightning_modules.functional.ranks import gather_over_ranks
 from malleable.lightning_modules.metrics.exposure import ExposureMetrics
 

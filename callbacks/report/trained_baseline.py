@@ -42,7 +42,8 @@ def train_baseline(module: SequentialRecommender, source: Any, epochs: int, seed
     rows = getattr(source, "sequence_dataset", None)
     if rows is None:
         raise MisconfigurationException(
-            f"Baselines trains a SequentialRecommender on `sequence_dataset`, which {type(source).__name__} does not have; use RecommendationDataModule"
+            f"Baselines trains a SequentialRecommender on `sequence_dataset`, which {type(source).__name__} does not have; use "
+            "RecommendationDataModule"
         )
     devices = [device] if device.type == "cuda" else []
     started = time.monotonic()
@@ -59,7 +60,7 @@ def train_baseline(module: SequentialRecommender, source: Any, epochs: int, seed
                 for group in optimizer.param_groups:
                     group["lr"] = module.tuning.lr * warmup_decay(step, total, module.tuning.warmup_steps)
                 optimizer.zero_grad(set_to_none=True)
-                module.compute_loss(batch).loss.backward()
+                torch.autograd.backward(module.compute_loss(batch).loss)
                 optimizer.step()
                 step += 1
     if world_size() > 1:

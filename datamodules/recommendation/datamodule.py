@@ -48,9 +48,9 @@ class RecommendationDataModule(BaseDataModule):
         template: Prompt template: ``history``, ``instruction``, ``chat``, or the fields of a template. Default: the template of the checkpoint if
             ``tokenizer`` is one, otherwise ``history``.
         split: Settings of filters, split and history lengths.
-        train_view: Training rows: ``answer`` (a prompt and its answer), ``packed`` (tokens of whole histories), ``sequence`` (items of one history) or
-            ``packed_sequence`` (items of several histories). With the latter two, all rows are :class:`~malleable.datamodules.batch.SequenceBatch`,
-            for sequence models; set ``split.sequence_length``.
+        train_view: Training rows: ``answer`` (a prompt and its answer), ``packed`` (tokens of histories), ``sequence`` (items of one history) or
+            ``packed_sequence`` (items of several histories). With the latter two, batches are
+            :class:`~malleable.datamodules.batch.SequenceBatch`, for sequence models; set ``split.sequence_length``, too.
         pack_length: Number of tokens or items of a packed row.
         negatives: Sampler of rejected answers for each row: ``Uniform``, ``Popularity`` or a ``Mixture``, see
             :mod:`malleable.datamodules.negative_samplers`.
@@ -224,12 +224,9 @@ class RecommendationDataModule(BaseDataModule):
         return tokens
 
     def _train_rows(self, view: TrainView) -> Any:
-        return {
-            "answer": lambda: self.answer_dataset,
-            "packed": lambda: self.packed_dataset,
-            "sequence": lambda: self.sequence_dataset,
-            "packed_sequence": lambda: self.sequence_dataset,
-        }[view]()
+        if "sequence" in view:
+            return self.sequence_dataset
+        return self.packed_dataset if view == "packed" else self.answer_dataset
 
     def _to_queries(self, rows: AnswerRows, columns: SequenceColumns) -> AnswerRows:
         """Return rows of items for sequence models, other rows unchanged."""

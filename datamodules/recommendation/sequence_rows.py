@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from malleable.datamodules.batch import Example, SequenceBatch, SequenceExample
+from malleable.datamodules.batch import SequenceBatch, SequenceExample
 from malleable.datamodules.collate import collate_sequences
 from malleable.datamodules.language.packing import Window, pack_windows
 from malleable.datamodules.recommendation.rows import AnswerRows, RowTable
@@ -106,7 +106,8 @@ class SequenceRows:
         return np.array([sum(len(self._own_targets(window)) for window in row) for row in self.rows], dtype=np.int64)
 
     def _items(self, window: Window) -> Ints:
-        return self.columns.items[window.sequence][window.start : window.end]
+        items: Ints = self.columns.items[window.sequence][window.start : window.end]
+        return items
 
     def _own_targets(self, window: Window) -> Ints:
         """Return the positions in the history of the targets of a part; its first item is no target of it."""
@@ -144,7 +145,7 @@ class SequenceQueries(AnswerRows):
 
     def __getitem__(self, index: int) -> Any:
         """Return a row."""
-        example = cast("Example", super().__getitem__(index))
+        example = super().__getitem__(index)
         row = self.select[index]
         end = int(self.table.end[row])
         start = max(0, end - self.lengths.sequence) if self.lengths is not None else int(self.table.start[row])
@@ -154,7 +155,7 @@ class SequenceQueries(AnswerRows):
             "seen": example["seen"],
             **self.columns.part(int(self.table.sequence[row]), start, end),
         }
-        return query | {name: example[name] for name in ("metric_history", "candidates") if name in example}  # type: ignore[literal-required]
+        return query | {name: example[name] for name in ("metric_history", "candidates") if name in example}
 
     def collate(self, rows: Sequence[Any]) -> Any:
         """Collate rows to a :class:`SequenceBatch`."""

@@ -34,7 +34,15 @@ log = logging.getLogger(__name__)
 # Increase it when the format or the meaning of the cache changes.
 FORMAT = 8
 _NONE = np.zeros(0, dtype=np.int64)
-_EVENT_TYPES = {"user": pa.int32(), "item": pa.int32(), "time": pa.float64(), "rating": pa.float64(), "row": pa.int64(), "split": pa.int8(), "behavior": pa.int16()}
+_EVENT_TYPES = {
+    "user": pa.int32(),
+    "item": pa.int32(),
+    "time": pa.float64(),
+    "rating": pa.float64(),
+    "row": pa.int64(),
+    "split": pa.int8(),
+    "behavior": pa.int16(),
+}
 _NO_ROWS = RowTable(_NONE, _NONE, _NONE, _NONE, _NONE)
 
 

@@ -3,7 +3,7 @@
 Files:
     language/: Log-probabilities, decoding and grounding of language models.
     graphs/: Score functions and relation patterns of graph embeddings.
-    recommendation/: Counting baselines, and hashes of rows.
+    recommendation/: Sequence encoders, losses over items, counting baselines, and hashes of rows.
     editing/: Edits of language models.
     keyed_random.py: Random numbers that depend on a key only.
     number_checks.py: Checks of the numbers in settings.

@@ -209,5 +209,3 @@ class BPR(ItemLoss):
 def default_item_loss(num_items: int) -> ItemLoss:
     """Return the default loss: cross-entropy over all items up to 50,000 items, sampled above."""
     return CE() if num_items <= 50_000 else GBCE()
-
-

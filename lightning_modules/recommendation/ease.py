@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import ClassVar
 
 from torch import Tensor
@@ -10,14 +11,16 @@ from malleable.datamodules.batch import Catalog
 from malleable.lightning_modules.functional.recommendation.ease import ease_weights
 from malleable.lightning_modules.recommendation.baselines import ItemKNN
 
+log = logging.getLogger(__name__)
+
 ALL = 1 << 30  # number of last items, more than any history has
 
 
 class EASE(ItemKNN):
     """Recommend items by a linear model of the items of the history, which is computed in closed form.
 
-    score(j) = sum over the items i of the history of ``B[i, j]``, with the weights ``B`` that reconstruct each user's items best, without weights of an
-    item for itself and with a penalty ``l2 |B|^2``.
+    score(j) = sum over the items i of the history of ``B[i, j]``. The weights ``B`` reconstruct the items of each user with the smallest squared error
+    plus a penalty ``l2 |B|^2``. An item has no weight for itself.
 
     Args:
         catalog: The items. Default: taken from the data module.
@@ -43,8 +46,22 @@ class EASE(ItemKNN):
         self.save_hyperparameters(ignore="catalog")
 
     def compare_items(self) -> Tensor:
-        """Compute the weights ``B``, ``(N, N)``."""
-        gram = self.pairs.float()
-        gram += self.pairs.T
-        gram.diagonal().copy_(self.counts)
-        return ease_weights(gram, self.l2)
+        """Compute the weights ``B``, ``(N, N)``.
+
+        If the rows are not whole histories, e.g. with ``train_limit``, the counts may be no table of common users. Then a larger penalty is used.
+        """
+        l2 = self.l2
+        while True:
+            gram = self.pairs.float()
+            gram += self.pairs.T
+            gram.diagonal().copy_(self.counts)
+            try:
+                weights = ease_weights(gram, l2)
+            except ValueError:
+                l2 *= 2
+                continue
+            if l2 != self.l2:
+                log.warning(
+                    "EASE: the training rows are not whole histories of users; l2 is %g instead of %g, so that a solution exists", l2, self.l2
+                )
+            return weights

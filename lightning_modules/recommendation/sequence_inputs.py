@@ -11,21 +11,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malleable.datamodules.batch import AnswerBatch, SequenceBatch
+from malleable.datamodules.batch import RankedRows, SequenceBatch
 from malleable.lightning_modules.functional.keyed_random import keyed_uniform, mix
 from malleable.lightning_modules.functional.recommendation.item_draws import EarlierItems, ItemProposal
 from malleable.lightning_modules.functional.recommendation.sequence_layout import SequenceLayout
 from malleable.lightning_modules.losses.ranking import Negatives
 
 
-def as_query(batch: AnswerBatch | SequenceBatch) -> SequenceBatch:
+def as_query(batch: RankedRows) -> SequenceBatch:
     """Return the histories and targets of a batch as sequences to rank items for; a :class:`SequenceBatch` is returned unchanged."""
     if isinstance(batch, SequenceBatch):
         return batch
     history = batch.history if batch.history.shape[1] else batch.history.new_full((len(batch), 1), -1)
     targets = torch.full_like(history, -1)
-    if batch.item_ids.shape[1]:
-        targets[:, -1] = batch.target
+    targets[:, -1] = batch.target
     width = history.shape[1]
     return SequenceBatch(
         sample_id=batch.sample_id,

@@ -98,7 +98,9 @@ class SequentialRecommender(BaseModule):
         if self.negatives is not None:
             self.negatives.item_weights(1, [1])  # raises an error for samplers that need a model
             if self.loss is not None and not self.loss.num_negatives:
-                raise ValueError(f"negatives={self.negatives} has no effect: {type(self.loss).__name__} has no negatives; omit it or choose SampledCE")
+                raise ValueError(
+                    f"negatives={self.negatives} has no effect: {type(self.loss).__name__} has no negatives; omit it or choose SampledCE"
+                )
         self.exclude_seen = exclude_seen
         self.tuning: Tuning = from_plain(Tuning, tuning) or Tuning(lr=1e-3)
         self.ks = check_ks(ks)
@@ -151,7 +153,7 @@ class SequentialRecommender(BaseModule):
         return LossOutput(loss, {}, count)
 
     @needs_weights
-    def encode(self, batch: SequenceBatch | AnswerBatch) -> Tensor:
+    def encode(self, batch: RankedRows) -> Tensor:
         """Return a vector for each row, ``(B, d)``: the state after its last item, 0 for rows without items.
 
         Args:
@@ -170,13 +172,13 @@ class SequentialRecommender(BaseModule):
 
     @needs_weights
     @full_precision
-    def scores(self, batch: SequenceBatch | AnswerBatch) -> Tensor:
+    def scores(self, batch: RankedRows) -> Tensor:
         """Score every item for every row, ``(B, N)`` float32."""
         return self.encode(batch).float() @ self.model.item.weight.float().T
 
     @needs_weights
     @torch.no_grad()
-    def recommend(self, batch: SequenceBatch | AnswerBatch, k: int | None = None) -> Recommendations:
+    def recommend(self, batch: RankedRows, k: int | None = None) -> Recommendations:
         """Find the k best items of each row.
 
         Args:
@@ -284,10 +286,11 @@ class SequentialRecommender(BaseModule):
         """Append rows for new items."""
         if len(self.trained_items) < size:
             self.trained_items = _pad_rows(self.trained_items, size)
-            self.model.item = nn.Embedding.from_pretrained(_pad_rows(self.model.item.weight.detach(), size), freeze=False)
+            self.model.item.weight = nn.Parameter(_pad_rows(self.model.item.weight.detach(), size))
+            self.model.item.num_embeddings = size
             self._proposal = None
 
-    def _prepared(self, batch: SequenceBatch | AnswerBatch) -> SequenceBatch:
+    def _prepared(self, batch: RankedRows) -> SequenceBatch:
         """Return a batch of sequences that the encoder can read.
 
         Raises:
@@ -298,8 +301,8 @@ class SequentialRecommender(BaseModule):
             batch = shorten(batch, self.encoder.max_length)
         elif (longest := batch.longest or batch.item_ids.shape[1]) > self.encoder.max_length + 1:
             raise MisconfigurationException(
-                f"a training sequence has {longest - 1} items and a target, but encoder.max_length is {self.encoder.max_length}; increase it, or reduce "
-                "split.sequence_length of the data"
+                f"a training sequence has {longest - 1} items and a target, but encoder.max_length is {self.encoder.max_length}; increase it, or "
+                "reduce split.sequence_length of the data"
             )
         if self.model.reads_times and batch.times is None:
             raise MisconfigurationException(
@@ -323,7 +326,10 @@ class SequentialRecommender(BaseModule):
         return batch.replace(targets=batch.item_ids.masked_fill(~hidden, -1), supervised=None), hidden
 
     def _share_of_targets(self, batch: SequenceBatch) -> float:
-        """Return the expected share of targets that contribute to the loss. The share of a batch would make a step depend on its split into batches."""
+        """Return the expected share of targets that contribute to the loss.
+
+        With the actual share of a batch, a step would depend on its split into batches.
+        """
         return self.encoder.mask_rate if self.encoder.kind == "bert4rec" and not batch.is_query else 1.0
 
     def _draw(self, batch: SequenceBatch, layout: SequenceLayout, index: Tensor) -> PositionNegatives:

@@ -41,10 +41,16 @@ def invert_in_place(matrix: Tensor, block: int = BLOCK) -> None:
     Args:
         matrix: ``(N, N)``.
         block: Number of rows that are eliminated at once.
+
+    Raises:
+        ValueError: If the matrix is not positive definite.
     """
     for start in range(0, len(matrix), block):
         own = slice(start, min(start + block, len(matrix)))
-        pivot = torch.cholesky_inverse(torch.linalg.cholesky(matrix[own, own]))
+        factor, failed = torch.linalg.cholesky_ex(matrix[own, own])
+        if bool(failed):
+            raise ValueError("the matrix is not positive definite; increase l2")
+        pivot = torch.cholesky_inverse(factor)
         stripe = matrix[own].clone()
         stripe[:, own] = 0
         scaled = pivot @ stripe

@@ -48,26 +48,27 @@ class HSTU(SequenceEncoder):
         self.reads_times = time_buckets > 0
         self.max_length = max_length
         self.position = nn.Embedding(max_length + 1, dim)
+        self.num_buckets = time_buckets
         self.units = nn.ModuleList(Unit(dim, num_heads, dropout, max_length, time_buckets) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
 
     def init_weights(self) -> None:
         """Draw all weights; the relative biases start at 0."""
         super().init_weights()
-        for unit in self.units:
-            nn.init.zeros_(unit.position_bias.weight)
-            if unit.time_bias is not None:
-                nn.init.zeros_(unit.time_bias.weight)
+        for name, parameter in self.named_parameters():
+            if "_bias." in name:
+                nn.init.zeros_(parameter)
 
     def encode(self, inputs: Tensor, layout: SequenceLayout, times: Tensor | None) -> Tensor:
         """Return the states ``(B, T, d)`` of embedded items."""
         states = self.dropout((inputs + self.position(layout.position)) * layout.real[..., None])
         allowed = layout.attention_mask()[:, 0]
         distance = (layout.position[:, :, None] - layout.position[:, None, :]).clamp(0, self.max_length)
-        buckets = time_buckets(times, self.units[0].num_buckets) if times is not None and self.reads_times else None
+        buckets = time_buckets(times, self.num_buckets) if times is not None and self.reads_times else None
         for unit in self.units:
             states = unit(states, allowed, distance, buckets)
-        return self.norm(states)
+        result: Tensor = self.norm(states)
+        return result
 
 
 class Unit(nn.Module):
@@ -87,7 +88,6 @@ class Unit(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.max_length = max_length
-        self.num_buckets = time_buckets
         self.input_norm = nn.LayerNorm(dim)
         self.expand = nn.Linear(dim, 4 * dim)
         self.attention_norm = nn.LayerNorm(dim)
@@ -106,13 +106,14 @@ class Unit(nn.Module):
             buckets: ``(B, T, T)`` int64, bucket of the difference of time; ``None``: no bias by time.
         """
         gate, value, query, key = F.silu(self.expand(self.input_norm(states))).chunk(4, -1)
-        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+        query, key, value = (part.view(*part.shape[:2], self.num_heads, -1).transpose(1, 2) for part in (query, key, value))
         bias = self.position_bias(distance)
         if self.time_bias is not None and buckets is not None:
             bias = bias + self.time_bias(buckets)
         weight = F.silu(query @ key.transpose(-1, -2) + bias.permute(0, 3, 1, 2)) / self.max_length
         found = (weight * allowed[:, None]) @ value
-        return states + self.dropout(self.output(self.attention_norm(found.transpose(1, 2).flatten(2)) * gate))
+        result: Tensor = states + self.dropout(self.output(self.attention_norm(found.transpose(1, 2).flatten(2)) * gate))
+        return result
 
 
 def time_buckets(times: Tensor, count: int) -> Tensor:
@@ -127,5 +128,3 @@ def time_buckets(times: Tensor, count: int) -> Tensor:
     """
     difference = (times[:, :, None] - times[:, None, :]).abs().clamp_min(1.0)
     return (difference.float().log() / TIME_BASE).long().clamp_max(count - 1)
-
-

@@ -146,7 +146,8 @@ class Transformer(SequenceEncoder):
         mask = layout.attention_mask(self.causal)
         for block in self.blocks:
             states = block(states, mask)
-        return self.norm(states)
+        result: Tensor = self.norm(states)
+        return result
 
 
 class Block(nn.Module):
@@ -180,7 +181,8 @@ class Block(nn.Module):
         query, key, value = parts.permute(2, 0, 3, 1, 4)
         found = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=self.dropout.p if self.training else 0.0)
         states = states + self.dropout(self.output(found.transpose(1, 2).flatten(2)))
-        return states + self.dropout(self.ffn(self.ffn_norm(states)))
+        result: Tensor = states + self.dropout(self.ffn(self.ffn_norm(states)))
+        return result
 
 
 class GRU4Rec(SequenceEncoder):

@@ -111,7 +111,7 @@ def test_keys_are_class_names_in_snake_case():
 
 
 def test_errors(tmp_path):
-    with pytest.raises(TypeError, match=r"baselines must be instances of Baseline, .* got 'popularity'"):
+    with pytest.raises(TypeError, match=r"baselines must be instances of Baseline or SequentialRecommender, .* got 'popularity'"):
         Baselines(["popularity"])
     with pytest.raises(MisconfigurationException, match=r"with a `catalog`, got BoringDataModule; pass `datamodule=...` or remove Baselines"):
         trainer(tmp_path, Baselines()).test(BoringModule(), BoringDataModule(), verbose=False)

@@ -230,7 +230,7 @@ def test_items_outside_the_catalogue_are_refused(tmp_path):
 
 def test_what_cannot_be_read_is_refused():
     long = {"sample_id": 0, "items": [step % NUM_ITEMS for step in range(14)]}
-    with pytest.raises(MisconfigurationException, match="has 13 items and a target, but encoder.max_length is 12"):
+    with pytest.raises(MisconfigurationException, match=r"has 13 items and a target, but encoder.max_length is 12"):
         built().compute_loss(collate([long], SequenceBatch))
     with pytest.raises(MisconfigurationException, match="'hstu' reads the times of the items, but the rows have none"):
         built("hstu").encode(collate([{"sample_id": 0, "items": [1], "target": 2}], SequenceBatch))

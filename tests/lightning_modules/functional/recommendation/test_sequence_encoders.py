@@ -126,7 +126,9 @@ def test_hstu_equals_a_loop_over_positions():
             total = torch.zeros(8)
             for j in range(i + 1):
                 if layout.real[0, j]:
-                    bias = unit.position_bias.weight[layout.position[0, i] - layout.position[0, j], head] + unit.time_bias.weight[buckets[0, i, j], head]
+                    bias = (
+                        unit.position_bias.weight[layout.position[0, i] - layout.position[0, j], head] + unit.time_bias.weight[buckets[0, i, j], head]
+                    )
                     total = total + torch.nn.functional.silu(query[i, own] @ key[j, own] + bias) / 12 * value[j, own]
             heads.append(total)
         expected = x[0, i] + unit.output(unit.attention_norm(torch.cat(heads)) * gate[i])
