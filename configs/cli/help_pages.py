@@ -58,6 +58,7 @@ CALLBACKS = {
     "ExposureReport": "adds the numbers of recommendations of items to the report",
     "EmbeddingReport": "exports and analyses the embeddings of a knowledge graph",
     "PredictionWriter": "writes predictions with your ids",
+    "VectorWriter": "writes the vectors of users and items",
     "LastCheckpoint": "saves the last epoch",
     "LineProgress": "prints the progress as lines",
     "LossProgressBar": "shows a progress bar with the training loss",

@@ -19,8 +19,8 @@ ALL = 1 << 30  # number of last items, more than any history has
 class EASE(ItemKNN):
     """Recommend items by a linear model of the items of the history, which is computed in closed form.
 
-    score(j) = sum over the items i of the history of ``B[i, j]``. The weights ``B`` reconstruct the items of each user with the smallest squared error
-    plus a penalty ``l2 |B|^2``. An item has no weight for itself.
+    score(j) = sum over the items i of the history of ``B[i, j]``. The weights ``B`` reconstruct the items of each user with the smallest squared
+    error plus a penalty ``l2 |B|^2``. An item has no weight for itself.
 
     Args:
         catalog: The items. Default: taken from the data module.

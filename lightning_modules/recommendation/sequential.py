@@ -171,6 +171,12 @@ class SequentialRecommender(BaseModule):
         return self._encode(batch, layout_of(batch), masked)[:, -1]
 
     @needs_weights
+    @torch.no_grad()
+    def item_vectors(self) -> Tensor:
+        """Return the embeddings of the items, ``(N, d)``; the score of an item is its inner product with the vector of a row."""
+        return self.model.item.weight.detach()
+
+    @needs_weights
     @full_precision
     def scores(self, batch: RankedRows) -> Tensor:
         """Score every item for every row, ``(B, N)`` float32."""

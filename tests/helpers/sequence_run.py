@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tiny_data import quiet_trainer
 from toy_sequences import ToySequences, packed_row, training_rows
 
-from malleable import GBCE, EncoderSettings, PredictionWriter, SequentialRecommender, Uniform
+from malleable import GBCE, EncoderSettings, PredictionWriter, SequentialRecommender, Uniform, VectorWriter
 
 
 def main(root: Path) -> None:
@@ -31,7 +31,7 @@ def main(root: Path) -> None:
         module = SequentialRecommender(encoder, ks=(1, 3), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.5), **options)
         data = ToySequences(train=rows, batch_size=4 // ranks, global_batch_size=4)
         data.row_tokens = lambda: [len(row["items"]) - 2 for row in rows]
-        callbacks = [PredictionWriter(str(folder / kind), formats=("csv",))]
+        callbacks = [PredictionWriter(str(folder / kind), formats=("csv",)), VectorWriter(str(folder / kind))]
         settings = {"max_epochs": 2, "enable_checkpointing": False, "logger": False, "strategy": "ddp" if ranks > 1 else "auto", "devices": ranks}
         trainer = quiet_trainer(folder, callbacks=callbacks, **settings)
         trainer.fit(module, data)

@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 import sequence_run
 import torch
@@ -31,3 +32,6 @@ def test_two_ranks_equal_one(kind, folders):
     texts = [(folder / kind / "predictions.csv").read_text().splitlines() for folder in folders]
     assert [line.rsplit(",", 1)[0] for line in texts[0]] == [line.rsplit(",", 1)[0] for line in texts[1]]
     assert len(texts[0]) > 5
+    vectors = [pq.read_table(folder / kind / "user_vectors.parquet") for folder in folders]
+    assert vectors[0]["sample_id"].to_pylist() == vectors[1]["sample_id"].to_pylist() == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(*(torch.tensor(table["vector"].to_pylist()) for table in vectors), rtol=0, atol=1e-5)
