@@ -7,6 +7,7 @@ Files:
     editing/: Edits of language models.
     keyed_random.py: Random numbers that depend on a key only.
     number_checks.py: Checks of the numbers in settings.
+    dropout.py: Faster dropout on a CPU.
     precision.py: Full-precision computation under autocast and half precision.
     defaults.py: Default device and dtype of new tensors.
     ranks.py: Distribution of work over ranks.

@@ -17,6 +17,8 @@ from malleable.lightning_modules.functional.recommendation.item_draws import Ear
 from malleable.lightning_modules.functional.recommendation.sequence_layout import SequenceLayout
 from malleable.lightning_modules.losses.ranking import Negatives
 
+PART_ROWS = 32  # number of rows of similar length that are encoded together on a CPU
+
 
 def as_query(batch: RankedRows) -> SequenceBatch:
     """Return the histories and targets of a batch as sequences to rank items for; a :class:`SequenceBatch` is returned unchanged."""
@@ -49,6 +51,37 @@ def shorten(batch: SequenceBatch, max_length: int) -> SequenceBatch:
     rows = torch.arange(1, len(batch) + 1, device=batch.item_ids.device)
     longest = None if batch.longest is None else min(batch.longest, max_length)
     return batch.replace(**kept, supervised=rows * max_length - 1, longest=longest)
+
+
+def split_by_length(batch: SequenceBatch) -> tuple[list[SequenceBatch], Tensor]:
+    """Split rows to rank items for into parts of similar length without the padding of all rows; on accelerators, return one part.
+
+    Args:
+        batch: Rows, padded on the left.
+
+    Returns:
+        The parts, and for each row of ``batch`` its position in the concatenated parts, ``(B,)``.
+    """
+    rows = torch.arange(len(batch), device=batch.item_ids.device)
+    if batch.item_ids.device.type != "cpu" or len(batch) <= PART_ROWS:
+        return [batch], rows
+    lengths = (batch.item_ids >= 0).sum(1)
+    order = lengths.argsort(stable=True)
+    parts = []
+    for own in order.split(PART_ROWS):
+        width = max(1, int(lengths[own].max()))
+        columns = {
+            name: getattr(batch, name)[own, -width:] for name in ("item_ids", "targets", "times", "behaviors") if getattr(batch, name) is not None
+        }
+        parts.append(batch.replace(**columns, sample_id=batch.sample_id[own], supervised=None, num_sequences=len(own), longest=width))
+    return parts, order.argsort()
+
+
+def last_only(batch: SequenceBatch) -> Tensor:
+    """Return the last position of each row, ``(B, T)`` bool."""
+    marks = torch.zeros_like(batch.item_ids, dtype=torch.bool)
+    marks[:, -1] = True
+    return marks
 
 
 def append_hidden(batch: SequenceBatch) -> SequenceBatch:

@@ -21,7 +21,7 @@ class EncoderSettings:
         num_heads: Number of attention heads; not used by ``gru4rec``.
         dropout: Dropout probability.
         max_length: Maximum number of items of a history; older ones are not read. ``split.sequence_length`` of the data must not be larger.
-        ffn_dim: Width of the feed-forward layers of ``sasrec`` and ``bert4rec``; ``None``: ``4 * dim``.
+        ffn_dim: Width of the feed-forward layers of ``sasrec`` and ``bert4rec``; ``None``: ``dim``.
         mask_rate: Probability that ``bert4rec`` hides an item in training.
         last_rate: Probability that ``bert4rec`` hides only the last item of a sequence in training, as in a test.
         time_buckets: Number of buckets of differences of time of ``hstu``; 0: times are not read.
@@ -68,7 +68,7 @@ class EncoderSettings:
                 self.num_heads,
                 self.dropout,
                 self.max_length,
-                self.ffn_dim or 4 * self.dim,
+                self.ffn_dim or self.dim,
                 causal=self.kind == "sasrec",
                 num_behaviors=num_behaviors,
             )

@@ -33,9 +33,11 @@ from malleable.lightning_modules.recommendation.sequence_inputs import (
     append_hidden,
     as_query,
     hidden_items,
+    last_only,
     layout_of,
     row_keys,
     shorten,
+    split_by_length,
 )
 from malleable.lightning_modules.recommendation.sequence_settings import EncoderSettings
 from malleable.lightning_modules.serialization import from_plain, object_from_plain
@@ -165,10 +167,10 @@ class SequentialRecommender(BaseModule):
         batch = self._prepared(batch)
         if not batch.is_query:
             raise ValueError("encode needs one history in each row, padded on the left: collate rows with the field 'target' (-1 if it is unknown)")
-        masked = None
         if self.encoder.kind == "bert4rec":
-            batch, masked = self._hide(batch)
-        return self._encode(batch, layout_of(batch), masked)[:, -1]
+            batch = append_hidden(batch)
+        parts, order = split_by_length(batch)
+        return torch.cat([self._last_states(part) for part in parts])[order]
 
     @needs_weights
     @torch.no_grad()
@@ -321,13 +323,16 @@ class SequentialRecommender(BaseModule):
         states: Tensor = self.model(batch.item_ids, layout, batch.times, batch.behaviors, masked)
         return states
 
+    def _last_states(self, batch: SequenceBatch) -> Tensor:
+        """Return the state of the last position of each row, ``(B, d)``."""
+        masked = last_only(batch) if self.encoder.kind == "bert4rec" else None
+        return self._encode(batch, layout_of(batch), masked)[:, -1]
+
     def _hide(self, batch: SequenceBatch) -> tuple[SequenceBatch, Tensor]:
         """Return the batch with hidden items as its targets, and which items are hidden, ``(B, T)`` bool."""
         if batch.is_query:
             batch = append_hidden(batch)
-            hidden = torch.zeros_like(batch.item_ids, dtype=torch.bool)
-            hidden[:, -1] = True
-            return batch, hidden
+            return batch, last_only(batch)
         hidden = hidden_items(batch, row_keys(batch, self._seed, self._epoch), self.encoder.mask_rate, self.encoder.last_rate)
         return batch.replace(targets=batch.item_ids.masked_fill(~hidden, -1), supervised=None), hidden
 

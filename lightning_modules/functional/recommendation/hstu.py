@@ -5,9 +5,14 @@ Shapes: B rows, T positions, d width, H heads, e = d / H width of a head.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from malleable.lightning_modules.functional.dropout import ByteDropout
 from malleable.lightning_modules.functional.recommendation.sequence_encoders import SequenceEncoder
 from malleable.lightning_modules.functional.recommendation.sequence_layout import SequenceLayout
 
@@ -62,8 +67,10 @@ class HSTU(SequenceEncoder):
     def encode(self, inputs: Tensor, layout: SequenceLayout, times: Tensor | None) -> Tensor:
         """Return the states ``(B, T, d)`` of embedded items."""
         states = self.dropout((inputs + self.position(layout.position)) * layout.real[..., None])
-        allowed = layout.attention_mask()[:, 0]
-        distance = (layout.position[:, :, None] - layout.position[:, None, :]).clamp(0, self.max_length)
+        allowed = layout.attention_mask()
+        # Within a sequence, the number of items between two positions is the difference of their columns.
+        column = torch.arange(inputs.shape[1], device=inputs.device)
+        distance = (column[:, None] - column).clamp(0, self.max_length)
         buckets = time_buckets(times, self.num_buckets) if times is not None and self.reads_times else None
         for unit in self.units:
             states = unit(states, allowed, distance, buckets)
@@ -92,7 +99,7 @@ class Unit(nn.Module):
         self.expand = nn.Linear(dim, 4 * dim)
         self.attention_norm = nn.LayerNorm(dim)
         self.output = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = ByteDropout(dropout)
         self.position_bias = nn.Embedding(max_length + 1, num_heads)
         self.time_bias = nn.Embedding(time_buckets, num_heads) if time_buckets else None
 
@@ -101,19 +108,45 @@ class Unit(nn.Module):
 
         Args:
             states: ``(B, T, d)``.
-            allowed: ``(B, T, T)`` bool, which positions attend to which.
-            distance: ``(B, T, T)`` int64, number of items between two positions.
+            allowed: ``(B, 1, T, T)`` bool, which positions attend to which.
+            distance: ``(T, T)`` int64, number of items between two positions.
             buckets: ``(B, T, T)`` int64, bucket of the difference of time; ``None``: no bias by time.
         """
         gate, value, query, key = F.silu(self.expand(self.input_norm(states))).chunk(4, -1)
         query, key, value = (part.view(*part.shape[:2], self.num_heads, -1).transpose(1, 2) for part in (query, key, value))
-        bias = self.position_bias(distance)
+        scores = query @ key.transpose(-1, -2) + self.position_bias(distance).permute(2, 0, 1)
         if self.time_bias is not None and buckets is not None:
-            bias = bias + self.time_bias(buckets)
-        weight = F.silu(query @ key.transpose(-1, -2) + bias.permute(0, 3, 1, 2)) / self.max_length
-        found = (weight * allowed[:, None]) @ value
+            scores = scores + cast("Tensor", _BucketBias.apply(self.time_bias.weight, buckets))  # type: ignore[no-untyped-call]
+        found = F.silu(scores).masked_fill(~allowed, 0) @ value / self.max_length
         result: Tensor = states + self.dropout(self.output(self.attention_norm(found.transpose(1, 2).flatten(2)) * gate))
         return result
+
+
+class _BucketBias(torch.autograd.Function):
+    """Bias of each pair of positions by its bucket; the gradient of a table with few rows is faster as a sum for each bucket than as an embedding."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, buckets: Tensor) -> Tensor:
+        """Return the bias ``(B, H, T, T)`` of buckets ``(B, T, T)`` from a table ``(buckets, H)``."""
+        ctx.save_for_backward(buckets)
+        ctx.rows = len(table)
+        return torch.stack([column[buckets] for column in table.unbind(1)], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of the table."""
+        (buckets,) = ctx.saved_tensors
+        index = buckets.flatten()
+        sums = [_sum_by_bucket(index, part.flatten(), ctx.rows) for part in gradient.unbind(1)]
+        return torch.stack(sums, 1).to(gradient.dtype), None
+
+
+def _sum_by_bucket(index: Tensor, values: Tensor, count: int) -> Tensor:
+    if index.device.type == "cpu":
+        return torch.bincount(index, values, count)
+    # `bincount` would synchronise on other devices.
+    return values.new_zeros(count).index_add_(0, index, values)
 
 
 def time_buckets(times: Tensor, count: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from malleable.lightning_modules.functional.dropout import ByteDropout
 from malleable.lightning_modules.functional.recommendation.sequence_layout import SequenceLayout
 
 INIT_STD = 0.02
@@ -38,7 +39,7 @@ class SequenceEncoder(nn.Module, ABC):
         super().__init__()
         self.item = nn.Embedding(num_items, dim)
         self.behavior = nn.Embedding(num_behaviors, dim) if num_behaviors else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = ByteDropout(dropout)
         self.scale = math.sqrt(dim)
 
     @abstractmethod
@@ -96,7 +97,7 @@ class Transformer(SequenceEncoder):
         dim: Width d.
         num_layers: Number of blocks.
         num_heads: H.
-        dropout: Dropout probability of inputs, attention and feed-forward layers.
+        dropout: Dropout probability of inputs, of the outputs of layers and within feed-forward layers.
         max_length: Maximum number of items of a sequence.
         ffn_dim: Width of the feed-forward layers.
         causal: Attend to earlier items only.
@@ -105,7 +106,7 @@ class Transformer(SequenceEncoder):
     Source:
         Kang and McAuley (2018), Self-Attentive Sequential Recommendation, arXiv:1808.09781, section III.
         Sun et al. (2019), BERT4Rec, arXiv:1904.06690, section 3.
-        Differs: pre-norm blocks with GELU for both; positions count from the first item of the sequence; BERT4Rec scores items by the inner product
+        Differs: pre-norm blocks with ReLU for both; no dropout of attention weights; positions count from the first item of the sequence; BERT4Rec scores items by the inner product
         without a projection and without biases of items.
     """
 
@@ -167,8 +168,8 @@ class Block(nn.Module):
         self.query_key_value = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
         self.ffn_norm = nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(ffn_dim, dim))
-        self.dropout = nn.Dropout(dropout)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), ByteDropout(dropout), nn.Linear(ffn_dim, dim))
+        self.dropout = ByteDropout(dropout)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Return new states ``(B, T, d)``.
@@ -179,7 +180,7 @@ class Block(nn.Module):
         """
         parts = self.query_key_value(self.attention_norm(states)).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = parts.permute(2, 0, 3, 1, 4)
-        found = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=self.dropout.p if self.training else 0.0)
+        found = F.scaled_dot_product_attention(query, key, value, mask)
         states = states + self.dropout(self.output(found.transpose(1, 2).flatten(2)))
         result: Tensor = states + self.dropout(self.ffn(self.ffn_norm(states)))
         return result
