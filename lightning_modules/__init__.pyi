@@ -48,3 +48,5 @@ from .recommendation.baselines import Popularity as Popularity
 from .recommendation.dpo import DPO as DPO
 from .recommendation.sft import SFT as SFT
 from .recommendation.sprec import SPRec as SPRec
+from .search.item_index import ItemIndex as ItemIndex
+from .search.text_encoder import TextEncoder as TextEncoder
