@@ -19,7 +19,7 @@ from malleable.datamodules.files.atomic import atomic_write, recover
 from malleable.datamodules.files.cache import hash_settings
 from malleable.datamodules.files.escape import brief_repr
 from malleable.datamodules.files.fetch import cache_folder, hub_errors, resolve_model
-from malleable.datamodules.files.user_files import reading
+from malleable.datamodules.files.user_files import reading, system_problem
 from malleable.lightning_modules.functional.number_checks import check_numbers
 from malleable.lightning_modules.functional.precision import full_precision
 from malleable.lightning_modules.functional.search.vector_space import unit_rows
@@ -95,7 +95,7 @@ class TextEncoder:
             use_cache: Read stored embeddings and store new ones.
 
         Returns:
-            ``(N, d)`` float32 on the CPU; ``(0, d)`` without texts.
+            ``(N, d)`` float32 on the CPU; ``(0, d)`` without texts. If they cannot be stored, a warning is logged.
 
         Raises:
             OSError: If the model is not found or cannot be downloaded.
@@ -116,8 +116,11 @@ class TextEncoder:
         stored = _read(path, (len(texts), self.width))
         if stored is None:
             stored = self._encode(tokens)
-            with atomic_write(path) as temporary:
-                save_verified({"embeddings": stored}, temporary)
+            try:
+                with atomic_write(path) as temporary:
+                    save_verified({"embeddings": stored}, temporary)
+            except OSError as error:  # the embeddings are not lost with the cache
+                log.warning("the embeddings cannot be stored as %s (%s); give another cache_dir", path, system_problem(error) or error)
         return stored
 
     def _load(self) -> tuple[Any, Any]:

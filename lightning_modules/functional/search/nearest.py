@@ -20,7 +20,8 @@ from malleable.lightning_modules.functional.search.vector_space import Metric, V
 
 GROUP = 16  # vectors of which first only the largest score is compared
 SLACK = 8  # additional candidates of the first pass
-SCORES, ACCELERATOR_SCORES = 1 << 21, 1 << 26  # scores of a block: 8 MiB fit the cache of a CPU
+# Scores of a block: 8 MiB fit the cache of a CPU. Several threads wait for each other less often if blocks are larger.
+SCORES, THREADED_SCORES, ACCELERATOR_SCORES = 1 << 21, 1 << 23, 1 << 26
 QUERIES, ACCELERATOR_QUERIES = 1 << 10, 1 << 12  # queries of a matrix product
 
 FirstPass = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -120,8 +121,7 @@ class _Search:
 
     def __init__(self, space: VectorSpace, queries: Tensor, allowed: Tensor | None, exclude: Tensor | None, block: int | None) -> None:
         self.space, self.queries, self.allowed, self.exclude, self.given_block = space, queries, allowed, exclude, block
-        scores = SCORES if queries.device.type == "cpu" else ACCELERATOR_SCORES
-        fitting = min(scores // len(queries), 4 * numbers_at_once(queries) // max(1, queries.shape[1]))
+        fitting = min(_scores_at_once(queries) // len(queries), 4 * numbers_at_once(queries) // max(1, queries.shape[1]))
         self.block = block or max(GROUP, fitting // GROUP * GROUP)
         self.formed = space.form(queries)
         self.error = space.errors(self.formed)
@@ -250,6 +250,13 @@ def _select(rows: Tensor, items: Tensor, scores: Tensor, count: int, k: int) -> 
 def _joined(*parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     rows, items, scores = zip(*parts, strict=True)
     return torch.cat(rows), torch.cat(items), torch.cat(scores)
+
+
+def _scores_at_once(queries: Tensor) -> int:
+    """Return the number of scores of a block."""
+    if queries.device.type != "cpu":
+        return ACCELERATOR_SCORES
+    return SCORES if torch.get_num_threads() == 1 else THREADED_SCORES
 
 
 def _rows(allowed: Tensor | None, rows: Tensor | slice) -> Tensor | None:

@@ -149,6 +149,14 @@ def test_damaged_stored_embeddings_are_computed_again(bert, tmp_path, caplog):
         caplog.clear()
 
 
+def test_a_cache_that_cannot_be_written_loses_nothing(bert, tmp_path, caplog):
+    (tmp_path / "file").write_text("x")
+    with caplog.at_level(logging.WARNING):
+        found = encoder(bert, cache_dir=tmp_path / "file").encode(TEXTS)
+    assert torch.equal(found, encoder(bert).encode(TEXTS, use_cache=False))
+    assert "the embeddings cannot be stored as" in caplog.text
+
+
 def test_models_that_are_no_encoders_are_refused(bert, tmp_path):
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": len(WORDS)}
     T5Model(T5Config(**sizes)).save_pretrained(tmp_path)
