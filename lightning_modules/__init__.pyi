@@ -57,3 +57,5 @@ from .recommendation.sequence_settings import EncoderSettings as EncoderSettings
 from .recommendation.sequential import SequentialRecommender as SequentialRecommender
 from .recommendation.sft import SFT as SFT
 from .recommendation.sprec import SPRec as SPRec
+from .search.item_index import ItemIndex as ItemIndex
+from .search.text_encoder import TextEncoder as TextEncoder

@@ -5,6 +5,7 @@ Files:
     graphs/: Score functions and relation patterns of graph embeddings.
     recommendation/: Sequence encoders, losses over items, counting baselines, and hashes of rows.
     editing/: Edits of language models.
+    search/: Search in embeddings.
     keyed_random.py: Random numbers that depend on a key only.
     number_checks.py: Checks of the numbers in settings.
     dropout.py: Faster dropout on a CPU.
