@@ -15,10 +15,10 @@ from malleable.datamodules.batch import AnswerBatch, Catalog, RankedRows, Recomm
 from malleable.datamodules.negative_samplers import NegativeSampler, Uniform
 from malleable.lightning_modules.base import BaseModule, LossOutput, Split, needs_weights
 from malleable.lightning_modules.functional.precision import full_precision
-from malleable.lightning_modules.functional.recommendation.baselines import top_items
 from malleable.lightning_modules.functional.recommendation.item_draws import ItemProposal
 from malleable.lightning_modules.functional.recommendation.sequence_encoders import SequenceEncoder
 from malleable.lightning_modules.functional.recommendation.sequence_layout import SequenceLayout
+from malleable.lightning_modules.functional.search.nearest import nearest
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.losses.ranking import ItemLoss, default_item_loss
 from malleable.lightning_modules.metrics.ranking import check_ks
@@ -193,10 +193,13 @@ class SequentialRecommender(BaseModule):
             batch: Rows; seen items are excluded with ``exclude_seen``, and candidates restrict the choice.
             k: Number of items; default: the largest cut-off of the metrics.
         """
-        scores = self.scores(batch)
-        allowed = allowed_items(batch, scores.shape[1], self.exclude_seen)
-        allowed = self.trained_items.expand_as(scores) if allowed is None else allowed & self.trained_items
-        return Recommendations(*top_items(scores, k or max(self.ks), allowed))
+        table = self.model.item.weight
+        if batch.candidates is None:
+            allowed, exclude = self.trained_items, batch.seen if self.exclude_seen else None
+        else:
+            given = allowed_items(batch, len(table), self.exclude_seen)
+            allowed, exclude = self.trained_items if given is None else given & self.trained_items, None
+        return Recommendations(*nearest(self.encode(batch), table, k or max(self.ks), allowed=allowed, exclude=exclude))
 
     @property
     def headline_metrics(self) -> tuple[str, ...]:

@@ -106,8 +106,8 @@ class Transformer(SequenceEncoder):
     Source:
         Kang and McAuley (2018), Self-Attentive Sequential Recommendation, arXiv:1808.09781, section III.
         Sun et al. (2019), BERT4Rec, arXiv:1904.06690, section 3.
-        Differs: pre-norm blocks with ReLU for both; no dropout of attention weights; positions count from the first item of the sequence; BERT4Rec scores items by the inner product
-        without a projection and without biases of items.
+        Differs: pre-norm blocks with ReLU for both; no dropout of attention weights; positions count from the first item of the sequence; BERT4Rec
+        scores items by the inner product, without a projection and without biases of items.
     """
 
     def __init__(
