@@ -46,8 +46,8 @@ class SequenceRows:
     """Training rows: parts of histories, each with all its targets.
 
     The targets are those of the rows of ``table``, so that limits and omitted rows of a split have the same effect as on rows with one target.
-    A history with more than ``max_length`` + 1 items is split into parts of this length; the last item of a part is the first item of the next one,
-    so that each target is in exactly one part. Items without a target after the last target of a part are omitted.
+    A history with more than ``max_length`` + 1 items is split into parts of this length that overlap by half of it. Each target contributes in one
+    part only, where at least half of ``max_length`` items are before it. Items after the last target of a part are omitted.
 
     Args:
         columns: The histories.
@@ -74,7 +74,8 @@ class SequenceRows:
         first = np.flatnonzero(np.diff(sequence, prepend=-1))
         ends = dict(zip(sequence[first].tolist(), np.split(end, first[1:]), strict=True)) if len(sequence) else {}
         self._targets = ends
-        windows = [window for number, own in ends.items() for window in _windows(number, own, max_length)]
+        self._overlap = max_length // 2
+        windows = [window for number, own in ends.items() for window in _windows(number, own, max_length, self._overlap)]
         self.rows = [[window] for window in windows] if pack_length is None else pack_windows(windows, pack_length)
         self._packed = pack_length is not None
         contents = np.array([array_hash(np.concatenate([titles[self._items(window)] for window in row])) for row in self.rows], dtype=np.uint64)
@@ -110,9 +111,10 @@ class SequenceRows:
         return items
 
     def _own_targets(self, window: Window) -> Ints:
-        """Return the positions in the history of the targets of a part; its first item is no target of it."""
+        """Return the positions in the history of the targets of a part; those that overlap with the previous part are targets of the latter."""
         ends = self._targets[window.sequence]
-        return ends[np.searchsorted(ends, window.start, "right") : np.searchsorted(ends, window.end, "left")]
+        before = window.start + self._overlap if window.start else 0
+        return ends[np.searchsorted(ends, before, "right") : np.searchsorted(ends, window.end, "left")]
 
     def _supervised(self, window: Window) -> NDArray[np.bool_]:
         marks = np.zeros(window.length, dtype=bool)
@@ -120,12 +122,12 @@ class SequenceRows:
         return marks
 
 
-def _windows(sequence: int, ends: Ints, max_length: int) -> list[Window]:
+def _windows(sequence: int, ends: Ints, max_length: int, overlap: int) -> list[Window]:
     """Return the parts of a history that contain its targets, at the positions ``ends`` in ascending order."""
     windows = []
-    stop = int(ends[-1]) + 1
-    for start in range(0, stop - 1, max_length):
-        inside = ends[(ends > start) & (ends <= start + max_length)]
+    for start in range(0, int(ends[-1]), max_length - overlap):
+        first = start + overlap if start else 0
+        inside = ends[(ends > first) & (ends <= start + max_length)]
         if len(inside):
             windows.append(Window(sequence, start, int(inside[-1]) + 1, int(inside[-1]) + 1 - start))
     return windows
