@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import random
 from abc import ABC
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
+from pkgutil import resolve_name
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 
@@ -323,8 +324,9 @@ class Mixture(NegativeSampler):
     weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Check the values, and build parts from plain data of a checkpoint."""
         super().__post_init__()
+        self.parts = [_from_plain(part) if isinstance(part, Mapping) else part for part in self.parts]
         if len(self.parts) < 2:
             raise ValueError(f"a Mixture needs at least two parts, got {len(self.parts)}")
         if self.weights is not None and (len(self.weights) != len(self.parts) or min(self.weights) < 0 or not any(self.weights)):
@@ -358,6 +360,18 @@ class Mixture(NegativeSampler):
     def bind(self, num_items: int, popularity: Sequence[int], seed: int) -> BoundSampler:
         """Return the sampler for the items of a catalogue."""
         return _BoundMixture(self, [part.bind(num_items, popularity, seed) for part in self.parts], seed)
+
+
+def _from_plain(value: Mapping[str, Any]) -> NegativeSampler:
+    """Build a sampler from the output of :meth:`NegativeSampler.as_plain`.
+
+    Raises:
+        TypeError: If the class is no sampler.
+    """
+    kind = resolve_name(value["class_path"])
+    if not (isinstance(kind, type) and issubclass(kind, NegativeSampler)):
+        raise TypeError(f"the checkpoint names the class {value['class_path']}, which is not a NegativeSampler; use another checkpoint")
+    return kind(**value.get("init_args", {}))
 
 
 @dataclass(frozen=True)

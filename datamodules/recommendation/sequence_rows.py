@@ -114,7 +114,8 @@ class SequenceRows:
         """Return the positions in the history of the targets of a part; those that overlap with the previous part are targets of the latter."""
         ends = self._targets[window.sequence]
         before = window.start + self._overlap if window.start else 0
-        return ends[np.searchsorted(ends, before, "right") : np.searchsorted(ends, window.end, "left")]
+        own: Ints = ends[np.searchsorted(ends, before, "right") : np.searchsorted(ends, window.end, "left")]
+        return own
 
     def _supervised(self, window: Window) -> NDArray[np.bool_]:
         marks = np.zeros(window.length, dtype=bool)

@@ -68,7 +68,7 @@ def split_by_length(batch: SequenceBatch) -> tuple[list[SequenceBatch], Tensor]:
     lengths = (batch.item_ids >= 0).sum(1)
     order = lengths.argsort(stable=True)
     parts = []
-    for own in order.split(PART_ROWS):
+    for own in torch.split(order, PART_ROWS):
         width = max(1, int(lengths[own].max()))
         columns = {
             name: getattr(batch, name)[own, -width:] for name in ("item_ids", "targets", "times", "behaviors") if getattr(batch, name) is not None

@@ -242,3 +242,16 @@ def test_what_cannot_be_read_is_refused():
         small(loss=BPR(), negatives=Semantic())
     with pytest.raises(MisconfigurationException, match="has no weights yet"):
         small().encode(collate(query_rows(1), SequenceBatch))
+
+
+def test_a_checkpoint_restores_loss_and_negatives(tmp_path, recwarn):
+    module = small(loss=GBCE(t=0.5), negatives=Mixture(4, [Uniform(4), Popularity(4, exponent=0.5)], [1.0, 2.0]))
+    assert not [warning for warning in recwarn if "nn.Module" in str(warning.message)]
+    trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    trainer.fit(module, ToySequences())
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    loaded = SequentialRecommender.load_from_checkpoint(tmp_path / "saved.ckpt")
+    assert loaded.negatives == module.negatives
+    assert loaded.loss.t == 0.5
+    batch = collate(training_rows(6), SequenceBatch)
+    assert torch.equal(loaded.eval().compute_loss(batch).loss, module.eval().compute_loss(batch).loss)
