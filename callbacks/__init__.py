@@ -6,6 +6,7 @@ Files:
     self_play/: The self-play loop.
     reference.py: Cache of reference log-probabilities.
     predictions.py: Writing of predictions to files.
+    vectors.py: Export of the vectors of users and items.
     last_checkpoint.py: Checkpoint of the last epoch, and handling of signals.
     line_progress.py: Progress output.
     restart.py: Corrections of how Lightning resumes a run.

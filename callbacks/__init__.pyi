@@ -14,3 +14,4 @@ from .report.exposure import ExposureReport as ExposureReport
 from .report.report import RunReport as RunReport
 from .self_play.loop import SelfPlayLoop as SelfPlayLoop
 from .self_play.phases import PhaseSettings as PhaseSettings
+from .vectors import VectorWriter as VectorWriter

@@ -9,6 +9,7 @@ from .batch import PackedBatch as PackedBatch
 from .batch import PreferenceBatch as PreferenceBatch
 from .batch import QueryBatch as QueryBatch
 from .batch import Recommendations as Recommendations
+from .batch import SequenceBatch as SequenceBatch
 from .batch import Vocabulary as Vocabulary
 from .collate import collate as collate
 from .editing.datamodule import EditingDataModule as EditingDataModule

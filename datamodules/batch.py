@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NotRequired, Self, TypedDict
+from typing import Any, NamedTuple, NotRequired, Protocol, Self, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -62,6 +62,38 @@ class Batch(Record):
     def pin_memory(self) -> Self:
         """Return a copy in pinned memory."""
         return self.map(lambda tensor: tensor.pin_memory())
+
+
+@runtime_checkable
+class RankedRows(Protocol):
+    """Fields of batches whose rows have a history and a true next item: :class:`AnswerBatch` and :class:`SequenceBatch`.
+
+    Counting baselines, metrics of recommended lists and reports need these fields only.
+
+    Attributes:
+        sample_id: ``(B,)`` int64; negative for padding rows.
+        history: ``(B, L)`` int64, items before the target, oldest first, padded with -1 on the left.
+        seen: ``(B, S)`` int64, items that are not recommended, padded with -1.
+        candidates: ``(B, C)`` int64, items to choose from, padded with -1; ``None`` means the whole catalogue.
+        metric_history: ``(B, M)`` int64, items that metrics count as the user's history, padded like ``history``; ``None``: ``history``.
+        target: ``(B,)`` int64, true next item, -1 if there is none.
+    """
+
+    sample_id: Tensor
+    seen: Tensor
+    candidates: Tensor | None
+    metric_history: Tensor | None
+
+    @property
+    def history(self) -> Tensor:
+        """Items before the target, ``(B, L)``."""
+
+    @property
+    def target(self) -> Tensor:
+        """True next item, ``(B,)``."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
 
 
 class PackedBatch(Batch):
@@ -131,6 +163,54 @@ class PreferenceBatch(AnswerBatch):
     smoothing: Tensor | None = None
 
 
+class SequenceBatch(Batch):
+    """Sequences of items with the next item of each position, for sequence models.
+
+    A training row is a part of a user's history, or several of them if rows are packed. A row to rank items for (``is_query``) is one sequence,
+    padded on the left, whose only target is the one of the last position.
+
+    Attributes:
+        item_ids: ``(B, T)`` int64, oldest first; -1 is padding.
+        targets: ``(B, T)`` int64, the item after each position; -1 if there is none or if it does not contribute to the loss.
+        document_ids: ``(B, T)`` int64; 0 is padding, positions with equal numbers belong to one sequence. ``None``: each row is one sequence.
+        supervised: ``(P,)`` int64, positions with a target, as indices of the flattened targets, so that losses need no synchronisation; ``None``:
+            all positions.
+        seen: ``(B, S)`` int64, items that are not recommended, padded with -1.
+        candidates: As in :class:`AnswerBatch`.
+        metric_history: As in :class:`AnswerBatch`.
+        times: ``(B, T)`` float64, time of each item in the unit of the data, usually seconds; 0 at padding. ``None``: unknown.
+        behaviors: ``(B, T)`` int64, type of each interaction, e.g. view or purchase; -1 at padding. ``None``: unknown.
+        num_step_tokens: As in :class:`PackedBatch`.
+        num_sequences: Number of sequences of all rows.
+        longest: Number of items of the longest sequence.
+        is_query: Whether each row is one sequence to rank items for.
+    """
+
+    item_ids: Tensor
+    targets: Tensor
+    document_ids: Tensor | None
+    supervised: Tensor | None
+    seen: Tensor
+    candidates: Tensor | None = None
+    metric_history: Tensor | None = None
+    times: Tensor | None = None
+    behaviors: Tensor | None = None
+    num_step_tokens: Tensor | None = None
+    num_sequences: int | None = None
+    longest: int | None = None
+    is_query: bool = False
+
+    @property
+    def history(self) -> Tensor:
+        """Items of each row, ``(B, T)``."""
+        return self.item_ids
+
+    @property
+    def target(self) -> Tensor:
+        """Target of the last position, ``(B,)``."""
+        return self.targets[:, -1] if self.targets.shape[1] else self.targets.new_full((len(self),), -1)
+
+
 class QueryBatch(Batch):
     """Queries ``(h, r, ?)`` to a knowledge graph; ``(?, r, t)`` is converted to ``(t, r + R, ?)``. Prediction also supports ``(h, ?, t)``.
 
@@ -188,6 +268,31 @@ class PackedExample(TypedDict):
     sample_id: int
     input_ids: Sequence[int]
     document_ids: Sequence[int]
+
+
+class SequenceExample(TypedDict):
+    """Row of items, before collation to a :class:`SequenceBatch`.
+
+    Attributes:
+        items: Items, oldest first; of several sequences one after another if there are ``document_ids``.
+        target: True next item after the last one; the row then has this target only. Without it, each item is the target of the item before it.
+        supervised: For each item, whether it contributes to the loss as a target; default: all.
+        document_ids: Number of the sequence of each item, from 1.
+        times: Time of each item.
+        behaviors: Type of each interaction.
+        seen: Items that are not recommended; default: ``items``.
+    """
+
+    sample_id: int
+    items: Sequence[int]
+    target: NotRequired[int]
+    supervised: NotRequired[Sequence[bool]]
+    document_ids: NotRequired[Sequence[int]]
+    times: NotRequired[Sequence[float]]
+    behaviors: NotRequired[Sequence[int]]
+    seen: NotRequired[Sequence[int]]
+    candidates: NotRequired[Sequence[int]]
+    metric_history: NotRequired[Sequence[int]]
 
 
 class Recommendations(NamedTuple):

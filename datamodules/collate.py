@@ -5,23 +5,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from malleable.datamodules.batch import AnswerBatch, Batch, Example, PackedBatch, PackedExample, PreferenceBatch
-from malleable.datamodules.padding import pad, padded_width
+from malleable.datamodules.batch import (
+    AnswerBatch,
+    Batch,
+    Example,
+    PackedBatch,
+    PackedExample,
+    PreferenceBatch,
+    SequenceBatch,
+    SequenceExample,
+)
+from malleable.datamodules.padding import pad, pad_floats, padded_width
 
 BatchT = TypeVar("BatchT", bound=Batch)
 
 
 def collate(
-    examples: Sequence[Example] | Sequence[PackedExample], kind: type[BatchT] | None = None, *, pad_token_id: int = 0, pad_to_multiple_of: int = 8
+    examples: Sequence[Example] | Sequence[PackedExample] | Sequence[SequenceExample],
+    kind: type[BatchT] | None = None,
+    *,
+    pad_token_id: int = 0,
+    pad_to_multiple_of: int = 8,
 ) -> BatchT:
     """Collate rows to a batch.
 
     Args:
         examples: Rows.
-        kind: Type of the batch: :class:`AnswerBatch` (default), :class:`PreferenceBatch` or :class:`PackedBatch`.
+        kind: Type of the batch: :class:`AnswerBatch` (default), :class:`PreferenceBatch`, :class:`PackedBatch` or :class:`SequenceBatch`.
         pad_token_id: Padding token.
         pad_to_multiple_of: Round the widths of prompts, of packed rows and of answers without their last token, and ``answer_columns``, up to a
             multiple of this number. It does not affect results. GPU kernels are selected for each width, so that fewer distinct widths are faster.
@@ -35,9 +49,10 @@ def collate(
         AnswerBatch: ("prompt", collate_answers),
         PreferenceBatch: ("prompt", collate_preferences),
         PackedBatch: ("input_ids", collate_packed),
+        SequenceBatch: ("items", _collate_sequences),
     }.get(name)
     if fields is None:
-        raise ValueError(f"kind must be AnswerBatch, PreferenceBatch or PackedBatch, got {name.__name__}")
+        raise ValueError(f"kind must be AnswerBatch, PreferenceBatch, PackedBatch or SequenceBatch, got {name.__name__}")
     field, make = fields
     if field not in examples[0]:
         raise ValueError(f"a row of {name.__name__} must have the field {field!r}, got {', '.join(examples[0])}; choose another kind")
@@ -58,6 +73,88 @@ def collate_packed(examples: Sequence[PackedExample], pad_token_id: int = 0, pad
         position_ids=column - (starts * column).cummax(1).values,
         one_document=all(min(example["document_ids"]) == max(example["document_ids"]) > 0 for example in examples),
     )
+
+
+def collate_sequences(examples: Sequence[SequenceExample], pad_to_multiple_of: int = 8) -> SequenceBatch:
+    """Collate rows of items to a :class:`SequenceBatch`: training rows, which are padded on the right, or rows with a ``target``, padded on the left.
+
+    Raises:
+        ValueError: If only some rows have a target, if a training row is empty, or if an item is not a number >= 0.
+    """
+    queries = {"target" in example for example in examples}
+    if len(queries) > 1:
+        raise ValueError("either all rows of a SequenceBatch have the field 'target', or none; collate training rows and rows to rank separately")
+    (is_query,) = queries
+    rows: list[Any] = [np.asarray(example["items"], dtype=np.int64) for example in examples]
+    _check_items(examples, rows, is_query)
+    lengths = np.array([len(items) for items in rows])
+    width = padded_width(max(int(lengths.max()), 1), pad_to_multiple_of)
+    side = "left" if is_query else "right"
+    item_ids = pad(rows, -1, side, width)
+    documents = None
+    if is_query:
+        targets = torch.full_like(item_ids, -1)
+        targets[:, -1] = torch.tensor([example.get("target", -1) for example in examples])
+        num_sequences, longest = len(rows), int(lengths.max())
+    else:
+        numbers: list[Any] = [
+            np.asarray(example.get("document_ids", np.ones(len(items))), dtype=np.int64) for example, items in zip(examples, rows, strict=True)
+        ]
+        targets = pad([_next_items(*row) for row in zip(examples, rows, numbers, strict=True)], -1, side, width)
+        documents = pad(numbers, 0, side, width) if any("document_ids" in example for example in examples) else None
+        sizes = np.concatenate([np.unique(own, return_counts=True)[1] for own in numbers])
+        num_sequences, longest = len(sizes), int(sizes.max())
+    return SequenceBatch(
+        sample_id=torch.tensor([example["sample_id"] for example in examples]),
+        item_ids=item_ids,
+        targets=targets,
+        document_ids=documents,
+        supervised=(targets.flatten() >= 0).nonzero().flatten(),
+        seen=pad([example.get("seen", example["items"]) for example in examples], -1) if is_query else torch.zeros(len(rows), 0, dtype=torch.long),
+        candidates=pad([example.get("candidates", ()) for example in examples], -1)
+        if any(example.get("candidates") for example in examples)
+        else None,
+        metric_history=pad([example.get("metric_history", example["items"]) for example in examples], -1, "left")
+        if any("metric_history" in example for example in examples)
+        else None,
+        times=pad_floats([example["times"] for example in examples], side, width) if all("times" in example for example in examples) else None,
+        behaviors=pad([example["behaviors"] for example in examples], -1, side, width)
+        if all("behaviors" in example for example in examples)
+        else None,
+        num_sequences=num_sequences,
+        longest=longest,
+        is_query=is_query,
+    )
+
+
+def _collate_sequences(examples: Sequence[SequenceExample], pad_token_id: int, pad_to_multiple_of: int) -> SequenceBatch:
+    return collate_sequences(examples, pad_to_multiple_of)
+
+
+def _check_items(examples: Sequence[SequenceExample], rows: Sequence[Any], is_query: bool) -> None:
+    for example, items in zip(examples, rows, strict=True):
+        if items.ndim != 1 or (len(items) and items.min() < 0) or not (is_query or len(items)):
+            empty = "" if is_query else ", not empty"
+            raise ValueError(
+                f"the field 'items' of the row with sample_id {example['sample_id']} must be a list of item numbers >= 0{empty}; "
+                f"got {list(example['items'])[:5]}{' ...' if len(items) > 5 else ''}"
+            )
+        for name in ("document_ids", "supervised", "times", "behaviors"):
+            if name in example and len(example[name]) != len(items):
+                raise ValueError(
+                    f"the field {name!r} of the row with sample_id {example['sample_id']} has {len(example[name])} values for {len(items)} items; "
+                    "give one for each item"
+                )
+
+
+def _next_items(example: SequenceExample, items: Any, document: Any) -> Any:
+    """Return the item after each position within its sequence, -1 if there is none or if it does not contribute to the loss."""
+    following = np.full(len(items), -1)
+    same = document[1:] == document[:-1]
+    if "supervised" in example:
+        same &= np.asarray(example["supervised"], dtype=bool)[1:]
+    following[:-1][same] = items[1:][same]
+    return following
 
 
 def collate_answers(examples: Sequence[Example], pad_token_id: int = 0, pad_to_multiple_of: int = 8) -> AnswerBatch:

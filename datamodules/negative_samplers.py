@@ -5,7 +5,7 @@ Negative samplers select the rejected items of rows.
 A selection depends on (seed, ``sample_id``, round) only, not on ranks, workers and batches. Samplers except :class:`SelfPlay` never select the true
 item or an earlier item of the user. If a row has candidates, the negatives are selected from the candidates. Callbacks can use all samplers. Data
 modules can use only samplers that need no model. :mod:`malleable.lightning_modules.recommendation.generated_negatives` generates the negatives of
-samplers that need a model.
+samplers that need a model. Sequence models draw negatives for every position from the distribution of :meth:`NegativeSampler.item_weights`.
 
 To add a sampler, subclass :class:`NegativeSampler` and list it in ``datamodules/__init__.pyi``. A sampler that needs a model also needs a branch in
 ``generate_negatives``.
@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import random
 from abc import ABC
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import accumulate
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from pkgutil import resolve_name
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 
 class ItemSampler:
@@ -139,6 +140,23 @@ class NegativeSampler(ABC):  # noqa: B024  (jsonargparse takes no subclasses of 
         if self.num_negatives < 1:
             raise ValueError(f"num_negatives must be >= 1, got {self.num_negatives}")
 
+    def as_plain(self) -> dict[str, Any]:
+        """Return the class path and the arguments, which checkpoints store."""
+        values = {own.name: getattr(self, own.name) for own in fields(self)}
+        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": values}
+
+    def item_weights(self, num_items: int, popularity: Sequence[int]) -> list[float] | None:
+        """Return the weight of each item if negatives are drawn independently of the row; ``None``: all weights are equal.
+
+        Args:
+            num_items: Number of items of the catalogue.
+            popularity: Number of training interactions of each item; may be empty if the sampler does not use them.
+
+        Raises:
+            ValueError: If the sampler needs a model.
+        """
+        raise ValueError(f"{type(self).__name__} does not draw items from a fixed distribution; use Uniform, Popularity or a Mixture of them")
+
     def bind(self, num_items: int, popularity: Sequence[int], seed: int) -> BoundSampler:
         """Return the sampler for the items of a catalogue.
 
@@ -166,6 +184,9 @@ class Uniform(NegativeSampler):
 
     num_negatives: int = 1
 
+    def item_weights(self, num_items: int, popularity: Sequence[int]) -> None:
+        """Return ``None``: all weights are equal."""
+
     def bind(self, num_items: int, popularity: Sequence[int], seed: int) -> BoundSampler:
         """Return the sampler for the items of a catalogue."""
         return _BoundItemSampler(ItemSampler(range(num_items), None, seed), self.num_negatives)
@@ -185,8 +206,14 @@ class Popularity(NegativeSampler):
 
     def bind(self, num_items: int, popularity: Sequence[int], seed: int) -> BoundSampler:
         """Return the sampler for the items of a catalogue."""
-        weights = popularity if self.exponent == 1 else [count**self.exponent if count else 0.0 for count in popularity]
-        return _BoundItemSampler(ItemSampler(range(num_items), weights, seed), self.num_negatives)
+        return _BoundItemSampler(ItemSampler(range(num_items), self._powers(popularity), seed), self.num_negatives)
+
+    def item_weights(self, num_items: int, popularity: Sequence[int]) -> list[float] | None:
+        """Return the power of the popularity of each item; ``None`` if no item has interactions."""
+        return [float(weight) for weight in self._powers(popularity)] if any(popularity) else None
+
+    def _powers(self, popularity: Sequence[int]) -> Sequence[float]:
+        return popularity if self.exponent == 1 else [count**self.exponent if count else 0.0 for count in popularity]
 
 
 @dataclass
@@ -297,8 +324,9 @@ class Mixture(NegativeSampler):
     weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Check the values, and build parts from plain data of a checkpoint."""
         super().__post_init__()
+        self.parts = [_from_plain(part) if isinstance(part, Mapping) else part for part in self.parts]
         if len(self.parts) < 2:
             raise ValueError(f"a Mixture needs at least two parts, got {len(self.parts)}")
         if self.weights is not None and (len(self.weights) != len(self.parts) or min(self.weights) < 0 or not any(self.weights)):
@@ -309,6 +337,22 @@ class Mixture(NegativeSampler):
                 "set both to the same number"
             )
 
+    def as_plain(self) -> dict[str, Any]:
+        """Return the class path and the arguments, which checkpoints store."""
+        plain = super().as_plain()
+        plain["init_args"] |= {"parts": [part.as_plain() for part in self.parts], "weights": self.weights and list(self.weights)}
+        return plain
+
+    def item_weights(self, num_items: int, popularity: Sequence[int]) -> list[float]:
+        """Return the probability of each item in the mixture of the distributions of the parts."""
+        shares = self.weights or [1.0] * len(self.parts)
+        mixed = [0.0] * num_items
+        for part, share in zip(self.parts, shares, strict=True):
+            own = part.item_weights(num_items, popularity) or [1.0] * num_items
+            total = sum(own)
+            mixed = [value + share * weight / total for value, weight in zip(mixed, own, strict=True)]
+        return mixed
+
     def choose(self, sample_id: int, seed: int) -> int:
         """Return the index of the part that selects the negatives of a row."""
         return keyed_generator(seed, sample_id, stream=1).choices(range(len(self.parts)), self.weights)[0]
@@ -316,6 +360,18 @@ class Mixture(NegativeSampler):
     def bind(self, num_items: int, popularity: Sequence[int], seed: int) -> BoundSampler:
         """Return the sampler for the items of a catalogue."""
         return _BoundMixture(self, [part.bind(num_items, popularity, seed) for part in self.parts], seed)
+
+
+def _from_plain(value: Mapping[str, Any]) -> NegativeSampler:
+    """Build a sampler from the output of :meth:`NegativeSampler.as_plain`.
+
+    Raises:
+        TypeError: If the class is no sampler.
+    """
+    kind = resolve_name(value["class_path"])
+    if not (isinstance(kind, type) and issubclass(kind, NegativeSampler)):
+        raise TypeError(f"the checkpoint names the class {value['class_path']}, which is not a NegativeSampler; use another checkpoint")
+    return kind(**value.get("init_args", {}))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Files:
     graphs/: Knowledge-graph embeddings.
     language/: Language models.
     editing/: Edits of language models.
+    search/: Embeddings of texts, and search for items.
     functional/: Functions on tensors.
     losses/: Losses.
     metrics/: Metrics.

@@ -37,6 +37,12 @@ from .losses.preference import PairwiseLoss as PairwiseLoss
 from .losses.preference import PreferenceLoss as PreferenceLoss
 from .losses.preference import Robust as Robust
 from .losses.preference import Sigmoid as Sigmoid
+from .losses.ranking import BCE as BCE
+from .losses.ranking import BPR as BPR
+from .losses.ranking import CE as CE
+from .losses.ranking import GBCE as GBCE
+from .losses.ranking import ItemLoss as ItemLoss
+from .losses.ranking import SampledCE as SampledCE
 from .patches.delta import Delta as Delta
 from .patches.patch import Patch as Patch
 from .patches.stack import PatchStack as PatchStack
@@ -46,5 +52,10 @@ from .recommendation.baselines import ItemKNN as ItemKNN
 from .recommendation.baselines import Markov as Markov
 from .recommendation.baselines import Popularity as Popularity
 from .recommendation.dpo import DPO as DPO
+from .recommendation.ease import EASE as EASE
+from .recommendation.sequence_settings import EncoderSettings as EncoderSettings
+from .recommendation.sequential import SequentialRecommender as SequentialRecommender
 from .recommendation.sft import SFT as SFT
 from .recommendation.sprec import SPRec as SPRec
+from .search.item_index import ItemIndex as ItemIndex
+from .search.text_encoder import TextEncoder as TextEncoder

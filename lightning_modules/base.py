@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, ParamSpec, TypeVar
@@ -214,7 +215,10 @@ class BaseModule(CheckedLoading, ABC):
         """
         frame = inspect.currentframe()
         assert frame is not None
-        self.save_hyperparameters(ignore=[*self.data_attributes(), "optimizer", "lr_scheduler"], frame=frame.f_back)
+        with warnings.catch_warnings():
+            # Losses are modules. They are converted to plain data below.
+            warnings.filterwarnings("ignore", ".*is an instance of `nn.Module` and is already saved during checkpointing")
+            self.save_hyperparameters(ignore=[*self.data_attributes(), "optimizer", "lr_scheduler"], frame=frame.f_back)
         for name, value in list(self.hparams.items()):
             self.hparams[name] = to_plain(value)
 

@@ -1,6 +1,6 @@
 """Kill runs with SIGKILL at random times, resume them, and compare the results with those of an uninterrupted run.
 
-    python tests/kill.py [--kills 20] [--seed 0] [--parts self_play nfe editing patches cache report predict]
+    python tests/kill.py [--kills 20] [--seed 0] [--parts self_play nfe sequential editing patches cache report predict]
 
 Each part is a small job. If its folder contains files of an interrupted run, the job continues this run. The job runs once to its end. Then it is run
 ``--kills`` times in an empty folder, killed after a random share of its time, and resumed. Weights, metrics and files must be equal to those of the
@@ -44,8 +44,19 @@ from small_facts import NEW
 from tiny_data import TinyData
 from torch.utils.data import DataLoader
 from toy_graph import toy_graph
+from toy_sequences import ToySequences, packed_row, training_rows
 
-from malleable import EmbeddingReport, LastCheckpoint, PredictionWriter, ReferenceCache, RunReport  # noqa: F401  (imported before the forks)
+from malleable import (  # noqa: F401  (imported before the forks)
+    GBCE,
+    EmbeddingReport,
+    EncoderSettings,
+    LastCheckpoint,
+    PredictionWriter,
+    ReferenceCache,
+    RunReport,
+    SequentialRecommender,
+    Uniform,
+)
 from malleable.callbacks.report.page import Section
 from malleable.checkpoints import AtomicCheckpointIO
 from malleable.datamodules.batch import Batch
@@ -76,6 +87,16 @@ def nfe(folder: Path) -> None:
     module = NFE("nfe2", 8, 1.0, gamma_trainable=True, dropout=0.2, tuning=EmbeddingTuning(lr=0.02, lr_decay=0.8))
     data = toy_graph(folder / "graph", cache_dir=str(folder / "cache"), batch_size=4, global_batch_size=8, eval_batch_size=4)
     fit_and_test(folder, module, data, [EmbeddingReport()], "val_mrr", "max", max_epochs=5, check_val_every_n_epoch=2)
+
+
+def sequential(folder: Path) -> None:
+    """Train a sequential recommender with sampled negatives and dropout on packed rows, with a monitored checkpoint."""
+    encoder = EncoderSettings("sasrec", dim=8, num_layers=1, max_length=12, dropout=0.2)
+    module = SequentialRecommender(encoder, loss=GBCE(), negatives=Uniform(4), ks=(1, 3))
+    rows = [packed_row(training_rows(48)[start : start + 2]) for start in range(0, 48, 2)]
+    data = ToySequences(train=rows, batch_size=2, global_batch_size=4)
+    data.row_tokens = lambda: [len(row["items"]) - 2 for row in rows]
+    fit_and_test(folder, module, data, [], "val_ndcg_3", "max", max_epochs=5)
 
 
 def editing(folder: Path) -> None:
@@ -340,7 +361,7 @@ def try_part(job: Callable[[Path], None], root: Path, kills: int, draws: random.
     return problems
 
 
-JOBS = {job.__name__: job for job in (self_play, nfe, editing, patches, cache, report, predict)}
+JOBS = {job.__name__: job for job in (self_play, nfe, sequential, editing, patches, cache, report, predict)}
 
 
 def main(arguments: list[str]) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["self_play", "nfe", "editing", "patches", "cache", "report", "predict"])
+@pytest.mark.parametrize("part", ["self_play", "nfe", "sequential", "editing", "patches", "cache", "report", "predict"])
 def test_killed_jobs_end_as_if_nothing_had_happened(part, tmp_path):
     command = [sys.executable, Path(__file__).with_name("kill.py"), "--kills", "2", "--parts", part, "--folder", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

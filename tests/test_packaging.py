@@ -108,7 +108,7 @@ def test_known_bad_versions_of_lightning_are_excluded(version):
 
 
 def test_optional_packages_stay_optional():
-    assert not {"deepspeed", "diffusers", "bm25s", "pykeen", "trl"} & set(requirements())
+    assert not {"deepspeed", "diffusers", "bm25s", "faiss-cpu", "pykeen", "trl"} & set(requirements())
 
 
 @pytest.mark.slow

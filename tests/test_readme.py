@@ -35,6 +35,7 @@ SETTINGS = (
     "lightning_modules.functional.editing.null_space",
     "lightning_modules.graphs.nfe",
     "lightning_modules.graphs.settings",
+    "lightning_modules.recommendation.sequence_settings",
 )
 SET_UP = (
     "pip install -c configs/constraints.txt -e . && malleable fit --config sprec/movielens.yaml",

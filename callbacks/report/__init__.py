@@ -11,7 +11,8 @@ Files:
     logged.py: Selection of newly logged metrics.
     metric_notes.py: Descriptions of the metrics, and which direction is better.
     row_recorder.py: Storage of the rank of the true answer of each test row, for comparisons of runs.
-    baselines.py: Counting baselines beside the tested module.
+    baselines.py: Baselines beside the tested module.
+    trained_baseline.py: Training of a sequential recommender as a baseline.
     comparison.py: Comparison with the model before self-play.
     round_curves.py: Curves of validation metrics over the rounds of self-play.
     embeddings.py: Sections on knowledge-graph embeddings.

@@ -1,8 +1,9 @@
-"""Evaluation of counting baselines on the test rows of a recommender, for the report."""
+"""Evaluation of baselines on the test rows of a recommender, for the report."""
 
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,39 +13,54 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics import Metric
 
 from malleable.callbacks.report.page import Column
-from malleable.datamodules.batch import AnswerBatch
+from malleable.callbacks.report.trained_baseline import train_baseline
+from malleable.datamodules.batch import RankedRows
 from malleable.datamodules.files.escape import brief_repr
 from malleable.lightning_modules.metrics.exposure import ExposureMetrics
 from malleable.lightning_modules.metrics.ranking import RankingMetrics
 from malleable.lightning_modules.recommendation.baselines import Baseline, ItemKNN, Markov, Popularity, count_rows
 from malleable.lightning_modules.recommendation.counted_rows import training_rows
+from malleable.lightning_modules.recommendation.ease import EASE
 from malleable.lightning_modules.recommendation.evaluation import recommendation_metrics, update_metrics
+from malleable.lightning_modules.recommendation.sequential import SequentialRecommender
 
 
 class Baselines(Callback):
-    """Evaluate counting baselines in every test, on the rows and with the metrics of the tested module.
+    """Evaluate baselines in every test, on the rows and with the metrics of the tested module.
 
-    The baselines are counted once, on the training rows of the data module. They are not trained by gradients and are not stored in checkpoints.
+    Counting baselines are counted once, on the training rows of the data module. A
+    :class:`~malleable.lightning_modules.recommendation.sequential.SequentialRecommender` is trained before the first test, for a fixed number of
+    epochs. Baselines are not stored in checkpoints.
     :class:`~malleable.callbacks.report.report.RunReport` shows their metrics in columns next to the tested module, and stores them in
     ``metrics.json``, e.g. as ``baseline_popularity_hr_10``.
 
     Args:
         baselines: Baselines with their settings. Their catalogue is that of the data module. In a configuration, each element is a class name, or
-            ``class_path`` and ``init_args``. Default: :class:`Popularity`, :class:`ItemKNN` and :class:`Markov`.
+            ``class_path`` and ``init_args``. Default: :class:`Popularity`, :class:`ItemKNN`, :class:`Markov` and :class:`EASE`.
+        epochs: Number of training epochs of each ``SequentialRecommender``.
 
     Raises:
-        TypeError: If an element is not a :class:`~malleable.lightning_modules.recommendation.baselines.Baseline`.
+        TypeError: If an element is not a baseline.
+        ValueError: If ``epochs`` is < 1.
     """
 
-    def __init__(self, baselines: Sequence[Baseline] | None = None) -> None:
-        given = (Popularity(), ItemKNN(), Markov()) if baselines is None else tuple(baselines)
-        wrong = [baseline for baseline in given if not isinstance(baseline, Baseline)]
+    def __init__(self, baselines: Sequence[Baseline | SequentialRecommender] | None = None, epochs: int = 20) -> None:
+        given = (Popularity(), ItemKNN(), Markov(), EASE()) if baselines is None else tuple(baselines)
+        wrong = [baseline for baseline in given if not isinstance(baseline, (Baseline, SequentialRecommender))]
         if wrong:
-            raise TypeError(f"baselines must be instances of Baseline, such as [Popularity(), ItemKNN(last=5)], got {brief_repr(wrong[0])}")
-        self.baselines = dict(zip(_numbered([_snake_case(type(baseline).__name__) for baseline in given], "_{}"), given, strict=True))
-        self._titles = _numbered([type(baseline).__name__ for baseline in given], " ({})")
+            raise TypeError(
+                "baselines must be instances of Baseline or SequentialRecommender, such as [Popularity(), ItemKNN(last=5)], got "
+                f"{brief_repr(wrong[0])}"
+            )
+        if epochs < 1:
+            raise ValueError(f"epochs must be >= 1, got {epochs}")
+        self.epochs = epochs
+        names = [_name(baseline) for baseline in given]
+        keys = [baseline.encoder.kind if isinstance(baseline, SequentialRecommender) else _snake_case(type(baseline).__name__) for baseline in given]
+        self.baselines = dict(zip(_numbered(keys, "_{}"), given, strict=True))
+        self._titles = _numbered(names, " ({})")
         self.values: dict[str, dict[str, float]] = {}
-        self._modules: dict[str, Baseline] = {}
+        self._modules: dict[str, Baseline | SequentialRecommender] = {}
         self._metrics: dict[str, dict[str, Metric]] = {}
         self._rows: Any = None
 
@@ -62,7 +78,7 @@ class Baselines(Callback):
             )
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the training rows, unless they are counted already, and make new metrics."""
+        """Count the training rows or train on them, unless this was done before, and make new metrics."""
         source = trainer.datamodule  # type: ignore[attr-defined]
         rows = training_rows(source)
         if rows is not self._rows:
@@ -70,7 +86,10 @@ class Baselines(Callback):
             self._modules = {name: copy.deepcopy(baseline).eval() for name, baseline in self.baselines.items()}
             for module in self._modules.values():
                 module.catalog = source.catalog
-            count_rows(list(self._modules.values()), rows)
+            count_rows([module for module in self._modules.values() if isinstance(module, Baseline)], rows)
+            for module in self._modules.values():
+                if isinstance(module, SequentialRecommender):
+                    train_baseline(module, source, self.epochs, int(os.environ.get("PL_GLOBAL_SEED", 0)), pl_module.device)
             self._rows = rows
         for name, module in self._modules.items():
             module.to(pl_module.device)
@@ -82,9 +101,9 @@ class Baselines(Callback):
         """Evaluate the baselines on the batch.
 
         Raises:
-            MisconfigurationException: If a batch is not an :class:`~malleable.datamodules.batch.AnswerBatch`.
+            MisconfigurationException: If the rows of a batch have no history and no target.
         """
-        if not isinstance(batch, AnswerBatch):
+        if not isinstance(batch, RankedRows):
             raise MisconfigurationException(f"Baselines needs test rows with a history and a target, got {type(batch).__name__}; remove Baselines")
         for name, module in self._modules.items():
             metrics = self._metrics[name]
@@ -101,6 +120,13 @@ class Baselines(Callback):
         """Return the metrics of the baselines in the last test."""
         titles = dict(zip(self.baselines, self._titles, strict=True))
         return [Column(titles[name], f"baseline_{name}", values) for name, values in self.values.items()]
+
+
+def _name(baseline: Baseline | SequentialRecommender) -> str:
+    """Return the name of a baseline: that of its class, or that of the method of an encoder."""
+    if isinstance(baseline, SequentialRecommender):
+        return {"sasrec": "SASRec", "gru4rec": "GRU4Rec", "bert4rec": "BERT4Rec", "hstu": "HSTU"}[baseline.encoder.kind]
+    return type(baseline).__name__
 
 
 def _snake_case(name: str) -> str:

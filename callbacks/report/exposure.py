@@ -10,7 +10,7 @@ from torch import Tensor
 
 from malleable.callbacks.report.page import Section
 from malleable.callbacks.report.plots import draw_exposure, draw_exposure_curve
-from malleable.datamodules.batch import AnswerBatch, Catalog, Recommendations
+from malleable.datamodules.batch import Catalog, RankedRows, Recommendations
 from malleable.lightning_modules.functional.ranks import gather_over_ranks
 from malleable.lightning_modules.metrics.exposure import ExposureMetrics
 
@@ -21,7 +21,7 @@ class ExposureReport(Callback):
     """Count the recommendations of each item in a test, and add them to the report.
 
     Modules are ignored unless their ``test_step`` returns :class:`~malleable.datamodules.batch.Recommendations` for an
-    :class:`~malleable.datamodules.batch.AnswerBatch`.
+    :class:`~malleable.datamodules.batch.RankedRows`.
 
     Args:
         k: Number of items of each list that are counted; default: all.
@@ -44,7 +44,7 @@ class ExposureReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Count the recommendations of a batch."""
-        if self.catalog is None or not isinstance(outputs, Recommendations) or not isinstance(batch, AnswerBatch):
+        if self.catalog is None or not isinstance(outputs, Recommendations) or not isinstance(batch, RankedRows):
             return
         if self._metric is None:
             self._metric = self._make_metric(self.k or outputs.item_ids.shape[1], pl_module.device)

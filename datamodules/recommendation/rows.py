@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from malleable.datamodules.batch import AnswerBatch, Example, PreferenceBatch
 from malleable.datamodules.collate import collate
@@ -32,6 +34,28 @@ class RaggedColumn(Sequence[Ints]):
         """Return one list."""
         items: Ints = self.column[index].values.to_numpy()
         return items
+
+
+class SelectedColumn(Sequence[Any]):
+    """Lists of the values at given positions of a column.
+
+    Args:
+        values: ``(E,)``.
+        positions: Positions of the values of each list.
+    """
+
+    def __init__(self, values: NDArray[Any], positions: Sequence[Ints]) -> None:
+        self.values = values
+        self.positions = positions
+
+    def __len__(self) -> int:
+        """Return the number of lists."""
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> NDArray[Any]:  # type: ignore[override]
+        """Return one list."""
+        values: NDArray[Any] = self.values[self.positions[index]]
+        return values
 
 
 @dataclass

@@ -23,7 +23,8 @@ from malleable.datamodules.negative_samplers import ItemSampler
 from malleable.datamodules.recommendation.alignment import align
 from malleable.datamodules.recommendation.events import SPLITS, Events
 from malleable.datamodules.recommendation.prompt import PromptPieces, PromptTemplate, tokenize
-from malleable.datamodules.recommendation.rows import PromptWindow, RaggedColumn, RowTable
+from malleable.datamodules.recommendation.rows import PromptWindow, RaggedColumn, RowTable, SelectedColumn
+from malleable.datamodules.recommendation.sequence_rows import SequenceColumns
 from malleable.datamodules.recommendation.splits import Interactions, Ints, RowIndex, Split, prepare
 from malleable.datamodules.recommendation.summary import DataSummary
 from malleable.datamodules.sources.recommendation.base import Source
@@ -31,9 +32,17 @@ from malleable.datamodules.sources.recommendation.base import Source
 log = logging.getLogger(__name__)
 
 # Increase it when the format or the meaning of the cache changes.
-FORMAT = 7
+FORMAT = 8
 _NONE = np.zeros(0, dtype=np.int64)
-_EVENT_TYPES = {"user": pa.int32(), "item": pa.int32(), "time": pa.float64(), "rating": pa.float64(), "row": pa.int64(), "split": pa.int8()}
+_EVENT_TYPES = {
+    "user": pa.int32(),
+    "item": pa.int32(),
+    "time": pa.float64(),
+    "rating": pa.float64(),
+    "row": pa.int64(),
+    "split": pa.int8(),
+    "behavior": pa.int16(),
+}
 _NO_ROWS = RowTable(_NONE, _NONE, _NONE, _NONE, _NONE)
 
 
@@ -112,6 +121,14 @@ class Store:
         """Id of the user of each sequence in the source; empty for ready rows."""
         return [self.events.users[user] for user in self.user] if self.events is not None else []
 
+    @property
+    def columns(self) -> SequenceColumns:
+        """Items, times and types of interactions of each sequence."""
+        if self.events is None:
+            return SequenceColumns(self.sequences)
+        behaviors = SelectedColumn(self.events.behavior, self.positions) if self.events.behaviors else None
+        return SequenceColumns(self.sequences, SelectedColumn(self.events.time, self.positions), behaviors)
+
     def items_of(self, sequence: int) -> Ints:
         """Return all items that the user of a sequence has interacted with, including items that filters remove from the sequence."""
         return self.sequences[sequence] if self.events is None else np.unique(self.events.item[self.events.of_user(self.user[sequence])])
@@ -169,7 +186,7 @@ class Store:
         )
         if "events" in tables:
             events = {name: tables["events"][name].to_numpy() for name in tables["events"].column_names}
-            store.events = Events(tables["users"]["user_id"].to_pylist(), **events)
+            store.events = Events(tables["users"]["user_id"].to_pylist(), behaviors=meta["behaviors"], **events)
             store.user, store.positions = sequences["user"].to_numpy(), RaggedColumn(sequences["positions"])
         return store
 
@@ -203,6 +220,7 @@ def build(settings: StoreSettings) -> tuple[dict[str, dict[str, pa.Array]], dict
         "prompt": prompt,
         "template": template,
         "summary": asdict(data.summary),
+        "behaviors": data.events.behaviors if data.events is not None else [],
     }
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from malleable.datamodules.batch import AnswerBatch, Catalog
 from malleable.lightning_modules.functional.language.free_text import generate_text
-from malleable.lightning_modules.functional.language.grounding import embed_texts, nearest_titles
+from malleable.lightning_modules.functional.language.grounding import embed_texts
 from malleable.lightning_modules.functional.language.trie_search_base import Decoded
+from malleable.lightning_modules.functional.search.nearest import nearest
 
 
 def write_answers(
@@ -95,7 +96,7 @@ def nearest_items(model: nn.Module, tokens: Tensor, titles: Tensor, k: int, allo
         Bao et al. (2023), BIGRec, arXiv:2308.08434, Section 3.2.
         Differs: texts are embedded by the model with its adapter; the released code uses the base model.
     """
-    return nearest_titles(embed_texts(model, texts(tokens)), titles, k=k, allowed=allowed)
+    return Decoded(*nearest(embed_texts(model, texts(tokens)), titles, k, metric="l2", allowed=allowed))
 
 
 def texts(tokens: Tensor) -> list[list[int]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from malleable.datamodules.batch import AnswerBatch, Catalog, Recommendations
+from malleable.datamodules.batch import AnswerBatch, Catalog, RankedRows, Recommendations
 from malleable.datamodules.collate import collate_answers
 from malleable.lightning_modules.base import BaseModule, LossOutput, Split, needs_weights
 from malleable.lightning_modules.distributed_rows import mark_padding_rows
@@ -76,7 +76,7 @@ class Baseline(BaseModule):
         self.register_buffer("num_rows", torch.tensor(0))
 
     @abstractmethod
-    def scores(self, batch: AnswerBatch) -> Tensor:
+    def scores(self, batch: RankedRows) -> Tensor:
         """Score every item for every row, ``(B, N)``."""
 
     def configure_model(self) -> None:
@@ -107,11 +107,11 @@ class Baseline(BaseModule):
             first = (seen >= 0).sum(1, keepdim=True) == 1
             count_items(self.counts, seen.masked_fill(~first | (target < 0)[:, None], -1))
 
-    def compute_loss(self, batch: AnswerBatch) -> LossOutput:
+    def compute_loss(self, batch: RankedRows) -> LossOutput:
         """Return a loss of zero, which depends on a parameter."""
         return LossOutput(self.anchor * 0.0, {})
 
-    def training_step(self, batch: AnswerBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: RankedRows, batch_idx: int) -> Tensor:
         """Count the batches of the first epoch, over all processes, unless all rows were counted at the start."""
         if self.current_epoch == 0 and self._rows() is None:
             if not isinstance(batch, AnswerBatch):
@@ -123,7 +123,7 @@ class Baseline(BaseModule):
                 self.count(*rows)
         return self.compute_loss(batch).loss
 
-    def log_loss(self, batch: AnswerBatch, split: Split) -> None:
+    def log_loss(self, batch: RankedRows, split: Split) -> None:
         """Do nothing: there is no loss."""
 
     def on_train_start(self) -> None:
@@ -161,7 +161,7 @@ class Baseline(BaseModule):
 
     @needs_weights
     @torch.no_grad()
-    def recommend(self, batch: AnswerBatch, k: int | None = None) -> Recommendations:
+    def recommend(self, batch: RankedRows, k: int | None = None) -> Recommendations:
         """Find the k best items of each row.
 
         Args:
@@ -181,13 +181,13 @@ class Baseline(BaseModule):
         assert self.catalog is not None
         return recommendation_metrics(self.catalog, self.ks)
 
-    def evaluate(self, batch: AnswerBatch, metrics: dict[str, Metric]) -> Recommendations:
+    def evaluate(self, batch: RankedRows, metrics: dict[str, Metric]) -> Recommendations:
         """Recommend items, and update the metrics."""
         recommended = self.recommend(batch)
         update_metrics(metrics, recommended, batch)
         return recommended
 
-    def predict_step(self, batch: AnswerBatch, batch_idx: int) -> Recommendations:
+    def predict_step(self, batch: RankedRows, batch_idx: int) -> Recommendations:
         """Recommend items."""
         return self.recommend(batch)
 
@@ -264,7 +264,7 @@ class Popularity(Baseline):
         super().__init__(catalog, exclude_seen, ks)
         self.save_hyperparameters(ignore="catalog")
 
-    def scores(self, batch: AnswerBatch) -> Tensor:
+    def scores(self, batch: RankedRows) -> Tensor:
         """Score items by their number of interactions, ``(B, N)``, equal in all rows."""
         return self.counts.expand(len(batch), -1)
 
@@ -301,17 +301,21 @@ class ItemKNN(Baseline):
         super().count(target, seen, last)
         count_pairs(self.pairs, seen, target[:, None])
 
-    def scores(self, batch: AnswerBatch) -> Tensor:
+    def scores(self, batch: RankedRows) -> Tensor:
         """Score items by their similarity to the last items of the history, ``(B, N)``."""
         return neighbour_scores(self.similarity, batch.history, self.last)
 
     @property
     def similarity(self) -> Tensor:
-        """Cosine similarity of items from the current counts, ``(N, N)``."""
+        """Similarity of items from the current counts, ``(N, N)``."""
         rows = int(self.num_rows)
         if self._similarity is None or self._similarity[0] != rows or self._similarity[1].device != self.pairs.device:
-            self._similarity = (rows, cosine_similarity(self.pairs, self.counts))
+            self._similarity = (rows, self.compare_items())
         return self._similarity[1]
+
+    def compare_items(self) -> Tensor:
+        """Compute the cosine similarity of items, ``(N, N)``."""
+        return cosine_similarity(self.pairs, self.counts)
 
 
 class Markov(ItemKNN):
@@ -348,7 +352,7 @@ class Markov(ItemKNN):
         super().count(target, seen, last)
         count_pairs(self.transitions, last, target)
 
-    def scores(self, batch: AnswerBatch) -> Tensor:
+    def scores(self, batch: RankedRows) -> Tensor:
         """Score items by transitions from the last item plus weighted similarity, ``(B, N)``."""
         return transition_scores(self.transitions, batch.history) + self.smoothing * super().scores(batch)
 

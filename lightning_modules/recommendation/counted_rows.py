@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from malleable.datamodules.batch import AnswerBatch, Example
+from malleable.datamodules.batch import Example, RankedRows
 
 
 def training_rows(source: Any) -> Any:
@@ -35,7 +35,7 @@ def answer_rows(source: Any) -> Any:
     return rows if rows and "answers" in rows[0] else None
 
 
-def counted_columns(batch: AnswerBatch) -> tuple[Tensor, Tensor, Tensor]:
+def counted_columns(batch: RankedRows) -> tuple[Tensor, Tensor, Tensor]:
     """Return the columns of a batch that baselines count: target, seen items and last item. Without seen items, the history is used instead.
 
     Args:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from malleable.datamodules.batch import AnswerBatch, Catalog, Recommendations
+from malleable.datamodules.batch import Catalog, RankedRows, Recommendations
 from malleable.lightning_modules.metrics.exposure import ExposureMetrics
 from malleable.lightning_modules.metrics.ranking import RankingMetrics
 
 
-def allowed_items(batch: AnswerBatch, num_items: int, exclude_seen: bool = True, *, exclude_target: bool = False) -> Tensor | None:
+def allowed_items(batch: RankedRows, num_items: int, exclude_seen: bool = True, *, exclude_target: bool = False) -> Tensor | None:
     """Return which items may be recommended.
 
     Args:
@@ -55,7 +55,7 @@ def recommendation_headline(ks: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(f"{name}_{k}" for name in ("hr", "ndcg", "mrr", "div_ratio", "or_ratio", "mgu", "dgu", "coverage"))
 
 
-def update_metrics(metrics: dict[str, Metric], recommended: Recommendations, batch: AnswerBatch) -> None:
+def update_metrics(metrics: dict[str, Metric], recommended: Recommendations, batch: RankedRows) -> None:
     """Update the metrics of recommended lists; other metrics are not changed."""
     for metric in metrics.values():
         if isinstance(metric, RankingMetrics):

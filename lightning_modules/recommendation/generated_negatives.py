@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from malleable.datamodules.batch import AnswerBatch, Catalog
 from malleable.datamodules.negative_samplers import Hardest, NegativeSampler, SelfPlay, Semantic
 from malleable.lightning_modules.functional.keyed_random import keyed_uniform
-from malleable.lightning_modules.functional.language.grounding import nearest_titles
 from malleable.lightning_modules.functional.language.trie import Trie
 from malleable.lightning_modules.functional.language.trie_beam_search import beam_search
 from malleable.lightning_modules.functional.language.trie_sampling import sample
+from malleable.lightning_modules.functional.search.nearest import nearest
 from malleable.lightning_modules.language.free_answers import named_items, nearest_items, write_answers
 
 
@@ -57,7 +57,7 @@ def generate_negatives(
         return beam_search(model, trie, batch.prompt_ids, batch.prompt_mask, num_beams=beams, k=sampler.num_negatives, **options).item_ids
     if isinstance(sampler, Semantic):
         assert titles is not None
-        items = nearest_titles(titles[batch.target], titles, sampler.pool, allowed=allowed).item_ids
+        items = nearest(titles[batch.target], titles, sampler.pool, metric="l2", allowed=allowed).items
         return _choose(items, seeds, sampler.num_negatives)
     assert isinstance(sampler, SelfPlay)
     return _self_play(model, trie, catalog, batch, sampler, seeds, allowed, titles, sync_any)

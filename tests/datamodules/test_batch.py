@@ -79,7 +79,7 @@ def test_the_type_of_a_batch_is_not_inferred(kind):
 
 
 def test_other_kinds_have_their_own_collation():
-    with pytest.raises(ValueError, match="kind must be AnswerBatch, PreferenceBatch or PackedBatch, got QueryBatch"):
+    with pytest.raises(ValueError, match="kind must be AnswerBatch, PreferenceBatch, PackedBatch or SequenceBatch, got QueryBatch"):
         collate(ROWS, QueryBatch)
 
 

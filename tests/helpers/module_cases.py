@@ -9,12 +9,17 @@ from tiny import TOKENS, batch_of, tiny_catalog, tiny_config, tiny_rows
 from tiny_data import TinyData
 from tiny_graph import TinyGraphData, collate_queries, query_rows, tiny_graph, tiny_triples
 from torch import Tensor
+from toy_sequences import ToySequences, sequence_catalog
+from toy_sequences import query_rows as sequence_queries
+from toy_sequences import training_rows as sequence_rows
 
 import malleable.lightning_modules as exported
-from malleable.datamodules.batch import Vocabulary
+from malleable.datamodules.batch import SequenceBatch, Vocabulary
+from malleable.datamodules.collate import collate
 from malleable.lightning_modules.base import LossOutput
 from malleable.lightning_modules.language.language_model import LanguageModel
 from malleable.lightning_modules.language.tuning import Tuning
+from malleable.lightning_modules.recommendation.sequence_settings import EncoderSettings
 
 
 def answer_rows() -> list[Any]:
@@ -94,6 +99,7 @@ LANGUAGE_MODEL = {"language_model": tiny_config(), "tuning": Tuning(lr=1e-2, war
 GRAPH: dict[str, Any] = {"needs": {"graph": tiny_graph()}, "data": TinyGraphData, "collate": collate_queries}
 GRAPH |= {"rows": graph_rows, "output": ranked, "test_rows": lambda count: graph_rows()[:count]}
 CASES = {
+    "EASE": Case({"ks": (1, 3), "l2": 1.0}),
     "CausalLM": Case(
         {"language_model": tiny_config(), "tuning": Tuning(lr=1e-2, warmup_steps=0)},
         text_rows,
@@ -110,6 +116,15 @@ CASES = {
     "NFE": Case({"dimension": 4, "gamma_trainable": True}, **GRAPH),
     "Popularity": Case({"ks": (1, 3)}),
     "RotatE": Case({"dimension": 4}, **GRAPH),
+    "SequentialRecommender": Case(
+        {"encoder": EncoderSettings("hstu", dim=8, num_layers=1, max_length=12, dropout=0.0), "ks": (1, 3), "behaviors": ("view", "purchase")},
+        lambda: sequence_rows(16),
+        lambda module: torch.cat([part.float() for part in module.eval().recommend(collate(sequence_queries(6), SequenceBatch))]),
+        {"catalog": sequence_catalog()},
+        ToySequences,
+        lambda rows: collate(rows, SequenceBatch),
+        sequence_queries,
+    ),
     "SFT": Case(LANGUAGE_MODEL),
     "SPRec": Case(LANGUAGE_MODEL, preference_rows),
     "TransE": Case({"dimension": 4}, **GRAPH),

@@ -21,7 +21,8 @@ class InteractionTables:
 
     Attributes:
         interactions: Columns ``user_id`` and ``item_id`` (strings), ``timestamp`` (float, seconds), and optionally ``rating`` (float; a rating, or a
-            label 0 or 1) and ``split`` (string: train, val or test). Interactions with equal times are in the order of the rows.
+            label 0 or 1), ``split`` (string: train, val or test) and ``behavior`` (string: type of the interaction, e.g. view or purchase).
+            Interactions with equal times are in the order of the rows.
         items: Columns ``item_id`` (string), ``title`` (unchanged string of the source), ``genres`` (tuple of strings).
         origin: Files of the tables, for messages.
         notes: Omissions and changes during reading, for the summary of the data.

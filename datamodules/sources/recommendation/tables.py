@@ -22,9 +22,9 @@ from malleable.datamodules.sources.recommendation.columns import Place, place_of
 
 log = logging.getLogger(__name__)
 
-INTERACTION_FIELDS = ("user_id", "item_id", "timestamp", "rating", "split")
+INTERACTION_FIELDS = ("user_id", "item_id", "timestamp", "rating", "split", "behavior")
 ITEM_FIELDS = ("item_id", "title", "genres")
-OPTIONAL = {"rating", "split", "genres"}
+OPTIONAL = {"rating", "split", "behavior", "genres"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -134,11 +134,12 @@ class TableSource(Source):
 
 
 class Tables(TableSource):
-    """Two files: interactions (``user_id, item_id, timestamp[, rating][, split]``) and items (``item_id, title[, genres]``).
+    """Two files: interactions (``user_id, item_id, timestamp[, rating][, split][, behavior]``) and items (``item_id, title[, genres]``).
 
     Formats are ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` (each also ``.gz``) and ``.parquet``. Other columns are ignored. Times are seconds or ISO
     8601. Genres are lists, or strings with a delimiter. A rating may also be a label, 0 or 1. ``split`` is ``train``, ``val`` or ``test``; it is used
-    if ``kind`` of :class:`~malleable.datamodules.recommendation.splits.Split` is ``given``. The user is responsible for terms and licence.
+    if ``kind`` of :class:`~malleable.datamodules.recommendation.splits.Split` is ``given``. ``behavior`` is the type of the interaction, e.g. view or
+    purchase, which sequence models read. The user is responsible for terms and licence.
 
     The first line of CSV and TSV contains the names of the columns, and all rows have the same number of cells. In CSV, cells that contain a
     delimiter, a quote or a line break are quoted, and quotes in them are doubled. Delimiter and encoding are detected, see

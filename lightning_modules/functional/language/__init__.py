@@ -8,7 +8,7 @@ Files:
     trie_beam_search.py: Beam search over the titles of a catalogue.
     trie_sampling.py: Sampling of titles of a catalogue.
     free_text.py: Generation of free text.
-    grounding.py: Nearest titles to a text by embedding.
+    grounding.py: Embeddings of texts.
     attention.py: Attention masks of rows with several sequences.
     tree_attention.py: Decoding of several continuations with one shared cache.
     whole_rows.py: Passes over whole sequences without a cache.

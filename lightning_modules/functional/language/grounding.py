@@ -1,6 +1,6 @@
-"""Grounding of free text to items: nearest titles by embedding.
+"""Embeddings of texts by a causal language model.
 
-Shapes: B rows, N items, d width, T tokens.
+Shapes: B rows, d width, T tokens.
 """
 
 from __future__ import annotations
@@ -12,53 +12,7 @@ from torch import Tensor, nn
 
 from malleable.lightning_modules.functional.language.pass_forms import RowForm, pass_forms
 from malleable.lightning_modules.functional.language.tree_attention import evaluating
-from malleable.lightning_modules.functional.language.trie_search_base import Decoded
 from malleable.lightning_modules.functional.language.whole_rows import states_at_end
-from malleable.lightning_modules.functional.precision import full_precision
-
-
-@full_precision
-def nearest_titles(
-    embeddings: Tensor,
-    title_embeddings: Tensor,
-    k: int,
-    *,
-    popularity: Tensor | None = None,
-    gamma: float = 0.0,
-    allowed: Tensor | None = None,
-) -> Decoded:
-    """Find the k titles with the smallest Euclidean distance to each embedding.
-
-    With ``gamma`` > 0, the distances D, scaled to [0, 1] in each row, are multiplied by (1 + P)^-gamma.
-
-    Args:
-        embeddings: ``(B, d)``.
-        title_embeddings: ``(N, d)``.
-        k: Number of items to return for each row.
-        popularity: ``(N,)`` or ``(B, N)``, popularity or collaborative score of each item; P is this, scaled to [0, 1].
-        gamma: Weight of ``popularity``, >= 0.
-        allowed: ``(N,)`` or ``(B, N)`` bool, the items that may be returned; ``None`` allows all.
-
-    Returns:
-        Items ``(B, k)``, padded with -1, and their negative distances ``(B, k)``, adjusted if ``gamma`` > 0.
-
-    Raises:
-        ValueError: If ``gamma`` is negative, or positive without ``popularity``.
-
-    Source:
-        Bao et al. (2023), BIGRec, arXiv:2308.08434: grounding generated text to real items.
-    """
-    if gamma < 0 or (gamma > 0 and popularity is None):
-        raise ValueError(f"gamma must be 0, or > 0 with a popularity for each item; got gamma={gamma} and popularity={popularity}")
-    distance = _distances(embeddings.float(), title_embeddings.float())
-    if popularity is not None and gamma > 0:
-        distance = _scaled(distance) * (1 + _scaled(popularity.float())) ** -gamma
-    if allowed is not None:
-        distance = distance.masked_fill(~allowed, torch.inf)
-    top = distance.topk(min(k, distance.shape[1]), largest=False)
-    missing = k - top.values.shape[1]
-    items = torch.nn.functional.pad(top.indices.masked_fill(top.values == torch.inf, -1), (0, missing), value=-1)
-    return Decoded(items, torch.nn.functional.pad(-top.values, (0, missing), value=-torch.inf))
 
 
 def embed_texts(model: nn.Module, token_ids: Sequence[Sequence[int]], *, batch_size: int = 64, pad_token_id: int = 0) -> Tensor:
@@ -110,18 +64,3 @@ def last_hidden_states(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> 
     with evaluating(model):
         form: RowForm = "causal" if forms.causal.fits(width) else "padded" if forms.embedding.fits(width) else "unpadded"
         return states_at_end(model, input_ids, lengths, form=form).float()
-
-
-def _distances(left: Tensor, right: Tensor) -> Tensor:
-    """Compute Euclidean distances ``(B, N)`` by one matrix product."""
-    # a common offset, which is large for hidden states, does not change distances, but reduces the precision of the product
-    centre = right.mean(0)
-    left, right = left - centre, right - centre
-    squared = left.square().sum(1, keepdim=True) + right.square().sum(1) - 2 * left @ right.T
-    return squared.clamp(min=0).sqrt()
-
-
-def _scaled(values: Tensor) -> Tensor:
-    """Scale each row to [0, 1]; rows with equal values become 0."""
-    low, high = values.aminmax(dim=-1, keepdim=True)
-    return (values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)

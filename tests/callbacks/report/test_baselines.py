@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import small_shop
 import torch
 from boring import BoringDataModule, BoringModule
 from jsonargparse import ArgumentParser
@@ -10,7 +11,11 @@ from toy_shop import ToyShop
 
 from malleable.callbacks.report.baselines import Baselines, _snake_case
 from malleable.callbacks.report.report import RunReport
+from malleable.datamodules.recommendation.splits import Split
+from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.recommendation.baselines import Baseline, ItemKNN, Markov, Popularity
+from malleable.lightning_modules.recommendation.sequence_settings import EncoderSettings
+from malleable.lightning_modules.recommendation.sequential import SequentialRecommender
 
 
 def trainer(tmp_path, *callbacks):
@@ -27,7 +32,7 @@ def test_values_equal_a_test_of_each_baseline(tmp_path):
         own = {key.replace("test_", f"baseline_{name}_"): value for key, value in alone.items()}
         assert own == pytest.approx({key: metrics[key] for key in own})
     assert metrics["baseline_popularity_hr_3"] == metrics["test_hr_3"]
-    assert "| metric | Popularity | 95 % interval | Popularity | ItemKNN | Markov |" in (tmp_path / "report" / "report.md").read_text()
+    assert "| metric | Popularity | 95 % interval | Popularity | ItemKNN | Markov | EASE |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_values_equal_a_fit_of_each_baseline(tmp_path):
@@ -111,7 +116,7 @@ def test_keys_are_class_names_in_snake_case():
 
 
 def test_errors(tmp_path):
-    with pytest.raises(TypeError, match=r"baselines must be instances of Baseline, .* got 'popularity'"):
+    with pytest.raises(TypeError, match=r"baselines must be instances of Baseline or SequentialRecommender, .* got 'popularity'"):
         Baselines(["popularity"])
     with pytest.raises(MisconfigurationException, match=r"with a `catalog`, got BoringDataModule; pass `datamodule=...` or remove Baselines"):
         trainer(tmp_path, Baselines()).test(BoringModule(), BoringDataModule(), verbose=False)
@@ -130,3 +135,50 @@ def test_rows_of_another_kind_are_refused(tmp_path):
 
     with pytest.raises(MisconfigurationException, match="Baselines needs test rows with a history and a target, got BoringBatch"):
         trainer(tmp_path, Baselines()).test(BoringModule(), Odd(), verbose=False)
+
+
+def shop_data(tmp_path, **options):
+    split = Split(sequence_length=4, min_user_events=2)
+    return small_shop.shop(tmp_path, **{"tokenizer": "none", "split": split, "cache_dir": str(tmp_path / "cache"), **options})
+
+
+def test_a_sequential_recommender_is_trained_before_the_first_test(tmp_path, caplog):
+    """On all training rows, without a change of the caller's generator; it learns that each user reads the items in their order."""
+    sasrec = SequentialRecommender(EncoderSettings(dim=16, num_layers=1), tuning=Tuning(lr=0.02, warmup_steps=0))
+    callback, data = Baselines([sasrec, Popularity()], epochs=60), shop_data(tmp_path)
+    runner = trainer(tmp_path, RunReport(), callback)
+    states = []
+    with caplog.at_level("INFO"):
+        for one in (trainer(tmp_path, Baselines([Popularity()])), runner):
+            torch.manual_seed(3)
+            one.test(Popularity(ks=(1, 3)), data, verbose=False)
+            states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    assert callback.values["sasrec"]["hr_1"] > 0.9 > callback.values["popularity"]["hr_1"]
+    assert caplog.text.count("trained a SequentialRecommender (sasrec) as a baseline: 60 epochs") == 1
+    first = callback.values
+    runner.test(Popularity(ks=(1, 3)), data, verbose=False)
+    assert callback.values == first
+    assert caplog.text.count("as a baseline") == 1
+    assert "| SASRec | Popularity |" in (tmp_path / "report" / "report.md").read_text()
+    assert not sasrec.is_built, "a copy is trained"
+
+
+def test_baselines_are_measured_on_rows_of_sequences(tmp_path):
+    """With the same values as on rows of prompts."""
+    values = []
+    for view in ("answer", "sequence"):
+        callback = Baselines()
+        trainer(tmp_path, callback).test(Popularity(ks=(1, 3)), shop_data(tmp_path, train_view=view), verbose=False)
+        values.append(callback.values)
+    assert values[0] == values[1]
+    assert list(values[0]) == ["popularity", "item_knn", "markov", "ease"]
+
+
+def test_a_recommender_that_cannot_be_trained_is_refused(tmp_path):
+    with pytest.raises(
+        MisconfigurationException, match="Baselines trains a SequentialRecommender on `sequence_dataset`, which ToyShop does not have"
+    ):
+        trainer(tmp_path, Baselines([SequentialRecommender()])).test(Popularity(ks=(1, 3)), ToyShop(), verbose=False)
+    with pytest.raises(ValueError, match="epochs must be >= 1, got 0"):
+        Baselines(epochs=0)

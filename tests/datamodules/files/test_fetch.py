@@ -181,7 +181,7 @@ def test_resolve_model_splits_a_gguf_file(tmp_path):
         resolve_model(str(tmp_path / "other.gguf"))
 
 
-@pytest.mark.parametrize(("name", "gguf"), [("smollm2-135m-instruct-q4_1", "SmolLM2-135M-Instruct.Q4_1.gguf"), ("minilm-l6-v2", None)])
+@pytest.mark.parametrize(("name", "gguf"), [("smollm2-135m-instruct-q4_1", "SmolLM2-135M-Instruct.Q4_1.gguf"), ("minilm", None)])
 def test_resolve_model_of_packaged_models(name, gguf, monkeypatch):
     monkeypatch.setattr(module, "fetch_package_files", lambda requirement, members: [Path("/cache") / member for member in members])
     folder, file = resolve_model(name)

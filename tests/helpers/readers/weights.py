@@ -1,4 +1,4 @@
-"""Readers of weights, patches, checkpoints, models and tokenizers."""
+"""Readers of weights, patches, item indices, checkpoints, models and tokenizers."""
 
 from typing import Any
 
@@ -48,6 +48,20 @@ class _Folder:
 
         container = open_container(folder / "m")
         return [tensor.sum() for tensor in container.tensors.values()], container.stack.revert(container.stack.ids, container.tensors)
+
+
+@reader("item index", "index/embeddings.safetensors", "index/items.json", "index/manifest.json")
+class _ItemIndex:
+    def make(folder):
+        from malleable import ItemIndex
+
+        ItemIndex(torch.randn(6, 4), [f"item {number}" for number in range(6)], titles=list("abcdef")).save(folder / "index")
+
+    def read(folder):
+        from malleable import ItemIndex
+
+        index = ItemIndex.load(folder / "index")
+        return index.search(index.embeddings[:2], 3), index.fingerprint
 
 
 @reader("checkpoint", "c.ckpt")

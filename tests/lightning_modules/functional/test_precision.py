@@ -6,8 +6,8 @@ import torch
 from malleable.lightning_modules.functional.graphs.flows import NFE1, NFE2, NFE3, AffinePoint, Sigma
 from malleable.lightning_modules.functional.graphs.interaction import score_all, score_pairs
 from malleable.lightning_modules.functional.graphs.points import ComplexDiagonal, Diagonal, Rotation, Translation
-from malleable.lightning_modules.functional.language.grounding import nearest_titles
 from malleable.lightning_modules.functional.precision import exact_products, full, full_precision
+from malleable.lightning_modules.functional.search.nearest import nearest
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 INTERACTIONS = NFE1(), NFE2(), NFE2("uniform", True), NFE3(), AffinePoint(), Sigma(), Translation(), Diagonal(), ComplexDiagonal(), Rotation()
@@ -66,9 +66,10 @@ def test_interactions_score_alike_under_autocast(interaction, dtype):
 
 
 @HALF
-def test_nearest_titles_are_the_same_under_autocast(dtype):
-    embeddings, titles = torch.randn(7, 32), torch.randn(101, 32)
-    expected = nearest_titles(embeddings, titles, 5)
+@pytest.mark.parametrize("metric", ["dot", "cosine", "l2"])
+def test_nearest_vectors_are_the_same_under_autocast(dtype, metric):
+    queries, vectors = torch.randn(7, 32), torch.randn(101, 32)
+    expected = nearest(queries, vectors, 5, metric=metric)
     with torch.autocast("cpu", dtype):
-        found = nearest_titles(embeddings, titles, 5)
+        found = nearest(queries, vectors, 5, metric=metric)
     assert all(torch.equal(own, other) for own, other in zip(found, expected, strict=True))
