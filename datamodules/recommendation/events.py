@@ -117,6 +117,18 @@ def describe_dropped(tables: InteractionTables, ids: list[int]) -> list[str]:
     return [f"{len(own):,} of {len(column):,} interactions with {cause} ({_examples(own)})" for cause, own in causes.items() if len(own)]
 
 
+def describe_order(tables: InteractionTables) -> dict[str, str]:
+    """Return texts about interactions that are repeated or not in the order of time, by name; empty if there are none."""
+    events = tables.interactions
+    earlier = int((events["timestamp"].groupby(events["user_id"], sort=False).diff() < 0).sum())
+    repeated = int(events.duplicated(["user_id", "item_id", "timestamp"]).sum())
+    texts = {
+        "order": (earlier, f"{earlier:,} of {len(events):,} interactions are earlier than the user's previous row; interactions are sorted by time"),
+        "repeated": (repeated, f"{repeated:,} of {len(events):,} interactions repeat user, item and time of an earlier row"),
+    }
+    return {name: text for name, (count, text) in texts.items() if count}
+
+
 def _examples(keys: pd.Series) -> str:
     """Return the number of distinct ids, and the first ones."""
     distinct = list(dict.fromkeys(keys))

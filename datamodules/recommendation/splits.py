@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from malleable.datamodules.recommendation.events import NO_SPLIT, SPLITS, Events, describe_dropped, first_of_each_item, k_core
+from malleable.datamodules.recommendation.events import NO_SPLIT, SPLITS, Events, describe_dropped, describe_order, first_of_each_item, k_core
 from malleable.datamodules.recommendation.summary import DataSummary, tied_share
 from malleable.datamodules.recommendation.titles import clean_title, merge_titles
 from malleable.datamodules.sample_ids import array_hash, content_ids, text_hashes
@@ -205,6 +205,7 @@ def _from_tables(tables: InteractionTables, split: Split) -> Interactions:
     titles, genres, keys, ids = _clean_items(tables.items, summary)
     summary.facts |= {"source": "; ".join(tables.notes)} if tables.notes else {}
     events = Events.from_tables(tables, ids)
+    summary.facts |= describe_order(tables)
     if dropped := describe_dropped(tables, ids):
         summary.facts["dropped"] = "; ".join(dropped)
         for text in dropped:
@@ -225,6 +226,7 @@ def _from_tables(tables: InteractionTables, split: Split) -> Interactions:
     data = Interactions(
         titles, genres, keys, sequences, np.zeros(len(sequences), dtype=np.int64), events=events, positions=positions, summary=summary
     )
+    summary.count_short([len(items) for items in sequences])
     _SPLITTERS[split.kind](data, split)
     summary.describe_ties({name: tied_share(time, starts, data.rows[name].sequence, data.rows[name].end) for name in ("val", "test")})
     return data

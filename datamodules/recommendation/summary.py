@@ -128,6 +128,11 @@ class DataSummary:
         elif tied:
             self.facts["tied times"] = "none at the split"
 
+    def count_short(self, lengths: Sequence[int]) -> None:
+        """Add the number of histories with a single item, which have no row, if there are any."""
+        if single := sum(length < 2 for length in lengths):
+            self.facts["short"] = f"{single:,} of {len(lengths):,} users have a single item and therefore no row"
+
     def describe_rows(self, rows: Mapping[str, tuple[int, int]]) -> None:
         """Add the numbers of rows; ``rows`` contains for each split a pair: the number of used rows, and the number of all rows."""
         texts = [f"{split} {used:,}" + (f" of {every:,}" if used < every else "") for split, (used, every) in rows.items()]

@@ -231,25 +231,27 @@ class SequentialRecommender(BaseModule):
         self.trained_items.fill_(True)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed the generator, and check the items of the batch; on accelerators, of the first batch of an epoch only."""
+        """Seed the generator, and check the items of the batch."""
         super().on_train_batch_start(batch, batch_idx)
-        if batch_idx == 0 or self.device.type == "cpu":
-            self.check_items(batch)
+        self.check_items(batch)
 
     def check_items(self, batch: RankedRows) -> None:
-        """Check that the items of a batch are in the catalogue.
+        """Check that the items of a batch are in the catalogue. On accelerators, the error has no details, because reading them would synchronise.
 
         Raises:
-            ValueError: If an item is not.
+            ValueError: If an item is not in the catalogue.
         """
         assert self.catalog is not None
-        targets = batch.targets if isinstance(batch, SequenceBatch) else batch.target
-        largest, row = torch.cat([batch.history.flatten(), targets.flatten()]).max(0) if len(batch) else (torch.tensor(-1), torch.tensor(0))
-        if int(largest) >= len(self.catalog):
-            row = row % batch.history.numel() // batch.history.shape[1] if batch.history.numel() else row
+        targets = batch.targets if isinstance(batch, SequenceBatch) else batch.target[:, None]
+        wrong = (torch.cat([batch.history, targets], 1) >= len(self.catalog)).any(1)
+        if wrong.device.type != "cpu":
+            torch._assert_async(~wrong.any(), f"an item is not in the catalogue of {len(self.catalog)} items")
+        elif wrong.any():
+            row = int(wrong.nonzero()[0])
+            largest = int(torch.cat([batch.history[row], targets[row]]).max())
             raise ValueError(
-                f"item {int(largest)} in the row with sample_id {int(batch.sample_id[int(row) % len(batch)])} is not in the catalogue of "
-                f"{len(self.catalog)} items, which have the numbers 0 to {len(self.catalog) - 1}; give the module the catalogue of the data"
+                f"item {largest} in the row with sample_id {int(batch.sample_id[row])} is not in the catalogue of {len(self.catalog)} items, which "
+                f"have the numbers 0 to {len(self.catalog) - 1}; give the module the catalogue of the data"
             )
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from device_methods import BASELINES, accelerator, baseline_results, edit_changes, self_play_round
+from device_methods import BASELINES, accelerator, baseline_results, edit_changes, self_play_round, sequence_results
 from synchronisations import WatchedSteps, refuses_to_wait
 from tiny import tiny_config, tiny_rows
 from tiny_data import TinyData, quiet_trainer
 from tiny_graph import TinyGraphData
+from toy_sequences import ToySequences
 
-from malleable import NFE, SFT
+from malleable import NFE, SFT, EncoderSettings, SequentialRecommender
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
@@ -52,11 +53,31 @@ def test_a_baseline_equals_that_of_a_cpu(name, device, tmp_path):
     assert figures == pytest.approx(expected_figures, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["SFT", "NFE"])
+@pytest.mark.parametrize("kind", ["sasrec", "gru4rec", "bert4rec", "hstu"])
+def test_a_sequential_recommender_trains_as_on_a_cpu(kind, device, tmp_path):
+    losses, figures = sequence_results(kind, device, tmp_path / "device")
+    expected_losses, expected_figures = sequence_results(kind, CPU, tmp_path / "cpu")
+    assert losses == pytest.approx(expected_losses, rel=1e-3)
+    assert figures["test_loss"] == pytest.approx(expected_figures["test_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "gru4rec", "bert4rec", "hstu"])
+def test_a_sequential_recommender_in_mixed_precision(kind, device, tmp_path):
+    losses, figures = sequence_results(kind, device, tmp_path, "bf16-mixed")
+    assert all(math.isfinite(value) for value in (*losses, *figures.values()))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["SFT", "NFE", "SequentialRecommender"])
 def test_steps_of_a_trainer_do_not_wait_for_the_device(name, device, tmp_path):
     """With logging, clipping, optimizer and scheduler; the first two batches set up what may wait."""
     settings = {"batch_size": 4, "global_batch_size": 8}
-    module, data = (SFT(tiny_config()), TinyData(train=tiny_rows(32), **settings)) if name == "SFT" else (NFE(dimension=8), TinyGraphData(**settings))
+    make = {
+        "SFT": lambda: (SFT(tiny_config()), TinyData(train=tiny_rows(32), **settings)),
+        "NFE": lambda: (NFE(dimension=8), TinyGraphData(**settings)),
+        "SequentialRecommender": lambda: (SequentialRecommender(EncoderSettings("hstu", dim=8, max_length=12)), ToySequences(**settings)),
+    }
+    module, data = make[name]()
     watched = WatchedSteps(lambda: refuses_to_wait(device), first=2)
     options = {"limit_train_batches": 6, "limit_val_batches": 0, "enable_checkpointing": False, "log_every_n_steps": 1000, "gradient_clip_val": 1.0}
     quiet_trainer(tmp_path, accelerator=accelerator(device), max_epochs=1, callbacks=[watched], **options).fit(module, data)

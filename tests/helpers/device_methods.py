@@ -12,6 +12,7 @@ from small_editing import tokenizer
 from small_facts import NEW, SETTINGS, TEXTS, learnt_decoder
 from tiny import tiny_rows
 from tiny_data import TinyData, quiet_trainer
+from toy_sequences import ToySequences, packed_row, training_rows
 from toy_shop import ToyShop
 
 from malleable.callbacks.self_play.phases import PhaseSettings
@@ -21,6 +22,9 @@ from malleable.lightning_modules.editing.editor import AlphaEditor
 from malleable.lightning_modules.editing.settings import EditSettings
 from malleable.lightning_modules.editing.targets import TargetSettings
 from malleable.lightning_modules.recommendation.baselines import Baseline, ItemKNN, Markov, Popularity, count_rows
+from malleable.lightning_modules.recommendation.ease import EASE
+from malleable.lightning_modules.recommendation.sequence_settings import EncoderSettings
+from malleable.lightning_modules.recommendation.sequential import SequentialRecommender
 
 
 def accelerator(device: torch.device) -> str:
@@ -64,7 +68,7 @@ def self_play_round(device: torch.device, folder: Path, precision: str = "32-tru
     return items, losses.values
 
 
-BASELINES: dict[str, type[Baseline]] = {kind.__name__: kind for kind in (Popularity, ItemKNN, Markov)}
+BASELINES: dict[str, type[Baseline]] = {kind.__name__: kind for kind in (Popularity, ItemKNN, Markov, EASE)}
 
 
 def baseline_results(name: str, device: torch.device, folder: Path) -> tuple[list[list[int]], torch.Tensor, dict[str, float]]:
@@ -79,3 +83,17 @@ def baseline_results(name: str, device: torch.device, folder: Path) -> tuple[lis
     trainer = quiet_trainer(folder, accelerator=accelerator(device), logger=False, enable_checkpointing=False)
     (figures,) = trainer.test(BASELINES[name](ks=(1, 3)), ToyShop(), verbose=False)
     return items.tolist(), scores.cpu(), dict(figures)
+
+
+def sequence_results(kind: str, device: torch.device, folder: Path, precision: str = "32-true") -> tuple[list[float], dict[str, float]]:
+    """Train a small sequential recommender without dropout on packed rows; return the losses of all batches, and the figures of a test."""
+    seed_everything(0)
+    module = SequentialRecommender(EncoderSettings(kind, dim=16, num_layers=1, max_length=12, dropout=0.0, mask_rate=0.4), ks=(1, 3))
+    data = ToySequences(train=[packed_row(training_rows(64)[start : start + 2]) for start in range(0, 64, 2)])
+    data.row_tokens = lambda: [len(row["items"]) - 2 for row in data.train_dataset]  # type: ignore[method-assign]
+    losses = _Losses()
+    options = {"accelerator": accelerator(device), "precision": precision, "logger": False, "enable_checkpointing": False}
+    trainer = quiet_trainer(folder, max_epochs=3, callbacks=[losses], **options)
+    trainer.fit(module, data)
+    (figures,) = trainer.test(module, data, verbose=False)
+    return losses.values, dict(figures)

@@ -10,9 +10,11 @@ from synchronisations import Synchronisations, WatchedSteps, meta_trainer
 from tiny import batch_of, tiny_config, tiny_rows
 from tiny_data import TinyData
 from tiny_graph import TinyGraphData
+from toy_sequences import ToySequences, packed_row, training_rows
 
-from malleable import DPO, NFE, SFT, CausalLM, ComplEx, SPRec
+from malleable import DPO, GBCE, NFE, SFT, CausalLM, ComplEx, EncoderSettings, SequentialRecommender, SPRec
 from malleable.datamodules.batch import Catalog, Vocabulary
+from malleable.datamodules.negative_samplers import Popularity
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.losses.embedding import N3, KvsAll, NegativeSampling
@@ -105,6 +107,13 @@ def known_pairs():
     return [{**row, "reference_logps": [-3.0, -4.0]} for row in rows]
 
 
+PACKED_ITEMS = [packed_row(training_rows(32)[start : start + 2]) for start in range(0, 32, 2)]
+
+
+def recommender(kind, **options):
+    return SequentialRecommender(EncoderSettings(kind, dim=8, num_layers=1, max_length=12, dropout=0.1), **options)
+
+
 TWO = {"batch_size": 4, "global_batch_size": 8}  # two batches in an optimizer step
 WHOLE_STEPS = {
     "SFT": lambda: (SFT(tiny_config(), tuning=Tuning()), TinyData(train=tiny_rows(16), **TWO)),
@@ -113,6 +122,10 @@ WHOLE_STEPS = {
     "NFE": lambda: (NFE(dimension=6, regulariser=N3(), dropout=0.1), TinyGraphData(**TWO)),
     "NFE with KvsAll": lambda: (NFE("nfe2", dimension=6, loss=KvsAll()), TinyGraphData(**TWO)),
     "ComplEx with sampled entities": lambda: (ComplEx(dimension=6, loss=NegativeSampling(4)), TinyGraphData(**TWO)),
+    "SequentialRecommender": lambda: (recommender("sasrec"), ToySequences(train=PACKED_ITEMS, **TWO)),
+    "SequentialRecommender, sampled": lambda: (recommender("hstu", loss=GBCE(), negatives=Popularity(4)), ToySequences(train=PACKED_ITEMS, **TWO)),
+    "SequentialRecommender, GRU": lambda: (recommender("gru4rec"), ToySequences(train=PACKED_ITEMS, **TWO)),
+    "SequentialRecommender, hidden items": lambda: (recommender("bert4rec"), ToySequences(train=PACKED_ITEMS, **TWO)),
 }
 
 

@@ -52,14 +52,14 @@ class ItemProposal:
         number = torch.arange(count, device=seeds.device)
         if self._cumulative is None:
             return keyed_integers(seeds[:, None], number, self.num_items)
-        self._cumulative = self._cumulative.to(seeds.device)
+        self._cumulative = self._cumulative.to(seeds.device, non_blocking=True)
         uniform = keyed_integers(seeds[:, None], number, 1 << _BITS).double() * 2.0**-_BITS
         # The last item with a positive weight ends at 1, so that every number below 1 belongs to an item with a positive weight.
         return torch.searchsorted(self._cumulative, uniform, right=True).clamp_max(self.num_items - 1)
 
     def log_prob(self, items: Tensor) -> Tensor:
         """Return the logarithm of the probability of each item, of the shape of ``items``, float32."""
-        self._log_prob = self._log_prob.to(items.device)
+        self._log_prob = self._log_prob.to(items.device, non_blocking=True)
         return self._log_prob[0].expand(items.shape) if self._cumulative is None else self._log_prob[items]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from malleable.lightning_modules.functional.precision import full
+from malleable.lightning_modules.functional.precision import DEVICES, full
 
 # Scores of a chunk: 8 MB on a CPU (measured: smaller and larger chunks are slower), 256 MB on an accelerator (not measured).
 CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
@@ -35,7 +35,8 @@ def item_cross_entropy(states: Tensor, items: Tensor, target: Tensor, weight: Te
     if chunk is None:
         chunk = max(1, CHUNK.get(states.device.type, CHUNK["cuda"]) // len(items))
     device = states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    autocast = device in DEVICES and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else torch.float32
     return cast("Tensor", _ItemCrossEntropy.apply(states, items, target, weight, chunk, dtype))  # type: ignore[no-untyped-call]
 
 

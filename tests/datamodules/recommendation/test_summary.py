@@ -130,3 +130,13 @@ def test_a_summary_is_logged_as_lines_and_warnings(caplog, monkeypatch):
     monkeypatch.setattr("malleable.datamodules.recommendation.summary.world", lambda: (1, 2))
     log_summary("data of X", [("items", "3")])
     assert not caplog.records
+
+
+def test_unordered_repeated_and_single_interactions_are_counted():
+    events = [("u", "a", 3.0), ("u", "b", 1.0), ("u", "c", 2.0), ("v", "a", 0.0), ("u", "c", 2.0), ("w", "a", 5.0), ("w", "b", 6.0)]
+    found = summary(events)
+    assert found.facts["order"] == "1 of 7 interactions are earlier than the user's previous row; interactions are sorted by time"
+    assert found.facts["repeated"] == "1 of 7 interactions repeat user, item and time of an earlier row"
+    assert found.facts["short"] == "1 of 3 users have a single item and therefore no row"
+    ordered = summary([("u", "a", 1.0), ("u", "b", 2.0), ("u", "c", 3.0)])
+    assert not {"order", "repeated", "short"} & set(ordered.facts)
