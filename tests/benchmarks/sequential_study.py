@@ -1,6 +1,6 @@
 """Compare our SASRec and HSTU with SASRec of RecBole: the same rows, sizes, optimizer and selection of the epoch, several seeds.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python tests/benchmarks/sequential_study.py --data ml100k --folder runs/sequential_study [--seeds 3] [--shared FOLDER]
+    OMP_NUM_THREADS=1 taskset -c 0 python tests/benchmarks/sequential_study.py --data ml100k --folder runs/study [--shared FOLDER]
 
 Data: ``ml100k`` (ratings >= 4, leave-last-out), ``cds`` (Amazon CDs, split by time) and ``lastfm`` (rows of LLaRA and S-DPO). They are in the folder
 ``rec`` of ``--shared``. The latter two are rows of at most 10 items before a target, without times. All unseen items are ranked. After each epoch,
