@@ -58,7 +58,7 @@ class Values:
     def uses_packing(self) -> bool:
         """Return whether any phase of training uses packed histories."""
         phases = (self(f"trainer.callbacks.SelfPlayLoop.{phase}.view") for phase in ("warmup", "sft", "dpo"))
-        return self("data.train_view") in ("packed", None) or "packed" in phases
+        return self("data.train_view") in ("packed", "packed_sequence", None) or "packed" in phases
 
 
 LOOP = "trainer.callbacks.SelfPlayLoop"
@@ -91,7 +91,7 @@ def _has_narrow_beam(value: Values) -> bool:
 
 RULES = (
     Rule("data.vocab_size", _is_set("data.tokenizer"), "the tokenizer is given by data.tokenizer"),
-    Rule("data.pack_length", lambda value: not value.uses_packing(), "data.train_view is answer, and no phase has view: packed"),
+    Rule("data.pack_length", lambda value: not value.uses_packing(), "data.train_view is answer or sequence, and no phase has view: packed"),
     Rule("data.max_prompt_length", _has_no_tokenizer, "data.tokenizer is none, so there are no prompts"),
     Rule("data.template", _has_no_tokenizer, "data.tokenizer is none, so there are no prompts"),
     Rule("data.split.fractions", _equals("data.split.kind", "leave_last_out"), "data.split.kind is leave_last_out"),

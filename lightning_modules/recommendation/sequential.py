@@ -75,7 +75,9 @@ class SequentialRecommender(BaseModule):
     required_from_datamodule: ClassVar[tuple[str, ...]] = ("catalog",)
     optional_from_datamodule: ClassVar[tuple[str, ...]] = ("behaviors",)
     reads_text: ClassVar[bool] = False
-    weight_settings: ClassVar[tuple[str, ...]] = tuple(f"encoder.{name}" for name in ("kind", "dim", "num_layers", "num_heads", "max_length"))
+    weight_settings: ClassVar[tuple[str, ...]] = tuple(
+        f"encoder.{name}" for name in ("kind", "dim", "num_layers", "num_heads", "max_length", "ffn_dim", "time_buckets")
+    )
     new_items: ClassVar[str] = "they are not recommended before the model is trained on them"
     trained_items: Tensor
 

@@ -39,6 +39,7 @@ class RecBoleSASRec:
         batch_size: Number of training rows of a step.
         lr: Learning rate of Adam.
         seed: Seed of weights and order.
+        device: Device of model and rows.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class RecBoleSASRec:
         batch_size: int = 256,
         lr: float = 1e-3,
         seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         for name, value in REMOVED.items():
             if name not in vars(np):
@@ -64,7 +66,7 @@ class RecBoleSASRec:
         from recbole.utils import init_seed
 
         logging.getLogger().setLevel(logging.WARNING)
-        self.data, self.length, self._interaction = data, length, Interaction
+        self.data, self.length, self.device, self._interaction = data, length, device, Interaction
         settings = {
             "benchmark_filename": ["train", "valid", "test"],
             "alias_of_item_id": ["item_id_list"],
@@ -90,7 +92,7 @@ class RecBoleSASRec:
             init_seed(seed, reproducibility=False)
             dataset = create_dataset(config)
             self.loader, _, _ = data_preparation(config, dataset)
-        self.model = SASRec(config, self.loader.dataset)
+        self.model = SASRec(config, self.loader.dataset).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=lr)
         tokens = self.loader.dataset.field2id_token["item_id"][1:]
         self._items = torch.tensor([int(token) for token in tokens])
@@ -106,7 +108,7 @@ class RecBoleSASRec:
         self.model.train()
         for rows in self.loader:
             self.optimizer.zero_grad()
-            self.model.calculate_loss(rows).backward()
+            self.model.calculate_loss(rows.to(self.device)).backward()
             self.optimizer.step()
             yield
 
@@ -119,7 +121,8 @@ class RecBoleSASRec:
         for row, items, size in zip(rows, recent, lengths.tolist(), strict=True):
             row[:size] = self._number[items[len(items) - size :]]
         self.model.eval()
-        found = self.model.full_sort_predict(self._interaction({"item_id_list": rows, "item_length": lengths.clamp_min(1)}))
+        inputs = self._interaction({"item_id_list": rows, "item_length": lengths.clamp_min(1)}).to(self.device)
+        found = self.model.full_sort_predict(inputs).cpu()
         return torch.full((len(rows), len(self.data.catalog)), -torch.inf).index_copy_(1, self._items, found[:, 1:])
 
     def evaluate(self, loader: Any) -> dict[str, float]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import faiss
 import torch
-from devices import describe
+from devices import add_device_arguments, describe
 
 from malleable.lightning_modules.functional.search.nearest import nearest
 from malleable.lightning_modules.functional.search.vector_space import unit_rows
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1_000, help="number of queries (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="number of measurements of each side (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    add_device_arguments(parser, dtype=False)
     arguments = parser.parse_args()
     faiss.omp_set_num_threads(torch.get_num_threads())
     generator = torch.Generator().manual_seed(0)
@@ -60,15 +61,17 @@ def main() -> None:
     queries = unit_rows(torch.randn(arguments.queries, WIDTH, generator=generator))
     index = faiss.IndexFlatIP(WIDTH)
     index.add(vectors.numpy())
+    own_queries, own_vectors = queries.to(arguments.device), vectors.to(arguments.device)
 
     def ours() -> tuple[torch.Tensor, torch.Tensor]:
-        return nearest(queries, vectors, K)
+        found = nearest(own_queries, own_vectors, K)
+        return found.items.cpu(), found.scores.cpu()
 
     def theirs() -> tuple[torch.Tensor, torch.Tensor]:
         scores, items = index.search(queries.numpy(), K)
         return torch.from_numpy(items), torch.from_numpy(scores)
 
-    nearest(queries, vectors[:20_000], K)  # the first products of a process are slower
+    nearest(own_queries, own_vectors[:20_000], K)  # the first products of a process are slower
     times: dict[str, list[float]] = {"ours": [], "faiss": []}
     for _ in range(arguments.repeats):
         peer_time, peer = timed(theirs)
@@ -78,10 +81,15 @@ def main() -> None:
         check(own, peer)
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratio = medians["ours"] / medians["faiss"]
-    result = {**{f"{name}_s": values for name, values in times.items()}, "ratio": ratio, "device": describe("cpu"), "faiss": faiss.__version__}
+    result = {
+        **{f"{name}_s": values for name, values in times.items()},
+        "ratio": ratio,
+        "device": describe(arguments.device),
+        "faiss": faiss.__version__,
+    }
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    sys.stdout.write(f"{arguments.queries} queries, {arguments.vectors} vectors; {describe('cpu')}, faiss {faiss.__version__}\n")
+    sys.stdout.write(f"{arguments.queries} queries, {arguments.vectors} vectors; {describe(arguments.device)}, faiss {faiss.__version__}\n")
     for name, values in times.items():
         sys.stdout.write(f"{name}: {medians[name]:.2f} s (of {', '.join(f'{value:.2f}' for value in values)})\n")
     sys.stdout.write(f"ratio: {ratio:.2f}\n")

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from devices import add_device_arguments, describe, synchronize
 from recbole_peer import RecBoleSASRec
 
 from malleable import EncoderSettings, MovieLens, RecommendationDataModule, SequentialRecommender, Split
@@ -42,6 +43,7 @@ def train_ours(data: RecommendationDataModule, args: argparse.Namespace) -> tupl
     sizes = {"dim": args.dim, "num_layers": args.layers, "num_heads": args.heads, "dropout": args.dropout, "max_length": args.length}
     module = SequentialRecommender(EncoderSettings("sasrec", **sizes), catalog=data.catalog)
     module.configure_model()
+    module.to(args.device)
     optimizer = torch.optim.Adam(module.parameters(), lr=args.lr)
     loader, seconds = data.train_dataloader(), []
     for epoch in range(args.epochs):
@@ -50,25 +52,27 @@ def train_ours(data: RecommendationDataModule, args: argparse.Namespace) -> tupl
         start = time.perf_counter()
         for batch in loader:
             optimizer.zero_grad()
-            module.compute_loss(batch).loss.backward()
+            module.compute_loss(batch.to(args.device)).loss.backward()
             optimizer.step()
+        synchronize(args.device)
         seconds.append(time.perf_counter() - start)
     metric = RankingMetrics((10,))
     module.eval()
     for batch in data.test_dataloader():
-        metric.update(module.recommend(batch, 10).item_ids, batch.target, batch.sample_id)
+        metric.update(module.recommend(batch.to(args.device), 10).item_ids.cpu(), batch.target, batch.sample_id)
     return seconds, {name: float(value) for name, value in metric.compute().items()}
 
 
 def train_theirs(data: RecommendationDataModule, args: argparse.Namespace) -> tuple[list[float], dict[str, float]]:
     """Train RecBole's model; return the seconds of each epoch and the metrics of the test."""
     sizes = {"length": args.length, "dim": args.dim, "layers": args.layers, "heads": args.heads, "dropout": args.dropout}
-    peer = RecBoleSASRec(data, **sizes, batch_size=TARGETS, lr=args.lr, seed=args.seed)
+    peer = RecBoleSASRec(data, **sizes, batch_size=TARGETS, lr=args.lr, seed=args.seed, device=args.device)
     seconds = []
     for _ in range(args.epochs):
         start = time.perf_counter()
         for _ in peer.steps():
             pass
+        synchronize(args.device)
         seconds.append(time.perf_counter() - start)
     return seconds, peer.evaluate(data.test_dataloader())
 
@@ -82,11 +86,12 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    add_device_arguments(parser, dtype=False)
     args = parser.parse_args()
     data = make_data(args.path, args.length)
     targets, steps = sum(data.row_tokens()), len(data.train_dataloader())
     sys.stdout.write(
-        f"{targets} targets, {args.epochs} epochs of {steps} steps with {targets / steps:.0f} targets each, {torch.get_num_threads()} threads" + "\n"
+        f"{targets} targets, {args.epochs} epochs of {steps} steps with {targets / steps:.0f} targets each, {describe(args.device)}" + "\n"
     )
     results = {}
     for name, train in (("ours", train_ours), ("RecBole", train_theirs)):

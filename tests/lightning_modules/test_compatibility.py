@@ -358,7 +358,8 @@ def test_another_score_of_a_graph_is_refused(stored, given, message, tmp_path):
 # --- every module ---
 
 ADJUSTABLE = {"catalog", "vocabulary", "graph", "optimizer", "lr_scheduler", "tuning", "loss", "regulariser", "dropout", "init", "sft_weight", "ks"}
-ADJUSTABLE |= {"decoding", "ranking", "exclude_seen", "frozen", "language_model"}
+ADJUSTABLE |= {"decoding", "ranking", "exclude_seen", "frozen", "language_model", "negatives"}
+ADJUSTABLE |= {"behaviors"}  # checkpoints store and compare them separately
 ADJUSTABLE_PARTS = {"name", "adapter", "dtype", "gradient_checkpointing", "local_files_only", "attention", "compile"}
 ADJUSTABLE_PARTS |= {"lora.dropout", "scratch.dropout"}
 
