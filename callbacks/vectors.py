@@ -31,10 +31,10 @@ class VectorWriter(Callback):
     The module must have a method ``encode(batch)``, which returns ``(B, d)``, and a method ``item_vectors()``, which returns ``(N, d)``, such as
     :class:`~malleable.lightning_modules.recommendation.sequential.SequentialRecommender`.
 
-    ``parquet``: ``item_vectors.parquet`` has the columns ``item_id``, ``title`` and ``vector`` (list of float32), in the order of the catalogue, and
-    ``user_vectors.parquet`` has ``sample_id``, ``user_id`` (if the rows have users) and ``vector``, in the order of ``sample_id``. ``safetensors``:
-    ``item_vectors.safetensors`` and ``user_vectors.safetensors`` have the tensor ``vectors``; the other columns are in ``*.jsonl`` files of the same
-    name, one line for each vector. The files do not depend on the number of devices.
+    ``parquet``: ``item_vectors.parquet`` has the columns ``item_id``, ``title`` and ``vector`` (list of float32), in the order of the catalogue, but
+    no items that the model was not trained on. ``user_vectors.parquet`` has ``sample_id``, ``user_id`` (if the rows have users) and ``vector``, by
+    ``sample_id``. ``safetensors``: ``item_vectors.safetensors`` and ``user_vectors.safetensors`` have the tensor ``vectors``; the other columns are
+    in ``*.jsonl`` files of the same name, one line for each vector. The files do not depend on the number of devices.
 
     Args:
         dirpath: Folder of the files; default: the run folder.
@@ -76,8 +76,10 @@ class VectorWriter(Callback):
         self._discard()
         catalog, vectors = _catalog(trainer, pl_module), pl_module.item_vectors().float().cpu()  # type: ignore[operator]
         if trainer.is_global_zero:
-            keys = list(catalog.keys or catalog.titles)
-            self._write("item_vectors", {"item_id": keys, "title": list(catalog.titles)}, vectors)
+            # Items that a checkpoint does not know have no vector yet.
+            trained = getattr(pl_module, "trained_items", torch.ones(len(vectors), dtype=torch.bool)).cpu().nonzero().flatten()
+            columns = {"item_id": catalog.keys or catalog.titles, "title": catalog.titles}
+            self._write("item_vectors", {name: [own[item] for item in trained.tolist()] for name, own in columns.items()}, vectors[trained])
             recover(self.folder / "user_vectors")
             self._parts = self._exit_stack.enter_context(temporary_folder(self.folder / "user_vectors"))
         self._parts = Path(trainer.strategy.broadcast(str(self._parts)))

@@ -85,7 +85,7 @@ def collate_sequences(examples: Sequence[SequenceExample], pad_to_multiple_of: i
     if len(queries) > 1:
         raise ValueError("either all rows of a SequenceBatch have the field 'target', or none; collate training rows and rows to rank separately")
     (is_query,) = queries
-    rows: list[Any] = [np.asarray(example["items"], dtype=np.int64) for example in examples]
+    rows: list[Any] = [np.asarray(example["items"]) if len(example["items"]) else np.zeros(0, np.int64) for example in examples]
     _check_items(examples, rows, is_query)
     lengths = np.array([len(items) for items in rows])
     width = padded_width(max(int(lengths.max()), 1), pad_to_multiple_of)
@@ -95,7 +95,7 @@ def collate_sequences(examples: Sequence[SequenceExample], pad_to_multiple_of: i
     if is_query:
         targets = torch.full_like(item_ids, -1)
         targets[:, -1] = torch.tensor([example.get("target", -1) for example in examples])
-        num_sequences, longest = len(rows), int(lengths.max())
+        num_sequences, longest = len(rows), max(1, int(lengths.max()))
     else:
         numbers: list[Any] = [
             np.asarray(example.get("document_ids", np.ones(len(items))), dtype=np.int64) for example, items in zip(examples, rows, strict=True)
@@ -112,7 +112,7 @@ def collate_sequences(examples: Sequence[SequenceExample], pad_to_multiple_of: i
         supervised=(targets.flatten() >= 0).nonzero().flatten(),
         seen=pad([example.get("seen", example["items"]) for example in examples], -1) if is_query else torch.zeros(len(rows), 0, dtype=torch.long),
         candidates=pad([example.get("candidates", ()) for example in examples], -1)
-        if any(example.get("candidates") for example in examples)
+        if any(len(example.get("candidates", ())) for example in examples)
         else None,
         metric_history=pad([example.get("metric_history", example["items"]) for example in examples], -1, "left")
         if any("metric_history" in example for example in examples)
@@ -133,7 +133,7 @@ def _collate_sequences(examples: Sequence[SequenceExample], pad_token_id: int, p
 
 def _check_items(examples: Sequence[SequenceExample], rows: Sequence[Any], is_query: bool) -> None:
     for example, items in zip(examples, rows, strict=True):
-        if items.ndim != 1 or (len(items) and items.min() < 0) or not (is_query or len(items)):
+        if items.ndim != 1 or items.dtype.kind not in "iu" or items.min(initial=0) < 0 or not (is_query or len(items)):
             empty = "" if is_query else ", not empty"
             raise ValueError(
                 f"the field 'items' of the row with sample_id {example['sample_id']} must be a list of item numbers >= 0{empty}; "
@@ -145,6 +145,13 @@ def _check_items(examples: Sequence[SequenceExample], rows: Sequence[Any], is_qu
                     f"the field {name!r} of the row with sample_id {example['sample_id']} has {len(example[name])} values for {len(items)} items; "
                     "give one for each item"
                 )
+        document = np.asarray(example.get("document_ids", ()))
+        starts = document[np.flatnonzero(np.diff(document, prepend=0))]
+        if len(document) and (document.min() < 1 or len(np.unique(starts)) < len(starts)):
+            raise ValueError(
+                f"the field 'document_ids' of the row with sample_id {example['sample_id']} must have numbers >= 1, with the items of a sequence "
+                f"next to each other; got {document[:10].tolist()}{' ...' if len(document) > 10 else ''}"
+            )
 
 
 def _next_items(example: SequenceExample, items: Any, document: Any) -> Any:

@@ -52,6 +52,8 @@ class Baselines(Callback):
                 "baselines must be instances of Baseline or SequentialRecommender, such as [Popularity(), ItemKNN(last=5)], got "
                 f"{brief_repr(wrong[0])}"
             )
+        if fixed := next((part for part in given if isinstance(part, SequentialRecommender) and (part.optimizer or part.lr_scheduler)), None):
+            raise ValueError(f"a {type(fixed).__name__} in baselines is trained with its `tuning`; omit optimizer and lr_scheduler")
         if epochs < 1:
             raise ValueError(f"epochs must be >= 1, got {epochs}")
         self.epochs = epochs
@@ -76,6 +78,12 @@ class Baselines(Callback):
                 f"Baselines counts the training rows of a data module with a `catalog`, got {type(source).__name__}; "
                 "pass `datamodule=...` or remove Baselines"
             )
+        for baseline in self.baselines.values():
+            timed = isinstance(baseline, SequentialRecommender) and baseline.encoder.kind == "hstu" and baseline.encoder.time_buckets > 0
+            if timed and "sequence" not in getattr(source, "train_view", ""):
+                raise MisconfigurationException(
+                    "Baselines: encoder.kind 'hstu' reads times, which rows of prompts do not have; set encoder.time_buckets to 0, or choose sasrec"
+                )
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the training rows or train on them, unless this was done before, and make new metrics."""
@@ -86,6 +94,8 @@ class Baselines(Callback):
             self._modules = {name: copy.deepcopy(baseline).eval() for name, baseline in self.baselines.items()}
             for module in self._modules.values():
                 module.catalog = source.catalog
+                if isinstance(module, SequentialRecommender):
+                    module.behaviors = getattr(source, "behaviors", None)
             count_rows([module for module in self._modules.values() if isinstance(module, Baseline)], rows)
             for module in self._modules.values():
                 if isinstance(module, SequentialRecommender):

@@ -26,8 +26,8 @@ TARGETS = 2048  # of a step
 def train_baseline(module: SequentialRecommender, source: Any, epochs: int, seed: int, device: torch.device) -> None:
     """Train a recommender outside the Trainer, and freeze it.
 
-    All ranks train on all rows; then rank 0 sends its weights to the others, so that their results are equal. The learning rate decays linearly to
-    zero. The generators of the caller do not change.
+    All ranks train on all rows; then rank 0 sends its weights to the others, so that their results are equal. The learning rate follows
+    ``tuning`` of the recommender. The generators of the caller do not change.
 
     Args:
         module: Recommender with a catalogue, without weights.
@@ -58,7 +58,7 @@ def train_baseline(module: SequentialRecommender, source: Any, epochs: int, seed
             for number in keyed_order(np.arange(len(batches)), seed, module.sampling_epoch).tolist():
                 batch = rows.collate([rows[index] for index in batches[number]]).to(device)
                 for group in optimizer.param_groups:
-                    group["lr"] = module.tuning.lr * warmup_decay(step, total, module.tuning.warmup_steps)
+                    group["lr"] = module.tuning.lr * warmup_decay(step, total, module.tuning.warmup_steps, module.tuning.decay)
                 optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(module.compute_loss(batch).loss)
                 optimizer.step()

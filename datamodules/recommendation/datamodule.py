@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -110,6 +110,10 @@ class RecommendationDataModule(BaseDataModule):
         tokenizer = None if tokenizer is None else find_exported_model(tokenizer)
         if extend_catalog and not is_stored(tokenizer):
             raise ValueError(f"extend_catalog needs a catalogue to extend: set tokenizer=<checkpoint>, got tokenizer={tokenizer!r}")
+        if train_view not in get_args(TrainView):
+            raise ValueError(f"train_view must be one of {', '.join(get_args(TrainView))}, got {train_view!r}")
+        if negatives is not None and "sequence" in train_view:
+            raise ValueError(f"negatives has no effect with train_view={train_view!r}: set negatives of the model")
         if negatives is not None:
             negatives.bind(1, [1], seed)  # raises an error for samplers that need a model
         if train_view == "packed" and tokenizer == "none":

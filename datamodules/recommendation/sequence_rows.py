@@ -69,20 +69,24 @@ class SequenceRows:
                 f"pack_length {pack_length} must be larger than the {max_length} items before a target (split.sequence_length); change one of them"
             )
         self.columns = columns
-        order = np.lexsort((table.end[select], table.sequence[select]))
-        sequence, end = table.sequence[select][order], table.end[select][order]
-        first = np.flatnonzero(np.diff(sequence, prepend=-1))
-        ends = dict(zip(sequence[first].tolist(), np.split(end, first[1:]), strict=True)) if len(sequence) else {}
-        self._targets = ends
         self._overlap = max_length // 2
-        windows = [window for number, own in ends.items() for window in _windows(number, own, max_length, self._overlap)]
-        self.rows = [[window] for window in windows] if pack_length is None else pack_windows(windows, pack_length)
         self._packed = pack_length is not None
+        order = np.lexsort((table.end, table.sequence))
+        self._sequence, self._end = table.sequence[order], table.end[order]
+        self._selected = np.isin(order, select)
+        first = np.flatnonzero(np.diff(self._sequence, prepend=-1))
+        # Parts do not depend on the selection, so that an omitted target does not change the ids of rows.
+        windows = [
+            window
+            for start, stop in zip(first.tolist(), [*first[1:].tolist(), len(order)], strict=True)
+            for window in _windows(int(self._sequence[start]), self._end[start:stop], max_length, self._overlap)
+        ]
+        kept = [window for window in windows if self._selected[self._own_rows(window)].any()]
+        self.rows = [[window] for window in kept] if pack_length is None else pack_windows(kept, pack_length)
         contents = np.array([array_hash(np.concatenate([titles[self._items(window)] for window in row])) for row in self.rows], dtype=np.uint64)
-        # The first target's id tells apart equal histories of several users.
-        id_of = dict(zip(zip(sequence.tolist(), end.tolist(), strict=True), table.sample_id[select][order].tolist(), strict=True))
-        firsts = np.array([id_of[row[0].sequence, int(self._own_targets(row[0])[0])] for row in self.rows], dtype=np.int64)
-        self.sample_ids = content_ids(contents, firsts)
+        # The id of the first target tells apart equal histories of several users.
+        ids = table.sample_id[order]
+        self.sample_ids = content_ids(contents, np.array([ids[self._own_rows(row[0]).start] for row in self.rows], dtype=np.int64))
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -110,12 +114,18 @@ class SequenceRows:
         items: Ints = self.columns.items[window.sequence][window.start : window.end]
         return items
 
-    def _own_targets(self, window: Window) -> Ints:
-        """Return the positions in the history of the targets of a part; those that overlap with the previous part are targets of the latter."""
-        ends = self._targets[window.sequence]
+    def _own_rows(self, window: Window) -> slice:
+        """Return the positions in the sorted table of the targets of a part; those that overlap with the previous part are targets of the latter."""
+        first, last = np.searchsorted(self._sequence, [window.sequence, window.sequence + 1])
+        own = self._end[first:last]
         before = window.start + self._overlap if window.start else 0
-        own: Ints = ends[np.searchsorted(ends, before, "right") : np.searchsorted(ends, window.end, "left")]
-        return own
+        return slice(int(first + np.searchsorted(own, before, "right")), int(first + np.searchsorted(own, window.end, "left")))
+
+    def _own_targets(self, window: Window) -> Ints:
+        """Return the positions in the history of the selected targets of a part."""
+        rows = self._own_rows(window)
+        targets: Ints = self._end[rows][self._selected[rows]]
+        return targets
 
     def _supervised(self, window: Window) -> NDArray[np.bool_]:
         marks = np.zeros(window.length, dtype=bool)

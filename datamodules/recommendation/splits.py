@@ -43,7 +43,8 @@ class Split:
         candidates: Number of items to choose from in each row: the target and randomly sampled unseen items. ``None``: the whole catalogue.
         train_limit: Maximum number of training rows, which are sampled randomly.
         train_without: Text file with the ``sample_id`` of training rows to omit, one on each line. Other rows do not change, so that a model can be
-            trained from scratch without these rows. Not supported with packed histories, which do not have these rows.
+            trained from scratch without these rows. Not supported with ``train_view: packed``. With ``packed_sequence``, an omitted row changes the
+            packing of others if no target of its part of a history remains.
         val_limit: Maximum number of validation rows, which are sampled randomly.
         test_limit: Maximum number of test rows, which are sampled randomly.
 

@@ -82,8 +82,8 @@ class ItemLoss(SerializableModule, ABC):
         def part_of_sum(rows: slice, own: Tensor, table: Tensor) -> Tensor:
             return self._sum(own, table, target[rows], weight[rows], draw(rows))
 
-        if len(parts) == 1:
-            return part_of_sum(parts[0], states, items)
+        if len(parts) <= 1:
+            return part_of_sum(slice(None), states, items)
         # Negatives are drawn again in the backward pass, so that their embeddings are not stored.
         totals = [checkpoint(part_of_sum, rows, states[rows], items, use_reentrant=False) for rows in parts]
         return torch.stack(totals).sum()
@@ -125,8 +125,8 @@ class CE(ItemLoss):
 class SampledCE(ItemLoss):
     """Cross-entropy over the target and sampled items, corrected by the probability of the samples.
 
-    ``-s_y + log(exp s_y + sum_j exp(s_j - log(k q_j)))``. Negatives that are the target are left out; earlier items of the user are not, because the
-    loss estimates the cross-entropy over all items.
+    ``-s_y + log(exp s_y + sum_j exp(s_j - log(k q_j)))``. Negatives that are the target are left out. Earlier items of the sequence are not,
+    because the loss estimates the cross-entropy over all items.
 
     Source:
         Bengio and Senécal (2008), Adaptive Importance Sampling to Accelerate Training of a Neural Probabilistic Language Model.
@@ -144,7 +144,7 @@ class GBCE(ItemLoss):
     """Binary cross-entropy whose positive term is weighted for the number of negatives.
 
     ``-beta log sigmoid(s_y) - sum_j log(1 - sigmoid(s_j))``, ``beta = alpha (t (1 - 1 / alpha) + 1 / alpha)``, ``alpha = k / (N - 1)``. Negatives
-    that are the target or an earlier item of the user are left out.
+    that are the target or an earlier item of the sequence are left out.
 
     Args:
         t: Calibration: 0 is binary cross-entropy, 1 gives scores that are calibrated for all items.
@@ -174,7 +174,7 @@ class GBCE(ItemLoss):
 class BCE(GBCE):
     """Binary cross-entropy of the target and of sampled items, whose terms are added.
 
-    Negatives that are the target or an earlier item of the user are left out.
+    Negatives that are the target or an earlier item of the sequence are left out.
 
     Source:
         Kang and McAuley (2018), Self-Attentive Sequential Recommendation, arXiv:1808.09781, section III-E, with one negative.
@@ -193,7 +193,7 @@ class BCE(GBCE):
 class BPR(ItemLoss):
     """Bayesian personalised ranking: mean over the negatives of ``-log sigmoid(s_y - s_j)``.
 
-    Negatives that are the target or an earlier item of the user are left out.
+    Negatives that are the target or an earlier item of the sequence are left out.
 
     Source:
         Rendle et al. (2009), BPR: Bayesian Personalized Ranking from Implicit Feedback, arXiv:1205.2618.

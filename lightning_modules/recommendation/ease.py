@@ -48,7 +48,8 @@ class EASE(ItemKNN):
     def compare_items(self) -> Tensor:
         """Compute the weights ``B``, ``(N, N)``.
 
-        If the rows are not whole histories, e.g. with ``train_limit``, the counts may be no table of common users. Then a larger penalty is used.
+        If the rows are not whole histories without repeated items (``train_limit``, ``repeats: keep``), the counts may be no table of common users.
+        Then a larger penalty is used.
         """
         l2 = self.l2
         while True:
@@ -62,6 +63,8 @@ class EASE(ItemKNN):
                 continue
             if l2 != self.l2:
                 log.warning(
-                    "EASE: the training rows are not whole histories of users; l2 is %g instead of %g, so that a solution exists", l2, self.l2
+                    "EASE: the training rows are not whole histories without repeated items; l2 is %g instead of %g, so that a solution exists",
+                    l2,
+                    self.l2,
                 )
             return weights

@@ -43,6 +43,37 @@ def as_query(batch: RankedRows) -> SequenceBatch:
     )
 
 
+def check_items(batch: RankedRows, num_items: int, num_behaviors: int = 0) -> None:
+    """Check that the items and the types of interactions of a batch exist.
+
+    On accelerators, the error has no details, because reading them would synchronise.
+
+    Args:
+        batch: Rows.
+        num_items: Number of items of the catalogue.
+        num_behaviors: Number of types of interactions.
+
+    Raises:
+        ValueError: If an item or a type is out of range.
+    """
+    targets = batch.targets if isinstance(batch, SequenceBatch) else batch.target[:, None]
+    wrong = (torch.cat([batch.history, targets], 1) >= num_items).any(1)
+    if wrong.device.type != "cpu":
+        torch._assert_async(~wrong.any(), f"an item is not in the catalogue of {num_items} items")
+        return
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"item {int(torch.cat([batch.history[row], targets[row]]).max())} in the row with sample_id {int(batch.sample_id[row])} is not in the "
+            f"catalogue of {num_items} items, which have the numbers 0 to {num_items - 1}; give the module the catalogue of the data"
+        )
+    if isinstance(batch, SequenceBatch) and batch.behaviors is not None and (largest := int(batch.behaviors.max())) >= num_behaviors:
+        raise ValueError(
+            f"`behaviors` has the type {largest}, but the module has {num_behaviors} types of interactions; give SequentialRecommender(behaviors=...) "
+            "the names of all types, or leave the field out"
+        )
+
+
 def shorten(batch: SequenceBatch, max_length: int) -> SequenceBatch:
     """Return rows to rank items for with their last ``max_length`` items."""
     if batch.item_ids.shape[1] <= max_length:
@@ -103,30 +134,35 @@ def layout_of(batch: SequenceBatch) -> SequenceLayout:
     return SequenceLayout.of(document, batch.num_sequences, batch.longest)
 
 
-def row_keys(batch: SequenceBatch, seed: int, epoch: int) -> Tensor:
-    """Return a key for each position, which depends on the seed, the epoch, the ``sample_id`` and the column only, ``(B, T)`` int64."""
+def position_keys(batch: SequenceBatch, layout: SequenceLayout, seed: int, epoch: int) -> Tensor:
+    """Return a key for each position, ``(B, T)`` int64.
+
+    It depends on the seed, the epoch, the ``sample_id``, the number of the sequence in the row and the position in the sequence, but not on padding.
+    """
     key = mix(batch.sample_id * 2_654_435_761 + (seed * 1_000_003 + epoch))
-    return mix(key)[:, None] + torch.arange(batch.item_ids.shape[1], device=key.device)
+    return mix(mix(key)[:, None] + layout.document) + layout.position
 
 
-def hidden_items(batch: SequenceBatch, keys: Tensor, rate: float, last_rate: float) -> Tensor:
+def hidden_items(batch: SequenceBatch, seed: int, epoch: int, rate: float, last_rate: float) -> Tensor:
     """Return which items of training rows are hidden; only targets of the rows are.
 
     Args:
         batch: Training rows.
-        keys: ``(B, T)`` int64, key of each position, as :func:`row_keys` returns.
+        seed: Seed of the choice, see :func:`position_keys`.
+        epoch: Number of the epoch.
         rate: Probability that a target is hidden.
         last_rate: Probability that only the last target of a sequence is hidden, as in rows to rank items for.
 
     Returns:
         ``(B, T)`` bool.
     """
-    document = layout_of(batch).document
+    layout = layout_of(batch)
+    keys = position_keys(batch, layout, seed, epoch)
     # The next item of position t - 1 is the item at position t.
     is_target = F.pad(batch.targets[:, :-1] >= 0, (1, 0), value=False)
-    is_last = F.pad(document[:, 1:] != document[:, :-1], (0, 1), value=True)
+    is_last = F.pad(layout.document[:, 1:] != layout.document[:, :-1], (0, 1), value=True)
     zero, one = (torch.full((), value, dtype=torch.long, device=keys.device) for value in (0, 1))
-    only_last = keyed_uniform(keys[:, :1] + document, one) < last_rate
+    only_last = keyed_uniform(keys - layout.position, one) < last_rate
     return is_target & torch.where(only_last, is_last, keyed_uniform(keys, zero) < rate)
 
 

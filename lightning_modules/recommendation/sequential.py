@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from malleable.datamodules.batch import AnswerBatch, Catalog, RankedRows, Recommendations, SequenceBatch
 from malleable.datamodules.negative_samplers import NegativeSampler, Uniform
 from malleable.lightning_modules.base import BaseModule, LossOutput, Split, needs_weights
+from malleable.lightning_modules.functional.defaults import drawn_on_cpu, float32_by_default
 from malleable.lightning_modules.functional.precision import full_precision
 from malleable.lightning_modules.functional.recommendation.item_draws import ItemProposal
 from malleable.lightning_modules.functional.recommendation.sequence_encoders import SequenceEncoder
@@ -32,15 +33,18 @@ from malleable.lightning_modules.recommendation.sequence_inputs import (
     PositionNegatives,
     append_hidden,
     as_query,
+    check_items,
     hidden_items,
     last_only,
     layout_of,
-    row_keys,
+    position_keys,
     shorten,
     split_by_length,
 )
 from malleable.lightning_modules.recommendation.sequence_settings import EncoderSettings
 from malleable.lightning_modules.serialization import from_plain, object_from_plain
+
+MIN_TARGETS = 1e-6  # bound of a divisor, for steps without targets
 
 
 class SequentialRecommender(BaseModule):
@@ -101,10 +105,7 @@ class SequentialRecommender(BaseModule):
         self.negatives: NegativeSampler | None = object_from_plain(NegativeSampler, negatives)
         if self.negatives is not None:
             self.negatives.item_weights(1, [1])  # raises an error for samplers that need a model
-            if self.loss is not None and not self.loss.num_negatives:
-                raise ValueError(
-                    f"negatives={self.negatives} has no effect: {type(self.loss).__name__} has no negatives; omit it or choose SampledCE"
-                )
+            self._check_negatives()
         self.exclude_seen = exclude_seen
         self.tuning: Tuning = from_plain(Tuning, tuning) or Tuning(lr=1e-3)
         self.ks = check_ks(ks)
@@ -114,14 +115,23 @@ class SequentialRecommender(BaseModule):
         self._proposal: ItemProposal | None = None
         self.save_config()
 
+    def _check_negatives(self) -> None:
+        if self.negatives is not None and self.loss is not None and not self.loss.num_negatives:
+            raise ValueError(f"negatives={self.negatives} has no effect: {type(self.loss).__name__} has no negatives; omit it or choose SampledCE")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the encoder that the output of given weights depends on."""
+        return {name: getattr(self.encoder, name.removeprefix("encoder.")) for name in self.weight_settings}
+
     def configure_model(self) -> None:
         """Create the encoder; a second call does nothing."""
         if self.is_built or self.catalog is None:
             return
         if self.loss is None:
             self.loss = default_item_loss(len(self.catalog))
+            self._check_negatives()
         # Drawn on the CPU, so that a seed gives the same model on every device.
-        with torch.device("cpu"):
+        with drawn_on_cpu():
             encoder = self.encoder.build(len(self.catalog), len(self.behaviors or ()))
         self.model: SequenceEncoder = encoder.to(self.device)
         self.behaviors = self.behaviors or ()  # the weights do not change if data with types follow
@@ -135,6 +145,7 @@ class SequentialRecommender(BaseModule):
     def setup(self, stage: str) -> None:
         """Copy the catalogue and the types of interactions from the data module, and append rows for new items."""
         super().setup(stage)
+        self._proposal = None  # the catalogue may have other numbers of interactions
         if self.is_built and self.catalog is not None:
             self._extend(len(self.catalog))
 
@@ -153,7 +164,9 @@ class SequentialRecommender(BaseModule):
         count = counted.sum()
         normaliser = count if batch.num_step_tokens is None else batch.num_step_tokens * self._share_of_targets(batch)
         draw = self._draw(batch, layout, index) if self._loss.num_negatives else None
-        loss: Tensor = self._loss(states.flatten(0, 1)[index], self.model.item.weight, target.clamp_min(0), counted / normaliser.clamp_min(1), draw)
+        loss: Tensor = self._loss(
+            states.flatten(0, 1)[index], self.model.item.weight, target.clamp_min(0), counted / normaliser.clamp_min(MIN_TARGETS), draw
+        )
         return LossOutput(loss, {}, count)
 
     @needs_weights
@@ -219,8 +232,10 @@ class SequentialRecommender(BaseModule):
         update_metrics(metrics, recommended, batch)
         return recommended
 
+    @float32_by_default()
     def predict_step(self, batch: SequenceBatch | AnswerBatch, batch_idx: int) -> Recommendations:
         """Recommend items."""
+        self.check_items(batch)
         return self.recommend(batch)
 
     def log_loss(self, batch: SequenceBatch | AnswerBatch, split: Split) -> LossOutput | None:
@@ -238,23 +253,9 @@ class SequentialRecommender(BaseModule):
         self.check_items(batch)
 
     def check_items(self, batch: RankedRows) -> None:
-        """Check that the items of a batch are in the catalogue. On accelerators, the error has no details, because reading them would synchronise.
-
-        Raises:
-            ValueError: If an item is not in the catalogue.
-        """
+        """Check that the items and the types of interactions of a batch exist; see :func:`sequence_inputs.check_items`."""
         assert self.catalog is not None
-        targets = batch.targets if isinstance(batch, SequenceBatch) else batch.target[:, None]
-        wrong = (torch.cat([batch.history, targets], 1) >= len(self.catalog)).any(1)
-        if wrong.device.type != "cpu":
-            torch._assert_async(~wrong.any(), f"an item is not in the catalogue of {len(self.catalog)} items")
-        elif wrong.any():
-            row = int(wrong.nonzero()[0])
-            largest = int(torch.cat([batch.history[row], targets[row]]).max())
-            raise ValueError(
-                f"item {largest} in the row with sample_id {int(batch.sample_id[row])} is not in the catalogue of {len(self.catalog)} items, which "
-                f"have the numbers 0 to {len(self.catalog) - 1}; give the module the catalogue of the data"
-            )
+        check_items(batch, len(self.catalog), len(self.behaviors or ()))
 
     def default_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return AdamW with the settings of ``tuning``."""
@@ -287,6 +288,9 @@ class SequentialRecommender(BaseModule):
         self.configure_model()
         assert self.catalog is not None
         state = checkpoint["state_dict"]
+        stored_shape = state["model.item.weight"].shape
+        for moments in (own for optimizer in checkpoint.get("optimizer_states", ()) for own in optimizer["state"].values()):
+            moments |= {name: _pad_rows(value, len(self.catalog)) for name, value in moments.items() if getattr(value, "shape", None) == stored_shape}
         checkpoint["state_dict"] = state | {
             name: _pad_rows(state[name], len(self.catalog)) for name in ("model.item.weight", "trained_items") if name in state
         }
@@ -321,8 +325,9 @@ class SequentialRecommender(BaseModule):
             )
         if self.model.reads_times and batch.times is None:
             raise MisconfigurationException(
-                "encoder.kind 'hstu' reads the times of the items, but the rows have none; set encoder.time_buckets to 0, or use data with times "
-                "(train_view 'sequence' or 'packed_sequence')"
+                "encoder.kind 'hstu' reads the times of the items, but these rows have none: use data with times and train_view 'sequence' or "
+                "'packed_sequence', and users of the data for prediction (predict_users), because files of histories have no times; or train a model "
+                "with encoder.time_buckets 0"
             )
         return batch
 
@@ -340,13 +345,15 @@ class SequentialRecommender(BaseModule):
         if batch.is_query:
             batch = append_hidden(batch)
             return batch, last_only(batch)
-        hidden = hidden_items(batch, row_keys(batch, self._seed, self._epoch), self.encoder.mask_rate, self.encoder.last_rate)
-        return batch.replace(targets=batch.item_ids.masked_fill(~hidden, -1), supervised=None), hidden
+        hidden = hidden_items(batch, self._seed, self._epoch, self.encoder.mask_rate, self.encoder.last_rate)
+        # The item after a position with a target is the target.
+        supervised = None if batch.supervised is None else batch.supervised + 1
+        return batch.replace(targets=batch.item_ids.masked_fill(~hidden, -1), supervised=supervised), hidden
 
     def _share_of_targets(self, batch: SequenceBatch) -> float:
-        """Return the expected share of targets that contribute to the loss.
+        """Return the expected share of targets that contribute to the loss, apart from sequences of which only the last item is hidden.
 
-        With the actual share of a batch, a step would depend on its split into batches.
+        With the actual share of a batch, a step would depend on its split into batches. The loss of ``bert4rec`` is therefore a mean only on average.
         """
         return self.encoder.mask_rate if self.encoder.kind == "bert4rec" and not batch.is_query else 1.0
 
@@ -355,7 +362,7 @@ class SequentialRecommender(BaseModule):
         sampler = self.negatives or Uniform(self._loss.num_negatives)
         if self._proposal is None:
             self._proposal = ItemProposal(len(self.catalog), sampler.item_weights(len(self.catalog), self.catalog.popularity))
-        keys = row_keys(batch, self._seed, self._epoch)
+        keys = position_keys(batch, layout, self._seed, self._epoch)
         return PositionNegatives(self._proposal, sampler.num_negatives, batch, layout, keys, index)
 
     @property

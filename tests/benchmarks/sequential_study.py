@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from devices import add_device_arguments
 from recbole_peer import RecBoleSASRec
 
 from malleable import EncoderSettings, MovieLens, RecommendationDataModule, SequentialRecommender, Source, Split
@@ -82,6 +83,7 @@ def ours(kind: str, data: RecommendationDataModule, args: argparse.Namespace, se
     buckets = 64 if data.sequence_dataset.columns.times is not None else 0
     module = SequentialRecommender(EncoderSettings(kind, time_buckets=buckets, **sizes), catalog=data.catalog)
     module.configure_model()
+    module.to(args.device)
     optimizer = torch.optim.Adam(module.parameters(), lr=args.lr)
     data.seed = seed
     loader = data.train_dataloader()
@@ -91,14 +93,14 @@ def ours(kind: str, data: RecommendationDataModule, args: argparse.Namespace, se
         loader.sampler.set_epoch(seed * 1000 + epoch)
         for batch in loader:
             optimizer.zero_grad()
-            module.compute_loss(batch).loss.backward()
+            module.compute_loss(batch.to(args.device)).loss.backward()
             optimizer.step()
 
     def evaluate(split: str) -> dict[str, float]:
         metric = RankingMetrics((10,))
         module.eval()
         for batch in loader_of(data, split):
-            metric.update(module.recommend(batch.replace(candidates=None), 10).item_ids, batch.target, batch.sample_id)
+            metric.update(module.recommend(batch.replace(candidates=None).to(args.device), 10).item_ids.cpu(), batch.target, batch.sample_id)
         return {name: float(value) for name, value in metric.compute().items()}
 
     return train, evaluate
@@ -107,7 +109,7 @@ def ours(kind: str, data: RecommendationDataModule, args: argparse.Namespace, se
 def theirs(data: RecommendationDataModule, args: argparse.Namespace, seed: int) -> tuple[Callable[[int], None], Evaluate]:
     """Return functions that train RecBole's model for an epoch, and that evaluate it on a split."""
     sizes = {"length": args.length, "dim": args.dim, "layers": args.layers, "heads": args.heads, "dropout": args.dropout}
-    peer = RecBoleSASRec(data, **sizes, batch_size=TARGETS, lr=args.lr, seed=seed)
+    peer = RecBoleSASRec(data, **sizes, batch_size=TARGETS, lr=args.lr, seed=seed, device=args.device)
 
     def train(epoch: int) -> None:
         for _ in peer.steps():
@@ -150,6 +152,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--lr", type=float, default=1e-3)
+    add_device_arguments(parser, dtype=False)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     data = make_data(args.data, args.shared, args.length)

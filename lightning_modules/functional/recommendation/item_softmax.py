@@ -37,14 +37,14 @@ def item_cross_entropy(states: Tensor, items: Tensor, target: Tensor, weight: Te
     device = states.device.type
     autocast = device in DEVICES and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else torch.float32
-    return cast("Tensor", _ItemCrossEntropy.apply(states, items, target, weight, chunk, dtype))  # type: ignore[no-untyped-call]
+    return cast("Tensor", _ItemCrossEntropy.apply(states, items, target, weight, chunk, dtype, torch.is_grad_enabled()))  # type: ignore[no-untyped-call]
 
 
 class _ItemCrossEntropy(torch.autograd.Function):
     """Loss and gradients in the forward pass; the backward pass scales the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, items: Tensor, target: Tensor, weight: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, states: Tensor, items: Tensor, target: Tensor, weight: Tensor, chunk: int, dtype: torch.dtype, gradient: bool) -> Tensor:
         """Return the loss.
 
         Args:
@@ -55,8 +55,9 @@ class _ItemCrossEntropy(torch.autograd.Function):
             weight: ``(P,)``.
             chunk: Number of positions scored at once.
             dtype: Precision of the matrix products; sums and exponentials are computed in float32.
+            gradient: Whether gradients are needed.
         """
-        wants_states, wants_items = ctx.needs_input_grad[:2]
+        wants_states, wants_items = (gradient and needed for needed in ctx.needs_input_grad[:2])
         left, right = states.to(dtype), items.to(dtype)
         grad_states = torch.empty_like(states) if wants_states else None
         grad_items = torch.zeros_like(items, dtype=torch.float32) if wants_items else None
@@ -68,13 +69,15 @@ class _ItemCrossEntropy(torch.autograd.Function):
             total += ((log_sum - scores.gather(1, own)) * share).sum()
             if not (wants_states or wants_items):
                 continue
-            residual = scores.sub_(log_sum).exp_().mul_(share).scatter_add_(1, own, -share).to(dtype)
+            # Weights multiply the results, because their products with small probabilities would underflow in half precision.
+            residual = scores.sub_(log_sum).exp_().scatter_add_(1, own, -torch.ones_like(share)).to(dtype)
             if grad_states is not None:
-                grad_states[rows] = residual @ right
+                grad_states[rows] = residual @ right * share
             if grad_items is not None and dtype == torch.float32:
-                grad_items.addmm_(residual.T, left[rows])
+                grad_items.addmm_(residual.T, left[rows] * share)
             elif grad_items is not None:
-                grad_items += residual.T @ left[rows]
+                scale = share.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+                grad_items += full(residual.T @ (left[rows] * (share / scale)).to(dtype)) * scale
         ctx.save_for_backward(grad_states, None if grad_items is None else grad_items.to(items.dtype))
         return total
 
@@ -83,4 +86,4 @@ class _ItemCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of states and items."""
         grads = [None if grad is None else grad * factor.to(grad.dtype) for grad in ctx.saved_tensors]
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)

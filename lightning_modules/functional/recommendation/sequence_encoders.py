@@ -73,6 +73,9 @@ class SequenceEncoder(nn.Module, ABC):
         if self.behavior is not None and behaviors is not None:
             known = (behaviors >= 0) if masked is None else (behaviors >= 0) & ~masked
             inputs = inputs + self.behavior(behaviors.clamp_min(0)) * known[..., None]
+        elif self.behavior is not None:
+            # DDP needs a gradient of every parameter.
+            inputs = inputs + 0 * self.behavior.weight.sum()
         return self.encode(inputs, layout, times) * layout.real[..., None]
 
     def init_weights(self) -> None:

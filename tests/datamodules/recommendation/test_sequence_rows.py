@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import small_shop
 
-from malleable import RecommendationDataModule, SequenceBatch, Split, Tables, collate
+from malleable import RecommendationDataModule, SequenceBatch, Split, Tables, Uniform, collate
 from malleable.datamodules.batch import AnswerBatch
 from malleable.datamodules.recommendation.rows import RowTable
 from malleable.datamodules.recommendation.sequence_rows import SequenceColumns, SequenceRows
@@ -213,3 +213,40 @@ def test_a_sequence_of_one_item_has_no_target():
     batch = collate([{"sample_id": 0, "items": [4]}, {"sample_id": 1, "items": [4, 5]}], SequenceBatch)
     assert batch.supervised.tolist() == [8]
     assert batch.longest == 2
+
+
+def test_an_omitted_target_does_not_change_the_ids_of_rows():
+    """Also the first or the last target of a part."""
+    every = make()
+    for omitted in range(len(answer_table())):
+        some = make(select=[row for row in range(len(answer_table())) if row != omitted])
+        ids = set(some.sample_ids.tolist())
+        assert ids <= set(every.sample_ids.tolist())
+        assert len(every) - len(some) <= 1
+        assert sum(some.row_tokens()) == len(answer_table()) - 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"document_ids": [0, 1, 1]}, "the field 'document_ids' of the row with sample_id 7 must have numbers >= 1"),
+        ({"document_ids": [1, 2, 1]}, "with the items of a sequence next to each other; got"),
+        ({"items": [1.5, 2.0, 3.0]}, "the field 'items' of the row with sample_id 7 must be a list of item numbers >= 0"),
+        ({"items": ["a", "b", "c"]}, "must be a list of item numbers >= 0"),
+    ],
+)
+def test_fields_that_would_be_misread_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        collate([{"sample_id": 7, "items": [1, 2, 3], **fields}], SequenceBatch)
+
+
+def test_candidates_may_be_an_array():
+    batch = collate([{"sample_id": 0, "items": [1], "target": 2, "candidates": np.array([2, 3])}], SequenceBatch)
+    assert batch.candidates.tolist() == [[2, 3]]
+
+
+def test_settings_without_effect_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="negatives has no effect with train_view='sequence': set negatives of the model"):
+        small_shop.shop(tmp_path, tokenizer="none", train_view="sequence", negatives=Uniform())
+    with pytest.raises(ValueError, match="train_view must be one of answer, packed, sequence, packed_sequence, got 'pack'"):
+        small_shop.shop(tmp_path, train_view="pack")

@@ -39,7 +39,7 @@ def test_counts_that_are_no_table_of_common_users_get_a_larger_penalty(caplog):
     module.pairs += 5
     module._similarity = None
     assert module.similarity.isfinite().all()
-    assert "EASE: the training rows are not whole histories of users; l2 is" in caplog.text
+    assert "EASE: the training rows are not whole histories without repeated items; l2 is" in caplog.text
 
 
 def test_a_checkpoint_has_the_counts(tmp_path):

@@ -168,7 +168,7 @@ def test_losses_of_rows_do_not_depend_on_the_batch():
 
 def test_a_bare_trainer_with_the_users_own_loader(tmp_path):
     seed_everything(0)
-    module = small(tuning=Tuning(lr=0.02, warmup_steps=0))
+    module = small(tuning=Tuning(lr=0.02, warmup_steps=0), behaviors=("view", "purchase"))
     loader = DataLoader(training_rows(64), batch_size=16, shuffle=True, collate_fn=lambda rows: collate(rows, SequenceBatch))
     test = DataLoader(query_rows(20), batch_size=20, collate_fn=lambda rows: collate(rows, SequenceBatch))
     trainer = quiet_trainer(tmp_path, max_epochs=40, logger=False, enable_checkpointing=False)
@@ -192,7 +192,7 @@ def test_mixed_precision_ranks_like_single_precision(tmp_path):
 
 
 def test_new_items_are_recommended_after_training_only(tmp_path):
-    module = built()
+    module = built(behaviors=("view", "purchase"))
     trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     trainer.fit(module, ToySequences())
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
@@ -232,7 +232,7 @@ def test_what_cannot_be_read_is_refused():
     long = {"sample_id": 0, "items": [step % NUM_ITEMS for step in range(14)]}
     with pytest.raises(MisconfigurationException, match=r"has 13 items and a target, but encoder.max_length is 12"):
         built().compute_loss(collate([long], SequenceBatch))
-    with pytest.raises(MisconfigurationException, match="'hstu' reads the times of the items, but the rows have none"):
+    with pytest.raises(MisconfigurationException, match="'hstu' reads the times of the items, but these rows have none"):
         built("hstu").encode(collate([{"sample_id": 0, "items": [1], "target": 2}], SequenceBatch))
     with pytest.raises(ValueError, match="encode needs one history in each row"):
         built().encode(collate(training_rows(2), SequenceBatch))
@@ -255,3 +255,63 @@ def test_a_checkpoint_restores_loss_and_negatives(tmp_path, recwarn):
     assert loaded.loss.t == 0.5
     batch = collate(training_rows(6), SequenceBatch)
     assert torch.equal(loaded.eval().compute_loss(batch).loss, module.eval().compute_loss(batch).loss)
+
+
+def test_training_goes_on_with_new_items(tmp_path):
+    """Weights and moments of the optimizer get rows for the new items."""
+
+    class More(ToySequences):
+        extend_catalog = True
+
+        def __init__(self, **changes):
+            super().__init__(**changes)
+            self.catalog = replace(self.catalog, titles=(*self.catalog.titles, "New"), popularity=(*self.catalog.popularity, 0))
+
+    trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    trainer.fit(small(catalog=None), ToySequences())
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    module = small(catalog=None)
+    quiet_trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(module, More(), ckpt_path=tmp_path / "saved.ckpt")
+    batch = collate(query_rows(6), SequenceBatch)
+    assert NUM_ITEMS in module.recommend(batch, NUM_ITEMS + 1).item_ids
+    assert module.model.item.weight[NUM_ITEMS].abs().sum() > 0
+
+
+@pytest.mark.parametrize("loss", [CE(), SampledCE(), GBCE(), BPR()])
+def test_a_batch_without_targets_has_a_loss_of_zero(loss):
+    module = built(loss=loss)
+    for rows in ([{"sample_id": 0, "items": [4]}], [{"sample_id": 0, "items": [4], "target": -1}]):
+        loss_value = module.train().compute_loss(collate(rows, SequenceBatch)).loss
+        loss_value.backward()
+        assert loss_value == 0
+
+
+def test_a_sampled_validation_loss_does_not_depend_on_the_batch():
+    module = built(loss=GBCE(), negatives=Uniform(4)).eval()
+    rows = [{"sample_id": number, "items": list(range(length)), "target": length} for number, length in enumerate((3, 12))]
+    together = module.compute_loss(collate(rows, SequenceBatch)).loss
+    apart = [module.compute_loss(collate([row], SequenceBatch, pad_to_multiple_of=1)).loss for row in rows]
+    torch.testing.assert_close(together, sum(apart) / 2)
+
+
+def test_negatives_without_effect_are_refused_when_the_loss_is_chosen():
+    with pytest.raises(ValueError, match="has no effect: CE has no negatives"):
+        built(negatives=Popularity(64))
+
+
+def test_settings_of_a_default_encoder_are_stored():
+    assert SequentialRecommender().settings() == SequentialRecommender(EncoderSettings()).settings()
+    assert SequentialRecommender().settings()["encoder.kind"] == "sasrec"
+
+
+def test_types_of_interactions_that_the_module_does_not_have_are_refused():
+    module, batch = built(behaviors=("view",)), collate(training_rows(2), SequenceBatch)
+    with pytest.raises(ValueError, match="`behaviors` has the type 1, but the module has 1 types of interactions"):
+        module.check_items(batch)
+
+
+def test_padded_states_stay_zero_in_training():
+    module = steps(built(), training_rows(8), 10)
+    batch = collate(training_rows(8), SequenceBatch)
+    states = module._encode(batch, layout_of(batch), None)
+    assert (states[batch.item_ids < 0] == 0).all()

@@ -62,3 +62,23 @@ def test_half_precision_products_are_near_the_dense_loss():
     assert found.item() == pytest.approx(expected.item(), rel=0.02)
     gradient = torch.autograd.grad(found, table)[0]
     assert torch.nn.functional.cosine_similarity(gradient.flatten(), torch.autograd.grad(expected, table)[0].flatten(), 0) > 0.999
+
+
+def test_small_gradients_do_not_underflow_in_half_precision():
+    """Weights are about one over the number of positions, and probabilities one over the number of items."""
+    torch.manual_seed(0)
+    states, table = 0.1 * torch.randn(256, 8), (0.1 * torch.randn(5000, 8)).requires_grad_()
+    target, weight = torch.randint(5, (256,)), torch.full((256,), 1 / 256)
+    (expected,) = torch.autograd.grad(item_cross_entropy(states, table, target, weight), table)
+    with torch.autocast("cpu", torch.float16):
+        (found,) = torch.autograd.grad(item_cross_entropy(states, table, target, weight), table)
+    others = slice(5, None)  # items that are no target
+    assert (found[others] - expected[others]).norm() < 0.05 * expected[others].norm()
+
+
+def test_no_gradient_is_computed_without_need():
+    states, table, target, weight = parts()
+    with torch.no_grad():
+        found = item_cross_entropy(states, table, target, weight)
+    assert found.grad_fn is None
+    torch.testing.assert_close(found, dense(states, table, target, weight).detach())
