@@ -69,8 +69,8 @@ def check_items(batch: RankedRows, num_items: int, num_behaviors: int = 0) -> No
         )
     if isinstance(batch, SequenceBatch) and batch.behaviors is not None and (largest := int(batch.behaviors.max())) >= num_behaviors:
         raise ValueError(
-            f"`behaviors` has the type {largest}, but the module has {num_behaviors} types of interactions; give SequentialRecommender(behaviors=...) "
-            "the names of all types, or leave the field out"
+            f"`behaviors` has the type {largest}, but the module has {num_behaviors} types of interactions; give "
+            "SequentialRecommender(behaviors=...) the names of all types, or leave the field out"
         )
 
 
