@@ -30,6 +30,7 @@ SMALLER = {
     "baselines/movielens.yaml": [*SHOP, "--data.split", "null", "--data.batch_size", "16", "--data.global_batch_size", "16"],
     "dpo/tiny.yaml": SHOP,
     "nfe/tiny.yaml": ["--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "1"],
+    "sequential/tiny.yaml": ["--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "1"],
     "sft/tiny.yaml": [*SHOP, "--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "1"],
 }
 # Recipes with other settings, by recipe and name.
@@ -46,6 +47,8 @@ REFUSED = {
     ("nfe/tiny.yaml, trainable margin", "deepspeed_zero3"): "NFE cannot run with ZeRO stage 3: it partitions the tables",
     ("nfe/tiny.yaml", "fsdp2"): "NFE cannot run with FSDP2Strategy: it does not shard its weights over ranks",
     ("nfe/tiny.yaml, trainable margin", "fsdp2"): "NFE cannot run with FSDP2Strategy: it does not shard its weights over ranks",
+    ("sequential/tiny.yaml", "deepspeed_zero3"): "SequentialRecommender cannot run with ZeRO stage 3: it partitions the table of embeddings",
+    ("sequential/tiny.yaml", "fsdp2"): "SequentialRecommender cannot run with FSDP2Strategy: it does not shard its weights over ranks",
     ("sft/tiny.yaml, compiled", "fsdp2"): "language_model.compile does not support weights that are sharded over ranks",
     ("alpha_edit/tiny.yaml", "fsdp2"): "cannot run `fit` with FSDP2Strategy: it needs whole weights",
     ("sft/tiny.yaml, compiled", "deepspeed_zero3"): "language_model.compile does not support weights that are sharded over ranks",

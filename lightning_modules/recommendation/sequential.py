@@ -143,7 +143,16 @@ class SequentialRecommender(BaseModule):
         return hasattr(self, "model")
 
     def setup(self, stage: str) -> None:
-        """Copy the catalogue and the types of interactions from the data module, and append rows for new items."""
+        """Copy the catalogue and the types of interactions from the data module, and append rows for new items.
+
+        Raises:
+            MisconfigurationException: If ZeRO stage 3 partitions the table of embeddings, which every step reads whole.
+        """
+        if getattr(self.trainer.strategy, "zero_stage_3", False):
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot run with ZeRO stage 3: it partitions the table of embeddings, which every step reads whole; use "
+                "ddp or ZeRO-2 (--config base/deepspeed_zero2.yaml)"
+            )
         super().setup(stage)
         self._proposal = None  # the catalogue may have other numbers of interactions
         if self.is_built and self.catalog is not None:
@@ -287,13 +296,14 @@ class SequentialRecommender(BaseModule):
             )
         self.configure_model()
         assert self.catalog is not None
-        state = checkpoint["state_dict"]
-        stored_shape = state["model.item.weight"].shape
-        for moments in (own for optimizer in checkpoint.get("optimizer_states", ()) for own in optimizer["state"].values()):
-            moments |= {name: _pad_rows(value, len(self.catalog)) for name, value in moments.items() if getattr(value, "shape", None) == stored_shape}
-        checkpoint["state_dict"] = state | {
-            name: _pad_rows(state[name], len(self.catalog)) for name in ("model.item.weight", "trained_items") if name in state
-        }
+        # DeepSpeed loads weights itself.
+        state = checkpoint.get("state_dict", {})
+        table = state.get("model.item.weight")
+        if table is not None and len(table) < len(self.catalog):
+            for moments in (own for optimizer in checkpoint.get("optimizer_states", ()) for own in optimizer["state"].values()):
+                same = {name: value for name, value in moments.items() if getattr(value, "shape", None) == table.shape}
+                moments |= {name: _pad_rows(value, len(self.catalog)) for name, value in same.items()}
+            checkpoint["state_dict"] = state | {name: _pad_rows(state[name], len(self.catalog)) for name in ("model.item.weight", "trained_items")}
         self._extend(len(self.catalog))
 
     @property
