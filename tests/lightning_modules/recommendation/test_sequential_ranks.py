@@ -20,6 +20,7 @@ def folders(tmp_path_factory):
     return root / "ranks1", root / "ranks2"
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_equal_one(kind, folders):
