@@ -11,5 +11,5 @@ Files:
     baselines.py: Counting baselines: Popularity, ItemKNN, Markov.
     counted_rows.py: Rows that counting baselines read.
     generated_negatives.py: Rejected answers that a language model generates.
-    evaluation.py: Allowed items, and metrics of recommended lists.
+    evaluation.py: Allowed items, and metrics and evaluation of recommended lists.
 """

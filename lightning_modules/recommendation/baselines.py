@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, RankedRows, Recommendations
@@ -30,12 +29,7 @@ from malleable.lightning_modules.functional.recommendation.baselines import (
 )
 from malleable.lightning_modules.metrics.ranking import check_ks
 from malleable.lightning_modules.recommendation.counted_rows import answer_rows, counted_columns, items_only, training_rows
-from malleable.lightning_modules.recommendation.evaluation import (
-    allowed_items,
-    recommendation_headline,
-    recommendation_metrics,
-    update_metrics,
-)
+from malleable.lightning_modules.recommendation.evaluation import ItemRanking, allowed_items
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +37,7 @@ MAX_TABLE_ITEMS = 30_000  # a table of items x items then needs 3.6 GB
 CHUNK = 1024  # number of rows read at once
 
 
-class Baseline(BaseModule):
+class Baseline(ItemRanking, BaseModule):
     """Base class of recommenders that only count interactions.
 
     ``fit``, and ``test``, ``validate`` and ``predict`` without a checkpoint, count all training rows of the data module before the first batch.
@@ -170,22 +164,6 @@ class Baseline(BaseModule):
         """
         scores = self.scores(batch)
         return Recommendations(*top_items(scores, k or max(self.ks), allowed_items(batch, scores.shape[1], self.exclude_seen)))
-
-    @property
-    def headline_metrics(self) -> tuple[str, ...]:
-        """Main metrics of recommended lists."""
-        return recommendation_headline(self.ks)
-
-    def configure_metrics(self) -> dict[str, Metric]:
-        """Return the metrics of accuracy and exposure of recommended lists."""
-        assert self.catalog is not None
-        return recommendation_metrics(self.catalog, self.ks)
-
-    def evaluate(self, batch: RankedRows, metrics: dict[str, Metric]) -> Recommendations:
-        """Recommend items, and update the metrics."""
-        recommended = self.recommend(batch)
-        update_metrics(metrics, recommended, batch)
-        return recommended
 
     def predict_step(self, batch: RankedRows, batch_idx: int) -> Recommendations:
         """Recommend items."""

@@ -5,6 +5,9 @@ Shapes: B rows, N items.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -53,6 +56,33 @@ def recommendation_headline(ks: tuple[int, ...]) -> tuple[str, ...]:
     """Return the names of the main metrics of recommended lists, at cut-off 10 or, if that is not among them, the largest one."""
     k = 10 if 10 in ks else max(ks)
     return tuple(f"{name}_{k}" for name in ("hr", "ndcg", "mrr", "div_ratio", "or_ratio", "mgu", "dgu", "coverage"))
+
+
+class ItemRanking(ABC):
+    """Mixin of modules that recommend items of a catalogue: metrics and evaluation of the lists. It must precede ``BaseModule`` in the MRO."""
+
+    catalog: Catalog | None
+    ks: tuple[int, ...]
+
+    @abstractmethod
+    def recommend(self, batch: Any, k: int | None = None) -> Recommendations:
+        """Find the k best items of each row; default of k: the largest cut-off of the metrics."""
+
+    @property
+    def headline_metrics(self) -> tuple[str, ...]:
+        """Main metrics of recommended lists."""
+        return recommendation_headline(self.ks)
+
+    def configure_metrics(self) -> dict[str, Metric]:
+        """Return the metrics of accuracy and exposure of recommended lists."""
+        assert self.catalog is not None
+        return recommendation_metrics(self.catalog, self.ks)
+
+    def evaluate(self, batch: Any, metrics: dict[str, Metric]) -> Recommendations:
+        """Recommend items, and update the metrics."""
+        recommended = self.recommend(batch)
+        update_metrics(metrics, recommended, batch)
+        return recommended
 
 
 def update_metrics(metrics: dict[str, Metric], recommended: Recommendations, batch: RankedRows) -> None:

@@ -9,7 +9,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, RankedRows, Recommendations, SequenceBatch
 from malleable.datamodules.negative_samplers import NegativeSampler, Uniform
@@ -23,12 +22,7 @@ from malleable.lightning_modules.functional.search.nearest import nearest
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.losses.ranking import ItemLoss, default_item_loss
 from malleable.lightning_modules.metrics.ranking import check_ks
-from malleable.lightning_modules.recommendation.evaluation import (
-    allowed_items,
-    recommendation_headline,
-    recommendation_metrics,
-    update_metrics,
-)
+from malleable.lightning_modules.recommendation.evaluation import ItemRanking, allowed_items
 from malleable.lightning_modules.recommendation.sequence_inputs import (
     PositionNegatives,
     append_hidden,
@@ -47,7 +41,7 @@ from malleable.lightning_modules.serialization import from_plain, object_from_pl
 MIN_TARGETS = 1e-6  # bound of a divisor, for steps without targets
 
 
-class SequentialRecommender(BaseModule):
+class SequentialRecommender(ItemRanking, BaseModule):
     """Recommend the next item from the sequence of a user's items.
 
     An encoder computes a state at each position of a history. The score of an item is the inner product of the state and the embedding of the item.
@@ -224,22 +218,6 @@ class SequentialRecommender(BaseModule):
             given = allowed_items(batch, len(table), self.exclude_seen)
             allowed, exclude = self.trained_items if given is None else given & self.trained_items, None
         return Recommendations(*nearest(self.encode(batch), table, k or max(self.ks), allowed=allowed, exclude=exclude))
-
-    @property
-    def headline_metrics(self) -> tuple[str, ...]:
-        """Main metrics of recommended lists."""
-        return recommendation_headline(self.ks)
-
-    def configure_metrics(self) -> dict[str, Metric]:
-        """Return the metrics of accuracy and exposure of recommended lists."""
-        assert self.catalog is not None
-        return recommendation_metrics(self.catalog, self.ks)
-
-    def evaluate(self, batch: SequenceBatch | AnswerBatch, metrics: dict[str, Metric]) -> Recommendations:
-        """Recommend items, and update the metrics."""
-        recommended = self.recommend(batch)
-        update_metrics(metrics, recommended, batch)
-        return recommended
 
     @float32_by_default()
     def predict_step(self, batch: SequenceBatch | AnswerBatch, batch_idx: int) -> Recommendations:
