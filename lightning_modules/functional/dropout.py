@@ -9,7 +9,7 @@ LEVELS = 256  # of a random byte
 
 
 class ByteDropout(nn.Dropout):
-    """Dropout that draws one random byte for each element on a CPU, 4 to 5 times as fast as :class:`torch.nn.Dropout` (measured).
+    """Dropout that draws one random byte for each element on a CPU, about three times as fast as :class:`torch.nn.Dropout` (measured).
 
     On a CPU, the probability is rounded to a multiple of 1/256. On other devices, it is :class:`torch.nn.Dropout`.
     """
