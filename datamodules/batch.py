@@ -157,10 +157,13 @@ class PreferenceBatch(AnswerBatch):
     Attributes:
         reference_logps: ``(B, K)`` summed log-probabilities under the frozen reference, in nats; ``None`` without a reference.
         smoothing: ``(B,)`` float32, probability that the preference of a row is reversed; ``None``: the smoothing of the loss.
+        desirable: ``(B,)`` bool, for unpaired rows: whether answer 0 is desirable. Answer 1 is then the answer of another row, with which losses
+            such as ``KTO`` estimate the divergence from the reference. ``None``: answer 0 is preferred to the others.
     """
 
     reference_logps: Tensor | None = None
     smoothing: Tensor | None = None
+    desirable: Tensor | None = None
 
 
 class SequenceBatch(Batch):
@@ -260,6 +263,7 @@ class Example(TypedDict):
     candidates: NotRequired[Sequence[int]]
     reference_logps: NotRequired[Sequence[float]]
     smoothing: NotRequired[float]
+    desirable: NotRequired[bool]
 
 
 class PackedExample(TypedDict):

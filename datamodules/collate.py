@@ -198,6 +198,11 @@ def collate_preferences(examples: Sequence[Example], pad_token_id: int = 0, pad_
     smoothing = [example.get("smoothing") for example in examples]
     if all(value is not None for value in smoothing):
         columns["smoothing"] = torch.tensor(smoothing, dtype=torch.float32)
+    unpaired = sum("desirable" in example for example in examples)
+    if unpaired not in (0, len(examples)):
+        raise ValueError(f"{unpaired} of {len(examples)} rows have the field 'desirable'; train on pairs and on unpaired rows separately")
+    if unpaired:
+        columns["desirable"] = torch.tensor([example["desirable"] for example in examples])
     return PreferenceBatch(**columns)
 
 
