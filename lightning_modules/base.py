@@ -29,7 +29,7 @@ from malleable.lightning_modules.functional.defaults import float32_by_default
 from malleable.lightning_modules.functional.ranks import gather_over_ranks
 from malleable.lightning_modules.serialization import nested, to_plain
 from malleable.lightning_modules.stored_weights import CheckedLoading
-from malleable.lightning_modules.synchronized_logging import log_synchronized
+from malleable.lightning_modules.synchronized_logging import log_synchronized, reduce_figures
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +43,17 @@ class LossOutput(NamedTuple):
 
     Attributes:
         loss: Scalar with gradient.
-        extras: Further detached scalars, logged as ``{split}_{name}``.
+        extras: Further detached scalars, logged as ``{split}_{name}``. In training, names that end in ``_min`` or ``_max`` are reduced accordingly.
         weight: Number of rows or tokens that the loss is a mean of, which is its weight in the mean over batches and ranks in an evaluation. Padding
             rows (rows repeated only to fill a batch) do not count. A tensor should be on the device of the loss, to avoid a synchronisation.
             Default: number of real rows.
+        extras_weight: The same for the extras. Default: ``weight``.
     """
 
     loss: Tensor
     extras: dict[str, Tensor]
     weight: Tensor | int | None = None
+    extras_weight: Tensor | int | None = None
 
 
 def needs_weights(method: Callable[P, T]) -> Callable[P, T]:
@@ -280,13 +282,16 @@ class BaseModule(CheckedLoading, ABC):
     def log_loss(self, batch: Any, split: Split) -> LossOutput | None:
         """Accumulate the loss of an evaluation batch; the mean over the distinct rows of all ranks is logged at the end of the epoch."""
         output = self.compute_loss(batch)
-        weight = (batch.sample_id >= 0).sum() if output.weight is None else torch.as_tensor(output.weight, device=output.loss.device)
+        device = output.loss.device
         # float64 avoids rounding errors in long evaluations; MPS does not support it.
-        weight = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        rows = (batch.sample_id >= 0).sum() if output.weight is None else torch.as_tensor(output.weight, device=device)
+        others = rows if output.extras_weight is None else torch.as_tensor(output.extras_weight, device=device)
         sums = self._loss_sums.setdefault(split, {})
         for name, value in {"loss": output.loss, **output.extras}.items():
+            weight = (rows if name == "loss" else others).to(dtype)
             # The mean over a batch of padding rows only is undefined.
-            total = torch.where(weight > 0, value.detach().to(weight.dtype) * weight, 0.0)
+            total = torch.where(weight > 0, value.detach().to(dtype) * weight, 0.0)
             sums[name] = sums.get(name, 0.0) + torch.stack([total, weight])
         return output
 
@@ -354,12 +359,10 @@ class BaseModule(CheckedLoading, ABC):
     def _log_step(self) -> None:
         """Log means over the batches of an optimizer step and over the ranks, equal to those of one large batch on one device."""
         batches, self._step_figures = self._step_figures, []
-        means = torch.stack([torch.stack(list(figures.values())) for figures in batches]).mean(0)
-        means = self.trainer.strategy.reduce(means, reduce_op="mean")
         # Lightning reads the values of progress bars after every batch, which synchronises on accelerators. The progress bars of the command line
         # read the loss when they print it.
-        on_cpu = means.device.type == "cpu"
-        for name, value in zip(batches[0], means, strict=True):
+        on_cpu = self.device.type == "cpu"
+        for name, value in reduce_figures(batches, self.trainer.strategy.reduce).items():
             self.log(f"train_{name}", value, prog_bar=on_cpu and name == "loss", batch_size=1)
 
     def _log_mean_loss(self, split: Split) -> None:

@@ -27,7 +27,7 @@ from malleable.datamodules.loading import PhasedLoader, RowView, row_tokens, sam
 from malleable.datamodules.negative_samplers import NegativeSampler, SelfPlay
 from malleable.lightning_modules.functional.schedule import warmup_decay
 from malleable.lightning_modules.language.language_model import LanguageModel
-from malleable.lightning_modules.losses.preference import PreferenceLoss
+from malleable.lightning_modules.losses.preference_base import PreferenceLoss
 
 log = logging.getLogger(__name__)
 

@@ -87,3 +87,12 @@ def on_first_rank(make: Callable[[], T]) -> T:
     if message[1] is not None:
         raise RuntimeError(f"the first rank failed: {message[1]}; see the traceback of the first rank")
     return message[0]  # type: ignore[no-any-return]
+
+
+def stack_over_ranks(values: Tensor) -> Tensor:
+    """Return the tensors of all ranks, ``(ranks, ...)``, on the device of ``values``; they must have the same shape on all ranks."""
+    if world_size() == 1:
+        return values[None]
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    distributed.all_gather(parts, values.contiguous())
+    return torch.stack(parts)

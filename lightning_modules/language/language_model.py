@@ -32,6 +32,7 @@ from malleable.lightning_modules.language.item_decoding import Decoding, ItemDec
 from malleable.lightning_modules.language.limits import check_compile, check_passes
 from malleable.lightning_modules.language.model_settings import model_settings
 from malleable.lightning_modules.language.precision import check_training_precision
+from malleable.lightning_modules.language.preference import evaluate_preferences, true_likelihood
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.metrics.editing import Perplexity
 from malleable.lightning_modules.metrics.ranking import check_ks
@@ -193,8 +194,8 @@ class LanguageModel(BaseModule):
             if getattr(batch, "num_step_tokens", None) is not None:
                 batch = batch.replace(num_step_tokens=None)  # the loss is then the mean over the tokens of this batch
             output = super().log_loss(batch, split)
-        if output is not None and "perplexity" in (metrics := self.metrics(split)) and not isinstance(batch, PreferenceBatch):
-            metrics["perplexity"].update(output.loss, output.weight)
+        if output is not None and "perplexity" in (metrics := self.metrics(split)):
+            metrics["perplexity"].update(*true_likelihood(output, batch))
         return output
 
     @property
@@ -229,8 +230,10 @@ class LanguageModel(BaseModule):
     def answer_loss(self, batch: AnswerBatch | PackedBatch) -> LossOutput:
         """Compute the negative log-likelihood of the true answers, in nats, as a mean over the answer tokens of the optimizer step.
 
-        In a :class:`PackedBatch`, all tokens except the first of each document are targets.
+        In a :class:`PackedBatch`, all tokens but the first of each document are targets. Without a catalogue, evaluation also reads rejected answers.
         """
+        if isinstance(batch, PreferenceBatch) and self.catalog is None and not self.training:
+            return evaluate_preferences(self.model, batch, shared_prompt=self.decoding.shared_prompt)
         # Padding rows do not count.
         real = batch.sample_id >= 0
         if isinstance(batch, PackedBatch):
@@ -263,8 +266,8 @@ class LanguageModel(BaseModule):
 
     @property
     def headline_metrics(self) -> tuple[str, ...]:
-        """Main metrics of recommended lists; without a catalogue, the perplexity."""
-        return ("perplexity",) if self.catalog is None else recommendation_headline(self.ks)
+        """Main metrics of recommended lists; without a catalogue, the accuracy on preferences and the perplexity."""
+        return ("rewards_accuracies", "mean_logps_accuracies", "perplexity") if self.catalog is None else recommendation_headline(self.ks)
 
     def configure_metrics(self) -> dict[str, Metric]:
         """Return the metrics of accuracy and exposure of recommended lists; without a catalogue, the perplexity."""

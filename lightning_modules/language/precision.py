@@ -1,10 +1,12 @@
-"""Check of the precision in which a language model is trained."""
+"""Precision in which a language model computes, and check of the precision in which it is trained."""
 
 from __future__ import annotations
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from malleable.lightning_modules.language.config import LanguageModelConfig
 
@@ -51,3 +53,10 @@ def check_training_precision(trainer: Trainer, config: LanguageModelConfig) -> N
             "weight are lost, which increased val_loss by 0.28 in the quick start; language_model.dtype: float32 with precision bf16-mixed avoids "
             "this, and needs 8 more bytes for each weight"
         )
+
+
+def compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
+    """Return the data type of matrix products: that of autocast if it is enabled, otherwise that of the first floating-point weights."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)

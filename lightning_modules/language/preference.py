@@ -1,19 +1,25 @@
-"""Training step of preference methods.
+"""Training step and evaluation of preference methods.
 
 Shapes: B rows, K answers of a row.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from malleable.datamodules.batch import PreferenceBatch
+from malleable.datamodules.batch import AnswerBatch, Batch, PackedBatch, PreferenceBatch
 from malleable.lightning_modules.base import LossOutput
 from malleable.lightning_modules.functional.language.logps import answer_token_logps
 from malleable.lightning_modules.language.config import dropout_off
-from malleable.lightning_modules.losses.preference import PreferenceLoss, masked_mean
+from malleable.lightning_modules.language.precision import compute_dtype
+from malleable.lightning_modules.losses.preference_base import PreferenceLoss, masked_mean
+
+if TYPE_CHECKING:
+    from malleable.lightning_modules.language.language_model import LanguageModel
 
 
 def preference_step(
@@ -25,19 +31,23 @@ def preference_step(
 
     Args:
         model: The policy.
-        batch: Chosen and rejected answers with ``reference_logps``.
+        batch: Chosen and rejected answers with ``reference_logps``, which a loss without reference ignores; or unpaired rows.
         loss: The preference loss.
         sft_weight: Weight of the negative log-likelihood per token of the chosen answers, which is added to the loss.
         shared_prompt: Compute a prompt once for all its answers; ``None``: if that is exact for the model.
 
     Raises:
-        MisconfigurationException: If the batch has no reference log-probabilities, but the loss needs them.
+        MisconfigurationException: If the batch has no reference log-probabilities, but the loss needs them; or if it has unpaired rows, but the loss
+            needs pairs, or vice versa.
     """
     if batch.reference_logps is None and loss.needs_reference:
         raise MisconfigurationException(
             "the batch has no reference log-probabilities: add the callback ReferenceCache (SelfPlayLoop includes it), "
             "or yield PreferenceBatch(reference_logps=...) from your loader"
         )
+    if loss.unpaired != (batch.desirable is not None):
+        found, remedy = ("unpaired rows", "KTO") if batch.desirable is not None else ("pairs of answers", "Sigmoid")
+        raise MisconfigurationException(f"{type(loss).__name__} cannot be trained on {found}: choose another loss, such as {remedy}, or other data")
     with dropout_off(model):
         parts = (batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask)
         tokens = answer_token_logps(model, *parts, shared_prompt=shared_prompt, num_columns=batch.answer_columns)
@@ -45,34 +55,143 @@ def preference_step(
     # A rejected answer that equals the chosen one gets the same value: a gradient from rounding errors would be amplified by Adam.
     same = ((batch.answer_ids == batch.answer_ids[:, :1]) | ~batch.answer_mask).all(-1) & (lengths == lengths[:, :1])
     policy = torch.where(same, policy[:, :1], policy)
-    reference = None if batch.reference_logps is None else torch.where(same, batch.reference_logps[:, :1], batch.reference_logps)
+    reference = batch.reference_logps if loss.needs_reference else None
+    if reference is not None:
+        reference = torch.where(same, reference[:, :1], reference)
     # Padding rows do not count.
     real = batch.sample_id >= 0
-    output = loss(policy, reference, lengths, smoothing=batch.smoothing, real=real)
+    options = {"smoothing": batch.smoothing, "real": real, "desirable": batch.desirable}
+    output = loss(policy, reference, lengths, precision=compute_dtype(model, policy.device), **options)
     rows = real.to(policy.dtype)
     weight = rows.sum()
     total = (output.losses * rows).sum() / weight.clamp_min(1)
     if sft_weight:
         total = total - sft_weight * (tokens[:, 0].sum(-1) * rows).sum() / (lengths[:, 0] * rows).sum().clamp_min(1)
-    return LossOutput(total, preference_figures(policy.detach(), output.rewards, rows, lengths > 0), weight)
+    figures = answer_figures(policy.detach(), lengths, batch.desirable) | reward_figures(output.rewards, lengths > 0, batch.desirable)
+    if reference is not None:
+        figures |= {"reference_chosen": reference[:, 0], "reference_rejected": masked_mean(reference[:, 1:], lengths[:, 1:] > 0)}
+    if loss.training:
+        return LossOutput(total, reduce_rows(figures | output.figures, real), weight)
+    # Extreme values cannot be accumulated over the batches of an evaluation.
+    means = {name: values for name, values in output.figures.items() if not name.endswith(("_min", "_max"))}
+    return LossOutput(total, reduce_rows(figures | means, real), weight)
 
 
-def preference_figures(policy: Tensor, rewards: Tensor, real: Tensor, exists: Tensor) -> dict[str, Tensor]:
-    """Compute means over real rows of implicit rewards (``rewards_*``) and of log-probabilities (``logps_*``), by name.
+def preference_loss(
+    module: LanguageModel, batch: PreferenceBatch | AnswerBatch | PackedBatch, loss: PreferenceLoss, sft_weight: float = 0.0
+) -> LossOutput:
+    """Compute the preference loss of a module; in evaluation without rejected answers or reference, the likelihood of the true answers.
 
     Args:
-        policy: ``(B, K)`` log-probabilities.
-        rewards: ``(B, K)``.
-        real: ``(B,)``, 1 in real rows, 0 in padding rows.
-        exists: ``(B, K)`` bool, False for missing answers.
+        module: The policy.
+        batch: Pairs or unpaired rows; in evaluation, also other rows.
+        loss: The preference loss.
+        sft_weight: As in :func:`preference_step`.
+
+    Raises:
+        MisconfigurationException: If the module is trained on rows without rejected answers.
     """
-    chosen, rejected, others = rewards[:, 0], rewards[:, 1:], exists[:, 1:]
-    figures = {
-        "rewards_chosen": chosen,
-        "rewards_rejected": masked_mean(rejected, others),
-        "rewards_margins": masked_mean(chosen[:, None] - rejected, others),
-        "rewards_accuracies": masked_mean((chosen[:, None] > rejected).float(), others),
-        "logps_chosen": policy[:, 0],
-        "logps_rejected": masked_mean(policy[:, 1:], others),
+    measurable = module.training or batch_has_reference(batch) or not loss.needs_reference
+    if isinstance(batch, PreferenceBatch) and measurable:
+        return preference_step(module.model, batch, loss, sft_weight=sft_weight, shared_prompt=module.decoding.shared_prompt)
+    if module.training:
+        raise MisconfigurationException(
+            f"{type(module).__name__} needs chosen and rejected answers, got {type(batch).__name__}: use PreferenceDataModule, or give each row "
+            "several `answers`, the true one first, for example with RecommendationDataModule(negatives=Uniform())"
+        )
+    return module.answer_loss(batch)
+
+
+def batch_has_reference(batch: object) -> bool:
+    """Return whether a batch has log-probabilities of the reference."""
+    return getattr(batch, "reference_logps", None) is not None
+
+
+def evaluate_preferences(model: nn.Module, batch: PreferenceBatch, *, shared_prompt: bool | None = None) -> LossOutput:
+    """Compute the negative log-likelihood per token of the chosen answers, and which answers are more probable, without a reference.
+
+    Args:
+        model: The language model.
+        batch: Chosen and rejected answers, or unpaired rows.
+        shared_prompt: As in :func:`preference_step`.
+    """
+    parts = (batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask)
+    policy = answer_token_logps(model, *parts, shared_prompt=shared_prompt, num_columns=batch.answer_columns).sum(-1)
+    real, lengths = batch.sample_id >= 0, batch.answer_mask.sum(-1)
+    tokens = (lengths[:, 0] * real).sum()
+    loss = -torch.where(real, policy[:, 0], 0).sum() / tokens.clamp_min(1)
+    return LossOutput(loss, reduce_rows(answer_figures(policy, lengths, batch.desirable), real), tokens, real.sum())
+
+
+def true_likelihood(output: LossOutput, batch: Batch) -> tuple[Tensor, Tensor | int | None]:
+    """Return the mean negative log-likelihood of a token of the true answers, and the number of these tokens, in an evaluation."""
+    if not isinstance(batch, PreferenceBatch):
+        return output.loss, output.weight
+    names = ("logps_chosen", "tokens_chosen") if batch.desirable is None else ("logps", "answer_tokens")
+    logps, tokens = (output.extras[name] for name in names)
+    return -logps / tokens.clamp_min(1e-9), tokens * (batch.sample_id >= 0).sum()
+
+
+def reward_figures(rewards: Tensor, exists: Tensor, desirable: Tensor | None = None) -> dict[str, Tensor]:
+    """Return implicit rewards (``rewards_*``) of each row, ``(B,)``, by name.
+
+    Args:
+        rewards: ``(B, K)``.
+        exists: ``(B, K)`` bool, False for missing answers.
+        desirable: ``(B,)`` bool, whether answer 0 of an unpaired row is desirable; the margin is then the reward of answer 0, negative if it is not.
+    """
+    first, others = rewards[:, 0], exists[:, 1:]
+    if desirable is not None:
+        margin = torch.where(desirable, first, -first)
+        return {"rewards_margins": margin, "rewards_accuracies": (margin > 0).to(first)}
+    margins = first[:, None] - rewards[:, 1:]
+    return {
+        "rewards_chosen": first,
+        "rewards_rejected": masked_mean(rewards[:, 1:], others),
+        "rewards_margins": masked_mean(margins, others),
+        "rewards_accuracies": masked_mean((margins > 0).to(first), others),
     }
-    return {name: (values * real).sum() / real.sum().clamp_min(1) for name, values in figures.items()}
+
+
+def answer_figures(policy: Tensor, lengths: Tensor, desirable: Tensor | None = None) -> dict[str, Tensor]:
+    """Return log-probabilities (``logps_*``) and lengths of answers of each row, ``(B,)``, by name.
+
+    ``logps_accuracies`` is the share of rejected answers that are less probable than the chosen one; ``mean_logps_accuracies`` compares mean
+    log-probabilities per token.
+
+    Args:
+        policy: ``(B, K)`` summed log-probabilities.
+        lengths: ``(B, K)`` number of tokens, 0 for missing answers.
+        desirable: ``(B,)`` bool for unpaired rows, whose answer 1 is not an answer to the prompt.
+    """
+    first, others = policy[:, 0], lengths[:, 1:] > 0
+    if desirable is not None:
+        return {"logps": first, "answer_tokens": lengths[:, 0].to(first)}
+    means = policy / lengths.clamp_min(1)
+    return {
+        "logps_chosen": first,
+        "logps_rejected": masked_mean(policy[:, 1:], others),
+        "logps_accuracies": masked_mean((first[:, None] > policy[:, 1:]).to(first), others),
+        "mean_logps_accuracies": masked_mean((means[:, :1] > means[:, 1:]).to(first), others),
+        "tokens_chosen": lengths[:, 0].to(first),
+        "tokens_rejected": masked_mean(lengths[:, 1:].to(first), others),
+    }
+
+
+def reduce_rows(figures: dict[str, Tensor], real: Tensor) -> dict[str, Tensor]:
+    """Reduce values of rows to scalars over real rows: the mean, or the extreme value if a name ends in ``_min`` or ``_max``.
+
+    Args:
+        figures: Values ``(B,)``, by name.
+        real: ``(B,)`` bool, False for padding rows.
+    """
+    count = real.sum().clamp_min(1)
+    reduced = {}
+    for name, values in figures.items():
+        if name.endswith("_min"):
+            reduced[name] = values.masked_fill(~real, torch.inf).amin()
+        elif name.endswith("_max"):
+            reduced[name] = values.masked_fill(~real, -torch.inf).amax()
+        else:
+            reduced[name] = torch.where(real, values, 0).sum() / count
+    return reduced

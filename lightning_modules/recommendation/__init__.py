@@ -3,6 +3,7 @@
 Files:
     sft.py: Supervised fine-tuning of a language model (SFT).
     dpo.py: Direct preference optimisation (DPO).
+    alpha_dpo.py: Preference optimisation with an adaptive margin (AlphaDPO).
     sprec.py: Self-play preference optimisation (SPRec).
     sequential.py: Sequential recommender (SequentialRecommender): SASRec, GRU4Rec, BERT4Rec, HSTU.
     sequence_settings.py: Settings of its encoder.

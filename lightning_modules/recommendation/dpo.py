@@ -1,8 +1,7 @@
-"""Direct preference optimisation of a language-model recommender."""
+"""Direct preference optimisation of a language model."""
 
 from __future__ import annotations
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, PreferenceBatch, Vocabulary
@@ -10,14 +9,15 @@ from malleable.lightning_modules.base import LossOutput, needs_weights
 from malleable.lightning_modules.language.config import LanguageModelConfig
 from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.language_model import LanguageModel
-from malleable.lightning_modules.language.preference import preference_step
+from malleable.lightning_modules.language.preference import preference_loss
 from malleable.lightning_modules.language.tuning import Tuning
-from malleable.lightning_modules.losses.preference import PreferenceLoss, Sigmoid
+from malleable.lightning_modules.losses.preference import Sigmoid
+from malleable.lightning_modules.losses.preference_base import PreferenceLoss
 from malleable.lightning_modules.serialization import object_from_plain
 
 
 class DPO(LanguageModel):
-    """Direct preference optimisation: prefer the true next title to rejected titles, relative to a frozen reference.
+    """Direct preference optimisation: prefer chosen answers, or true next titles, to rejected ones, relative to a frozen reference.
 
     The reference is the model at the start of training. Its log-probabilities are cached and added to the batches by
     :class:`~malleable.callbacks.ReferenceCache`, so that no second model is in memory.
@@ -74,12 +74,5 @@ class DPO(LanguageModel):
 
     @needs_weights
     def compute_loss(self, batch: PreferenceBatch | AnswerBatch | PackedBatch) -> LossOutput:
-        """Compute the preference loss; in evaluation without rejected answers, the negative log-likelihood of the true answers."""
-        if isinstance(batch, PreferenceBatch) and (self.training or batch.reference_logps is not None or not self.loss.needs_reference):
-            return preference_step(self.model, batch, self.loss, sft_weight=self.sft_weight, shared_prompt=self.decoding.shared_prompt)
-        if self.training:
-            raise MisconfigurationException(
-                f"DPO needs chosen and rejected answers, got {type(batch).__name__}: give each row several `answers`, the true one first, "
-                "for example with RecommendationDataModule(negatives=Uniform())"
-            )
-        return self.answer_loss(batch)
+        """Compute the preference loss; in evaluation without rejected answers or reference, the negative log-likelihood of the true answers."""
+        return preference_loss(self, batch, self.loss, self.sft_weight)

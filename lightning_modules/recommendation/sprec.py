@@ -12,7 +12,8 @@ from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.language_model import LanguageModel
 from malleable.lightning_modules.language.preference import preference_step
 from malleable.lightning_modules.language.tuning import Tuning
-from malleable.lightning_modules.losses.preference import PreferenceLoss, Sigmoid
+from malleable.lightning_modules.losses.preference import Sigmoid
+from malleable.lightning_modules.losses.preference_base import PreferenceLoss
 from malleable.lightning_modules.serialization import object_from_plain
 
 

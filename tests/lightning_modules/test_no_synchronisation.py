@@ -18,7 +18,7 @@ from malleable.datamodules.negative_samplers import Popularity
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.losses.embedding import N3, KvsAll, NegativeSampling
-from malleable.lightning_modules.losses.preference import SDPO
+from malleable.lightning_modules.losses.preference import SoftmaxDPO
 
 CATALOG = Catalog(titles=("A", "B"), token_ids=((5, 1), (6, 1)), popularity=(1, 1), vocabulary=Vocabulary(40, eos_token_id=1))
 SIZES = {"hidden_size": 16, "num_layers": 2, "num_heads": 2}
@@ -39,7 +39,7 @@ CASES = {
     "SFT on packed rows": (lambda c: SFT(c, CATALOG), PACKED),
     "DPO": (lambda c: DPO(c, CATALOG), PAIRS),
     "DPO with a supervised part": (lambda c: DPO(c, CATALOG, sft_weight=0.5), PAIRS),
-    "DPO on several rejected answers": (lambda c: DPO(c, CATALOG, SDPO()), SEVERAL),
+    "DPO on several rejected answers": (lambda c: DPO(c, CATALOG, SoftmaxDPO()), SEVERAL),
     "SPRec, supervised": (lambda c: SPRec(c, CATALOG), ANSWER),
     "SPRec, preferences": (lambda c: SPRec(c, CATALOG), PAIRS),
     "CausalLM": (lambda c: CausalLM(c, Vocabulary(40, 1)), PACKED),

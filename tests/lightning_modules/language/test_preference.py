@@ -9,8 +9,8 @@ from tiny import TOKENS, batch_of, tiny_catalog, tiny_config, tiny_rows
 
 from malleable.lightning_modules.functional.language.logps import answer_logps
 from malleable.lightning_modules.language.config import build_language_model
-from malleable.lightning_modules.language.preference import preference_figures, preference_step
-from malleable.lightning_modules.losses.preference import SDPO, Sigmoid
+from malleable.lightning_modules.language.preference import answer_figures, preference_step, reduce_rows, reward_figures
+from malleable.lightning_modules.losses.preference import Sigmoid, SoftmaxDPO
 
 FAR = torch.tensor([[-9.0, -4.0], [-3.0, -7.0], [-5.0, -5.0], [-2.0, -8.0]])
 
@@ -105,9 +105,9 @@ def test_figures_by_hand():
     """Two rows with two rejected answers: margins 2, -1, 0, 3 over beta; a tie is not right."""
     rewards = torch.tensor([[1.0, -1.0, 2.0], [3.0, 3.0, 0.0]])
     policy = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
-    figures = {
-        name: value.item() for name, value in preference_figures(policy, rewards, torch.ones(len(policy)), torch.ones(2, 3, dtype=torch.bool)).items()
-    }
+    lengths = torch.tensor([[1, 2, 1], [4, 4, 2]])
+    rows = answer_figures(policy, lengths) | reward_figures(rewards, lengths > 0)
+    figures = {name: value.item() for name, value in reduce_rows(rows, torch.ones(2, dtype=torch.bool)).items()}
     assert figures == {
         "rewards_chosen": 2.0,
         "rewards_rejected": 1.0,
@@ -115,6 +115,10 @@ def test_figures_by_hand():
         "rewards_accuracies": 0.5,
         "logps_chosen": -2.5,
         "logps_rejected": -4.0,
+        "logps_accuracies": 1.0,
+        "mean_logps_accuracies": 0.75,
+        "tokens_chosen": 2.5,
+        "tokens_rejected": 2.25,
     }
 
 
@@ -122,7 +126,7 @@ def test_several_rejected_answers():
     model, batch = tiny_model(), pairs(rejected=3)
     with torch.no_grad():
         reference = answer_logps(model, batch)
-    output = preference_step(model, batch.replace(reference_logps=reference), SDPO())
+    output = preference_step(model, batch.replace(reference_logps=reference), SoftmaxDPO())
     # -log sigmoid(-log 3) = log(1 + 3): all four answers stand alike.
     assert output.loss.item() == pytest.approx(math.log(4), abs=1e-6)
     assert not any(value.requires_grad for value in output.extras.values())

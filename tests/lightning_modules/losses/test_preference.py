@@ -12,7 +12,10 @@ from tiny_data import TinyData, quiet_trainer
 from torch.nn import functional as F
 
 from malleable import DPO
-from malleable.lightning_modules.losses.preference import DMPO, IPO, SDPO, Hinge, PreferenceLoss, Robust, Sigmoid
+from malleable.lightning_modules.losses.adaptive_margin import AdaptiveMargin, SimPO
+from malleable.lightning_modules.losses.answer_losses import KTO, SPPO, APODown, APOZero, BCOPair, NCAPair
+from malleable.lightning_modules.losses.preference import CPO, DMPO, IPO, ORPO, RDPO, Discopop, ExoPair, Hinge, Robust, Sigmoid, SoftmaxDPO
+from malleable.lightning_modules.losses.preference_base import PreferenceLoss
 from malleable.lightning_modules.serialization import object_from_plain
 
 CHOSEN = torch.tensor([-6.2, -11.4, -3.3, -20.1], dtype=torch.float64)
@@ -28,7 +31,7 @@ def policy(requires_grad: bool = False) -> torch.Tensor:
 def test_golden_dpo():
     """delta = (S_w - R_w) - (S_l - R_l) = [1.0, -1.1, 1.6, 1.4]; dL/dS_w = -beta sigmoid(-beta delta)."""
     scores = policy(requires_grad=True)
-    losses, rewards = Sigmoid(beta=0.1)(scores, REFERENCE)
+    losses, rewards, _ = Sigmoid(beta=0.1)(scores, REFERENCE)
     expected = torch.tensor([0.6443966601, 0.7496589186, 0.6163437730, 0.6255951823], dtype=torch.float64)
     torch.testing.assert_close(losses, expected, atol=1e-7, rtol=0)
     assert losses.mean().item() == pytest.approx(0.6589986335, abs=1e-7)
@@ -51,9 +54,9 @@ def test_golden_conservative():
     assert Sigmoid(beta=0.1, smoothing=0.1)(policy(), REFERENCE).losses[1].item() == pytest.approx(0.7386589186, abs=1e-7)
 
 
-@pytest.mark.parametrize("loss", [Sigmoid(), Sigmoid(smoothing=0.3), Robust(), DMPO(), SDPO()])
+@pytest.mark.parametrize("loss", [Sigmoid(), Sigmoid(smoothing=0.3), Robust(), DMPO(), SoftmaxDPO()])
 def test_equal_policy_and_reference_give_log_two(loss):
-    losses, rewards = loss(REFERENCE, REFERENCE)
+    losses, rewards, _ = loss(REFERENCE, REFERENCE)
     torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)))
     assert rewards.abs().max() == 0
 
@@ -84,7 +87,7 @@ def test_ipo_and_hinge_by_hand():
 
 def test_multi_negative_losses_reduce_to_dpo_with_one():
     expected = Sigmoid(beta=0.5)(policy(), REFERENCE).losses
-    torch.testing.assert_close(SDPO(beta=0.5)(policy(), REFERENCE).losses, expected)
+    torch.testing.assert_close(SoftmaxDPO(beta=0.5)(policy(), REFERENCE).losses, expected)
     torch.testing.assert_close(DMPO(beta=0.5)(policy(), REFERENCE).losses, expected)
 
 
@@ -93,7 +96,7 @@ def test_multi_negative_losses_by_definition():
     zero = torch.zeros_like(ratios)
     margins = ratios[:, 1:] - ratios[:, :1]
     softmax = -F.logsigmoid(-torch.log((0.7 * margins).exp().sum(1)))
-    torch.testing.assert_close(SDPO(beta=0.7)(ratios, zero).losses, softmax)
+    torch.testing.assert_close(SoftmaxDPO(beta=0.7)(ratios, zero).losses, softmax)
     mean = -F.logsigmoid(0.7 * (ratios[:, 0] - ratios[:, 1:].mean(1)))
     torch.testing.assert_close(DMPO(beta=0.7)(ratios, zero).losses, mean)
     pairs = F.softplus(0.7 * margins).mean(1)
@@ -101,7 +104,7 @@ def test_multi_negative_losses_by_definition():
 
 
 def test_softmax_loss_does_not_overflow():
-    assert SDPO(beta=1.0)(torch.tensor([[-900.0, 0.0, 0.0]]), torch.zeros(1, 3)).losses.isfinite().all()
+    assert SoftmaxDPO(beta=1.0)(torch.tensor([[-900.0, 0.0, 0.0]]), torch.zeros(1, 3)).losses.isfinite().all()
 
 
 def test_length_norm_divides_before_beta():
@@ -134,7 +137,7 @@ def test_bad_values(make, message):
 # --- arguments of every loss ---
 
 
-@pytest.mark.parametrize("loss", [*PAIRWISE, DMPO(), SDPO()])
+@pytest.mark.parametrize("loss", [*PAIRWISE, DMPO(), SoftmaxDPO()])
 def test_missing_answers_are_not_counted(loss):
     """A row with one rejected answer has the same loss and gradient beside a wider one."""
     ratios = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -157,9 +160,9 @@ def test_smoothing_of_each_row_replaces_that_of_the_loss(kind):
     torch.testing.assert_close(kind(smoothing=0.3)(policy(), REFERENCE, smoothing=smoothing).losses, expected)
 
 
-@pytest.mark.parametrize("loss", [IPO(), Hinge(), DMPO(), SDPO()])
+@pytest.mark.parametrize("loss", [IPO(), Hinge(), DMPO(), SoftmaxDPO()])
 def test_smoothing_that_has_no_effect_is_refused(loss):
-    with pytest.raises(ValueError, match="does not accept a smoothing for each row; use Sigmoid or Robust"):
+    with pytest.raises(ValueError, match="does not accept a smoothing for each row; use a pairwise loss such as Sigmoid"):
         loss(policy(), REFERENCE, smoothing=torch.full((4,), 0.1))
 
 
@@ -261,7 +264,14 @@ class Scaled(Sigmoid):
         self.scale = scale
 
 
-@pytest.mark.parametrize("loss", [Sigmoid(0.7, 0.1, True), Robust(0.3, 0.2), IPO(0.4), Hinge(2.0), SDPO(0.9), DMPO(0.2, True), Scaled(0.5, 3.0)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(Sigmoid(0.7, 0.1, True), Robust(0.3, 0.2), IPO(0.4), Hinge(2.0), SoftmaxDPO(0.9), DMPO(0.2, True), Scaled(0.5, 3.0)),
+        *(RDPO(0.3, 0.1), CPO(0.3, 0.5), ORPO(0.2), ExoPair(0.3, 0.01), Discopop(0.2, 0.1), SimPO(2.5, 0.6), KTO(0.2, 1.3, 1.0, "micro_batch")),
+        *(NCAPair(0.3), APOZero(0.3), APODown(0.3), SPPO(0.3), BCOPair(0.3, "none"), AdaptiveMargin(2.5, 0.6, 0.2, "reward", z_clip=3.0)),
+    ],
+)
 def test_a_loss_is_restored_from_plain_data(loss, monkeypatch):
     monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(Scaled=Scaled))
     stored = json.loads(json.dumps(loss.as_plain()))

@@ -15,7 +15,7 @@ from tiny_module import ready
 from malleable.callbacks.reference import ReferenceCache
 from malleable.lightning_modules.functional.language.logps import answer_logps
 from malleable.lightning_modules.language.tuning import Tuning
-from malleable.lightning_modules.losses.preference import DMPO, SDPO, Sigmoid
+from malleable.lightning_modules.losses.preference import DMPO, Sigmoid, SoftmaxDPO
 from malleable.lightning_modules.recommendation.dpo import DPO
 
 
@@ -56,10 +56,10 @@ def test_training_increases_the_margin(tmp_path):
     assert {"test_loss", "test_hr_1", "test_ndcg_3", "test_or_ratio_3"} <= result.keys()
 
 
-@pytest.mark.parametrize("loss", [SDPO(beta=0.5), DMPO(beta=0.5), Sigmoid(beta=0.5)], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("loss", [SoftmaxDPO(beta=0.5), DMPO(beta=0.5), Sigmoid(beta=0.5)], ids=lambda loss: type(loss).__name__)
 def test_several_rejected_answers(tmp_path, loss):
     _, _, steps = fit(tmp_path, pairs(24, rejected=3), loss=loss)
-    start = math.log(4) if isinstance(loss, SDPO) else math.log(2)
+    start = math.log(4) if isinstance(loss, SoftmaxDPO) else math.log(2)
     assert steps[0]["train_loss"] == pytest.approx(start, abs=1e-6)
     assert mean_of_epoch(steps, "train_loss") < start - 0.15
     assert mean_of_epoch(steps, "train_rewards_accuracies") > 0.9
@@ -88,7 +88,7 @@ def test_evaluation_without_rejected_answers_measures_likelihood():
 
 def test_training_needs_pairs_with_a_reference(tmp_path):
     module = ready(DPO).train()
-    with pytest.raises(MisconfigurationException, match="DPO needs chosen and rejected answers, got AnswerBatch: give each row"):
+    with pytest.raises(MisconfigurationException, match="DPO needs chosen and rejected answers, got AnswerBatch: use PreferenceDataModule, or give each row"):
         module.compute_loss(batch_of(tiny_rows(4)))
     trainer = quiet_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     with pytest.raises(MisconfigurationException, match="the batch has no reference log-probabilities: add the callback ReferenceCache"):
@@ -106,7 +106,7 @@ def test_defaults_and_refusals():
 
 def test_a_checkpoint_stores_the_loss():
     """What loads it goes on training with the same loss."""
-    stored = json.loads(json.dumps(dict(DPO(language_model=tiny_config(), loss=SDPO(beta=0.7)).hparams)))
+    stored = json.loads(json.dumps(dict(DPO(language_model=tiny_config(), loss=SoftmaxDPO(beta=0.7)).hparams)))
     loss = DPO(**stored).loss
-    assert isinstance(loss, SDPO)
+    assert isinstance(loss, SoftmaxDPO)
     assert loss.beta == 0.7
