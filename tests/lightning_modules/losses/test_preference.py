@@ -160,7 +160,15 @@ def test_smoothing_of_each_row_replaces_that_of_the_loss(kind):
     torch.testing.assert_close(kind(smoothing=0.3)(policy(), REFERENCE, smoothing=smoothing).losses, expected)
 
 
-@pytest.mark.parametrize("loss", [IPO(), Hinge(), DMPO(), SoftmaxDPO()])
+@pytest.mark.parametrize("loss", [IPO(), Hinge(), Discopop()])
+def test_smoothing_mixes_the_losses_of_both_orders(loss):
+    eps = torch.tensor([0.0, 0.1, 0.5, 1.0], dtype=torch.float64)
+    reverse = loss(policy().flip(1), REFERENCE.flip(1)).losses
+    expected = (1 - eps) * loss(policy(), REFERENCE).losses + eps * reverse
+    torch.testing.assert_close(loss(policy(), REFERENCE, smoothing=eps).losses, expected)
+
+
+@pytest.mark.parametrize("loss", [DMPO(), SoftmaxDPO(), ExoPair(), NCAPair(), APOZero(), APODown(), SPPO(), BCOPair()])
 def test_smoothing_that_has_no_effect_is_refused(loss):
     with pytest.raises(ValueError, match="does not accept a smoothing for each row; use a pairwise loss such as Sigmoid"):
         loss(policy(), REFERENCE, smoothing=torch.full((4,), 0.1))
