@@ -13,16 +13,21 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 
 from malleable.callbacks.row_pass import apply_to_rows, rows_per_pass
 from malleable.callbacks.run_files import find_copies, run_folder
 from malleable.datamodules.files.atomic import atomic_write
+from malleable.datamodules.files.fetch import cache_folder
 from malleable.datamodules.loading import PhasedLoader, RowView
 from malleable.lightning_modules.functional.language.logps import answer_logps
 from malleable.lightning_modules.language.compiled import compiled_passes
 from malleable.lightning_modules.language.language_model import LanguageModel
+from malleable.lightning_modules.losses.preference_base import PreferenceLoss
 from malleable.lightning_modules.verified_file import load_verified, save_verified
 
 log = logging.getLogger(__name__)
@@ -36,25 +41,31 @@ def reference_logps(trainer: Trainer, module: LanguageModel, rows: Any, loader: 
     def compute(batch: Any) -> Tensor:
         with compiled_passes():
             values = answer_logps(module.model, batch, shared_prompt=shared_prompt)
-        return torch.nn.functional.pad(values, (0, count - values.shape[1]))  # a batch may have fewer answers
+        return pad(values, (0, count - values.shape[1]))  # a batch may have fewer answers
 
     return apply_to_rows(trainer, module, rows, loader.collate_fn, rows_per_pass(trainer, loader), compute, label)
 
 
 class ReferenceCache(Callback):
-    """Compute reference log-probabilities before the first training step, and add them to the training rows.
+    """Compute reference log-probabilities before the first training step, and add them to the rows of all splits that have rejected answers.
 
-    The reference is the model at the start of the fit. The values are written once, with a checksum, to a file whose name depends on the rows, the
-    model and the precision. A resumed run copies the file of the interrupted run, because its model is no longer the reference.
+    The reference is the model at the start of the fit: the base model for a new adapter, the adapted model for an adapter that was trained before.
+    The values are written once, with a checksum, to a file whose name depends on the rows, the model and the precision. Runs that differ only in the
+    loss or the optimizer read the values of an earlier run from the cache folder. A resumed run copies the file of the interrupted run, because its
+    model is no longer the reference. ``test`` and ``validate`` of a checkpoint read the file of its run.
+
+    Without the values, evaluation measures the likelihood of answers, but no rewards. A loss without reference needs none: the callback does nothing.
 
     Args:
         dirpath: Folder of the file; default: the run folder.
         loader: Training loader; needed only without a data module of this package.
+        reuse: Read the values of earlier runs from the folder ``references`` of the cache folder (``$MALLEABLE_CACHE``), and store them there.
     """
 
-    def __init__(self, dirpath: str | None = None, loader: PhasedLoader[Any] | None = None) -> None:
+    def __init__(self, dirpath: str | None = None, loader: PhasedLoader[Any] | None = None, reuse: bool = True) -> None:
         self.dirpath = dirpath
         self.loader = loader
+        self.reuse = reuse
         self.name: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -72,22 +83,70 @@ class ReferenceCache(Callback):
             self.name = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute or read the values, and add them to the rows of the loader."""
-        loader = phased_loader(trainer, self.loader, type(self).__name__)
-        rows = loader.dataset
-        keys = row_keys(rows)
+        """Compute or read the values, and add them to the rows of the loaders."""
+        module = cast("LanguageModel", pl_module)
+        if not _needs_reference(module):
+            rank_zero_info(f"{type(self).__name__}: the loss {type(getattr(module, 'loss', None)).__name__} needs no reference; nothing is computed")
+            return
+        loaders = {"train": phased_loader(trainer, self.loader, type(self).__name__)} | _evaluation_loaders(trainer)
+        keys = {split: row_keys(loader.dataset) for split, loader in loaders.items()}
+        together = torch.cat(list(keys.values()))
         folder = Path(self.dirpath) if self.dirpath else run_folder(trainer)
         resumed = self.name is not None
         if self.name is None:
-            self.name = f"reference-{self._fingerprint(trainer, pl_module, keys)}.safetensors"
+            self.name = f"reference-{self._fingerprint(trainer, module, together)}.safetensors"
         path = folder / self.name
         if resumed:
             self._copy_file(trainer, find_copies(trainer, folder, self.name)[0], path)
-        elif not trainer.strategy.broadcast(path.is_file() and self._is_intact(path)):
-            values = reference_logps(trainer, cast("LanguageModel", pl_module), rows, loader, "reference log-probabilities")
-            self._write(trainer, path, keys, values)
-        fields = [{"reference_logps": row} for row in self._read(path, keys).tolist()]
-        loader.set_rows(RowView(rows, range(len(rows)), fields), loader.row_tokens)
+        elif not trainer.strategy.broadcast(trainer.is_global_zero and self._is_available(path)):
+            parts = [
+                reference_logps(trainer, module, loaders[split].dataset, loaders["train"], f"reference log-probabilities of {split} rows")
+                for split in loaders
+            ]
+            width = max(values.shape[1] for values in parts)
+            self._write(trainer, path, together, torch.cat([pad(values, (0, width - values.shape[1])) for values in parts]))
+        for split, loader in loaders.items():
+            _add_to_rows(loader, self._read(path, keys[split]))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add stored values to the rows of ``validate``."""
+        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.VALIDATING:
+            self._restore(trainer, pl_module, "val")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add stored values to the rows of ``test``."""
+        self._restore(trainer, pl_module, "test")
+
+    def _restore(self, trainer: Trainer, module: LightningModule, split: str) -> None:
+        """Add the values of the run of the checkpoint to the rows of a split that have none, if there are any."""
+        loader = _evaluation_loaders(trainer).get(split)
+        if loader is None or not _needs_reference(module) or "reference_logps" in loader.dataset[0]:
+            return
+        keys = row_keys(loader.dataset)
+        folders = [Path(self.dirpath) if self.dirpath else run_folder(trainer)]
+        if trainer.ckpt_path and "://" not in str(trainer.ckpt_path):
+            folders += Path(trainer.ckpt_path).absolute().parents[:2]
+        for path in dict.fromkeys(path for folder in folders for path in sorted(folder.glob("reference-*.safetensors"))):
+            try:
+                values = self._read(path, keys)
+            except MisconfigurationException as error:
+                log.warning("%s", error)
+                continue
+            _add_to_rows(loader, values)
+            return
+        log.warning("no reference log-probabilities of the %s rows: the likelihood of answers is measured, but no rewards", split)
+
+    def _is_available(self, path: Path) -> bool:
+        """Return whether the file exists, after copying it from the cache folder if it is there."""
+        if path.is_file() and self._is_intact(path):
+            return True
+        stored = cache_folder() / "references" / path.name
+        if not (self.reuse and stored.is_file() and self._is_intact(stored)):
+            return False
+        with atomic_write(path) as temporary:
+            shutil.copyfile(stored, temporary)
+        log.info("reference log-probabilities: those of an earlier run, %s", stored)
+        return True
 
     @staticmethod
     def _copy_file(trainer: Trainer, stored: Path, path: Path) -> None:
@@ -109,7 +168,8 @@ class ReferenceCache(Callback):
     @staticmethod
     def _fingerprint(trainer: Trainer, module: LightningModule, keys: Tensor) -> str:
         """Return a checksum of rows, weights, settings and precision, which is the same on all ranks, also with sharded weights."""
-        sums = [_local_values(parameter).sum(dtype=torch.float64) for parameter in module.parameters()]
+        parts = [_local_values(parameter) for parameter in module.parameters()]
+        sums = [part.sum(dtype=torch.float64) for part in parts] + [_norm(part) for part in parts]
         weights = trainer.strategy.reduce(torch.stack(sums), reduce_op="mean").cpu()
         # The values also depend on settings that do not change the weights, such as the number of heads, and on the precision.
         settings = json.dumps([cast("LanguageModel", module).settings(), str(trainer.precision)], sort_keys=True, default=str)
@@ -119,6 +179,9 @@ class ReferenceCache(Callback):
         if trainer.is_global_zero:
             with atomic_write(path) as temporary:
                 save_verified({"row": keys, "reference_logps": values.contiguous()}, temporary)
+            if self.reuse:
+                with atomic_write(cache_folder() / "references" / path.name) as temporary:
+                    shutil.copyfile(path, temporary)
         trainer.strategy.barrier("reference log-probabilities")
 
     @staticmethod
@@ -151,6 +214,38 @@ def _local_values(parameter: Tensor) -> Tensor:
     own: Any = getattr(parameter, "ds_tensor", parameter).detach()
     part: Tensor = own.to_local() if isinstance(own, DTensor) else own
     return part
+
+
+def _norm(values: Tensor) -> Tensor:
+    """Return the norm of floating-point values, 0 for others, such as quantised weights; float64."""
+    return torch.linalg.vector_norm(values).double() if values.is_floating_point() else torch.zeros((), dtype=torch.float64, device=values.device)
+
+
+def _needs_reference(module: LightningModule) -> bool:
+    loss = getattr(module, "loss", None)
+    return not isinstance(loss, PreferenceLoss) or loss.needs_reference
+
+
+def _evaluation_loaders(trainer: Trainer) -> dict[str, PhasedLoader[Any]]:
+    """Return the loaders of validation and test whose rows have rejected answers and can be exchanged, by split."""
+    source = getattr(trainer, "datamodule", None)
+    found = {}
+    for split in ("val", "test"):
+        if source is None:
+            loader = getattr(trainer, f"{split}_dataloaders", None)
+        else:
+            has_rows = len(getattr(source, f"{split}_dataset", None) or ()) > 0
+            loader = getattr(source, f"{split}_dataloader")() if has_rows else None
+        if isinstance(loader, PhasedLoader) and len(loader.dataset) and len(loader.dataset[0].get("answers", ())) > 1:
+            found[split] = loader
+    return found
+
+
+def _add_to_rows(loader: PhasedLoader[Any], values: Tensor) -> None:
+    """Add the reference log-probabilities ``(N, K)`` to the rows of a loader."""
+    rows = loader.dataset
+    fields = [{"reference_logps": row[: len(rows[index]["answers"])]} for index, row in enumerate(values.tolist())]
+    loader.set_rows(RowView(rows, range(len(rows)), fields), loader.row_tokens)
 
 
 def row_keys(rows: Any) -> Tensor:

@@ -14,16 +14,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from reference_run import pairs, stored
-from tiny import batch_of, tiny_catalog, tiny_config
+from tiny import EOS, batch_of, tiny_catalog, tiny_config
 from tiny_data import TinyData, quiet_trainer
 from torch.utils.data import DataLoader
 
 from malleable.callbacks import reference
 from malleable.callbacks.reference import ReferenceCache, row_keys
+from malleable.datamodules.batch import Vocabulary
 from malleable.datamodules.loading import PhasedLoader
 from malleable.lightning_modules.functional.language.logps import answer_logps
+from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA
 from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.tuning import Tuning
+from malleable.lightning_modules.losses.adaptive_margin import SimPO
+from malleable.lightning_modules.losses.preference import IPO
 from malleable.lightning_modules.recommendation.dpo import DPO
 
 
@@ -37,6 +41,14 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(float(outputs["loss"]))
         self.reference |= dict(zip(batch.sample_id.tolist(), batch.reference_logps, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch, tmp_path_factory):
+    """Values of other tests must not be read."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MALLEABLE_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture
@@ -172,7 +184,7 @@ def test_a_run_that_was_moved_reads_its_values_and_copies_them(tmp_path, passes,
 
 
 @pytest.mark.parametrize("damage", ["a changed bit", "cut off"])
-def test_damaged_values_are_computed_again_or_refused(tmp_path, passes, damage):
+def test_damaged_values_are_computed_again_or_refused(tmp_path, passes, damage, empty_cache):
     cache = str(tmp_path / "cache")
     fit(tmp_path, ReferenceCache(cache))
     (path,) = files(tmp_path / "cache")
@@ -181,9 +193,92 @@ def test_damaged_values_are_computed_again_or_refused(tmp_path, passes, damage):
     path.write_bytes(damaged)
     with pytest.raises(MisconfigurationException, match=r"reference-.*\.safetensors is damaged .* restore the file or start a new run"):
         fit(tmp_path, ReferenceCache(cache), ckpt_path=tmp_path / "checkpoints/saved.ckpt", max_epochs=2)
+    shutil.rmtree(empty_cache / "references")
     fit(tmp_path, ReferenceCache(cache))
     assert len(passes) == 2
     assert path.read_bytes() == whole
+
+
+def test_runs_with_another_loss_or_rate_read_the_values_of_an_earlier_run(tmp_path, passes, empty_cache):
+    first = fit(tmp_path / "a", ReferenceCache())
+    module = make_module()
+    module.loss, module.tuning.lr = IPO(beta=0.3), 1e-3
+    second = fit(tmp_path / "b", ReferenceCache(), module)
+    assert all(torch.equal(second.reference[index], value) for index, value in first.reference.items())
+    assert len(passes) == len(files(empty_cache)) == len(files(tmp_path / "b/run")) == 1
+    fit(tmp_path / "c", ReferenceCache(reuse=False))
+    assert len(passes) == 2
+
+
+def test_damaged_values_of_an_earlier_run_are_not_read(tmp_path, passes, empty_cache):
+    fit(tmp_path / "a", ReferenceCache())
+    (stored_values,) = files(empty_cache)
+    whole = stored_values.read_bytes()
+    stored_values.write_bytes(whole[:-8])
+    fit(tmp_path / "b", ReferenceCache())
+    assert len(passes) == 2
+    assert stored_values.read_bytes() == whole
+
+
+def test_a_loss_without_reference_needs_no_values(tmp_path, passes, empty_cache):
+    module = make_module()
+    module.loss = SimPO()
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[ReferenceCache()], enable_checkpointing=False)
+    trainer.fit(module, TinyData(train=pairs(24)))
+    assert not passes
+    assert not files(tmp_path) + files(empty_cache)
+
+
+class Pairs(TinyData):
+    """Validation and test rows with rejected answers."""
+
+    def setup(self, stage):
+        super().setup(stage)
+        self.val_dataset, self.test_dataset = pairs(7, step=2), pairs(9, step=3)
+
+
+def test_rewards_are_measured_in_evaluation(tmp_path, passes):
+    """In validation, in a test after the fit, and in a test of the checkpoint by a new Trainer; margins are 0 before training."""
+    path = tmp_path / "run/checkpoints/saved.ckpt"
+    module = DPO(tiny_config(), vocabulary=Vocabulary(16, EOS), tuning=Tuning(lr=1e-2, warmup_steps=0))
+    data = Pairs(train=pairs(24))
+    del data.catalog
+    callbacks = [ReferenceCache(), ModelCheckpoint(path.parent, filename="saved", enable_version_counter=False)]
+    trainer = quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=3)
+    trainer.fit(module, data)
+    assert len(passes) == 3
+    assert trainer.callback_metrics["val_rewards_margins"] != 0
+    (after,) = trainer.test(module, data, verbose=False)
+    loaded = DPO.load_from_checkpoint(path, weights_only=True)
+    again = quiet_trainer(tmp_path / "again", callbacks=[ReferenceCache()], logger=False)
+    (alone,) = again.test(loaded, data, ckpt_path=str(path), verbose=False)
+    assert alone == pytest.approx(after, rel=1e-5)
+    assert {"test_rewards_accuracies", "test_mean_logps_accuracies", "test_perplexity", "test_reference_chosen"} <= alone.keys()
+    (without,) = quiet_trainer(tmp_path / "none", logger=False).test(loaded, data, verbose=False)
+    assert "test_rewards_accuracies" not in without
+    assert without["test_logps_accuracies"] == pytest.approx(after["test_logps_accuracies"])
+    assert without["test_perplexity"] == pytest.approx(after["test_perplexity"], rel=1e-4)
+
+
+def test_the_reference_of_a_trained_adapter_is_the_adapted_model(tmp_path):
+    """Not the base model: margins are 0 in the first step of a second stage."""
+    base = tmp_path / "model"
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        plain = DPO(tiny_config(), tiny_catalog())
+        plain.configure_model()
+    plain.export(tmp_path)
+    stage = DPO(LanguageModelConfig(name=str(base), lora=LoRA(r=4)), tiny_catalog(), tuning=Tuning(lr=5e-2, warmup_steps=0))
+    fit(tmp_path / "first", ReferenceCache(), stage)
+    adapter = str(tmp_path / "first/run/adapter")
+    module = DPO(LanguageModelConfig(name=str(base), adapter=adapter), tiny_catalog(), tuning=Tuning(lr=1e-2, warmup_steps=0))
+    watch = fit(tmp_path / "second", ReferenceCache(), module)
+    assert watch.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    alone = DPO(LanguageModelConfig(name=str(base)), tiny_catalog())
+    alone.configure_model()
+    with torch.no_grad():
+        base_values = answer_logps(alone.model.eval(), batch_of(pairs(24)))
+    assert (watch.reference[0] - base_values[0]).abs().max() > 0.01
 
 
 def test_row_keys_depend_on_id_prompt_and_answers():
