@@ -247,6 +247,13 @@ class BaseModule(CheckedLoading, ABC):
             self.eval_metrics[split] = {name: metric.to(self.device) for name, metric in self.configure_metrics().items()}
         return self.eval_metrics[split]
 
+    def on_train_start(self) -> None:
+        """Restore the positions of loaders in a resumed epoch.
+
+        Lightning omits this if the loaders were created before the checkpoint was read, e.g. to compute the number of steps of a scheduler.
+        """
+        self.trainer.fit_loop._load_combined_loader_states()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the generator from the step number, so that a resumed run draws the same dropout masks."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -255,8 +262,9 @@ class BaseModule(CheckedLoading, ABC):
         # On a CPU, seed only the CPU generator: `torch.manual_seed` also queues a call for accelerators, with a stack trace, in every step.
         (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(number)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Call :meth:`end_of_step` after the last batch of an optimizer step."""
+    def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **options: Any) -> None:
+        """Run the optimizer, and call :meth:`end_of_step` after the last batch of an optimizer step, before callbacks save checkpoints."""
+        super().optimizer_step(epoch, batch_idx, *args, **options)
         if self._ends_step(batch_idx):
             self.end_of_step()
 

@@ -232,6 +232,7 @@ class SequentialRecommender(ItemRanking, BaseModule):
 
     def on_train_start(self) -> None:
         """Allow all items: those that were new in a checkpoint are trained now."""
+        super().on_train_start()
         self.trained_items.fill_(True)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
