@@ -50,8 +50,8 @@ from .losses.preference import Sigmoid as Sigmoid
 from .losses.preference import SoftmaxDPO as SoftmaxDPO
 from .losses.preference_base import LogisticLoss as LogisticLoss
 from .losses.preference_base import PairwiseLoss as PairwiseLoss
+from .losses.preference_base import PreferenceInputs as PreferenceInputs
 from .losses.preference_base import PreferenceLoss as PreferenceLoss
-from .losses.preference_base import PreferenceRows as PreferenceRows
 from .losses.ranking import BCE as BCE
 from .losses.ranking import BPR as BPR
 from .losses.ranking import CE as CE

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from malleable.lightning_modules.losses.preference_base import LogisticLoss, PreferenceRows, masked_mean
+from malleable.lightning_modules.losses.preference_base import LogisticLoss, PreferenceInputs, masked_mean
 from malleable.lightning_modules.losses.running_statistics import RunningStatistics
 
 Scale = Literal["log_ratio", "reward"]
@@ -124,12 +124,12 @@ class AdaptiveMargin(LogisticLoss):
             skip=0 if self._every_batch else 1,
         )
 
-    def logits(self, rows: PreferenceRows) -> Tensor:
+    def logits(self, rows: PreferenceInputs) -> Tensor:
         """Return ``beta (delta - m)``, ``(B, K - 1)``; in training mode, collect the gaps."""
         return self.beta * (rows.policy[:, :1] - rows.policy[:, 1:] - self.margins(rows, collect=self.training))
 
     @torch.no_grad()
-    def margins(self, rows: PreferenceRows, collect: bool = False) -> Any:
+    def margins(self, rows: PreferenceInputs, collect: bool = False) -> Any:
         """Return the margins ``gamma / beta + alpha z``, ``(B, K - 1)``, or a number for ``alpha=0``."""
         if self.alpha == 0:
             return self.gamma_beta_ratio
@@ -149,13 +149,13 @@ class AdaptiveMargin(LogisticLoss):
         z = torch.where(known, (gaps - mean) / torch.where(known, std, 1.0), 0.0)
         return z if self.z_clip is None else z.clamp(-self.z_clip, self.z_clip)
 
-    def rewards(self, rows: PreferenceRows) -> Tensor:
+    def rewards(self, rows: PreferenceInputs) -> Tensor:
         """Return the implicit rewards ``beta [(1 - alpha) log pi + alpha log pi_ref]``, up to a constant of each prompt, ``(B, K)``."""
         if rows.reference is None:
             return self.beta * rows.policy
         return self.beta * torch.lerp(rows.policy, rows.reference, self.alpha)
 
-    def figures(self, rows: PreferenceRows) -> dict[str, Tensor]:
+    def figures(self, rows: PreferenceInputs) -> dict[str, Tensor]:
         """Return rewards margins of SimPO and DPO, the weight of the gradient, and statistics of margins and gaps."""
         exists = rows.exists[:, 1:]
         delta = rows.policy[:, :1] - rows.policy[:, 1:]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malleable.lightning_modules.losses.preference_base import PreferenceLoss, PreferenceRows
+from malleable.lightning_modules.losses.preference_base import PreferenceInputs, PreferenceLoss
 from malleable.lightning_modules.losses.running_statistics import RunningStatistics
 
 Update = Literal["optimizer_step", "micro_batch"]
@@ -29,7 +29,7 @@ class AnswerwiseLoss(PreferenceLoss):
     def __init__(self, beta: float = 0.1) -> None:
         super().__init__(beta)
 
-    def losses(self, rows: PreferenceRows) -> Tensor:
+    def losses(self, rows: PreferenceInputs) -> Tensor:
         """Add the terms of chosen and rejected answers, ``(B,)``."""
         rewards = self.beta * rows.ratios
         return self.chosen(rewards[:, 0]) + rows.mean_of_rejected(self.rejected(rewards[:, 1:]))
@@ -88,7 +88,7 @@ class APODown(PreferenceLoss):
     def __init__(self, beta: float = 0.1) -> None:
         super().__init__(beta)
 
-    def losses(self, rows: PreferenceRows) -> Tensor:
+    def losses(self, rows: PreferenceInputs) -> Tensor:
         """Compute the loss of each row, ``(B,)``."""
         return (self.beta * rows.ratios[:, 0]).sigmoid() + rows.mean_of_rejected((-self.beta * rows.delta).sigmoid())
 
@@ -106,7 +106,7 @@ class SPPO(PreferenceLoss):
     def __init__(self, beta: float = 0.1) -> None:
         super().__init__(beta)
 
-    def losses(self, rows: PreferenceRows) -> Tensor:
+    def losses(self, rows: PreferenceInputs) -> Tensor:
         """Compute the squared errors of both log-ratios, ``(B,)``."""
         half = 0.5 / self.beta
         return (rows.ratios[:, 0] - half) ** 2 + rows.mean_of_rejected((rows.ratios[:, 1:] + half) ** 2)
@@ -135,7 +135,7 @@ class BCOPair(PreferenceLoss):
         self.decay = decay
         self.statistics = RunningStatistics(decay)
 
-    def losses(self, rows: PreferenceRows) -> Tensor:
+    def losses(self, rows: PreferenceInputs) -> Tensor:
         """Compute the loss of each row, ``(B,)``; in training mode, collect the rewards."""
         rewards = self.beta * rows.ratios
         shift: Tensor | float = 0.0
@@ -146,7 +146,7 @@ class BCOPair(PreferenceLoss):
                 self.statistics.collect((rewards[:, 0] + rejected) / 2, rows.real)
         return F.softplus(shift - rewards[:, 0]) + rows.mean_of_rejected(F.softplus(rewards[:, 1:] - shift))
 
-    def figures(self, rows: PreferenceRows) -> dict[str, Tensor]:
+    def figures(self, rows: PreferenceInputs) -> dict[str, Tensor]:
         """Return the shift."""
         return {"reward_shift": self.statistics.current()[0].expand(len(rows.policy))} if self.shift == "running" else {}
 
@@ -192,7 +192,7 @@ class KTO(PreferenceLoss):
         self.kl_update = kl_update
         self.statistics = RunningStatistics(0.0)
 
-    def losses(self, rows: PreferenceRows) -> Tensor:
+    def losses(self, rows: PreferenceInputs) -> Tensor:
         """Compute the loss of each row, ``(B,)``; in training mode, collect the log-ratios of answers of other rows."""
         assert rows.desirable is not None
         if self.training:
@@ -206,7 +206,7 @@ class KTO(PreferenceLoss):
         """Return the estimated divergence of the policy from the reference, a scalar in nats."""
         return self.statistics.current()[0].clamp_min(0)
 
-    def figures(self, rows: PreferenceRows) -> dict[str, Tensor]:
+    def figures(self, rows: PreferenceInputs) -> dict[str, Tensor]:
         """Return the estimated divergence."""
         return {"kl": self.divergence().expand(len(rows.policy))}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from malleable.lightning_modules.losses.preference_base import LogisticLoss, PairwiseLoss, PreferenceLoss, PreferenceRows
+from malleable.lightning_modules.losses.preference_base import LogisticLoss, PairwiseLoss, PreferenceInputs, PreferenceLoss
 
 
 class Sigmoid(LogisticLoss):
@@ -28,7 +28,7 @@ class Sigmoid(LogisticLoss):
         Rafailov et al. (2023), Direct Preference Optimization, arXiv:2305.18290, Eq. 7; conservative form: E. Mitchell's note on cDPO.
     """
 
-    def logits(self, rows: PreferenceRows) -> Tensor:
+    def logits(self, rows: PreferenceInputs) -> Tensor:
         """Return ``beta delta``, ``(B, K - 1)``."""
         return self.beta * rows.delta
 
@@ -53,7 +53,7 @@ class RDPO(LogisticLoss):
             raise ValueError(f"alpha must be >= 0, got {alpha}")
         self.alpha = alpha
 
-    def logits(self, rows: PreferenceRows) -> Tensor:
+    def logits(self, rows: PreferenceInputs) -> Tensor:
         """Return ``beta delta + alpha (|y_w| - |y_l|)``, ``(B, K - 1)``."""
         assert rows.lengths is not None
         return self.beta * rows.delta + self.alpha * (rows.lengths[:, :1] - rows.lengths[:, 1:])
@@ -80,11 +80,11 @@ class CPO(LogisticLoss):
             raise ValueError(f"nll_weight must be >= 0, got {nll_weight}")
         self.nll_weight = nll_weight
 
-    def logits(self, rows: PreferenceRows) -> Tensor:
+    def logits(self, rows: PreferenceInputs) -> Tensor:
         """Return ``beta`` times the difference of log-probabilities, ``(B, K - 1)``."""
         return self.beta * rows.delta
 
-    def losses(self, rows: PreferenceRows) -> Tensor:
+    def losses(self, rows: PreferenceInputs) -> Tensor:
         """Compute the logistic loss plus the weighted negative log-likelihood per token, ``(B,)``."""
         assert rows.lengths is not None
         return super().losses(rows) - self.nll_weight * rows.policy[:, 0] / rows.lengths[:, 0].clamp_min(1)
@@ -109,19 +109,19 @@ class ORPO(PreferenceLoss):
     def __init__(self, beta: float = 0.1) -> None:
         super().__init__(beta, length_norm=True)
 
-    def losses(self, rows: PreferenceRows) -> Tensor:
+    def losses(self, rows: PreferenceInputs) -> Tensor:
         """Compute the loss of each row, ``(B,)``."""
         return rows.mean_of_rejected(self.beta * F.softplus(-self.log_odds(rows))) - rows.policy[:, 0]
 
     @staticmethod
-    def log_odds(rows: PreferenceRows) -> Tensor:
+    def log_odds(rows: PreferenceInputs) -> Tensor:
         """Compute the log odds ratio of chosen and rejected answers, ``(B, K - 1)``."""
         # log(1 - p) is -inf for a certain answer.
         logps = rows.policy.clamp_max(-1e-7)
         odds = logps - torch.log(-torch.expm1(logps))
         return odds[:, :1] - odds[:, 1:]
 
-    def figures(self, rows: PreferenceRows) -> dict[str, Tensor]:
+    def figures(self, rows: PreferenceInputs) -> dict[str, Tensor]:
         """Return the log odds ratio."""
         return {"log_odds": rows.mean_of_rejected(self.log_odds(rows))}
 
@@ -146,7 +146,7 @@ class Robust(PreferenceLoss):
             raise ValueError(f"smoothing must be in [0, 0.5), got {smoothing}")
         self.smoothing = float(smoothing)
 
-    def losses(self, rows: PreferenceRows) -> Tensor:
+    def losses(self, rows: PreferenceInputs) -> Tensor:
         """Average the debiased logistic loss over the pairs of a row, ``(B,)``."""
         logits = self.beta * rows.delta
         eps: Any = self.smoothing if rows.smoothing is None else rows.smoothing[:, None]
@@ -171,7 +171,7 @@ class ExoPair(PreferenceLoss):
             raise ValueError(f"smoothing must be in (0, 0.5], got {smoothing}")
         self.smoothing = float(smoothing)
 
-    def losses(self, rows: PreferenceRows) -> Tensor:
+    def losses(self, rows: PreferenceInputs) -> Tensor:
         """Average the divergence over the pairs of a row, ``(B,)``."""
         logits = self.beta * rows.delta
         chosen = logits.sigmoid() * (F.logsigmoid(logits) - math.log1p(-self.smoothing))
@@ -236,7 +236,7 @@ class SoftmaxDPO(PreferenceLoss):
         Differs: computed with log-sum-exp, which does not overflow.
     """
 
-    def losses(self, rows: PreferenceRows) -> Tensor:
+    def losses(self, rows: PreferenceInputs) -> Tensor:
         """Compute the softmax loss of the chosen answer among all answers, ``(B,)``."""
         margins = -self.beta * rows.delta
         return F.softplus(margins.masked_fill(~rows.exists[:, 1:], -torch.inf).logsumexp(1))
@@ -249,7 +249,7 @@ class DMPO(PreferenceLoss):
         Bai et al. (2024), Finetuning Large Language Model for Personalized Ranking, arXiv:2405.16127, Eq. 6.
     """
 
-    def losses(self, rows: PreferenceRows) -> Tensor:
+    def losses(self, rows: PreferenceInputs) -> Tensor:
         """Compute the logistic loss of the mean margin, ``(B,)``."""
         ratios = rows.ratios
         return F.softplus(-self.beta * (ratios[:, 0] - rows.mean_of_rejected(ratios[:, 1:])))

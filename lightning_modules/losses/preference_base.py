@@ -34,7 +34,7 @@ class PreferenceOutput(NamedTuple):
     figures: dict[str, Tensor]
 
 
-class PreferenceRows(NamedTuple):
+class PreferenceInputs(NamedTuple):
     """Input of a preference loss.
 
     Attributes:
@@ -156,20 +156,20 @@ class PreferenceLoss(SerializableModule, ABC):
             policy, reference = policy / count, None if reference is None else reference / count
         exists = torch.ones_like(policy, dtype=torch.bool) if lengths is None else lengths > 0
         real = torch.ones_like(exists[:, 0]) if real is None else real
-        rows = PreferenceRows(policy, reference, lengths, exists, smoothing, real, desirable, precision)
+        rows = PreferenceInputs(policy, reference, lengths, exists, smoothing, real, desirable, precision)
         losses = self.losses(rows)
         with torch.no_grad():
             return PreferenceOutput(losses, self.rewards(rows).detach(), self.figures(rows))
 
     @abstractmethod
-    def losses(self, rows: PreferenceRows) -> Tensor:
+    def losses(self, rows: PreferenceInputs) -> Tensor:
         """Compute the loss of each row, ``(B,)``. In training mode, statistics of the rows may be collected."""
 
-    def rewards(self, rows: PreferenceRows) -> Tensor:
+    def rewards(self, rows: PreferenceInputs) -> Tensor:
         """Return the implicit rewards of the answers, ``(B, K)``: ``beta`` times the log-ratios."""
         return self.beta * rows.ratios
 
-    def figures(self, rows: PreferenceRows) -> dict[str, Tensor]:
+    def figures(self, rows: PreferenceInputs) -> dict[str, Tensor]:
         """Return further values to log, as in :class:`PreferenceOutput`; called after :meth:`losses`, without gradient."""
         return {}
 
@@ -198,7 +198,7 @@ class PairwiseLoss(PreferenceLoss):
 
     uses_smoothing = True
 
-    def losses(self, rows: PreferenceRows) -> Tensor:
+    def losses(self, rows: PreferenceInputs) -> Tensor:
         """Average the losses of pairs over the rejected answers of a row that exist, ``(B,)``."""
         pairs = self.pair_losses(rows.delta)
         if rows.smoothing is not None:
@@ -229,10 +229,10 @@ class LogisticLoss(PreferenceLoss):
         self.smoothing = float(smoothing)
 
     @abstractmethod
-    def logits(self, rows: PreferenceRows) -> Tensor:
+    def logits(self, rows: PreferenceInputs) -> Tensor:
         """Compute the logit of each pair, ``(B, K - 1)``."""
 
-    def losses(self, rows: PreferenceRows) -> Tensor:
+    def losses(self, rows: PreferenceInputs) -> Tensor:
         """Average the losses of pairs over the rejected answers of a row that exist, ``(B,)``."""
         return rows.mean_of_rejected(self.logistic(self.logits(rows), rows.smoothing))
 
