@@ -4,6 +4,7 @@ Files:
     editing/: Edits after training, and their evaluation.
     report/: The report of a run.
     self_play/: The self-play loop.
+    answer_samples.py: Sampled answers during preference tuning.
     reference.py: Cache of reference log-probabilities.
     predictions.py: Writing of predictions to files.
     vectors.py: Export of the vectors of users and items.

@@ -1,5 +1,6 @@
 """Public callbacks, read by type checkers and by ``lazy_loader``."""
 
+from .answer_samples import AnswerSamples as AnswerSamples
 from .editing.alpha_edit import AlphaEdit as AlphaEdit
 from .editing.edit_evaluation import EditEvaluation as EditEvaluation
 from .editing.post_fit import PostFitEdit as PostFitEdit
