@@ -169,6 +169,7 @@ class AdaptiveMargin(LogisticLoss):
         mean, std = self.statistics.current()
         return figures | {
             "margins_dpo": masked_mean(self.beta * rows.delta, exists),
+            "gap_accuracies": masked_mean((rows.delta > 0).to(z), exists),
             "gap_mean": mean.expand(len(z)),
             "gap_std": std.expand(len(z)),
             "gap_z": masked_mean(z.abs(), exists),
