@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import numpy as np
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from malleable.datamodules.base import BaseDataModule
 from malleable.datamodules.batch import Vocabulary
@@ -166,6 +167,12 @@ class PreferenceDataModule(BaseDataModule):
             return None
         tokens: Sequence[int] = self.train_dataset.row_tokens()
         return tokens
+
+    def _dataset(self, split: str) -> Any:
+        if split in SPLITS and self.train_dataset is not None and getattr(self, f"{split}_dataset") is None:
+            kind = {"val": "validation"}.get(split, split)
+            raise MisconfigurationException(f"{type(self).__name__} has no {split} data: give the source {kind} rows, or set split.{split}_size")
+        return super()._dataset(split)
 
     def _rows(self, split: str, view: View = "preference", label_noise: float = 0.0) -> PreferenceRows:
         table = self._open().tables[split]

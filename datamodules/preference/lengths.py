@@ -25,9 +25,14 @@ def describe_drops(summary: DataSummary, number: int, dropped: Mapping[str, int]
     """
     total = sum(dropped.values())
     summary.facts["source"] = f"{number:,} rows"
-    summary.facts["dropped"] = "; ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()) if count) or "none"
+    summary.facts["dropped"] = list_drops(dropped) or "none"
     if total > HIGH_SHARE * number:
-        summary.warnings.append(f"{total:,} of {number:,} rows were dropped ({summary.facts['dropped']}); check the data and the maximum lengths")
+        summary.warnings.append(f"{total:,} of {number:,} rows were dropped ({list_drops(dropped)}); check the data and the maximum lengths")
+
+
+def list_drops(dropped: Mapping[str, int]) -> str:
+    """Return a text with the number of dropped rows of each reason; empty if there are none."""
+    return "; ".join(f"{reason}: {count:,}" for reason, count in sorted(dropped.items()) if count)
 
 
 def describe_lengths(summary: DataSummary, table: PreferenceTable, rows: Sequence[TokenizedRow]) -> None:

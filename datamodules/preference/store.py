@@ -18,7 +18,7 @@ from malleable.datamodules.files.cache import Numbers, hash_settings, open_array
 from malleable.datamodules.files.fetch import sha256_of
 from malleable.datamodules.files.sealed import is_intact
 from malleable.datamodules.language import tokenizer as tokenizers
-from malleable.datamodules.preference.lengths import describe_drops, describe_lengths
+from malleable.datamodules.preference.lengths import describe_drops, describe_lengths, list_drops
 from malleable.datamodules.preference.rows import PreferenceTable, Ragged
 from malleable.datamodules.preference.split import PreferenceSplit, other_rows, split_by_prompt
 from malleable.datamodules.preference.tokenize import PairTokenizer, TokenizedRow, Truncation
@@ -125,8 +125,7 @@ def build(settings: StoreSettings) -> tuple[dict[str, Numbers], dict[str, Any]]:
         number += len(rows)
         tables[split], tokenized[split] = _tokenize(rows, tokenizer, settings, dropped)
     if not len(tables["train"]):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise ValueError(f"no training row remains: {reasons or 'the source has none'}; check the data, and max_length and max_prompt_length")
+        raise ValueError(f"no training row remains ({list_drops(dropped)}); check the data, and max_length and max_prompt_length")
     describe_drops(summary, number, dropped)
     describe_lengths(summary, tables["train"], tokenized["train"])
     largest = max(int(part.values.max(initial=-1)) for table in tables.values() for part in (table.prompts, table.answers))
@@ -150,8 +149,9 @@ def read_splits(settings: StoreSettings) -> tuple[dict[str, list[PreferenceRow]]
     dropped = Counter(tables.dropped)
     summary = DataSummary()
     if empty := next((split for split, rows in tables.rows.items() if not rows), None):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise ValueError(f"all {empty} rows of {type(settings.source).__name__} were dropped ({reasons}); give rows with two different answers")
+        raise ValueError(
+            f"all {empty} rows of {type(settings.source).__name__} were dropped ({list_drops(dropped)}); give rows with two different answers"
+        )
     splits = dict(tables.rows)
     sizes = settings.split.sizes(set(splits))
     train = splits["train"]

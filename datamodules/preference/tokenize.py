@@ -76,7 +76,7 @@ class Truncation:
         """
         size = len(row.prompt)
         limit = size if self.max_prompt_length is None else min(size, self.max_prompt_length)
-        longest = max(map(len, row.answers))
+        longest = max(map(len, row.answers), default=0)
         if self.max_length is not None:
             limit = min(limit, max(self.max_length - longest, self.max_length // MIN_PROMPT_PART, 1))
         space = longest if self.max_length is None else min(longest, self.max_length - limit)

@@ -156,10 +156,18 @@ def test_slow_and_fast_paths_of_several_rows_agree():
 @pytest.mark.parametrize(
     ("template", "turns", "message"),
     [
-        (TEMPLATES["gemma"][0], (Message("system", "Be brief."), *TALK), r"f.jsonl, line 1: .*rejects messages of system, user, .*System role not supp"),
+        (
+            TEMPLATES["gemma"][0],
+            (Message("system", "Be brief."), *TALK),
+            r"f.jsonl, line 1: .*rejects messages of system, user, .*System role not",
+        ),
         (None, TALK, "has no chat template, which conversations need"),
         ("{{ messages[0].content }}", TALK, "does not contain each message once"),
-        (CHATML.replace("assistant\n{%", "assistant\n<think>{%"), TALK, "f.jsonl, line 1: .*does not continue the prompt from which generation starts"),
+        (
+            CHATML.replace("assistant\n{%", "assistant\n<think>{%"),
+            TALK,
+            "f.jsonl, line 1: .*does not continue the prompt from which",
+        ),
     ],
 )
 def test_unusable_templates_are_errors(template, turns, message):
