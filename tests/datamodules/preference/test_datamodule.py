@@ -184,20 +184,20 @@ def test_dropped_and_shortened_rows_are_counted(make):
     tokenizer = make().vocabulary.tokenizer
     long = [pair("Question " * 30 + "?", "right 1", "wrong 1"), pair("B?", "right " * 40 + "a", "right " * 40 + "b")]
     data = make(Rows(PAIRS + long), tokenizer=tokenizer, max_length=30, split=PreferenceSplit(1, None))
-    assert facts(data)["dropped"] == "1 answers equal after truncation"
+    assert facts(data)["dropped"] == "answers equal after truncation: 1"
     assert facts(data)["source"] == "42 rows"
     assert max(len(row["prompt"]) + max(map(len, row["answers"])) for row in rows_of(data.train_dataset).values()) <= 30
-    assert facts(data)["shortened"] == "2.5% of rows"
+    assert facts(data)["shortened"] == "2.4% of rows"
     dropping = make(Rows(PAIRS + long), tokenizer=tokenizer, max_length=30, truncate="drop", split=PreferenceSplit(1, None))
-    assert facts(dropping)["dropped"] == "2 too long"
+    assert facts(dropping)["dropped"] == "too long: 2"
     assert facts(dropping)["shortened"] == "0.0% of rows"
-    with pytest.raises(ValueError, match="no training row remains: 40 too long; check the data, and max_length"):
+    with pytest.raises(ValueError, match=r"no training row remains \(too long: 40\); check the data, and max_length"):
         make(tokenizer=tokenizer, max_length=2, truncate="drop")
 
 
 def test_prompts_and_answers_without_tokens_are_dropped(make):
     data = make(Rows([*PAIRS, pair("", "a", "b"), pair("A?", "</s>", "b")]), split=PreferenceSplit(1, None))
-    assert facts(data)["dropped"] == "1 answer without tokens; 1 prompt without tokens"
+    assert facts(data)["dropped"] == "answer without tokens: 1; prompt without tokens: 1"
 
 
 def test_the_summary_is_logged_and_warns(make, caplog):
@@ -205,7 +205,7 @@ def test_the_summary_is_logged_and_warns(make, caplog):
     with caplog.at_level(logging.INFO):
         data = make(Rows(rows, val=rows[:2]), max_prompt_length=8)
     warnings = [text for name, text in data.data_summary() if name == "warning"]
-    assert any("8 of 30 rows were dropped (8 answer without tokens)" in text for text in warnings)
+    assert any("8 of 30 rows were dropped (answer without tokens: 8)" in text for text in warnings)
     assert any("100.0% of training rows exceed max_length or max_prompt_length" in text for text in warnings)
     assert any("of the val prompts are also training prompts" in text for text in warnings)
     assert "data of Rows:" in caplog.text
@@ -320,9 +320,7 @@ def test_unusable_prompts_are_errors(make, tmp_path, name, content, message):
 
 def test_missing_splits_are_errors_that_name_the_options(make):
     data = make(split=PreferenceSplit(None, None))
-    with pytest.raises(
-        MisconfigurationException, match="PreferenceDataModule has no val data: give the source validation rows, or set split.val_size"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"no val data: give the source validation rows, or set split.val_size"):
         data.val_dataloader()
     with pytest.raises(MisconfigurationException, match="no data for prediction: set predict_file"):
         data.predict_dataloader()
@@ -330,7 +328,7 @@ def test_missing_splits_are_errors_that_name_the_options(make):
 
 def test_all_rows_dropped_is_an_error(tmp_path):
     (tmp_path / "f.jsonl").write_text('{"prompt": "P", "chosen": "a", "rejected": "a"}\n')
-    with pytest.raises(ValueError, match=r"all train rows of PreferenceFile were dropped \(1 rejected answers equal to the chosen one\)"):
+    with pytest.raises(ValueError, match=r"all train rows of PreferenceFile were dropped \(rejected answers equal to the chosen one: 1\)"):
         PreferenceDataModule(PreferenceFile(str(tmp_path / "f.jsonl"))).setup("fit")
 
 
