@@ -30,7 +30,7 @@ def read_prompts(path: Path, is_chat: bool) -> tuple[list[Prompt], list[str]]:
     """
     check_file(path, f"give a file of prompts that ends in .txt, {KINDS}")
     if file_kind(path) == ".txt":
-        found = [(f"{path}, line {number}", line) for number, line in read_lines(path)]
+        found: list[tuple[str, object]] = [(f"{path}, line {number}", line) for number, line in read_lines(path)]
     else:
         found = [(place, _field(fields, place)) for place, fields in read_records(path, [FIELD])]
     if not found:

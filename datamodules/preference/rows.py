@@ -115,8 +115,8 @@ class PreferenceTable:
         ragged: dict[str, Any] = {
             name: Ragged(arrays[name], arrays[f"{name}_offsets"]) for name in ("prompts", "answers", "prompt_texts", "answer_texts")
         }
-        rest: dict[str, Any] = {name: arrays.get(name) for name in ("smoothing", "desirable")}
-        return cls(arrays["sample_id"], first_answer=arrays["first_answer"], **ragged, **rest)
+        rest: dict[str, Any] = {name: arrays.get(name) for name in ("sample_id", "first_answer", "smoothing", "desirable")}
+        return cls(**ragged, **rest)
 
 
 class PreferenceRows:

@@ -240,7 +240,7 @@ class PairTokenizer:
             return []
         options: Any = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
         rows = [np.array(ids, dtype=np.int32) for ids in self.tokenizer(list(texts), **options)["input_ids"]]
-        if not self._adds_bos:
+        if self._bos is None or not self._adds_bos:
             return rows
         return [ids if ids[:1].tolist() == [self._bos] else np.insert(ids, 0, self._bos) for ids in rows]
 

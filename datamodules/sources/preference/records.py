@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -112,7 +111,7 @@ class RecordReader:
         kind = "text" if isinstance(prompt, str) else "a conversation"
         fields = "chosen and rejected" if paired else "completion and label"
         self._check_shape(_Shape(fields, f"the prompt is {kind}", f"smoothing is {'missing' if smoothing is None else 'given'}"), record.place)
-        kept = self._kept(answers) if paired else answers if answers[0].strip() else self._drop(EMPTY)
+        kept = self._kept(answers) if paired else tuple(answers) if answers[0].strip() else self._drop(EMPTY)
         return PreferenceRow(prompt, kept, record.place, desirable, smoothing) if kept else None
 
     def _values(self, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,10 +191,10 @@ class RecordReader:
         if value is None:
             return None
         try:
-            number = float(value) if isinstance(value, (str, numbers.Real)) and not isinstance(value, bool) else None
-        except ValueError:
-            number = None
-        if number is None or not 0 <= number <= 1:
+            number = -1.0 if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = -1.0
+        if not 0 <= number <= 1:
             raise ValueError(f"field {self._name('smoothing')}: expected a probability in [0, 1], got {brief_repr(value)}")
         return number
 
@@ -239,10 +238,10 @@ def _messages(value: Any, name: str) -> tuple[Message, ...]:
 
 
 def _message(value: Any, name: str) -> Message:
-    role, content = (value.get("role"), value.get("content")) if isinstance(value, Mapping) else (None, None)
+    role, content = (value.get("role"), value.get("content")) if isinstance(value, dict) else (None, None)
     if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(f"field {name}: a message must have a role and a content, both strings, got {brief_repr(value)}")
-    if any(value.get(key) for key in ("tool_calls", "function_call")):
+    if value.get("tool_calls") or value.get("function_call"):
         raise ValueError(f"field {name}: messages with tool calls are not supported, got {brief_repr(value)}; remove such rows")
     return Message(role, content)
 

@@ -60,11 +60,12 @@ class SyntheticPreferences(PreferenceSource):
         rows = []
         for number, chosen in enumerate(rng.permutation(len(triples))[: self.num_rows], start=1):
             prompt, right, wrong = triples[chosen]
-            answers, desirable = (right, wrong), None
+            place = f"SyntheticPreferences, row {number}"
             if self.unpaired:
                 desirable = bool(rng.random() < 0.5)
-                answers = (right if desirable else wrong,)
-            rows.append(PreferenceRow(prompt, answers, f"SyntheticPreferences, row {number}", desirable))
+                rows.append(PreferenceRow(prompt, (right if desirable else wrong,), place, desirable))
+            else:
+                rows.append(PreferenceRow(prompt, (right, wrong), place))
         return PreferenceTables({"train": rows})
 
 

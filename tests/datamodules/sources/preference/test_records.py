@@ -101,6 +101,8 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         ({"prompt": [USER | {"tool_calls": [1]}], "chosen": "a", "rejected": "b"}, "field prompt: messages with tool calls are not supported"),
         (PAIR | {"smoothing": 1.5}, r"field smoothing: expected a probability in \[0, 1\], got 1.5"),
         (PAIR | {"smoothing": "much"}, "field smoothing: expected a probability"),
+        (PAIR | {"smoothing": 10**400}, "field smoothing: expected a probability"),
+        (PAIR | {"smoothing": True}, "field smoothing: expected a probability"),
         ({"prompt": "P", "completion": "a", "label": "yes"}, r"field label: expected true or false \(or 1 or 0\), got 'yes'"),
         ({"prompt": "P", "completion": "a"}, "the field 'label' is missing or null"),
     ],
