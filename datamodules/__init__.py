@@ -4,6 +4,7 @@ Files:
     recommendation/: Interactions, prompts and rows of recommendation.
     graphs/: Triples and queries of knowledge graphs.
     editing/: Edit requests.
+    preference/: Prompts with chosen and rejected answers.
     language/: Tokenizers and texts.
     sources/: Sources of data: one file for each source or format.
     files/: Reading, writing, downloading and caching of files.

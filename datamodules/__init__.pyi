@@ -24,6 +24,8 @@ from .negative_samplers import NegativeSampler as NegativeSampler
 from .negative_samplers import SelfPlay as SelfPlay
 from .negative_samplers import Semantic as Semantic
 from .negative_samplers import Uniform as Uniform
+from .preference.datamodule import PreferenceDataModule as PreferenceDataModule
+from .preference.split import PreferenceSplit as PreferenceSplit
 from .recommendation.datamodule import RecommendationDataModule as RecommendationDataModule
 from .recommendation.prompt import PromptTemplate as PromptTemplate
 from .recommendation.splits import Split as Split
@@ -53,11 +55,17 @@ from .sources.graphs.published import Kinship as Kinship
 from .sources.graphs.published import Nations as Nations
 from .sources.graphs.synthetic import SyntheticGraph as SyntheticGraph
 from .sources.graphs.triples import Triples as Triples
+from .sources.hub_datasets import HubTable as HubTable
+from .sources.preference.base import PreferenceRow as PreferenceRow
+from .sources.preference.base import PreferenceSource as PreferenceSource
+from .sources.preference.base import PreferenceTables as PreferenceTables
+from .sources.preference.files import PreferenceFile as PreferenceFile
+from .sources.preference.hub import HubPreferences as HubPreferences
+from .sources.preference.synthetic import SyntheticPreferences as SyntheticPreferences
 from .sources.recommendation.base import InteractionTables as InteractionTables
 from .sources.recommendation.base import ReadyRows as ReadyRows
 from .sources.recommendation.base import Source as Source
 from .sources.recommendation.candidates import CandidateRows as CandidateRows
-from .sources.recommendation.hub_tables import HubTable as HubTable
 from .sources.recommendation.hub_tables import HubTables as HubTables
 from .sources.recommendation.instruction import InstructionRows as InstructionRows
 from .sources.recommendation.movielens import MovieLens as MovieLens

@@ -51,17 +51,27 @@ def content_ids(*columns: NDArray[Any]) -> Ints:
     return (ids >> np.uint64(1)).view(np.int64)
 
 
-def keyed_order(ids: Ints, *key: int) -> Ints:
-    """Return a permutation ``(N,)`` that depends on the ids and a key.
+def keyed_hashes(ids: Ints | Hashes, *key: int) -> Hashes:
+    """Return pseudo-random 64-bit numbers ``(N,)`` that depend on the ids and a key.
 
     Args:
-        ids: ``(N,)`` int64 ids.
-        key: Key, e.g. seed and epoch; each key gives another order.
+        ids: ``(N,)`` int64 or uint64 ids.
+        key: Key, e.g. seed and epoch; each key gives other numbers.
     """
     state = np.zeros(1, dtype=np.uint64)
     for part in key:
         state = mix(state ^ np.array([part & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))
-    return np.argsort(mix(ids.view(np.uint64) ^ state), kind="stable")
+    return mix(ids.view(np.uint64) ^ state)
+
+
+def keyed_order(ids: Ints | Hashes, *key: int) -> Ints:
+    """Return a permutation ``(N,)`` that depends on the ids and a key, as in :func:`keyed_hashes`."""
+    return np.argsort(keyed_hashes(ids, *key), kind="stable")
+
+
+def keyed_uniforms(ids: Ints | Hashes, *key: int) -> NDArray[np.float64]:
+    """Return pseudo-random numbers ``(N,)`` in [0, 1) that depend on the ids and a key, as in :func:`keyed_hashes`."""
+    return (keyed_hashes(ids, *key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def mix(values: Hashes) -> Hashes:

@@ -46,6 +46,7 @@ MODELS = {
 DATA = {
     "RecommendationDataModule": "user histories and item titles",
     "KnowledgeGraphDataModule": "triples of a knowledge graph",
+    "PreferenceDataModule": "prompts with chosen and rejected answers",
     "EditingDataModule": "texts, and requests to edit facts",
 }
 CALLBACKS = {

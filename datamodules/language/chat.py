@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ def apply_chat_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBa
     if prompt.count(_CONTENT) != 1 or reply.count(_ANSWER) != 1:
         raise ValueError(f"the chat template of {tokenizer.name_or_path!r} does not contain each message once; choose template 'instruction'")
     opening, closing = prompt.split(_CONTENT)
-    end, end_token = _end_of_turn(tokenizer, reply.split(_ANSWER)[1])
+    end, end_token = end_of_turn(tokenizer, reply.split(_ANSWER)[1])
     # Text between the generation prompt and a reply, such as the empty thoughts of Qwen 3, is part of the prompt.
     between = reply.split(_ANSWER)[0].removeprefix(prompt) if reply.startswith(prompt) else ""
     closing += between
@@ -58,7 +59,8 @@ def apply_chat_format(template: PromptTemplate, tokenizer: PreTrainedTokenizerBa
         system=None,
         prefix=opening + template.prefix,
         suffix=template.suffix + stem,
-        answer=closing[len(stem) :] + template.answer + end,
+        # A space before the end of the turn, as in Llama 2, would be a separate token at the end of each title.
+        answer=closing[len(stem) :] + template.answer + end.rstrip(),
     )
     return resolved, end_token
 
@@ -86,23 +88,47 @@ def check_chat_messages(template: PromptTemplate, resolved: PromptTemplate, titl
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
     try:
-        chat_template: Any = tokenizer.get_chat_template()
-        dated = _CALL_OF_DATE.sub(lambda call: repr(DATE.strftime(call[2])), chat_template)
-        text: Any = tokenizer.apply_chat_template(messages, chat_template=dated, tokenize=False, add_generation_prompt=add_generation_prompt)
+        (text,) = render(tokenizer, [messages], add_generation_prompt)
     except Exception as error:  # templates raise various exceptions
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} rejects messages of {roles}: {error}; "
             "set or omit template.system, or choose template 'instruction'"
         ) from error
-    return str(text)
+    return text
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, rest: str) -> tuple[str, int | None]:
-    """Return the text between a reply and the token that ends it, and the token."""
+def render(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict[str, Any]]], add_generation_prompt: bool = False) -> list[str]:
+    """Return the text of each conversation under the chat template of a tokenizer.
+
+    A template that contains the current date gets :data:`DATE` instead, so that texts do not depend on the day.
+
+    Args:
+        tokenizer: Tokenizer with a chat template.
+        conversations: Messages of each conversation, with ``role`` and ``content``.
+        add_generation_prompt: Append the text that begins a reply.
+
+    Raises:
+        Exception: Templates raise exceptions of various types for conversations that they do not support.
+    """
+    chat_template: Any = tokenizer.get_chat_template()
+    dated = _CALL_OF_DATE.sub(lambda call: repr(DATE.strftime(call[2])), chat_template)
+    texts: Any = tokenizer.apply_chat_template(list(conversations), chat_template=dated, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return [str(text) for text in texts]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, rest: str) -> tuple[str, int | None]:
+    """Return the text between a reply and the token that ends it, and the token.
+
+    Args:
+        tokenizer: Tokenizer with a chat template.
+        rest: Text of the chat template after a reply.
+
+    Returns:
+        Text and id of the first special token; an empty text and ``None`` if there is no special token.
+    """
     special = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     for token_id in tokenizer(rest, add_special_tokens=False)["input_ids"]:
         if token_id in special:
-            # A space before it, as in Llama 2, would be a separate token at the end of each title.
-            return rest[: rest.index(special[token_id])].rstrip(), token_id
+            return rest[: rest.index(special[token_id])], token_id
     return "", None
