@@ -35,6 +35,35 @@ NOTES: dict[str, tuple[str, str]] = {
     "aplt": (HIGHER, "share of recommendations outside the most popular fifth of the items"),
     "loss": (LOWER, "training loss, on test rows"),
     "perplexity": (LOWER, "exponential of the mean negative log-likelihood of a token"),
+    "rewards_accuracies": (HIGHER, "share of pairs whose chosen answer has the higher reward of the loss"),
+    "rewards_margins": (HIGHER, "mean reward of the chosen answer minus that of the rejected one"),
+    "rewards_chosen": (NEITHER, "mean reward of chosen answers"),
+    "rewards_rejected": (NEITHER, "mean reward of rejected answers"),
+    "logps_accuracies": (HIGHER, "share of pairs whose chosen answer is more probable"),
+    "mean_logps_accuracies": (HIGHER, "share of pairs whose chosen answer has the higher mean log-probability per token"),
+    "logps_chosen": (NEITHER, "mean log-probability of chosen answers, in nats"),
+    "logps_rejected": (NEITHER, "mean log-probability of rejected answers, in nats"),
+    "logps": (NEITHER, "mean log-probability of answers, in nats"),
+    "reference_chosen": (NEITHER, "logps_chosen under the reference"),
+    "reference_rejected": (NEITHER, "logps_rejected under the reference"),
+    "tokens_chosen": (NEITHER, "mean number of tokens of chosen answers"),
+    "tokens_rejected": (NEITHER, "mean number of tokens of rejected answers"),
+    "margins_dpo": (NEITHER, "mean margin of rewards of DPO per token: beta times the gap"),
+    "margins_simpo": (NEITHER, "mean margin of rewards of SimPO: beta times the difference of mean log-probabilities per token"),
+    "gap_accuracies": (HIGHER, "share of pairs that the model separates more than the reference"),
+    "gap_mean": (NEITHER, "moving average of the gap: difference of mean log-probabilities per token, minus that of the reference"),
+    "gap_std": (NEITHER, "moving average of the standard deviation of the gap"),
+    "gap_z": (NEITHER, "mean absolute value of the standardised gap"),
+    "target_margin": (NEITHER, "mean margin of alpha-DPO, in nats per token"),
+    "target_margin_min": (NEITHER, "smallest margin of an optimizer step"),
+    "target_margin_max": (NEITHER, "largest margin of an optimizer step"),
+    "gradient_weight": (NEITHER, "mean weight of the gradient of a pair, in [0, 1]"),
+    "reward_shift": (NEITHER, "moving average of the rewards"),
+    "log_odds": (HIGHER, "mean log odds ratio of chosen and rejected answers"),
+    "kl": (NEITHER, "estimated divergence KL(reference || model) of an answer, in nats"),
+    "answer_tokens": (NEITHER, "mean number of tokens of sampled answers"),
+    "answers_ended": (HIGHER, "share of sampled answers that ended within the maximum length"),
+    "distinct": (HIGHER, "share of different n-grams of tokens among all n-grams of sampled answers"),
     "perplexity_ratio": (LOWER, "perplexity after the edit divided by the perplexity before it"),
     "efficacy": (HIGHER, "% of edited facts whose new answer is more probable than the old one"),
     "generalization": (HIGHER, "efficacy, measured on paraphrases of the prompt, %"),
@@ -74,14 +103,14 @@ def with_arrow(metric: str) -> str:
 def is_secondary(key: str, headline: Iterable[str]) -> bool:
     """Return whether a logged key is a known metric that is not among the main metrics at any cut-off.
 
-    Losses, perplexity and unknown keys are never secondary. If there are no main metrics, no key is secondary.
+    Losses, perplexity, margins and accuracies of rewards, and unknown keys are never secondary. If there are no main metrics, no key is secondary.
 
     Args:
         key: Logged key, such as ``val_gini_10``.
         headline: Main metrics, such as ``hr_10``.
     """
     name, main = _name(key.removeprefix("val_").removeprefix("train_")), set(map(_name, headline))
-    return bool(main) and name in NOTES and name not in {"loss", "perplexity"} | main
+    return bool(main) and name in NOTES and name not in {"loss", "perplexity", "rewards_margins", "rewards_accuracies"} | main
 
 
 def definitions(metrics: Iterable[str]) -> list[list[str]]:
