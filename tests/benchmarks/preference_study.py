@@ -51,6 +51,7 @@ from malleable import (
 
 METHODS = ("SFT", "DPO", "SimPO", "alpha-DPO", "DPO, shuffled", "alpha-DPO, shuffled")
 RATES = (1e-4, 3e-4, 1e-3)
+LIMITS = {"train_limit": 6000, "val_limit": 600, "test_limit": 3000}
 COLUMNS = ("accuracy", "mean_logps_accuracies", "answer_tokens", "kl")
 
 
@@ -95,7 +96,7 @@ def make_data(folder: Path, tokenizer: str | None, batch_size: int, **changes: A
         source = PreferenceFile(str(folder / "texts.jsonl"))
     else:
         source = PreferenceFile(str(folder / "train.jsonl"), test=str(folder / "test.jsonl"))
-    split = PreferenceSplit(val_size=0.1, test_size=0.01 if tokenizer is None else None)
+    split = PreferenceSplit(val_size=0.1, test_size=0.01 if tokenizer is None else None, **({} if tokenizer is None else LIMITS))
     options = {"vocab_size": 2048, "max_length": 192, "batch_size": batch_size, "eval_batch_size": 64}
     return PreferenceDataModule(source, tokenizer, split=split, **options, **changes)
 
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="folder with the data sets")
     parser.add_argument("--folder", type=Path, required=True, help="folder of the results")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    for name, value in {"seeds": 3, "dim": 128, "layers": 4, "batch_size": 32, "epochs": 1, "base_epochs": 8}.items():
+    for name, value in {"seeds": 3, "dim": 96, "layers": 3, "batch_size": 32, "epochs": 1, "base_epochs": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     add_device_arguments(parser, dtype=False)
     args = parser.parse_args()
