@@ -72,7 +72,7 @@ class SyntheticPreferences(PreferenceSource):
 def _triples() -> list[tuple[str, str, str]]:
     """Return prompt, right answer and wrong answer of all rows."""
     return [
-        (opening + question.format(subject), f" It is {right}.", f" It is {wrong}.")
+        (opening + question.format(subject), f" {right}", f" {wrong}")
         for opening, (question, facts) in product(_OPENINGS, _QUESTIONS)
         for subject, right in facts.items()
         for wrong in facts.values()
