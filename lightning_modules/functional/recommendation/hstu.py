@@ -97,7 +97,8 @@ class Unit(nn.Module):
         self.max_length = max_length
         self.input_norm = nn.LayerNorm(dim)
         self.expand = nn.Linear(dim, 4 * dim)
-        self.attention_norm = nn.LayerNorm(dim)
+        # The inputs are means over max_length items, mostly of small values: their variance can be 1e-8, far less than the default epsilon.
+        self.attention_norm = nn.LayerNorm(dim, eps=1e-10)
         self.output = nn.Linear(dim, dim)
         self.dropout = ByteDropout(dropout)
         self.position_bias = nn.Embedding(max_length + 1, num_heads)

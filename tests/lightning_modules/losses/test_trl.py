@@ -9,6 +9,7 @@ from malleable.lightning_modules.losses.adaptive_margin import SimPO
 from malleable.lightning_modules.losses.answer_losses import KTO, SPPO, APODown, APOZero, BCOPair, NCAPair
 from malleable.lightning_modules.losses.preference import CPO, IPO, ORPO, Discopop, ExoPair, Hinge, Robust, Sigmoid
 
+pytestmark = pytest.mark.slow  # TRL takes several seconds to import
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[bench]'")
 
 B, T = 6, 9
@@ -184,3 +185,99 @@ def test_unpaired_rows(shift):
     assert loss.divergence().item() == pytest.approx(max(0.0, shift), abs=1e-5)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     assert lengths.shape == (B, 2)
+
+
+EOS, PAD, VOCAB = 0, 1, 40
+
+
+def training_rows(count):
+    """Random prompts of three to six tokens, and answers of two to five."""
+    generator = torch.Generator().manual_seed(1)
+
+    def words(low, high):
+        length = int(torch.randint(low, high + 1, (1,), generator=generator))
+        return torch.randint(2, VOCAB, (length,), generator=generator).tolist()
+
+    return [{"sample_id": row, "prompt": words(3, 6), "answers": [[*words(1, 4), EOS], [*words(1, 4), EOS]]} for row in range(count)]
+
+
+def save_tiny_model(folder):
+    """A random Llama, and a tokenizer whose tokens are written as numbers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32}
+    config = LlamaConfig(**sizes, vocab_size=VOCAB, bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD, initializer_range=0.2)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {"</s>": EOS, "<pad>": PAD} | {str(token): token for token in range(2, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
+
+
+def text(tokens):
+    return " ".join("</s>" if token == EOS else str(token) for token in tokens)
+
+
+@pytest.mark.parametrize(("name", "loss"), [("sigmoid", Sigmoid(0.1)), ("ipo", IPO(0.1, length_norm=True)), ("apo_zero", APOZero(0.1))])
+@pytest.mark.filterwarnings("ignore")
+def test_twenty_training_steps(tmp_path, name, loss):
+    """Equal losses in each step, and equal weights at the end, with the same batches."""
+    from datasets import Dataset
+    from lightning.pytorch import Callback
+    from tiny_data import quiet_trainer
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    from malleable import DPO, LanguageModelConfig, PhasedLoader, PreferenceBatch, ReferenceCache, Tuning, Vocabulary, collate
+
+    save_tiny_model(tmp_path / "model")
+    rows = training_rows(80)
+    options = trl.DPOConfig(
+        str(tmp_path / "trl"),
+        per_device_train_batch_size=4,
+        num_train_epochs=1,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        beta=0.1,
+        loss_type=[name],
+        precompute_ref_log_probs=True,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+    class InOrder(trl.DPOTrainer):
+        def _get_train_sampler(self, dataset=None):
+            return SequentialSampler(self.train_dataset)
+
+    texts = [{"prompt": text(row["prompt"]), "chosen": " " + text(row["answers"][0]), "rejected": " " + text(row["answers"][1])} for row in rows]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    trainer = InOrder(model, args=options, train_dataset=Dataset.from_list(texts), processing_class=tokenizer)
+    trainer.train()
+    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    losses = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            losses.append(float(outputs["loss"]))
+
+    loader = PhasedLoader(rows, 4, collate_fn=lambda part: collate(part, PreferenceBatch, pad_token_id=PAD), shuffle=False)
+    tuning = Tuning(lr=3e-3, warmup_steps=0, decay="constant")
+    module = DPO(LanguageModelConfig(name=str(tmp_path / "model")), vocabulary=Vocabulary(VOCAB, EOS, PAD), loss=loss, tuning=tuning)
+    callbacks = [ReferenceCache(loader=loader, reuse=False), Watch()]
+    ours = quiet_trainer(tmp_path, max_epochs=1, gradient_clip_val=1.0, callbacks=callbacks, enable_checkpointing=False)
+    ours.fit(module, loader)
+    assert len(losses) == len(theirs) == 20
+    # TRL rounds logged losses to four significant digits.
+    assert losses == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(module.model.state_dict()[key], value, atol=1e-5, rtol=0)
