@@ -30,7 +30,8 @@ Set MALLEABLE_DEBUG=1 to see the traceback of an error.
 MODELS = {
     "SPRec": "alternating supervised and preference phases; needs the callback SelfPlayLoop",
     "SFT": "supervised fine-tuning on the next title, or on packed histories",
-    "DPO": "preference optimisation against a reference model",
+    "DPO": "preference optimisation against a reference model; many losses",
+    "AlphaDPO": "preference optimisation with an adaptive margin",
     "CausalLM": "causal language model on text",
     "SequentialRecommender": "SASRec, GRU4Rec, BERT4Rec or HSTU on sequences of items",
     "NFE": "knowledge-graph embedding by normalizing flows",
@@ -52,6 +53,7 @@ DATA = {
 CALLBACKS = {
     "SelfPlayLoop": "alternates the phases of SPRec",
     "ReferenceCache": "computes the reference log-probabilities of DPO once",
+    "AnswerSamples": "samples answers to held-out prompts, and measures the divergence from the reference",
     "AlphaEdit": "edits facts after training",
     "EditEvaluation": "measures a model before and after edits",
     "RunReport": "writes the report of a run",
