@@ -28,7 +28,7 @@ def preference_step(
         batch: Chosen and rejected answers with ``reference_logps``.
         loss: The preference loss.
         sft_weight: Weight of the negative log-likelihood per token of the chosen answers, which is added to the loss.
-        shared_prompt: Compute a prompt once for all its answers; ``None``: if that is exact for the model.
+        shared_prompt: Compute a prompt once for all its answers; ``None``: if that is exact for the model and not slower.
 
     Raises:
         MisconfigurationException: If the batch has no reference log-probabilities, but the loss needs them.

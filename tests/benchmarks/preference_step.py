@@ -99,14 +99,11 @@ class Setting:
 SETTINGS = (
     Setting("SmolLM2's shape, 8 layers", 576, 8, 9, 3, 1536, 49_152, batch_size=8, steps=4),
     Setting("from scratch", 128, 4, 4, 4, 384, 3_072, batch_size=32, steps=12, warmup=4),
-    Setting("from scratch, prompt 16, answers 64", 128, 4, 4, 4, 384, 3_072, batch_size=32, steps=8, prompt_tokens=16, answer_tokens=64),
-    Setting("SmolLM2's shape, 2 layers, prompt 16, answers 64", 576, 2, 9, 3, 1536, 49_152, batch_size=4, steps=4, prompt_tokens=16, answer_tokens=64),
-    Setting("from scratch, prompt 512, answers 512", 128, 4, 4, 4, 384, 3_072, batch_size=4, steps=4, prompt_tokens=512, answer_tokens=512),
-    Setting(
-        "SmolLM2's shape, 2 layers, prompt 512, answers 512", 576, 2, 9, 3, 1536, 49_152, batch_size=2, steps=3, warmup=1, prompt_tokens=512,
-        answer_tokens=512,
-    ),
-)  # fmt: skip
+    Setting("from scratch, short prompts", 128, 4, 4, 4, 384, 3_072, batch_size=16, steps=6, prompt_tokens=16, answer_tokens=64),
+    Setting("SmolLM2's shape, 2 layers, short prompts", 576, 2, 9, 3, 1536, 49_152, batch_size=4, steps=3, prompt_tokens=16, answer_tokens=64),
+    Setting("from scratch, long answers", 128, 4, 4, 4, 384, 3_072, batch_size=2, steps=4, prompt_tokens=512, answer_tokens=512),
+    Setting("SmolLM2's shape, 2 layers, long answers", 576, 2, 9, 3, 1536, 49_152, batch_size=1, steps=2, prompt_tokens=512, answer_tokens=512),
+)
 
 # Our losses by the names that TRL gives them.
 LOSSES = {"sigmoid": Sigmoid, "hinge": Hinge}
@@ -344,7 +341,7 @@ def make_sides(setting: Setting, folder: Path, compact: bool) -> dict[str, Ours 
 
 
 def resident_peak_gib(setting: Setting, side: str, folder: Path) -> float:
-    """Return the peak of the resident memory of a process that trains one side on a CPU for two steps, in GiB, above that before the model is loaded."""
+    """Train one side on a CPU in a process; return its peak of resident memory, above that before the model is loaded, in GiB."""
     command = [sys.executable, __file__, "--peak", side, str(folder), json.dumps(asdict(replace(setting, warmup=1, steps=1)))]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -359,7 +356,7 @@ def print_resident_peak(side: str, folder: str, setting: str) -> None:
 
 def measure(setting: Setting, repeats: int, compact: bool = True) -> dict[str, Any]:
     """Measure one setting; ``compact`` as in :func:`make_sides`."""
-    log.info("%s:", setting.name)
+    log.info("%s (prompt %d tokens, answers %d):", setting.name, setting.prompt_tokens, setting.answer_tokens)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(setting, folder)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from architectures import HIDDEN, tiny_model
+from launch import HELPERS, launch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny import batch_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -269,3 +271,17 @@ def test_hooks_of_the_head_run_for_each_chunk(chunked):
     batch = batch_of(PAIRS)
     slots = batch.answer_ids.shape[0] * (batch.answer_ids.shape[1] + batch.answer_columns)
     assert (max(seen), sum(seen)) == (3, 1 + 2 * slots)
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["zero3"], ["zero3", "checkpointing"], ["fsdp2"]], ids=" ".join)
+def test_sharded_weights_are_trained_as_whole_ones(options, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "sharded").mkdir()
+    launch([HELPERS / "long_answers_run.py", tmp_path / "whole", "auto", "plain"], ranks=1)
+    launch([HELPERS / "long_answers_run.py", tmp_path / "sharded", *options], env={"CPU_DEEPSPEED_PARTITION_ALL": "1"}, timeout_s=300)
+    whole, sharded = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "sharded"))
+    assert whole.keys() == sharded.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(sharded[name], weight, atol=1e-5, rtol=1e-5)
