@@ -45,7 +45,7 @@ def main(folder: Path, strategy: str, *options: str) -> None:
     )
     config = tiny_config()
     config.gradient_checkpointing = "checkpointing" in options
-    module = DPO(config, sft_weight=0.5, optimizer=partial(torch.optim.SGD, lr=1.0))
+    module = DPO(config, optimizer=partial(torch.optim.SGD, lr=1.0))
     trainer.fit(module, TinyData(train=pairs(4), batch_size=4 // ranks, global_batch_size=4))
     assert bool(chunks) == ("plain" not in options)
     state = gathered_state(module.model, trainable_only=True)

@@ -279,7 +279,7 @@ def test_hooks_of_the_head_run_for_each_chunk(chunked):
 def test_sharded_weights_are_trained_as_whole_ones(options, tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "sharded").mkdir()
-    launch([HELPERS / "long_answers_run.py", tmp_path / "whole", "auto", "plain"], ranks=1)
+    launch([HELPERS / "long_answers_run.py", tmp_path / "whole", "auto", "plain"], ranks=1, timeout_s=300)
     launch([HELPERS / "long_answers_run.py", tmp_path / "sharded", *options], env={"CPU_DEEPSPEED_PARTITION_ALL": "1"}, timeout_s=300)
     whole, sharded = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "sharded"))
     assert whole.keys() == sharded.keys()
