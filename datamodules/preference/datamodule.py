@@ -161,10 +161,8 @@ class PreferenceDataModule(BaseDataModule):
         texts: RowTexts = rows.texts(int(found[0]))
         return texts
 
-    def row_tokens(self) -> Sequence[int] | None:
-        """Return the number of tokens of each training row's chosen answer in the view ``chosen``, else ``None``: the loss is a mean over rows."""
-        if self.train_view == "preference":
-            return None
+    def row_tokens(self) -> Sequence[int]:
+        """Return the number of tokens of each training row's chosen answer."""
         tokens: Sequence[int] = self.train_dataset.row_tokens()
         return tokens
 

@@ -33,8 +33,9 @@ def preference_step(
         model: The policy.
         batch: Chosen and rejected answers with ``reference_logps``, which a loss without reference ignores; or unpaired rows.
         loss: The preference loss.
-        sft_weight: Weight of the negative log-likelihood per token of the chosen answers, which is added to the loss.
-        shared_prompt: Compute a prompt once for all its answers; ``None``: if that is exact for the model.
+        sft_weight: Weight of the negative log-likelihood of the chosen answers, which is added to the loss: a mean over the chosen tokens of the
+            optimizer step if the batch has ``num_step_tokens``, otherwise over those of the batch.
+        shared_prompt: Compute a prompt once for all its answers; ``None``: if that is exact for the model and not slower.
 
     Raises:
         MisconfigurationException: If the batch has no reference log-probabilities, but the loss needs them; or if it has unpaired rows, but the loss
@@ -66,7 +67,9 @@ def preference_step(
     weight = rows.sum()
     total = (output.losses * rows).sum() / weight.clamp_min(1)
     if sft_weight:
-        total = total - sft_weight * (tokens[:, 0].sum(-1) * rows).sum() / (lengths[:, 0] * rows).sum().clamp_min(1)
+        # The number of tokens of the optimizer step makes the loss independent of devices and accumulation.
+        count = (lengths[:, 0] * rows).sum().clamp_min(1) if batch.num_step_tokens is None else batch.num_step_tokens
+        total = total - sft_weight * (tokens[:, 0].sum(-1) * rows).sum() / count
     figures = answer_figures(policy.detach(), lengths, batch.desirable) | reward_figures(output.rewards, lengths > 0, batch.desirable)
     if reference is not None:
         figures |= {"reference_chosen": reference[:, 0], "reference_rejected": masked_mean(reference[:, 1:], lengths[:, 1:] > 0)}

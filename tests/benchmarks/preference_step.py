@@ -1,11 +1,15 @@
 """Measure training steps of direct preference optimisation against TRL: samples per second of whole `fit` and `train` runs.
 
-    python tests/benchmarks/preference_step.py [--device cuda --dtype bfloat16] [--json RESULT.json] [--repeats N]
+    python tests/benchmarks/preference_step.py [--device cuda --dtype bfloat16] [--json RESULT.json] [--repeats N] [--only SETTING] [--loss LOSS]
 
-Both sides train the same random Llama on the same pairs (prompt 160 tokens, answers 12), by default in float32, with AdamW, gradients
-clipped to 1, no dropout, no gradient checkpointing, and reference log-probabilities computed before the first step. The
-sides are measured alternately. The time of a step is measured from the end of the previous step to its own end, including data and
-logging. The benchmark first checks that losses and gradients are equal.
+Both sides train the same random Llama on the same pairs, by default in float32, with AdamW, gradients clipped to 1, no dropout, no gradient
+checkpointing, and reference log-probabilities computed before the first step. The settings are long prompts with short answers (160 and 12 tokens),
+short prompts with longer answers (16 and 64), and long prompts with long answers (512 and 512). The sides are measured alternately. The time of a
+step is measured from the end of the previous step to its own end, including data and logging. The benchmark first checks that losses and gradients
+are equal.
+
+Peak memory is that of the device, or on a CPU the resident memory of a separate process for each side, without that of the process before the model
+is loaded.
 
 Without a GPU, TRL computes the language-model head at every position. The benchmark therefore also measures TRL with the head at the answers only, as
 on a GPU. On a GPU, TRL uses its fastest settings: FlashAttention and the Liger kernels if they are installed (its padding-free batches are disabled
@@ -19,7 +23,9 @@ import importlib.util
 import json
 import logging
 import random
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -46,10 +52,10 @@ from malleable import DPO, Catalog, PhasedLoader, PreferenceBatch, ReferenceCach
 from malleable.datamodules.batch import Example, Vocabulary
 from malleable.lightning_modules.language.config import LanguageModelConfig
 from malleable.lightning_modules.language.tuning import Tuning
+from malleable.lightning_modules.losses.preference import Hinge, Sigmoid
 
 log = logging.getLogger("preference_step")
 
-PROMPT_TOKENS, ANSWER_TOKENS = 160, 12
 EOS, PAD = 0, 1
 BETA, LR, MAX_GRAD_NORM, LOG_EVERY = 0.1, 1e-5, 1.0, 10
 
@@ -78,8 +84,11 @@ class Setting:
     batch_size: int
     steps: int
     warmup: int = 2
+    prompt_tokens: int = 160
+    answer_tokens: int = 12
     device: str = "cpu"
     dtype: str = "float32"
+    loss: str = "sigmoid"
 
     @property
     def on_gpu(self) -> bool:
@@ -90,7 +99,14 @@ class Setting:
 SETTINGS = (
     Setting("SmolLM2's shape, 8 layers", 576, 8, 9, 3, 1536, 49_152, batch_size=8, steps=4),
     Setting("from scratch", 128, 4, 4, 4, 384, 3_072, batch_size=32, steps=12, warmup=4),
+    Setting("from scratch, short prompts", 128, 4, 4, 4, 384, 3_072, batch_size=16, steps=6, prompt_tokens=16, answer_tokens=64),
+    Setting("SmolLM2's shape, 2 layers, short prompts", 576, 2, 9, 3, 1536, 49_152, batch_size=4, steps=3, prompt_tokens=16, answer_tokens=64),
+    Setting("from scratch, long answers", 128, 4, 4, 4, 384, 3_072, batch_size=2, steps=4, prompt_tokens=512, answer_tokens=512),
+    Setting("SmolLM2's shape, 2 layers, long answers", 576, 2, 9, 3, 1536, 49_152, batch_size=1, steps=2, prompt_tokens=512, answer_tokens=512),
 )
+
+# Our losses by the names that TRL gives them.
+LOSSES = {"sigmoid": Sigmoid, "hinge": Hinge}
 
 
 def make_rows(setting: Setting) -> list[Example]:
@@ -101,10 +117,10 @@ def make_rows(setting: Setting) -> list[Example]:
         return [rng.randrange(PAD + 1, setting.vocab_size) for _ in range(count)]
 
     def answer() -> list[int]:
-        return [*words(ANSWER_TOKENS - 1), EOS]
+        return [*words(setting.answer_tokens - 1), EOS]
 
     count = setting.batch_size * (setting.warmup + setting.steps)
-    return [{"sample_id": row, "prompt": words(PROMPT_TOKENS), "answers": [answer(), answer()]} for row in range(count)]
+    return [{"sample_id": row, "prompt": words(setting.prompt_tokens), "answers": [answer(), answer()]} for row in range(count)]
 
 
 def make_model(setting: Setting, folder: Path) -> None:
@@ -131,9 +147,10 @@ class Ours:
         self.folder = folder
 
     def module(self) -> DPO:
-        """Return the module with the default loss, whose beta is 0.1."""
+        """Return the module."""
         catalog = Catalog(("nothing",), token_ids=((PAD + 1, EOS),), vocabulary=Vocabulary(self.setting.vocab_size, EOS, PAD))
-        return DPO(LanguageModelConfig(name=str(self.folder), dtype=self.setting.dtype), catalog, tuning=Tuning(lr=LR, warmup_steps=0))
+        config = LanguageModelConfig(name=str(self.folder), dtype=self.setting.dtype)
+        return DPO(config, catalog, loss=LOSSES[self.setting.loss](beta=BETA), tuning=Tuning(lr=LR, warmup_steps=0))
 
     def steps(self) -> list[StepTime]:
         """Train, and return the time of each step after the warm-up."""
@@ -188,6 +205,8 @@ class Theirs:
             num_train_epochs=1,
             learning_rate=LR,
             beta=BETA,
+            loss_type=[self.setting.loss],
+            max_length=None,
             max_grad_norm=MAX_GRAD_NORM,
             precompute_ref_log_probs=True,
             gradient_checkpointing=False,
@@ -226,7 +245,9 @@ class Theirs:
             trainer = self.trainer(run, rows)
             trainer.model.load_state_dict(state)
             batch = trainer.data_collator([trainer.train_dataset[row] for row in range(len(rows))])
-            assert batch["input_ids"].shape == (2 * len(rows), PROMPT_TOKENS + ANSWER_TOKENS), "TRL has other tokens than our side"
+            assert batch["input_ids"].shape == (2 * len(rows), self.setting.prompt_tokens + self.setting.answer_tokens), (
+                "TRL has other tokens than our side"
+            )
             loss = trainer.compute_loss(trainer.model.train(), batch)
             loss.backward()
         reference = torch.stack([batch["ref_chosen_logps"], batch["ref_rejected_logps"]], 1)
@@ -292,7 +313,7 @@ def check_equal(ours: Ours, theirs: Theirs, folder: Path) -> dict[str, float]:
     torch.manual_seed(1)
     state = {name: value + 0.2 * value.std() * torch.randn_like(value) if value.dim() > 1 else value for name, value in model.state_dict().items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    rows = make_rows(ours.setting)[:4]
+    rows = make_rows(ours.setting)[:2]
     their_loss, their_gradients, reference = theirs.loss_and_gradients(state, rows)
     our_loss, our_gradients = ours.loss_and_gradients(
         state, [{**row, "reference_logps": values} for row, values in zip(rows, reference, strict=True)]
@@ -313,16 +334,35 @@ def median(steps: list[StepTime]) -> StepTime:
     return StepTime(*map(statistics.median, zip(*steps, strict=True)))
 
 
+def make_sides(setting: Setting, folder: Path, compact: bool) -> dict[str, Ours | Theirs]:
+    """Return the programs by name. With ``compact``, one is TRL with the head at the answers only, which it always uses on a GPU."""
+    sides: dict[str, Ours | Theirs] = {"ours": Ours(setting, folder), "trl": Theirs(setting, folder)}
+    return sides | ({"trl_compact": Theirs(setting, folder, compact=True)} if compact else {})
+
+
+def resident_peak_gib(setting: Setting, side: str, folder: Path) -> float:
+    """Train one side on a CPU in a process; return its peak of resident memory, above that before the model is loaded, in GiB."""
+    command = [sys.executable, __file__, "--peak", side, str(folder), json.dumps(asdict(replace(setting, warmup=1, steps=1)))]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_resident_peak(side: str, folder: str, setting: str) -> None:
+    """Train one side, and print the peak of the resident memory of this process."""
+    program = make_sides(Setting(**json.loads(setting)), Path(folder), compact=True)[side]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    program.steps()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)  # noqa: T201
+
+
 def measure(setting: Setting, repeats: int, compact: bool = True) -> dict[str, Any]:
-    """Measure one setting. With ``compact``, TRL is also measured with the head at the answers only, which it always uses on a GPU."""
-    log.info("%s:", setting.name)
+    """Measure one setting; ``compact`` as in :func:`make_sides`."""
+    log.info("%s (prompt %d tokens, answers %d):", setting.name, setting.prompt_tokens, setting.answer_tokens)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(setting, folder)
-        ours, theirs = Ours(setting, folder), Theirs(setting, folder)
+        sides = make_sides(setting, folder, compact)
         # In half precision and with other kernels, the sides round differently. Therefore, they are compared in float32 on a CPU only.
-        equality = check_equal(ours, theirs, folder) if setting.dtype == "float32" and not setting.on_gpu else {}
-        sides = {"ours": ours, "trl": theirs} | ({"trl_compact": Theirs(setting, folder, compact=True)} if compact else {})
+        equality = check_equal(sides["ours"], sides["trl"], folder) if setting.dtype == "float32" and not setting.on_gpu else {}
         # Alternately, so that other load on the machine affects all sides.
         runs, peaks = [], {}
         for _ in range(repeats):
@@ -332,7 +372,10 @@ def measure(setting: Setting, repeats: int, compact: bool = True) -> dict[str, A
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
                 runs[-1][side] = program.steps()
-                peaks[side] = torch.cuda.max_memory_allocated() / 2**30 if setting.on_gpu else None
+                if setting.on_gpu:
+                    peaks[side] = torch.cuda.max_memory_allocated() / 2**30
+        if not setting.on_gpu:
+            peaks = {side: resident_peak_gib(setting, side, folder) for side in sides}
     figures: dict[str, Any] = {**asdict(setting), **equality, "peak_gib": peaks}
     medians = {side: median([step for run in runs for step in run[side]]) for side in sides}
     for side, step in medians.items():
@@ -348,6 +391,7 @@ def report(figures: dict[str, Any]) -> None:
     names = {"ours": "ours", "trl": "TRL", "trl_compact": "TRL with the head at the answers only"}
     sides = [side for side in names if side in figures]
     log.info("  samples/s: %s", ", ".join(f"{names[side]} {figures[side]['samples_per_s']:.2f}" for side in sides))
+    log.info("  peak memory in GiB: %s", ", ".join(f"{names[side]} {figures['peak_gib'][side]:.2f}" for side in sides))
     for side in sides[1:]:
         name = names[side]
         log.info("  ratio to %s: %.2f (processor time: %.2f)", name, figures[f"{side}_ratio"], figures[f"{side}_cpu_ratio"])
@@ -358,7 +402,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path(tempfile.gettempdir()) / "preference_step.json", help="output file")
     parser.add_argument("--repeats", type=int, default=3, help="number of runs of each side")
-    parser.add_argument("--only", type=int, help="index of the only setting to measure, from 0")
+    parser.add_argument("--only", type=int, nargs="+", default=range(len(SETTINGS)), help="indices of the settings to measure, from 0")
+    parser.add_argument("--loss", default="sigmoid", choices=LOSSES, help="loss of both sides")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # of the processes in which memory is measured
     add_device_arguments(parser)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
@@ -366,12 +412,14 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     disable_progress_bars()
+    if arguments.peak:
+        print_resident_peak(*arguments.peak)
+        return
     results = []
-    for number, setting in enumerate(SETTINGS):
-        if arguments.only in (None, number):
-            setting = replace(setting, device=arguments.device, dtype=arguments.dtype)
-            results.append(measure(setting, arguments.repeats, compact=not setting.on_gpu))
-            report(results[-1])
+    for number in arguments.only:
+        setting = replace(SETTINGS[number], device=arguments.device, dtype=arguments.dtype, loss=arguments.loss)
+        results.append(measure(setting, arguments.repeats, compact=not setting.on_gpu))
+        report(results[-1])
     figures = {"threads": torch.get_num_threads(), "torch": torch.__version__, "trl": trl.__version__, "settings": results}
     arguments.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     log.info("wrote the figures to %s\nratio: %.2f", arguments.json, results[0]["trl_ratio"])

@@ -12,6 +12,7 @@ from tiny_module import lora, save_base
 
 from malleable import DPO, SFT, CausalLM, ReferenceCache, SPRec
 from malleable.datamodules.batch import Vocabulary
+from malleable.lightning_modules.functional.language import chunked_head
 from malleable.lightning_modules.language.tuning import Tuning
 
 pytestmark = pytest.mark.gpu
@@ -64,6 +65,42 @@ def test_loss_and_gradients_equal_those_of_a_cpu(name, device):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     for key, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[key], rtol=1e-3, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_chunked_head_equals_that_of_a_cpu(name, device, monkeypatch):
+    expected, expected_gradients = loss_and_gradients(name, torch.device("cpu"))
+    chunk_head(monkeypatch)
+    loss, gradients = loss_and_gradients(name, device)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[key], rtol=1e-3, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def chunk_head(monkeypatch):
+    """Compute the language-model head in chunks of three positions of a vocabulary of 16."""
+    for name, value in {"LIMIT": 0, "ACCELERATOR_LIMIT": 0, "CHUNK": 48, "ACCELERATOR_CHUNK": 48}.items():
+        monkeypatch.setattr(chunked_head, name, value)
+
+
+def test_adapters_of_a_4_bit_model_with_a_chunked_head_and_checkpointing(device, tmp_path, monkeypatch):
+    """Losses and gradients equal those of all logits at once; the head is 4-bit, too, if it has adapters."""
+    pytest.importorskip("bitsandbytes")
+    if device.type != "cuda":
+        pytest.skip("4-bit weights need CUDA")
+    base, found = save_base(tmp_path / "base"), []
+    for chunked in (False, True):
+        if chunked:
+            chunk_head(monkeypatch)
+        torch.manual_seed(0)
+        module = DPO(lora(base, dropout=0.0, quantization="4bit", dtype="bfloat16", gradient_checkpointing=True), tiny_catalog())
+        module.configure_model()
+        module.to(device).train()
+        loss = module.compute_loss(batch_of(known_pairs()).to(device)).loss
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in module.parameters() if parameter.requires_grad)])
+    for ours, plain in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=2e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)

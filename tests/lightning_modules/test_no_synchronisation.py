@@ -15,6 +15,7 @@ from toy_sequences import ToySequences, packed_row, training_rows
 from malleable import DPO, GBCE, NFE, SFT, CausalLM, ComplEx, EncoderSettings, SequentialRecommender, SPRec
 from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.datamodules.negative_samplers import Popularity
+from malleable.lightning_modules.functional.language import chunked_head
 from malleable.lightning_modules.language.config import LanguageModelConfig, LoRA, Scratch
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.losses.embedding import N3, KvsAll, NegativeSampling
@@ -90,6 +91,16 @@ def test_step_of_a_model_that_checks_for_padding(tmp_path):
 def test_step_on_separate_rows():
     module, rows = module_of("DPO", LanguageModelConfig(scratch=Scratch(**SIZES)))
     module.decoding.shared_prompt = False
+    _, waits = step_on_meta(module, batch_of(rows))
+    assert not waits.found, waits
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": LoRA(r=2)}, {"lora": LoRA(r=2, target_modules=("lm_head",))}], ids=["trained", "frozen", "adapted"])
+@pytest.mark.parametrize("name", ["SFT", "SFT on packed rows", "DPO", "CausalLM"])
+def test_step_with_a_chunked_head(name, options, monkeypatch):
+    monkeypatch.setattr(chunked_head, "ACCELERATOR_LIMIT", 0)
+    monkeypatch.setattr(chunked_head, "ACCELERATOR_CHUNK", 3 * 40)
+    module, rows = module_of(name, LanguageModelConfig(scratch=Scratch(**SIZES), **options))
     _, waits = step_on_meta(module, batch_of(rows))
     assert not waits.found, waits
 

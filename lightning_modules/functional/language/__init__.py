@@ -3,6 +3,7 @@
 Files:
     logps.py: Log-probabilities of answers and packed documents.
     selected_logps.py: Log-probabilities of selected tokens with little memory.
+    chunked_head.py: The same from hidden states, without the logits of all positions.
     trie.py: Prefix tree of the titles of a catalogue.
     trie_search_base.py: Base class of searches in a trie.
     trie_beam_search.py: Beam search over the titles of a catalogue.

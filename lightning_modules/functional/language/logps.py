@@ -2,7 +2,8 @@
 
 A prompt and its K answers share one row: ``[padding | prompt | answer 1 | ... | answer K | padding]``. Each answer attends to the prompt and to
 itself, and its positions start at the end of the prompt. The result equals that of K separate rows, but the prompt is computed once. The
-language-model head runs only at positions that predict an answer token.
+language-model head runs only at positions that predict an answer token. If these positions have many logits, it runs on some of them at a time, see
+:mod:`~malleable.lightning_modules.functional.language.chunked_head`.
 
 A prompt with one answer is a whole sequence in its own row, padded on the right, which causal kernels run without a mask.
 
@@ -17,11 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from malleable.lightning_modules.functional.language.attention import AttentionSpan, causal_attention, document_mask, model_mask
-from malleable.lightning_modules.functional.language.pass_forms import RowForm, bare_model, pass_forms
+from malleable.lightning_modules.functional.language.chunked_head import HeadForm, exceeds_limit, head_logps
+from malleable.lightning_modules.functional.language.pass_forms import RowForm, bare_model, pass_forms, sharing_pays
 from malleable.lightning_modules.functional.language.selected_logps import selected_token_logps
-from malleable.lightning_modules.functional.language.whole_rows import logits_at, separate_answers, separate_documents
+from malleable.lightning_modules.functional.language.whole_rows import head_states, logits_at, separate_answers, separate_documents, states_at
 
 NO_PROMPT = "every row needs at least one prompt token; give the template a prefix or a beginning-of-sequence token"
+
+TOO_FEW_COLUMNS = "the answers of a row need more than num_columns columns; create the batch with `collate`, or omit num_columns"
 
 
 class SharedRow(NamedTuple):
@@ -65,7 +69,7 @@ def shared_row(prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answ
     ends = (lengths - 1).clamp_min(0).cumsum(1)
     offsets = ends - (lengths - 1).clamp_min(0)
     check_rows(prompt_mask.any(1), NO_PROMPT)
-    check_rows(ends[:, -1] <= extra, "the answers of a row need more than num_columns columns; create the batch with `collate`, or omit num_columns")
+    check_rows(ends[:, -1] <= extra, TOO_FEW_COLUMNS)
 
     column = torch.arange(extra, device=prompt_ids.device).expand(rows, -1).contiguous()
     answer = torch.searchsorted(ends, column, right=True)
@@ -85,6 +89,39 @@ def shared_row(prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answ
     token = torch.arange(longest, device=answer_ids.device)
     predictors = torch.where(answer_mask & (token > 0), offsets[..., None] + token, 0)
     return SharedRow(input_ids, position_ids, allowed, extra + 1, predictors)
+
+
+class AnswerSlots(NamedTuple):
+    """Answer tokens of a row in C slots: the first token of each answer, then the other tokens without padding between answers.
+
+    Attributes:
+        owner: ``(B, C)``, the answer of each slot.
+        token: ``(B, C)``, the index of its token in the answer.
+        slots: ``(B, K, A)``, the slot of each answer token; any slot on padding.
+    """
+
+    owner: Tensor
+    token: Tensor
+    slots: Tensor
+
+
+def answer_slots(answer_mask: Tensor, num_columns: int) -> AnswerSlots:
+    """Arrange the answer tokens of each row in ``C = K + num_columns`` slots.
+
+    Args:
+        answer_mask: ``(B, K, A)`` bool, A >= 1.
+        num_columns: As in :func:`shared_row`.
+    """
+    rows, count, longest = answer_mask.shape
+    ends = (answer_mask.sum(-1) - 1).clamp_min(0).cumsum(1)
+    starts = ends.roll(1, 1).index_fill(1, ends.new_zeros(1), 0)
+    column = torch.arange(num_columns, device=ends.device).expand(rows, -1).contiguous()
+    owner = torch.searchsorted(ends, column, right=True).clamp_max(count - 1)
+    token = (column - starts.gather(1, owner) + 1).clamp_max(longest - 1)
+    each = torch.arange(count, device=ends.device).expand(rows, -1)
+    index = torch.arange(longest, device=ends.device)
+    slots = torch.where(index > 0, count + starts[..., None] + index - 1, each[..., None]).clamp_max(count + num_columns - 1)
+    return AnswerSlots(torch.cat([each, owner], 1), torch.cat([torch.zeros_like(each), token], 1), slots)
 
 
 def check_rows(valid: Tensor, message: str) -> None:
@@ -117,7 +154,8 @@ def answer_token_logps(
         prompt_mask: ``(B, P)`` bool.
         answer_ids: ``(B, K, A)``, padded on the right.
         answer_mask: ``(B, K, A)`` bool.
-        shared_prompt: Whether to run a prompt once for all its answers, if it has several. ``None``: if that is exact for this model; True: always;
+        shared_prompt: Whether to run a prompt once for all its answers, if it has several. ``None``: if that is exact for this model and takes no
+            more computation than separate rows, see :func:`~malleable.lightning_modules.functional.language.pass_forms.sharing_pays`; True: always;
             False: never, each answer gets its own row.
         num_columns: As in :func:`shared_row`.
 
@@ -133,14 +171,17 @@ def answer_token_logps(
     shareable = forms.shared.fits(prompt_ids.shape[1] + columns)
     if shared_prompt and not shareable:
         raise ValueError(forms.refusal("a prompt shared by its answers", "shared_prompt=None or False runs a row for each answer"))
-    if shareable and shared_prompt is not False and answer_ids.shape[1] > 1:
-        return shared_logps(model, *parts, num_columns=num_columns, plan=forms.shared.plan)
+    head = forms.head if exceeds_limit(model, len(answer_ids) * (answer_ids.shape[1] + columns), answer_ids.device) else None
     width = prompt_ids.shape[1] + answer_ids.shape[2]
+    if shareable and shared_prompt is None and forms.causal.fits(width):
+        shareable = sharing_pays(model, prompt_ids.shape[1], *answer_ids.shape[1:], columns)
+    if shareable and shared_prompt is not False and answer_ids.shape[1] > 1:
+        return shared_logps(model, *parts, num_columns=num_columns, plan=forms.shared.plan, head=head)
     if forms.shared.fits(width) and not forms.causal.fits(width):
         # A custom mask avoids the synchronisation of the library's mask, which reads the positions.
         alone = [part.repeat_interleave(answer_ids.shape[1], 0) for part in parts[:2]] + [part.flatten(0, 1)[:, None] for part in parts[2:]]
-        return shared_logps(model, *alone, plan=forms.shared.plan).reshape(answer_ids.shape)
-    return separate_logps(model, *parts, form=forms.row_form(width))
+        return shared_logps(model, *alone, plan=forms.shared.plan, head=head).reshape(answer_ids.shape)
+    return separate_logps(model, *parts, form=forms.row_form(width), num_columns=num_columns, head=head)
 
 
 def shared_logps(
@@ -152,6 +193,7 @@ def shared_logps(
     *,
     num_columns: int | None = None,
     plan: tuple[AttentionSpan, ...] = (),
+    head: HeadForm | None = None,
 ) -> Tensor:
     """Compute :func:`answer_token_logps` with one shared row for each prompt.
 
@@ -163,24 +205,44 @@ def shared_logps(
         answer_mask: ``(B, K, A)`` bool.
         num_columns: As in :func:`shared_row`.
         plan: Attention spans of the model's layers.
+        head: Function from the output of the head to logits, which are computed in chunks; ``None``: compute all logits at once.
 
     Returns:
         ``(B, K, A)`` float32, 0 on padding.
     """
     row = shared_row(prompt_ids, prompt_mask, answer_ids, answer_mask, num_columns)
-    logits = model(
-        input_ids=row.input_ids,
-        attention_mask=model_mask(model, row.allowed, plan, row.position_ids),
-        position_ids=row.position_ids,
-        logits_to_keep=row.num_kept,
-        use_cache=False,
-    ).logits
+    mask = model_mask(model, row.allowed, plan, row.position_ids)
+    inputs = {"input_ids": row.input_ids, "attention_mask": mask, "position_ids": row.position_ids}
+    if head is not None:
+        extra = row.num_kept - 1
+        slots = answer_slots(answer_mask, extra)
+        last = torch.full((answer_ids.shape[1],), prompt_ids.shape[1] - 1, device=row.input_ids.device)
+        column = torch.cat([last, last[:1] + 1 + torch.arange(extra, device=last.device)]).expand(slots.owner.shape)
+        number = torch.arange(len(column), device=last.device)[:, None].expand_as(column)
+        states = head_states(model, number.flatten(), column.flatten(), **inputs)
+        return _slot_logps(model, states, answer_ids, answer_mask, slots, head)
+    logits = model(**inputs, logits_to_keep=row.num_kept, use_cache=False).logits
     logps = selected_token_logps(logits, answer_ids.flatten(1), row.predictors.flatten(1)).reshape(answer_ids.shape)
     return logps.masked_fill(~answer_mask, 0.0)
 
 
+def _slot_logps(model: nn.Module, states: Tensor, answer_ids: Tensor, answer_mask: Tensor, slots: AnswerSlots, head: HeadForm) -> Tensor:
+    """Compute :func:`answer_token_logps` from the hidden states ``(B * C, d)`` that predict the tokens of the slots."""
+    targets = answer_ids.flatten(1).gather(1, slots.owner * answer_ids.shape[2] + slots.token)
+    logps = head_logps(model, states, targets.flatten(), head).reshape(targets.shape)
+    return logps.gather(1, slots.slots.flatten(1)).reshape(answer_ids.shape).masked_fill(~answer_mask, 0.0)
+
+
 def separate_logps(
-    model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, *, form: RowForm = "padded"
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    answer_ids: Tensor,
+    answer_mask: Tensor,
+    *,
+    form: RowForm = "padded",
+    num_columns: int | None = None,
+    head: HeadForm | None = None,
 ) -> Tensor:
     """Compute :func:`answer_token_logps` with one row for each answer.
 
@@ -191,12 +253,23 @@ def separate_logps(
         answer_ids: ``(B, K, A)``, padded on the right.
         answer_mask: ``(B, K, A)`` bool.
         form: As in :func:`~malleable.lightning_modules.functional.language.whole_rows.logits_at`.
+        num_columns: As in :func:`shared_row`; it bounds the number of positions of a chunked head.
+        head: As in :func:`shared_logps`.
 
     Returns:
         ``(B, K, A)`` float32, 0 on padding.
     """
     check_rows(prompt_mask.any(1), NO_PROMPT)
     input_ids, lengths, starts = separate_answers(prompt_ids, prompt_mask, answer_ids, answer_mask, whole=form == "unpadded")
+    if head is not None and answer_ids.shape[2]:
+        count = answer_ids.shape[1]
+        extra = count * (answer_ids.shape[2] - 1) if num_columns is None else num_columns
+        check_rows((answer_mask.sum(-1) - 1).clamp_min(0).sum(1) <= extra, TOO_FEW_COLUMNS)
+        slots = answer_slots(answer_mask, extra)
+        row = torch.arange(len(answer_ids), device=starts.device)[:, None] * count + slots.owner
+        place = torch.minimum(starts.reshape(-1, count)[:, :1] - 1 + slots.token, lengths[row] - 1)
+        states = states_at(model, input_ids, lengths, row.flatten(), place.flatten(), form=form)
+        return _slot_logps(model, states, answer_ids, answer_mask, slots, head)
     tokens = starts[:, None] - 1 + torch.arange(answer_ids.shape[2], device=starts.device)
     # Positions after the end of a row are masked below.
     tokens = torch.minimum(tokens, lengths[:, None] - 1)
@@ -231,13 +304,13 @@ def packed_token_logps(
         ValueError: If no form of the pass is exact for the model.
     """
     forms = pass_forms(model)
+    head = forms.head if exceeds_limit(model, input_ids.numel(), input_ids.device) else None
     if one_document and forms.causal.fits(input_ids.shape[1]):
         with causal_attention(bare_model(model).config):
-            logits = model(input_ids=input_ids, use_cache=False).logits
-        return _target_logps(logits, input_ids, document_ids)
+            return _target_logps(model, input_ids, document_ids, {}, head)
     if forms.packed.fits(input_ids.shape[1]):
-        return packed_row_logps(model, input_ids, document_ids, position_ids, plan=forms.packed.plan)
-    return separate_document_logps(model, input_ids, document_ids, form=forms.row_form(input_ids.shape[1]))
+        return packed_row_logps(model, input_ids, document_ids, position_ids, plan=forms.packed.plan, head=head)
+    return separate_document_logps(model, input_ids, document_ids, form=forms.row_form(input_ids.shape[1]), head=head)
 
 
 def packed_batch_logps(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -246,29 +319,45 @@ def packed_batch_logps(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def packed_row_logps(
-    model: nn.Module, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, *, plan: tuple[AttentionSpan, ...] = ()
+    model: nn.Module,
+    input_ids: Tensor,
+    document_ids: Tensor,
+    position_ids: Tensor,
+    *,
+    plan: tuple[AttentionSpan, ...] = (),
+    head: HeadForm | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`packed_token_logps` with packed rows, with a mask for the attention spans ``plan``."""
+    """Compute :func:`packed_token_logps` with packed rows, with a mask for the attention spans ``plan``; ``head`` as in :func:`shared_logps`."""
     mask = model_mask(model, document_mask(document_ids), plan, position_ids)
-    logits = model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
-    return _target_logps(logits, input_ids, document_ids)
+    return _target_logps(model, input_ids, document_ids, {"attention_mask": mask, "position_ids": position_ids}, head)
 
 
-def _target_logps(logits: Tensor, input_ids: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Select the log-probability of each next token of a document from ``(B, T, V)`` logits; see :func:`packed_token_logps`."""
-    targets = document_targets(document_ids)
+def _target_logps(model: nn.Module, input_ids: Tensor, document_ids: Tensor, inputs: dict[str, Any], head: HeadForm | None) -> tuple[Tensor, Tensor]:
+    """Run a model, and select the log-probability of each next token of a document; see :func:`packed_token_logps`."""
     # Shift the targets instead of the logits: a slice of the logits would be copied in the forward and the backward pass.
-    logps = selected_token_logps(logits, input_ids.roll(-1, 1))[:, :-1]
-    return logps.masked_fill(~targets, 0.0), targets
+    shifted = input_ids.roll(-1, 1)
+    if head is None:
+        logps = selected_token_logps(model(input_ids=input_ids, use_cache=False, **inputs).logits, shifted)
+    else:
+        row, column = (place.flatten() for place in torch.meshgrid(*(torch.arange(n, device=shifted.device) for n in shifted.shape), indexing="ij"))
+        states = head_states(model, row, column, input_ids=input_ids, **inputs)
+        logps = head_logps(model, states, shifted.flatten(), head).reshape(shifted.shape)
+    targets = document_targets(document_ids)
+    return logps[:, :-1].masked_fill(~targets, 0.0), targets
 
 
-def separate_document_logps(model: nn.Module, input_ids: Tensor, document_ids: Tensor, *, form: RowForm = "padded") -> tuple[Tensor, Tensor]:
-    """Compute :func:`packed_token_logps` with one row for each document; ``form`` as in ``logits_at``."""
+def separate_document_logps(
+    model: nn.Module, input_ids: Tensor, document_ids: Tensor, *, form: RowForm = "padded", head: HeadForm | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`packed_token_logps` with one row for each document; ``form`` as in ``logits_at``, ``head`` as in :func:`shared_logps`."""
     rows, lengths, place = separate_documents(input_ids, document_ids)
     row, column = (torch.arange(rows.shape[1], device=lengths.device) < lengths[:, None] - 1).nonzero(as_tuple=True)
-    logits = logits_at(model, rows, lengths, row, column, form=form)
     predictor = place[(lengths.cumsum(0) - lengths)[row] + column]
-    logps = selected_token_logps(logits[None], rows[row, column + 1][None])[0]
+    targets = rows[row, column + 1]
+    if head is None:
+        logps = selected_token_logps(logits_at(model, rows, lengths, row, column, form=form)[None], targets[None])[0]
+    else:
+        logps = head_logps(model, states_at(model, rows, lengths, row, column, form=form), targets, head)
     flat = logps.new_zeros(input_ids.numel()).index_put((predictor,), logps)
     return flat.reshape(input_ids.shape)[:, :-1], document_targets(document_ids)
 

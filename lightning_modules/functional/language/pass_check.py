@@ -10,12 +10,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from malleable.lightning_modules.functional.language.attention import MASKED_ATTENTION, AttentionSpan, mask_plans
+from malleable.lightning_modules.functional.language.chunked_head import HeadForm
 from malleable.lightning_modules.functional.language.free_text import CachedDecoder
 from malleable.lightning_modules.functional.language.logps import packed_row_logps, separate_logps, shared_logps
 from malleable.lightning_modules.functional.language.pass_forms import Capability, PassForms, RowForm
@@ -161,7 +163,50 @@ def _measure(model: Any, twin: Any, tolerance: float) -> PassForms:
             if reason:
                 reasons.append((name, reason))
         unpadded = not _failure(_run_unpadded, twin, sample, (), tolerance)
-    return PassForms(type(model).__name__, **found, unpadded=unpadded, states=sample.states is not None, reasons=tuple(reasons))
+        head = _head_form(twin, sample) if unpadded else None
+        if head is not None and _failure(partial(_run_head, head=head), twin, sample, (), tolerance):
+            head = None
+    whether = {"unpadded": unpadded, "states": sample.states is not None}
+    return PassForms(type(model).__name__, **found, **whether, head=head, reasons=tuple(reasons))
+
+
+def _head_form(model: Any, sample: Sample) -> HeadForm | None:
+    """Find the function from the output of the language-model head to logits, by replacing this output; ``None`` if it is of no known form."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return None
+    outputs: list[Tensor] = []
+
+    def logits_of(output: Callable[[Tensor], Tensor]) -> Tensor:
+        def replace_output(_: nn.Module, inputs: Any, found: Tensor) -> Tensor:
+            outputs.append(output(found))
+            return outputs[-1]
+
+        handle = head.register_forward_hook(replace_output)
+        try:
+            logits: Tensor = model(input_ids=sample.prompt_ids[:1, -2:], use_cache=False).logits
+            return logits
+        finally:
+            handle.remove()
+
+    try:
+        # A cap has no effect on small outputs, and is the logit of large ones.
+        small, large = (logits_of(lambda found, size=size: torch.full_like(found, size)) for size in (2.0**-10, 1e4))  # type: ignore[misc]
+        scale, bound = float(small.flatten()[0]) * 2**10, float(large.flatten()[0])
+        form = HeadForm(scale, math.inf if bound > 0.5e4 * scale else bound)
+        outputs.clear()
+        spread = 64 / scale
+        logits = logits_of(lambda found: torch.linspace(-spread, spread, found.numel(), dtype=found.dtype, device=found.device).reshape(found.shape))
+        (output,) = outputs
+        eps = max(1e-6, torch.finfo(logits.dtype).eps)
+        return form if output.shape == logits.shape and torch.allclose(form.logits(output), logits, rtol=4 * eps, atol=4 * eps) else None
+    except Exception as error:
+        log.debug("the head of %s cannot be probed: %s", type(model).__name__, error)
+        return None
+
+
+def _run_head(model: nn.Module, sample: Sample, plan: tuple[AttentionSpan, ...], head: HeadForm) -> tuple[Tensor, Tensor]:
+    return separate_logps(model, *sample.parts, form="unpadded", head=head), sample.answer_logps
 
 
 def _failure(run: Run, model: nn.Module, sample: Sample, plan: tuple[AttentionSpan, ...], tolerance: float) -> str:

@@ -10,7 +10,7 @@ R searched rows, n tokens of a step, X tokens of the longest path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -39,16 +39,35 @@ def logits_at(model: nn.Module, input_ids: Tensor, lengths: Tensor, rows: Tensor
     Raises:
         ValueError: If ``form`` is ``unpadded`` and the weights are sharded.
     """
+    return _run_at(_logits_at, model, input_ids, lengths, rows, tokens, form=form)
+
+
+def states_at(model: nn.Module, input_ids: Tensor, lengths: Tensor, rows: Tensor, tokens: Tensor, *, form: RowForm) -> Tensor:
+    """Compute the inputs of the language-model head at selected tokens, ``(P, d)``; the arguments are those of :func:`logits_at`."""
+    return _run_at(_states_at, model, input_ids, lengths, rows, tokens, form=form)
+
+
+def _run_at(
+    run: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor],
+    model: nn.Module,
+    input_ids: Tensor,
+    lengths: Tensor,
+    rows: Tensor,
+    tokens: Tensor,
+    *,
+    form: RowForm,
+) -> Tensor:
+    """Call ``run(model, input_ids, rows, tokens)`` once, or for each length without padding."""
     if form != "unpadded":
         with _kernels(model, form):
-            return _logits_at(model, input_ids, rows, tokens)
+            return run(model, input_ids, rows, tokens)
     _refuse_sharded(model)
     parts, places = [], []
     for length, members in _by_length(lengths):
         place = torch.isin(rows, members).nonzero()[:, 0]
         if len(place):
             reset_rope(model)
-            parts.append(_logits_at(model, input_ids[members, :length], torch.searchsorted(members, rows[place]), tokens[place]))
+            parts.append(run(model, input_ids[members, :length], torch.searchsorted(members, rows[place]), tokens[place]))
             places.append(place)
     return torch.cat(parts)[torch.cat(places).argsort()]
 
@@ -98,6 +117,28 @@ def _logits_at(model: nn.Module, input_ids: Tensor, rows: Tensor, tokens: Tensor
     return logits[0] if gathered else logits[rows, tokens]
 
 
+def _states_at(model: nn.Module, input_ids: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    return head_states(model, rows, tokens, input_ids=input_ids)
+
+
+def head_states(model: nn.Module, rows: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
+    """Run a model and return the inputs of its language-model head at selected tokens; the head itself runs at the first of them only.
+
+    Args:
+        model: Hugging Face causal language model whose head is called once, see ``PassForms.head``.
+        rows: ``(P,)`` int64, the row of each position.
+        tokens: ``(P,)`` int64, the column of each position.
+        **inputs: Arguments of the model.
+
+    Returns:
+        ``(P, d)``.
+    """
+    with _head_at(model, rows, tokens, count=1) as gathered:
+        model(**inputs, use_cache=False)
+    (states,) = gathered
+    return states
+
+
 def _states_at_end(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tensor:
     first = torch.zeros_like(lengths[:1])
     with _head_at(model, first, first):
@@ -106,14 +147,18 @@ def _states_at_end(model: nn.Module, input_ids: Tensor, lengths: Tensor) -> Tens
 
 
 @contextmanager
-def _head_at(model: Any, rows: Tensor, tokens: Tensor) -> Iterator[list[bool]]:
-    """Run the language-model head at these positions only. The yielded list stays empty if the model computed logits at all positions instead."""
+def _head_at(model: Any, rows: Tensor, tokens: Tensor, count: int | None = None) -> Iterator[list[Tensor]]:
+    """Run the language-model head at these positions, or at the first ``count`` of them.
+
+    The yielded list holds the hidden states at all these positions, ``(P, d)``, after the model has run. It stays empty if the model has computed
+    logits at all positions without a call of the head.
+    """
     head, gathered = model.get_output_embeddings(), []
 
     def gather(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        gathered.append(True)
         # The backward pass of `index_select` is one kernel; that of `inputs[0][rows, tokens]` sorts the positions.
-        return (inputs[0].flatten(0, 1).index_select(0, rows * inputs[0].shape[1] + tokens)[None],)
+        gathered.append(inputs[0].flatten(0, 1).index_select(0, rows * inputs[0].shape[1] + tokens))
+        return (gathered[-1][None, :count],)
 
     handle = None if head is None else head.register_forward_pre_hook(gather)
     try:
