@@ -22,7 +22,7 @@ TYPES = tuple(
     for name in ("batch", "collate", "editing.requests", "files", "negative_samplers", "compatibility", "stored_identity")
 )
 # Callbacks also use the loader and the reader of texts.
-DATA = (*TYPES, *(f"malleable.datamodules.{name}" for name in ("language.texts", "global_batches", "loading", "sample_ids")))
+DATA = (*TYPES, *(f"malleable.datamodules.{name}" for name in ("language.texts", "language.tokenizer", "global_batches", "loading", "sample_ids")))
 # Longest folder first: what each may import of ours besides what lies in its own folder.
 ALLOWED = {
     "lightning_modules/functional": (),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from malleable.datamodules.batch import PackedBatch, PackedExample
 from malleable.datamodules.collate import collate
-from malleable.datamodules.sample_ids import Ints
+from malleable.datamodules.sample_ids import Hashes, Ints
 
 
 class Window(NamedTuple):
@@ -56,11 +56,18 @@ def split_sequences(sequences: Sequence[Ints], sizes: Ints, pack_length: int, ov
     return windows
 
 
-def pack_windows(windows: Sequence[Window], pack_length: int) -> list[list[Window]]:
-    """Pack documents into rows with the best-fit-decreasing heuristic; return the documents of each row."""
+def pack_windows(windows: Sequence[Window], pack_length: int, order: Hashes | None = None) -> list[list[Window]]:
+    """Pack documents into rows with the best-fit-decreasing heuristic; return the documents of each row.
+
+    Args:
+        windows: The documents.
+        pack_length: Number of tokens of a row.
+        order: ``(N,)`` numbers that determine the order of documents of equal length. Default: by sequence and position.
+    """
     rows: list[list[Window]] = []
     space: list[tuple[int, int]] = []
-    for window in sorted(windows, key=lambda window: (-window.length, window.sequence, window.start)):
+    ties: Sequence[Any] = [(window.sequence, window.start) for window in windows] if order is None else order.tolist()
+    for _, _, window in sorted((-window.length, tie, window) for window, tie in zip(windows, ties, strict=True)):
         place = bisect_left(space, (window.length, -1))
         if place == len(space):
             rows.append([])

@@ -14,7 +14,7 @@ from malleable.datamodules.collate import collate_sequences
 from malleable.datamodules.language.packing import Window, pack_windows
 from malleable.datamodules.recommendation.rows import AnswerRows, RowTable
 from malleable.datamodules.recommendation.splits import Ints
-from malleable.datamodules.sample_ids import array_hash, content_ids
+from malleable.datamodules.sample_ids import array_hash, content_ids, keyed_hashes
 
 
 @dataclass
@@ -82,10 +82,16 @@ class SequenceRows:
             for window in _windows(int(self._sequence[start]), self._end[start:stop], max_length, self._overlap)
         ]
         kept = [window for window in windows if self._selected[self._own_rows(window)].any()]
-        self.rows = [[window] for window in kept] if pack_length is None else pack_windows(kept, pack_length)
+        ids = table.sample_id[order]
+        if pack_length is None:
+            self.rows = [[window] for window in kept]
+        else:
+            # In a random order, a packed row has parts of different users: similar targets in one step slow training down.
+            self.rows = pack_windows(
+                kept, pack_length, keyed_hashes(np.array([ids[self._own_rows(window).start] for window in kept], dtype=np.int64))
+            )
         contents = np.array([array_hash(np.concatenate([titles[self._items(window)] for window in row])) for row in self.rows], dtype=np.uint64)
         # The id of the first target tells apart equal histories of several users.
-        ids = table.sample_id[order]
         self.sample_ids = content_ids(contents, np.array([ids[self._own_rows(row[0]).start] for row in self.rows], dtype=np.int64))
 
     def __len__(self) -> int:

@@ -80,12 +80,14 @@ def test_rows_have_the_chosen_answer_first_and_texts(make):
         data.texts("val", 5)
 
 
-def test_batches_are_preference_batches_without_step_tokens(make):
+def test_batches_are_preference_batches(make):
+    """Only training batches have the number of chosen tokens of the step."""
     data = make()
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
         batch = next(iter(loader))
         assert type(batch) is PreferenceBatch
-        assert batch.num_step_tokens is None
+        tokens = batch.answer_mask[:, 0].sum() if loader is data.train_dataloader() else None
+        assert batch.num_step_tokens == tokens
         assert batch.desirable is None
         assert batch.smoothing is None
 

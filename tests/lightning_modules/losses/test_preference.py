@@ -15,7 +15,7 @@ from malleable import DPO
 from malleable.lightning_modules.losses.adaptive_margin import AdaptiveMargin, SimPO
 from malleable.lightning_modules.losses.answer_losses import KTO, SPPO, APODown, APOZero, BCOPair, NCAPair
 from malleable.lightning_modules.losses.preference import CPO, DMPO, IPO, ORPO, RDPO, Discopop, ExoPair, Hinge, Robust, Sigmoid, SoftmaxDPO
-from malleable.lightning_modules.losses.preference_base import PreferenceLoss
+from malleable.lightning_modules.losses.preference_base import PreferenceInputs, PreferenceLoss
 from malleable.lightning_modules.serialization import object_from_plain
 
 CHOSEN = torch.tensor([-6.2, -11.4, -3.3, -20.1], dtype=torch.float64)
@@ -177,6 +177,25 @@ def test_smoothing_that_has_no_effect_is_refused(loss):
 def test_a_missing_reference_is_refused():
     with pytest.raises(ValueError, match="Sigmoid needs log-probabilities of a reference"):
         Sigmoid()(policy())
+
+
+class Shorter(PreferenceLoss):
+    """A user's own loss, which reads the rows."""
+
+    needs_lengths = True
+
+    def losses(self, rows: PreferenceInputs) -> torch.Tensor:
+        assert rows.lengths is not None
+        return F.softplus(-self.beta * rows.delta[:, 0]) * rows.lengths[:, 0]
+
+
+def test_a_loss_of_a_user_reads_the_rows():
+    lengths = torch.tensor([[1, 2], [2, 2], [3, 1], [4, 4]])
+    output = Shorter(beta=0.1)(policy(), REFERENCE, lengths)
+    torch.testing.assert_close(output.losses, Sigmoid(beta=0.1)(policy(), REFERENCE).losses * lengths[:, 0])
+    assert output.figures == {}
+    with pytest.raises(ValueError, match="Shorter needs the lengths of the answers"):
+        Shorter()(policy(), REFERENCE)
 
 
 class WithState(Sigmoid):
