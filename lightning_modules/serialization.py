@@ -49,6 +49,10 @@ class SerializableModule(nn.Module):
         return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": {name: getattr(self, name) for name in arguments}}
 
 
+# Classes in checkpoints of earlier versions, by their names then.
+_RENAMED = {"malleable.lightning_modules.losses.preference.SDPO": "malleable.lightning_modules.losses.preference.SoftmaxDPO"}
+
+
 def object_from_plain(base: type, value: Any) -> Any:
     """Build an object from the output of :meth:`SerializableModule.as_plain`; return instances and ``None`` unchanged.
 
@@ -57,7 +61,7 @@ def object_from_plain(base: type, value: Any) -> Any:
     """
     if not isinstance(value, Mapping):
         return value
-    kind = resolve_name(value["class_path"])
+    kind = resolve_name(_RENAMED.get(value["class_path"], value["class_path"]))
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise TypeError(f"the checkpoint names the class {value['class_path']}, which is not a subclass of {base.__name__}; use another checkpoint")
     return kind(**value.get("init_args", {}))

@@ -308,6 +308,13 @@ def test_a_loss_is_restored_from_plain_data(loss, monkeypatch):
     assert again.beta == loss.beta
 
 
+def test_a_renamed_loss_of_an_earlier_version_is_built():
+    stored = {"class_path": "malleable.lightning_modules.losses.preference.SDPO", "init_args": {"beta": 0.7}}
+    loss = object_from_plain(PreferenceLoss, stored)
+    assert type(loss) is SoftmaxDPO
+    assert loss.beta == 0.7
+
+
 def test_only_preference_losses_are_built_from_a_checkpoint():
     with pytest.raises(TypeError, match=r"torch\.nn\.MSELoss, which is not a subclass of PreferenceLoss"):
         object_from_plain(PreferenceLoss, {"class_path": "torch.nn.MSELoss"})
