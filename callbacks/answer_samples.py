@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import pad
 
+from malleable.callbacks.reference import row_keys
 from malleable.callbacks.report.page import Section
 from malleable.callbacks.row_pass import apply_to_rows
 from malleable.callbacks.run_files import find_copies, run_folder
@@ -38,6 +38,20 @@ log = logging.getLogger(__name__)
 FOLDER = "samples"
 NO_TOKEN = -1
 SHOWN_CHARACTERS = 200
+
+
+class Answers(NamedTuple):
+    """Answers of the reference.
+
+    Attributes:
+        prompts: ``(N,)`` int64, hashes of the rows.
+        tokens: ``(N, T)`` int64, padded with -1.
+        logps: ``(N,)`` log-probabilities in nats.
+    """
+
+    prompts: Tensor
+    tokens: Tensor
+    logps: Tensor
 
 
 class AnswerSamples(Callback):
@@ -89,7 +103,7 @@ class AnswerSamples(Callback):
         self.batch_size = batch_size
         self.seed = seed
         self._started = False
-        self._reference: dict[str, tuple[Tensor, Tensor]] = {}
+        self._reference: dict[str, Answers] = {}
         self._shown: list[list[str]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,9 +139,9 @@ class AnswerSamples(Callback):
                     logps = self._score(trainer, module, rows, answers)
                     if trainer.is_global_zero:
                         with atomic_write(path) as temporary:
-                            save_verified({"answers": answers, "logps": logps}, temporary)
+                            save_verified({"prompts": row_keys(rows), "answers": answers, "logps": logps}, temporary)
                     trainer.strategy.barrier("answers of the reference")
-                self._reference[split] = self._read(path, len(rows))
+                self._reference[split] = self._read(path, rows)
         self._started = True
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -150,17 +164,15 @@ class AnswerSamples(Callback):
         rows = self._prompts(trainer, split)
         if not rows:
             return
-        if split not in self._reference and (copies := [path for path in self._copies(trainer, split) if path.is_file()]):
-            self._reference[split] = self._read(copies[0], len(rows))
+        reference = self._stored(trainer, split, rows)
         answers = self._sample(trainer, module, rows, self.temperature, self.top_p, f"answers to {split} prompts")
         figures = answer_statistics(answers, _eos(module))
-        if split in self._reference:
-            stored, logps = self._reference[split]
-            figures["kl"] = (logps - self._score(trainer, module, rows, stored)).mean().item()
+        if reference is not None:
+            figures["kl"] = (reference.logps - self._score(trainer, module, rows, reference.tokens)).mean().item()
         for name, value in figures.items():
             log_synchronized(module, f"{split}_{name}", value)
         if trainer.is_global_zero:
-            self._write(trainer, module, split, rows, answers)
+            self._write(trainer, module, split, rows, answers, None if reference is None else reference.tokens)
 
     def _prompts(self, trainer: Trainer, split: str) -> list[Example]:
         """Return rows of a split with different prompts, selected by seed and id."""
@@ -216,9 +228,15 @@ class AnswerSamples(Callback):
         assert module.vocabulary is not None
         return partial(collate, kind=kind, pad_token_id=module.vocabulary.pad_token_id)
 
-    @staticmethod
-    def _copies(trainer: Trainer, split: str) -> list[Path]:
-        return find_copies(trainer, run_folder(trainer), f"{FOLDER}/reference_{split}.safetensors")
+    def _stored(self, trainer: Trainer, split: str, rows: Sequence[Example]) -> Answers | None:
+        """Return the answers of the reference to these prompts, if the run of the model has stored them."""
+        if (known := self._reference.get(split)) is not None:
+            return known if torch.equal(known.prompts, row_keys(rows)) else None
+        if self._started:
+            return None
+        path = find_copies(trainer, run_folder(trainer), f"{FOLDER}/reference_{split}.safetensors")[0]
+        # The first rank decides, because all ranks must run the model equally often.
+        return self._read(path, rows) if trainer.strategy.broadcast(path.is_file()) else None
 
     @staticmethod
     def _copy(trainer: Trainer, name: str) -> None:
@@ -231,18 +249,20 @@ class AnswerSamples(Callback):
         trainer.strategy.barrier("answers of the reference")
 
     @staticmethod
-    def _read(path: Path, count: int) -> tuple[Tensor, Tensor]:
+    def _read(path: Path, rows: Sequence[Example]) -> Answers:
         if not path.is_file():
             raise MisconfigurationException(
                 f"the answers of the reference are missing: {path} does not exist. They cannot be sampled again, because the model has been trained "
                 "since; restore the file or start a new run"
             )
         tensors, _ = load_verified(path)
-        if set(tensors) != {"answers", "logps"} or len(tensors["answers"]) != count:
-            raise MisconfigurationException(f"{path} has answers to other prompts; resume with the data, seed and num_prompts of that run")
-        return tensors["answers"], tensors["logps"]
+        if set(tensors) != {"prompts", "answers", "logps"} or not torch.equal(tensors["prompts"], row_keys(rows)):
+            raise MisconfigurationException(
+                f"{path} has answers to other prompts: use the data, the seed and num_prompts of that run, or remove the callback AnswerSamples"
+            )
+        return Answers(tensors["prompts"], tensors["answers"], tensors["logps"])
 
-    def _write(self, trainer: Trainer, module: LanguageModel, split: str, rows: Sequence[Example], answers: Tensor) -> None:
+    def _write(self, trainer: Trainer, module: LanguageModel, split: str, rows: Sequence[Example], answers: Tensor, reference: Tensor | None) -> None:
         """Write prompts and answers as text, or as tokens without a tokenizer."""
         assert module.vocabulary is not None
         name = module.vocabulary.tokenizer
@@ -252,14 +272,12 @@ class AnswerSamples(Callback):
             real = [int(token) for token in tokens if token != NO_TOKEN]
             return " ".join(map(str, real)) if tokenizer is None else str(tokenizer.decode(real, skip_special_tokens=True))
 
-        stored = self._reference[split][0].tolist() if split in self._reference else [[]] * len(rows)
+        stored: list[list[int]] = [[] for _ in rows] if reference is None else reference.tolist()
         entries = [
             {"prompt": text(row["prompt"]), "chosen": text(row["answers"][0]), "reference": text(first), "answer": text(own)}
             for row, first, own in zip(rows, stored, answers.tolist(), strict=True)
         ]
-        self._shown = [
-            [textwrap.shorten(value, SHOWN_CHARACTERS, placeholder=" ...") for value in entry.values()] for entry in entries[: self.num_shown]
-        ]
+        self._shown = [[_shorten(value) for value in entry.values()] for entry in entries[: self.num_shown]]
         path = run_folder(trainer) / FOLDER / f"{split}_step_{trainer.global_step}.jsonl"
         with atomic_write(path) as temporary:
             temporary.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
@@ -282,7 +300,7 @@ def answer_statistics(answers: Tensor, eos_token_id: int) -> dict[str, float]:
 
 
 def _shorten(text: str) -> str:
-    return textwrap.shorten(text, SHOWN_CHARACTERS, placeholder=" ...")
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
 
 
 def _eos(module: LanguageModel) -> int:

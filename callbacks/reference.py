@@ -98,7 +98,9 @@ class ReferenceCache(Callback):
         path = folder / self.name
         if resumed:
             self._copy_file(trainer, find_copies(trainer, folder, self.name)[0], path)
-        elif not trainer.strategy.broadcast(trainer.is_global_zero and self._is_available(path)):
+        elif isinstance(loss := getattr(module, "loss", None), PreferenceLoss):
+            loss.reset()  # its statistics belong to the previous reference
+        if not resumed and not trainer.strategy.broadcast(trainer.is_global_zero and self._is_available(path)):
             parts = [
                 reference_logps(trainer, module, loaders[split].dataset, loaders["train"], f"reference log-probabilities of {split} rows")
                 for split in loaders
@@ -125,16 +127,24 @@ class ReferenceCache(Callback):
         keys = row_keys(loader.dataset)
         folders = [Path(self.dirpath) if self.dirpath else run_folder(trainer)]
         if trainer.ckpt_path and "://" not in str(trainer.ckpt_path):
-            folders += Path(trainer.ckpt_path).absolute().parents[:2]
-        for path in dict.fromkeys(path for folder in folders for path in sorted(folder.glob("reference-*.safetensors"))):
+            folders = [*Path(trainer.ckpt_path).absolute().parents[:2], *folders]
+        found: dict[str, Tensor] = {}
+        for path in (path for folder in folders for path in sorted(folder.glob("reference-*.safetensors"))):
             try:
-                values = self._read(path, keys)
+                found.setdefault(path.name, self._read(path, keys))
             except MisconfigurationException as error:
                 log.warning("%s", error)
-                continue
+        if self.name in found:
+            found = {self.name: found[self.name]}
+        if len(found) > 1:
+            raise MisconfigurationException(
+                f"the folders {', '.join(map(str, dict.fromkeys(folders)))} have reference log-probabilities of several models for the {split} rows: "
+                f"{', '.join(found)}; keep only the file of the run that is tested"
+            )
+        for values in found.values():
             _add_to_rows(loader, values)
-            return
-        log.warning("no reference log-probabilities of the %s rows: the likelihood of answers is measured, but no rewards", split)
+        if not found:
+            log.warning("no reference log-probabilities of the %s rows: the likelihood of answers is measured, but no rewards", split)
 
     def _is_available(self, path: Path) -> bool:
         """Return whether the file exists, after copying it from the cache folder if it is there."""
@@ -172,7 +182,10 @@ class ReferenceCache(Callback):
         sums = [part.sum(dtype=torch.float64) for part in parts] + [_norm(part) for part in parts]
         weights = trainer.strategy.reduce(torch.stack(sums), reduce_op="mean").cpu()
         # The values also depend on settings that do not change the weights, such as the number of heads, and on the precision.
-        settings = json.dumps([cast("LanguageModel", module).settings(), str(trainer.precision)], sort_keys=True, default=str)
+        own = cast("LanguageModel", module)
+        attention = getattr(getattr(own.model, "config", None), "_attn_implementation", None)
+        kernels = [attention, own.decoding.shared_prompt, torch.get_float32_matmul_precision(), trainer.strategy.root_device.type]
+        settings = json.dumps([own.settings(), str(trainer.precision), kernels], sort_keys=True, default=str)
         return hashlib.sha256(keys.numpy().tobytes() + weights.numpy().tobytes() + settings.encode()).hexdigest()[:16]
 
     def _write(self, trainer: Trainer, path: Path, keys: Tensor, values: Tensor) -> None:

@@ -159,11 +159,14 @@ class PreferenceBatch(AnswerBatch):
         smoothing: ``(B,)`` float32, probability that the preference of a row is reversed; ``None``: the smoothing of the loss.
         desirable: ``(B,)`` bool, for unpaired rows: whether answer 0 is desirable. Answer 1 is then the answer of another row, with which losses
             such as ``KTO`` estimate the divergence from the reference. ``None``: answer 0 is preferred to the others.
+        num_step_rows: Scalar; mean number of rows of a batch, over all batches of the optimizer step on all ranks. Losses are divided by it.
+            ``None``: by the number of rows of this batch.
     """
 
     reference_logps: Tensor | None = None
     smoothing: Tensor | None = None
     desirable: Tensor | None = None
+    num_step_rows: Tensor | None = None
 
 
 class SequenceBatch(Batch):

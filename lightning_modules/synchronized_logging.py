@@ -48,7 +48,11 @@ def reduce_figures(batches: Sequence[Mapping[str, Tensor]], reduce: Callable[...
         reduced |= zip(means, reduce(values, reduce_op="mean"), strict=True)
     if extremes:
         # The minimum is the negative maximum of negative values, so that one reduction is sufficient.
-        signs = torch.tensor([-1.0 if name.endswith("_min") else 1.0 for name in extremes]).to(batches[0][extremes[0]])
-        values = torch.stack([torch.stack([figures[name] for name in extremes]) for figures in batches]).mul(signs).amax(0)
-        reduced |= zip(extremes, reduce(values, reduce_op="max") * signs, strict=True)
+        values = torch.stack([torch.stack([_signed(name, figures[name]) for name in extremes]) for figures in batches]).amax(0)
+        largest = reduce(values, reduce_op="max")
+        reduced |= {name: _signed(name, value) for name, value in zip(extremes, largest, strict=True)}
     return {name: reduced[name] for name in batches[0]}
+
+
+def _signed(name: str, value: Tensor) -> Tensor:
+    return -value if name.endswith("_min") else value

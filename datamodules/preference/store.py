@@ -222,11 +222,16 @@ def _select(
         return None, (), EMPTY_PROMPT
     if any(tokenizer.is_empty(answer) for answer in row.answers):
         return None, (), EMPTY_ANSWER
+    if not is_pair:
+        # The answer of another row must not shorten the prompt.
+        short = tokenizer.shorten(row._replace(answers=row.answers[:1]), truncation)
+        if short is None:
+            return None, (), TOO_LONG
+        room = None if truncation.max_length is None else max(1, truncation.max_length - len(short.prompt))
+        return short._replace(answers=[*short.answers, *(answer[:room] for answer in row.answers[1:])]), texts, ""
     short = tokenizer.shorten(row, truncation)
     if short is None:
         return None, (), TOO_LONG
-    if not is_pair:
-        return short, texts, ""
     chosen = short.answers[0]
     different = [0, *(number for number, answer in enumerate(short.answers) if not np.array_equal(answer, chosen))]
     if len(different) == 1:

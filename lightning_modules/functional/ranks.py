@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 T = TypeVar("T")
 
@@ -22,6 +22,12 @@ def world_size() -> int:
 def rank() -> int:
     """Return the index of this rank, from 0."""
     return distributed.get_rank() if world_size() > 1 else 0
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether weights are partitioned by ZeRO stage 3 or FSDP."""
+    marks = ("ds_id", "_is_flat_param", "device_mesh")
+    return any(hasattr(parameter, mark) for parameter in model.parameters() for mark in marks)
 
 
 def shard(items: Sequence[T]) -> list[T]:
@@ -44,6 +50,15 @@ def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
     total = values.to(device, copy=True)
     distributed.all_reduce(total)
     return total.to(values.device)
+
+
+def largest_over_ranks(value: int, device: torch.device) -> int:
+    """Return the largest value of all ranks."""
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value, device=device)
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return int(largest)
 
 
 def gather_over_ranks(value: T) -> list[T]:

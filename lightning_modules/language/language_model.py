@@ -191,8 +191,8 @@ class LanguageModel(BaseModule):
     def log_loss(self, batch: Any, split: Split) -> LossOutput | None:
         """Accumulate the loss of an evaluation batch; the decoder runs compiled if a compiler is set."""
         with compiled_passes():
-            if getattr(batch, "num_step_tokens", None) is not None:
-                batch = batch.replace(num_step_tokens=None)  # the loss is then the mean over the tokens of this batch
+            # The loss is then the mean over the tokens or rows of this batch.
+            batch = batch.replace(**{name: None for name in ("num_step_tokens", "num_step_rows") if getattr(batch, name, None) is not None})
             output = super().log_loss(batch, split)
         if output is not None and "perplexity" in (metrics := self.metrics(split)):
             metrics["perplexity"].update(*true_likelihood(output, batch))

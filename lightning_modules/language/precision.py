@@ -56,7 +56,12 @@ def check_training_precision(trainer: Trainer, config: LanguageModelConfig) -> N
 
 
 def compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
-    """Return the data type of matrix products: that of autocast if it is enabled, otherwise that of the first floating-point weights."""
+    """Return the data type of matrix products: that of autocast if it is enabled, otherwise that of the first floating-point weights.
+
+    float32 products of a GPU that are computed in TF32 (:func:`torch.set_float32_matmul_precision`) count as bfloat16.
+    """
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
-    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+    dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+    rounded = dtype == torch.float32 and device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return torch.bfloat16 if rounded else dtype

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from malleable.datamodules.batch import AnswerBatch, Batch, PackedBatch, PreferenceBatch
@@ -39,7 +40,7 @@ def preference_step(
 
     Raises:
         MisconfigurationException: If the batch has no reference log-probabilities, but the loss needs them; or if it has unpaired rows, but the loss
-            needs pairs, or vice versa.
+            needs pairs, or vice versa; or if it has unpaired rows, and ``sft_weight`` is not 0.
     """
     if batch.reference_logps is None and loss.needs_reference:
         raise MisconfigurationException(
@@ -49,6 +50,8 @@ def preference_step(
     if loss.unpaired != (batch.desirable is not None):
         found, remedy = ("unpaired rows", "KTO") if batch.desirable is not None else ("pairs of answers", "Sigmoid")
         raise MisconfigurationException(f"{type(loss).__name__} cannot be trained on {found}: choose another loss, such as {remedy}, or other data")
+    if sft_weight and batch.desirable is not None:
+        raise MisconfigurationException("sft_weight would also increase the likelihood of undesirable answers of unpaired rows: set it to 0")
     with dropout_off(model):
         parts = (batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask)
         tokens = answer_token_logps(model, *parts, shared_prompt=shared_prompt, num_columns=batch.answer_columns)
@@ -65,7 +68,8 @@ def preference_step(
     output = loss(policy, reference, lengths, precision=compute_dtype(model, policy.device), **options)
     rows = real.to(policy.dtype)
     weight = rows.sum()
-    total = (output.losses * rows).sum() / weight.clamp_min(1)
+    # The number of rows of the optimizer step gives each row the same weight in an incomplete step.
+    total = (output.losses * rows).sum() / (weight.clamp_min(1) if batch.num_step_rows is None else batch.num_step_rows)
     if sft_weight:
         # The number of tokens of the optimizer step makes the loss independent of devices and accumulation.
         count = (lengths[:, 0] * rows).sum().clamp_min(1) if batch.num_step_tokens is None else batch.num_step_tokens
@@ -102,6 +106,11 @@ def preference_loss(
             f"{type(module).__name__} needs chosen and rejected answers, got {type(batch).__name__}: use PreferenceDataModule, or give each row "
             "several `answers`, the true one first, for example with RecommendationDataModule(negatives=Uniform())"
         )
+    if isinstance(batch, PreferenceBatch):
+        rank_zero_warn(
+            "the rows of the evaluation have no reference log-probabilities: the loss is the negative log-likelihood of the chosen answers, and no "
+            "rewards are measured; add the callback ReferenceCache to the training"
+        )
     return module.answer_loss(batch)
 
 
@@ -111,7 +120,7 @@ def batch_has_reference(batch: object) -> bool:
 
 
 def evaluate_preferences(model: nn.Module, batch: PreferenceBatch, *, shared_prompt: bool | None = None) -> LossOutput:
-    """Compute the negative log-likelihood per token of the chosen answers, and which answers are more probable, without a reference.
+    """Compute the negative log-likelihood per token of chosen or desirable answers, and which answers are more probable, without a reference.
 
     Args:
         model: The language model.
@@ -121,8 +130,9 @@ def evaluate_preferences(model: nn.Module, batch: PreferenceBatch, *, shared_pro
     parts = (batch.prompt_ids, batch.prompt_mask, batch.answer_ids, batch.answer_mask)
     policy = answer_token_logps(model, *parts, shared_prompt=shared_prompt, num_columns=batch.answer_columns).sum(-1)
     real, lengths = batch.sample_id >= 0, batch.answer_mask.sum(-1)
-    tokens = (lengths[:, 0] * real).sum()
-    loss = -torch.where(real, policy[:, 0], 0).sum() / tokens.clamp_min(1)
+    good = real if batch.desirable is None else real & batch.desirable
+    tokens = (lengths[:, 0] * good).sum()
+    loss = -torch.where(good, policy[:, 0], 0).sum() / tokens.clamp_min(1)
     return LossOutput(loss, reduce_rows(answer_figures(policy, lengths, batch.desirable), real), tokens, real.sum())
 
 
@@ -130,7 +140,7 @@ def true_likelihood(output: LossOutput, batch: Batch) -> tuple[Tensor, Tensor | 
     """Return the mean negative log-likelihood of a token of the true answers, and the number of these tokens, in an evaluation."""
     if not isinstance(batch, PreferenceBatch):
         return output.loss, output.weight
-    names = ("logps_chosen", "tokens_chosen") if batch.desirable is None else ("logps", "answer_tokens")
+    names = ("logps_chosen", "tokens_chosen") if batch.desirable is None else ("logps_desirable", "tokens_desirable")
     logps, tokens = (output.extras[name] for name in names)
     return -logps / tokens.clamp_min(1e-9), tokens * (batch.sample_id >= 0).sum()
 
@@ -169,7 +179,10 @@ def answer_figures(policy: Tensor, lengths: Tensor, desirable: Tensor | None = N
     """
     first, others = policy[:, 0], lengths[:, 1:] > 0
     if desirable is not None:
-        return {"logps": first, "answer_tokens": lengths[:, 0].to(first)}
+        tokens = lengths[:, 0].to(first)
+        # Means over all rows, of which those of undesirable answers are 0: their ratio is the mean per token of desirable answers.
+        parts = {"logps_desirable": torch.where(desirable, first, 0), "tokens_desirable": torch.where(desirable, tokens, 0)}
+        return {"logps": first, "tokens": tokens, **parts}
     means = policy / lengths.clamp_min(1)
     return {
         "logps_chosen": first,

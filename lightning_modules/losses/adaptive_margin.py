@@ -41,7 +41,8 @@ class AdaptiveMargin(LogisticLoss):
         gamma_beta_ratio: ``gamma / beta``, the margin without adaptation, in nats per token, >= 0.
         alpha: Change of the margin by one standard deviation of g, >= 0; 0 is SimPO.
         alpha_scale: ``log_ratio``: ``alpha`` is a change of the log-ratio ``delta``, as in the authors' code and their published values;
-            ``reward``: of the reward ``beta delta``, as in the paper's equation. ``alpha`` of the latter is ``beta`` times that of the former.
+            ``reward``: of the reward ``beta delta``, as in the paper's equation. For the same loss, set ``alpha`` to ``beta`` times the value of
+            ``log_ratio``.
         length_norm: Use mean log-probabilities per token, instead of sums over tokens.
         smoothing: Assumed share of pairs with reversed labels, in [0, 1]. ``smoothing`` of a batch overrides it.
         stat_mode: ``ema``: moving averages; ``batch``: statistics of the batch itself, over all ranks.
@@ -50,7 +51,7 @@ class AdaptiveMargin(LogisticLoss):
         stat_update: ``optimizer_step``, or ``micro_batch``: update the averages before each batch is used. The result then depends on the number of
             devices and of accumulated batches.
         stat_min_std: Standard deviation of g below which z is 0, in nats per token. Default: 1e-5, or 2e-3 for models in half precision.
-        stat_scope: ``global``: statistics over all ranks; ``rank``: each rank has its own.
+        stat_scope: ``global``: statistics over all ranks; ``rank``: of the rows of the first rank only, without communication.
         z_clip: Largest absolute value of z; ``None``: no limit.
         compat: ``official``: statistics of the authors' code, which are updated in each micro-batch and start at 0 without bias correction.
             The first steps have extreme margins. Differs from that code: z is 0 instead of ``nan`` if the standard deviation is 0, evaluation does
@@ -115,6 +116,7 @@ class AdaptiveMargin(LogisticLoss):
         self.z_clip = z_clip
         self.compat = compat
         self.needs_reference = alpha > 0
+        self._log_ratio_alpha = alpha if alpha_scale == "log_ratio" else alpha / beta
         official = compat == "official"
         self._every_batch = official or stat_update == "micro_batch" or stat_mode == "batch"
         self.statistics = RunningStatistics(
@@ -122,6 +124,7 @@ class AdaptiveMargin(LogisticLoss):
             correct_bias=stat_bias_correction and not official,
             over_ranks=stat_scope == "global",
             skip=0 if self._every_batch else 1,
+            least=2,
         )
 
     def logits(self, rows: PreferenceInputs) -> Tensor:
@@ -138,8 +141,7 @@ class AdaptiveMargin(LogisticLoss):
             self.statistics.collect(gaps.flatten(), (rows.exists[:, 1:] & rows.real[:, None]).flatten())
             if self._every_batch:
                 self.statistics.update()
-        alpha = self.alpha if self.alpha_scale == "log_ratio" else self.alpha / self.beta
-        return self.gamma_beta_ratio + alpha * self.standardized(gaps, rows.precision)
+        return self.gamma_beta_ratio + self._log_ratio_alpha * self.standardized(gaps, rows.precision)
 
     def standardized(self, gaps: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
         """Return the standardised gaps z, of the shape of ``gaps``; 0 if the standard deviation is too small."""
@@ -150,10 +152,13 @@ class AdaptiveMargin(LogisticLoss):
         return z if self.z_clip is None else z.clamp(-self.z_clip, self.z_clip)
 
     def rewards(self, rows: PreferenceInputs) -> Tensor:
-        """Return the implicit rewards ``beta [(1 - alpha) log pi + alpha log pi_ref]``, up to a constant of each prompt, ``(B, K)``."""
+        """Return the implicit rewards ``beta [(1 - alpha) log pi + alpha log pi_ref]``, up to a constant of each prompt, ``(B, K)``.
+
+        ``alpha`` is that of the scale ``log_ratio``.
+        """
         if rows.reference is None:
             return self.beta * rows.policy
-        return self.beta * torch.lerp(rows.policy, rows.reference, self.alpha)
+        return self.beta * torch.lerp(rows.policy, rows.reference, self._log_ratio_alpha)
 
     def figures(self, rows: PreferenceInputs) -> dict[str, Tensor]:
         """Return rewards margins of SimPO and DPO, the weight of the gradient, and statistics of margins and gaps."""

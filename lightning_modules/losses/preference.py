@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 from malleable.lightning_modules.losses.preference_base import LogisticLoss, PairwiseLoss, PreferenceInputs, PreferenceLoss
 
+MAX_RATE = 0.45
+"""Largest rate of flipped labels of a row in :class:`Robust`."""
+
 
 class Sigmoid(LogisticLoss):
     """DPO loss, ``-(1 - eps) log sigmoid(beta delta) - eps log sigmoid(-beta delta)``; conservative DPO for ``eps > 0``.
@@ -131,7 +134,7 @@ class Robust(PreferenceLoss):
 
     Args:
         beta: Inverse temperature.
-        smoothing: eps, the rate of flipped labels, in [0, 0.5). ``smoothing`` of a batch overrides it.
+        smoothing: eps, the rate of flipped labels, in [0, 0.5). ``smoothing`` of a batch overrides it; values above 0.45 count as 0.45.
         length_norm: Divide log-probabilities by lengths.
 
     Source:
@@ -149,7 +152,8 @@ class Robust(PreferenceLoss):
     def losses(self, rows: PreferenceInputs) -> Tensor:
         """Average the debiased logistic loss over the pairs of a row, ``(B,)``."""
         logits = self.beta * rows.delta
-        eps: Any = self.smoothing if rows.smoothing is None else rows.smoothing[:, None]
+        # The loss is infinite for 0.5.
+        eps: Any = self.smoothing if rows.smoothing is None else rows.smoothing[:, None].clamp_max(MAX_RATE)
         correct, flipped = F.softplus(-logits), F.softplus(logits)
         return rows.mean_of_rejected(((1 - eps) * correct - eps * flipped) / (1 - 2 * eps))
 
@@ -224,8 +228,9 @@ class Discopop(PairwiseLoss):
     def pair_losses(self, delta: Tensor) -> Tensor:
         """Compute the mixture, ``(B, K - 1)``."""
         logits = self.beta * delta
-        weight = (logits / self.tau).sigmoid()
-        return F.softplus(-logits) * (1 - weight) + (-logits).exp() * weight
+        # As one exponential, the product of weight and exponential loss does not become inf * 0.
+        exponential = (F.logsigmoid(logits / self.tau) - logits).exp()
+        return F.softplus(-logits) * (-logits / self.tau).sigmoid() + exponential
 
 
 class SoftmaxDPO(PreferenceLoss):

@@ -23,6 +23,7 @@ class RunningStatistics(nn.Module):
         correct_bias: Divide the averages, which start at 0, by ``1 - decay^U``, as in Adam.
         over_ranks: Merge the values of all ranks; otherwise each rank has its own averages.
         skip: Number of first updates that are not added to the averages.
+        least: Number of values that an update needs; with fewer values, nothing changes. 2 if the standard deviation is used.
 
     Attributes:
         average: ``(2,)`` float32, moving averages of mean and standard deviation, without correction.
@@ -35,7 +36,7 @@ class RunningStatistics(nn.Module):
     average: Tensor
     updates: Tensor
 
-    def __init__(self, decay: float = 0.9, *, correct_bias: bool = True, over_ranks: bool = True, skip: int = 0) -> None:
+    def __init__(self, decay: float = 0.9, *, correct_bias: bool = True, over_ranks: bool = True, skip: int = 0, least: int = 1) -> None:
         super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
@@ -43,6 +44,7 @@ class RunningStatistics(nn.Module):
         self.correct_bias = correct_bias
         self.over_ranks = over_ranks
         self.skip = skip
+        self.least = least
         self.register_buffer("average", torch.zeros(2))
         self.register_buffer("updates", torch.tensor(-float(skip)))
         self._collected: list[Tensor] = []
@@ -50,9 +52,11 @@ class RunningStatistics(nn.Module):
     def collect(self, values: Tensor, mask: Tensor) -> None:
         """Add the ``values`` where ``mask`` is true, both of shape ``(P,)``, to those of the next update."""
         values = values.detach().float()
+        # A single value that is not finite would remain in the averages.
+        mask = mask & values.isfinite()
         count = mask.sum()
         mean = torch.where(mask, values, 0).sum() / count.clamp_min(1)
-        squares = torch.where(mask, (values - mean) ** 2, 0).sum()
+        squares = torch.where(mask, values - mean, 0).square().sum()
         self._collected.append(torch.stack([count.float(), mean, squares]))
 
     def update(self) -> None:
@@ -68,7 +72,8 @@ class RunningStatistics(nn.Module):
         # The unbiased variance of a single value is undefined.
         std = (squares / (count - 1).clamp_min(1)).sqrt()
         statistics = torch.stack([mean, std]).to(self.average)
-        step = (count > 0).to(self.updates)
+        # The standard deviation of a single value is unknown; losses that need only the mean accept it.
+        step = (count >= self.least).to(self.updates)
         counted = step * (self.updates >= 0)
         self.average.lerp_(statistics, counted * (1 - self.decay))
         self.updates += step

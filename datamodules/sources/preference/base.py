@@ -68,5 +68,5 @@ class PreferenceSource(ABC):
         """Read or generate the rows."""
 
     def settings(self) -> dict[str, object]:
-        """Return the settings that affect the data, besides the files."""
-        return {}
+        """Return the settings that affect the data, besides the files. Default: the attributes without a leading underscore."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}

@@ -102,7 +102,8 @@ class RecordReader:
                 raise ValueError(f"expected an object with {SHAPES}, got {brief_repr(record.fields)}")
             values = self._values(record.fields)
             paired = "chosen" in values or "rejected" in values
-            if paired == ("completion" in values or "label" in values):
+            # Files of pairs often have further columns.
+            if not paired and not ("completion" in values or "label" in values):
                 raise ValueError(f"expected {SHAPES}; the fields are {', '.join(map(str, record.fields))[:200]}; rename them with columns: {{...}}")
             smoothing = self._smoothing(values)
             prompt, answers, desirable = self._pair(values) if paired else self._unpaired(values)

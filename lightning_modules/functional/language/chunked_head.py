@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from malleable.lightning_modules.functional.language.selected_logps import selected_token_logps
+from malleable.lightning_modules.functional.ranks import is_sharded, largest_over_ranks
 
 # Maximum number of logits that are stored for the backward pass. Larger numbers are computed in chunks, which costs one more product with the weights
 # of a trained head. 64 MB of float32 on a CPU and 512 MB of bfloat16 on an accelerator: short answers, e.g. titles of items, stay below.
@@ -56,7 +57,10 @@ def vocab_size(model: Any) -> int:
 
 
 def exceeds_limit(model: nn.Module, positions: int, device: torch.device) -> bool:
-    """Return whether this many positions have so many logits that they are computed in chunks."""
+    """Return whether this many positions have so many logits that they are computed in chunks; with sharded weights, on any rank."""
+    if is_sharded(model):
+        # Each call of the head gathers its weights, so that all ranks must call it equally often.
+        positions = largest_over_ranks(positions, device)
     return positions * vocab_size(model) > (LIMIT if device.type == "cpu" else ACCELERATOR_LIMIT)
 
 
@@ -84,8 +88,8 @@ def head_logps(model: Any, states: Tensor, targets: Tensor, form: HeadForm) -> T
     dtype = _product_dtype(states)
     # Small probabilities underflow in float16, where the gradient must be scaled before it is rounded.
     if form == HeadForm() and dtype != torch.float16 and _is_plain(head):
-        logps: Tensor = _PlainHead.apply(states, head.weight, targets, size, dtype, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
-        return logps
+        plain: Tensor = _PlainHead.apply(states, head.weight, targets, size, dtype, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+        return plain
     modes = [(module, module.training) for module in head.modules()]
     random = any(mode and isinstance(module, nn.Dropout) and module.p > 0 for module, mode in modes)
 
@@ -94,10 +98,16 @@ def head_logps(model: Any, states: Tensor, targets: Tensor, form: HeadForm) -> T
         with _training_modes(modes):
             return selected_token_logps(form.logits(head(states[None])), targets[None])[0]
 
-    parts = zip(states.split(size), targets.split(size), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([part(*arguments) for arguments in parts])
-    return torch.cat([checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=random) for arguments in parts])
+    parts = list(zip(states.split(size), targets.split(size), strict=True))
+    count = largest_over_ranks(len(parts), states.device) if is_sharded(model) else len(parts)
+    # A rank with fewer chunks repeats one position, whose result is multiplied by 0, so that it gathers sharded weights as often as the others.
+    idle = [(states[:1], targets[:1])] * (count - len(parts))
+    if torch.is_grad_enabled():
+        found = [checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=random) for arguments in parts + idle]
+    else:
+        found = [part(*arguments) for arguments in parts + idle]
+    logps = torch.cat(found[: len(parts)])
+    return logps + 0 * torch.cat(found[len(parts) :]).sum() if idle else logps
 
 
 def _product_dtype(states: Tensor) -> torch.dtype:

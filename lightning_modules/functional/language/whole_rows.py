@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from malleable.lightning_modules.functional.language.attention import causal_attention
 from malleable.lightning_modules.functional.language.pass_forms import RowForm, bare_model
+from malleable.lightning_modules.functional.ranks import is_sharded
 
 
 def logits_at(model: nn.Module, input_ids: Tensor, lengths: Tensor, rows: Tensor, tokens: Tensor, *, form: RowForm) -> Tensor:
@@ -97,12 +98,6 @@ def _refuse_sharded(model: nn.Module) -> None:
             f"{type(model).__name__} needs a separate pass for each length of rows in this batch, but its weights are sharded over ranks, "
             "which must run equally many passes; use DDP or ZeRO-2, or shorter rows"
         )
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether weights are partitioned by ZeRO stage 3 or FSDP."""
-    marks = ("ds_id", "_is_flat_param", "device_mesh")
-    return any(hasattr(parameter, mark) for parameter in model.parameters() for mark in marks)
 
 
 def _by_length(lengths: Tensor) -> Iterator[tuple[int, Tensor]]:
