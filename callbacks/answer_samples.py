@@ -232,8 +232,6 @@ class AnswerSamples(Callback):
         """Return the answers of the reference to these prompts, if the run of the model has stored them."""
         if (known := self._reference.get(split)) is not None:
             return known if torch.equal(known.prompts, row_keys(rows)) else None
-        if self._started:
-            return None
         path = find_copies(trainer, run_folder(trainer), f"{FOLDER}/reference_{split}.safetensors")[0]
         # The first rank decides, because all ranks must run the model equally often.
         return self._read(path, rows) if trainer.strategy.broadcast(path.is_file()) else None

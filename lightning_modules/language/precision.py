@@ -60,7 +60,8 @@ def compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
 
     float32 products of a GPU that are computed in TF32 (:func:`torch.set_float32_matmul_precision`) count as bfloat16.
     """
-    if torch.is_autocast_enabled(device.type):
+    # Autocast raises an error for devices that it does not know, e.g. `meta`.
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
     rounded = dtype == torch.float32 and device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"

@@ -75,6 +75,12 @@ def test_rows_that_teach_nothing_are_dropped_and_counted(tmp_path):
     assert load(tmp_path, [{"prompt": "P", "completion": "", "label": True}]).dropped == {"empty answer": 1}
 
 
+def test_pairs_may_have_further_columns(tmp_path):
+    """For example scores, or a column `label` of another kind."""
+    plain = load(tmp_path, [PAIR])
+    assert load(tmp_path, [PAIR | {"completion": "a", "label": "good", "score": 3}]).rows["train"][0].answers == plain.rows["train"][0].answers
+
+
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
@@ -83,7 +89,6 @@ SYSTEM = {"role": "system", "content": "Be brief."}
     [
         ("text", "expected an object with prompt, chosen and rejected"),
         ({"question": "P", "good": "a"}, r"expected prompt, chosen and rejected .* the fields are question, good; rename them with columns"),
-        (PAIR | {"completion": "a"}, "expected prompt, chosen and rejected"),
         ({"prompt": "P", "chosen": "a"}, "the field 'rejected' is missing or null"),
         (PAIR | {"chosen": None}, "the field 'chosen' is missing or null"),
         ({"chosen": "a", "rejected": "b"}, "the field 'prompt' is missing; give a prompt, or whole conversations"),
