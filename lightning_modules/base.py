@@ -252,7 +252,8 @@ class BaseModule(CheckedLoading, ABC):
 
         Lightning omits this if the loaders were created before the checkpoint was read, e.g. to compute the number of steps of a scheduler.
         """
-        self.trainer.fit_loop._load_combined_loader_states()
+        if self.attached is not None:
+            self.attached.fit_loop._load_combined_loader_states()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the generator from the step number, so that a resumed run draws the same dropout masks."""

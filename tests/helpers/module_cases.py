@@ -110,6 +110,7 @@ CASES = {
     ),
     "ComplEx": Case({"dimension": 4}, **GRAPH),
     "DistMult": Case({"dimension": 4}, **GRAPH),
+    "AlphaDPO": Case(LANGUAGE_MODEL, preference_rows),
     "DPO": Case(LANGUAGE_MODEL, preference_rows),
     "ItemKNN": Case({"ks": (1, 3)}),
     "Markov": Case({"ks": (1, 3)}),

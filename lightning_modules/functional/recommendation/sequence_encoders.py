@@ -34,13 +34,15 @@ class SequenceEncoder(nn.Module, ABC):
 
     reads_times = False
     """Whether the encoder needs the times of the items."""
+    normalizes_inputs = False
+    """Whether the encoder normalises the sum of embeddings; otherwise, embeddings of items are multiplied by ``sqrt(d)``."""
 
     def __init__(self, num_items: int, dim: int, dropout: float, num_behaviors: int = 0) -> None:
         super().__init__()
         self.item = nn.Embedding(num_items, dim)
         self.behavior = nn.Embedding(num_behaviors, dim) if num_behaviors else None
         self.dropout = ByteDropout(dropout)
-        self.scale = math.sqrt(dim)
+        self.scale = 1.0 if self.normalizes_inputs else math.sqrt(dim)
 
     @abstractmethod
     def encode(self, inputs: Tensor, layout: SequenceLayout, times: Tensor | None) -> Tensor:
@@ -93,14 +95,14 @@ class SequenceEncoder(nn.Module, ABC):
 
 
 class Transformer(SequenceEncoder):
-    """Transformer with pre-norm blocks and learned positions: SASRec if it is causal, BERT4Rec otherwise.
+    """Transformer with post-norm blocks and learned positions: SASRec if it is causal, BERT4Rec otherwise.
 
     Args:
         num_items: N.
         dim: Width d.
         num_layers: Number of blocks.
         num_heads: H.
-        dropout: Dropout probability of inputs, of the outputs of layers and within feed-forward layers.
+        dropout: Dropout probability of inputs, of attention weights and of the outputs of layers.
         max_length: Maximum number of items of a sequence.
         ffn_dim: Width of the feed-forward layers.
         causal: Attend to earlier items only.
@@ -109,9 +111,11 @@ class Transformer(SequenceEncoder):
     Source:
         Kang and McAuley (2018), Self-Attentive Sequential Recommendation, arXiv:1808.09781, section III.
         Sun et al. (2019), BERT4Rec, arXiv:1904.06690, section 3.
-        Differs: pre-norm blocks with ReLU for both; no dropout of attention weights; positions count from the first item of the sequence; BERT4Rec
-        scores items by the inner product, without a projection and without biases of items.
+        Differs: post-norm blocks with GELU and normalised inputs for both, as in BERT4Rec; positions count from the first item of the sequence;
+        BERT4Rec scores items by the inner product, without a projection and without biases of items.
     """
+
+    normalizes_inputs = True
 
     def __init__(
         self,
@@ -129,8 +133,8 @@ class Transformer(SequenceEncoder):
         self.causal = causal
         # One more than `max_length`: BERT4Rec appends a hidden item, and a training row has one more item than a history.
         self.position = nn.Embedding(max_length + 1, dim)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, ffn_dim, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, ffn_dim, dropout) for _ in range(num_layers))
         self.mask = None if causal else nn.Parameter(torch.empty(dim))
 
     def init_weights(self) -> None:
@@ -146,16 +150,15 @@ class Transformer(SequenceEncoder):
 
     def encode(self, inputs: Tensor, layout: SequenceLayout, times: Tensor | None) -> Tensor:
         """Return the states ``(B, T, d)`` of embedded items."""
-        states = self.dropout((inputs + self.position(layout.position)) * layout.real[..., None])
+        states = self.dropout(self.norm(inputs + self.position(layout.position)) * layout.real[..., None])
         mask = layout.attention_mask(self.causal)
         for block in self.blocks:
             states = block(states, mask)
-        result: Tensor = self.norm(states)
-        return result
+        return states
 
 
 class Block(nn.Module):
-    """Pre-norm block of self-attention and a feed-forward layer.
+    """Post-norm block of self-attention and a feed-forward layer.
 
     Args:
         dim: Width d.
@@ -167,11 +170,12 @@ class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attention_norm = nn.LayerNorm(dim)
         self.query_key_value = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, dim))
         self.ffn_norm = nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), ByteDropout(dropout), nn.Linear(ffn_dim, dim))
+        self.attention_dropout = dropout
         self.dropout = ByteDropout(dropout)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
@@ -181,11 +185,10 @@ class Block(nn.Module):
             states: ``(B, T, d)``.
             mask: ``(B, 1, T, T)`` bool, as :meth:`SequenceLayout.attention_mask` returns.
         """
-        parts = self.query_key_value(self.attention_norm(states)).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
-        found = F.scaled_dot_product_attention(query, key, value, mask)
-        states = states + self.dropout(self.output(found.transpose(1, 2).flatten(2)))
-        result: Tensor = states + self.dropout(self.ffn(self.ffn_norm(states)))
+        query, key, value = self.query_key_value(states).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        found = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=self.attention_dropout if self.training else 0.0)
+        states = self.attention_norm(states + self.dropout(self.output(found.transpose(1, 2).flatten(2))))
+        result: Tensor = self.ffn_norm(states + self.dropout(self.ffn(states)))
         return result
 
 
