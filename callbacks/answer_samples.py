@@ -293,7 +293,7 @@ def answer_statistics(answers: Tensor, eos_token_id: int) -> dict[str, float]:
     return {
         "answer_tokens": real.sum(1).double().mean().item(),
         "answers_ended": (answers == eos_token_id).any(1).double().mean().item(),
-        "distinct_2": len(pairs.unique(dim=0)) / max(1, len(pairs)),
+        "distinct_2": len(torch.unique(pairs, dim=0)) / max(1, len(pairs)),
     }
 
 

@@ -61,7 +61,8 @@ def object_from_plain(base: type, value: Any) -> Any:
     """
     if not isinstance(value, Mapping):
         return value
-    kind = resolve_name(_RENAMED.get(value["class_path"], value["class_path"]))
+    path = str(value["class_path"])
+    kind = resolve_name(_RENAMED.get(path, path))
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise TypeError(f"the checkpoint names the class {value['class_path']}, which is not a subclass of {base.__name__}; use another checkpoint")
     return kind(**value.get("init_args", {}))

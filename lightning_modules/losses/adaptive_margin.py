@@ -129,7 +129,8 @@ class AdaptiveMargin(LogisticLoss):
 
     def logits(self, rows: PreferenceInputs) -> Tensor:
         """Return ``beta (delta - m)``, ``(B, K - 1)``; in training mode, collect the gaps."""
-        return self.beta * (rows.policy[:, :1] - rows.policy[:, 1:] - self.margins(rows, collect=self.training))
+        logits: Tensor = self.beta * (rows.policy[:, :1] - rows.policy[:, 1:] - self.margins(rows, collect=self.training))
+        return logits
 
     @torch.no_grad()
     def margins(self, rows: PreferenceInputs, collect: bool = False) -> Any:

@@ -98,7 +98,7 @@ def head_logps(model: Any, states: Tensor, targets: Tensor, form: HeadForm) -> T
         with _training_modes(modes):
             return selected_token_logps(form.logits(head(states[None])), targets[None])[0]
 
-    parts = list(zip(states.split(size), targets.split(size), strict=True))
+    parts = list(zip(torch.split(states, size), torch.split(targets, size), strict=True))
     count = largest_over_ranks(len(parts), states.device) if is_sharded(model) else len(parts)
     # A rank with fewer chunks repeats one position, whose result is multiplied by 0, so that it gathers sharded weights as often as the others.
     idle = [(states[:1], targets[:1])] * (count - len(parts))
@@ -120,10 +120,12 @@ def _product_dtype(states: Tensor) -> torch.dtype:
 
 def _is_plain(head: nn.Module) -> bool:
     """Return whether a head is a linear layer without bias, whose call does nothing but multiply by its whole weights."""
-    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
+    layer: Any = head
+    if type(layer) is not nn.Linear or getattr(layer, "bias", None) is not None or "forward" in vars(layer):
         return False
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    return not any(hooks) and not any(hasattr(head.weight, mark) for mark in ("ds_id", "device_mesh")) and head.weight.ndim == 2
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    sharded = any(hasattr(layer.weight, mark) for mark in ("ds_id", "device_mesh"))
+    return not any(hooks) and not sharded and bool(layer.weight.ndim == 2)
 
 
 @contextmanager

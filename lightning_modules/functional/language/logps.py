@@ -174,7 +174,7 @@ def answer_token_logps(
     head = forms.head if exceeds_limit(model, len(answer_ids) * (answer_ids.shape[1] + columns), answer_ids.device) else None
     width = prompt_ids.shape[1] + answer_ids.shape[2]
     if shareable and shared_prompt is None and forms.causal.fits(width):
-        shareable = sharing_pays(model, prompt_ids.shape[1], *answer_ids.shape[1:], columns)
+        shareable = sharing_pays(model, prompt_ids.shape[1], answer_ids.shape[1], answer_ids.shape[2], columns)
     if shareable and shared_prompt is not False and answer_ids.shape[1] > 1:
         return shared_logps(model, *parts, num_columns=num_columns, plan=forms.shared.plan, head=head)
     if forms.shared.fits(width) and not forms.causal.fits(width):

@@ -166,8 +166,8 @@ def _measure(model: Any, twin: Any, tolerance: float) -> PassForms:
         head = _head_form(twin, sample) if unpadded else None
         if head is not None and _failure(partial(_run_head, head=head), twin, sample, (), tolerance):
             head = None
-    whether = {"unpadded": unpadded, "states": sample.states is not None}
-    return PassForms(type(model).__name__, **found, **whether, head=head, reasons=tuple(reasons))
+    states = sample.states is not None
+    return PassForms(type(model).__name__, **found, unpadded=unpadded, states=states, head=head, reasons=tuple(reasons))
 
 
 def _head_form(model: Any, sample: Sample) -> HeadForm | None:

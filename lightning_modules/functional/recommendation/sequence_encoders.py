@@ -150,7 +150,7 @@ class Transformer(SequenceEncoder):
 
     def encode(self, inputs: Tensor, layout: SequenceLayout, times: Tensor | None) -> Tensor:
         """Return the states ``(B, T, d)`` of embedded items."""
-        states = self.dropout(self.norm(inputs + self.position(layout.position)) * layout.real[..., None])
+        states: Tensor = self.dropout(self.norm(inputs + self.position(layout.position)) * layout.real[..., None])
         mask = layout.attention_mask(self.causal)
         for block in self.blocks:
             states = block(states, mask)
