@@ -33,6 +33,7 @@ SECTIONS = (
 PREDICT_OPTIONS = {
     "RecommendationDataModule": ("predict_file FILE", "predict_users all"),
     "KnowledgeGraphDataModule": ("predict_file FILE",),
+    "PreferenceDataModule": ("predict_file FILE",),
     "EditingDataModule": (),
 }
 _DATA_FLAG = re.compile(r"--(data(?:\.\w+)*)")

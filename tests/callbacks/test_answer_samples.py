@@ -116,3 +116,22 @@ def test_bad_values(tmp_path):
         AnswerSamples(temperature=-1)
     with pytest.raises(MisconfigurationException, match="AnswerSamples needs a language model, got Popularity"):
         trainer_of(tmp_path).fit(Popularity(), TinyData())
+
+
+def test_answers_to_other_prompts_are_not_compared(tmp_path):
+    """After a fit, a test on other rows has no divergence; the stored answers of another seed are refused."""
+    saved = ModelCheckpoint(tmp_path / "run/checkpoints", filename="saved", enable_version_counter=False)
+    module = make_module()
+    trainer = trainer_of(tmp_path, saved)
+    trainer.fit(module, Pairs())
+
+    class Others(Pairs):
+        def setup(self, stage):
+            super().setup(stage)
+            self.test_dataset = pairs(12, step=3)[4:]
+
+    (figures,) = trainer.test(module, Others(), verbose=False)
+    assert "test_kl" not in figures
+    other = quiet_trainer(tmp_path / "b", callbacks=[AnswerSamples(num_prompts=5, max_new_tokens=6, seed=3)])
+    with pytest.raises(MisconfigurationException, match=r"reference_test\.safetensors has answers to other prompts"):
+        other.test(make_module(), Pairs(), ckpt_path=str(tmp_path / "run/checkpoints/saved.ckpt"), verbose=False)

@@ -337,3 +337,21 @@ def test_reference_and_policy_use_the_same_pass_form(shared_prompt, monkeypatch)
     module = DPO(tiny_config(), tiny_catalog(), decoding=Decoding(shared_prompt=shared_prompt))
     reference.reference_logps(None, module, [], SimpleNamespace(collate_fn=None), "label")
     assert seen == [{"shared_prompt": shared_prompt}]
+
+
+def test_files_of_several_models_are_not_confused(tmp_path):
+    """In a shared folder, a test without the state of the callback does not choose one of them."""
+    folder = str(tmp_path / "shared")
+    for seed in (0, 1):
+        module = DPO(tiny_config(), vocabulary=Vocabulary(16, EOS), tuning=Tuning(lr=1e-2, warmup_steps=0))
+        data = Pairs(train=pairs(24))
+        del data.catalog
+        torch.manual_seed(seed)
+        trainer = quiet_trainer(tmp_path / str(seed), callbacks=[ReferenceCache(dirpath=folder)], max_epochs=1, enable_checkpointing=False)
+        trainer.fit(module, data)
+    assert len(files(tmp_path / "shared")) == 2
+    (known,) = trainer.test(module, data, verbose=False)
+    assert "test_rewards_accuracies" in known
+    again = quiet_trainer(tmp_path / "again", callbacks=[ReferenceCache(dirpath=folder)], logger=False)
+    with pytest.raises(MisconfigurationException, match="reference log-probabilities of several models for the test rows"):
+        again.test(module, data, verbose=False)

@@ -45,8 +45,11 @@ def main(folder: Path, strategy: str, *options: str) -> None:
     )
     config = tiny_config()
     config.gradient_checkpointing = "checkpointing" in options
+    rows = pairs(4)
+    # The rank with this row has more chunks than the other.
+    rows[0]["answers"] = [[*[4] * 20, 1], [*[5] * 25, 1]]
     module = DPO(config, optimizer=partial(torch.optim.SGD, lr=1.0))
-    trainer.fit(module, TinyData(train=pairs(4), batch_size=4 // ranks, global_batch_size=4))
+    trainer.fit(module, TinyData(train=rows, batch_size=4 // ranks, global_batch_size=4))
     assert bool(chunks) == ("plain" not in options)
     state = gathered_state(module.model, trainable_only=True)
     if trainer.is_global_zero:

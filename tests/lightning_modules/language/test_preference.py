@@ -10,6 +10,7 @@ from tiny import TOKENS, batch_of, tiny_catalog, tiny_config, tiny_rows
 from malleable.lightning_modules.functional.language.logps import answer_logps
 from malleable.lightning_modules.language.config import build_language_model
 from malleable.lightning_modules.language.preference import answer_figures, preference_step, reduce_rows, reward_figures
+from malleable.lightning_modules.losses.answer_losses import KTO
 from malleable.lightning_modules.losses.preference import Sigmoid, SoftmaxDPO
 
 FAR = torch.tensor([[-9.0, -4.0], [-3.0, -7.0], [-5.0, -5.0], [-2.0, -8.0]])
@@ -136,3 +137,25 @@ def test_a_missing_reference_is_an_error():
     message = "the batch has no reference log-probabilities: add the callback ReferenceCache .* or yield PreferenceBatch"
     with pytest.raises(MisconfigurationException, match=message):
         preference_step(tiny_model(), pairs(), Sigmoid())
+
+
+def test_each_row_has_the_same_weight_in_an_incomplete_step():
+    """Four rows and one row: the normaliser is their mean number, 2.5."""
+    model, batch = tiny_model(), pairs().replace(reference_logps=FAR)
+    whole = Sigmoid()(answer_logps(model, batch), FAR).losses
+    steps = torch.tensor(2.5)
+    first = preference_step(model, batch.replace(num_step_rows=steps), Sigmoid())
+    second = preference_step(model, pairs(1).replace(reference_logps=FAR[:1], num_step_rows=steps), Sigmoid())
+    torch.testing.assert_close((first.loss + second.loss) / 2, (whole.sum() + whole[0]) / 5)
+
+
+def test_the_likelihood_of_undesirable_answers_is_not_increased():
+    batch = pairs().replace(reference_logps=FAR, desirable=torch.tensor([True, False, True, False]))
+    with pytest.raises(MisconfigurationException, match="sft_weight would also increase the likelihood of undesirable answers"):
+        preference_step(tiny_model(), batch, KTO(), sft_weight=0.5)
+    output = preference_step(tiny_model(), batch, KTO())
+    assert {"rewards_margins", "rewards_accuracies", "kl", "logps", "tokens"} <= output.extras.keys()
+    with pytest.raises(MisconfigurationException, match="Sigmoid cannot be trained on unpaired rows: choose another loss, such as KTO"):
+        preference_step(tiny_model(), batch, Sigmoid())
+    with pytest.raises(MisconfigurationException, match="KTO cannot be trained on pairs of answers"):
+        preference_step(tiny_model(), pairs().replace(reference_logps=FAR), KTO())

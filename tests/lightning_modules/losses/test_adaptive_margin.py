@@ -92,6 +92,9 @@ def test_equal_policy_and_reference_give_simpo():
     noise = 1e-7 * torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     for statistics in (*STATISTICS, {}, {"compat": "official"}):
         loss = golden(**statistics)
+        for _ in range(3):
+            loss(REFERENCE, REFERENCE, LENGTHS)
+            loss.end_of_step()
         exact = loss(REFERENCE, REFERENCE, LENGTHS).losses
         close(exact, SimPO(**PUBLISHED)(REFERENCE, None, LENGTHS).losses)
         assert exact.isfinite().all()
@@ -213,7 +216,10 @@ def test_several_rejected_answers_and_missing_ones():
     close(golden(stat_mode="batch")(wide, reference, lengths).losses, GOLDEN)
     twice = golden(stat_mode="batch")
     pairs = twice(torch.cat([POLICY, POLICY[:, 1:]], 1), torch.cat([REFERENCE, REFERENCE[:, 1:]], 1), torch.cat([LENGTHS, LENGTHS[:, 1:]], 1))
-    close(twice.statistics.current()[0], torch.tensor(0.1588888889))
+    mean, std = twice.statistics.current()
+    close(mean, torch.tensor(0.1588888889))
+    # The squared deviations double, and the number of values grows from 4 to 8.
+    close(std, torch.tensor(0.2790415695 * (2 * 3 / 7) ** 0.5))
     assert pairs.losses.shape == (4,)
 
 
@@ -298,3 +304,31 @@ def test_unused_arguments_are_refused():
         SimPO()(POLICY)
     with pytest.raises(TypeError, match="alpha"):
         SimPO(alpha=0.1)
+
+
+def test_rewards_do_not_depend_on_the_scale_of_alpha():
+    rewards = [compute(golden(stat_mode="batch", alpha=alpha, alpha_scale=scale)).rewards for alpha, scale in ((0.2, "log_ratio"), (0.5, "reward"))]
+    close(rewards[0], rewards[1], 1e-12)
+
+
+def test_a_value_that_is_not_finite_is_left_out():
+    """The statistics of the other pairs are used, in this step and in the next one."""
+    loss, finite = golden(), golden()
+    for _ in range(2):
+        spoilt = POLICY.clone()
+        spoilt[3] = torch.nan
+        loss(spoilt, REFERENCE, LENGTHS)
+        finite(POLICY[:3], REFERENCE[:3], LENGTHS[:3])
+        for own in (loss, finite):
+            own.end_of_step()
+    assert finite.statistics.updates == 1
+    close(torch.stack(loss.statistics.current()), torch.stack(finite.statistics.current()))
+
+
+def test_a_step_with_one_pair_does_not_change_the_statistics():
+    loss = golden()
+    for rows in (slice(None), slice(None), slice(0, 1)):
+        loss(POLICY[rows], REFERENCE[rows], LENGTHS[rows])
+        loss.end_of_step()
+    assert loss.statistics.updates == 1
+    close(loss.statistics.current()[1], torch.tensor(0.2790415695))

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from malleable.lightning_modules.losses.answer_losses import KTO, SPPO, APODown, APOZero, BCOPair, NCAPair
-from malleable.lightning_modules.losses.preference import CPO, ORPO, RDPO, Discopop, ExoPair, Sigmoid
+from malleable.lightning_modules.losses.preference import CPO, ORPO, RDPO, Discopop, ExoPair, Robust, Sigmoid
 
 POLICY = torch.tensor([[-6.2, -7.9], [-11.4, -10.2], [-3.3, -8.8], [-20.1, -19.5]], dtype=torch.float64)
 REFERENCE = torch.tensor([[-6.8, -7.5], [-11.0, -10.9], [-4.1, -8.0], [-21.0, -19.0]], dtype=torch.float64)
@@ -165,3 +165,17 @@ def test_pairs_and_unpaired_rows_are_not_confused():
 def test_bad_values(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_discopop_is_finite_for_large_log_ratios():
+    scores = torch.tensor([[-1500.0, -500.0], [-500.0, -1500.0]], requires_grad=True)
+    losses = Discopop(0.1)(scores, torch.zeros(2, 2)).losses
+    losses.sum().backward()
+    assert losses.isfinite().all()
+    assert scores.grad.isfinite().all()
+
+
+def test_robust_is_finite_for_any_smoothing_of_a_row():
+    losses = Robust(0.1)(POLICY, REFERENCE, smoothing=torch.tensor([0.0, 0.5, 0.9, 0.45])).losses
+    assert losses.isfinite().all()
+    close(losses[2], Robust(0.1, smoothing=0.45)(POLICY, REFERENCE).losses[2])

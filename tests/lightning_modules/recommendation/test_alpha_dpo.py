@@ -139,3 +139,16 @@ def test_pairs_that_never_differ_from_each_other_give_no_nan(tmp_path):
     assert trainer.callback_metrics["train_loss"].isfinite()
     assert trainer.callback_metrics["train_gap_z"] == 0
     assert all(weight.isfinite().all() for weight in module.parameters())
+
+
+def test_a_new_reference_resets_the_statistics(tmp_path):
+    """A second fit begins like a first one: the first two steps have no adaptive margin."""
+    module = make_module()
+    for name in ("a", "b"):
+        trainer = quiet_trainer(tmp_path / name, max_steps=1, limit_val_batches=0, callbacks=[ReferenceCache()], enable_checkpointing=False)
+        if name == "b":
+            module.loss.statistics.average.fill_(0.5)
+            module.loss.statistics.updates.fill_(5)
+        trainer.fit(module, TinyData(train=pairs(48), batch_size=8))
+        assert trainer.callback_metrics["train_gap_z"] == 0
+        assert module.loss.statistics.updates == 0
