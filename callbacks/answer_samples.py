@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.nn.functional import pad
 from malleable.callbacks.reference import row_keys
 from malleable.callbacks.report.page import Section
 from malleable.callbacks.row_pass import apply_to_rows
-from malleable.callbacks.run_files import find_copies, run_folder
+from malleable.callbacks.run_files import copy_to_run, find_copies, run_folder
 from malleable.datamodules.batch import AnswerBatch, Example
 from malleable.datamodules.collate import collate
 from malleable.datamodules.files.atomic import atomic_write
@@ -133,7 +132,7 @@ class AnswerSamples(Callback):
                 name = f"{FOLDER}/reference_{split}.safetensors"
                 path = run_folder(trainer) / name
                 if self._started:
-                    self._copy(trainer, name)
+                    copy_to_run(trainer, run_folder(trainer), name)
                 else:
                     answers = self._sample(trainer, module, rows, 1.0, 1.0, f"reference answers to {split} prompts")
                     logps = self._score(trainer, module, rows, answers)
@@ -171,8 +170,9 @@ class AnswerSamples(Callback):
             figures["kl"] = (reference.logps - self._score(trainer, module, rows, reference.tokens)).mean().item()
         for name, value in figures.items():
             log_synchronized(module, f"{split}_{name}", value)
+        path = run_folder(trainer) / FOLDER / f"{split}_step_{trainer.global_step}.jsonl"  # all ranks must call run_folder
         if trainer.is_global_zero:
-            self._write(trainer, module, split, rows, answers, None if reference is None else reference.tokens)
+            self._write(path, module, rows, answers, None if reference is None else reference.tokens)
 
     def _prompts(self, trainer: Trainer, split: str) -> list[Example]:
         """Return rows of a split with different prompts, selected by seed and id."""
@@ -237,16 +237,6 @@ class AnswerSamples(Callback):
         return self._read(path, rows) if trainer.strategy.broadcast(path.is_file()) else None
 
     @staticmethod
-    def _copy(trainer: Trainer, name: str) -> None:
-        """Copy a file of the interrupted run to the folder of this run."""
-        path = run_folder(trainer) / name
-        stored = find_copies(trainer, run_folder(trainer), name)[0]
-        if trainer.is_global_zero and stored.is_file() and stored.resolve() != path.resolve():
-            with atomic_write(path) as temporary:
-                shutil.copyfile(stored, temporary)
-        trainer.strategy.barrier("answers of the reference")
-
-    @staticmethod
     def _read(path: Path, rows: Sequence[Example]) -> Answers:
         if not path.is_file():
             raise MisconfigurationException(
@@ -260,7 +250,7 @@ class AnswerSamples(Callback):
             )
         return Answers(tensors["prompts"], tensors["answers"], tensors["logps"])
 
-    def _write(self, trainer: Trainer, module: LanguageModel, split: str, rows: Sequence[Example], answers: Tensor, reference: Tensor | None) -> None:
+    def _write(self, path: Path, module: LanguageModel, rows: Sequence[Example], answers: Tensor, reference: Tensor | None) -> None:
         """Write prompts and answers as text, or as tokens without a tokenizer."""
         assert module.vocabulary is not None
         name = module.vocabulary.tokenizer
@@ -276,7 +266,6 @@ class AnswerSamples(Callback):
             for row, first, own in zip(rows, stored, answers.tolist(), strict=True)
         ]
         self._shown = [[_shorten(value) for value in entry.values()] for entry in entries[: self.num_shown]]
-        path = run_folder(trainer) / FOLDER / f"{split}_step_{trainer.global_step}.jsonl"
         with atomic_write(path) as temporary:
             temporary.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
 from malleable.callbacks.row_pass import apply_to_rows, rows_per_pass
-from malleable.callbacks.run_files import find_copies, run_folder
+from malleable.callbacks.run_files import copy_to_run, run_folder
 from malleable.datamodules.files.atomic import atomic_write
 from malleable.datamodules.files.fetch import cache_folder
 from malleable.datamodules.loading import PhasedLoader, RowView
@@ -97,7 +97,7 @@ class ReferenceCache(Callback):
             self.name = f"reference-{self._fingerprint(trainer, module, together)}.safetensors"
         path = folder / self.name
         if resumed:
-            self._copy_file(trainer, find_copies(trainer, folder, self.name)[0], path)
+            copy_to_run(trainer, folder, self.name)
         elif isinstance(loss := getattr(module, "loss", None), PreferenceLoss):
             loss.reset()  # its statistics belong to the previous reference
         if not resumed and not trainer.strategy.broadcast(trainer.is_global_zero and self._is_available(path)):
@@ -157,14 +157,6 @@ class ReferenceCache(Callback):
             shutil.copyfile(stored, temporary)
         log.info("reference log-probabilities: those of an earlier run, %s", stored)
         return True
-
-    @staticmethod
-    def _copy_file(trainer: Trainer, stored: Path, path: Path) -> None:
-        """Copy the file of the interrupted run to the folder of this run."""
-        if trainer.is_global_zero and stored.is_file() and stored.resolve() != path.resolve():
-            with atomic_write(path) as temporary:
-                shutil.copyfile(stored, temporary)
-        trainer.strategy.barrier("reference log-probabilities")
 
     @staticmethod
     def _is_intact(path: Path) -> bool:
