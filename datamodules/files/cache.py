@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,8 @@ from malleable.datamodules.files.atomic import atomic_write, recover
 from malleable.datamodules.files.sealed import MANIFEST, find_damage, is_intact, seal
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Numbers = NDArray[np.number[Any]]
 
@@ -81,6 +84,28 @@ def open_arrays(folder: Path) -> tuple[dict[str, Numbers], dict[str, Any]] | Non
     if manifest is None:
         return None
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in manifest["arrays"]}, manifest["meta"]
+
+
+def open_or_build(folder: Path, open_cache: Callable[[Path], T | None], build_cache: Callable[[Path], None], data: str) -> T:
+    """Open a cache, and build it if it is missing or damaged.
+
+    Args:
+        folder: Folder of the cache.
+        open_cache: Returns the content of a complete cache, else ``None``: :func:`open_tables` or :func:`open_arrays`.
+        build_cache: Writes the cache to a folder.
+        data: Name of the data in the log, e.g. ``the graph``.
+
+    Raises:
+        OSError: If the cache cannot be read after it was written.
+    """
+    if (found := open_cache(folder)) is not None:
+        return found
+    started = time.monotonic()
+    build_cache(folder)
+    log.info("prepared %s in %.1f s and stored it in %s", data, time.monotonic() - started, folder)
+    if (found := open_cache(folder)) is None:
+        raise OSError(f"the cache {folder} cannot be read right after it was written; check the disk, or choose another cache_dir")
+    return found
 
 
 def _write(folder: Path, save: Callable[[Path], None], manifest: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from malleable.datamodules.batch import KnowledgeGraph
-from malleable.datamodules.files.cache import Numbers, hash_settings, open_arrays, write_arrays
+from malleable.datamodules.files.cache import Numbers, hash_settings, open_arrays, open_or_build, write_arrays
 from malleable.datamodules.files.fetch import sha256_of
 from malleable.datamodules.graphs.queries import Answers, Lists
 from malleable.datamodules.graphs.report import GraphReport, both_directions, report
@@ -44,15 +43,7 @@ class GraphStore:
     def open_or_build(cls, source: GraphSource, folder: Path) -> GraphStore:
         """Open the cache of a source below ``folder``, and build it if it is missing or incomplete."""
         target = folder / fingerprint(source)
-        opened = open_arrays(target)
-        if opened is None:
-            started = time.monotonic()
-            write_arrays(target, *build(source.load()))
-            log.info("prepared the graph in %.1f s and stored it in %s", time.monotonic() - started, target)
-            opened = open_arrays(target)
-            if opened is None:
-                raise OSError(f"the cache {target} cannot be read right after it was written; check the disk, or choose another cache_dir")
-        arrays, meta = opened
+        arrays, meta = open_or_build(target, open_arrays, lambda folder: write_arrays(folder, *build(source.load())), "the graph")
         # Convert to plain arrays, because operations on `memmap` create new `memmap` objects, which is slow.
         plain: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
         frequency = np.bincount(plain["train"][::2, 1], minlength=len(meta["relations"]))

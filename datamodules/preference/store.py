@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from malleable.datamodules.batch import Vocabulary
-from malleable.datamodules.files.cache import Numbers, hash_settings, open_arrays, write_arrays
+from malleable.datamodules.files.cache import Numbers, hash_settings, open_arrays, open_or_build, write_arrays
 from malleable.datamodules.files.fetch import sha256_of
 from malleable.datamodules.files.sealed import is_intact
 from malleable.datamodules.language import tokenizer as tokenizers
@@ -91,16 +90,7 @@ class Store:
     def open_or_build(cls, settings: StoreSettings, folder: Path) -> Store:
         """Open the cache of these settings below ``folder``, and build it if it is missing or damaged."""
         target = folder / settings.cache_key()
-        opened = open_arrays(target)
-        if opened is None:
-            started = time.monotonic()
-            arrays, meta = build(settings)
-            write_arrays(target, arrays, meta)
-            log.info("tokenised the data in %.1f s and stored them in %s", time.monotonic() - started, target)
-            opened = open_arrays(target)
-            if opened is None:
-                raise OSError(f"the cache {target} cannot be read right after it was written; check the disk, or choose another cache_dir")
-        arrays, meta = opened
+        arrays, meta = open_or_build(target, open_arrays, lambda folder: write_arrays(folder, *build(settings)), "the data")
         tables = {
             split: PreferenceTable.from_arrays({name.partition(".")[2]: array for name, array in arrays.items() if name.startswith(f"{split}.")})
             for split in meta["splits"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from pyarrow import compute
 
 from malleable.datamodules.batch import Catalog, Vocabulary
-from malleable.datamodules.files.cache import hash_settings, open_tables, write_tables
+from malleable.datamodules.files.cache import hash_settings, open_or_build, open_tables, write_tables
 from malleable.datamodules.files.fetch import sha256_of
 from malleable.datamodules.files.sealed import is_intact
 from malleable.datamodules.language import tokenizer as tokenizers
@@ -137,16 +136,7 @@ class Store:
     def open_or_build(cls, settings: StoreSettings, folder: Path) -> Store:
         """Open the cache of these settings below ``folder``, and build it if it is missing or incomplete."""
         target = folder / settings.cache_key()
-        opened = open_tables(target)
-        if opened is None:
-            started = time.monotonic()
-            tables, meta = build(settings)
-            write_tables(target, tables, meta)
-            log.info("prepared the data in %.1f s and stored them in %s", time.monotonic() - started, target)
-            opened = open_tables(target)
-            if opened is None:
-                raise OSError(f"the cache {target} cannot be read right after it was written; check the disk, or choose another cache_dir")
-        store = cls._from_tables(*opened)
+        store = cls._from_tables(*open_or_build(target, open_tables, lambda folder: write_tables(folder, *build(settings)), "the data"))
         vocabulary = store.catalog.vocabulary
         if settings.tokenizer is None and vocabulary is not None and not is_intact(Path(vocabulary.tokenizer or "")):
             # The folder of the trained tokenizer was removed or damaged. Equal titles give the same tokenizer again.

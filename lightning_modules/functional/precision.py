@@ -22,6 +22,13 @@ def full(part: Tensor) -> Tensor:
     return part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of matrix products under autocast; ``None`` if it is disabled."""
+    # Autocast raises an error for devices that it does not know, e.g. `meta`.
+    enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None
+
+
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function so that it runs with autocast disabled.
 

@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from malleable.lightning_modules.functional.precision import autocast_dtype
 from malleable.lightning_modules.language.config import LanguageModelConfig
 
 HALF_WEIGHTS = {
@@ -60,9 +61,8 @@ def compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
 
     float32 products of a GPU that are computed in TF32 (:func:`torch.set_float32_matmul_precision`) count as bfloat16.
     """
-    # Autocast raises an error for devices that it does not know, e.g. `meta`.
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+    if (dtype := autocast_dtype(device)) is not None:
+        return dtype
     dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
     rounded = dtype == torch.float32 and device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     return torch.bfloat16 if rounded else dtype

@@ -5,7 +5,7 @@ Shapes: B rows, K answers of a row.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,8 +13,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from malleable.datamodules.batch import AnswerBatch, Batch, PackedBatch, PreferenceBatch
-from malleable.lightning_modules.base import LossOutput
+from malleable.lightning_modules.base import LossOutput, needs_weights
 from malleable.lightning_modules.functional.language.logps import answer_token_logps
+from malleable.lightning_modules.functional.number_checks import check_numbers
 from malleable.lightning_modules.language.config import dropout_off
 from malleable.lightning_modules.language.precision import compute_dtype
 from malleable.lightning_modules.losses.preference_base import PreferenceLoss, masked_mean
@@ -84,34 +85,58 @@ def preference_step(
     return LossOutput(total, reduce_rows(figures | means, real), weight)
 
 
-def preference_loss(
-    module: LanguageModel, batch: PreferenceBatch | AnswerBatch | PackedBatch, loss: PreferenceLoss, sft_weight: float = 0.0
-) -> LossOutput:
-    """Compute the preference loss of a module; in evaluation without rejected answers or reference, the likelihood of the true answers.
+class PreferenceTraining:
+    """Mixin of language models that are trained with a preference loss. It must precede ``LanguageModel`` in the MRO.
 
-    Args:
-        module: The policy.
-        batch: Pairs or unpaired rows; in evaluation, also other rows.
+    Attributes:
         loss: The preference loss.
-        sft_weight: As in :func:`preference_step`.
-
-    Raises:
-        MisconfigurationException: If the module is trained on rows without rejected answers.
+        sft_weight: Weight of the negative log-likelihood of the chosen answers, which is added to the preference loss.
     """
-    measurable = module.training or batch_has_reference(batch) or not loss.needs_reference
-    if isinstance(batch, PreferenceBatch) and measurable:
-        return preference_step(module.model, batch, loss, sft_weight=sft_weight, shared_prompt=module.decoding.shared_prompt)
-    if module.training:
-        raise MisconfigurationException(
-            f"{type(module).__name__} needs chosen and rejected answers, got {type(batch).__name__}: use PreferenceDataModule, or give each row "
-            "several `answers`, the true one first, for example with RecommendationDataModule(negatives=Uniform())"
-        )
-    if isinstance(batch, PreferenceBatch):
-        rank_zero_warn(
-            "the rows of the evaluation have no reference log-probabilities: the loss is the negative log-likelihood of the chosen answers, and no "
-            "rewards are measured; add the callback ReferenceCache to the training"
-        )
-    return module.answer_loss(batch)
+
+    loss: PreferenceLoss
+    sft_weight: float
+
+    def set_loss(self, loss: PreferenceLoss, sft_weight: float) -> None:
+        """Set the attributes.
+
+        Raises:
+            ValueError: If ``sft_weight`` < 0.
+        """
+        self.loss = loss
+        self.sft_weight = sft_weight
+        check_numbers(self, at_least={"sft_weight": 0})
+
+    def end_of_step(self) -> None:
+        """Update the state of the loss."""
+        self.loss.end_of_step()
+
+    def preference_loss(self, batch: PreferenceBatch) -> LossOutput:
+        """Compute the preference loss."""
+        module = cast("LanguageModel", self)
+        return preference_step(module.model, batch, self.loss, sft_weight=self.sft_weight, shared_prompt=module.decoding.shared_prompt)
+
+    @needs_weights
+    def compute_loss(self, batch: PreferenceBatch | AnswerBatch | PackedBatch) -> LossOutput:
+        """Compute the preference loss; in evaluation without rejected answers or reference, the negative log-likelihood of the true answers.
+
+        Raises:
+            MisconfigurationException: If the module is trained on rows without rejected answers.
+        """
+        module = cast("LanguageModel", self)
+        measurable = module.training or batch_has_reference(batch) or not self.loss.needs_reference
+        if isinstance(batch, PreferenceBatch) and measurable:
+            return self.preference_loss(batch)
+        if module.training:
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs chosen and rejected answers, got {type(batch).__name__}: use PreferenceDataModule, or give each row "
+                "several `answers`, the true one first, for example with RecommendationDataModule(negatives=Uniform())"
+            )
+        if isinstance(batch, PreferenceBatch):
+            rank_zero_warn(
+                "the rows of the evaluation have no reference log-probabilities: the loss is the negative log-likelihood of the chosen answers, and "
+                "no rewards are measured; add the callback ReferenceCache to the training"
+            )
+        return module.answer_loss(batch)
 
 
 def batch_has_reference(batch: object) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from malleable.lightning_modules.functional.number_checks import check_numbers
 from malleable.lightning_modules.losses.preference_base import LogisticLoss, PreferenceInputs, masked_mean
 from malleable.lightning_modules.losses.running_statistics import RunningStatistics
 
@@ -94,11 +95,6 @@ class AdaptiveMargin(LogisticLoss):
         ):
             if value not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}")
-        for name, number in (("gamma_beta_ratio", gamma_beta_ratio), ("alpha", alpha), ("stat_min_std", stat_min_std or 0.0)):
-            if number < 0:
-                raise ValueError(f"{name} must be >= 0, got {number}")
-        if z_clip is not None and z_clip <= 0:
-            raise ValueError(f"z_clip must be > 0, got {z_clip}; omit it for no limit")
         fixed = (stat_mode, stat_bias_correction, stat_update, stat_min_std, z_clip) != ("ema", True, "optimizer_step", None, None)
         if compat == "official" and fixed:
             raise ValueError(
@@ -115,6 +111,7 @@ class AdaptiveMargin(LogisticLoss):
         self.stat_scope = stat_scope
         self.z_clip = z_clip
         self.compat = compat
+        check_numbers(self, at_least={"gamma_beta_ratio": 0, "alpha": 0, "stat_min_std": 0}, above={"z_clip": 0})
         self.needs_reference = alpha > 0
         self._log_ratio_alpha = alpha if alpha_scale == "log_ratio" else alpha / beta
         official = compat == "official"

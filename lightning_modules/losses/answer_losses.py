@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from malleable.lightning_modules.functional.number_checks import check_numbers
 from malleable.lightning_modules.losses.preference_base import PreferenceInputs, PreferenceLoss
 from malleable.lightning_modules.losses.running_statistics import RunningStatistics
 
@@ -182,14 +183,12 @@ class KTO(PreferenceLoss):
         self, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, kl_update: Update = "optimizer_step"
     ) -> None:
         super().__init__(beta)
-        for name, value in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
-            if value <= 0:
-                raise ValueError(f"{name} must be > 0, got {value}")
         if kl_update not in get_args(Update):
             raise ValueError(f"kl_update must be one of {', '.join(get_args(Update))}, got {kl_update!r}")
         self.desirable_weight = desirable_weight
         self.undesirable_weight = undesirable_weight
         self.kl_update = kl_update
+        check_numbers(self, above={"desirable_weight": 0, "undesirable_weight": 0})
         self.statistics = RunningStatistics(0.0)
 
     def losses(self, rows: PreferenceInputs) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from malleable.lightning_modules.functional.number_checks import check_numbers
 from malleable.lightning_modules.losses.preference_base import LogisticLoss, PairwiseLoss, PreferenceInputs, PreferenceLoss
 
 MAX_RATE = 0.45
@@ -52,9 +53,8 @@ class RDPO(LogisticLoss):
 
     def __init__(self, beta: float = 0.1, alpha: float = 0.05, smoothing: float = 0.0) -> None:
         super().__init__(beta, smoothing)
-        if alpha < 0:
-            raise ValueError(f"alpha must be >= 0, got {alpha}")
         self.alpha = alpha
+        check_numbers(self, at_least={"alpha": 0})
 
     def logits(self, rows: PreferenceInputs) -> Tensor:
         """Return ``beta delta + alpha (|y_w| - |y_l|)``, ``(B, K - 1)``."""
@@ -79,9 +79,8 @@ class CPO(LogisticLoss):
 
     def __init__(self, beta: float = 0.1, nll_weight: float = 1.0, smoothing: float = 0.0) -> None:
         super().__init__(beta, smoothing)
-        if nll_weight < 0:
-            raise ValueError(f"nll_weight must be >= 0, got {nll_weight}")
         self.nll_weight = nll_weight
+        check_numbers(self, at_least={"nll_weight": 0})
 
     def logits(self, rows: PreferenceInputs) -> Tensor:
         """Return ``beta`` times the difference of log-probabilities, ``(B, K - 1)``."""
@@ -221,9 +220,8 @@ class Discopop(PairwiseLoss):
 
     def __init__(self, beta: float = 0.1, tau: float = 0.05) -> None:
         super().__init__(beta)
-        if tau <= 0:
-            raise ValueError(f"tau must be > 0, got {tau}")
         self.tau = tau
+        check_numbers(self, above={"tau": 0})
 
     def pair_losses(self, delta: Tensor) -> Tensor:
         """Compute the mixture, ``(B, K - 1)``."""

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
-from malleable.datamodules.batch import AnswerBatch, Catalog, PackedBatch, PreferenceBatch, Vocabulary
-from malleable.lightning_modules.base import LossOutput, needs_weights
+from malleable.datamodules.batch import Catalog, Vocabulary
 from malleable.lightning_modules.language.config import LanguageModelConfig
 from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.language_model import LanguageModel
-from malleable.lightning_modules.language.preference import preference_loss
+from malleable.lightning_modules.language.preference import PreferenceTraining
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.losses.preference import Sigmoid
 from malleable.lightning_modules.losses.preference_base import PreferenceLoss
 from malleable.lightning_modules.serialization import object_from_plain
 
 
-class DPO(LanguageModel):
+class DPO(PreferenceTraining, LanguageModel):
     """Direct preference optimisation: prefer chosen answers, or true next titles, to rejected ones, relative to a frozen reference.
 
     The reference is the model at the start of training. Its log-probabilities are cached and added to the batches by
@@ -62,17 +61,5 @@ class DPO(LanguageModel):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
         )
-        if sft_weight < 0:
-            raise ValueError(f"sft_weight must be >= 0, got {sft_weight}")
-        self.loss: PreferenceLoss = object_from_plain(PreferenceLoss, loss) or Sigmoid(beta=0.1)
-        self.sft_weight = sft_weight
+        self.set_loss(object_from_plain(PreferenceLoss, loss) or Sigmoid(beta=0.1), sft_weight)
         self.save_config()
-
-    def end_of_step(self) -> None:
-        """Update the state of the loss."""
-        self.loss.end_of_step()
-
-    @needs_weights
-    def compute_loss(self, batch: PreferenceBatch | AnswerBatch | PackedBatch) -> LossOutput:
-        """Compute the preference loss; in evaluation without rejected answers or reference, the negative log-likelihood of the true answers."""
-        return preference_loss(self, batch, self.loss, self.sft_weight)

@@ -10,14 +10,14 @@ from malleable.lightning_modules.base import LossOutput, needs_weights
 from malleable.lightning_modules.language.config import LanguageModelConfig
 from malleable.lightning_modules.language.item_decoding import Decoding
 from malleable.lightning_modules.language.language_model import LanguageModel
-from malleable.lightning_modules.language.preference import preference_step
+from malleable.lightning_modules.language.preference import PreferenceTraining
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.losses.preference import Sigmoid
 from malleable.lightning_modules.losses.preference_base import PreferenceLoss
 from malleable.lightning_modules.serialization import object_from_plain
 
 
-class SPRec(LanguageModel):
+class SPRec(PreferenceTraining, LanguageModel):
     """SPRec: alternating supervised fine-tuning and preference optimisation, with the model's own recommendations as rejected answers.
 
     The loss depends on the type of the batch: the negative log-likelihood for an :class:`AnswerBatch` or :class:`PackedBatch`, the preference loss
@@ -56,21 +56,14 @@ class SPRec(LanguageModel):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(language_model, None, catalog, decoding=decoding, tuning=tuning, ks=ks, optimizer=optimizer, lr_scheduler=lr_scheduler)
-        if sft_weight < 0:
-            raise ValueError(f"sft_weight must be >= 0, got {sft_weight}")
-        self.loss: PreferenceLoss = object_from_plain(PreferenceLoss, loss) or Sigmoid(beta=0.1)
-        self.sft_weight = sft_weight
+        self.set_loss(object_from_plain(PreferenceLoss, loss) or Sigmoid(beta=0.1), sft_weight)
         self.save_config()
-
-    def end_of_step(self) -> None:
-        """Update the state of the loss."""
-        self.loss.end_of_step()
 
     @needs_weights
     def compute_loss(self, batch: PreferenceBatch | AnswerBatch | PackedBatch) -> LossOutput:
         """Compute the preference loss of a :class:`PreferenceBatch`, or the negative log-likelihood of another batch."""
         if isinstance(batch, PreferenceBatch):
-            return preference_step(self.model, batch, self.loss, sft_weight=self.sft_weight, shared_prompt=self.decoding.shared_prompt)
+            return self.preference_loss(batch)
         return self.answer_loss(batch)
 
     def default_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> None:

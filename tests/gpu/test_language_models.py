@@ -85,7 +85,7 @@ def chunk_head(monkeypatch):
 
 def test_adapters_of_a_4_bit_model_with_a_chunked_head_and_checkpointing(device, tmp_path, monkeypatch):
     """Losses and gradients equal those of all logits at once; the head is 4-bit, too, if it has adapters."""
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
     if device.type != "cuda":
         pytest.skip("4-bit weights need CUDA")
     base, found = save_base(tmp_path / "base"), []

@@ -56,7 +56,7 @@ class RecordReader:
     - ``prompt`` is a list of messages, ``{role, content}``. ``chosen`` and ``rejected`` are lists with one message of the assistant, or whole
       conversations that begin with the prompt, or strings.
     - There is no ``prompt``, or it is a string: ``chosen`` and ``rejected`` are conversations that share all turns except the last one, the answer.
-    - In each shape, ``rejected`` may be a list of several such answers.
+    - In each shape, ``rejected`` may be a list of several answers: of strings, or of conversations.
 
     Unpaired records have ``prompt``, ``completion`` and ``label`` (true if the completion is desirable), where ``completion`` has the shape of
     ``chosen``. Each record may have ``smoothing``, the probability in [0, 1] that its preference is reversed.

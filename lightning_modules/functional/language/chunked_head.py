@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from malleable.lightning_modules.functional.language.selected_logps import selected_token_logps
+from malleable.lightning_modules.functional.precision import autocast_dtype
 from malleable.lightning_modules.functional.ranks import is_sharded, largest_over_ranks
 
 # Maximum number of logits that are stored for the backward pass. Larger numbers are computed in chunks, which costs one more product with the weights
@@ -112,10 +113,7 @@ def head_logps(model: Any, states: Tensor, targets: Tensor, form: HeadForm) -> T
 
 def _product_dtype(states: Tensor) -> torch.dtype:
     """Return the dtype of matrix products with ``states``."""
-    device = states.device.type
-    # Autocast raises an error for devices that it does not know, e.g. `meta`.
-    known = torch.amp.is_autocast_available(device)
-    return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) and states.dtype != torch.float64 else states.dtype
+    return states.dtype if states.dtype == torch.float64 else autocast_dtype(states.device) or states.dtype
 
 
 def _is_plain(head: nn.Module) -> bool:

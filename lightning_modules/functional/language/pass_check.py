@@ -200,7 +200,7 @@ def _head_form(model: Any, sample: Sample) -> HeadForm | None:
         (output,) = outputs
         eps = max(1e-6, torch.finfo(logits.dtype).eps)
         return form if output.shape == logits.shape and torch.allclose(form.logits(output), logits, rtol=4 * eps, atol=4 * eps) else None
-    except Exception as error:
+    except Exception as error:  # models raise various exceptions; the plain form is then used
         log.debug("the head of %s cannot be probed: %s", type(model).__name__, error)
         return None
 

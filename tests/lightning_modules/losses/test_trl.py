@@ -10,7 +10,7 @@ from malleable.lightning_modules.losses.answer_losses import KTO, SPPO, APODown,
 from malleable.lightning_modules.losses.preference import CPO, IPO, ORPO, Discopop, ExoPair, Hinge, Robust, Sigmoid
 
 pytestmark = pytest.mark.slow  # TRL takes several seconds to import
-trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[bench]'")
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[test]'")
 
 B, T = 6, 9
 BETA = 0.3
