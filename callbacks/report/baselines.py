@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from malleable.lightning_modules.recommendation.ease import EASE
 from malleable.lightning_modules.recommendation.evaluation import recommendation_metrics, update_metrics
 from malleable.lightning_modules.recommendation.sequential import SequentialRecommender
 
+log = logging.getLogger(__name__)
+
 
 class Baselines(Callback):
     """Evaluate baselines in every test, on the rows and with the metrics of the tested module.
@@ -36,7 +39,8 @@ class Baselines(Callback):
 
     Args:
         baselines: Baselines with their settings. Their catalogue is that of the data module. In a configuration, each element is a class name, or
-            ``class_path`` and ``init_args``. Default: :class:`Popularity`, :class:`ItemKNN`, :class:`Markov` and :class:`EASE`.
+            ``class_path`` and ``init_args``. Default: :class:`Popularity`, :class:`ItemKNN`, :class:`Markov` and :class:`EASE`; only
+            :class:`Popularity` for a catalogue that is too large for their tables.
         epochs: Number of training epochs of each ``SequentialRecommender``.
 
     Raises:
@@ -57,6 +61,8 @@ class Baselines(Callback):
         if epochs < 1:
             raise ValueError(f"epochs must be >= 1, got {epochs}")
         self.epochs = epochs
+        self._by_default = baselines is None
+        self._unused: set[str] = set()
         names = [_name(baseline) for baseline in given]
         keys = [baseline.encoder.kind if isinstance(baseline, SequentialRecommender) else _snake_case(type(baseline).__name__) for baseline in given]
         self.baselines = dict(zip(_numbered(keys, "_{}"), given, strict=True))
@@ -67,10 +73,10 @@ class Baselines(Callback):
         self._rows: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is a data module with a catalogue.
+        """Check that there is a data module with a catalogue, and that the tables of the baselines fit into memory.
 
         Raises:
-            MisconfigurationException: If there is none.
+            MisconfigurationException: If there is none, or if a baseline of the argument ``baselines`` does not support so many items.
         """
         source = getattr(trainer, "datamodule", None)
         if not hasattr(source, "catalog"):
@@ -78,6 +84,7 @@ class Baselines(Callback):
                 f"Baselines counts the training rows of a data module with a `catalog`, got {type(source).__name__}; "
                 "pass `datamodule=...` or remove Baselines"
             )
+        self._unused = set() if source.catalog is None else self._too_large(len(source.catalog))
         for baseline in self.baselines.values():
             timed = isinstance(baseline, SequentialRecommender) and baseline.encoder.kind == "hstu" and baseline.encoder.time_buckets > 0
             if timed and "sequence" not in getattr(source, "train_view", ""):
@@ -91,7 +98,7 @@ class Baselines(Callback):
         rows = training_rows(source)
         if rows is not self._rows:
             # Copy the modules: their tables have the size of this catalogue, and one of them may be the tested module.
-            self._modules = {name: copy.deepcopy(baseline).eval() for name, baseline in self.baselines.items()}
+            self._modules = {name: copy.deepcopy(baseline).eval() for name, baseline in self.baselines.items() if name not in self._unused}
             for module in self._modules.values():
                 module.catalog = source.catalog
                 if isinstance(module, SequentialRecommender):
@@ -125,6 +132,21 @@ class Baselines(Callback):
             name: {key: float(value) for metric in metrics.values() for key, value in metric.compute().items()}
             for name, metrics in self._metrics.items()
         }
+
+    def _too_large(self, num_items: int) -> set[str]:
+        """Return the names of the default baselines whose tables are too large for a catalogue."""
+        names = set()
+        for name, baseline in self.baselines.items():
+            try:
+                if isinstance(baseline, Baseline):
+                    baseline.check_size(num_items)
+            except MisconfigurationException:
+                if not self._by_default:
+                    raise
+                names.add(name)
+        if names:
+            log.warning("Baselines: %s are not measured, because their tables are too large for %d items", ", ".join(sorted(names)), num_items)
+        return names
 
     def report_columns(self) -> list[Column]:
         """Return the metrics of the baselines in the last test."""

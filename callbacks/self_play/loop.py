@@ -269,15 +269,17 @@ class SelfPlayLoop(Callback):
         self.state.history.append({"phase": kind, "round": phase.round, **({"titles": titles} if titles else {}), **figures})
 
     def _complete_pairs(self, trainer: Trainer, module: LanguageModel, loader: PhasedLoader[Any], phase: Phase) -> None:
-        """Complete the pairs of a round: negatives if they are missing, removal of identical rows, and reference log-probabilities."""
+        """Complete the pairs of a round: negatives if they are missing, removal of identical rows, and the reference if the loss needs it."""
         file = self._file()
         if file.answers is None:
             self._choose_negatives(trainer, module, loader, phase, file)
         if self.keep_identical == "drop":
             file = self._without_identical(loader, phase, file)
-        pairs = file.pairs(loader.pool, self._pad_token_id)
-        file.reference = reference_logps(trainer, module, pairs, loader, f"{self._name(phase)}, reference").tolist()
-        self._write(trainer, phase, file)
+        loss = getattr(module, "loss", None)
+        if not isinstance(loss, PreferenceLoss) or loss.needs_reference:
+            pairs = file.pairs(loader.pool, self._pad_token_id)
+            file.reference = reference_logps(trainer, module, pairs, loader, f"{self._name(phase)}, reference").tolist()
+        self._write(trainer, phase, file, pairs=True)
 
     def _without_identical(self, loader: PhasedLoader[Any], phase: Phase, file: RoundFile) -> RoundFile:
         """Remove rows whose rejected answer is the true answer, unless the remaining rows are too few for an optimizer step."""
@@ -324,9 +326,9 @@ class SelfPlayLoop(Callback):
     def _name(phase: Phase) -> str:
         return "warm-up" if phase.kind == "warmup" else f"round {phase.round} {phase.kind}"
 
-    def _write(self, trainer: Trainer, phase: Phase, file: RoundFile) -> None:
+    def _write(self, trainer: Trainer, phase: Phase, file: RoundFile, pairs: bool = False) -> None:
         # The pairs are written to another file, because earlier checkpoints still refer to the file with the drawn rows.
-        self.state.path = f"self_play/round_{phase.round}{'_pairs' if phase.kind == 'dpo' and file.reference is not None else ''}.parquet"
+        self.state.path = f"self_play/round_{phase.round}{'_pairs' if pairs else ''}.parquet"
         if trainer.is_global_zero:
             file.write(self._folder / self.state.path)
         trainer.strategy.barrier("round file")

@@ -101,6 +101,18 @@ class Baseline(ItemRanking, BaseModule):
             first = (seen >= 0).sum(1, keepdim=True) == 1
             count_items(self.counts, seen.masked_fill(~first | (target < 0)[:, None], -1))
 
+    def check_size(self, num_items: int) -> None:
+        """Check that the tables of a catalogue fit into memory.
+
+        Raises:
+            MisconfigurationException: If a table of items x items would have more than 30,000 items.
+        """
+        if self.tables and num_items > MAX_TABLE_ITEMS:
+            raise MisconfigurationException(
+                f"{type(self).__name__} stores a table of items x items and supports at most {MAX_TABLE_ITEMS} items, got {num_items}; "
+                "use Popularity, or filter rare items (min_item_events)"
+            )
+
     def compute_loss(self, batch: RankedRows) -> LossOutput:
         """Return a loss of zero, which depends on a parameter."""
         return LossOutput(self.anchor * 0.0, {})
@@ -205,11 +217,7 @@ class Baseline(ItemRanking, BaseModule):
         checkpoint["state_dict"] = state | {name: _pad_table(state[name], size) for name in (*self.tables, "counts") if name in state}
 
     def _make_tables(self, num_items: int) -> None:
-        if self.tables and num_items > MAX_TABLE_ITEMS:
-            raise MisconfigurationException(
-                f"{type(self).__name__} stores a table of items x items and supports at most {MAX_TABLE_ITEMS} items, got {num_items}; "
-                "use Popularity, or filter rare items (min_item_events)"
-            )
+        self.check_size(num_items)
         # Integers, because a Trainer of lower precision would round floats.
         self.register_buffer("counts", torch.zeros(num_items, dtype=torch.int32, device=self.device))
         for name in self.tables:

@@ -83,6 +83,18 @@ def test_configured_and_custom_baselines(tmp_path):
     assert all(baseline.catalog is None and not baseline.is_built for baseline in callback.baselines.values()), "copies are counted"
 
 
+def test_a_catalogue_that_is_too_large_for_tables(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("malleable.lightning_modules.recommendation.baselines.MAX_TABLE_ITEMS", 2)
+    callback = Baselines()
+    trainer(tmp_path, callback).test(Popularity(ks=(1, 3)), ToyShop(), verbose=False)
+    assert list(callback.values) == ["popularity"]
+    assert [column.key for column in callback.report_columns()] == ["baseline_popularity"]
+    assert "Baselines: ease, item_knn, markov are not measured, because their tables are too large" in caplog.text
+    chosen = Baselines([Popularity(), ItemKNN()])
+    with pytest.raises(MisconfigurationException, match="ItemKNN stores a table of items x items and supports at most 2 items"):
+        trainer(tmp_path, chosen).fit(Popularity(ks=(1, 3)), ToyShop())
+
+
 def test_baselines_are_neither_trained_nor_saved(tmp_path):
     callback = Baselines()
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "max_epochs": 1}
