@@ -1,9 +1,10 @@
-"""Compare SPRec with supervised fine-tuning and with DPO on random negatives: equal data, equal steps, several seeds.
+"""Compare SPRec, supervised fine-tuning, and DPO, S-DPO and alpha-DPO on random negatives: equal data, equal steps, several seeds.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/sprec_study.py --seeds 3 --jobs 2 --folder runs/study
 
 For each seed, one model is trained by sft/movielens.yaml (the warm-up). All arms start from its weights and train for the same rounds on the same
-rows. ``sft`` uses supervised epochs in both phases of a round, ``dpo`` rejects random titles, and ``sprec`` rejects titles that the model generated.
+rows. ``sft`` uses supervised epochs in both phases of a round, ``dpo``, ``softmax_dpo`` (three rejected titles) and ``alpha_dpo`` reject random
+titles, and ``sprec`` rejects titles that the model generated.
 The last lines are the table of configs/sprec/README.md: mean and standard deviation over the seeds. A run that is already in the folder is not
 repeated; use one folder for each device.
 """
@@ -24,9 +25,14 @@ from devices import add_device_arguments
 
 METRICS = ("ndcg_10", "hr_10", "div_ratio_10", "or_ratio_10", "mgu_10", "dgu_10")
 SAMPLE = {"negatives": {"class_path": "SelfPlay", "init_args": {"decode": "sample"}}}
+LOSSES = "malleable.lightning_modules.losses"
+SOFTMAX = {"class_path": f"{LOSSES}.preference.SoftmaxDPO", "init_args": {"beta": 4.0}}
+ADAPTIVE = {"class_path": f"{LOSSES}.adaptive_margin.AdaptiveMargin", "init_args": {"beta": 2.5, "gamma_beta_ratio": 0.15, "alpha": 0.05}}
 ARMS = {
     "sft": {"negatives": "Uniform", "sft": {"epochs": 2}, "dpo": {"epochs": 0}},
     "dpo": {"negatives": "Uniform"},
+    "softmax_dpo": {"negatives": {"class_path": "Uniform", "init_args": {"num_negatives": 3}}, "loss": SOFTMAX},
+    "alpha_dpo": {"negatives": "Uniform", "loss": ADAPTIVE},
     "sprec": SAMPLE,
     "dpo, beta 0.1": {"negatives": "Uniform", "beta": 0.1},
     "sprec, beta 0.1": SAMPLE | {"beta": 0.1},
@@ -56,20 +62,19 @@ def trainer_settings(options: argparse.Namespace) -> dict:
 def arm_settings(model: Path, arm: dict, options: argparse.Namespace, seed: int) -> dict:
     """Return the values of sprec/movielens.yaml that an arm overrides."""
     phase = {"epochs": 1, "warmup_steps": options.warmup_steps, "batch_factor": options.batch_factor}
-    beta = arm.get("beta", options.beta)
+    sigmoid = {"class_path": f"{LOSSES}.preference.Sigmoid", "init_args": {"beta": arm.get("beta", options.beta)}}
     loop = {
         "rounds": options.rounds,
         "rows_per_round": options.rows,
         "compare_on": "none",
         "seed": seed,
         "warmup": {"epochs": 0},
-        **{key: value for key, value in arm.items() if key != "beta"},
+        **{key: value for key, value in arm.items() if key not in ("beta", "loss")},
         "sft": phase | {"lr": options.lr} | arm.get("sft", {}),
         "dpo": phase | {"lr": options.dpo_lr} | arm.get("dpo", {}),
     }
-    loss = {"class_path": "malleable.lightning_modules.losses.preference.Sigmoid", "init_args": {"beta": beta}}
     return {
-        "model": {"init_args": {"language_model": {"name": str(model)}, "loss": loss}},
+        "model": {"init_args": {"language_model": {"name": str(model)}, "loss": arm.get("loss", sigmoid)}},
         "data": {"init_args": {"tokenizer": str(model)}},
         "trainer": {
             **trainer_settings(options),
