@@ -6,6 +6,9 @@ Data: ``ml100k`` (ratings >= 4, leave-last-out), ``cds`` (Amazon CDs, split by t
 ``rec`` of ``--shared``. The latter two are rows of at most 10 items before a target, without times. All unseen items are ranked. After each epoch,
 the validation rows are ranked; the epoch with the best NDCG@10 is tested. Training ends after ``--patience`` epochs without a better one. A run that
 is already in the folder is not repeated. The last lines are a table: mean and standard deviation over the seeds.
+
+``SASRec`` is trained like RecBole's: each target has a row of its own with the items before it (``train_view: answer``). ``parts`` are trained at all
+positions of parts of histories, which are packed into rows (``train_view: packed_sequence``). A ready row has one target in both cases.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from malleable.datamodules.sources.recommendation.candidates import CandidateRow
 from malleable.lightning_modules.metrics.ranking import RankingMetrics
 
 TARGETS = 256  # of a step
-MODELS = ("RecBole SASRec", "SASRec", "HSTU")
+MODELS = ("RecBole SASRec", "SASRec", "SASRec, parts", "HSTU, parts")
 Evaluate = Callable[[str], dict[str, float]]
 
 
@@ -59,8 +62,8 @@ class AmazonCDs(Source):
         return ReadyRows(items_table([key for _, key in pairs], [title for title, _ in pairs], [()] * len(pairs)), rows)
 
 
-def make_data(name: str, shared: Path, length: int) -> RecommendationDataModule:
-    """Return the rows of a data set, with about ``TARGETS`` targets in a step."""
+def make_data(name: str, shared: Path, length: int, parts: bool) -> RecommendationDataModule:
+    """Return the rows of a data set, of parts of histories or with one target each, with about ``TARGETS`` targets in a step."""
     folder = shared / "rec"
     sources: dict[str, Callable[[], Source]] = {
         "ml100k": lambda: MovieLens(path=str(folder / "ml100k")),
@@ -68,11 +71,14 @@ def make_data(name: str, shared: Path, length: int) -> RecommendationDataModule:
         "lastfm": lambda: CandidateRows(str(folder / "lastfm_cans20")),
     }
     split = Split(min_rating=4 if name == "ml100k" else None, sequence_length=length, history_length=length)
-    options = {"train_view": "packed_sequence", "pack_length": TARGETS, "eval_batch_size": 512}
-    data = RecommendationDataModule(sources[name](), "none", split=split, **options)
+    view = "packed_sequence" if parts else "answer"
+    data = RecommendationDataModule(
+        sources[name](), "none", split=split, train_view=view, pack_length=TARGETS, batch_size=TARGETS, eval_batch_size=512
+    )
     data.prepare_data()
     data.setup("fit")
-    data.batch_size = max(1, round(TARGETS * len(data.train_dataset) / sum(data.row_tokens())))
+    if parts:
+        data.batch_size = max(1, round(TARGETS * len(data.train_dataset) / sum(data.row_tokens())))
     return data
 
 
@@ -80,7 +86,7 @@ def ours(kind: str, data: RecommendationDataModule, args: argparse.Namespace, se
     """Return functions that train our model for an epoch, and that evaluate it on a split."""
     torch.manual_seed(seed)
     sizes = {"dim": args.dim, "num_layers": args.layers, "num_heads": args.heads, "dropout": args.dropout, "max_length": args.length}
-    buckets = 64 if data.sequence_dataset.columns.times is not None else 0
+    buckets = 64 if data.train_view != "answer" and data.sequence_dataset.columns.times is not None else 0
     module = SequentialRecommender(EncoderSettings(kind, time_buckets=buckets, **sizes), catalog=data.catalog)
     module.configure_model()
     module.to(args.device)
@@ -125,7 +131,7 @@ def loader_of(data: RecommendationDataModule, split: str) -> Any:
 
 def run(model: str, data: RecommendationDataModule, args: argparse.Namespace, seed: int) -> dict[str, float]:
     """Train a model, and return the metrics of the test at its best epoch, with the number of the epoch and the seconds of training."""
-    train, evaluate = theirs(data, args, seed) if model == MODELS[0] else ours(model.lower(), data, args, seed)
+    train, evaluate = theirs(data, args, seed) if model == MODELS[0] else ours(model.partition(",")[0].lower(), data, args, seed)
     best: dict[str, float] = {"val_ndcg_10": -1.0}
     seconds = 0.0
     for epoch in range(args.epochs):
@@ -155,13 +161,13 @@ def main() -> None:
     add_device_arguments(parser, dtype=False)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    data = make_data(args.data, args.shared, args.length)
+    data = make_data(args.data, args.shared, args.length, parts=False)
     for model in args.models:
         results = []
         for seed in range(args.seeds):
-            path = args.folder / f"{args.data}_{model.replace(' ', '_')}_{args.length}_{args.dim}_{args.dropout}_{seed}.json"
+            path = args.folder / f"{args.data}_{model.replace(',', '').replace(' ', '_')}_{args.length}_{args.dim}_{args.dropout}_{seed}.json"
             if not path.is_file():
-                path.write_text(json.dumps(run(model, make_data(args.data, args.shared, args.length), args, seed)))
+                path.write_text(json.dumps(run(model, make_data(args.data, args.shared, args.length, "parts" in model), args, seed)))
             results.append(json.loads(path.read_text()))
         cells = []
         for name in ("hr_10", "ndcg_10"):
