@@ -48,7 +48,7 @@ class Baselines(Callback):
         ValueError: If ``epochs`` is < 1.
     """
 
-    def __init__(self, baselines: Sequence[Baseline | SequentialRecommender] | None = None, epochs: int = 20) -> None:
+    def __init__(self, baselines: Sequence[Baseline | SequentialRecommender] | None = None, epochs: int = 10) -> None:
         given = (Popularity(), ItemKNN(), Markov(), EASE()) if baselines is None else tuple(baselines)
         wrong = [baseline for baseline in given if not isinstance(baseline, (Baseline, SequentialRecommender))]
         if wrong:

@@ -6,7 +6,6 @@ import logging
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -19,7 +18,8 @@ from malleable.lightning_modules.recommendation.sequential import SequentialReco
 
 log = logging.getLogger(__name__)
 
-TARGETS = 2048  # of a step
+PACK_LENGTH = 256
+"""Number of items of a training row, which is a step; more if histories are longer. Larger steps are less accurate."""
 
 
 @float32_by_default()
@@ -31,7 +31,7 @@ def train_baseline(module: SequentialRecommender, source: Any, epochs: int, seed
 
     Args:
         module: Recommender with a catalogue, without weights.
-        source: Data module with ``sequence_dataset``.
+        source: Data module with the method ``sequence_rows``.
         epochs: Number of passes over the rows.
         seed: Seed of weights, dropout and order.
         device: Device to train on.
@@ -39,24 +39,23 @@ def train_baseline(module: SequentialRecommender, source: Any, epochs: int, seed
     Raises:
         MisconfigurationException: If the data module has no rows for sequence models.
     """
-    rows = getattr(source, "sequence_dataset", None)
-    if rows is None:
+    if not hasattr(source, "sequence_rows"):
         raise MisconfigurationException(
-            f"Baselines trains a SequentialRecommender on `sequence_dataset`, which {type(source).__name__} does not have; use "
-            "RecommendationDataModule"
+            f"Baselines trains a SequentialRecommender on rows of items, which {type(source).__name__} does not have; use RecommendationDataModule"
         )
+    length = module.encoder.max_length
+    rows = source.sequence_rows(max_length=length, pack_length=max(PACK_LENGTH, length + 1))
     devices = [device] if device.type == "cuda" else []
     started = time.monotonic()
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(seed)
         module.configure_model()
         module.to(device).train()
-        batches = _batches(rows)
         optimizer = module.tuning.optimizer(module.parameter_groups())
-        step, total = 0, epochs * len(batches)
+        step, total = 0, epochs * len(rows)
         for module.sampling_epoch in range(epochs):
-            for number in keyed_order(np.arange(len(batches)), seed, module.sampling_epoch).tolist():
-                batch = rows.collate([rows[index] for index in batches[number]]).to(device)
+            for index in keyed_order(rows.sample_ids, seed, module.sampling_epoch).tolist():
+                batch = rows.collate([rows[index]]).to(device)
                 for group in optimizer.param_groups:
                     group["lr"] = module.tuning.lr * warmup_decay(step, total, module.tuning.warmup_steps, module.tuning.decay)
                 optimizer.zero_grad(set_to_none=True)
@@ -68,20 +67,6 @@ def train_baseline(module: SequentialRecommender, source: Any, epochs: int, seed
             _broadcast(tensor)
     module.eval().requires_grad_(False)
     log.info("trained a %s (%s) as a baseline: %d epochs, %.0f s", type(module).__name__, module.encoder.kind, epochs, time.monotonic() - started)
-
-
-def _batches(rows: Any) -> list[list[int]]:
-    """Return the rows of each batch: rows of similar length, with about ``TARGETS`` targets."""
-    lengths = np.array([sum(window.length for window in row) for row in rows.rows])
-    batches: list[list[int]] = [[]]
-    size = 0
-    for index in lengths.argsort(kind="stable").tolist():
-        if size and size + lengths[index] > TARGETS:
-            batches.append([])
-            size = 0
-        batches[-1].append(index)
-        size += int(lengths[index])
-    return batches
 
 
 def _broadcast(tensor: Tensor) -> None:

@@ -57,17 +57,21 @@ def split_sequences(sequences: Sequence[Ints], sizes: Ints, pack_length: int, ov
 
 
 def pack_windows(windows: Sequence[Window], pack_length: int, order: Hashes | None = None) -> list[list[Window]]:
-    """Pack documents into rows with the best-fit-decreasing heuristic; return the documents of each row.
+    """Pack documents into rows with the best-fit heuristic: each document is added to the row with the least sufficient space.
 
     Args:
         windows: The documents.
         pack_length: Number of tokens of a row.
-        order: ``(N,)`` numbers that determine the order of documents of equal length. Default: by sequence and position.
+        order: ``(N,)`` numbers in whose order documents are packed. In a random order, a row has documents of different lengths, but more padding.
+            Default: longest documents first, which needs the fewest rows, but puts documents of similar length into a row.
+
+    Returns:
+        The documents of each row.
     """
     rows: list[list[Window]] = []
     space: list[tuple[int, int]] = []
-    ties: Sequence[Any] = [(window.sequence, window.start) for window in windows] if order is None else order.tolist()
-    for _, _, window in sorted((-window.length, tie, window) for window, tie in zip(windows, ties, strict=True)):
+    keys: Sequence[Any] = [(-window.length, window.sequence, window.start) for window in windows] if order is None else order.tolist()
+    for _, window in sorted(zip(keys, windows, strict=True)):
         place = bisect_left(space, (window.length, -1))
         if place == len(space):
             rows.append([])

@@ -200,12 +200,19 @@ class RecommendationDataModule(BaseDataModule):
     def sequence_dataset(self) -> SequenceRows:
         """Training rows of items: of one history each, or packed with ``train_view='packed_sequence'``; created on first use."""
         if self._sequences is None:
-            store = self._open()
-            length = self.pack_length if self.train_view == "packed_sequence" else None
-            titles = text_hashes(self.catalog.titles)
-            select = self.answer_dataset.select
-            self._sequences = SequenceRows(store.columns, store.rows["train"], select, titles, self._lengths.sequence, length)
+            self._sequences = self.sequence_rows(pack_length=self.pack_length if self.train_view == "packed_sequence" else None)
         return self._sequences
+
+    def sequence_rows(self, max_length: int | None = None, pack_length: int | None = None) -> SequenceRows:
+        """Return training rows of items; available after ``setup``.
+
+        Args:
+            max_length: Maximum number of items before a target. Default: ``split.sequence_length``, which is not exceeded.
+            pack_length: Number of items of a row that several histories are packed into; ``None``: one history a row.
+        """
+        store, limit = self._open(), self._lengths.sequence
+        titles = text_hashes(self.catalog.titles)
+        return SequenceRows(store.columns, store.rows["train"], self.answer_dataset.select, titles, min(limit, max_length or limit), pack_length)
 
     @property
     def packed_dataset(self) -> PackedRows:

@@ -86,7 +86,7 @@ class SequenceRows:
         if pack_length is None:
             self.rows = [[window] for window in kept]
         else:
-            # In a random order, a packed row has parts of different users: similar targets in one step slow training down.
+            # In a random order, a packed row has parts of different users and lengths: similar targets in one step make training less accurate.
             self.rows = pack_windows(
                 kept, pack_length, keyed_hashes(np.array([ids[self._own_rows(window).start] for window in kept], dtype=np.int64))
             )

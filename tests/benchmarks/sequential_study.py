@@ -7,7 +7,7 @@ Data: ``ml100k`` (ratings >= 4, leave-last-out), ``cds`` (Amazon CDs, split by t
 the validation rows are ranked; the epoch with the best NDCG@10 is tested. Training ends after ``--patience`` epochs without a better one. A run that
 is already in the folder is not repeated. The last lines are a table: mean and standard deviation over the seeds.
 
-``SASRec`` is trained like RecBole's: each target has a row of its own with the items before it (``train_view: answer``). ``parts`` are trained at all
+``SASRec`` and ``HSTU`` are trained like RecBole's: each target has a row of its own with the items before it (``train_view: answer``). ``parts`` are trained at all
 positions of parts of histories, which are packed into rows (``train_view: packed_sequence``). A ready row has one target in both cases.
 """
 
@@ -34,7 +34,7 @@ from malleable.datamodules.sources.recommendation.candidates import CandidateRow
 from malleable.lightning_modules.metrics.ranking import RankingMetrics
 
 TARGETS = 256  # of a step
-MODELS = ("RecBole SASRec", "SASRec", "SASRec, parts", "HSTU, parts")
+MODELS = ("RecBole SASRec", "SASRec", "HSTU", "SASRec, parts", "HSTU, parts")
 Evaluate = Callable[[str], dict[str, float]]
 
 
