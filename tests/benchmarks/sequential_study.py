@@ -7,8 +7,9 @@ Data: ``ml100k`` (ratings >= 4, leave-last-out), ``cds`` (Amazon CDs, split by t
 the validation rows are ranked; the epoch with the best NDCG@10 is tested. Training ends after ``--patience`` epochs without a better one. A run that
 is already in the folder is not repeated. The last lines are a table: mean and standard deviation over the seeds.
 
-``SASRec`` and ``HSTU`` are trained like RecBole's: each target has a row of its own with the items before it (``train_view: answer``). ``parts`` are trained at all
-positions of parts of histories, which are packed into rows (``train_view: packed_sequence``). A ready row has one target in both cases.
+``SASRec`` and ``HSTU`` are trained like RecBole's: each target has a row of its own with the items before it (``train_view: answer``). ``parts``
+are trained at all positions of parts of histories, which are packed into rows (``train_view: packed_sequence``). A ready row has one target in both
+cases.
 """
 
 from __future__ import annotations

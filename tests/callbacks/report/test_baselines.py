@@ -188,9 +188,7 @@ def test_baselines_are_measured_on_rows_of_sequences(tmp_path):
 
 
 def test_a_recommender_that_cannot_be_trained_is_refused(tmp_path):
-    with pytest.raises(
-        MisconfigurationException, match="Baselines trains a SequentialRecommender on rows of items, which ToyShop does not have"
-    ):
+    with pytest.raises(MisconfigurationException, match="Baselines trains a SequentialRecommender on rows of items, which ToyShop does not have"):
         trainer(tmp_path, Baselines([SequentialRecommender()])).test(Popularity(ks=(1, 3)), ToyShop(), verbose=False)
     with pytest.raises(ValueError, match="epochs must be >= 1, got 0"):
         Baselines(epochs=0)
