@@ -4,12 +4,9 @@
 
 Data: ``ml100k`` (ratings >= 4, leave-last-out), ``cds`` (Amazon CDs, split by time) and ``lastfm`` (rows of LLaRA and S-DPO). They are in the folder
 ``rec`` of ``--shared``. The latter two are rows of at most 10 items before a target, without times. All unseen items are ranked. After each epoch,
-the validation rows are ranked; the epoch with the best NDCG@10 is tested. Training ends after ``--patience`` epochs without a better one. A run that
-is already in the folder is not repeated. The last lines are a table: mean and standard deviation over the seeds.
-
-``SASRec`` and ``HSTU`` are trained like RecBole's: each target has a row of its own with the items before it (``train_view: answer``). ``parts``
-are trained at all positions of parts of histories, which are packed into rows (``train_view: packed_sequence``). A ready row has one target in both
-cases.
+the validation rows are ranked; the epoch with the best NDCG@10 is tested. RecBole has no schedules: it trains with a constant learning rate until
+``--patience`` epochs bring no better one. Ours trains for ``--epochs`` epochs with the schedule of its recipe, a linear decay (``--decay constant``:
+as RecBole). A run that is already in the folder is not repeated. The last lines are a table: mean and standard deviation over the seeds.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,11 @@ from recbole_peer import RecBoleSASRec
 from malleable import EncoderSettings, MovieLens, RecommendationDataModule, SequentialRecommender, Source, Split
 from malleable.datamodules.sources.recommendation.base import ReadyRow, ReadyRows, items_table
 from malleable.datamodules.sources.recommendation.candidates import CandidateRows
+from malleable.lightning_modules.functional.schedule import warmup_decay
 from malleable.lightning_modules.metrics.ranking import RankingMetrics
 
 TARGETS = 256  # of a step
-MODELS = ("RecBole SASRec", "SASRec", "HSTU", "SASRec, parts", "HSTU, parts")
+MODELS = ("RecBole SASRec", "SASRec", "HSTU")
 Evaluate = Callable[[str], dict[str, float]]
 
 
@@ -63,8 +62,8 @@ class AmazonCDs(Source):
         return ReadyRows(items_table([key for _, key in pairs], [title for title, _ in pairs], [()] * len(pairs)), rows)
 
 
-def make_data(name: str, shared: Path, length: int, parts: bool) -> RecommendationDataModule:
-    """Return the rows of a data set, of parts of histories or with one target each, with about ``TARGETS`` targets in a step."""
+def make_data(name: str, shared: Path, length: int) -> RecommendationDataModule:
+    """Return the rows of a data set, with about ``TARGETS`` targets in a step."""
     folder = shared / "rec"
     sources: dict[str, Callable[[], Source]] = {
         "ml100k": lambda: MovieLens(path=str(folder / "ml100k")),
@@ -72,14 +71,11 @@ def make_data(name: str, shared: Path, length: int, parts: bool) -> Recommendati
         "lastfm": lambda: CandidateRows(str(folder / "lastfm_cans20")),
     }
     split = Split(min_rating=4 if name == "ml100k" else None, sequence_length=length, history_length=length)
-    view = "packed_sequence" if parts else "answer"
-    data = RecommendationDataModule(
-        sources[name](), "none", split=split, train_view=view, pack_length=TARGETS, batch_size=TARGETS, eval_batch_size=512
-    )
+    options = {"train_view": "packed_sequence", "pack_length": TARGETS, "eval_batch_size": 512}
+    data = RecommendationDataModule(sources[name](), "none", split=split, **options)
     data.prepare_data()
     data.setup("fit")
-    if parts:
-        data.batch_size = max(1, round(TARGETS * len(data.train_dataset) / sum(data.row_tokens())))
+    data.batch_size = max(1, round(TARGETS * len(data.train_dataset) / sum(data.row_tokens())))
     return data
 
 
@@ -87,13 +83,15 @@ def ours(kind: str, data: RecommendationDataModule, args: argparse.Namespace, se
     """Return functions that train our model for an epoch, and that evaluate it on a split."""
     torch.manual_seed(seed)
     sizes = {"dim": args.dim, "num_layers": args.layers, "num_heads": args.heads, "dropout": args.dropout, "max_length": args.length}
-    buckets = 64 if data.train_view != "answer" and data.sequence_dataset.columns.times is not None else 0
+    buckets = 64 if data.sequence_dataset.columns.times is not None else 0
     module = SequentialRecommender(EncoderSettings(kind, time_buckets=buckets, **sizes), catalog=data.catalog)
     module.configure_model()
     module.to(args.device)
     optimizer = torch.optim.Adam(module.parameters(), lr=args.lr)
     data.seed = seed
     loader = data.train_dataloader()
+    schedule = partial(warmup_decay, total=args.epochs * len(loader), warmup=20 if args.decay == "linear" else 0, decay=args.decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
 
     def train(epoch: int) -> None:
         module.train()
@@ -102,6 +100,7 @@ def ours(kind: str, data: RecommendationDataModule, args: argparse.Namespace, se
             optimizer.zero_grad()
             module.compute_loss(batch.to(args.device)).loss.backward()
             optimizer.step()
+            scheduler.step()
 
     def evaluate(split: str) -> dict[str, float]:
         metric = RankingMetrics((10,))
@@ -132,10 +131,11 @@ def loader_of(data: RecommendationDataModule, split: str) -> Any:
 
 def run(model: str, data: RecommendationDataModule, args: argparse.Namespace, seed: int) -> dict[str, float]:
     """Train a model, and return the metrics of the test at its best epoch, with the number of the epoch and the seconds of training."""
-    train, evaluate = theirs(data, args, seed) if model == MODELS[0] else ours(model.partition(",")[0].lower(), data, args, seed)
+    train, evaluate = theirs(data, args, seed) if model == MODELS[0] else ours(model.lower(), data, args, seed)
     best: dict[str, float] = {"val_ndcg_10": -1.0}
     seconds = 0.0
-    for epoch in range(args.epochs):
+    scheduled = model != MODELS[0] and args.decay == "linear"
+    for epoch in range(args.epochs if scheduled else args.max_epochs):
         start = time.perf_counter()
         train(epoch)
         seconds += time.perf_counter() - start
@@ -143,7 +143,7 @@ def run(model: str, data: RecommendationDataModule, args: argparse.Namespace, se
         sys.stderr.write(f"{args.data}, {model}, seed {seed}, epoch {epoch}: validation NDCG@10 {value:.4f}, {seconds:.0f} s\n")
         if value > best["val_ndcg_10"]:
             best = evaluate("test") | {"val_ndcg_10": value, "epoch": epoch + 1, "seconds": seconds}
-        elif epoch + 1 - best["epoch"] >= args.patience:
+        elif epoch + 1 - best["epoch"] >= args.patience and not scheduled:
             break
     return best
 
@@ -155,20 +155,22 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="folder with the data sets")
     parser.add_argument("--folder", type=Path, required=True, help="folder of the results")
-    for name, value in {"seeds": 3, "length": 20, "dim": 64, "layers": 2, "heads": 2, "epochs": 30, "patience": 3}.items():
+    for name, value in {"seeds": 3, "length": 20, "dim": 64, "layers": 2, "heads": 2, "epochs": 10, "max_epochs": 30, "patience": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--decay", choices=("linear", "constant"), default="linear", help="schedule of our learning rate")
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--lr", type=float, default=1e-3)
     add_device_arguments(parser, dtype=False)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    data = make_data(args.data, args.shared, args.length, parts=False)
+    data = make_data(args.data, args.shared, args.length)
     for model in args.models:
         results = []
         for seed in range(args.seeds):
-            path = args.folder / f"{args.data}_{model.replace(',', '').replace(' ', '_')}_{args.length}_{args.dim}_{args.dropout}_{seed}.json"
+            own = "" if model == MODELS[0] else f"_{args.decay}" + ("" if args.decay == "constant" else str(args.epochs))
+            path = args.folder / f"{args.data}_{model.replace(' ', '_')}_{args.length}_{args.dim}_{args.dropout}{own}_{seed}.json"
             if not path.is_file():
-                path.write_text(json.dumps(run(model, make_data(args.data, args.shared, args.length, "parts" in model), args, seed)))
+                path.write_text(json.dumps(run(model, make_data(args.data, args.shared, args.length), args, seed)))
             results.append(json.loads(path.read_text()))
         cells = []
         for name in ("hr_10", "ndcg_10"):
