@@ -6,7 +6,9 @@ Data: ``ml100k`` (ratings >= 4, leave-last-out), ``cds`` (Amazon CDs, split by t
 ``rec`` of ``--shared``. The latter two are rows of at most 10 items before a target, without times. All unseen items are ranked. After each epoch,
 the validation rows are ranked; the epoch with the best NDCG@10 is tested. RecBole has no schedules: it trains with a constant learning rate until
 ``--patience`` epochs bring no better one. Ours trains for ``--epochs`` epochs with the schedule of its recipe, a linear decay (``--decay constant``:
-as RecBole). A run that is already in the folder is not repeated. The last lines are a table: mean and standard deviation over the seeds.
+as RecBole). By default, ours trains at all positions of packed parts of histories; with ``--view answer``, each target has a row of its own with the
+items before it, as in RecBole. A run that is already in the folder is not repeated. The last lines are a table: mean and standard deviation over the
+seeds.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class AmazonCDs(Source):
         return ReadyRows(items_table([key for _, key in pairs], [title for title, _ in pairs], [()] * len(pairs)), rows)
 
 
-def make_data(name: str, shared: Path, length: int) -> RecommendationDataModule:
+def make_data(name: str, shared: Path, length: int, view: str) -> RecommendationDataModule:
     """Return the rows of a data set, with about ``TARGETS`` targets in a step."""
     folder = shared / "rec"
     sources: dict[str, Callable[[], Source]] = {
@@ -71,11 +73,12 @@ def make_data(name: str, shared: Path, length: int) -> RecommendationDataModule:
         "lastfm": lambda: CandidateRows(str(folder / "lastfm_cans20")),
     }
     split = Split(min_rating=4 if name == "ml100k" else None, sequence_length=length, history_length=length)
-    options = {"train_view": "packed_sequence", "pack_length": TARGETS, "eval_batch_size": 512}
+    options: dict[str, Any] = {"train_view": view, "pack_length": TARGETS, "batch_size": TARGETS, "eval_batch_size": 512}
     data = RecommendationDataModule(sources[name](), "none", split=split, **options)
     data.prepare_data()
     data.setup("fit")
-    data.batch_size = max(1, round(TARGETS * len(data.train_dataset) / sum(data.row_tokens())))
+    if view != "answer":
+        data.batch_size = max(1, round(TARGETS * len(data.train_dataset) / sum(data.row_tokens())))
     return data
 
 
@@ -83,7 +86,7 @@ def ours(kind: str, data: RecommendationDataModule, args: argparse.Namespace, se
     """Return functions that train our model for an epoch, and that evaluate it on a split."""
     torch.manual_seed(seed)
     sizes = {"dim": args.dim, "num_layers": args.layers, "num_heads": args.heads, "dropout": args.dropout, "max_length": args.length}
-    buckets = 64 if data.sequence_dataset.columns.times is not None else 0
+    buckets = 64 if data.train_view != "answer" and data.sequence_dataset.columns.times is not None else 0
     module = SequentialRecommender(EncoderSettings(kind, time_buckets=buckets, **sizes), catalog=data.catalog)
     module.configure_model()
     module.to(args.device)
@@ -157,20 +160,21 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="folder of the results")
     for name, value in {"seeds": 3, "length": 20, "dim": 64, "layers": 2, "heads": 2, "epochs": 10, "max_epochs": 30, "patience": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--view", choices=("packed_sequence", "answer"), default="packed_sequence", help="training rows of our models")
     parser.add_argument("--decay", choices=("linear", "constant"), default="linear", help="schedule of our learning rate")
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--lr", type=float, default=1e-3)
     add_device_arguments(parser, dtype=False)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    data = make_data(args.data, args.shared, args.length)
+    data = make_data(args.data, args.shared, args.length, args.view)
     for model in args.models:
         results = []
         for seed in range(args.seeds):
-            own = "" if model == MODELS[0] else f"_{args.decay}" + ("" if args.decay == "constant" else str(args.epochs))
+            own = "" if model == MODELS[0] else f"_{args.view}_{args.decay}" + ("" if args.decay == "constant" else str(args.epochs))
             path = args.folder / f"{args.data}_{model.replace(' ', '_')}_{args.length}_{args.dim}_{args.dropout}{own}_{seed}.json"
             if not path.is_file():
-                path.write_text(json.dumps(run(model, make_data(args.data, args.shared, args.length), args, seed)))
+                path.write_text(json.dumps(run(model, make_data(args.data, args.shared, args.length, args.view), args, seed)))
             results.append(json.loads(path.read_text()))
         cells = []
         for name in ("hr_10", "ndcg_10"):
