@@ -14,12 +14,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from reference_run import pairs, stored
+from self_play_run import make_loop, make_module
 from tiny import EOS, batch_of, tiny_catalog, tiny_config
 from tiny_data import TinyData, quiet_trainer
 from torch.utils.data import DataLoader
 
 from malleable.callbacks import reference
 from malleable.callbacks.reference import ReferenceCache, row_keys
+from malleable.callbacks.self_play.round_file import RoundFile
 from malleable.datamodules.batch import Vocabulary
 from malleable.datamodules.loading import PhasedLoader
 from malleable.lightning_modules.functional.language.logps import answer_logps
@@ -218,6 +220,13 @@ def test_damaged_values_of_an_earlier_run_are_not_read(tmp_path, passes, empty_c
     fit(tmp_path / "b", ReferenceCache())
     assert len(passes) == 2
     assert stored_values.read_bytes() == whole
+
+
+def test_a_loss_without_reference_needs_no_pass_in_self_play(tmp_path):
+    module, loop = make_module(dropout=0.0), make_loop(rounds=1)
+    module.loss = SimPO()
+    quiet_trainer(tmp_path, max_epochs=-1, callbacks=[loop]).fit(module, TinyData())
+    assert RoundFile.read(tmp_path / "run/self_play/round_1_pairs.parquet", loop.state.digest).reference is None
 
 
 def test_a_loss_without_reference_needs_no_values(tmp_path, passes, empty_cache):

@@ -26,7 +26,6 @@ from malleable.datamodules.batch import PreferenceBatch
 from malleable.datamodules.loading import PhasedLoader
 from malleable.datamodules.negative_samplers import Popularity, SelfPlay, Uniform
 from malleable.lightning_modules.language.tuning import Tuning
-from malleable.lightning_modules.losses.adaptive_margin import SimPO
 from malleable.lightning_modules.recommendation.dpo import DPO
 from malleable.lightning_modules.recommendation.sft import SFT
 
@@ -136,15 +135,6 @@ def test_frozen_negatives_equal_plain_dpo(tmp_path):
     trainer = quiet_trainer(tmp_path / "dpo", max_epochs=1, callbacks=[ReferenceCache()])
     trainer.fit(plain, TinyData(train=[view[index] for index in range(len(view))]))
     assert_equal(looped, plain)
-
-
-def test_a_loss_without_reference_needs_no_pass_over_the_pairs(tmp_path):
-    module = make_module(dropout=0.0)
-    module.loss = SimPO()
-    loop = make_loop(rounds=1)
-    _, _, steps = run(tmp_path, loop, module)
-    assert any(preference for *_, preference, _ in steps)
-    assert RoundFile.read(tmp_path / "run/self_play/round_1_pairs.parquet", loop.state.digest).reference is None
 
 
 def test_identical_pairs_have_no_gradient(tmp_path):
