@@ -84,7 +84,8 @@ class Baselines(Callback):
                 f"Baselines counts the training rows of a data module with a `catalog`, got {type(source).__name__}; "
                 "pass `datamodule=...` or remove Baselines"
             )
-        self._unused = set() if source.catalog is None else self._too_large(len(source.catalog))
+        catalog = getattr(source, "catalog", None)
+        self._unused = set() if catalog is None else self._too_large(len(catalog))
         for baseline in self.baselines.values():
             timed = isinstance(baseline, SequentialRecommender) and baseline.encoder.kind == "hstu" and baseline.encoder.time_buckets > 0
             if timed and "sequence" not in getattr(source, "train_view", ""):

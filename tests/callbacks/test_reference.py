@@ -14,7 +14,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from reference_run import pairs, stored
-from self_play_run import make_loop, make_module
+from self_play_run import make_loop
+from self_play_run import make_module as make_self_play
 from tiny import EOS, batch_of, tiny_catalog, tiny_config
 from tiny_data import TinyData, quiet_trainer
 from torch.utils.data import DataLoader
@@ -223,7 +224,7 @@ def test_damaged_values_of_an_earlier_run_are_not_read(tmp_path, passes, empty_c
 
 
 def test_a_loss_without_reference_needs_no_pass_in_self_play(tmp_path):
-    module, loop = make_module(dropout=0.0), make_loop(rounds=1)
+    module, loop = make_self_play(dropout=0.0), make_loop(rounds=1)
     module.loss = SimPO()
     quiet_trainer(tmp_path, max_epochs=-1, callbacks=[loop]).fit(module, TinyData())
     assert RoundFile.read(tmp_path / "run/self_play/round_1_pairs.parquet", loop.state.digest).reference is None
