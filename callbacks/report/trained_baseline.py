@@ -53,6 +53,7 @@ def train_baseline(module: SequentialRecommender, source: Any, epochs: int, seed
         module.to(device).train()
         optimizer = module.tuning.optimizer(module.parameter_groups())
         step, total = 0, epochs * len(rows)
+        log.info("training a %s (%s) for the report: %d steps", type(module).__name__, module.encoder.kind, total)
         for module.sampling_epoch in range(epochs):
             for index in keyed_order(rows.sample_ids, seed, module.sampling_epoch).tolist():
                 batch = rows.collate([rows[index]]).to(device)

@@ -101,13 +101,17 @@ class Baseline(ItemRanking, BaseModule):
             first = (seen >= 0).sum(1, keepdim=True) == 1
             count_items(self.counts, seen.masked_fill(~first | (target < 0)[:, None], -1))
 
+    def supports(self, num_items: int) -> bool:
+        """Return whether the tables of a catalogue are small enough."""
+        return not self.tables or num_items <= MAX_TABLE_ITEMS
+
     def check_size(self, num_items: int) -> None:
-        """Check that the tables of a catalogue fit into memory.
+        """Check that the tables of a catalogue are small enough.
 
         Raises:
             MisconfigurationException: If a table of items x items would have more than 30,000 items.
         """
-        if self.tables and num_items > MAX_TABLE_ITEMS:
+        if not self.supports(num_items):
             raise MisconfigurationException(
                 f"{type(self).__name__} stores a table of items x items and supports at most {MAX_TABLE_ITEMS} items, got {num_items}; "
                 "use Popularity, or filter rare items (min_item_events)"
