@@ -19,7 +19,6 @@ in 1.16). The last line is the ratio of samples per second, ours divided by TRL'
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import json
 import logging
@@ -30,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -55,6 +55,7 @@ from malleable.lightning_modules.language.config import LanguageModelConfig
 from malleable.lightning_modules.language.tuning import Tuning
 from malleable.lightning_modules.losses.adaptive_margin import AdaptiveMargin
 from malleable.lightning_modules.losses.preference import Hinge, Sigmoid
+from malleable.lightning_modules.losses.preference_base import PreferenceLoss
 
 log = logging.getLogger("preference_step")
 
@@ -108,7 +109,11 @@ SETTINGS = (
 )
 
 # Our losses by the names that TRL gives them. TRL has no alpha-DPO: its side then has the loss of DPO, which has the same forward passes.
-LOSSES = {"sigmoid": Sigmoid(beta=BETA), "hinge": Hinge(beta=BETA), "alpha_dpo": AdaptiveMargin()}
+LOSSES: dict[str, Callable[[], PreferenceLoss]] = {
+    "sigmoid": partial(Sigmoid, beta=BETA),
+    "hinge": partial(Hinge, beta=BETA),
+    "alpha_dpo": AdaptiveMargin,
+}
 ONLY_OURS = {"alpha_dpo": "sigmoid"}
 
 
@@ -153,7 +158,7 @@ class Ours:
         """Return the module."""
         catalog = Catalog(("nothing",), token_ids=((PAD + 1, EOS),), vocabulary=Vocabulary(self.setting.vocab_size, EOS, PAD))
         config = LanguageModelConfig(name=str(self.folder), dtype=self.setting.dtype)
-        return DPO(config, catalog, loss=copy.deepcopy(LOSSES[self.setting.loss]), tuning=Tuning(lr=LR, warmup_steps=0))
+        return DPO(config, catalog, loss=LOSSES[self.setting.loss](), tuning=Tuning(lr=LR, warmup_steps=0))
 
     def steps(self) -> list[StepTime]:
         """Train, and return the time of each step after the warm-up."""
